@@ -1,0 +1,326 @@
+"""Times the conversion of a 7B checkpoint, there and back, against `cp -r` of the same folder; peak memory.
+
+    python bench/convert_7b.py --config DIR --work DIR       # on random weights in the published layout
+    python bench/convert_7b.py --source DIR --work DIR       # on a checkpoint that is at hand
+
+One run: copy (to warm up), copy (timed), `convert/hf_to_flax.py` (timed, memory sampled), copy (timed),
+`convert/flax_to_hf.py` (timed, memory sampled), then every tensor of the way back is compared bit for bit
+with the source. Times include `sync`. At most three copies of the checkpoint are on disk at once; all of it
+lives in a fresh folder under `--work` that is removed in the end, also after an error or an interrupt.
+
+Memory of a conversion is its process and children, sampled: `rss` counts page-cache pages of mapped files,
+which the kernel takes back at will; `anonymous` is what the process really holds. `maxrss` is the kernel's
+own record of the largest single process, in the sense of `rss`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import make_synthetic_7b
+import numpy as np
+import psutil
+import report
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+CHUNK_BYTES = 64 * 2**20
+SAMPLE_SECONDS = 0.1
+MOST_COPIES = 3  # source, converted, and one of: cp, way back
+KIB = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to convert and where to work."""
+
+    work: pathlib.Path
+    """An existing directory with room for three copies of the checkpoint."""
+    config: pathlib.Path | None = None
+    """Directory with a published config.json: a synthetic checkpoint is made from it."""
+    source: pathlib.Path | None = None
+    """A Hugging Face checkpoint directory to use instead; it is only read."""
+    layers: int | None = None
+    """Number of layers of the synthetic checkpoint; the configuration's own when not given."""
+    out: pathlib.Path = report.RESULTS / "convert_7b.json"
+    """Where the result goes."""
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.source is None):
+            raise ValueError("give exactly one of --config and --source")
+        if self.source is not None and self.layers is not None:
+            raise ValueError(f"{self.layers=} only applies to a synthetic checkpoint (--config)")
+        if not self.work.is_dir():
+            raise NotADirectoryError(f"{self.work} is not a directory; make it first")
+
+
+@contextlib.contextmanager
+def working_folder(parent: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A fresh folder that does not outlive the block, however it ends: SIGINT and SIGTERM included."""
+
+    def terminate(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="convert-7b-", dir=parent.resolve()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def folder_bytes(folder: pathlib.Path) -> int:
+    """Sum of file sizes below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+@dataclasses.dataclass(kw_only=True)
+class Peak:
+    """Largest sums seen over a process and its children, in bytes."""
+
+    rss: int = 0
+    pss: int = 0
+    anonymous: int = 0
+    samples: int = 0
+
+    def sample(self, pid: int) -> None:
+        """Takes one sample from /proc; a process that ends meanwhile counts as nothing."""
+        rss = pss = anonymous = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    text = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                    fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
+                    rss += int(fields["Rss"].split()[0]) * KIB
+                    pss += int(fields["Pss"].split()[0]) * KIB
+                    anonymous += int(fields["Anonymous"].split()[0]) * KIB
+        if rss:
+            self.rss, self.pss = max(self.rss, rss), max(self.pss, pss)
+            self.anonymous = max(self.anonymous, anonymous)
+            self.samples += 1
+
+
+def timed_copy(source: pathlib.Path, target: pathlib.Path) -> float:
+    """Seconds of `cp -r` and `sync`; the copy is removed."""
+    os.sync()
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    os.sync()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def timed_command(command: Sequence[str]) -> dict[str, Any]:
+    """Runs a command in the repository's root: seconds with `sync`, and peak memory.
+
+    Raises:
+      subprocess.CalledProcessError: the command failed; its own output says why.
+    """
+    os.sync()
+    peak = Peak()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=report.REPOSITORY)
+    try:
+        while True:
+            # wait4: the resource usage of this child alone. RUSAGE_CHILDREN would be the largest child so
+            # far.
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            peak.sample(process.pid)
+            time.sleep(SAMPLE_SECONDS)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command))
+    command_seconds = time.perf_counter() - start
+    os.sync()
+    return {
+        "seconds": time.perf_counter() - start,
+        "seconds_without_sync": command_seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "maxrss_bytes": usage.ru_maxrss * KIB,
+        "peak_rss_bytes": peak.rss,
+        "peak_pss_bytes": peak.pss,
+        "peak_anonymous_bytes": peak.anonymous,
+        "samples": peak.samples,
+    }
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where a tensor's bytes lie."""
+
+    path: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_entries(folder: pathlib.Path) -> dict[str, Entry]:
+    """Every tensor of every safetensors file of a folder. Raises ValueError for a name that occurs twice."""
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        for name, fields in header.items():
+            if name in entries:
+                raise ValueError(f"{name} is in {entries[name].path} and in {path}")
+            begin, end = fields["data_offsets"]
+            entries[name] = Entry(
+                path=path,
+                dtype=fields["dtype"],
+                shape=tuple(fields["shape"]),
+                start=8 + header_size + begin,
+                size=end - begin,
+            )
+    return entries
+
+
+def _same_bytes(left: Entry, right: Entry) -> bool:
+    with open(left.path, "rb") as left_file, open(right.path, "rb") as right_file:
+        left_file.seek(left.start)
+        right_file.seek(right.start)
+        remaining = left.size
+        while remaining > 0:
+            size = min(remaining, CHUNK_BYTES)
+            a, b = (np.frombuffer(file.read(size), np.uint8) for file in (left_file, right_file))
+            if a.size != size or not np.array_equal(a, b):
+                return False
+            remaining -= size
+    return True
+
+
+def compare_checkpoints(source: pathlib.Path, back: pathlib.Path) -> int:
+    """Number of tensors, all equal in name, dtype, shape and every bit. Reads a chunk at a time.
+
+    Raises:
+      ValueError: anything differs; the message names it.
+    """
+    ours, theirs = read_entries(source), read_entries(back)
+    if not ours:
+        raise ValueError(f"{source} holds no tensors")
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"names differ: {sorted(ours.keys() ^ theirs.keys())}")
+    for name, entry in ours.items():
+        other = theirs[name]
+        if (entry.dtype, entry.shape) != (other.dtype, other.shape):
+            raise ValueError(f"{name}: {entry.dtype} {entry.shape} became {other.dtype} {other.shape}")
+        if not _same_bytes(entry, other):
+            raise ValueError(f"{name}: bytes differ between {entry.path} and {other.path}")
+    return len(ours)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def measure(settings: Settings, folder: pathlib.Path, console: Console) -> dict[str, Any]:
+    """The whole run, in a folder that the caller removes."""
+    if settings.source is not None:
+        source = settings.source.resolve()
+    else:
+        source = make_synthetic_7b.make_checkpoint(
+            settings.config, folder / "source", layers=settings.layers, console=console
+        )
+    size = folder_bytes(source)
+    copies = MOST_COPIES - 1  # the source is on the disk already
+    free = shutil.disk_usage(folder).free
+    if free < copies * size:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, {copies * size / 1e9:.1f} GB are needed")
+
+    copy, converted, back = folder / "copy", folder / "converted", folder / "back"
+    console.print("copying, to warm up")
+    timed_copy(source, copy)
+    console.print("copying")
+    copies_s = [timed_copy(source, copy)]
+    console.print("converting")
+    to_flax = timed_command([sys.executable, "convert/hf_to_flax.py", str(source), str(converted)])
+    converted_bytes = folder_bytes(converted)
+    console.print("copying")
+    copies_s.append(timed_copy(source, copy))
+    console.print("converting back")
+    to_hf = timed_command([sys.executable, "convert/flax_to_hf.py", str(converted), str(back)])
+    console.print("comparing")
+    tensors = compare_checkpoints(source, back)
+    mean_copy = sum(copies_s) / len(copies_s)
+    return {
+        "source": "given" if settings.source is not None else "synthetic",
+        "source_bytes": size,
+        "converted_bytes": converted_bytes,
+        "identical_tensors": tensors,
+        "copy_s": copies_s,
+        "hf_to_flax": to_flax,
+        "flax_to_hf": to_hf,
+        "hf_to_flax_over_copy": to_flax["seconds"] / mean_copy,
+        "flax_to_hf_over_copy": to_hf["seconds"] / mean_copy,
+    }
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """One row per way, with `cp -r` beside it."""
+    table = Table("", "seconds", "times cp -r", "peak RSS, GB", "peak anonymous, GB")
+    table.add_row("cp -r", " and ".join(f"{seconds:.1f}" for seconds in result["copy_s"]), "1", "", "")
+    for name in ("hf_to_flax", "flax_to_hf"):
+        way = result[name]
+        table.add_row(
+            name,
+            f"{way['seconds']:.1f}",
+            f"{result[f'{name}_over_copy']:.2f}",
+            f"{max(way['maxrss_bytes'], way['peak_rss_bytes']) / 1e9:.2f}",
+            f"{way['peak_anonymous_bytes'] / 1e9:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"{result['source_bytes'] / 1e9:.2f} GB; all {result['identical_tensors']} tensors came back bit for bit"
+    )
+
+
+def main(settings: Settings) -> None:
+    """Measures, writes the result, prints the table."""
+    console = Console()
+    console.print(settings)
+    with working_folder(settings.work) as folder:
+        result = measure(settings, folder, console)
+    result = {
+        "date": report.now(),
+        "hardware": report.hardware(),
+        "versions": report.versions(["jax", "flax", "orbax-checkpoint", "numpy", "safetensors"]),
+        # No paths: they say nothing to a reader on another machine.
+        "settings": {"layers": settings.layers, "sample_seconds": SAMPLE_SECONDS},
+        **result,
+    }
+    report.write_json(settings.out, result)
+    print_table(result, console)
+    console.print(f"wrote {settings.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,249 @@
+"""Writes random weights in the layout of a published checkpoint, to convert and to time without a download.
+
+    python bench/make_synthetic_7b.py --config DIR --out OUT
+
+DIR holds a published `config.json` and, beside it, the tokenizer files and `model.safetensors.index.json` if
+at hand. OUT gets the same names, shapes and dtype as the real checkpoint (Dream-7B: 339 tensors, 15.2 GB of
+bfloat16), shard by shard as the index says, with the other files copied beside them. Nothing else is needed
+than numpy: the safetensors header is written here, and the tensor table comes from `config.json` alone, so
+that a converter is tested against a checkpoint that it had no part in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+INDEX = "model.safetensors.index.json"
+BYTES_PER_WEIGHT = 2
+SHARDS = 4  # when no index says otherwise
+CHUNK_BYTES = 32 * 2**20
+SPARE_BYTES = 2**30  # left free on the disk
+
+# A bfloat16 is sign (1 bit), exponent (8), mantissa (7). From 16 random bits keep the sign, two bits of
+# exponent and the mantissa, then add 118 to the exponent: sign * 2^-9..2^-5, all finite, nearly all
+# different. Four at a time; the sum never carries out of the 15 lower bits.
+_KEPT_BITS = np.uint64(0x81FF_81FF_81FF_81FF)
+_LOWEST_EXPONENT = np.uint64(0x3B00_3B00_3B00_3B00)
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where from, where to, how much."""
+
+    config: pathlib.Path
+    """Directory with a published config.json (and tokenizer files and safetensors index, if at hand)."""
+    out: pathlib.Path
+    """Directory to make; must not exist, and must lie outside the repository."""
+    layers: int | None = None
+    """Number of transformer layers; the configuration's own when not given."""
+    seed: int = 0
+    """Same seed, same bytes."""
+
+
+def tensor_shapes(fields: Mapping[str, Any]) -> dict[str, Shape]:
+    """Name and shape of every tensor of a published checkpoint, in the order of the model's definition."""
+    width, mlp, vocab = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
+    key_value = width // fields["num_attention_heads"] * fields["num_key_value_heads"]
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, width)}
+    for layer in range(fields["num_hidden_layers"]):
+        for name, shape in (
+            ("self_attn.q_proj.weight", (width, width)),
+            ("self_attn.q_proj.bias", (width,)),
+            ("self_attn.k_proj.weight", (key_value, width)),
+            ("self_attn.k_proj.bias", (key_value,)),
+            ("self_attn.v_proj.weight", (key_value, width)),
+            ("self_attn.v_proj.bias", (key_value,)),
+            ("self_attn.o_proj.weight", (width, width)),
+            ("mlp.gate_proj.weight", (mlp, width)),
+            ("mlp.up_proj.weight", (mlp, width)),
+            ("mlp.down_proj.weight", (width, mlp)),
+            ("input_layernorm.weight", (width,)),
+            ("post_attention_layernorm.weight", (width,)),
+        ):
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes["model.norm.weight"] = (width,)
+    if not fields["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, width)
+    return shapes
+
+
+def _num_bytes(shape: Shape) -> int:
+    return BYTES_PER_WEIGHT * int(np.prod(shape, dtype=np.int64))
+
+
+def assign_files(shapes: Mapping[str, Shape], index: Mapping[str, str] | None) -> dict[str, str]:
+    """Shard file of each tensor: the index's if it names exactly these tensors, else `SHARDS` by size."""
+    if index is not None and index.keys() == shapes.keys():
+        return {name: index[name] for name in shapes}
+    total = sum(map(_num_bytes, shapes.values()))
+    files, written = {}, 0
+    for name, shape in shapes.items():
+        # By the tensor's middle, so that no shard number is passed over by one large tensor at a boundary.
+        shard = min(int((written + _num_bytes(shape) / 2) * SHARDS / total), SHARDS - 1)
+        files[name] = f"{shard}"
+        written += _num_bytes(shape)
+    used = sorted(set(files.values()), key=int)
+    names = {shard: f"model-{i:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used, start=1)}
+    return {name: names[shard] for name, shard in files.items()}
+
+
+def safetensors_header(shapes: Mapping[str, Shape], dtype: str = "BF16") -> bytes:
+    """Length (8 bytes, little-endian) and JSON of a safetensors file, padded with spaces to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + _num_bytes(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def random_chunks(name: str, shape: Shape, seed: int) -> Iterator[memoryview]:
+    """The tensor's bytes, in pieces: bfloat16 of random sign and mantissa, magnitudes in [2^-9, 2^-5).
+
+    A stream of its own for every name, so that a tensor does not depend on the others or on the number of
+    layers.
+    """
+    stream = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
+    left = _num_bytes(shape)
+    while left > 0:
+        size = min(left, CHUNK_BYTES)
+        words = stream.random_raw(-(-size // 8))
+        words &= _KEPT_BITS
+        words += _LOWEST_EXPONENT
+        yield words.view(np.uint8).data[:size]
+        left -= size
+
+
+def _check_target(out: pathlib.Path, num_bytes: int) -> None:
+    if out.is_relative_to(REPOSITORY):
+        raise ValueError(f"{out} is inside the repository {REPOSITORY}; give a directory outside it")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or give another directory")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is not a directory; make it first")
+    free = shutil.disk_usage(out.parent).free
+    if free < num_bytes + SPARE_BYTES:
+        raise OSError(
+            f"{out.parent} has {free / 1e9:.1f} GB free of {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB needed; "
+            f"give another directory or fewer --layers"
+        )
+
+
+def _write_shards(
+    directory: pathlib.Path, shards: Mapping[str, Mapping[str, Shape]], seed: int, console: Console
+) -> None:
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(_num_bytes(shape) for shapes in shards.values() for shape in shapes.values())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total)
+        for file_name, shapes in shards.items():
+            progress.update(task, description=file_name)
+            with open(directory / file_name, "wb") as file:
+                file.write(safetensors_header(shapes))
+                for name, shape in shapes.items():
+                    for chunk in random_chunks(name, shape, seed):
+                        progress.advance(task, file.write(chunk))
+
+
+def make_checkpoint(
+    config: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    layers: int | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> pathlib.Path:
+    """Makes the directory `out`; it appears under that name only when complete.
+
+    Args:
+      config: directory with `config.json`, and with the files to copy beside the weights.
+      out: must not exist; outside the repository.
+      layers: replaces the configuration's number of layers.
+      seed: same seed, same bytes.
+      console: where the progress bar goes; nowhere by default.
+
+    Returns:
+      `out`, resolved.
+
+    Raises:
+      ValueError: `out` lies inside the repository, or `layers` is below 1.
+      FileExistsError: `out` exists.
+      OSError: too little space on the disk.
+    """
+    if layers is not None and layers < 1:
+        raise ValueError(f"{layers=} must be at least 1")
+    config, out = config.resolve(), out.resolve()
+    fields = json.loads((config / "config.json").read_text())
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
+    shapes = tensor_shapes(fields)
+    total = sum(map(_num_bytes, shapes.values()))
+    _check_target(out, total)
+    published = config / INDEX
+    files = assign_files(shapes, json.loads(published.read_text())["weight_map"] if published.exists() else None)
+    shards: dict[str, dict[str, Shape]] = {name: {} for name in sorted(set(files.values()))}
+    for name, file_name in files.items():
+        shards[file_name][name] = shapes[name]
+
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for path in config.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", INDEX):
+                shutil.copyfile(path, unfinished / path.name)
+        (unfinished / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        weight_map = {name: files[name] for name in sorted(files)}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_shards(unfinished, shards, seed, console or Console(quiet=True))
+        unfinished.chmod(0o755)  # mkdtemp made it private
+        os.rename(unfinished, out)
+    except BaseException:  # also on Ctrl-C: half a checkpoint is worse than none
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return out
+
+
+def main(settings: Settings) -> None:
+    """Makes the checkpoint and says what it made."""
+    console = Console()
+    console.print(settings)
+    out = make_checkpoint(settings.config, settings.out, layers=settings.layers, seed=settings.seed, console=console)
+    paths = sorted(out.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in paths)
+    console.print(f"made {out}: {len(paths)} shards, {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

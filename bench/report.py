@@ -1,0 +1,99 @@
+"""What a benchmark's result says beside its numbers (hardware, versions, date) and how it is written."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psutil
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "bench" / "results"
+
+
+def _first_value(path: str, key: str) -> str | None:
+    """The value of the first `key: value` line of a /proc file; None where there is no such file or line."""
+    file = pathlib.Path(path)
+    if not file.exists():
+        return None
+    values = (line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith(key))
+    return next(values, None)
+
+
+def num_cores() -> int:
+    """Cores this process may run on, not those of the machine."""
+    return len(os.sched_getaffinity(0))
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, usable cores, memory in GB (1e9 bytes), operating system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": num_cores(),
+        "memory_gb": round(memory / 1e9, 1),
+        "system": platform.platform(),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's and the packages' versions, and the repository's commit, "+" after it when files differ."""
+    found = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # Empty outside a git checkout (or before the first commit).
+    commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    found["commit"] = commit + ("+" if commit and changed else "")
+    return found
+
+
+class OtherWork:
+    """Share of the machine's cores that other processes used since this was made."""
+
+    def __init__(self) -> None:
+        self._machine, self._own, self._wall = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        # Stolen time counts: another guest of the same host disturbs just as much. `guest` is part of `user`.
+        busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+        return busy, time.process_time(), time.perf_counter()
+
+    def share(self) -> float:
+        """0 (nobody else) to 1 (every core taken)."""
+        machine, own, wall = self._read()
+        available = (wall - self._wall) * (os.cpu_count() or 1)
+        return max(0.0, (machine - self._machine) - (own - self._own)) / available
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def summarize(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, least and all of some times in seconds."""
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "all_s": list(seconds)}
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes under a temporary name, then renames: a reader never sees half a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(unfinished, path)

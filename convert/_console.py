@@ -1,0 +1,87 @@
+"""What the two conversions print: settings, progress, outcome, errors."""
+
+import dataclasses
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from dream_jax.pretrained import Conversion
+
+PLAIN_SECONDS = 5.0  # between two lines when the output is no terminal
+
+
+class Meter:
+    """Bytes written so far: a bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console
+        )
+        self._done = self._total = 0
+        self._begun = self._said = time.monotonic()
+
+    def started(self, conversion: Conversion) -> None:
+        self._console.print(
+            f"checked {conversion.source}: {conversion.tensors} tensors, {conversion.parameters:,} parameters"
+        )
+        self._total = conversion.nbytes
+        if self._console.is_terminal:
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+
+    def progress(self, size: int) -> None:
+        self._done += size
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done)
+        elif (now := time.monotonic()) - self._said >= PLAIN_SECONDS or self._done == self._total:
+            self._said = now
+            rate = self._done / max(now - self._begun, 1e-9)
+            self._console.print(
+                f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, "
+                f"{(self._total - self._done) / max(rate, 1.0):.0f} s left"
+            )
+
+    def stop(self) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had at once."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage would count the program that started this one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> None:
+    """Converts, and says so. Exits with 1 and one line on stderr when the user has to change something."""
+    # Whatever accelerator there is: its memory may be too small, and nothing is computed.
+    jax.config.update("jax_platforms", "cpu")
+    console = Console(highlight=False, soft_wrap=True)
+    for field in dataclasses.fields(settings):
+        console.print(f"{field.name}: {getattr(settings, field.name)}", markup=False)
+    begun = time.monotonic()
+    meter = Meter(console)
+    try:
+        made = convert(settings.src, settings.dst, started=meter.started, progress=meter.progress, **options)
+    except (ValueError, OSError) as error:
+        meter.stop()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    meter.stop()
+    seconds = time.monotonic() - begun
+    console.print(
+        f"made {made.target}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes "
+        f"of {made.dtype} in {seconds:.1f} s ({made.nbytes / seconds / 1e9:.2f} GB/s), "
+        f"peak memory {peak_bytes() / 2**30:.2f} GiB",
+        markup=False,
+    )

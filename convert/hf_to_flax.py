@@ -1,0 +1,48 @@
+"""Turns a Hugging Face checkpoint into a converted directory (Orbax), a few hundred megabytes at a time.
+
+    python convert/hf_to_flax.py SRC DST [--dtype bfloat16] [--mesh 8x1]
+
+SRC is a directory, or a hub id to download. The result loads with `dream_jax.load(DST)`, on any mesh and in
+any dtype.
+"""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+from _console import run
+
+from dream_jax.pretrained import convert_from_hf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """From where to where, and how."""
+
+    src: tyro.conf.Positional[str]
+    """Directory with config.json and safetensors, or a hub id such as Dream-org/Dream-v0-Instruct-7B."""
+    dst: tyro.conf.Positional[str]
+    """Directory to make."""
+    dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
+    """What to store the weights in; keep: as they are in SRC."""
+    mesh: str | None = None
+    """Mesh, such as 8x1, whose shards become one file each; any other mesh still loads them."""
+    overwrite: bool = False
+    """Replace DST when the new one is complete."""
+    ignore_config_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Unknown key of config.json that does not change what the weights compute; may be given again."""
+
+
+def main(settings: Settings) -> None:
+    run(
+        settings,
+        convert_from_hf,
+        dtype=None if settings.dtype == "keep" else settings.dtype,
+        mesh=settings.mesh,
+        overwrite=settings.overwrite,
+        ignore_config_keys=settings.ignore_config_key,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,274 @@
+"""What a Dream model is: frozen architecture settings, read key by key from the published `config.json`.
+
+Knows the architecture and its presets. Knows nothing of arrays, dtypes, devices or training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Read from config.json; a missing one is an error, because libraries move and default these between releases.
+_REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "mask_token_id",
+    "pad_token_id",
+)
+
+# Architectural switches of the Qwen2 family, with the one value (or values) that this implementation computes.
+_SWITCHES: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("Dream",),
+    "architectures": (["DreamModel"], None),
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0, 0),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+}
+
+# Keys that say nothing about the function the weights compute.
+# sliding_window and max_window_layers only act under use_sliding_window, which is checked above.
+_IGNORED_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_window_layers",
+        "sliding_window",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DreamConfig:
+    """Architecture of one Dream checkpoint; field names are those of the published `config.json`.
+
+    Raises:
+      ValueError: for sizes that do not fit each other; the message carries the values.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    mask_token_id: int
+    pad_token_id: int
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads=} must be a multiple of {self.num_key_value_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} must be even: rotary embedding turns pairs of channels")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name}={value!r} must be a positive number")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"{self.tie_word_embeddings=} must be true or false")
+        for name in ("mask_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name}={value!r} is outside the vocabulary, 0..{self.vocab_size - 1}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, H."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, from the sizes alone (7,615,616,512 for Dream-7B)."""
+        width, head = self.hidden_size, self.head_dim
+        query, key_value = self.num_attention_heads * head, self.num_key_value_heads * head
+        attention = width * query + query + 2 * (width * key_value + key_value) + query * width
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + width
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> DreamConfig:
+        """Reads a published `config.json`'s dictionary, key by key.
+
+        Args:
+          fields: the dictionary. Every architectural key must be there: nothing is taken from a library's default.
+          ignore: further keys that are known not to change what the weights compute.
+
+        Raises:
+          ValueError: a key is missing, has a value that this implementation does not compute, or is unknown.
+        """
+        missing = [key for key in _REQUIRED_KEYS if key not in fields]
+        if missing:
+            raise ValueError(
+                f"config.json lacks {missing}; these are never guessed, add them from the checkpoint's source"
+            )
+        ignored = _IGNORED_KEYS | frozenset(ignore)
+        for key, value in fields.items():
+            if key in _SWITCHES:
+                if value not in _SWITCHES[key] and key not in ignore:
+                    wanted = " or ".join(repr(known) for known in _SWITCHES[key])
+                    raise ValueError(f"config.json has {key}={value!r}, but only {wanted} is implemented")
+            elif key not in _REQUIRED_KEYS and key not in ignored and key != "head_dim":
+                raise ValueError(
+                    f"config.json has the unknown key {key}={value!r}, which may change what the weights compute; "
+                    f"if it does not, name it in `ignore` (--ignore-config-key {key} on the command line)"
+                )
+        if "model_type" not in fields:
+            raise ValueError("config.json lacks 'model_type'; expected 'Dream'")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if isinstance(fields[name], str):
+                raise ValueError(f"config.json has {name}={fields[name]!r}, a string where a number belongs")
+        config = cls(
+            **{key: fields[key] for key in _REQUIRED_KEYS},
+            initializer_range=fields.get("initializer_range", 0.02),
+        )
+        if fields.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(
+                f"config.json has head_dim={fields['head_dim']!r}, but only hidden_size / num_attention_heads = "
+                f"{config.head_dim} is implemented"
+            )
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | pathlib.Path, *, ignore: Iterable[str] = ()) -> DreamConfig:
+        """Reads a `config.json`, or the one in a directory. Raises as `from_dict`, and ValueError for bad JSON."""
+        path = pathlib.Path(path)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a checkpoint directory must hold a config.json")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
+        try:
+            return cls.from_dict(fields, ignore=ignore)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published `config.json`'s dictionary: `from_dict(config.to_dict()) == config`."""
+        return {
+            "architectures": ["DreamModel"],
+            "attention_dropout": 0.0,
+            # The published pad token is also the end-of-text token (`<|endoftext|>`), and its config names it for both.
+            "bos_token_id": self.pad_token_id,
+            "eos_token_id": self.pad_token_id,
+            "hidden_act": "silu",
+            "max_window_layers": self.num_hidden_layers,
+            "model_type": "Dream",
+            "rope_scaling": None,
+            "sliding_window": None,
+            "use_cache": False,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            **dataclasses.asdict(self),
+        }
+
+
+# Special tokens of Qwen2.5's vocabulary as Dream uses it.
+_QWEN_SPECIAL = {"mask_token_id": 151666, "pad_token_id": 151643}
+
+PRESETS: Mapping[str, DreamConfig] = {
+    # For a laptop: bytes as tokens (ids of tokenizer.ByteTokenizer), learns 4x4 sudoku in minutes on two CPU cores.
+    # 8 heads and a vocabulary that 8 divides, so that every mesh of 8 devices really splits it.
+    "nano": DreamConfig(
+        vocab_size=264,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        mask_token_id=260,
+        pad_token_id=256,
+        initializer_range=0.05,  # for a width of 128; the published 0.02 is for 3584
+    ),
+    # For benchmarks: the real vocabulary on a body that a CPU can run.
+    "small": DreamConfig(
+        vocab_size=152_064,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=131_072,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        **_QWEN_SPECIAL,
+    ),
+    # Qwen2.5-0.5B's dimensions.
+    "dream-0.5b": DreamConfig(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=131_072,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        **_QWEN_SPECIAL,
+    ),
+    # Dream-v0-{Base,Instruct}-7B: Qwen2.5-7B's dimensions.
+    "dream-7b": DreamConfig(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=131_072,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        **_QWEN_SPECIAL,
+    ),
+}

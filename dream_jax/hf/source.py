@@ -1,0 +1,329 @@
+"""Opening and reading a published checkpoint: safetensors files, checked before the first weight is used.
+
+Knows the files' headers, the index and how to read a part of a tensor. Knows nothing of models beyond the
+table, and executes nothing: only numbers are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dream_jax.config import DreamConfig
+from dream_jax.hf import table
+from dream_jax.hf.table import Place, Shape, Slices
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+
+_PIECE_BYTES = 32 * 2**20  # about one job for the thread pool
+_BLOCK_ROWS = 512  # read, cast and turned at once; fewer make the rows that are written too short (half the speed)
+
+# A part of a parameter (without its layer axis), and the array of that part's shape that is to be filled.
+Part = tuple[Slices, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `nbytes` from `offset` of the file at `path`."""
+
+    name: str
+    path: pathlib.Path
+    offset: int
+    shape: Shape
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class Source:
+    """An opened checkpoint: every tensor by name. A context manager; closes its files at the end."""
+
+    def __init__(self, directory: pathlib.Path, tensors: Mapping[str, Tensor]):
+        self.directory = directory
+        self.tensors = tensors
+        self._files = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors.values()}}
+        self._local = threading.local()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of all tensors.
+
+        Raises:
+          ValueError: they have several.
+        """
+        found = sorted({str(tensor.dtype) for tensor in self.tensors.values()})
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.directory} holds weights in {' and '.join(found)}; name the one to store with dtype"
+            )
+        return next(iter(self.tensors.values())).dtype
+
+    def check(self, config: DreamConfig) -> None:
+        """Checks names and shapes against the configuration, and that tied tables are equal.
+
+        Raises:
+          ValueError: naming the tensors, with the shapes found and expected.
+        """
+        try:
+            table.check_names(self.tensors, config)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from error
+        for name, place in table.places(config).items():
+            tensor = self.tensors[name]
+            if tensor.shape != place.source_shape:
+                raise ValueError(
+                    f"{tensor.path}: {name} has shape {list(tensor.shape)}, but config.json asks for "
+                    f"{list(place.source_shape)}"
+                )
+        if config.tie_word_embeddings and table.TIED_NAMES[1] in self.tensors:
+            self._check_tied(*(self.tensors[name] for name in table.TIED_NAMES))
+
+    def _check_tied(self, embedding: Tensor, head: Tensor) -> None:
+        same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+        for start in range(0, embedding.nbytes if same else 0, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, embedding.nbytes - start)
+            first, second = np.empty(size, np.uint8), np.empty(size, np.uint8)
+            self._read(embedding, start, first)
+            self._read(head, start, second)
+            same = same and np.array_equal(first, second)
+        if not same:
+            raise ValueError(
+                f"{head.path}: config.json ties the embeddings, but {head.name} differs from "
+                f"{embedding.name}; set tie_word_embeddings to false there if the two are separate weights"
+            )
+
+    def fill_jobs(self, name: str, place: Place, parts: Sequence[Part]) -> Iterator[Callable[[], int]]:
+        """Jobs that together read one tensor into `parts`, each returning the source bytes it dealt with.
+
+        Each job can run in a thread of its own. Reads only the rows that the parts need, each once, and casts
+        to the dtype of the parts (bit for bit when it is the source's).
+        """
+        tensor = self.tensors[name]
+        views = []
+        for slices, out in parts:
+            rows, columns = [*place.rule.layout.source_slices(slices, place.shape), slice(0, 1)][:2]
+            flat = out.reshape(place.rule.layout.flat_shape(out.shape))
+            view = flat.T if place.rule.layout.transposed else flat
+            if flat.size and not np.shares_memory(flat, out):
+                raise ValueError(f"{name}: the array to fill must be contiguous")
+            views.append((rows, columns, view.reshape(-1, 1) if view.ndim == 1 else view))
+        first = min(rows.start for rows, _, _ in views)
+        last = max(rows.stop for rows, _, _ in views)
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        step = _BLOCK_ROWS * max(1, _PIECE_BYTES // (_BLOCK_ROWS * row_bytes))
+        for start in range(first, last, step):
+            yield functools.partial(self._fill, tensor, start, min(start + step, last), views)
+
+    def _fill(self, tensor: Tensor, start: int, stop: int, views: Sequence[tuple[slice, slice, np.ndarray]]) -> int:
+        low = min(columns.start for _, columns, _ in views)
+        high = max(columns.stop for _, columns, _ in views)
+        width = tensor.nbytes // tensor.shape[0]
+        for row in range(start, stop, _BLOCK_ROWS):
+            end = min(row + _BLOCK_ROWS, stop)
+            block = self._rows(tensor, row, end, low, high)
+            for rows, columns, view in views:
+                top, bottom = max(row, rows.start), min(end, rows.stop)
+                if top < bottom:
+                    piece = block[top - row : bottom - row, columns.start - low : columns.stop - low]
+                    copy_cast(view[top - rows.start : bottom - rows.start], piece)
+        return (stop - start) * width
+
+    def _rows(self, tensor: Tensor, start: int, stop: int, low: int, high: int) -> np.ndarray:
+        """Rows [start, stop) and columns [low, high) of a tensor; valid until this thread's next call."""
+        size = tensor.dtype.itemsize
+        width = tensor.nbytes // tensor.shape[0] // size
+        # Seeking costs about as much as reading a few kilobytes: skip columns only when most are not wanted.
+        if (high - low) * 4 > width:
+            block = self._scratch((stop - start) * width, tensor.dtype)
+            self._read(tensor, start * width * size, block)
+            return block.reshape(-1, width)[:, low:high]
+        block = self._scratch((stop - start) * (high - low), tensor.dtype).reshape(-1, high - low)
+        for row in range(start, stop):
+            self._read(tensor, (row * width + low) * size, block[row - start])
+        return block
+
+    def _scratch(self, count: int, dtype: np.dtype) -> np.ndarray:
+        needed = count * dtype.itemsize
+        if getattr(self._local, "scratch", np.empty(0)).nbytes < needed:
+            self._local.scratch = np.empty(needed, np.uint8)
+        return self._local.scratch[:needed].view(dtype)
+
+    def _read(self, tensor: Tensor, offset: int, out: np.ndarray) -> None:
+        target = out.view(np.uint8).data.cast("B")
+        while target:
+            count = os.preadv(self._files[tensor.path], [target], tensor.offset + offset)
+            if not count:
+                raise ValueError(f"{tensor.path} ends inside {tensor.name}: it was cut while being read")
+            target, offset = target[count:], offset + count
+
+
+def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies one matrix into another, whatever their strides, casting when the dtypes differ.
+
+    Goes block by block: element-wise copies between rows and columns of a large matrix miss the cache on
+    every element (about six times slower).
+    """
+    if target.dtype == source.dtype:  # as integers: exact for every NaN, and faster than 16-bit floats
+        target, source = target.view(f"u{target.itemsize}"), source.view(f"u{source.itemsize}")
+    elif (source.dtype, target.dtype) == (DTYPES["BF16"], DTYPES["F32"]):
+        bits = source.view(np.uint16).astype(np.uint32)  # a bfloat16 is the upper half of a float32
+        bits <<= 16
+        target, source = target.view(np.uint32), bits
+    else:
+        source = source.astype(target.dtype)
+    if target.strides[0] < target.strides[1]:
+        target, source = target.T, source.T
+    if source.strides[1] <= source.strides[0]:
+        target[...] = source
+        return
+    for row in range(0, target.shape[0], 128):
+        for column in range(0, target.shape[1], 512):
+            block = np.s_[row : row + 128, column : column + 512]
+            target[block] = source[block]
+
+
+def open_source(directory: str | pathlib.Path) -> Source:
+    """Opens `model.safetensors` or the shards that the index names, and checks that they are whole.
+
+    Raises:
+      FileNotFoundError: neither file, or a shard, is there.
+      ValueError: a shard is cut off or no safetensors file, holds a dtype other than float32, bfloat16 or
+        float16, or does not hold what the index says; the message names file and tensor.
+    """
+    directory = pathlib.Path(directory)
+    if (directory / SINGLE).is_file():
+        return Source(directory, _read_header(directory / SINGLE))
+    if not (directory / INDEX).is_file():
+        raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    weight_map = _read_index(directory / INDEX)
+    missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{directory / INDEX} names shards that are not there: {', '.join(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        found = _read_header(directory / file)
+        for name in found:
+            if name in tensors:
+                raise ValueError(f"tensor {name} is in both {tensors[name].path} and {directory / file}")
+            if weight_map.get(name) != file:
+                said = f"puts it in {weight_map[name]}" if name in weight_map else "does not name it"
+                raise ValueError(f"{directory / file} holds tensor {name}, but {INDEX} {said}")
+        absent = [name for name, place in weight_map.items() if place == file and name not in found]
+        if absent:
+            raise ValueError(f"{directory / file} lacks tensors that {INDEX} puts there: {', '.join(sorted(absent))}")
+        tensors |= found
+    return Source(directory, tensors)
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"{', '.join(twice)} given twice")
+        return dict(pairs)
+
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid index: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise ValueError(f"{path} puts {name} in {file!r}, which is not the name of a file beside it")
+    return weight_map
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="numpy"):  # validates: lengths, offsets, nothing uncovered, nothing twice
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {_what_is_cut(path) or error}") from error
+    size, header = _raw_header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        offset = 8 + size + entry["data_offsets"][0]
+        tensors[name] = Tensor(name, path, offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return tensors
+
+
+def _raw_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return size, header
+
+
+def _what_is_cut(path: pathlib.Path) -> str | None:
+    """The first tensor that an invalid file does not hold, if its header can be read."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if length < 8 or size > length - 8:
+        return None
+    try:
+        header = _raw_header(path)[1]
+        ends = sorted((int(entry["data_offsets"][1]), name) for name, entry in header.items())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    for end, name in ends:
+        if 8 + size + end > length:
+            return f"its {length} bytes end inside or before {name}, which ends at byte {8 + size + end}"
+    return None
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Numbers and text only. No *.py: nothing that is downloaded could be executed.
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text has the form `organisation/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def fetch(hub_id: str, patterns: Collection[str] = _HUB_FILES) -> pathlib.Path:
+    """Downloads a checkpoint from the Hugging Face hub into its cache; returns the directory.
+
+    Raises:
+      ConnectionError: it is neither in the cache nor reachable, or the hub refuses it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return pathlib.Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ConnectionError(
+            f"{hub_id} is no local path, and could not be had from the Hugging Face hub: "
+            f"{str(error).strip().splitlines()[0]}; download it elsewhere and give the directory"
+        ) from error

@@ -1,0 +1,107 @@
+"""Attention masks as values: which query may look at which key.
+
+A mask is a small frozen object that can be passed through `jax.jit`. True means "may attend"; the last two axes of its
+dense form are (query, key). A mask keeps what it knows in its cheapest form (lengths, segment ids), so that an attention
+backend that understands that form never builds a [T, S] array; `dense` gives the array everywhere else.
+
+Knows shapes and booleans. Knows nothing of attention, models or padding policies.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dream_jax.shapes import Array
+
+
+class Mask(abc.ABC):
+    """Which query may attend to which key."""
+
+    @abc.abstractmethod
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """The mask as booleans that broadcast to [B, T, S]; an axis of size 1 means "the same for all"."""
+
+    def draw(self, num_queries: int, num_keys: int, row: int = 0) -> str:
+        """The mask of one batch row as text, a line a query: `#` may attend, `.` may not."""
+        dense = np.asarray(self.dense(num_queries, num_keys))
+        dense = np.broadcast_to(dense, (dense.shape[0], num_queries, num_keys))
+        return "\n".join("".join("#" if seen else "." for seen in line) for line in dense[row])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bidirectional(Mask):
+    """Every query sees every key: Dream's own mask.
+
+    ::
+
+        ###
+        ###
+        ###
+    """
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """All true, [1, 1, S]."""
+        return jnp.ones((1, 1, num_keys), dtype=bool)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyPadding(Mask):
+    """Keys that are padding are hidden from every query; padded queries still see the real keys.
+
+    Only keys are masked: a query row with nothing to attend to has no defined softmax, and such rows are the likely
+    cause of the published "!!!!" outputs.
+
+    Attributes:
+      valid_BS: true at real tokens. Here the first of three tokens is padding:
+
+    ::
+
+        .##
+        .##
+        .##
+    """
+
+    valid_BS: Bool[Array, "B S"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, 1, S]. Raises ValueError when the mask was made for another number of keys."""
+        if self.valid_BS.shape[1] != num_keys:
+            raise ValueError(f"key padding for {self.valid_BS.shape[1]} keys was given to {num_keys} keys")
+        return jnp.asarray(self.valid_BS)[:, None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments(Mask):
+    """Tokens attend within their own segment: several texts packed into one row, each bidirectional in itself.
+
+    Attributes:
+      query_BT, key_BS: segment id of each token. Padding gets an id of its own (0 by convention), so that no row is
+        ever fully masked. With ids `1 1 2`:
+
+    ::
+
+        ##.
+        ##.
+        ..#
+    """
+
+    query_BT: Int[Array, "B T"]
+    key_BS: Int[Array, "B S"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, T, S]. Raises ValueError when the ids were made for other lengths."""
+        if (self.query_BT.shape[1], self.key_BS.shape[1]) != (num_queries, num_keys):
+            raise ValueError(
+                f"segment ids for {self.query_BT.shape[1]} queries and {self.key_BS.shape[1]} keys were given to "
+                f"{num_queries} queries and {num_keys} keys"
+            )
+        return jnp.asarray(self.query_BT)[:, :, None] == jnp.asarray(self.key_BS)[:, None, :]

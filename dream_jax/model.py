@@ -1,0 +1,348 @@
+"""Dream's transformer: Qwen2.5 with the causal mask removed, in Flax NNX.
+
+All layers live stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with
+depth. The model receives a mask and never chooses one. Knows nothing of the right shift, of noise or of sampling: its
+logits are those of the checkpoint, unshifted.
+
+Parameters (names as in `sharding.PARAMETER_AXES`) may be float32 masters while the computation runs in bfloat16: the
+cast happens layer by layer inside the scan, so no second copy of the whole model exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from dream_jax import masks
+from dream_jax.attention import Backend, attention
+from dream_jax.config import DreamConfig
+from dream_jax.shapes import Array, ParamTree
+from dream_jax.sharding import constrain
+
+Remat = Literal["none", "dots", "full"]
+
+
+class Linear(nnx.Module):
+    """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape]."""
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        use_bias: bool,
+        stddev: float,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.in_shape, self.out_shape = in_shape, out_shape
+        kernel = jax.random.normal(rngs.params(), (*in_shape, *out_shape), jnp.float32) * stddev
+        self.kernel = nnx.Param(kernel.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
+
+    def __call__(self, x: Float[jax.Array, ...]) -> Float[jax.Array, ...]:
+        """Contracts the last axes of x with the first axes of the kernel."""
+        leading = x.shape[: x.ndim - len(self.in_shape)]
+        # As one product of two matrices: for the gradient of a product over two axes (B and T) the CPU backend writes a
+        # transposed copy of its operand, recomputing what led to it, and a training step takes twice as long.
+        x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
+        y_RO: jax.Array = x_RI @ self.kernel[...].reshape(x_RI.shape[1], math.prod(self.out_shape))
+        y = y_RO.reshape(*leading, *self.out_shape)
+        return y if self.bias is None else jnp.add(y, self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale; the mean square in float32, the scaling in the dtype of x, as published."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: jax.typing.DTypeLike):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+
+    def __call__(self, x_BTD: Float[jax.Array, "*b d"]) -> Float[jax.Array, "*b d"]:
+        """Normalises over the last axis."""
+        x_f32 = x_BTD.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+        return (x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x_BTD.dtype) * self.scale[...].astype(
+            x_BTD.dtype
+        )
+
+
+def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Float[jax.Array, "B T 1 h"]:
+    """Angle of each pair of channels at each position, float32 [B, T, 1, H/2] (the 1 stands for all heads)."""
+    # float32: bfloat16 rounds position 257 to 256, and sin(257) is nothing like sin(256).
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    return jnp.asarray(positions_BT, jnp.float32)[:, :, None, None] * frequencies
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Cosine and sine of the rotary angles, float32 [B, T, 1, H/2]: computed once, not in every layer."""
+
+    cos: Float[jax.Array, "B T 1 h"]
+    sin: Float[jax.Array, "B T 1 h"]
+
+
+def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Rotation:
+    """The rotation of each position; see `rotary_angles`."""
+    angles = rotary_angles(positions_BT, head_dim, theta)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax.Array, "B T N H"]:
+    """Rotary position embedding in the half-split layout: channel i turns with channel i + H/2. Computed in float32."""
+    cos, sin = rotation.cos, rotation.sin
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention; q, k and v have biases, o has none."""
+
+    def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        width, head = config.hidden_size, config.head_dim
+        linear = functools.partial(Linear, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.q = linear((width,), (config.num_attention_heads, head), use_bias=True)
+        self.k = linear((width,), (config.num_key_value_heads, head), use_bias=True)
+        self.v = linear((width,), (config.num_key_value_heads, head), use_bias=True)
+        self.o = linear((config.num_attention_heads, head), (width,), use_bias=False)
+
+    def __call__(
+        self, x_BTD: Float[jax.Array, "B T D"], rotation: Rotation, mask: masks.Mask, backend: Backend
+    ) -> Float[jax.Array, "B T D"]:
+        """Attends within each row under the mask."""
+        q_BTNH = constrain(rotate(self.q(x_BTD), rotation), "batch", "tokens", "heads", None)
+        k_BSKH = constrain(rotate(self.k(x_BTD), rotation), "batch", None, "kv_heads", None)
+        v_BSKH = constrain(self.v(x_BTD), "batch", None, "kv_heads", None)
+        return self.o(attention(q_BTNH, k_BSKH, v_BSKH, mask, backend))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, use_bias=False, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.gate = linear((config.hidden_size,), (config.intermediate_size,))
+        self.up = linear((config.hidden_size,), (config.intermediate_size,))
+        self.down = linear((config.intermediate_size,), (config.hidden_size,))
+
+    def __call__(self, x_BTD: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Position-wise."""
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual block. In a Dream every leaf carries a leading L axis; the scan hands out one layer at a time."""
+
+    def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: Float[jax.Array, "B T D"], rotation: Rotation, mask: masks.Mask, backend: Backend
+    ) -> Float[jax.Array, "B T D"]:
+        """One block."""
+        with jax.named_scope("attention"):
+            x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotation, mask, backend)
+        with jax.named_scope("mlp"):
+            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, "batch", "tokens", "width")
+
+
+class Embedding(nnx.Module):
+    """Token embedding table [V, D]."""
+
+    def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
+        self.embedding = nnx.Param((table * config.initializer_range).astype(dtype))
+        self.pad_token_id = config.pad_token_id
+
+    def __call__(self, tokens_BT: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
+        """Looks the tokens up.
+
+        The row of the padding (end-of-text) token receives no gradient from here: the published model declares it as its
+        embedding's padding index, and the recorded gradients show it.
+        """
+        x_BTD = self.embedding[...][tokens_BT]
+        return jnp.where((tokens_BT == self.pad_token_id)[:, :, None], jax.lax.stop_gradient(x_BTD), x_BTD)
+
+
+class Dream(nnx.Module):
+    """The masked-diffusion transformer.
+
+    Attributes:
+      config: its architecture.
+      compute_dtype: dtype of activations and of the weights inside a layer; norms, rotary angles, softmax and logits
+        are float32 whatever it is.
+      attention_backend: passed to `attention.attention`.
+      remat: what the backward pass recomputes. "none" keeps every activation, "dots" keeps matrix products, "full"
+        keeps only each layer's input.
+      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None; they travel along when the
+        model is saved or exported.
+    """
+
+    def __init__(
+        self,
+        config: DreamConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        compute_dtype: jax.typing.DTypeLike | None = None,
+        attention_backend: Backend = "auto",
+        remat: Remat = "none",
+        tokenizer_dir: str | None = None,
+    ):
+        if remat not in get_args(Remat):
+            raise ValueError(f"{remat=} is not one of {get_args(Remat)}")
+        self.config = config
+        self.compute_dtype = jnp.dtype(param_dtype if compute_dtype is None else compute_dtype)
+        self.attention_backend = attention_backend
+        self.remat = remat
+        self.tokenizer_dir = tokenizer_dir
+        self.embed = Embedding(config, dtype=param_dtype, rngs=rngs)
+        layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: Layer(config, dtype=param_dtype, rngs=nnx.Rngs(key)))(layer_keys)
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                (config.hidden_size,),
+                (config.vocab_size,),
+                use_bias=False,
+                stddev=config.initializer_range,
+                dtype=param_dtype,
+                rngs=rngs,
+            )
+        )
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | masks.Mask | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[jax.Array, "B T V"]:
+        """Logits of every position.
+
+        Args:
+          tokens_BT: token ids in [0, V).
+          attention_mask: nonzero at real tokens ([B, T], hides the other keys), or a mask value; None attends to all.
+          positions: for the rotary embedding; by default 0, 1, ... or, under a [B, T] mask, counted from each row's
+            first real token (pads get 1), as published.
+
+        Returns:
+          float32 logits [B, T, V], not shifted: those at i predict token i + 1.
+        """
+        tokens_BT = jnp.asarray(tokens_BT)
+        mask, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, positions)
+        return _logits(self, tokens_BT, mask, positions_BT)
+
+    def hidden(
+        self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
+    ) -> Float[jax.Array, "B T D"]:
+        """Hidden states after the last norm, in the compute dtype: what `unembed` turns into logits."""
+        config = self.config
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
+            x_BTD = constrain(x_BTD, "batch", "tokens", "width")
+            turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+
+        def block(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+            layer = jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), layer)
+            return layer(x_BTD, turn, mask, self.attention_backend), None
+
+        if self.remat == "full":
+            block = jax.checkpoint(block)
+        elif self.remat == "dots":
+            block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        with jax.named_scope("layers"):
+            x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers)
+        with jax.named_scope("final_norm"):
+            return self.norm(x_BTD).astype(self.compute_dtype)
+
+    def unembedding(self) -> Float[jax.Array, "D V"]:
+        """The output projection [D, V] in its stored dtype; the embedding table transposed when the two are tied."""
+        return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def unembed(self, hidden: Float[jax.Array, "*b d"]) -> Float[jax.Array, "*b v"]:
+        """float32 logits of hidden states; the product runs in the compute dtype and accumulates in float32."""
+        kernel_DV = self.unembedding().astype(self.compute_dtype)
+        with jax.named_scope("unembed"):
+            return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def _logits(model: Dream, tokens_BT: jax.Array, mask: masks.Mask, positions_BT: jax.Array) -> jax.Array:
+    return model.unembed(model.hidden(tokens_BT, mask, positions_BT))
+
+
+def mask_and_positions(
+    shape: tuple[int, ...], attention_mask: Any, positions: Any
+) -> tuple[masks.Mask, Int[jax.Array, "B T"]]:
+    """The mask value and the rotary positions that `Dream.__call__` means by its arguments; see there.
+
+    Raises:
+      ValueError: a shape that does not fit the tokens' [B, T].
+    """
+    if len(shape) != 2:
+        raise ValueError(f"tokens have shape {shape}, expected [batch, tokens]")
+    valid_BT = None
+    if attention_mask is None:
+        mask: masks.Mask = masks.Bidirectional()
+    elif isinstance(attention_mask, masks.Mask):
+        mask = attention_mask
+    else:
+        valid_BT = jnp.asarray(attention_mask).astype(bool)
+        if valid_BT.shape != shape:
+            raise ValueError(f"attention_mask has shape {valid_BT.shape}, but the tokens have {shape}")
+        mask = masks.KeyPadding(valid_BT)
+    if positions is not None:
+        positions_BT = jnp.asarray(positions)
+        if positions_BT.shape != shape:
+            raise ValueError(f"positions have shape {positions_BT.shape}, but the tokens have {shape}")
+    elif valid_BT is not None:
+        positions_BT = padded_positions(valid_BT)
+    else:
+        positions_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return mask, positions_BT
+
+
+def padded_positions(valid_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
+    """Positions counted from each row's first real token; pads get 1, as published (nobody attends to them)."""
+    return jnp.where(valid_BT, jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 1)
+
+
+def abstract_model(config: DreamConfig, **options: Any) -> Dream:
+    """A Dream whose parameters are shapes and dtypes only; `options` as for Dream. Costs no memory at any size."""
+    return jax.eval_shape(lambda: Dream(config, rngs=nnx.Rngs(0), **options))
+
+
+def split_params(model: Dream) -> tuple[nnx.GraphDef[Dream], ParamTree]:
+    """The model's static part and its parameters as a nested dict of arrays with string keys."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge_params(graphdef: nnx.GraphDef[Dream], params: ParamTree) -> Dream:
+    """The inverse of `split_params`."""
+    return nnx.merge(graphdef, nnx.State(_as_params(params)))
+
+
+def _as_params(tree: ParamTree) -> ParamTree:
+    return {key: _as_params(value) if isinstance(value, dict) else nnx.Param(value) for key, value in tree.items()}
+
+
+def parameter_count(tree: Any) -> int:
+    """Number of weights in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,42 @@
+"""The axis alphabet: one letter an axis, written once, spoken everywhere.
+
+Array names carry their axes as a suffix (`q_BTNH`), einsum strings use the same capitals, and public signatures use
+them inside jaxtyping annotations.
+
+| letter | axis | in the published config |
+|---|---|---|
+| B | batch rows | |
+| T | tokens of a row, as queries | |
+| S | tokens of a row, as keys and values | |
+| D | model width | hidden_size |
+| N | query heads | num_attention_heads |
+| K | key/value heads | num_key_value_heads |
+| G | query heads per key/value head, N / K | |
+| H | width of one head | hidden_size / num_attention_heads |
+| F | width of the MLP | intermediate_size |
+| V | vocabulary | vocab_size |
+| L | layers | num_hidden_layers |
+| P | prompt tokens | |
+| M | masked positions that are looked at | |
+| R | rows of a flat [R, D] or [R, V] array | |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
+
+TokensBT = Int[Array, "B T"]
+BoolBT = Bool[Array, "B T"]
+FloatBT = Float[Array, "B T"]
+FloatB = Float[Array, "B"]
+HiddenBTD = Float[Array, "B T D"]
+LogitsBTV = Float[Array, "B T V"]
+
+# A nested dict of arrays with string keys: parameters and everything shaped like them.
+ParamTree = dict[str, Any]

@@ -1,0 +1,237 @@
+"""Where every array lives: two tables, and the mesh they speak of.
+
+The first table names the axes of each parameter, the second sends an axis name to a mesh axis; changing the strategy
+means changing one dict. Knows devices, shapes and parameter paths. Knows nothing of what the parameters compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dream_jax.shapes import ParamTree
+
+MESH_AXES = ("fsdp", "tensor", "sequence")
+
+# Table one: parameter path -> logical axes, one a dimension.
+PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
+    "embed.embedding": ("vocab", "embed"),
+    "layers.attn_norm.scale": ("layers", "norm"),
+    "layers.attn.q.kernel": ("layers", "embed", "heads", "head_dim"),
+    "layers.attn.q.bias": ("layers", "heads", "head_dim"),
+    "layers.attn.k.kernel": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers.attn.k.bias": ("layers", "kv_heads", "head_dim"),
+    "layers.attn.v.kernel": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers.attn.v.bias": ("layers", "kv_heads", "head_dim"),
+    "layers.attn.o.kernel": ("layers", "heads", "head_dim", "embed"),
+    "layers.mlp_norm.scale": ("layers", "norm"),
+    "layers.mlp.gate.kernel": ("layers", "embed", "mlp"),
+    "layers.mlp.up.kernel": ("layers", "embed", "mlp"),
+    "layers.mlp.down.kernel": ("layers", "mlp", "embed"),
+    "norm.scale": ("norm",),
+    "lm_head.kernel": ("embed", "vocab"),
+}
+
+# Table two: logical axis -> mesh axis. An axis that its mesh axis does not divide is kept whole (see `partition_spec`).
+LOGICAL_TO_MESH: Mapping[str, str | None] = {
+    # parameters
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "norm": None,  # [D] vectors: splitting them saves nothing and costs a collective each
+    # activations
+    "batch": "fsdp",
+    "tokens": "sequence",
+    "width": None,
+}
+
+
+def parse_mesh_shape(text: str) -> tuple[int, int, int]:
+    """Reads `FSDPxTENSOR` or `FSDPxTENSORxSEQUENCE`, as in "8x1", into three sizes.
+
+    Raises:
+      ValueError: not two or three positive numbers, or a sequence size above 1 (context parallelism is not built yet).
+    """
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", text):
+        raise ValueError(f"mesh {text!r} is not of the form FSDPxTENSOR, such as 8x1 or 4x2")
+    sizes = [int(part) for part in text.split("x")]
+    fsdp, tensor, sequence = [*sizes, 1][:3]
+    if sequence != 1:
+        raise ValueError(f"mesh {text!r} asks for context parallelism over {sequence} devices, which is not built yet")
+    return fsdp, tensor, sequence
+
+
+def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
+    """The device mesh of a shape such as "8x1" (fsdp x tensor), over all processes.
+
+    On a CPU backend that is not yet initialised, as many devices as needed are made, so that the same command runs
+    anywhere. A Mesh is returned as it is.
+
+    Raises:
+      ValueError: fewer devices than the mesh needs, with what to do.
+    """
+    if isinstance(shape, Mesh):
+        return shape
+    sizes = parse_mesh_shape(shape if isinstance(shape, str) else "x".join(map(str, shape)))
+    needed = math.prod(sizes)
+    if not jax.distributed.is_initialized():  # else `join_processes` has done it
+        provide_cpu_devices(needed)
+    devices = jax.devices()
+    if len(devices) < needed:
+        here = f"{len(devices)} {devices[0].platform} device(s)"
+        text = "x".join(map(str, sizes[:2]))
+        raise ValueError(
+            f"mesh {text} needs {needed} devices, but there are {here}; pass a smaller mesh"
+            + ("" if devices[0].platform != "cpu" else f", or set JAX_NUM_CPU_DEVICES={needed} before jax starts")
+        )
+    if len(devices) > needed and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh {shape} uses {needed} of {len(devices)} devices; with several processes it must use all"
+        )
+    grid = np.asarray(devices[:needed]).reshape(sizes)
+    if len(devices) == needed and devices[0].platform == "tpu":
+        # Lets the library lay neighbours of the mesh on neighbours of the torus.
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def provide_cpu_devices(count: int) -> None:
+    """Makes a CPU backend that has not started yet start with `count` devices in this process.
+
+    Does nothing to accelerators, nor once a backend runs, nor when the user has set JAX_NUM_CPU_DEVICES.
+    """
+    # Devices of one process share a thread pool, by default of one thread each. A step may have two collectives under
+    # way that do not depend on each other (a gather inside the layer loop, a sum outside it); devices that wait for
+    # different ones then hold all threads, and none can finish.
+    if count > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
+    if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]  # options are defined at run time
+        return
+    with contextlib.suppress(RuntimeError):  # the backend is up; `make_mesh` says what is missing
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def join_processes(coordinator: str, num_processes: int, process_id: int, mesh: str) -> None:
+    """Joins this process to the others of a run; call it before anything else touches jax.
+
+    Args:
+      coordinator: host:port of process 0.
+      num_processes: how many processes the run has.
+      process_id: which of them this is, from 0.
+      mesh: the mesh of the whole run; on CPUs each process makes its share of the devices.
+
+    Raises:
+      ValueError: a process id out of range, or a mesh that the processes cannot share evenly.
+    """
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"{process_id=} is outside 0..{num_processes - 1} ({num_processes=})")
+    needed = math.prod(parse_mesh_shape(mesh))
+    if needed % num_processes:
+        raise ValueError(f"mesh {mesh!r} has {needed} devices, which {num_processes} processes cannot share evenly")
+    provide_cpu_devices(needed // num_processes)
+    jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """The second table applied to one array.
+
+    An axis that its mesh axis does not divide stays whole on every device: 4 key/value heads on 8 tensor-parallel
+    devices, say, are replicated, as is usual.
+
+    Raises:
+      ValueError: as many names as dimensions are needed; an unknown name.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{tuple(axes)} names {len(axes)} axes of an array with shape {tuple(shape)}")
+    places: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in LOGICAL_TO_MESH:
+            raise ValueError(f"logical axis {axis!r} has no row in LOGICAL_TO_MESH")
+        place = None if axis is None else LOGICAL_TO_MESH[axis]
+        ways = mesh_shape.get(place, 1) if place else 1
+        places.append(place if ways > 1 and size % ways == 0 and place not in places else None)
+    while places and places[-1] is None:
+        places.pop()
+    return PartitionSpec(*places)
+
+
+def parameter_specs(shapes: ParamTree, mesh: Mesh) -> ParamTree:
+    """PartitionSpec of every parameter in a nested dict of arrays or shapes.
+
+    Raises:
+      ValueError: a path without a row in PARAMETER_AXES, or of another rank than its row.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = ".".join(str(part.key) for part in path)
+        if name not in PARAMETER_AXES:
+            raise ValueError(f"parameter {name!r} has no row in PARAMETER_AXES")
+        try:
+            return partition_spec(PARAMETER_AXES[name], leaf.shape, dict(mesh.shape))
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
+
+    return jax.tree_util.tree_map_with_path(spec, shapes)
+
+
+def parameter_shardings(shapes: ParamTree, mesh: Mesh) -> ParamTree:
+    """NamedSharding of every parameter; see `parameter_specs`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        parameter_specs(shapes, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over fsdp, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its place under the current mesh (`jax.set_mesh`); without a mesh, returns it untouched."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
+
+
+def batch_shards() -> int:
+    """Over how many groups of devices the current mesh splits a batch (1 without a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else dict(mesh.shape)[LOGICAL_TO_MESH["batch"]]
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree were placed on, or None for plain arrays."""
+    for leaf in jax.tree.leaves(tree):
+        placed = getattr(leaf, "sharding", None)
+        if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
+            return placed.mesh
+    return None
+
+
+def bytes_per_device(tree: Any) -> dict[str, int]:
+    """Bytes that the arrays of a tree occupy on each local device, by device name."""
+    total: dict[str, int] = {str(device): 0 for device in jax.local_devices()}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            total[str(shard.device)] = total.get(str(shard.device), 0) + shard.data.nbytes
+    return total

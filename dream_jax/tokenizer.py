@@ -1,0 +1,341 @@
+"""Text to token ids and back: a byte tokenizer that needs nothing, and Dream's own from its checkpoint files.
+
+Knows the special tokens, the chat template and which files make a tokenizer. Does not know rows, lengths,
+padding or arrays.
+`transformers` is imported here only, and only when Dream's files are loaded; no remote code runs and nothing
+is downloaded.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
+
+TOKENIZER_FILES = (
+    BYTE_TOKENIZER_FILE,
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    # Never executed here: published checkpoints name it in tokenizer_config.json, so an export without it
+    # would not load there.
+    "tokenization_dream.py",
+)
+"""Names of the files that belong to a tokenizer. A directory has some of them; they are copied unchanged."""
+
+ROLES = ("system", "user", "assistant")
+"""Roles a chat message may have. The published template drops any other without a word: they are refused."""
+
+Message = Mapping[str, str]
+"""One turn of a chat: {"role": one of ROLES, "content": text}."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer. `ByteTokenizer` and `DreamTokenizer` satisfy it."""
+
+    vocab_limit: int
+    """Number of defined ids. Logits may be wider; an id >= vocab_limit must never be emitted."""
+
+    mask_id: int
+    """Id of `<|mask|>`, the token of a position not yet written."""
+
+    eos_id: int
+    """Id that ends a response."""
+
+    pad_id: int
+    """Id right of the end; Dream's is its eos id."""
+
+    bos_id: int
+    """Id of `<|beginoftext|>`."""
+
+    im_start_id: int
+    """Id that opens a turn."""
+
+    im_end_id: int
+    """Id that closes a turn."""
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, nothing added.
+
+        By default the string of a special token in the text ("<|mask|>") is spelled out like any other text,
+        so that data can never forge a control token; allow_special=True turns such strings into their single
+        ids.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of `ids`; special tokens appear as their strings, or are left out. Bad UTF-8 becomes U+FFFD.
+
+        Raises: ValueError naming the id, for an id outside [0, vocab_limit).
+        """
+        ...
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of the chat template over `messages`, ending with the opened assistant turn when asked.
+
+        Special-token strings inside a content are spelled out as text.
+        Raises: ValueError for no message, an unknown role, or a content that is not a string.
+        """
+        ...
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write into `directory`, made if missing, the files `load_tokenizer` reads this tokenizer from."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255 and five special tokens, with the names Dream gives them: 261 ids, no files needed.
+
+    The chat form is Dream's (`<|im_start|>role\\ncontent<|im_end|>\\n`), but no default system turn is added:
+    every byte is a token here, and the sentence would cost the nano model 50 of them.
+    """
+
+    vocab_limit = 261
+    eos_id = 256
+    pad_id = 256
+    im_start_id = 257
+    im_end_id = 258
+    bos_id = 259
+    mask_id = 260
+
+    _specials: ClassVar = {
+        "<|endoftext|>": 256,
+        "<|im_start|>": 257,
+        "<|im_end|>": 258,
+        "<|beginoftext|>": 259,
+        "<|mask|>": 260,
+    }
+    _special_text: ClassVar = {token_id: text for text, token_id in _specials.items()}
+    _special_pattern = re.compile("(" + "|".join(map(re.escape, _specials)) + ")")
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`. Raises UnicodeEncodeError, a ValueError, for a lone surrogate."""
+        if not allow_special:
+            return list(text.encode("utf-8"))
+        ids: list[int] = []
+        for piece in self._special_pattern.split(text):
+            special = self._specials.get(piece)
+            ids.extend(piece.encode("utf-8") if special is None else [special])
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """See `Tokenizer.decode`."""
+        text: list[str] = []
+        run = bytearray()
+        for token_id in map(int, ids):
+            _check_id(token_id, self.vocab_limit)
+            if token_id < 256:
+                run.append(token_id)
+                continue
+            text.append(run.decode("utf-8", errors="replace"))
+            run.clear()
+            if not skip_special:
+                text.append(self._special_text[token_id])
+        text.append(run.decode("utf-8", errors="replace"))
+        return "".join(text)
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """See `Tokenizer.chat`; no default system turn."""
+        _check_messages(messages)
+        ids: list[int] = []
+        for message in messages:
+            turn = self.encode(f"{message['role']}\n{message['content']}")
+            ids += [self.im_start_id, *turn, self.im_end_id, *b"\n"]
+        if add_generation_prompt:
+            ids += [self.im_start_id, *b"assistant\n"]
+        return ids
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """See `Tokenizer.save`; writes `byte_tokenizer.json`."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._description(), indent=2) + "\n"
+        (Path(directory) / BYTE_TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def _description(cls) -> dict[str, object]:
+        return {"kind": "bytes", "version": 1, "special_tokens": cls._specials}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> "ByteTokenizer":
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != cls._description():
+            raise ValueError(
+                f"{path} says {found}, this version knows only {cls._description()}; save the tokenizer again"
+            )
+        return cls()
+
+
+class DreamTokenizer:
+    """The byte-level BPE of a Dream checkpoint, read as the stock Qwen2 tokenizer.
+
+    `directory` holds the published files: vocab.json and merges.txt (or tokenizer.json),
+    tokenizer_config.json and the rest. The chat template is the one in the files; it adds "You are a helpful
+    assistant." when no system turn is given.
+    Tokens the files list as added but not as special (`<tool_call>`, `<|fim_prefix|>`, ...) are ordinary text
+    tokens.
+    Raises: FileNotFoundError for missing files, ValueError when a token the project needs is not defined.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._directory = Path(directory)
+        names = {name for name in TOKENIZER_FILES if (self._directory / name).is_file()}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise FileNotFoundError(
+                f"{self._directory} has neither tokenizer.json nor vocab.json with merges.txt; copy the "
+                "tokenizer files of the checkpoint there"
+            )
+        # Without torch transformers advises at import that "models won't be available"; only its tokenizer is
+        # wanted here.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import Qwen2Tokenizer
+
+        # The class is named here, so the files' own "tokenizer_class" and "auto_map" (remote code) are never
+        # followed.
+        self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
+        # The Rust tokenizer itself: same ids as the wrapper, and never written to after this line. The
+        # wrapper sets options on it at every call, which is not safe under the data pipeline's threads.
+        self._backend = self._stock.backend_tokenizer
+        self._backend.encode_special_tokens = True  # in spite of its name: spell special tokens out as text
+
+        added = self._stock.added_tokens_decoder
+        self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.vocab_limit: int = self._backend.get_vocab_size(with_added_tokens=True)
+        largest = max(self._backend.get_vocab(with_added_tokens=True).values())
+        if largest != self.vocab_limit - 1:
+            raise ValueError(
+                f"{self._directory} defines {self.vocab_limit} ids, the largest being {largest}: ids must have no gap"
+            )
+        self.mask_id = self._named("mask_token")
+        self.eos_id = self._named("eos_token")
+        self.pad_id = self._named("pad_token")
+        self.bos_id = self._named("bos_token")
+        self.im_start_id = self._special("<|im_start|>")
+        self.im_end_id = self._special("<|im_end|>")
+
+    def _named(self, role: str) -> int:
+        text = self._stock.special_tokens_map.get(role)
+        if text is None:
+            raise ValueError(
+                f"{self._directory} defines no {role}; a Dream tokenizer's tokenizer_config.json names one"
+            )
+        return self._special(str(text))
+
+    def _special(self, text: str) -> int:
+        if text not in self._specials:
+            raise ValueError(
+                f"{self._directory} does not define {text} as a special token; are these the files of a "
+                "Dream checkpoint?"
+            )
+        return self._specials[text]
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        if not allow_special:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self._encode_pieces(self._special_pattern.split(text))
+
+    def _encode_pieces(self, pieces: Iterable[str]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            special = self._specials.get(piece)
+            ids.extend(self.encode(piece) if special is None else [special])
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """See `Tokenizer.decode`."""
+        checked = [_check_id(int(token_id), self.vocab_limit) for token_id in ids]
+        return str(self._backend.decode(checked, skip_special_tokens=skip_special))
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """See `Tokenizer.chat`. Raises ValueError as well when the files have no chat template."""
+        _check_messages(messages)
+        if self._stock.chat_template is None:
+            raise ValueError(
+                f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
+                "chat_template.jinja"
+            )
+        # A character no message contains is put inside every special-token string of the contents; what still
+        # reads as a special token after the template was applied is the template's own. It is taken out again
+        # before the text is encoded.
+        contents = "".join(message["content"] for message in messages)
+        guard = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in contents)
+        guarded = [
+            {
+                "role": m["role"],
+                "content": self._special_pattern.sub(lambda found: found[0][0] + guard + found[0][1:], m["content"]),
+            }
+            for m in messages
+        ]
+        text = self._stock.apply_chat_template(guarded, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return self._encode_pieces(
+            piece if piece in self._specials else piece.replace(guard, "")
+            for piece in self._special_pattern.split(str(text))
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """See `Tokenizer.save`; copies the original files unchanged."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if target.resolve() == self._directory.resolve():
+            return
+        for name in TOKENIZER_FILES:
+            if (self._directory / name).is_file():
+                shutil.copyfile(self._directory / name, target / name)
+
+
+def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | DreamTokenizer:
+    """The tokenizer named "bytes", or the one whose files lie in the directory `path_or_name`.
+
+    Raises: FileNotFoundError when there is no such directory or it holds no tokenizer, ValueError when it
+    holds two kinds.
+    """
+    if path_or_name == "bytes":
+        return ByteTokenizer()
+    path = Path(path_or_name)
+    remedy = (
+        'give "bytes" or a directory with byte_tokenizer.json, tokenizer.json, or vocab.json and merges.txt; '
+        "nothing is downloaded"
+    )
+    if not path.is_dir():
+        raise FileNotFoundError(f"no directory {path}: {remedy}")
+    has_bytes = (path / BYTE_TOKENIZER_FILE).is_file()
+    has_dream = any((path / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    if has_bytes and has_dream:
+        raise ValueError(
+            f"{path} holds two tokenizers, {BYTE_TOKENIZER_FILE} and vocab.json or tokenizer.json; remove one of them"
+        )
+    if has_bytes:
+        return ByteTokenizer._from_file(path / BYTE_TOKENIZER_FILE)
+    if has_dream:
+        return DreamTokenizer(path)
+    raise FileNotFoundError(f"no tokenizer in {path}: {remedy}")
+
+
+def _check_id(token_id: int, vocab_limit: int) -> int:
+    if not 0 <= token_id < vocab_limit:
+        raise ValueError(
+            f"id {token_id} is not defined by this tokenizer, whose ids are 0..{vocab_limit - 1}; mask such "
+            "logits when sampling"
+        )
+    return token_id
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ValueError('a chat needs at least one message, such as {"role": "user", "content": "..."}')
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"message {index} has role {role!r}; it must be one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"message {index} has content {content!r}; it must be a string")

@@ -1,0 +1,312 @@
+"""Samples from a Dream model: `python sample.py --model runs/demo/model --prompt TEXT`, or a file of prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.text import Text
+
+import dream_jax
+from dream_jax import sharding
+from dream_jax.decoding import Alg
+from dream_jax.sampler import bucket_length
+from dream_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+MASK_SIGN = "░"
+ANSWER_START = b'{"line": '
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to sample and how. Either --prompt or --prompts."""
+
+    model: str = "runs/demo/model"
+    """a converted or Hugging Face directory, a hub id, or a preset (random weights)"""
+    prompt: str | None = None
+    """one prompt; <|mask|> in it, under --template raw, is a position to fill in"""
+    prompts: pathlib.Path | None = None
+    """a .jsonl file with a `prompt` string or a `messages` list a line"""
+    out: pathlib.Path | None = None
+    """.jsonl file for the answers to --prompts; answers that are in it already are not computed again"""
+    template: Literal["auto", "chat", "raw"] = "auto"
+    """chat template or the bare text; auto: raw for byte-level models, chat otherwise"""
+    tokenizer: str | None = None
+    """directory with tokenizer files, or "bytes"; by default the model's own"""
+    max_new_tokens: int = 128
+    """mask tokens after the prompt"""
+    steps: int | None = None
+    """denoising steps; by default one a new token"""
+    alg: Alg = "entropy"
+    """order in which positions are written"""
+    temperature: float = 0.0
+    """0 takes the most probable token"""
+    top_p: float | None = None
+    """nucleus, in (0, 1]"""
+    top_k: int | None = None
+    """number of tokens kept"""
+    alg_temp: float | None = None
+    """softens the order"""
+    eps: float = 1e-3
+    """noise level at the end of the clock"""
+    seed: int = 0
+    """of everything random; line i of a file uses the key (seed, i)"""
+    batch_size: int = 8
+    """prompts of a file that are denoised together"""
+    mesh: str = "1x1"
+    """devices, fsdp x tensor"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    watch: bool = False
+    """show the canvas while it is denoised (live on a terminal, some frames elsewhere)"""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either --prompt TEXT or --prompts FILE")
+        if (self.prompts is None) != (self.out is None):
+            raise ValueError("--prompts FILE and --out FILE belong together")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+    def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
+        return dream_jax.SamplerConfig(
+            max_new_tokens=self.max_new_tokens,
+            steps=max(1, self.max_new_tokens) if self.steps is None else self.steps,
+            alg=self.alg,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            alg_temp=self.alg_temp,
+            eps=self.eps,
+            vocab_limit=tokenizer.vocab_limit,
+            forbidden_tokens=(tokenizer.mask_id,),
+        )
+
+
+def main() -> int:
+    try:
+        return run(tyro.cli(Settings, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --out goes on", file=sys.stderr)
+        return 130
+
+
+def run(settings: Settings) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    for field in dataclasses.fields(settings):
+        if (value := getattr(settings, field.name)) != field.default:
+            console.print(f"{field.name}: {value!r}", markup=False)
+    mesh = sharding.make_mesh(settings.mesh)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh)
+    tokenizer = find_tokenizer(settings, model)
+    if settings.prompts is None:
+        answer_one(settings, model, tokenizer, console)
+    else:
+        answer_file(settings, model, tokenizer, console)
+    return 0
+
+
+def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
+    name = settings.tokenizer or model.tokenizer_dir or ("bytes" if settings.model == "nano" else None)
+    if name is None:
+        raise ValueError(f"{settings.model} has no tokenizer files; pass --tokenizer with a directory of some")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.mask_id != model.config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask token is {tokenizer.mask_id}, the model's {model.config.mask_token_id}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def encode(prompt: str | list[dict[str, str]], settings: Settings, tokenizer: Tokenizer) -> list[int]:
+    template = settings.template
+    if template == "auto":
+        template = "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
+    if isinstance(prompt, list):
+        return tokenizer.chat(prompt)
+    if template == "chat":
+        return tokenizer.chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode(prompt, allow_special=True)
+
+
+def show(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Text of a canvas: masks as a sign, everything from the first settled end-of-text token on left out."""
+    text, run_of_tokens = "", []
+    for token in [int(token) for token in tokens]:
+        if token in (tokenizer.mask_id, tokenizer.eos_id):
+            text += tokenizer.decode(run_of_tokens, skip_special=True)
+            run_of_tokens = []
+            if token == tokenizer.eos_id:
+                return text
+            text += MASK_SIGN
+        else:
+            run_of_tokens.append(token)
+    return text + tokenizer.decode(run_of_tokens, skip_special=True)
+
+
+def answer_one(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer, console: Console) -> None:
+    prompt = np.array([encode(settings.prompt or "", settings, tokenizer)], np.int32).reshape(1, -1)
+    # Where the prompt itself has positions to fill in, it is part of what is shown.
+    begin = 0 if (prompt == tokenizer.mask_id).any() else prompt.shape[1]
+    begun = time.monotonic()
+    with watching(settings, tokenizer, begin, console) as on_step:
+        out = dream_jax.generate(
+            model, prompt, settings.sampler(tokenizer), jax.random.key(settings.seed), on_step=on_step
+        )
+        forwards = int(out.forwards)
+    seconds = time.monotonic() - begun
+    if settings.watch and not console.is_terminal:
+        frames = np.unique(np.linspace(-1, int(np.max(out.commit_step)), 6).astype(int))
+        for step in frames[:-1]:
+            console.print(f"--- canvas {'before the first step' if step < 0 else f'after step {step + 1}'}")
+            console.print(show(np.asarray(out.canvas_at(step))[0, begin:], tokenizer), markup=False)
+    console.print("--- answer")
+    console.print(show(np.asarray(out.tokens)[0, begin:], tokenizer), markup=False)
+    console.print(f"--- {forwards} forward passes, {seconds:.1f} s with compilation")
+
+
+@contextlib.contextmanager
+def watching(
+    settings: Settings, tokenizer: Tokenizer, begin: int, console: Console
+) -> Iterator[Callable[[int, np.ndarray], None] | None]:
+    if not (settings.watch and console.is_terminal):
+        yield None
+        return
+    with Live(Panel(Text("compiling")), console=console, transient=True, auto_refresh=False) as live:
+
+        def on_step(step: int, canvas: np.ndarray) -> None:
+            text = Text(show(canvas[0, begin:], tokenizer))
+            live.update(Panel(text, title=f"step {step + 1}"), refresh=True)
+
+        yield on_step
+
+
+def answer_file(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer, console: Console) -> None:
+    assert settings.prompts is not None and settings.out is not None
+    if settings.out.resolve() == settings.prompts.resolve():
+        raise ValueError(f"--out {settings.out} is the file of prompts; give another")
+    prompts = list(read_prompts(settings.prompts))
+    done = read_done(settings.out, prompts)
+    encoded = {number: encode(prompt, settings, tokenizer) for number, prompt in prompts if number not in done}
+    console.print(f"{len(prompts)} prompts, {len(done)} answered already")
+    # Prompts that share a bucket of lengths share a compiled program.
+    order = sorted(encoded, key=lambda number: (bucket_length(len(encoded[number])), number))
+    config, key = settings.sampler(tokenizer), jax.random.key(settings.seed)
+    begun, tokens = time.monotonic(), 0
+    with settings.out.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
+        task = progress.add_task("prompts", total=len(order))
+        for part in batches(order, encoded, settings.batch_size):
+            width = bucket_length(max(len(encoded[number]) for number in part))
+            rows = np.full((settings.batch_size, width), tokenizer.pad_id, np.int32)
+            mask = np.zeros(rows.shape, bool)
+            mask[:, -1:] = True  # rows that only fill the batch
+            for line, number in enumerate(part):
+                if encoded[number]:
+                    rows[line, -len(encoded[number]) :] = encoded[number]
+                    mask[line, width - len(encoded[number]) :] = True
+            # A key a line of the file: its answer does not depend on what it is batched with.
+            filled = [*part, *[0] * (settings.batch_size - len(part))]
+            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.array(filled))
+            out = dream_jax.generate(model, rows, config, keys, prompt_mask=mask)
+            answers = np.asarray(out.tokens)
+            for line, number in enumerate(part):
+                begin = width - len(encoded[number]) if tokenizer.mask_id in encoded[number] else width
+                answer = show(answers[line, begin:], tokenizer)
+                row = {"line": number, "prompt": dict(prompts)[number], "answer": answer}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                tokens += int(np.sum(np.cumsum(answers[line, width:] == tokenizer.eos_id) == 0))
+            file.flush()
+            os.fsync(file.fileno())
+            progress.update(task, advance=len(part))
+    seconds = time.monotonic() - begun
+    console.print(
+        f"wrote {settings.out}: {len(order)} new answers, {tokens} tokens before the end token in {seconds:.1f} s "
+        f"({tokens / max(seconds, 1e-9):.1f} tokens/s with compilation)"
+    )
+
+
+def batches(order: list[int], encoded: dict[int, list[int]], size: int) -> Iterator[list[int]]:
+    part: list[int] = []
+    for number in order:
+        if part and (len(part) == size or bucket_length(len(encoded[number])) != bucket_length(len(encoded[part[0]]))):
+            yield part
+            part = []
+        part.append(number)
+    if part:
+        yield part
+
+
+def read_prompts(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines: JSON strings may hold its other breaks
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if isinstance(messages, list) and not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"{path}, line {number}: each of `messages` must be an object with role and content")
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            yield number, row["prompt"]
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
+            yield number, row["messages"]
+        else:
+            raise ValueError(f"{path}, line {number}: expected an object with a `prompt` string or a `messages` list")
+
+
+def read_done(path: pathlib.Path, prompts: list[tuple[int, Any]]) -> set[int]:
+    """Lines that are answered in `path`. A last line that was cut short is removed from it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    asked, done, whole = dict(prompts), set(), 0
+    content = path.read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not line.endswith(b"\n") and line.startswith(ANSWER_START[: len(line)]):
+            break  # cut short while it was written
+        known = isinstance(row, dict) and isinstance(row.get("line"), int) and row["line"] in asked
+        if not known or asked[row["line"]] != row.get("prompt"):
+            raise ValueError(f"{path}, line {number}: not an answer to this file of prompts; give another --out")
+        done.add(row["line"])
+        whole += len(line)
+    if whole < len(content):
+        os.truncate(path, whole)
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What every test runs under: eight CPU devices, strict dtype promotion, checked shapes, no network."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before jax is imported. A test session on an accelerator says so: JAX_PLATFORMS=cuda make test.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once, with a clear message
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# int32 + float32 and the like are errors: a silent promotion doubles the memory of what it touches.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Before dream_jax is imported: in the rooms that speak in shapes, annotations are checked at every call
+# (under jit, every trace). By beartype: typeguard 4, which tyro asks for, parses the "B T" of a postponed
+# annotation as code and fails.
+SHAPED = ["masks", "schedule", "decoding", "sharding", "attention", "model", "objective", "hf", "lora"]
+SHAPED += ["train_step", "sampler"]
+CHECKED = importlib.util.find_spec("beartype") is not None
+if CHECKED:
+    install_import_hook([f"dream_jax.{room}" for room in SHAPED], "beartype.beartype")
+
+from dream_jax.sharding import provide_cpu_devices  # noqa: E402 - after the hook
+
+provide_cpu_devices(8)  # before the first device is asked for, which fixes their number
+
+
+def pytest_report_header() -> str:
+    """One line at the top of every report."""
+    return f"shapes: {'checked at every call' if CHECKED else 'NOT checked, beartype is not installed'}"
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Tiny checkpoints in the published layout, and the numbers the published code gives on them."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Files of the published model and of data sets that are not part of the project."""
+    named = os.environ.get("DREAM_JAX_ASSETS")
+    if not named:
+        pytest.skip("DREAM_JAX_ASSETS does not name the folder with the published files")
+    path = Path(named)
+    if not path.is_dir():  # a typo must not silently skip tests
+        pytest.fail(f"DREAM_JAX_ASSETS={named} is not a folder")
+    return path

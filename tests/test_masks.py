@@ -1,0 +1,87 @@
+"""Masks are values: each one looks like its drawing, and travels through jit."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from dream_jax import masks
+
+# What each docstring says it draws.
+DRAWN = [
+    masks.Bidirectional(),
+    masks.KeyPadding(np.array([[False, True, True]])),
+    masks.Segments(np.array([[1, 1, 2]]), np.array([[1, 1, 2]])),
+]
+
+
+def named(mask):
+    return type(mask).__name__
+
+
+def test_every_mask_is_drawn():
+    kinds = {kind for _, kind in inspect.getmembers(masks, inspect.isclass) if issubclass(kind, masks.Mask)}
+    assert kinds - {masks.Mask} == {type(mask) for mask in DRAWN}
+
+
+@pytest.mark.parametrize("mask", DRAWN, ids=named)
+def test_mask_looks_like_its_drawing(mask):
+    drawing = re.findall(r"^ *([#.]+)$", inspect.getdoc(type(mask)), re.MULTILINE)
+    assert len(drawing) == 3
+    assert mask.draw(3, 3) == "\n".join(drawing)
+
+
+@pytest.mark.parametrize("mask", DRAWN, ids=named)
+def test_mask_is_a_pytree(mask):
+    leaves, structure = jax.tree.flatten(mask)
+    assert type(jax.tree.unflatten(structure, leaves)) is type(mask)
+    dense = jax.jit(lambda mask: mask.dense(3, 3))(mask)
+    assert dense.dtype == bool
+    np.testing.assert_array_equal(dense, mask.dense(3, 3))
+    assert mask.dense(3, 3).shape[-1] == 3
+
+
+def test_bidirectional_is_all_true_for_any_shape():
+    assert np.all(masks.Bidirectional().dense(4, 7))
+    assert masks.Bidirectional().draw(2, 5) == "#####\n#####"
+
+
+def test_key_padding_hides_keys_of_its_row_only():
+    valid = np.array([[1, 1, 0, 1], [0, 0, 1, 1]], bool)
+    dense = np.broadcast_to(masks.KeyPadding(valid).dense(3, 4), (2, 3, 4))
+    for row in range(2):
+        for query in range(3):
+            np.testing.assert_array_equal(dense[row, query], valid[row])
+    assert masks.KeyPadding(valid).draw(2, 4, row=1) == "..##\n..##"
+
+
+def test_segments_see_themselves():
+    query, key = np.array([[1, 1, 2, 0], [3, 1, 1, 3]]), np.array([[1, 2, 2, 0], [3, 3, 1, 0]])
+    dense = masks.Segments(query, key).dense(4, 4)
+    assert dense.shape == (2, 4, 4)
+    for row, i, j in np.ndindex(2, 4, 4):
+        assert dense[row, i, j] == (query[row, i] == key[row, j])
+    # Ids for queries and keys need not be equally many.
+    assert masks.Segments(query[:, :2], key).draw(2, 4) == "#...\n#..."
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys", "message"),
+    [
+        (masks.KeyPadding(jnp.ones((1, 3), bool)), 3, 4, "3 keys was given to 4 keys"),
+        (
+            masks.Segments(jnp.ones((1, 3), int), jnp.ones((1, 3), int)),
+            3,
+            4,
+            "3 queries and 3 keys were given to",
+        ),
+        (masks.Segments(jnp.ones((1, 3), int), jnp.ones((1, 3), int)), 2, 3, "2 queries and 3 keys$"),
+    ],
+)
+def test_mask_of_another_length_raises(mask, queries, keys, message):
+    with pytest.raises((ValueError, TypeCheckError), match=message):
+        mask.dense(queries, keys)

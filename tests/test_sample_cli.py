@@ -1,0 +1,103 @@
+"""`sample.py` as a user meets it."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import dream_jax
+from dream_jax.tokenizer import ByteTokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "tokenizer").mkdir()
+    ByteTokenizer().save(folder / "tokenizer")
+    model = dream_jax.Dream(dream_jax.PRESETS["nano"], rngs=nnx.Rngs(1))
+    dream_jax.save(model, folder / "model", tokenizer_dir=folder / "tokenizer")
+    return folder / "model"
+
+
+def sample(*arguments):
+    command = [sys.executable, "sample.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_one_prompt_with_frames(weights):
+    done = sample("--model", weights, "--prompt", "1+1=", "--max-new-tokens", 6, "--watch")
+    assert done.returncode == 0, done.stderr
+    assert "░░░░░░" in done.stdout  # the canvas before the first step
+    assert "--- answer" in done.stdout
+    assert "5 forward passes" in done.stdout  # of 6 steps, the first writes nothing
+
+
+def test_filling_in(weights):
+    done = sample("--model", weights, "--prompt", "a<|mask|>b", "--max-new-tokens", 0)
+    assert done.returncode == 0, done.stderr
+    answer = done.stdout.split("--- answer\n")[1].splitlines()[0]
+    assert answer.startswith("a") and "░" not in answer
+
+
+def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"prompt": "x" * length} for length in (1, 30, 3)] + [{"messages": [{"role": "user", "content": "hi"}]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--model", weights, "--prompts", prompts, "--out", answers, "--max-new-tokens", 4)
+    arguments += ("--temperature", 0.8, "--batch-size", 2)
+    assert sample(*arguments).returncode == 0
+    whole = answers.read_bytes()
+    assert sorted(json.loads(line)["line"] for line in whole.splitlines()) == [1, 2, 3, 4]
+
+    # Killed while the last answer was being written: it alone is computed again, to the same text.
+    lines = whole.splitlines(keepends=True)
+    answers.write_bytes(b"".join(lines[:-1]) + lines[-1][:7])
+    done = sample(*arguments)
+    assert "4 prompts, 3 answered already" in done.stdout
+    assert answers.read_bytes() == whole
+
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "y"}\n')
+    done = sample("--model", weights, "--prompts", other, "--out", answers, "--max-new-tokens", 4)
+    assert done.returncode == 1 and "not an answer to this file of prompts" in done.stderr
+    assert answers.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "x", "--model", "no/such/model"), "no/such/model"),
+        (("--prompt", "x", "--model", "small"), "no tokenizer files"),
+        (("--prompt", "x", "--model", "nano", "--top-p", "1.5"), "outside"),
+        (("--prompts", "missing.jsonl", "--out", "x.jsonl", "--model", "nano"), "missing.jsonl"),
+    ],
+)
+def test_refusals(arguments, message):
+    done = sample(*arguments)
+    assert done.returncode in (1, 2)  # 2: refused while reading the command line, in a box
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"text": "x"}\n', "[1]\n"])
+def test_bad_prompt_files_name_the_line(tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + content)
+    done = sample("--model", "nano", "--prompts", path, "--out", tmp_path / "answers.jsonl")
+    assert done.returncode == 1
+    assert "line 2" in done.stderr
+
+
+def test_frames_hide_what_follows_the_end_token():
+    tokenizer = ByteTokenizer()
+    ids = np.array([*tokenizer.encode("4"), tokenizer.mask_id, *tokenizer.encode("2"), tokenizer.eos_id, 65])
+    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
+    assert script["show"](ids, tokenizer) == "4░2"
