@@ -24,6 +24,7 @@ from rich.text import Text
 import dream_jax
 from dream_jax import sharding
 from dream_jax.decoding import Alg
+from dream_jax.pretrained import describe
 from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -117,12 +118,15 @@ def run(settings: Settings) -> int:
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    # Whatever may be wrong with these shows before minutes of reading weights.
+    tokenizer = find_tokenizer(settings, describe(settings.model))
+    prompts = {} if settings.prompts is None else dict(read_prompts(settings.prompts))
+    done = set() if settings.out is None else read_done(settings, prompts)
     model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh)
-    tokenizer = find_tokenizer(settings, model)
     if settings.prompts is None:
         answer_one(settings, model, tokenizer, console)
     else:
-        answer_file(settings, model, tokenizer, console)
+        answer_file(settings, prompts, done, model, tokenizer, console)
     return 0
 
 
@@ -202,13 +206,16 @@ def watching(
         yield on_step
 
 
-def answer_file(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer, console: Console) -> None:
-    assert settings.prompts is not None and settings.out is not None
-    if settings.out.resolve() == settings.prompts.resolve():
-        raise ValueError(f"--out {settings.out} is the file of prompts; give another")
-    prompts = list(read_prompts(settings.prompts))
-    done = read_done(settings.out, prompts)
-    encoded = {number: encode(prompt, settings, tokenizer) for number, prompt in prompts if number not in done}
+def answer_file(
+    settings: Settings,
+    prompts: dict[int, Any],
+    done: set[int],
+    model: dream_jax.Dream,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    assert settings.out is not None
+    encoded = {number: encode(prompt, settings, tokenizer) for number, prompt in prompts.items() if number not in done}
     console.print(f"{len(prompts)} prompts, {len(done)} answered already")
     # Prompts that share a bucket of lengths share a compiled program.
     order = sorted(encoded, key=lambda number: (bucket_length(len(encoded[number])), number))
@@ -233,7 +240,7 @@ def answer_file(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer
             for line, number in enumerate(part):
                 begin = width - len(encoded[number]) if tokenizer.mask_id in encoded[number] else width
                 answer = show(answers[line, begin:], tokenizer)
-                row = {"line": number, "prompt": dict(prompts)[number], "answer": answer}
+                row = {"line": number, "prompt": prompts[number], "answer": answer}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 tokens += int(np.sum(np.cumsum(answers[line, width:] == tokenizer.eos_id) == 0))
             file.flush()
@@ -284,12 +291,16 @@ def read_prompts(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}, line {number}: expected an object with a `prompt` string or a `messages` list")
 
 
-def read_done(path: pathlib.Path, prompts: list[tuple[int, Any]]) -> set[int]:
-    """Lines that are answered in `path`. A last line that was cut short is removed from it."""
+def read_done(settings: Settings, asked: dict[int, Any]) -> set[int]:
+    """Lines that are answered in `out` already. A last line that was cut short is removed from it."""
+    assert settings.prompts is not None and settings.out is not None
+    path = settings.out
+    if path.resolve() == settings.prompts.resolve():
+        raise ValueError(f"--out {path} is the file of prompts; give another")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return set()
-    asked, done, whole = dict(prompts), set(), 0
+    done, whole = set(), 0
     content = path.read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:

@@ -219,14 +219,13 @@ def _forward(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # 
 def _backward(focal, gradients, cotangents):  # type: ignore[no-untyped-def]
     # Only the sum is differentiated; the per-token outputs are for reporting.
     scale = cotangents[0]
+
+    def scaled(gradient: jax.Array) -> jax.Array:
+        # The factor stays float32: rounded to bfloat16 it would tilt every gradient of the batch the same way.
+        return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
+
     hidden_gradient, kernel_gradient = gradients
-    return (
-        (hidden_gradient * scale).astype(hidden_gradient.dtype),
-        (kernel_gradient * scale).astype(kernel_gradient.dtype),
-        None,
-        None,
-        None,
-    )
+    return scaled(hidden_gradient), scaled(kernel_gradient), None, None, None
 
 
 _masked_cross_entropy.defvjp(_forward, _backward)

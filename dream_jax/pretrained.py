@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -77,33 +77,71 @@ def load(
         does not fit.
       ConnectionError: a hub id that is not in the cache and cannot be downloaded.
     """
-    dtype = _as_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
-    options: dict[str, Any] = {
-        "param_dtype": dtype,
-        "compute_dtype": None if compute_dtype is None else _as_dtype(compute_dtype),
-        "attention_backend": attention_backend,
-        "remat": remat,
-    }
-    if str(path) in PRESETS and not os.path.exists(path):
-        return _random(PRESETS[str(path)], seed, mesh, options)
-    directory = _find(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}")
-    config = DreamConfig.from_file(directory, ignore=ignore_config_keys)
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
-        options["tokenizer_dir"] = str(directory)
-    graphdef = split_params(abstract_model(config, **options))[0]
+    model = describe(
+        path,
+        dtype,
+        compute_dtype=compute_dtype,
+        attention_backend=attention_backend,
+        remat=remat,
+        ignore_config_keys=ignore_config_keys,
+    )
+    graphdef, shapes = split_params(model)
+    directory = _directory(path)
+    if directory is None:
+        return merge_params(graphdef, _random(model.config, shapes, seed, mesh))
     read = checkpoint.load_params if checkpoint.is_converted(directory) else hf.load_params
-    return merge_params(graphdef, read(directory, config, dtype, mesh))
+    return merge_params(graphdef, read(directory, model.config, _as_dtype(dtype), mesh))
 
 
-def _random(config: DreamConfig, seed: int, mesh: Mesh | None, options: Mapping[str, Any]) -> Dream:
-    graphdef, shapes = split_params(abstract_model(config, **options))
+def describe(
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike = "float32",
+    *,
+    compute_dtype: jax.typing.DTypeLike | None = None,
+    attention_backend: Backend = "auto",
+    remat: Remat = "none",
+    ignore_config_keys: Iterable[str] = (),
+) -> Dream:
+    """The model of `load` with shapes in place of weights: all that can be known before reading or drawing any.
+
+    Args:
+      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`.
+
+    Returns:
+      The abstract model, with its `config` and `tokenizer_dir`.
+
+    Raises:
+      As `load`, for what is wrong with the path, with `config.json` or with an option.
+    """
+    directory = _directory(path)
+    has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
+    return abstract_model(
+        PRESETS[str(path)] if directory is None else DreamConfig.from_file(directory, ignore=ignore_config_keys),
+        param_dtype=_as_dtype(dtype),
+        compute_dtype=None if compute_dtype is None else _as_dtype(compute_dtype),
+        attention_backend=attention_backend,
+        remat=remat,
+        tokenizer_dir=str(directory) if has_tokenizer else None,
+    )
+
+
+def _directory(path: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Where the weights lie, or None for a preset, whose weights are drawn."""
+    if str(path) in PRESETS and not os.path.exists(path):
+        return None
+    return _find(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+
+
+def _random(config: DreamConfig, shapes: ParamTree, seed: int, mesh: Mesh | None) -> ParamTree:
+    dtype = jax.tree.leaves(shapes)[0].dtype
 
     def init(key: jax.Array) -> ParamTree:
-        return split_params(Dream(config, rngs=nnx.Rngs(key), **options))[1]
+        return split_params(Dream(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
 
     shardings = None if mesh is None else parameter_shardings(shapes, mesh)
-    return merge_params(graphdef, jax.jit(init, out_shardings=shardings)(jax.random.key(seed)))
+    params: ParamTree = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return params
 
 
 def _as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -1,0 +1,15 @@
+"""The training loop: data, steps, logs, checkpoints, stopping and going on.
+
+A run lives in one folder: `settings.json`, `metrics.csv` (a row a step), TensorBoard events, `checkpoints/`, `tokenizer/`,
+and at the end `model/` (a converted directory) and `summary.json`. The same command on the same folder goes on where the
+run stopped; a finished run is never touched without being told to.
+
+`settings` says what a run is, `folder` keeps what it writes, `report` shows it to a person, `scoring` measures the
+result, and `loop` puts them together. What a step computes is `train_step`'s; what a row is, `data`'s.
+"""
+
+from dream_jax.trainer.loop import Stopped, train
+from dream_jax.trainer.scoring import answer_text, evaluate
+from dream_jax.trainer.settings import TrainSettings
+
+__all__ = ["Stopped", "TrainSettings", "answer_text", "evaluate", "train"]

@@ -1,0 +1,299 @@
+"""The loop itself: from settings to a finished run.
+
+Knows the order of things, signals and clocks; each thing is somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dream_jax import pretrained, sharding
+from dream_jax.checkpoint import RunCheckpoints
+from dream_jax.config import DreamConfig
+from dream_jax.data import Batches, Source, length_report, make_batches, open_source
+from dream_jax.model import Dream, merge_params, parameter_count, split_params
+from dream_jax.objective import Focal
+from dream_jax.shapes import ParamTree
+from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.train_step import (
+    Metrics,
+    StepConfig,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    put_batch,
+)
+from dream_jax.trainer.folder import (
+    MetricsLog,
+    check_folder,
+    claim_folder,
+    holds_checkpoint,
+    last_losses,
+    save_tokenizer,
+    write_json,
+)
+from dream_jax.trainer.report import FlopCounter, Report
+from dream_jax.trainer.scoring import evaluate
+from dream_jax.trainer.settings import TrainSettings
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved itself."""
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Runs, or goes on with, the run that the settings describe.
+
+    Returns:
+      What is written to `summary.json`.
+
+    Raises:
+      ValueError, OSError: settings, data or files that do not fit; nothing is changed then.
+      Stopped: after SIGINT or SIGTERM; everything up to that step is saved.
+    """
+    if settings.coordinator is not None:
+        sharding.join_processes(settings.coordinator, settings.num_processes, settings.process_id, settings.mesh)
+    begun = time.monotonic()
+    mesh = sharding.make_mesh(settings.mesh)
+    report = Report(settings)
+    report.settings(mesh)
+    run = _prepare(settings, mesh)
+    # Weights that cannot be read must show before --overwrite throws anything away.
+    params = None if holds_checkpoint(settings) else _initial_params(run)
+    claim_folder(settings)
+    with run.batches, RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints:
+        state, done, earlier = _first_state(run, params, checkpoints)
+        del params  # their memory is the state's now
+        tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir)
+        report.start(state, done, run.batches.report, run.max_length, mesh)
+        state = _steps(run, state, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
+        trained = merge_params(run.graphdef, state.params)
+        trained.tokenizer_dir = str(tokenizer_dir)
+        pretrained.save(trained, settings.out / "model", overwrite=True)
+        report.say(f"saved the model to {settings.out / 'model'}")
+        evaluation = {}
+        if run.held_out is not None:
+            evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh)
+        for name, value in evaluation.items():
+            report.say(
+                f"held-out {name.replace('_', ' ')}: {value:g}" if isinstance(value, float) else f"{name}: {value}"
+            )
+        summary = {
+            "settings": settings.plain(),
+            "parameters": parameter_count(state.params),
+            "bytes_per_device": sharding.bytes_per_device(state),
+            "data": dataclasses.asdict(run.batches.report),
+            "last_losses": last_losses(settings.out) if report.leads else [],
+            "eval": evaluation,
+            "seconds": earlier + time.monotonic() - begun,
+            "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
+            "jax": jax.__version__,
+        }
+        if report.leads:
+            write_json(settings.out / "summary.json", summary)
+        report.say(
+            f"wrote {settings.out}: metrics.csv, summary.json, checkpoints/, model/ in {summary['seconds']:.0f} s"
+        )
+        return summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the settings stand for, checked against each other; nothing large, and nothing on the disk yet.
+
+    Attributes:
+      model: shapes only.
+      graphdef: its static part.
+      held_out: None when nothing is to be answered.
+    """
+
+    settings: TrainSettings
+    mesh: Mesh
+    model: Dream
+    graphdef: nnx.GraphDef[Dream]
+    tokenizer: Tokenizer
+    max_length: int
+    batches: Batches
+    held_out: Source | None
+    optimizer: optax.GradientTransformation
+    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
+    """Reads the data and makes the step. Whatever can be wrong with the settings shows here, before any weights."""
+    if dict(mesh.shape)["fsdp"] % jax.process_count():
+        raise ValueError(
+            f"mesh {settings.mesh} splits the batch {dict(mesh.shape)['fsdp']} ways, but there are {jax.process_count()} "
+            "processes that read rows of their own: fsdp must be a multiple of their number"
+        )
+    source = open_source(settings.data, "train", settings.seed)
+    held_out = open_source(settings.data, "test", settings.seed) if settings.eval_rows else None
+    check_folder(settings)
+    model = pretrained.describe(settings.model, compute_dtype=_compute_dtype(settings), remat=settings.remat)
+    tokenizer = _tokenizer(settings, model)
+    max_length = settings.max_length or _longest(source, tokenizer)
+    _check_tokenizer(model.config, tokenizer, max_length)
+    graphdef = split_params(model)[0]
+    optimizer = settings.optimizer()
+    transformation = optimizer.make()
+    step_config = StepConfig(
+        global_batch=settings.batch_size,
+        accumulation=settings.accumulation,
+        weight=settings.loss_weight(),
+        focal=Focal() if settings.focal else None,
+        seed=settings.seed,
+    )
+    return _Run(
+        settings=settings,
+        mesh=mesh,
+        model=model,
+        graphdef=graphdef,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        step=make_train_step(graphdef, transformation, optimizer.schedule(), step_config, mesh),
+        batches=make_batches(
+            source,
+            tokenizer,
+            batch_size=settings.batch_size,
+            max_length=max_length,
+            seed=settings.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        held_out=held_out,
+        optimizer=transformation,
+    )
+
+
+def _initial_params(run: _Run) -> ParamTree:
+    return split_params(pretrained.load(run.settings.model, mesh=run.mesh, seed=run.settings.seed))[1]
+
+
+def _first_state(run: _Run, params: ParamTree | None, checkpoints: RunCheckpoints) -> tuple[TrainState, int, float]:
+    """The state to begin with, the steps that are done, and the seconds that these took.
+
+    Without `params` the newest checkpoint is read, and the weights that the run once began with are not.
+    """
+    if params is not None:
+        return init_state(params, run.optimizer, run.mesh, donate=True), 0, 0.0
+    state, meta = checkpoints.restore(abstract_state(split_params(run.model)[1], run.optimizer, run.mesh))
+    run.batches.set_state(meta["data"])
+    return state, int(state.step), float(meta["seconds"])
+
+
+def _steps(
+    run: _Run,
+    state: TrainState,
+    done: int,
+    checkpoints: RunCheckpoints,
+    report: Report,
+    seconds: Callable[[], float],
+) -> TrainState:
+    """Takes the steps that are left, logs each, and saves now and then. Raises Stopped when asked to stop."""
+    settings = run.settings
+    log = MetricsLog(settings.out, done) if report.leads else None
+    flops = FlopCounter(run.model, run.max_length)
+    stop = _StopSignal()
+    with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
+        clock = time.monotonic()
+        for number in range(done + 1, settings.steps + 1):
+            state, metrics = run.step(state, put_batch(next(run.batches), run.mesh))
+            row = {name: float(value) for name, value in metrics.items()}
+            now = time.monotonic()
+            row["tokens_per_second"] = settings.batch_size * run.max_length / (now - clock)
+            mfu = flops.mfu(settings.batch_size * run.max_length, row["num_masked"], now - clock, run.mesh)
+            clock = now
+            if log:
+                log.write(number, row)
+            report.step(number, row, mfu)
+            stopping = stop.requested()
+            if number % settings.save_every == 0 or number == settings.steps or stopping:
+                checkpoints.save(number, state, {"data": run.batches.get_state(), "seconds": seconds()})
+                if log:
+                    log.flush()
+            if stopping:
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped and saved after step {number} of {settings.steps}; the same command goes on from there"
+                )
+    checkpoints.wait()
+    return state
+
+
+def _compute_dtype(settings: TrainSettings) -> str:
+    if settings.compute_dtype != "auto":
+        return settings.compute_dtype
+    return "float32" if settings.model == "nano" or jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    if model.tokenizer_dir is not None:
+        return load_tokenizer(model.tokenizer_dir)
+    if settings.model == "nano":
+        return load_tokenizer("bytes")
+    raise ValueError(f"model {settings.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one")
+
+
+def _check_tokenizer(config: DreamConfig, tokenizer: Tokenizer, max_length: int) -> None:
+    pairs = (
+        ("mask_token_id", config.mask_token_id, tokenizer.mask_id),
+        ("pad_token_id", config.pad_token_id, tokenizer.pad_id),
+    )
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(
+                f"the model has {name}={ours}, but the tokenizer has {theirs}: they do not belong together"
+            )
+    if tokenizer.vocab_limit > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
+    if max_length > config.max_position_embeddings:
+        raise ValueError(f"max_length={max_length} is more than the model's {config.max_position_embeddings=}")
+
+
+def _longest(source: Source, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
+    return min(length_report(source, tokenizer, 2048, limit=1 if source.uniform_length else None).longest, 2048)
+
+
+class _StopSignal:
+    """While active, the first SIGINT or SIGTERM asks the run to stop after its step; a second SIGINT interrupts it."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> _StopSignal:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        # Not through the console: a signal may arrive while it is writing.
+        os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n")
+
+    def requested(self) -> bool:
+        """Whether any process was asked: all of them stop at the same step."""
+        if jax.process_count() == 1:
+            return self._asked
+        return bool(np.any(multihost_utils.process_allgather(np.array(self._asked))))

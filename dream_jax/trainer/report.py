@@ -1,0 +1,137 @@
+"""What a person sees of a run: its settings, a live line, and how near the hardware's limit a step is.
+
+Knows terminals and peak rates. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dream_jax import sharding
+from dream_jax.model import Dream, parameter_count
+from dream_jax.train_step import TrainState
+from dream_jax.trainer.settings import TrainSettings
+
+# Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets; by the start of jax's device_kind.
+PEAK_FLOPS: Mapping[str, float] = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+class FlopCounter:
+    """FLOPs of a step, and their share of the devices' peak."""
+
+    def __init__(self, model: Dream, length: int):
+        config = model.config
+        self._head = 6 * config.hidden_size * config.vocab_size  # only at masked positions
+        matrices = parameter_count(model.layers) * 6
+        attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: counted in full
+        self._token = matrices + attention
+
+    def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
+        """Share of the devices' peak, in [0, 1]; None where the peak is not known."""
+        kind = mesh.devices.flat[0].device_kind
+        peak = next((value for name, value in PEAK_FLOPS.items() if kind.startswith(name)), None)
+        if peak is None:
+            return None
+        return (self._token * tokens + self._head * masked) / seconds / (peak * mesh.devices.size)
+
+
+class Report:
+    """What a person sees: settings, a live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, settings: TrainSettings):
+        self._settings = settings
+        self.leads = jax.process_index() == 0
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not self.leads)
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line, on one process only."""
+        self._console.print(text, markup=False)
+
+    def settings(self, mesh: Mesh) -> None:
+        """Prints every setting and where it came from."""
+        for field in dataclasses.fields(self._settings):
+            value = getattr(self._settings, field.name)
+            origin = "default" if value == field.default else "given"
+            self.say(f"{field.name:>16}: {value}  ({origin})")
+        kind = mesh.devices.flat[0].device_kind
+        self.say(
+            f"{'devices':>16}: {mesh.devices.size} x {kind}, {jax.process_count()} process(es), jax {jax.__version__}"
+        )
+        for warning in self._settings.warnings():
+            self.say(f"warning: {warning}")
+
+    def start(self, state: TrainState, done: int, data: Any, max_length: int, mesh: Mesh) -> None:
+        """Prints what is about to be trained, on what, and where it lies."""
+        self.say(f"data: {data}")
+        rate = self._settings.optimizer().learning_rate
+        self.say(
+            f"peak learning rate {rate:g}, {max_length} tokens a row, {parameter_count(state.params):,} parameters"
+        )
+        for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state)):
+            sizes = sharding.bytes_per_device(tree)
+            whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
+        if done:
+            self.say(f"going on after step {done}")
+        self._done, self._begun, self._done_then = done, time.monotonic(), done
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Shows a live line while the block runs, if there is a terminal."""
+        if not (self.leads and self._console.is_terminal):
+            yield
+            return
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._console) as self._progress:
+            self._task = self._progress.add_task("compiling", total=self._settings.steps, completed=self._done)
+            yield
+
+    def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
+        """Shows one step: in the live line, or as a line of its own every so often."""
+        # The first step compiles; the rate is taken from the second on.
+        if number == self._done_then + 1:
+            self._begun, self._done = time.monotonic(), number
+        steps = number - self._done
+        left = (self._settings.steps - number) * (time.monotonic() - self._begun) / steps if steps else math.nan
+        last = number in (self._done_then + 1, self._settings.steps)
+        if self._progress is None and not last and number % self._settings.log_every:
+            return
+        text = (
+            f"step {number}/{self._settings.steps}  loss {row['loss']:.4f}  masked acc {row['masked_accuracy']:.3f}  "
+            f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{'' if mfu is None else f'MFU {mfu:.1%}  '}ETA {'-' if math.isnan(left) else _clock(left)}"
+        )
+        if self._progress is None:
+            self.say(text)
+            sys.stdout.flush()
+        else:
+            self._progress.update(self._task, completed=number, description=text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,101 @@
+"""How good a model is on rows it has not seen: by sampling answers, and by their likelihood.
+
+Knows rows, the sampler and the objective. Knows nothing of the loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dream_jax.data import Source, encode_row
+from dream_jax.model import Dream
+from dream_jax.objective import UniformWeight, masked_diffusion_loss
+from dream_jax.sampler import SamplerConfig, generate
+from dream_jax.tokenizer import Tokenizer
+from dream_jax.trainer.settings import TrainSettings
+
+
+def evaluate(
+    model: Dream, tokenizer: Tokenizer, held_out: Source, settings: TrainSettings, max_length: int, mesh: Mesh
+) -> dict[str, Any]:
+    """Answers held-out rows by sampling (temperature 0, entropy order, a token a step), and measures their likelihood.
+
+    Returns:
+      `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows`, `forwards` (of one batch
+      of answers), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
+    """
+    rows = [held_out[index] for index in range(min(settings.eval_rows, len(held_out)))]
+    encoded = [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length)) is not None]
+    if not encoded:
+        return {"rows": 0, "too_long": len(rows)}
+    room = max(one.length - one.prompt_length for _, one in encoded)
+    config = SamplerConfig(
+        max_new_tokens=room,
+        steps=room,
+        alg="entropy",
+        vocab_limit=tokenizer.vocab_limit,
+        forbidden_tokens=(tokenizer.mask_id,),
+    )
+    correct, forwards, width = 0, 0, max(one.prompt_length for _, one in encoded)
+    size = max(settings.batch_size, 1)
+    for start in range(0, len(encoded), size):
+        part = encoded[start : start + size]
+        prompts = np.full((size, width), tokenizer.pad_id, np.int32)
+        mask = np.zeros((size, width), bool)
+        mask[len(part) :, -1] = True  # rows that only fill the batch
+        for line, (_, one) in enumerate(part):
+            prompts[line, width - one.prompt_length :] = one.tokens[: one.prompt_length]
+            mask[line, width - one.prompt_length :] = True
+        out = generate(model, prompts, config, prompt_mask=mask)
+        forwards = max(forwards, int(out.forwards))
+        answers = np.asarray(out.tokens)[:, width:]
+        correct += sum(
+            answer_text(tokenizer, answers[line]).strip() == row.response.strip() for line, (row, _) in enumerate(part)
+        )
+    tokens = np.stack([one.tokens for _, one in encoded])
+    maskable = np.stack([one.maskable for _, one in encoded])
+    return {
+        "exact_accuracy": correct / len(encoded),
+        "rows": len(encoded),
+        "too_long": len(rows) - len(encoded),
+        "forwards": forwards,
+        "nll": _grid_nll(model, tokens, maskable, size, mesh),
+    }
+
+
+def answer_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The text of an answer: up to the first end-of-text token, special tokens left out."""
+    ids = [int(token) for token in tokens]
+    if tokenizer.eos_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_id)]
+    return tokenizer.decode(ids, skip_special=True)
+
+
+def _grid_nll(model: Dream, tokens: np.ndarray, maskable: np.ndarray, size: int, mesh: Mesh) -> float:
+    """Mean cross entropy at masked positions over t = 1/16, 3/16, ..., 15/16, each with masks of its own."""
+
+    @jax.jit
+    def sums(model: Dream, tokens: jax.Array, masked: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, aux = masked_diffusion_loss(model, tokens, masked, t, UniformWeight())
+        return jnp.sum(aux["token_nll"]), aux["num_masked"]
+
+    size = min(size, len(tokens))
+    # Rows that only fill the last batch: nothing of them is masked, so nothing of them counts.
+    filling = ((0, -len(tokens) % size), (0, 0))
+    tokens, maskable = np.pad(tokens, filling), np.pad(maskable, filling)
+    total, count = 0.0, 0.0
+    generator = np.random.default_rng(0)  # the same masks for every model
+    for level in (np.arange(8) + 0.5) / 8:
+        masked = maskable & (generator.random(maskable.shape) < level)
+        for start in range(0, len(tokens), size):
+            part = slice(start, start + size)
+            t = np.full(size, level, np.float32)
+            with jax.set_mesh(mesh):
+                nll, number = sums(model, tokens[part], masked[part], t)
+            total, count = total + float(nll), count + float(number)
+    return total / max(count, 1.0)

@@ -1,0 +1,167 @@
+"""What a training run is: every setting with its default, its check and its warning.
+
+Knows the objective's and the optimizer's settings. Knows nothing of files, devices or clocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+from dream_jax import sharding
+from dream_jax.config import PRESETS
+from dream_jax.model import Remat
+from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
+from dream_jax.train_step import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Masked-diffusion fine-tuning, or training from scratch, of a Dream model."""
+
+    mesh: str = "1x1"
+    """devices, fsdp x tensor, such as 8x1; on a CPU that has too few, they are made"""
+    model: str = "nano"
+    """a Hugging Face or converted directory, a hub id, or a preset (nano, small, dream-0.5b, dream-7b: random weights)"""
+    tokenizer: str | None = None
+    """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
+    data: str = "sudoku"
+    """sudoku, gsm8k, a .jsonl file, or a directory with train.jsonl and test.jsonl"""
+    out: pathlib.Path = pathlib.Path("runs/train")
+    """the run's folder; an unfinished run in it goes on"""
+    overwrite: bool = False
+    """throw away the run that is in the folder"""
+    steps: int = 600
+    """optimizer steps"""
+    batch_size: int = 64
+    """rows a step, over all devices and processes"""
+    accumulation: int = 1
+    """parts that each batch is computed in, to save memory; changes no result, up to rounding"""
+    max_length: int | None = None
+    """tokens a row, padded on the right; longer rows are dropped and counted. By default the longest row, up to 2048"""
+    learning_rate: float | None = None
+    """peak; by default 1.5e-3 for random weights and 5e-6, of the published recipe, for a checkpoint"""
+    warmup_share: float = 0.1
+    """of the steps, before the cosine decay to zero"""
+    weight_decay: float = 0.01
+    """of matrices; norms and biases have none"""
+    b1: float = 0.9
+    """Adam's first-moment decay"""
+    b2: float = 0.95
+    """Adam's second-moment decay"""
+    clip_norm: float = 1.0
+    """largest global gradient norm; 0 switches clipping off"""
+    weight: Literal["cart", "inverse-time", "linear", "uniform"] = "cart"
+    """of the loss at each masked position"""
+    cart_p: float = 0.1
+    """reach of the cart weight: larger looks less far"""
+    focal: bool = False
+    """focal term (alpha 0.25, gamma 2): easy positions count less"""
+    remat: Remat = "none"
+    """what the backward pass recomputes, to save memory"""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on GPU and TPU, float32 on a CPU and for nano. Master weights are always float32"""
+    seed: int = 0
+    """of random weights, data order, times and masks"""
+    save_every: int = 200
+    """steps between checkpoints"""
+    keep: int = 3
+    """checkpoints kept"""
+    log_every: int = 20
+    """steps between lines where the output is no terminal"""
+    eval_rows: int = 200
+    """held-out rows to answer by sampling at the end; 0 for none"""
+    coordinator: str | None = None
+    """host:port of process 0, to join several processes into one run"""
+    num_processes: int = 1
+    """how many processes the run has"""
+    process_id: int = 0
+    """which of them this is"""
+
+    def __post_init__(self) -> None:
+        sharding.parse_mesh_shape(self.mesh)
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "save_every",
+            "keep",
+            "log_every",
+            "num_processes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_rows < 0:
+            raise ValueError(f"eval_rows={self.eval_rows} must not be negative")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and an answer")
+        if self.num_processes > 1 and self.coordinator is None:
+            raise ValueError(f"num_processes={self.num_processes} needs --coordinator host:port")
+        self.loss_weight()
+        self.optimizer()
+
+    def loss_weight(self) -> LossWeight:
+        """The weight that the settings name."""
+        if self.weight == "cart":
+            return CartWeight(self.cart_p)
+        return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
+
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer that the settings describe."""
+        rate = self.learning_rate
+        return OptimizerConfig(
+            learning_rate=(1.5e-3 if self.starts_at_random else 5e-6) if rate is None else rate,
+            total_steps=self.steps,
+            warmup_share=self.warmup_share,
+            b1=self.b1,
+            b2=self.b2,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm or None,
+        )
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether the model is a preset; a directory of that name is preferred, as in `load`."""
+        return self.model in PRESETS and not pathlib.Path(self.model).is_dir()
+
+    def warnings(self) -> list[str]:
+        """What a careful colleague would say about these settings."""
+        found = []
+        if self.weight == "inverse-time":
+            found.append(
+                "--weight inverse-time with the masked-count denominator acts like 1/t^2: steps with a small t dominate"
+            )
+        if not self.starts_at_random and self.optimizer().learning_rate > 1e-4:
+            found.append(
+                f"learning rate {self.optimizer().learning_rate:g} is far above the 2e-6 to 5e-6 of the published recipe"
+            )
+        if self.starts_at_random and self.model != "nano":
+            found.append(
+                f"preset {self.model!r} starts from random weights; name a directory to start from a checkpoint"
+            )
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return {
+            name: str(value) if isinstance(value, pathlib.Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+# Settings that may change between the parts of one run: they change what is computed by rounding at most.
+FREE = {
+    "mesh",
+    "out",
+    "overwrite",
+    "save_every",
+    "keep",
+    "log_every",
+    "coordinator",
+    "num_processes",
+    "process_id",
+}
+FREE |= {"accumulation", "remat", "eval_rows"}
