@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# A worker that dies ends the run: its replacement has been seen to wait for ever.
+PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 0
 DEMO := runs/demo
 
 # A puzzle as the nano model learns them: 0 is an empty cell, the last line ends with a newline. Its

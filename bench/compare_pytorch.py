@@ -222,7 +222,7 @@ def make_jax_training(sides: Sides, settings: Settings, tokens_BT: np.ndarray, n
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     def noise(index: int) -> tuple[np.ndarray, np.ndarray]:
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        key = train_step.noise_key(config.seed, index)
         t_B, masked_BT = objective.draw_noise(key, row_B, maskable_BT, len(tokens_BT))
         return np.array(masked_BT), np.array(t_B)
 

@@ -237,7 +237,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens_BT, maskable_BT, row_B = batch["tokens"], batch["maskable"], batch["row"]
         with jax.named_scope("noise"):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _NOISE), state.step)
+            key = noise_key(config.seed, state.step)
             t_B, masked_BT = draw_noise(key, row_B, maskable_BT, config.global_batch)
             masked_BT = sharding.constrain(masked_BT, "batch", None)
             # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
@@ -301,6 +301,11 @@ def make_train_step(
             return jitted(state, batch)
 
     return run
+
+
+def noise_key(seed: int, step: int | jax.Array) -> jax.Array:
+    """The key that the times and masks of one step (from 0) are drawn from, for `objective.draw_noise`."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), step)
 
 
 def _split_rows(parts: int) -> Callable[[jax.Array], jax.Array]:

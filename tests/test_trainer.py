@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import dream_jax
+from dream_jax import pretrained
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import TrainSettings, answer_text, train
 
@@ -152,10 +154,24 @@ def test_settings_that_cannot_be(tmp_path, change, message):
         ({"model": "no/such/place/here"}, "no/such/place/here"),
     ],
 )
-def test_refusals_leave_no_folder(tmp_path, change, message):
+def test_refusals_leave_no_folder_and_read_no_weights(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: pytest.fail("weights were read before the refusal"))
     with pytest.raises((ValueError, OSError), match=message):
         train(settings(tmp_path / "x", **change))
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_cannot_be_read_cost_no_earlier_run(finished, tmp_path):
+    """--overwrite throws the old run away only when the new one can begin."""
+    out, weights = tmp_path / "out", tmp_path / "weights"
+    shutil.copytree(finished[0], out)
+    shutil.copytree(finished[0] / "model", weights)
+    largest = max((weights / "weights").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="convert the source again"):
+        train(settings(out, overwrite=True, model=str(weights)))
+    assert (out / "summary.json").read_bytes() == (finished[0] / "summary.json").read_bytes()
+    assert losses(out) == losses(finished[0])
 
 
 def test_unwise_settings_are_named():
