@@ -110,6 +110,8 @@ class DreamConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name}={value!r} is outside the vocabulary, 0..{self.vocab_size - 1}")
+        if self.mask_token_id == self.pad_token_id:
+            raise ValueError(f"{self.mask_token_id=} is the padding token too: padding would be a gap to fill in")
 
     @property
     def head_dim(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
@@ -24,7 +25,7 @@ from dream_jax import masks
 from dream_jax.attention import Backend, attention
 from dream_jax.config import DreamConfig
 from dream_jax.shapes import Array, ParamTree
-from dream_jax.sharding import constrain
+from dream_jax.sharding import constrain, mesh_context
 
 Remat = Literal["none", "dots", "full"]
 
@@ -243,10 +244,15 @@ class Dream(nnx.Module):
 
         Returns:
           float32 logits [B, T, V], not shifted: those at i predict token i + 1.
+
+        Raises:
+          ValueError: shapes that do not fit, or ids outside the vocabulary (which only a trace can hide).
         """
+        check_ids(tokens_BT, self.config.vocab_size)
         tokens_BT = jnp.asarray(tokens_BT)
         mask, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, positions)
-        return _logits(self, tokens_BT, mask, positions_BT)
+        with mesh_context(self):
+            return _logits(self, tokens_BT, mask, positions_BT)
 
     def hidden(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
@@ -284,7 +290,22 @@ class Dream(nnx.Module):
 
 @jax.jit
 def _logits(model: Dream, tokens_BT: jax.Array, mask: masks.Mask, positions_BT: jax.Array) -> jax.Array:
-    return model.unembed(model.hidden(tokens_BT, mask, positions_BT))
+    tokens_BT = constrain(tokens_BT, "batch", "tokens")
+    return constrain(model.unembed(model.hidden(tokens_BT, mask, positions_BT)), "batch", "tokens", "vocab")
+
+
+def check_ids(tokens: Any, vocab_size: int) -> None:
+    """Raises ValueError for ids outside the vocabulary: a lookup would silently take another row of the table.
+
+    Looks at nothing under a trace, nor at arrays that lie partly on other hosts.
+    """
+    if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
+        return
+    ids = np.asarray(tokens)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers, got {ids.dtype} {ids.shape}")
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(f"token ids span {ids.min()}..{ids.max()}, outside the vocabulary 0..{vocab_size - 1}")
 
 
 def mask_and_positions(

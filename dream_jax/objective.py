@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import sharding
-from dream_jax.model import Dream, mask_and_positions
+from dream_jax.masks import Mask
+from dream_jax.model import Dream, check_ids, mask_and_positions
 from dream_jax.shapes import Array
 
 # Elements of the [rows, V] block of logits that is formed at once on each device (256 MiB of float32).
@@ -26,7 +27,7 @@ _LOGIT_ELEMENTS = 1 << 26
 
 
 class LossWeight(abc.ABC):
-    """How much the cross entropy of each masked position counts."""
+    """How much the cross entropy of each masked position counts. Subclasses are hashable (frozen dataclasses)."""
 
     @abc.abstractmethod
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
@@ -86,7 +87,7 @@ class CartWeight(LossWeight):
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
         """Weights of every position, by its visible neighbours."""
-        visible_BT = (~jnp.asarray(masked_BT)).astype(jnp.float32)
+        visible_BT = (~jnp.asarray(masked_BT).astype(bool)).astype(jnp.float32)
         decay = 1.0 - self.geometric_p
         before_BT = _decayed_sum(visible_BT, decay)
         after_BT = jnp.flip(_decayed_sum(jnp.flip(visible_BT, axis=1), decay), axis=1)
@@ -169,8 +170,13 @@ def masked_diffusion_loss(
 
     Returns:
       The loss (float32), and a dict: `num_masked` (float32), `num_correct` (masked positions whose most probable token
-      is right), `nll` (unweighted mean cross entropy at masked positions, nats), `token_nll` ([B, T], 0 elsewhere).
+      is right), `nll` (unweighted mean cross entropy at masked positions, nats), `token_nll` ([B, T], 0 elsewhere). The
+      dict is for reporting: only the loss has a gradient, in the parameters; another weighting is a LossWeight.
+
+    Raises:
+      ValueError: shapes that do not fit, or ids outside the vocabulary (which only a trace can hide).
     """
+    check_ids(tokens_BT, model.config.vocab_size)
     tokens_BT, masked_BT = jnp.asarray(tokens_BT), jnp.asarray(masked_BT).astype(bool)
     if masked_BT.shape != tokens_BT.shape:
         raise ValueError(f"masked has shape {masked_BT.shape}, but the tokens have {tokens_BT.shape}")
@@ -178,7 +184,26 @@ def masked_diffusion_loss(
     if t_B.shape != tokens_BT.shape[:1]:
         raise ValueError(f"t has shape {t_B.shape}, expected one time a row, {tokens_BT.shape[:1]}")
     mask, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
-    noisy_BT = jnp.where(masked_BT, model.config.mask_token_id, tokens_BT)
+    with sharding.mesh_context(model):
+        return _loss(model, tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, weight=weight, focal=focal)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("weight", "focal")
+)  # else every call from outside a jit would compile anew
+def _loss(
+    model: Dream,
+    tokens_BT: jax.Array,
+    masked_BT: jax.Array,
+    t_B: jax.Array,
+    mask: Mask,
+    positions_BT: jax.Array,
+    normalizer: jax.Array | None,
+    *,
+    weight: LossWeight,
+    focal: Focal | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    noisy_BT = sharding.constrain(jnp.where(masked_BT, model.config.mask_token_id, tokens_BT), "batch", "tokens")
     hidden_BTD = model.hidden(noisy_BT, mask, positions_BT)
     with jax.named_scope("loss"):
         weight_BT = jnp.where(masked_BT, weight(masked_BT, t_B), 0.0)
@@ -186,6 +211,7 @@ def masked_diffusion_loss(
         total, token_nll_BT, correct_BT = _masked_cross_entropy(
             focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
         )
+        token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
         num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
         # A batch with no masked position has no loss, rather than 0 / 0.
         denominator = jnp.maximum(num_masked if normalizer is None else normalizer, 1).astype(jnp.float32)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -59,9 +60,11 @@ class SamplerConfig:
     alg_temp: float | None = None
     eps: float = 1e-3
     vocab_limit: int | None = None
-    forbidden_tokens: tuple[int, ...] = ()
+    forbidden_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        # Any sequence will do; as a tuple the config can be a key of compiled programs.
+        object.__setattr__(self, "forbidden_tokens", tuple(int(token) for token in self.forbidden_tokens))
         if self.max_new_tokens < 0:
             raise ValueError(f"{self.max_new_tokens=} must not be negative")
         if self.alg not in get_args(decoding.Alg):
@@ -90,8 +93,8 @@ class Sample:
     """What `generate` returns.
 
     Attributes:
-      tokens: int32 [B, P + N], prompt and answer.
-      commit_step: int32 [B, P + N], the step that wrote each position; -1 where the prompt already had a token.
+      tokens: int32 [B, P + N], the prompt as it was given (padding too) and the answer.
+      commit_step: int32 [B, P + N], the step that last wrote each position; -1 where the prompt already had a token.
       forwards: forward passes used (an int32 scalar).
       mask_token_id: what an unwritten position holds.
     """
@@ -125,7 +128,8 @@ def generate(
       prompt_BP: token ids; rows of different lengths are padded on the left.
       config: see SamplerConfig.
       key: a `jax.random.key`, or one key a row ([B]); required when anything is random. Row b of a single key uses
-        `fold_in(key, b)`: what a row becomes does not depend on the other rows.
+        `fold_in(key, b)`: what a row becomes does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
+        will do.
       prompt_mask: nonzero at real tokens, zero at left padding; None when there is no padding.
       on_step: called with (step, canvas [B, P + N]) after every step that wrote something. For watching: each call
         brings the canvas to the host.
@@ -136,7 +140,7 @@ def generate(
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
     valid = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
-    _check(model, prompt, valid, config, key)
+    _check(model, prompt, valid, config)
     rows, length = prompt.shape
 
     padding = bucket_length(length) - length
@@ -148,27 +152,31 @@ def generate(
     visible[:, :padding] = False
     visible[:, padding : padding + length] = valid
     canvas[~visible] = model.config.pad_token_id
+    given = np.pad(np.where(valid, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
     most_masked = int(np.max(np.sum(canvas == model.config.mask_token_id, axis=1)))
     if most_masked == 0:
-        whole = jnp.asarray(canvas[:, padding:])
-        return Sample(whole, jnp.full(whole.shape, -1, jnp.int32), jnp.int32(0), model.config.mask_token_id)
+        tokens = jnp.asarray(np.where(visible, canvas, 0)[:, padding:] + given)
+        return Sample(tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.int32(0), model.config.mask_token_id)
+    if config.is_random and key is None:
+        raise ValueError(
+            f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
+        )
 
-    mesh = sharding.mesh_of(model)
-    context: Any = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-    with context, _listening(on_step, padding):
+    with sharding.mesh_context(model), _listening(on_step, padding) as listener:
         state = _denoise(
             model,
             canvas,
             visible,
             _row_keys(key, rows),
+            listener,
             config=config,
             capacity=min(bucket_length(most_masked), total),
-            watched=on_step is not None,
         )
         if on_step is not None:
             jax.effects_barrier()
     return Sample(
-        tokens=state.canvas_BT[:, padding:],
+        # What stood in the padding was never looked at, but it is the caller's.
+        tokens=jnp.where(visible[:, padding:], state.canvas_BT[:, padding:], given),
         commit_step=state.commit_step_BT[:, padding:],
         forwards=state.forwards,
         mask_token_id=model.config.mask_token_id,
@@ -187,7 +195,7 @@ def bucket_length(length: int) -> int:
     return power
 
 
-def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig, key: jax.Array | None) -> None:
+def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig) -> None:
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
     if prompt.shape[0] == 0:
@@ -202,11 +210,7 @@ def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerC
     real = prompt[valid]
     if real.size and (real.min() < 0 or real.max() >= model.config.vocab_size):
         raise ValueError(f"prompt ids span {real.min()}..{real.max()}, outside 0..{model.config.vocab_size - 1}")
-    if config.is_random and key is None:
-        raise ValueError(
-            f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
-        )
-    total = prompt.shape[1] + config.max_new_tokens
+    total = int(valid.sum(axis=1).max()) + config.max_new_tokens
     if total > model.config.max_position_embeddings:
         raise ValueError(
             f"prompt and max_new_tokens make {total} tokens, more than {model.config.max_position_embeddings=}"
@@ -216,6 +220,8 @@ def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerC
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
     if key is None:
         key = jax.random.key(0)  # never read: nothing is random
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"{key=} is no random key; pass jax.random.key({key if isinstance(key, int) else 0})")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 1:
@@ -232,24 +238,23 @@ class _State(NamedTuple):
     forwards: Int[jax.Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "watched"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _denoise(
     model: Dream,
     canvas_BT: Int[jax.Array, "B T"],
     visible_BT: Bool[jax.Array, "B T"],
     keys_B: jax.Array,
+    listener: Any,
     *,
     config: SamplerConfig,
     capacity: int,
-    watched: bool,
 ) -> _State:
     """The driver: steps until nothing is masked. `capacity` bounds the masked positions of any row."""
     canvas_BT = sharding.constrain(canvas_BT, "batch", None)
-    # -1: given, known before the first step. Masked positions hold `steps` until a step writes them.
     state = _State(
         step=jnp.int32(0),
         canvas_BT=canvas_BT,
-        commit_step_BT=jnp.where(canvas_BT == model.config.mask_token_id, config.steps, -1).astype(jnp.int32),
+        commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),  # the last step writes all that is left
         forwards=jnp.int32(0),
     )
     step = functools.partial(
@@ -258,9 +263,9 @@ def _denoise(
         visible_BT,
         padded_positions(visible_BT),
         keys_B,
+        listener,
         config=config,
         capacity=capacity,
-        watched=watched,
     )
     state = jax.lax.while_loop(
         lambda state: (state.step < config.steps) & jnp.any(state.canvas_BT == model.config.mask_token_id),
@@ -276,11 +281,11 @@ def _step(
     visible_BT: Bool[jax.Array, "B T"],
     positions_BT: Int[jax.Array, "B T"],
     keys_B: jax.Array,
+    listener: Any,
     state: _State,
     *,
     config: SamplerConfig,
     capacity: int,
-    watched: bool,
 ) -> _State:
     """Advances to the next step that may write something, and takes it."""
     masked_BT = state.canvas_BT == model.config.mask_token_id
@@ -303,7 +308,7 @@ def _step(
         draws = functools.partial(_draws, keys_B, step, positions_BT)
         write_BM = None
 
-    def forward(canvas_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def forward(canvas_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden_BTD = model.hidden(canvas_BT, masks.KeyPadding(visible_BT), positions_BT)
         # The right shift: position i is predicted by the hidden state at i - 1, a text's first position by its own,
         # never by the padding before it.
@@ -324,24 +329,28 @@ def _step(
         now_BM = _at(canvas_BT, place_BM)
         rows_B1 = jnp.arange(canvas_BT.shape[0])[:, None]
         canvas_BT = canvas_BT.at[rows_B1, place_BM].set(jnp.where(chosen_BM, token_BM, now_BM))
-        return sharding.constrain(canvas_BT, "batch", None), jnp.int32(1)
+        # Counted as written even where the model chose the mask token itself: a later step then writes there again.
+        commit_step_BT = state.commit_step_BT.at[rows_B1, place_BM].max(jnp.where(chosen_BM, step, -1))
+        if listener is not None:
+            mesh = jax.sharding.get_abstract_mesh()
+            # The library orders callbacks on one device only; on several, a fast step may overtake a slow listener.
+            jax.debug.callback(_notify, listener, step, canvas_BT, ordered=mesh.empty or mesh.size == 1)
+        return sharding.constrain(canvas_BT, "batch", None), commit_step_BT, jnp.int32(1)
 
     if write_BM is not None:
         # At random, a step may choose nothing: then it costs nothing.
-        canvas_BT, used = jax.lax.cond(
-            jnp.any(write_BM), forward, lambda canvas_BT: (canvas_BT, jnp.int32(0)), state.canvas_BT
+        canvas_BT, commit_step_BT, used = jax.lax.cond(
+            jnp.any(write_BM),
+            forward,
+            lambda canvas_BT: (canvas_BT, state.commit_step_BT, jnp.int32(0)),
+            state.canvas_BT,
         )
     else:
-        canvas_BT, used = forward(state.canvas_BT)
-    written_BT = masked_BT & (canvas_BT != model.config.mask_token_id)
-    if watched:
-        mesh = jax.sharding.get_abstract_mesh()
-        # The library orders callbacks on one device only; on several, a fast step may overtake a slow listener.
-        jax.debug.callback(_notify, step, canvas_BT, ordered=mesh.empty or mesh.size == 1)
+        canvas_BT, commit_step_BT, used = forward(state.canvas_BT)
     return _State(
         step=step + 1,
         canvas_BT=canvas_BT,
-        commit_step_BT=jnp.where(written_BT, step, state.commit_step_BT),
+        commit_step_BT=commit_step_BT,
         forwards=state.forwards + used,
     )
 
@@ -417,22 +426,25 @@ def _at(x_BT: jax.Array, place_BM: Int[jax.Array, "B M"]) -> jax.Array:
     return jnp.take_along_axis(x_BT, place_BM, axis=1)
 
 
-# The compiled loop is shared by all callers, so the callback inside it finds its listener here.
-_listeners: list[tuple[Callable[[int, np.ndarray], None], int]] = []
+# The compiled loop is shared by all callers, so what goes into it is the number of a listener, which is found here.
+_listeners: dict[int, tuple[Callable[[int, np.ndarray], None], int]] = {}
+_numbers = itertools.count()
 
 
-def _notify(step: Any, canvas_BT: Any) -> None:
-    for listener, padding in _listeners[-1:]:
-        listener(int(step), np.asarray(canvas_BT)[:, padding:])
+def _notify(number: Any, step: Any, canvas_BT: Any) -> None:
+    listener, padding = _listeners[int(number)]
+    listener(int(step), np.asarray(canvas_BT)[:, padding:])
 
 
 @contextlib.contextmanager
-def _listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -> Iterator[None]:
+def _listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -> Iterator[np.int32 | None]:
+    """Gives the number under which a listener is known while the block runs."""
     if on_step is None:
-        yield
+        yield None
         return
-    _listeners.append((on_step, padding))
+    number = next(_numbers) % 2**31
+    _listeners[number] = (on_step, padding)
     try:
-        yield
+        yield np.int32(number)
     finally:
-        _listeners.pop()
+        del _listeners[number]

@@ -77,13 +77,14 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
     """The device mesh of a shape such as "8x1" (fsdp x tensor), over all processes.
 
     On a CPU backend that is not yet initialised, as many devices as needed are made, so that the same command runs
-    anywhere. A Mesh is returned as it is.
+    anywhere. Of a Mesh that the caller has made, the axes must be `MESH_AXES`, or the first of them; it is taken over
+    with automatic axis types, which is what all code here is written for.
 
     Raises:
-      ValueError: fewer devices than the mesh needs, with what to do.
+      ValueError: fewer devices than the mesh needs, or a Mesh with other axes, with what to do.
     """
     if isinstance(shape, Mesh):
-        return shape
+        return _adopt(shape)
     sizes = parse_mesh_shape(shape if isinstance(shape, str) else "x".join(map(str, shape)))
     needed = math.prod(sizes)
     if not jax.distributed.is_initialized():  # else `join_processes` has done it
@@ -105,6 +106,17 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
         # Lets the library lay neighbours of the mesh on neighbours of the torus.
         return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _adopt(mesh: Mesh) -> Mesh:
+    if mesh.axis_names != MESH_AXES[: len(mesh.axis_names)] or len(mesh.axis_names) < 2:
+        raise ValueError(
+            f"a mesh with the axes {mesh.axis_names} was given, but parameters are placed along {MESH_AXES}; "
+            'name its axes so (the last may be left out), or pass a text such as "8x1"'
+        )
+    devices = mesh.devices.reshape((*mesh.devices.shape, 1)[:3])
+    parse_mesh_shape("x".join(map(str, devices.shape)))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def provide_cpu_devices(count: int) -> None:
@@ -213,6 +225,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
 
 
+def mesh_context(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the mesh that the arrays of a tree lie on is the current one, unless there is one already.
+
+    Does nothing under a trace: whoever compiles a function around the model sets the mesh.
+    """
+    mesh = mesh_of(tree) if jax.sharding.get_abstract_mesh().empty else None
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def batch_shards() -> int:
     """Over how many groups of devices the current mesh splits a batch (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -220,9 +241,9 @@ def batch_shards() -> int:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a tree were placed on, or None for plain arrays."""
+    """The mesh that the arrays of a tree were placed on, or None for plain arrays and under a trace."""
     for leaf in jax.tree.leaves(tree):
-        placed = getattr(leaf, "sharding", None)
+        placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
             return placed.mesh
     return None

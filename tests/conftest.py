@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported. A test session on an accelerator says so: JAX_PLATFORMS=cuda make test.
@@ -9,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once, with a clear message
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -35,6 +37,14 @@ def pytest_report_header() -> str:
 
 
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users run: only the project's own checks refuse, not those of the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

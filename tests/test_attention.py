@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
 
 from dream_jax import attention as room
 from dream_jax import masks
@@ -74,7 +73,6 @@ def test_row_of_padding_stays_finite():
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
 
-@jax.numpy_dtype_promotion("standard")  # jax's own attention mixes bfloat16 and float32
 def test_scores_and_softmax_are_float32_under_bfloat16():
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs(2, 64, 64, 4, 2))
     out = attention(q, k, v, masks.Bidirectional())
@@ -84,11 +82,13 @@ def test_scores_and_softmax_are_float32_under_bfloat16():
     np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-7, atol=0.02)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_backend_raises():
-    with pytest.raises((ValueError, TypeCheckError), match="flash3"):
+    with pytest.raises(ValueError, match="flash3"):
         room.attention(*inputs(1, 2, 2, 2, 2), masks.Bidirectional(), "flash3")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_heads_that_do_not_fit_raise():
-    with pytest.raises((ValueError, TypeCheckError)):
-        attention(*inputs(1, 4, 4, 4, 3), masks.Bidirectional())
+    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key/value heads"):
+        room.attention(*inputs(1, 4, 4, 4, 3), masks.Bidirectional())

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_numbers import CHECKPOINTS, arrays, model
-from jaxtyping import TypeCheckError
 
-from dream_jax import masks
+from dream_jax import masks, sharding
 from dream_jax.config import PRESETS
 from dream_jax.model import (
     Dream,
@@ -27,7 +26,6 @@ from dream_jax.model import (
     split_params,
 )
 
-REFUSALS = (ValueError, TypeCheckError)
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
 TIED = dataclasses.replace(SMALL, tie_word_embeddings=True)
 
@@ -142,7 +140,6 @@ def test_rotary_embedding(dtype):
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=0, atol=tolerance)
 
 
-@jax.numpy_dtype_promotion("standard")  # jax's own attention mixes bfloat16 and float32
 def test_positions_stay_exact_under_bfloat16():
     """bfloat16 has no 257: rounded positions would make these two calls the same."""
     exact = make(SMALL)
@@ -239,7 +236,6 @@ def test_tied_embeddings():
     np.testing.assert_allclose(dream(text), untied(text), rtol=0, atol=1e-5)
 
 
-@jax.numpy_dtype_promotion("standard")  # jax's own attention mixes bfloat16 and float32
 def test_bfloat16_compute_is_near():
     dream = make()
     near = remade(dream, compute_dtype=jnp.bfloat16)
@@ -251,7 +247,6 @@ def test_bfloat16_compute_is_near():
     assert 1e-4 < error < 0.02  # something was rounded, and not much
 
 
-@jax.numpy_dtype_promotion("standard")  # jax's own attention mixes bfloat16 and float32
 def test_compute_dtype_is_that_of_the_parameters():
     dream = jax.jit(lambda: Dream(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))()
     assert dream.compute_dtype == jnp.bfloat16
@@ -320,6 +315,7 @@ def test_compile_time_does_not_grow_with_depth():
 # Refusals
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -332,12 +328,29 @@ def test_compile_time_does_not_grow_with_depth():
     ],
 )
 def test_shapes_that_do_not_fit_raise(arguments, message):
-    with pytest.raises((*REFUSALS, TypeError)) as error:
+    with pytest.raises(ValueError, match=message):
         make()(*arguments)
-    if not isinstance(error.value, TypeCheckError):
-        error.match(message)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_remat_raises():
-    with pytest.raises(REFUSALS, match="everything"):
+    with pytest.raises(ValueError, match="everything"):
         Dream(SMALL, rngs=nnx.Rngs(0), remat="everything")
+
+
+@pytest.mark.parametrize("ids", [[[3, SMALL.vocab_size]], [[-1, 3]]])
+def test_ids_outside_the_vocabulary_raise(ids):
+    for tokens in (np.array(ids), jnp.array(ids)):
+        with pytest.raises(ValueError, match=f"outside the vocabulary 0..{SMALL.vocab_size - 1}"):
+            make()(tokens)
+
+
+def test_logits_lie_on_the_mesh_of_the_model():
+    """Not whole on every device: at 7B and a long batch that would be gigabytes on each."""
+    graphdef, params = split_params(make())
+    mesh = sharding.make_mesh("4x2")
+    spread = merge_params(graphdef, jax.device_put(params, sharding.parameter_shardings(params, mesh)))
+    logits = spread(tokens(batch=4))
+    np.testing.assert_allclose(logits, make()(tokens(batch=4)), atol=1e-5)
+    batch, length, vocab = logits.shape
+    assert logits.sharding.shard_shape(logits.shape) == (batch // 4, length, vocab // 2)

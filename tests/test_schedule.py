@@ -1,5 +1,7 @@
 """The clock: how many tokens each step writes."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,11 @@ from dream_jax import schedule
 
 
 def published_timesteps(steps, eps):
-    """float32 `linspace(1, eps, steps + 1)` as torch computes it: from the nearer end, one rounding an operation."""
-    f32 = np.float32
-    step = f32(f32(f32(eps) - f32(1)) / f32(steps))
-    half = (steps + 1) // 2
-    return [
-        f32(f32(1) + f32(step * f32(i))) if i < half else f32(f32(eps) - f32(step * f32(steps - i)))
-        for i in range(steps + 1)
-    ]
+    """float32 `linspace(1, eps, steps + 1)` as torch computes it: from the nearer end, product and sum rounded at once."""
+    step = Fraction(float(np.float32(np.float32(np.float32(eps) - np.float32(1)) / np.float32(steps))))
+    half, end = (steps + 1) // 2, Fraction(float(np.float32(eps)))
+    exact = [1 + step * i if i < half else end - step * (steps - i) for i in range(steps + 1)]
+    return [np.float32(float(t)) for t in exact]
 
 
 def published_counts(masked, steps, eps):
@@ -62,6 +61,30 @@ def test_as_many_steps_as_tokens():
 )
 def test_counts_worked_by_hand(masked, steps, eps, wanted):
     assert counts(masked, steps, eps) == wanted
+
+
+@pytest.mark.parametrize(
+    ("masked", "steps", "eps", "at", "wanted"),
+    [
+        (640, 500, 1e-3, 361, [2, 1]),
+        (512, 1000, 1e-3, 489, [0, 1]),
+        (1024, 2048, 1e-3, 1026, [0]),
+        (96, 10, 0.1, 4, [9]),
+        (128, 48, 0.1, 32, [2]),
+    ],
+)
+def test_counts_recorded_from_torch(masked, steps, eps, at, wanted):
+    """Where rounding the product on its own, before the sum, would move a token to another step."""
+    assert counts(masked, steps, eps)[at : at + len(wanted)] == wanted
+
+
+def test_timesteps_are_those_of_torch():
+    torch = pytest.importorskip("torch", reason="optional parity test: pip install torch==2.13.0")
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("without vector instructions torch's linspace rounds twice, and so does nothing that people run")
+    for steps in (*range(1, 130), 500, 512, 1000, 2048):
+        for eps in (1e-5, 1e-3, 0.1, 0.5):
+            np.testing.assert_array_equal(schedule.timesteps(steps, eps), torch.linspace(1, eps, steps + 1).numpy())
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.05, 0.3])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
 from dream_jax import sharding
@@ -50,6 +50,23 @@ def test_mesh(shape):
 
 def test_mesh_may_use_some_of_the_devices():
     assert sharding.make_mesh("2x1").devices.ravel().tolist() == jax.devices()[:2]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_the_callers_is_taken_over(axis_type):
+    theirs = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(axis_type,) * 2)
+    ours = sharding.make_mesh(theirs)
+    assert dict(ours.shape) == {"fsdp": 4, "tensor": 2, "sequence": 1}
+    assert set(ours.axis_types) == {AxisType.Auto}
+    assert ours.devices.ravel().tolist() == theirs.devices.ravel().tolist()
+    assert sharding.make_mesh(ours) == ours
+
+
+@pytest.mark.parametrize("axes", [("data",), ("tensor", "fsdp"), ("fsdp",), ("fsdp", "tensor", "expert")])
+def test_a_mesh_with_other_axes_raises(axes):
+    theirs = jax.make_mesh((1,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes))
+    with pytest.raises(ValueError, match="parameters are placed along"):
+        sharding.make_mesh(theirs)
 
 
 def test_too_few_devices_message():
