@@ -23,10 +23,11 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import sharding
+from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
 from dream_jax.pretrained import describe
 from dream_jax.sampler import bucket_length
-from dream_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer, load_tokenizer, read_template
 
 MASK_SIGN = "░"
 ANSWER_START = b'{"line": '
@@ -45,7 +46,8 @@ class Settings:
     out: pathlib.Path | None = None
     """.jsonl file for the answers to --prompts; answers that are in it already are not computed again"""
     template: Literal["auto", "chat", "raw"] = "auto"
-    """chat template or the bare text; auto: raw for byte-level models, chat otherwise"""
+    """chat template or the bare text, for prompts that are no messages; auto: as the model was trained, where it says so;
+    else raw for byte-level models and chat for others"""
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the model's own"""
     max_new_tokens: int = 128
@@ -119,14 +121,25 @@ def run(settings: Settings) -> int:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Whatever may be wrong with these shows before minutes of reading weights.
-    tokenizer = find_tokenizer(settings, describe(settings.model))
-    prompts = {} if settings.prompts is None else dict(read_prompts(settings.prompts))
-    done = set() if settings.out is None else read_done(settings, prompts)
-    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh)
+    abstract = describe(settings.model)
+    tokenizer = find_tokenizer(settings, abstract)
+    template = find_template(settings, abstract, tokenizer)
+    sampler = settings.sampler(tokenizer)
     if settings.prompts is None:
-        answer_one(settings, model, tokenizer, console)
-    else:
-        answer_file(settings, prompts, done, model, tokenizer, console)
+        prompt = encode(settings.prompt or "", template, tokenizer)
+        check_length(prompt, sampler, abstract, "the prompt")
+        answer_one(
+            settings, dream_jax.load(settings.model, dtype=dtype, mesh=mesh), prompt, sampler, tokenizer, console
+        )
+        return 0
+    questions = {one.line: one for one in read_questions(settings.prompts, template, tokenizer)}
+    for one in questions.values():
+        check_length(one.ids, sampler, abstract, f"{settings.prompts}:{one.line}: the prompt")
+    # What the answers depend on, beside the questions.
+    recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
+    done = read_done(settings, questions, recipe | dataclasses.asdict(sampler))
+    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh)
+    answer_file(settings, questions, done, model, sampler, tokenizer, console)
     return 0
 
 
@@ -143,15 +156,29 @@ def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
     return tokenizer
 
 
-def encode(prompt: str | list[dict[str, str]], settings: Settings, tokenizer: Tokenizer) -> list[int]:
-    template = settings.template
-    if template == "auto":
-        template = "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
+def find_template(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer) -> Template:
+    if settings.template != "auto":
+        return settings.template
+    # A model that was trained here says how its prompts were written.
+    noted = None if model.tokenizer_dir is None else read_template(model.tokenizer_dir)
+    return noted or ("raw" if isinstance(tokenizer, ByteTokenizer) else "chat")
+
+
+def encode(prompt: str | list[dict[str, str]], template: Template, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, list):
         return tokenizer.chat(prompt)
     if template == "chat":
         return tokenizer.chat([{"role": "user", "content": prompt}])
     return tokenizer.encode(prompt, allow_special=True)
+
+
+def check_length(ids: list[int], sampler: dream_jax.SamplerConfig, model: dream_jax.Dream, what: str) -> None:
+    total, most = len(ids) + sampler.max_new_tokens, model.config.max_position_embeddings
+    if not 0 < total <= most:
+        raise ValueError(
+            f"{what} has {len(ids)} tokens, with --max-new-tokens {sampler.max_new_tokens} that makes {total}; "
+            f"the model takes 1 to {most}"
+        )
 
 
 def show(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -169,15 +196,20 @@ def show(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     return text + tokenizer.decode(run_of_tokens, skip_special=True)
 
 
-def answer_one(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer, console: Console) -> None:
-    prompt = np.array([encode(settings.prompt or "", settings, tokenizer)], np.int32).reshape(1, -1)
+def answer_one(
+    settings: Settings,
+    model: dream_jax.Dream,
+    ids: list[int],
+    sampler: dream_jax.SamplerConfig,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    prompt = np.array(ids, np.int32).reshape(1, -1)
     # Where the prompt itself has positions to fill in, it is part of what is shown.
     begin = 0 if (prompt == tokenizer.mask_id).any() else prompt.shape[1]
     begun = time.monotonic()
     with watching(settings, tokenizer, begin, console) as on_step:
-        out = dream_jax.generate(
-            model, prompt, settings.sampler(tokenizer), jax.random.key(settings.seed), on_step=on_step
-        )
+        out = dream_jax.generate(model, prompt, sampler, jax.random.key(settings.seed), on_step=on_step)
         forwards = int(out.forwards)
     seconds = time.monotonic() - begun
     if settings.watch and not console.is_terminal:
@@ -208,18 +240,19 @@ def watching(
 
 def answer_file(
     settings: Settings,
-    prompts: dict[int, Any],
+    questions: dict[int, Question],
     done: set[int],
     model: dream_jax.Dream,
+    config: dream_jax.SamplerConfig,
     tokenizer: Tokenizer,
     console: Console,
 ) -> None:
     assert settings.out is not None
-    encoded = {number: encode(prompt, settings, tokenizer) for number, prompt in prompts.items() if number not in done}
-    console.print(f"{len(prompts)} prompts, {len(done)} answered already")
+    encoded = {line: one.ids for line, one in questions.items() if line not in done}
+    console.print(f"{len(questions)} prompts, {len(done)} answered already")
     # Prompts that share a bucket of lengths share a compiled program.
     order = sorted(encoded, key=lambda number: (bucket_length(len(encoded[number])), number))
-    config, key = settings.sampler(tokenizer), jax.random.key(settings.seed)
+    key = jax.random.key(settings.seed)
     begun, tokens = time.monotonic(), 0
     with settings.out.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
         task = progress.add_task("prompts", total=len(order))
@@ -240,7 +273,7 @@ def answer_file(
             for line, number in enumerate(part):
                 begin = width - len(encoded[number]) if tokenizer.mask_id in encoded[number] else width
                 answer = show(answers[line, begin:], tokenizer)
-                row = {"line": number, "prompt": prompts[number], "answer": answer}
+                row = {"line": number, "prompt": questions[number].prompt, "answer": answer}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 tokens += int(np.sum(np.cumsum(answers[line, width:] == tokenizer.eos_id) == 0))
             file.flush()
@@ -264,42 +297,59 @@ def batches(order: list[int], encoded: dict[int, list[int]], size: int) -> Itera
         yield part
 
 
-def read_prompts(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines: JSON strings may hold its other breaks
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if isinstance(messages, list) and not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"{path}, line {number}: each of `messages` must be an object with role and content")
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            yield number, row["prompt"]
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-            yield number, row["messages"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A line of the file of prompts: its number from 1, what it asks, and that as tokens."""
+
+    line: int
+    prompt: str | list[dict[str, str]]
+    ids: list[int]
+
+
+def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer) -> Iterator[Question]:
+    for where, row in read_json_lines(path):
+        if isinstance(row.get("messages"), list):
+            prompt: Any = row["messages"]
+            if not all(isinstance(message, dict) for message in prompt):
+                raise ValueError(f"{where}: each of `messages` must be an object with role and content")
+        elif "prompt" in row:
+            prompt = text_field(row, "prompt", where)
         else:
-            raise ValueError(f"{path}, line {number}: expected an object with a `prompt` string or a `messages` list")
+            raise ValueError(f"{where}: expected an object with a `prompt` string or a `messages` list")
+        try:
+            ids = encode(prompt, template, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield Question(line=int(where.rpartition(":")[2]), prompt=prompt, ids=ids)
 
 
-def read_done(settings: Settings, asked: dict[int, Any]) -> set[int]:
-    """Lines that are answered in `out` already. A last line that was cut short is removed from it."""
+def read_done(settings: Settings, asked: dict[int, Question], recipe: dict[str, Any]) -> set[int]:
+    """Lines that are answered in `out` already. A last line that was cut short is removed from it.
+
+    The file beside it says how its answers are made: a file never holds answers made in two ways.
+    """
     assert settings.prompts is not None and settings.out is not None
     path = settings.out
     if path.resolve() == settings.prompts.resolve():
         raise ValueError(f"--out {path} is the file of prompts; give another")
-    if not path.exists():
+    beside = path.with_name(path.name + ".settings.json")
+    recipe = json.loads(json.dumps(recipe))
+    if not path.exists() or not path.stat().st_size:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # a folder that cannot be written shows now
+        beside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         return set()
+    before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    if before != recipe:
+        changed = [
+            f"{name} was {before.get(name)!r}, now {value!r}"
+            for name, value in recipe.items()
+            if before is not None and before.get(name) != value
+        ]
+        raise ValueError(
+            f"{path} holds answers that were made with other settings ({'; '.join(changed) or f'no {beside}'}); "
+            "repeat them, or give another --out"
+        )
     done, whole = set(), 0
     content = path.read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True), 1):
@@ -310,7 +360,7 @@ def read_done(settings: Settings, asked: dict[int, Any]) -> set[int]:
         if not line.endswith(b"\n") and line.startswith(ANSWER_START[: len(line)]):
             break  # cut short while it was written
         known = isinstance(row, dict) and isinstance(row.get("line"), int) and row["line"] in asked
-        if not known or asked[row["line"]] != row.get("prompt"):
+        if not known or asked[row["line"]].prompt != row.get("prompt"):
             raise ValueError(f"{path}, line {number}: not an answer to this file of prompts; give another --out")
         done.add(row["line"])
         whole += len(line)

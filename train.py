@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dream_jax.trainer import Stopped, TrainSettings, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, train
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (Diverged, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

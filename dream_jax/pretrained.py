@@ -106,7 +106,8 @@ def describe(
     """The model of `load` with shapes in place of weights: all that can be known before reading or drawing any.
 
     Args:
-      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`.
+      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; of a hub id only the small
+        files are downloaded.
 
     Returns:
       The abstract model, with its `config` and `tokenizer_dir`.
@@ -114,7 +115,7 @@ def describe(
     Raises:
       As `load`, for what is wrong with the path, with `config.json` or with an option.
     """
-    directory = _directory(path)
+    directory = _directory(path, weights=False)
     has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
     return abstract_model(
         PRESETS[str(path)] if directory is None else DreamConfig.from_file(directory, ignore=ignore_config_keys),
@@ -126,11 +127,11 @@ def describe(
     )
 
 
-def _directory(path: str | os.PathLike[str]) -> pathlib.Path | None:
+def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path | None:
     """Where the weights lie, or None for a preset, whose weights are drawn."""
     if str(path) in PRESETS and not os.path.exists(path):
         return None
-    return _find(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+    return _find(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}", weights=weights)
 
 
 def _random(config: DreamConfig, shapes: ParamTree, seed: int, mesh: Mesh | None) -> ParamTree:
@@ -154,7 +155,7 @@ def _as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return found
 
 
-def _find(path: str | os.PathLike[str], otherwise: str = "no directory") -> pathlib.Path:
+def _find(path: str | os.PathLike[str], otherwise: str = "no directory", *, weights: bool = True) -> pathlib.Path:
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
         if (directory / "config.json").is_file():
@@ -163,7 +164,7 @@ def _find(path: str | os.PathLike[str], otherwise: str = "no directory") -> path
             f"{directory} holds no config.json: it is neither a Hugging Face nor a converted directory"
         )
     if not directory.exists() and hf.is_hub_id(str(path)):
-        return hf.fetch(str(path))
+        return hf.fetch(str(path), weights=weights)
     if directory.exists():
         raise FileNotFoundError(f"{path} is a file; give the directory of a checkpoint")
     raise FileNotFoundError(f"{path} is {otherwise}")

@@ -145,8 +145,10 @@ def join_processes(coordinator: str, num_processes: int, process_id: int, mesh: 
       mesh: the mesh of the whole run; on CPUs each process makes its share of the devices.
 
     Raises:
-      ValueError: a process id out of range, or a mesh that the processes cannot share evenly.
+      ValueError: no host:port, a process id out of range, or a mesh that the processes cannot share evenly.
     """
+    if not re.fullmatch(r"\S+:\d+", coordinator):
+        raise ValueError(f"{coordinator=} is not of the form host:port, such as 10.0.0.1:8476")
     if not 0 <= process_id < num_processes:
         raise ValueError(f"{process_id=} is outside 0..{num_processes - 1} ({num_processes=})")
     needed = math.prod(parse_mesh_shape(mesh))

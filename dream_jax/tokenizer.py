@@ -12,12 +12,17 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
+PROMPT_FORMAT_FILE = "prompt_format.json"
+
+Template = Literal["chat", "raw"]
+"""How a prompt becomes tokens: through the chat template, or as the bare text."""
 
 TOKENIZER_FILES = (
     BYTE_TOKENIZER_FILE,
+    PROMPT_FORMAT_FILE,
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
@@ -199,7 +204,10 @@ class DreamTokenizer:
 
         # The class is named here, so the files' own "tokenizer_class" and "auto_map" (remote code) are never
         # followed.
-        self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
+        try:
+            self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
+        except Exception as error:  # the library in Rust raises plain Exception for a damaged file
+            raise ValueError(f"the tokenizer files in {self._directory} cannot be read: {error}") from error
         # The Rust tokenizer itself: same ids as the wrapper, and never written to after this line. The
         # wrapper sets options on it at every call, which is not safe under the data pipeline's threads.
         self._backend = self._stock.backend_tokenizer
@@ -319,6 +327,25 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | Drea
     if has_dream:
         return DreamTokenizer(path)
     raise FileNotFoundError(f"no tokenizer in {path}: {remedy}")
+
+
+def write_template(directory: str | os.PathLike[str], template: Template) -> None:
+    """Notes, beside a tokenizer's files, how the prompts were written that the model was trained on."""
+    text = json.dumps({"template": template}) + "\n"
+    (Path(directory) / PROMPT_FORMAT_FILE).write_text(text, encoding="utf-8")
+
+
+def read_template(directory: str | os.PathLike[str]) -> Template | None:
+    """What `write_template` noted, or None. Raises ValueError for a file that says something else."""
+    path = Path(directory) / PROMPT_FORMAT_FILE
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for template in get_args(Template):
+        if found == {"template": template}:
+            known: Template = template
+            return known
+    raise ValueError(f"{path} says {found}; it should say {{'template': 'chat'}} or {{'template': 'raw'}}")
 
 
 def _check_id(token_id: int, vocab_limit: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import dream_jax
-from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.tokenizer import ByteTokenizer, write_template
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,9 +63,14 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
     assert "4 prompts, 3 answered already" in done.stdout
     assert answers.read_bytes() == whole
 
+    # Nor are answers made in two ways mixed in one file.
+    done = sample(*arguments[:-2], "--batch-size", 1, "--seed", 5)
+    assert done.returncode == 1 and "seed was 0, now 5" in done.stderr and "temperature" not in done.stderr
+    assert answers.read_bytes() == whole
+
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "y"}\n')
-    done = sample("--model", weights, "--prompts", other, "--out", answers, "--max-new-tokens", 4)
+    done = sample(*[other if one is prompts else one for one in arguments])
     assert done.returncode == 1 and "not an answer to this file of prompts" in done.stderr
     assert answers.read_bytes() == whole
 
@@ -87,13 +92,38 @@ def test_refusals(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("content", ["not json\n", '{"text": "x"}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json\n",
+        '{"text": "x"}\n',
+        "[1]\n",
+        '{"messages": [{"role": "tool", "content": "x"}]}\n',
+        json.dumps({"prompt": "x" * 2050}) + "\n",
+    ],
+)
 def test_bad_prompt_files_name_the_line(tmp_path, content):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n' + content)
     done = sample("--model", "nano", "--prompts", path, "--out", tmp_path / "answers.jsonl")
     assert done.returncode == 1
-    assert "line 2" in done.stderr
+    assert "prompts.jsonl:2: " in done.stderr
+
+
+def test_prompts_are_written_as_in_training(weights, tmp_path):
+    """A model that was trained on chats is asked in the chat template, and one trained on bare text is not."""
+    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
+    settings = script["Settings"](prompt="hi")
+    tokenizer = ByteTokenizer()
+    model = dream_jax.load(weights)
+    assert script["find_template"](settings, model, tokenizer) == "raw"
+    for template in ("chat", "raw"):
+        write_template(tmp_path, template)
+        model.tokenizer_dir = str(tmp_path)
+        assert script["find_template"](settings, model, tokenizer) == template
+    (tmp_path / "prompt_format.json").write_text('{"template": "poem"}')
+    with pytest.raises(ValueError, match="poem"):
+        script["find_template"](settings, model, tokenizer)
 
 
 def test_frames_hide_what_follows_the_end_token():

@@ -18,7 +18,8 @@ import pytest
 import dream_jax
 from dream_jax import pretrained
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer import TrainSettings, answer_text, train
+from dream_jax.trainer import Diverged, TrainSettings, answer_text, train
+from dream_jax.trainer.folder import check_folder, claimed_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -38,6 +39,16 @@ def finished(tmp_path_factory):
     """A run from start to end, shared by the tests that only read it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, train(settings(out))
+
+
+NANO = {"steps": 20, "batch_size": 32, "eval_rows": 0, "save_every": 20}
+
+
+@pytest.fixture(scope="module")
+def nano_losses(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "nano"
+    train(settings(out, **NANO))
+    return np.array([loss for _, loss in losses(out)])
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -96,6 +107,92 @@ def test_going_on_repeats_the_uninterrupted_run(finished, tmp_path):
     assert losses(out) == losses(finished[0])
 
 
+def test_overwrite_goes_on_with_an_unfinished_run(finished, tmp_path):
+    """`make demo` twice, the first stopped half-way: the second loses nothing. A run with other settings goes."""
+    out = tmp_path / "unfinished"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "12")
+    train(settings(out, overwrite=True))
+    kept = [(out / "checkpoints" / "10" / "state").stat().st_mtime_ns, losses(out)]
+    assert kept == [(finished[0] / "checkpoints" / "10" / "state").stat().st_mtime_ns, losses(finished[0])]
+    train(settings(out, overwrite=True, steps=3))
+    assert len(losses(out)) == 3
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    out = tmp_path / "shared"
+    with claimed_folder(settings(out)):
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            train(settings(out))
+        assert (out / "settings.json").is_file()
+    with claimed_folder(settings(out)):
+        pass  # let go of
+
+
+def test_what_is_left_of_a_removal_is_still_a_run(tmp_path):
+    """Killed while --overwrite was removing a run: the same command can do it again."""
+    out = tmp_path / "out"
+    with claimed_folder(settings(out, steps=7)):
+        (out / "checkpoints").mkdir()
+    assert not check_folder(settings(out, overwrite=True))
+    with pytest.raises(FileExistsError, match="steps was 7, now 12"):
+        check_folder(settings(out))
+    (out / "settings.json").write_text("")
+    with pytest.raises(ValueError, match="settings.json is not valid JSON"):
+        check_folder(settings(out, overwrite=True))
+
+
+def test_a_run_does_not_go_on_with_other_text(tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+
+    def write(answer):
+        data.write_text("".join(json.dumps({"input": f"{n:02}", "output": answer}) + "\n" for n in range(40)))
+
+    write("yes")
+    options = {"data": str(data), "steps": 4, "save_every": 2, "eval_rows": 0}
+    train(settings(out, **options))
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "4")
+    write("nay")
+    with pytest.raises(ValueError, match="digest of the rows was"):
+        train(settings(out, **options))
+
+
+def test_a_diverged_run_saves_nothing_of_it(tmp_path):
+    out = tmp_path / "wild"
+    with pytest.raises(Diverged, match="newest checkpoint is of step 2"):
+        train(settings(out, learning_rate=1e30, clip_norm=0, save_every=2, warmup_share=0.5))
+    assert not (out / "summary.json").exists()
+    assert all(np.isfinite(loss) for _, loss in losses(out))
+
+
+def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp_path):
+    """A long prompt with a short answer, and the reverse: no batch is wider than the model."""
+    (tmp_path / "data").mkdir()
+    rows = [{"input": "x" * 1500, "output": "y"}, {"input": "x", "output": "y" * 700}] * 2
+    rows = [row | {"input": row["input"] + str(n)} for n, row in enumerate(rows)]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": str(tmp_path / "data"), "mesh": "1x1", "batch_size": 4, "steps": 1, "eval_tokens": 800}
+    found = train(settings(tmp_path / "out", **options))["eval"]
+    assert (found["rows"], found["too_long"]) == (4, 0)
+    found = train(settings(tmp_path / "short", **options | {"eval_tokens": 100}))["eval"]
+    assert (found["rows"], found["too_long"]) == (2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"), [("4x2", 1), ("2x4", 1), ("1x8", 1), ("1x1", 1), ("8x1", 2), ("2x4", 4)]
+)
+def test_first_losses_of_nano_are_those_of_any_mesh(nano_losses, tmp_path, mesh, accumulation):
+    out = tmp_path / "out"
+    train(settings(out, **NANO | {"mesh": mesh, "accumulation": accumulation}))
+    found = np.array([loss for _, loss in losses(out)])
+    assert len(found) == 20
+    np.testing.assert_allclose(found, nano_losses, rtol=1e-5)
+
+
 def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -136,12 +233,15 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
         ({"weight": "cart", "cart_p": 1.5}, "outside"),
         ({"learning_rate": -1.0}, "must be positive"),
         ({"max_length": 1}, "leaves no room"),
-        ({"num_processes": 2}, "needs --coordinator"),
+        ({"num_processes": 2}, "need --coordinator"),
+        ({"process_id": 3}, "process_id=3 need --coordinator"),
+        ({"out": pathlib.Path("gs://bucket/run")}, "is an address"),
+        ({"eval_tokens": -1}, "eval_tokens=-1"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        settings(tmp_path / "x", **change)
+        settings(**{"out": tmp_path / "x"} | change)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +272,10 @@ def test_weights_that_cannot_be_read_cost_no_earlier_run(finished, tmp_path):
         train(settings(out, overwrite=True, model=str(weights)))
     assert (out / "summary.json").read_bytes() == (finished[0] / "summary.json").read_bytes()
     assert losses(out) == losses(finished[0])
+
+
+def test_home_is_one_folder():
+    assert settings(pathlib.Path("~/run")).out == pathlib.Path.home() / "run"
 
 
 def test_unwise_settings_are_named():

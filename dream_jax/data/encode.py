@@ -4,6 +4,7 @@ Knows the order prompt, response, end token, padding. Does not know batches, tim
 drawn by the objective.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class LengthReport:
 
     total: rows of the source. measured: rows that were tokenised to learn this; the other numbers speak of
     `measured` rows only, unless the source promises that all its rows have one length.
+    digest: of the tokens of the measured rows, in order; another text or tokenizer has another.
     """
 
     max_length: int
@@ -45,6 +47,7 @@ class LengthReport:
     shortest: int
     longest: int
     mean: float
+    digest: str
 
     def __str__(self) -> str:
         of = "" if self.kept + self.dropped == self.total else f" of {self.measured} measured"
@@ -88,7 +91,7 @@ def length_report(source: Source, tokenizer: Tokenizer, max_length: int, limit: 
     numbers: Sequence[int] = np.linspace(0, total - 1, count).astype(int).tolist() if count < total else range(total)
     if source.uniform_length:
         numbers = range(1)
-    return _report(_lengths(source, tokenizer, numbers), total, max_length, uniform=source.uniform_length)
+    return _report(*_measure(source, tokenizer, numbers), total, max_length, uniform=source.uniform_length)
 
 
 def fitting_rows(source: Source, tokenizer: Tokenizer, max_length: int) -> tuple[np.ndarray | range, LengthReport]:
@@ -99,8 +102,8 @@ def fitting_rows(source: Source, tokenizer: Tokenizer, max_length: int) -> tuple
     """
     total = _check_not_empty(source)
     numbers = range(1) if source.uniform_length else range(total)
-    lengths = _lengths(source, tokenizer, numbers)
-    report = _report(lengths, total, max_length, uniform=source.uniform_length)
+    lengths, digest = _measure(source, tokenizer, numbers)
+    report = _report(lengths, digest, total, max_length, uniform=source.uniform_length)
     # Neither a range nor an array takes the memory that a list of a million numbers would.
     rows = range(total) if report.dropped == 0 else np.flatnonzero(lengths <= max_length)
     return rows, report
@@ -123,11 +126,18 @@ def _check_not_empty(source: Source) -> int:
     return len(source)
 
 
-def _lengths(source: Source, tokenizer: Tokenizer, numbers: Sequence[int]) -> np.ndarray:
-    return np.array([sum(map(len, _token_lists(source[number], tokenizer))) for number in numbers], dtype=np.int64)
+def _measure(source: Source, tokenizer: Tokenizer, numbers: Sequence[int]) -> tuple[np.ndarray, str]:
+    """Tokens of each of these rows, int64 [n], and a digest of them all."""
+    lengths, digest = np.empty(len(numbers), dtype=np.int64), hashlib.blake2b(digest_size=8)
+    for place, number in enumerate(numbers):
+        tokens = _token_lists(source[number], tokenizer)
+        lengths[place] = sum(map(len, tokens))
+        for part in tokens:
+            digest.update(np.array([len(part), *part], dtype=np.int32).tobytes())
+    return lengths, digest.hexdigest()
 
 
-def _report(lengths: np.ndarray, total: int, max_length: int, *, uniform: bool) -> LengthReport:
+def _report(lengths: np.ndarray, digest: str, total: int, max_length: int, *, uniform: bool) -> LengthReport:
     shortest, longest, mean = int(lengths.min()), int(lengths.max()), float(lengths.mean())
     fit = int((lengths <= max_length).sum())
     if fit == 0:
@@ -146,4 +156,5 @@ def _report(lengths: np.ndarray, total: int, max_length: int, *, uniform: bool) 
         shortest=shortest,
         longest=longest,
         mean=mean,
+        digest=digest,
     )

@@ -25,7 +25,7 @@ class Batches:
     Use it in a `with` block, or call `close`. report: how many rows of the source fit.
     """
 
-    def __init__(self, dataset: grain.IterDataset[Batch], report: LengthReport, identity: dict[str, int]):
+    def __init__(self, dataset: grain.IterDataset[Batch], report: LengthReport, identity: dict[str, int | str]):
         self.report = report
         self._identity = identity
         self._iterator = iter(dataset)
@@ -54,7 +54,7 @@ class Batches:
             ]
             raise ValueError(
                 f"the saved position is in another stream of data: {'; '.join(differences)}. "
-                "Go on with the old settings"
+                "Go on with the old settings, text and tokenizer"
             )
         self._iterator.set_state(state["grain"])
 
@@ -135,5 +135,6 @@ def make_batches(
     # microseconds a row.
     batches = shard.batch(local_size, drop_remainder=True, batch_fn=collate)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    identity = {"seed": seed, "batch_size": batch_size, "max_length": max_length, "rows": len(rows)}
+    identity: dict[str, int | str] = {"seed": seed, "batch_size": batch_size, "max_length": max_length}
+    identity |= {"rows": len(rows), "digest of the rows": report.digest}
     return Batches(batches.to_iter_dataset(options), report, identity)

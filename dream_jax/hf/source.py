@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -303,7 +303,7 @@ def _what_is_cut(path: pathlib.Path) -> str | None:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Numbers and text only. No *.py: nothing that is downloaded could be executed.
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+_HUB_TEXT = ("*.json", "*.txt", "*.jinja")
 
 
 def is_hub_id(text: str) -> bool:
@@ -311,19 +311,24 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def fetch(hub_id: str, patterns: Collection[str] = _HUB_FILES) -> pathlib.Path:
+def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
     """Downloads a checkpoint from the Hugging Face hub into its cache; returns the directory.
+
+    Args:
+      hub_id: organisation/name.
+      weights: whether the safetensors are wanted too, or only what is read before them.
 
     Raises:
       ConnectionError: it is neither in the cache nor reachable, or the hub refuses it.
     """
+    patterns = [*_HUB_TEXT, *(["*.safetensors"] if weights else [])]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return pathlib.Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ConnectionError(
-            f"{hub_id} is no local path, and could not be had from the Hugging Face hub: "
+            f"there is no local directory {hub_id}, and it could not be had from the Hugging Face hub: "
             f"{str(error).strip().splitlines()[0]}; download it elsewhere and give the directory"
         ) from error

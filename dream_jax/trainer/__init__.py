@@ -8,8 +8,8 @@ run stopped; a finished run is never touched without being told to.
 result, and `loop` puts them together. What a step computes is `train_step`'s; what a row is, `data`'s.
 """
 
-from dream_jax.trainer.loop import Stopped, train
+from dream_jax.trainer.loop import Diverged, Stopped, train
 from dream_jax.trainer.scoring import answer_text, evaluate
 from dream_jax.trainer.settings import TrainSettings
 
-__all__ = ["Stopped", "TrainSettings", "answer_text", "evaluate", "train"]
+__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "evaluate", "train"]

@@ -5,24 +5,28 @@ Knows files. Knows nothing of steps or models.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-from dream_jax.tokenizer import Tokenizer
+from dream_jax.tokenizer import Template, Tokenizer, write_template
 from dream_jax.trainer.settings import FREE, TrainSettings
 
 METRICS = ("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_masked")
 
-# What a run makes in its folder, and all that --overwrite removes.
-_MADE = ("settings.json", "metrics.csv", "summary.json", "tensorboard", "checkpoints", "tokenizer", "model")
+# What a run makes in its folder, and all that --overwrite removes. The settings go last: what is left of a removal that was
+# cut short still shows whose folder it is.
+_MADE = ("metrics.csv", "summary.json", "tensorboard", "checkpoints", "tokenizer", "model", "settings.json")
 
 
 def check_folder(settings: TrainSettings) -> bool:
@@ -32,15 +36,20 @@ def check_folder(settings: TrainSettings) -> bool:
       FileExistsError: it holds something else: a finished run, a run with other settings, or no run at all.
       ValueError: what the run reads lies in the folder that it would overwrite.
     """
-    if not settings.out.exists() or not any(settings.out.iterdir()):
+    if not settings.out.exists():
         return False
-    known = settings.out / "settings.json"
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
-    if not isinstance(before, dict) or not {"mesh", "model", "data", "steps"} <= before.keys():
+    if not settings.out.is_dir():
+        raise FileExistsError(f"{settings.out} is a file; give another --out")
+    if all(path.name == _LOCK for path in settings.out.iterdir()):
+        return False
+    before = _settings_in(settings.out)
+    if before is None:
         raise FileExistsError(f"{settings.out} is not empty and holds no run; give another --out")
-    if not settings.overwrite:
-        _check_same_run(settings, before)
+    different = _differences(settings, before)
+    if different is None:
         return True
+    if not settings.overwrite:
+        raise FileExistsError(f"{settings.out} holds {different}")
     out = settings.out.resolve()
     for name in ("model", "data", "tokenizer"):
         given = getattr(settings, name)
@@ -52,50 +61,84 @@ def check_folder(settings: TrainSettings) -> bool:
     return False
 
 
-def claim_folder(settings: TrainSettings) -> None:
-    """Makes the run's folder, unless it holds the run to go on with. Raises as `check_folder`."""
-    going_on = check_folder(settings)
-    together("looked")
-    if jax.process_index() == 0 and not going_on:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        for name in _MADE:
-            path = settings.out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        write_json(settings.out / "settings.json", settings.plain())
-    together("claimed")
+def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
+    path = folder / "settings.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}), so this run cannot go on; give another --out") from error
+    return found if isinstance(found, dict) and {"mesh", "model", "data", "steps"} <= found.keys() else None
 
 
-def _check_same_run(settings: TrainSettings, before: Mapping[str, Any]) -> None:
+def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | None:
+    """Why the run in the folder is not the one to go on with, and what to do; None when it is."""
     if (settings.out / "summary.json").is_file():
-        raise FileExistsError(
-            f"{settings.out} holds a finished run; pass --overwrite to throw it away, or another --out"
-        )
-    now = settings.plain()
+        return "a finished run; pass --overwrite to throw it away, or another --out"
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in now.items()
+        for name, value in settings.plain().items()
         if name not in FREE and before.get(name) != value
     ]
-    if changed:
-        raise FileExistsError(
-            f"{settings.out} holds a run with other settings ({'; '.join(changed)}); "
-            "repeat its settings to go on, pass --overwrite to throw it away, or give another --out"
-        )
+    if not changed:
+        return None
+    return (
+        f"a run with other settings ({'; '.join(changed)}); "
+        "repeat its settings to go on, pass --overwrite to throw it away, or give another --out"
+    )
+
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def claimed_folder(settings: TrainSettings) -> Iterator[None]:
+    """Makes the run's folder, unless it holds the run to go on with; while the block runs no other run can have it.
+
+    Raises:
+      As `check_folder`; BlockingIOError when another run has the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        going_on = check_folder(settings)
+        together("looked")
+        if jax.process_index() == 0:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(settings.out / _LOCK, "w", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"another process is writing the run in {settings.out}; wait for it, or give another --out. "
+                    "Processes of one run are joined by --coordinator"
+                ) from error
+            if not going_on:
+                for name in _MADE:
+                    path = settings.out / name
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
+                write_json(settings.out / "settings.json", settings.plain())
+        together("claimed")
+        yield
 
 
 def holds_checkpoint(settings: TrainSettings) -> bool:
-    """Whether the run's folder holds this very run, with a checkpoint to go on from. Raises as `check_folder`."""
+    """Whether the run's folder holds this very run, with a checkpoint to go on from. Raises as `check_folder`.
+
+    As the first process sees it: a shared disk may show the others something older.
+    """
     folder = settings.out / "checkpoints"
-    return check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    found = check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    if jax.process_count() > 1:
+        found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+    return found
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that is whole or not there."""
     temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # Not NaN and the like, which are no JSON: whoever writes them here has missed something.
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -145,12 +188,15 @@ def last_losses(folder: pathlib.Path, number: int = 10) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)][-number:]
 
 
-def save_tokenizer(settings: TrainSettings, tokenizer: Tokenizer, source: str | None) -> pathlib.Path:
+def save_tokenizer(
+    settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template
+) -> pathlib.Path:
     """Keeps what must travel with the weights beside them: the original may be gone when the run ends."""
     folder = settings.out / "tokenizer"
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)
+        write_template(folder, template)
         beside = pathlib.Path(source) if source else folder
         for path in (beside / "config.json", beside / "generation_config.json", *beside.glob("*.py")):
             if path.is_file() and beside != folder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -27,7 +28,7 @@ from dream_jax.data import Batches, Source, length_report, make_batches, open_so
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
-from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.tokenizer import Template, Tokenizer, load_tokenizer
 from dream_jax.train_step import (
     Metrics,
     StepConfig,
@@ -40,7 +41,7 @@ from dream_jax.train_step import (
 from dream_jax.trainer.folder import (
     MetricsLog,
     check_folder,
-    claim_folder,
+    claimed_folder,
     holds_checkpoint,
     last_losses,
     save_tokenizer,
@@ -55,6 +56,10 @@ class Stopped(Exception):
     """The run was asked to stop and has saved itself."""
 
 
+class Diverged(Exception):
+    """The loss or its gradient is no longer a number."""
+
+
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Runs, or goes on with, the run that the settings describe.
 
@@ -64,6 +69,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
       ValueError, OSError: settings, data or files that do not fit; nothing is changed then.
       Stopped: after SIGINT or SIGTERM; everything up to that step is saved.
+      Diverged: the loss or its gradient is infinite or no number.
     """
     if settings.coordinator is not None:
         sharding.join_processes(settings.coordinator, settings.num_processes, settings.process_id, settings.mesh)
@@ -74,11 +80,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     run = _prepare(settings, mesh)
     # Weights that cannot be read must show before --overwrite throws anything away.
     params = None if holds_checkpoint(settings) else _initial_params(run)
-    claim_folder(settings)
-    with run.batches, RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints:
+    with (
+        claimed_folder(settings),
+        run.batches,
+        RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
+    ):
         state, done, earlier = _first_state(run, params, checkpoints)
         del params  # their memory is the state's now
-        tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir)
+        tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         report.start(state, done, run.batches.report, run.max_length, mesh)
         state = _steps(run, state, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
         trained = merge_params(run.graphdef, state.params)
@@ -118,6 +127,7 @@ class _Run:
     Attributes:
       model: shapes only.
       graphdef: its static part.
+      template: how the rows' prompts become tokens; what the model is asked later should be written so too.
       held_out: None when nothing is to be answered.
     """
 
@@ -126,6 +136,7 @@ class _Run:
     model: Dream
     graphdef: nnx.GraphDef[Dream]
     tokenizer: Tokenizer
+    template: Template
     max_length: int
     batches: Batches
     held_out: Source | None
@@ -163,6 +174,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
         model=model,
         graphdef=graphdef,
         tokenizer=tokenizer,
+        template="raw" if isinstance(source[0].prompt, str) else "chat",
         max_length=max_length,
         step=make_train_step(graphdef, transformation, optimizer.schedule(), step_config, mesh),
         batches=make_batches(
@@ -213,6 +225,11 @@ def _steps(
         for number in range(done + 1, settings.steps + 1):
             state, metrics = run.step(state, put_batch(next(run.batches), run.mesh))
             row = {name: float(value) for name, value in metrics.items()}
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise Diverged(
+                    f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}; nothing of it is saved. "
+                    f"The newest checkpoint is of step {checkpoints.latest_step()}: try a smaller --learning-rate"
+                )
             now = time.monotonic()
             row["tokens_per_second"] = settings.batch_size * run.max_length / (now - clock)
             mfu = flops.mfu(settings.batch_size * run.max_length, row["num_masked"], now - clock, run.mesh)

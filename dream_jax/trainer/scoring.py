@@ -5,6 +5,7 @@ Knows rows, the sampler and the objective. Knows nothing of the loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax.data import Source, encode_row
+from dream_jax.data import EncodedRow, Row, Source, encode_row
 from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
-from dream_jax.sampler import SamplerConfig, generate
+from dream_jax.sampler import SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.settings import TrainSettings
 
@@ -26,14 +27,64 @@ def evaluate(
     """Answers held-out rows by sampling (temperature 0, entropy order, a token a step), and measures their likelihood.
 
     Returns:
-      `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows`, `forwards` (of one batch
-      of answers), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
+      `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
+      `too_long` (rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards` (the most that
+      a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
     """
     rows = [held_out[index] for index in range(min(settings.eval_rows, len(held_out)))]
     encoded = [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length)) is not None]
     if not encoded:
         return {"rows": 0, "too_long": len(rows)}
-    room = max(one.length - one.prompt_length for _, one in encoded)
+    # As many rows at once as a training step holds.
+    shards = dict(mesh.shape)["fsdp"]
+    size = min(max(settings.batch_size // settings.accumulation, 1), -(-len(encoded) // shards) * shards)
+    short = [(row, one) for row, one in encoded if one.length - one.prompt_length <= settings.eval_tokens]
+    correct, forwards = 0, 0
+    for part in _batches(short, size, model.config.max_position_embeddings):
+        texts, used = _answers(model, tokenizer, [one for _, one in part], size)
+        correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
+        forwards = max(forwards, used)
+    tokens = np.stack([one.tokens for _, one in encoded])
+    maskable = np.stack([one.maskable for _, one in encoded])
+    found: dict[str, Any] = {"exact_accuracy": correct / len(short)} if short else {}
+    return found | {
+        "rows": len(short),
+        "too_long": len(rows) - len(short),
+        "forwards": forwards,
+        "nll": _grid_nll(model, tokens, maskable, size, mesh),
+    }
+
+
+Pair = tuple[Row, EncodedRow]
+
+
+def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pair]]:
+    """Rows of like length together. The canvas of a batch is its longest prompt and its longest answer: it must fit."""
+    part: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (bucket_length(_answer_length(pair[1])), pair[1].prompt_length)):
+        wider = [*part, pair]
+        width = max(one.prompt_length for _, one in wider) + max(_answer_length(one) for _, one in wider)
+        if part and (len(part) == size or width > longest):
+            yield part
+            wider = [pair]
+        part = wider
+    if part:
+        yield part
+
+
+def _answer_length(one: EncodedRow) -> int:
+    return one.length - one.prompt_length
+
+
+def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[EncodedRow], size: int) -> tuple[list[str], int]:
+    """The texts that the model answers with, and the forward passes used. `size` rows are denoised, whatever is given."""
+    width, room = max(one.prompt_length for one in rows), max(_answer_length(one) for one in rows)
+    prompts = np.full((size, width), tokenizer.pad_id, np.int32)
+    mask = np.zeros((size, width), bool)
+    mask[len(rows) :, -1] = True  # rows that only fill the batch
+    for line, one in enumerate(rows):
+        prompts[line, width - one.prompt_length :] = one.tokens[: one.prompt_length]
+        mask[line, width - one.prompt_length :] = True
     config = SamplerConfig(
         max_new_tokens=room,
         steps=room,
@@ -41,31 +92,9 @@ def evaluate(
         vocab_limit=tokenizer.vocab_limit,
         forbidden_tokens=(tokenizer.mask_id,),
     )
-    correct, forwards, width = 0, 0, max(one.prompt_length for _, one in encoded)
-    size = max(settings.batch_size, 1)
-    for start in range(0, len(encoded), size):
-        part = encoded[start : start + size]
-        prompts = np.full((size, width), tokenizer.pad_id, np.int32)
-        mask = np.zeros((size, width), bool)
-        mask[len(part) :, -1] = True  # rows that only fill the batch
-        for line, (_, one) in enumerate(part):
-            prompts[line, width - one.prompt_length :] = one.tokens[: one.prompt_length]
-            mask[line, width - one.prompt_length :] = True
-        out = generate(model, prompts, config, prompt_mask=mask)
-        forwards = max(forwards, int(out.forwards))
-        answers = np.asarray(out.tokens)[:, width:]
-        correct += sum(
-            answer_text(tokenizer, answers[line]).strip() == row.response.strip() for line, (row, _) in enumerate(part)
-        )
-    tokens = np.stack([one.tokens for _, one in encoded])
-    maskable = np.stack([one.maskable for _, one in encoded])
-    return {
-        "exact_accuracy": correct / len(encoded),
-        "rows": len(encoded),
-        "too_long": len(rows) - len(encoded),
-        "forwards": forwards,
-        "nll": _grid_nll(model, tokens, maskable, size, mesh),
-    }
+    out = generate(model, prompts, config, prompt_mask=mask)
+    answers = np.asarray(out.tokens)[: len(rows), width:]
+    return [answer_text(tokenizer, answer) for answer in answers], int(out.forwards)
 
 
 def answer_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

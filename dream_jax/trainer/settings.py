@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from typing import Any, Literal
 
 from dream_jax import sharding
@@ -31,17 +32,17 @@ class TrainSettings:
     out: pathlib.Path = pathlib.Path("runs/train")
     """the run's folder; an unfinished run in it goes on"""
     overwrite: bool = False
-    """throw away the run that is in the folder"""
-    steps: int = 600
+    """throw away a finished run, or one with other settings, that is in the folder; an unfinished one of these goes on"""
+    steps: int = 1500
     """optimizer steps"""
-    batch_size: int = 64
+    batch_size: int = 32
     """rows a step, over all devices and processes"""
     accumulation: int = 1
     """parts that each batch is computed in, to save memory; changes no result, up to rounding"""
     max_length: int | None = None
     """tokens a row, padded on the right; longer rows are dropped and counted. By default the longest row, up to 2048"""
     learning_rate: float | None = None
-    """peak; by default 1.5e-3 for random weights and 5e-6, of the published recipe, for a checkpoint"""
+    """peak; by default 2e-3 for random weights and 5e-6, of the published recipe, for a checkpoint"""
     warmup_share: float = 0.1
     """of the steps, before the cosine decay to zero"""
     weight_decay: float = 0.01
@@ -64,14 +65,16 @@ class TrainSettings:
     """auto: bfloat16 on GPU and TPU, float32 on a CPU and for nano. Master weights are always float32"""
     seed: int = 0
     """of random weights, data order, times and masks"""
-    save_every: int = 200
+    save_every: int = 500
     """steps between checkpoints"""
     keep: int = 3
     """checkpoints kept"""
-    log_every: int = 20
+    log_every: int = 50
     """steps between lines where the output is no terminal"""
     eval_rows: int = 200
     """held-out rows to answer by sampling at the end; 0 for none"""
+    eval_tokens: int = 512
+    """longest answer that is sampled then; rows with longer ones only count in the likelihood"""
     coordinator: str | None = None
     """host:port of process 0, to join several processes into one run"""
     num_processes: int = 1
@@ -92,14 +95,21 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.eval_rows < 0:
-            raise ValueError(f"eval_rows={self.eval_rows} must not be negative")
+        for name in ("eval_rows", "eval_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and an answer")
-        if self.num_processes > 1 and self.coordinator is None:
-            raise ValueError(f"num_processes={self.num_processes} needs --coordinator host:port")
+        if (self.num_processes > 1 or self.process_id) and self.coordinator is None:
+            raise ValueError(
+                f"num_processes={self.num_processes} and process_id={self.process_id} need --coordinator host:port"
+            )
+        if "://" in str(self.out) or re.match(r"\w{2,}:/", str(self.out)):
+            raise ValueError(f"out={self.out} is an address; runs are written to a local (or mounted) folder")
+        # Once and for all, so that every part of a run means the same folder.
+        object.__setattr__(self, "out", self.out.expanduser())
         self.loss_weight()
         self.optimizer()
 
@@ -113,7 +123,7 @@ class TrainSettings:
         """The optimizer that the settings describe."""
         rate = self.learning_rate
         return OptimizerConfig(
-            learning_rate=(1.5e-3 if self.starts_at_random else 5e-6) if rate is None else rate,
+            learning_rate=(2e-3 if self.starts_at_random else 5e-6) if rate is None else rate,
             total_steps=self.steps,
             warmup_share=self.warmup_share,
             b1=self.b1,
@@ -164,4 +174,4 @@ FREE = {
     "num_processes",
     "process_id",
 }
-FREE |= {"accumulation", "remat", "eval_rows"}
+FREE |= {"accumulation", "remat", "eval_rows", "eval_tokens"}
