@@ -22,6 +22,9 @@ _ENTROPY_EPSILON = 1e-10
 # Tokens of a row that are sorted. What does not end within them is found by bisection over the whole row.
 _CANDIDATES = 1024
 
+# Rows that bisect the whole vocabulary together: few enough that their logits stay in a CPU's cache.
+_FALLBACK_ROWS = 8
+
 
 def choose_tokens(
     logits_RV: Float[jax.Array, "R V"],
@@ -65,7 +68,9 @@ def choose_tokens(
 
     z_RV = jnp.where(z_RV == 0.0, 0.0, z_RV)  # -0.0 sorts below 0.0, but is no less probable
     # Almost always a few hundred tokens hold the nucleus, and then the rest of the row only counts by its sum.
-    z_RC, token_RC = jax.lax.top_k(z_RV, min(_CANDIDATES, vocab))
+    # The barrier: XLA would turn top_k, once its first column is taken on its own, into a sort of the whole vocabulary
+    # (540 ms instead of 11 ms for 16 rows of 152,064 on a CPU).
+    z_RC, token_RC = jax.lax.optimization_barrier(jax.lax.top_k(z_RV, min(_CANDIDATES, vocab)))
     mass_RV = jnp.exp(z_RV - z_RC[:, :1])  # unnormalised probabilities; the largest is 1
     mass_RC = jnp.exp(z_RC - z_RC[:, :1])
     keep_RC = jnp.ones(z_RC.shape, bool)
@@ -79,17 +84,27 @@ def choose_tokens(
     if z_RC.shape[-1] == vocab:
         return token_R, confidence_R
 
-    # Where even the last candidate is kept, the nucleus may go on: those rows look at the whole vocabulary.
-    settled_R = ~keep_RC[:, -1]
+    # Where even the last candidate is kept, the nucleus may go on: those rows, a few at a time, look at the whole
+    # vocabulary.
+    unsettled_R = keep_RC[:, -1]
+    rows = z_RV.shape[0]
+    group = min(rows, _FALLBACK_ROWS)
+    order_R = jnp.pad(jnp.argsort(~unsettled_R, stable=True), (0, -rows % group), constant_values=rows)
 
-    def whole() -> tuple[jax.Array, jax.Array]:
-        whole_token_R, whole_confidence_R = decide(_keep_nucleus(z_RV, mass_RV, top_p, top_k))
-        return (
-            jnp.where(settled_R, token_R, whole_token_R),
-            jnp.where(settled_R, confidence_R, whole_confidence_R),
+    def settle(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index_E = jax.lax.dynamic_slice_in_dim(order_R, number * group, group)
+        z_EV = jnp.take(z_RV, index_E, axis=0, mode="clip")
+        mass_EV = jnp.exp(z_EV - jnp.max(z_EV, axis=-1, keepdims=True))
+        uniform_E = None if uniform_R is None else jnp.take(uniform_R, index_E, mode="clip")
+        token_E, confidence_E = _decide(
+            _keep_nucleus(z_EV, mass_EV, top_p, top_k), alg=alg, uniform_R=uniform_E if temperature > 0 else None
         )
+        # A settled row may fill up the last group: it keeps its answer, whatever else is in the batch.
+        place_E = jnp.where(jnp.take(unsettled_R, index_E, mode="clip") & (index_E < rows), index_E, rows)
+        return found[0].at[place_E].set(token_E, mode="drop"), found[1].at[place_E].set(confidence_E, mode="drop")
 
-    return jax.lax.cond(jnp.all(settled_R), lambda: (token_R, confidence_R), whole)
+    groups = (jnp.sum(unsettled_R, dtype=jnp.int32) + group - 1) // group
+    return jax.lax.fori_loop(0, groups, settle, (token_R, confidence_R))
 
 
 def _decide(

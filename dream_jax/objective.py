@@ -22,8 +22,11 @@ from dream_jax.masks import Mask
 from dream_jax.model import Dream, check_ids, mask_and_positions
 from dream_jax.shapes import Array
 
-# Elements of the [rows, V] block of logits that is formed at once on each device (256 MiB of float32).
-_LOGIT_ELEMENTS = 1 << 26
+# Elements of the [rows, V] block of logits that is formed at once on each device (512 MiB of float32). Each block reads and
+# writes the whole gradient of the projection, so that few large blocks are cheap where arithmetic is fast.
+_LOGIT_ELEMENTS = 1 << 27
+# On a CPU arithmetic is what costs: rows of the last block that are not masked are wasted work.
+_CPU_ROWS = 256
 
 
 class LossWeight(abc.ABC):
@@ -278,6 +281,8 @@ def _over_chunks(
     groups = groups if batch % groups == 0 else 1
     rows = batch // groups * length
     chunk = min(rows, max(1, _LOGIT_ELEMENTS // vocab))
+    if jax.default_backend() == "cpu":
+        chunk = min(chunk, _CPU_ROWS)
     padding = -rows % chunk
 
     def grouped(x: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ from dream_jax.shapes import Array
 
 # Elements of the largest [rows, V] block of logits that is formed at once (256 MiB of float32).
 _LOGIT_ELEMENTS = 1 << 26
+# Rows of that block, at least (over the whole batch).
+_LOGIT_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,7 +367,9 @@ def _decide(
     """Token and confidence of the first `needed` of the M rows; the logits exist a chunk of rows at a time."""
     batch, most, _ = rows_BMD.shape
     vocab = model.config.vocab_size
-    chunk = max(1, min(most, _LOGIT_ELEMENTS // (batch * vocab)))
+    # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
+    chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
+    chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
     padding = -most % chunk
     rows_BMD = jnp.pad(rows_BMD, ((0, 0), (0, padding), (0, 0)))
     uniform_BM = jnp.zeros((batch, most)) if uniform_BM is None else uniform_BM

@@ -211,6 +211,24 @@ def test_any_row(row, temperature, filters):
         check(logits, UNIFORM, temperature, *filters)
 
 
+def test_a_row_does_not_feel_the_others(monkeypatch):
+    """Rows that need the whole vocabulary beside rows that do not: each as if it were alone, to the last bit."""
+    monkeypatch.setattr(decoding, "_CANDIDATES", 8)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(21, 400)).astype(np.float32) * rng.choice([0.1, 20.0], (21, 1)).astype(np.float32)
+    uniform = rng.random(21).astype(np.float32)
+    # Anew, because the number of candidates is read when a program is traced.
+    one = jax.jit(
+        lambda logits, uniform: decoding.choose_tokens(
+            logits, alg="entropy", temperature=0.7, top_p=0.9, top_k=None, uniform_R=uniform
+        )
+    )
+    together = one(logits, uniform)
+    alone = [one(logits[row : row + 1], uniform[row : row + 1]) for row in range(21)]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
 def test_sampling_without_numbers_raises():
     with pytest.raises((ValueError, TypeCheckError), match="needs random numbers"):
         decoding.choose_tokens(
