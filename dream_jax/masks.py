@@ -80,6 +80,32 @@ class KeyPadding(Mask):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class KeyLengths(Mask):
+    """Keys at or after their row's length are hidden from every query: padding on the right, told by lengths alone.
+
+    Says less than `KeyPadding`, whose padding may lie anywhere; for that, an attention backend that understands lengths
+    skips what is hidden and builds no mask. A length of 0 leaves nothing to attend to: the row's outputs mean nothing,
+    though they are finite.
+
+    Attributes:
+      lengths_B: number of real tokens in each row, all at its start. With length 2 of three tokens:
+
+    ::
+
+        ##.
+        ##.
+        ##.
+    """
+
+    lengths_B: Int[Array, "B"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, 1, S]."""
+        return jnp.arange(num_keys) < jnp.asarray(self.lengths_B, jnp.int32)[:, None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Segments(Mask):
     """Tokens attend within their own segment: several texts packed into one row, each bidirectional in itself.
 

@@ -37,11 +37,13 @@ def make_mask(kind, batch, queries, keys):
         return masks.Bidirectional()
     if kind == "padding":  # a row without padding, rows with more and more
         return masks.KeyPadding(np.arange(keys) >= np.arange(batch)[:, None] * 2)
+    if kind == "lengths":
+        return masks.KeyLengths(keys - np.arange(batch) * 2)
     segments = np.sort(np.random.default_rng(1).integers(0, 3, (batch, keys)), axis=1)
     return masks.Segments(segments[:, :queries], segments)
 
 
-@pytest.mark.parametrize("kind", ["all", "padding", "segments"])
+@pytest.mark.parametrize("kind", ["all", "padding", "lengths", "segments"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (7, 1)])
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(1, 5, 5), (3, 11, 11), (2, 4, 9)])
 def test_attention_is_a_softmax(batch, queries, keys, heads, kv_heads, kind):

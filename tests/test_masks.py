@@ -15,6 +15,7 @@ from dream_jax import masks
 DRAWN = [
     masks.Bidirectional(),
     masks.KeyPadding(np.array([[False, True, True]])),
+    masks.KeyLengths(np.array([2])),
     masks.Segments(np.array([[1, 1, 2]]), np.array([[1, 1, 2]])),
 ]
 
@@ -57,6 +58,18 @@ def test_key_padding_hides_keys_of_its_row_only():
         for query in range(3):
             np.testing.assert_array_equal(dense[row, query], valid[row])
     assert masks.KeyPadding(valid).draw(2, 4, row=1) == "..##\n..##"
+
+
+def test_key_lengths_hide_what_lies_past_the_end():
+    lengths = np.array([0, 2, 4, 9])
+    dense = np.broadcast_to(masks.KeyLengths(lengths).dense(3, 4), (4, 3, 4))
+    for row, query, key in np.ndindex(4, 3, 4):
+        assert dense[row, query, key] == (key < lengths[row])
+    np.testing.assert_array_equal(
+        masks.KeyLengths(lengths).dense(3, 4), masks.KeyPadding(np.arange(4) < lengths[:, None]).dense(3, 4)
+    )
+    # A narrow dtype does not count keys in it.
+    np.testing.assert_array_equal(masks.KeyLengths(np.array([100], np.int8)).dense(1, 300)[0, 0], np.arange(300) < 100)
 
 
 def test_segments_see_themselves():

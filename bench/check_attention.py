@@ -1,0 +1,173 @@
+"""Checks every attention backend against plain attention on the accelerator that is here, and times them.
+
+    PYTHONPATH=. python bench/check_attention.py [--batch 4] [--tokens 2048] [--dtype bfloat16] [--mesh 4x2]
+
+For each kind of mask: outputs and gradients of q, k and v of each backend that can serve, against plain attention in
+float32 on the same (rounded) numbers, as the largest difference over the largest value. A backend may be off by twice
+what plain attention in the same dtype is, plus one rounding (at least 1e-5); one that is further off is marked, and the
+exit status is 1. Then the times of the forward pass and of forward and backward, and the temporary memory of the latter.
+Lengths that are no multiple of anything are among the checks, without times.
+
+Needs jax, flax, numpy, einops and jaxtyping, as a bare accelerator image has them. Default sizes are those of a layer of
+Dream-7B. On a CPU `--interpret` carries the TPU kernel out by array operations; pass small sizes then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import attention as room
+from dream_jax import masks, sharding
+
+BACKENDS: tuple[room.Backend, ...] = ("xla", "cudnn", "splash")
+PARTS = ("out", "dq", "dk", "dv")
+
+Step = Callable[[list[jax.Array], masks.Mask], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of one attention call."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def arrays(self, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+        """Random q, k and v, and the weight of each output in the sum whose gradients are compared."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        q_BTNH = (self.batch, self.queries, self.heads, self.head_dim)
+        k_BSKH = (self.batch, self.keys, self.kv_heads, self.head_dim)
+        shapes = (q_BTNH, k_BSKH, k_BSKH, q_BTNH)
+        return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+    def masks(self) -> Iterator[tuple[str, masks.Mask]]:
+        """One mask of each kind; rows have none, some, more and more padding, or differently long texts."""
+        rows, keys = np.arange(self.batch)[:, None], np.arange(self.keys)
+        padding_B1 = rows * (self.keys // (2 * self.batch))
+        yield "bidirectional", masks.Bidirectional()
+        yield "left padding", masks.KeyPadding(keys >= padding_B1)
+        yield "lengths", masks.KeyLengths((self.keys - padding_B1[:, 0]).astype(np.int32))
+        # Four texts a row, their borders moved from row to row.
+        key_BS = np.minimum((keys + 3 * rows) * 4 // self.keys, 3).astype(np.int32)
+        yield "segments", masks.Segments(key_BS[:, : self.queries], key_BS)
+
+
+def forward(backend: room.Backend) -> Step:
+    """Compiled outputs."""
+    return jax.jit(lambda arrays, mask: room.attention(*arrays[:3], mask, backend))
+
+
+def backward(backend: room.Backend) -> Step:
+    """Compiled outputs and gradients of q, k and v."""
+
+    def loss(qkv: list[jax.Array], weight: jax.Array, mask: masks.Mask) -> tuple[jax.Array, jax.Array]:
+        out = room.attention(*qkv, mask, backend)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
+
+    def step(arrays: list[jax.Array], mask: masks.Mask) -> list[jax.Array]:
+        gradients, out = jax.grad(loss, has_aux=True)(arrays[:3], arrays[3], mask)
+        return [out, *gradients]
+
+    return jax.jit(step)
+
+
+def errors(found: list[jax.Array], wanted: list[np.ndarray]) -> dict[str, float]:
+    """Largest difference over largest value, of outputs and gradients; infinite where something is not finite."""
+    result = {}
+    for name, a, b in zip(PARTS, found, wanted, strict=True):
+        error = float(np.max(np.abs(np.asarray(a, np.float32) - b)) / np.max(np.abs(b)))
+        result[name] = error if np.isfinite(error) else float("inf")
+    return result
+
+
+def milliseconds(step: Step, arrays: list[jax.Array], mask: masks.Mask, repeats: int) -> float:
+    """Median time of a compiled step."""
+    jax.block_until_ready(step(arrays, mask))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step(arrays, mask))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def check(shape: Shape, dtype: np.dtype, repeats: int) -> bool:
+    """Prints a line for each mask and backend; says whether all were within bounds. Times nothing at 0 repeats."""
+    print(f"\n{shape}")
+    print(f"{'mask':<14}{'backend':<15}" + "".join(f"{part:>9}" for part in PARTS) + "   fwd ms  +bwd ms  temp MiB")
+    good = True
+    refused: dict[str, list[str]] = {}
+    arrays = shape.arrays(dtype)
+    for name, mask in shape.masks():
+        # Plain attention in float32: what the numbers, once rounded to the dtype, really give.
+        with jax.default_matmul_precision("highest"):
+            exact = backward("xla")([x.astype(jnp.float32) for x in arrays], mask)
+        wanted = [np.asarray(x, np.float32) for x in exact]
+        bounds: dict[str, float] = {}
+        auto = room.choose("auto", *arrays[:2], mask)
+        for backend in BACKENDS:
+            reason = room.refusal(backend, *arrays[:2], mask)
+            label = f"{backend} (auto)" if backend == auto else backend
+            if reason is not None:
+                refused.setdefault(f"{backend} cannot serve: {reason}", []).append(name)
+                continue
+            step = backward(backend)
+            found = errors(step(arrays, mask), wanted)
+            if backend == "xla":
+                bounds = {part: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for part, error in found.items()}
+            line = f"{name:<14}{label:<15}" + "".join(f"{error:9.1e}" for error in found.values())
+            if repeats:
+                memory = step.lower(arrays, mask).compile().memory_analysis()  # type: ignore[attr-defined]
+                line += f"{milliseconds(forward(backend), arrays, mask, repeats):9.2f}"
+                line += f"{milliseconds(step, arrays, mask, repeats):9.2f}"
+                line += f"{memory.temp_size_in_bytes / 2**20:10.1f}" if memory is not None else f"{'-':>10}"
+            wrong = [part for part, error in found.items() if not error <= bounds[part]]
+            good = good and not wrong
+            print(line + (f"  WRONG: {', '.join(wrong)}" if wrong else ""), flush=True)
+    for reason, names in refused.items():
+        print(f"{reason} ({', '.join(names)})")
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=28)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--mesh", default=None, help="FSDPxTENSOR, such as 4x2; by default one device")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs; 0 only checks")
+    parser.add_argument("--interpret", action="store_true", help="check the TPU kernel on this CPU")
+    args = parser.parse_args()
+
+    whole = Shape(args.batch, args.tokens, args.tokens, args.heads, args.kv_heads, args.head_dim)
+    odd = dataclasses.replace(whole, queries=args.tokens // 8 - 1, keys=args.tokens // 4 + 1)
+    target = room.target_platform("tpu", interpret=True) if args.interpret else contextlib.nullcontext()
+    mesh = jax.set_mesh(sharding.make_mesh(args.mesh)) if args.mesh else contextlib.nullcontext()
+    device = jax.devices()[0]
+    print(f"{len(jax.devices())} x {device.device_kind} ({device.platform}), jax {jax.__version__}, {args.dtype}")
+    with target, mesh:
+        results = [check(whole, np.dtype(args.dtype), args.repeats), check(odd, np.dtype(args.dtype), 0)]
+    print("\nall within bounds" if all(results) else "\nWRONG results above")
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Scaled dot-product attention with grouped heads, behind one function.
+
+Knows queries, keys, values and a mask value. Knows nothing of projections, rotary embedding or models. Backends are
+looked up by name; each either computes the same function or says why it cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+from jaxtyping import Float
+
+from dream_jax import masks
+from dream_jax.attention import cudnn, splash, xla
+from dream_jax.attention.placement import current_target, target_platform
+
+__all__ = ["Backend", "attention", "choose", "refusal", "target_platform"]
+
+Backend = Literal["auto", "cudnn", "splash", "xla"]
+
+
+def attention(
+    q_BTNH: Float[jax.Array, "B T N H"],
+    k_BSKH: Float[jax.Array, "B S K H"],
+    v_BSKH: Float[jax.Array, "B S K H"],
+    mask: masks.Mask,
+    backend: Backend = "auto",
+) -> Float[jax.Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v with N / K query heads to each key/value head; scores and softmax in float32.
+
+    A query with nothing to attend to gets a finite output that means nothing, and differs between backends.
+
+    Args:
+      q_BTNH: queries, already rotated.
+      k_BSKH: keys, already rotated; N must be a multiple of K. Keys are never repeated for the query heads.
+      v_BSKH: values; all three have one dtype.
+      mask: who may attend to whom.
+      backend: "xla" runs everywhere and forms the [B, N, T, S] scores; "cudnn" (NVIDIA GPUs, half precision) and
+        "splash" (TPUs) never do; "auto" takes one of these where it can serve, and otherwise "xla". The choice is made
+        when the call is traced, from what `target_platform` says, dtypes, shapes and the kind of mask.
+
+    Returns:
+      The attended values in the dtype of the queries.
+
+    Raises:
+      ValueError: unknown backend, one that cannot serve this call, heads that do not fit, or several dtypes.
+    """
+    if q_BTNH.shape[2] % k_BSKH.shape[2]:
+        raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key/value heads")
+    if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
+        raise ValueError(f"queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}; cast them")
+    chosen = choose(backend, q_BTNH, k_BSKH, mask)
+    if chosen == "cudnn":
+        return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, mask)
+    if chosen == "splash":
+        return splash.attention(q_BTNH, k_BSKH, v_BSKH, mask, interpret=current_target().interpret)
+    return xla.attention(q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def choose(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> Backend:
+    """The backend that serves such a call: the one asked for, or what "auto" stands for here. Never "auto".
+
+    Raises:
+      ValueError: unknown backend, or one that cannot serve this call, with what is missing and what to do.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"attention {backend=} is not one of {get_args(Backend)}")
+    if backend == "auto":
+        return next(name for name in get_args(Backend)[1:] if refusal(name, q_BTNH, k_BSKH, mask) is None)
+    reason = refusal(backend, q_BTNH, k_BSKH, mask)
+    if reason is not None:
+        raise ValueError(f'the attention backend "{backend}" cannot serve this call: {reason}')
+    return backend
+
+
+def refusal(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> str | None:
+    """Why a backend cannot serve such a call and what to do; None when it can. "xla" and "auto" always can."""
+    if backend == "cudnn":
+        return cudnn.refusal(q_BTNH, k_BSKH, mask, current_target())
+    if backend == "splash":
+        return splash.refusal(q_BTNH, k_BSKH, mask, current_target())
+    return None

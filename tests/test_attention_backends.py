@@ -1,0 +1,412 @@
+"""The flash backends compute what plain attention computes; each is taken where it can serve, and says why where not.
+
+Splash runs here by interpretation. cuDNN cannot run without its GPU: its calls are answered by jax's own plain attention,
+which shows that they mean the right thing, and lowered for a GPU, which shows that they reach cuDNN. Values on the
+hardware itself are for bench/check_attention.py.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from dream_jax import PRESETS, Dream, masks, sharding
+from dream_jax import attention as room
+from dream_jax.attention import cudnn, placement, splash, xla
+
+KINDS = ["all", "padding", "lengths", "segments"]
+
+
+def inputs(batch, queries, keys, heads, kv_heads, width=16, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (batch, queries, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, width)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def make_mask(kind, batch, queries, keys):
+    rng = np.random.default_rng(1)
+    if kind == "all":
+        return masks.Bidirectional()
+    if kind == "padding":  # on the left: none in the first row, more and more below
+        return masks.KeyPadding(np.arange(keys) >= np.arange(batch)[:, None] * (keys // (batch + 1)))
+    if kind == "lengths":
+        return masks.KeyLengths(keys - np.arange(batch, dtype=np.int32) * (keys // (batch + 1)))
+    segments = np.sort(rng.integers(-1, 3, (batch, keys)), axis=1)
+    # Queries in another order than the keys, each with an id that some key has.
+    return masks.Segments(rng.permuted(segments, axis=1)[:, :queries], segments)
+
+
+def value_and_gradients(attend, arrays, mask):
+    """Outputs and the gradients of a weighted sum of them, in which every output counts differently."""
+
+    @jax.jit
+    def run(arrays, mask):
+        def loss(arrays):
+            out = attend(*arrays, mask)
+            weights = np.random.default_rng(2).normal(size=out.shape)
+            return jnp.sum(out * jnp.asarray(weights, out.dtype)), out
+
+        gradients, out = jax.grad(loss, has_aux=True)(arrays)
+        return [out, *gradients]
+
+    return run(arrays, mask)
+
+
+def assert_same(found, wanted, atol=1e-5):
+    for a, b, name in zip(found, wanted, ("out", "dq", "dk", "dv"), strict=True):
+        scale = max(1.0, float(jnp.max(jnp.abs(b))))
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * scale, err_msg=name)
+
+
+def attend(backend):
+    return functools.partial(room.attention, backend=backend)
+
+
+# --- splash
+
+
+@pytest.fixture
+def interpreted():
+    """As on a TPU, with its kernels carried out by array operations."""
+    with room.target_platform("tpu", interpret=True):
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "kv_heads"),
+    [
+        (3, 5, 5, 6, 2),  # far below one tile
+        (2, 128, 256, 4, 4),  # whole tiles, no grouping
+        (1, 7, 140, 7, 1),  # a window of queries, one key/value head
+        (2, 300, 1000, 2, 1),  # several blocks of keys, both lengths odd ones
+    ],
+)
+def test_splash_is_attention(batch, queries, keys, heads, kv_heads, kind):
+    arrays, mask = inputs(batch, queries, keys, heads, kv_heads), make_mask(kind, batch, queries, keys)
+    found = value_and_gradients(attend("splash"), arrays, mask)
+    assert_same(found, value_and_gradients(xla.attention, arrays, mask))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_splash_in_bfloat16():
+    arrays = inputs(2, 40, 40, 4, 2, dtype=jnp.bfloat16)
+    out = jax.jit(attend("splash"))(*arrays, make_mask("lengths", 2, 40, 40))
+    assert out.dtype == jnp.bfloat16
+    wanted = xla.attention(*(x.astype(jnp.float32) for x in arrays), make_mask("lengths", 2, 40, 40))
+    np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-7, atol=0.02)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_splash_never_feels_hidden_keys():
+    q, k, v = inputs(2, 6, 6, 4, 2)
+    for mask in (masks.KeyPadding(np.arange(6) > np.array([[0], [-1]])), masks.KeyLengths(np.array([6, 3]))):
+        row, key = (0, 0) if isinstance(mask, masks.KeyPadding) else (1, 5)
+        changed = [x.at[row, key].set(1e4) for x in (k, v)]
+        out = jax.jit(attend("splash"))
+        np.testing.assert_array_equal(out(q, k, v, mask), out(q, *changed, mask))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "mask",
+    [masks.KeyPadding(np.array([[False] * 4, [True] * 4])), masks.KeyLengths(np.array([0, 4]))],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_splash_row_of_padding_stays_finite(mask):
+    for array in value_and_gradients(attend("splash"), inputs(2, 4, 4, 4, 2), mask):
+        assert np.all(np.isfinite(array))
+
+
+# Mesh, rows and heads; what one device then sees of the queries, and where the output lies.
+SPLITS = {
+    "rows and heads": ((4, 2, 1), 4, 4, 2, (1, 12, 2, 16), PartitionSpec("fsdp", None, "tensor")),
+    "queries too": ((2, 2, 2), 2, 4, 2, (1, 6, 2, 16), PartitionSpec("fsdp", "sequence", "tensor")),
+    "nothing divides": ((4, 2, 1), 3, 3, 1, (3, 12, 3, 16), PartitionSpec()),
+    "key heads do not": ((2, 4, 1), 2, 4, 2, (1, 12, 4, 16), PartitionSpec("fsdp")),
+}
+
+
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [
+        *(("rows and heads", kind) for kind in KINDS),
+        *(("queries too", kind) for kind in KINDS),
+        ("nothing divides", "segments"),
+        ("key heads do not", "lengths"),
+    ],
+)
+@pytest.mark.usefixtures("interpreted")
+def test_splash_under_a_mesh(monkeypatch, split, kind):
+    shape, batch, heads, kv_heads, local, spec = SPLITS[split]
+    seen = []
+    kernel = splash._kernel
+    monkeypatch.setattr(splash, "_kernel", lambda q, *rest, **kw: seen.append(q.shape) or kernel(q, *rest, **kw))
+    arrays, mask = inputs(batch, 12, 12, heads, kv_heads), make_mask(kind, batch, 12, 12)
+    wanted = value_and_gradients(xla.attention, arrays, mask)
+    with jax.set_mesh(mesh(shape)):
+        found = value_and_gradients(attend("splash"), arrays, mask)
+        out = jax.jit(attend("splash"))(*arrays, mask)
+    assert set(seen) == {local}
+    assert out.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh(shape), spec), 4)
+    assert_same(found, wanted)
+
+
+def mesh(shape):
+    return Mesh(np.array(jax.devices()).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def test_model_on_splash():
+    """Under a scan, remat and a mesh, as in training."""
+    config = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 9), np.int32)
+    mask = make_mask("segments", 4, 9, 9)
+    model = Dream(config, rngs=nnx.Rngs(0), remat="full")
+
+    def gradients(backend):
+        model.attention_backend = backend
+        return jax.jit(jax.grad(lambda model: jnp.mean(jnp.square(model(tokens, mask)))))(model)
+
+    wanted = jax.tree.leaves(gradients("xla"))
+    with room.target_platform("tpu", interpret=True), jax.set_mesh(mesh((4, 2, 1))):
+        found = jax.tree.leaves(gradients("splash"))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_splash_lowers_to_a_tpu_kernel():
+    arrays = inputs(2, 130, 130, 4, 2, width=128, dtype=jnp.bfloat16)
+    with room.target_platform("tpu"):
+        text = lowered("tpu", attend("auto"), arrays, make_mask("segments", 2, 130, 130))
+    assert text.count("tpu_custom_call") >= 3  # forward, and backward for dq and for dk and dv
+    assert not re.search(r"tensor<[\dx]*130x130x", text)
+
+
+# --- cuDNN
+
+
+@pytest.fixture
+def cudnn_present(monkeypatch):
+    """As on a machine that has cuDNN."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+
+
+@pytest.fixture
+def cudnn_answered(monkeypatch):
+    """Calls for cuDNN are answered by jax's plain attention; each is appended to the list that this gives."""
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def answer(q, k, v, *, implementation, **arguments):
+        assert implementation == "cudnn"
+        calls.append({"queries": q.shape[1], "keys": k.shape[1], **arguments})
+        with jax.numpy_dtype_promotion("standard"):
+            return plain(q, k, v, implementation="xla", **arguments)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return calls
+
+
+def lowered(platform, attend, arrays, mask):
+    """The program of value and gradients for a platform that is not here.
+
+    For tests that are `unchecked`: jax puts descriptions of arrays in the place of a mask's arrays.
+    """
+
+    def loss(arrays, mask):
+        return jnp.sum(attend(*arrays, mask).astype(jnp.float32))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    return step.trace(arrays, mask).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "kv_heads"), [(3, 6, 6, 6, 2), (2, 5, 9, 4, 4), (2, 8, 5, 4, 1)]
+)
+def test_cudnn_is_asked_for_attention(cudnn_answered, batch, queries, keys, heads, kv_heads, kind):
+    arrays, mask = inputs(batch, queries, keys, heads, kv_heads), make_mask(kind, batch, max(queries, keys), keys)
+    if kind == "segments":
+        mask = masks.Segments(mask.query_BT[:, np.arange(queries) % keys], mask.key_BS)
+    found = value_and_gradients(cudnn.attention, arrays, mask)
+    assert_same(found, value_and_gradients(xla.attention, arrays, mask))
+    for call in cudnn_answered:
+        assert ("mask" in call) == (kind in ("padding", "segments"))
+        assert ("key_value_seq_lengths" in call) == (kind == "lengths")
+        if "mask" in call:  # cuDNN has no gradient for odd lengths then
+            assert call["queries"] % 2 == call["keys"] % 2 == 0
+            assert call["mask"].shape == (batch, 1, call["queries"], call["keys"])
+
+
+def test_cudnn_is_never_given_a_length_of_zero(cudnn_answered):
+    found = value_and_gradients(cudnn.attention, inputs(3, 4, 4, 4, 2), masks.KeyLengths(np.array([0, 2, 9])))
+    assert all(np.all(np.isfinite(array)) for array in found)
+    with jax.disable_jit():
+        cudnn.attention(*inputs(3, 4, 4, 4, 2), masks.KeyLengths(np.array([0, 2, 9])))
+    np.testing.assert_array_equal(cudnn_answered[-1]["key_value_seq_lengths"], [1, 2, 4])
+
+
+@pytest.mark.usefixtures("cudnn_present", "unchecked")
+@pytest.mark.parametrize("shape", [None, (4, 2, 1)], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    ("kind", "call", "mask_type"),
+    [
+        ("all", "fmhaSoftmax", "NO_MASK"),
+        ("lengths", "fmhaSoftmax", "PADDING"),
+        ("padding", "fmhaScaleBiasSoftmax", "NO_MASK"),
+        ("segments", "fmhaScaleBiasSoftmax", "NO_MASK"),
+    ],
+)
+def test_cudnn_lowers_to_its_custom_calls(kind, call, mask_type, shape):
+    arrays, mask = inputs(4, 24, 40, 4, 2, 64, jnp.bfloat16), make_mask(kind, 4, 24, 40)
+    with room.target_platform("gpu"), jax.set_mesh(mesh(shape)) if shape else contextlib.nullcontext():
+        text = lowered("cuda", attend("auto"), arrays, mask)
+    local = (1, 2) if shape else (4, 4)
+    assert sorted(set(re.findall(r"__cudnn\$(\w+)", text))) == [call, f"{call}Backward"]
+    assert set(re.findall(r"mask_type\\22: \\22([A-Z_]+)", text)) == {mask_type}
+    assert f"tensor<{local[0]}x{local[1]}x24x64xbf16>" in text  # each device's part
+    assert not re.search(r"tensor<\d+x(4|2x2|2)x24x40xf32>", text)  # no scores
+
+
+# --- choosing
+
+
+class Causal(masks.Mask):
+    """A mask that no kernel knows."""
+
+    def dense(self, num_queries, num_keys):
+        return jnp.tril(jnp.ones((num_queries, num_keys), bool))[None]
+
+
+@pytest.mark.usefixtures("cudnn_present")
+@pytest.mark.parametrize(
+    ("platform", "dtype", "width", "mask", "chosen"),
+    [
+        ("cpu", "float32", 16, "all", "xla"),
+        ("cpu", "bfloat16", 64, "all", "xla"),
+        ("gpu", "bfloat16", 64, "all", "cudnn"),
+        ("gpu", "float16", 128, "lengths", "cudnn"),
+        ("gpu", "bfloat16", 128, "segments", "cudnn"),
+        ("gpu", "bfloat16", 128, "causal", "cudnn"),
+        ("gpu", "float32", 64, "all", "xla"),
+        ("gpu", "bfloat16", 12, "all", "xla"),
+        ("gpu", "bfloat16", 512, "all", "xla"),
+        ("tpu", "float32", 16, "padding", "splash"),
+        ("tpu", "bfloat16", 128, "segments", "splash"),
+        ("tpu", "float16", 128, "segments", "xla"),
+        ("tpu", "bfloat16", 128, "causal", "xla"),
+    ],
+)
+def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
+    q, k, _ = inputs(2, 6, 6, 4, 2, width, dtype)
+    with room.target_platform(platform):
+        mask = Causal() if mask == "causal" else make_mask(mask, 2, 6, 6)
+        assert room.choose("auto", q, k, mask) == chosen
+        assert room.choose(chosen, q, k, mask) == chosen
+        assert room.choose("xla", q, k, mask) == "xla"
+
+
+@pytest.mark.usefixtures("cudnn_present")
+@pytest.mark.parametrize(
+    ("backend", "platform", "dtype", "width", "mask", "message"),
+    [
+        (
+            "splash",
+            "cpu",
+            "bfloat16",
+            64,
+            "all",
+            'TPU kernel, and this computation is for "cpu"; use the backend "xla"',
+        ),
+        ("splash", "tpu", "float16", 64, "all", "float32 or bfloat16, not float16; change the compute dtype"),
+        ("splash", "tpu", "bfloat16", 64, "causal", "no segment ids for the mask Causal"),
+        (
+            "cudnn",
+            "cpu",
+            "bfloat16",
+            64,
+            "all",
+            'NVIDIA GPUs, and this computation is for "cpu"; use the backend "xla"',
+        ),
+        ("cudnn", "tpu", "bfloat16", 64, "all", 'this computation is for "tpu"'),
+        ("cudnn", "gpu", "float32", 64, "all", "bfloat16 or float16, not float32; change the compute dtype"),
+        ("cudnn", "gpu", "bfloat16", 12, "all", 'a multiple of 8, but got 12. Use the backend "xla"'),
+        ("cudnn", "gpu", "bfloat16", 512, "all", "but got 512"),
+    ],
+)
+def test_backend_that_cannot_serve_says_why(backend, platform, dtype, width, mask, message):
+    arrays = inputs(2, 6, 6, 4, 2, width, dtype)
+    mask = Causal() if mask == "causal" else make_mask(mask, 2, 6, 6)
+    with room.target_platform(platform), pytest.raises(ValueError, match=re.escape(message)) as caught:
+        room.attention(*arrays, mask, backend)
+    assert f'the attention backend "{backend}" cannot serve this call: ' in str(caught.value)
+
+
+def test_machine_without_cudnn(monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
+    q, k, _ = inputs(1, 4, 4, 2, 2, 64, jnp.bfloat16)
+    with room.target_platform("gpu"):
+        assert room.choose("auto", q, k, masks.Bidirectional()) == "xla"
+        with pytest.raises(ValueError, match='cuDNN is not detected. Install the extra "cuda"'):
+            room.choose("cudnn", q, k, masks.Bidirectional())
+
+
+@pytest.mark.usefixtures("cudnn_present")
+@pytest.mark.parametrize(("capability", "chosen"), [("7.5", "xla"), ("8.0", "cudnn"), ("12.0", "cudnn")])
+def test_gpu_that_is_too_old(monkeypatch, capability, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    q, k, _ = inputs(1, 4, 4, 2, 2, 64, jnp.bfloat16)
+    assert room.choose("auto", q, k, masks.Bidirectional()) == chosen
+    if chosen == "xla":
+        assert "8.0 (Ampere) or newer, not 7.5" in room.refusal("cudnn", q, k, masks.Bidirectional())
+
+
+# --- the target
+
+
+def test_target_is_that_of_the_mesh_then_of_the_machine(monkeypatch):
+    tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    absent = AbstractMesh((2, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=tpu)
+    assert placement.current_target() == placement.Target("cpu")
+    with jax.sharding.use_abstract_mesh(absent):
+        assert placement.current_target() == placement.Target("tpu")
+        with room.target_platform("gpu"):
+            assert placement.current_target() == placement.Target("gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert placement.current_target() == placement.Target("tpu")
+    with jax.set_mesh(mesh((8, 1, 1))):  # CPU devices beside a TPU
+        assert placement.current_target() == placement.Target("cpu")
+
+
+def test_function_is_traced_anew_for_another_target():
+    attend = jax.jit(room.attention)
+    arrays = inputs(1, 8, 8, 2, 2)
+    texts = {}
+    for platform in ("cpu", "tpu", "cpu"):
+        with room.target_platform(platform):
+            traced = attend.trace(*arrays, masks.Bidirectional())
+            texts[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in texts["tpu"]
+    assert "custom_call" not in texts["cpu"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_targets_raise():
+    with pytest.raises(ValueError, match=r"platform='cuda' is not one of \('cpu', 'gpu', 'tpu'\)"):
+        room.target_platform("cuda")
+    with pytest.raises(ValueError, match="interpret=True is for the kernels of a TPU"):
+        room.target_platform("gpu", interpret=True)
