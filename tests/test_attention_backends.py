@@ -166,6 +166,7 @@ def mesh(shape):
     return Mesh(np.array(jax.devices()).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+@pytest.mark.slow
 def test_model_on_splash():
     """Under a scan, remat and a mesh, as in training."""
     config = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
