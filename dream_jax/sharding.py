@@ -252,9 +252,11 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def bytes_per_device(tree: Any) -> dict[str, int]:
-    """Bytes that the arrays of a tree occupy on each local device, by device name."""
+    """Bytes that the arrays of a tree occupy on each local device, by device name; those in the host's memory do not."""
     total: dict[str, int] = {str(device): 0 for device in jax.local_devices()}
     for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind == "pinned_host":
+            continue
         for shard in leaf.addressable_shards:
             total[str(shard.device)] = total.get(str(shard.device), 0) + shard.data.nbytes
     return total

@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from dream_jax import sharding
 from dream_jax.model import Dream, merge_params
 from dream_jax.objective import CartWeight, Focal, LossWeight, draw_noise, masked_diffusion_loss
+from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever makes a step makes one
+from dream_jax.optimizer import opt_state_shardings
 from dream_jax.shapes import ParamTree
 
 Batch = Mapping[str, jax.Array]
@@ -28,73 +30,6 @@ Metrics = dict[str, jax.Array]
 
 # Keeps the keys of the noise apart from those of random weights, which come from the same seed.
 _NOISE = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero, after clipping the global norm.
-
-    Defaults are Dream's published SFT recipe, except the learning rate and the length of the run, which have none.
-
-    Attributes:
-      learning_rate: at the end of the warm-up.
-      total_steps: length of the schedule, warm-up included.
-      warmup_share: of total_steps, in [0, 1).
-      b1, b2, eps: of Adam.
-      weight_decay: on matrices and the embedding table; norms and biases are left alone.
-      clip_norm: largest global norm of the gradient; None to switch off.
-    """
-
-    learning_rate: float
-    total_steps: int
-    warmup_share: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"{self.learning_rate=} must be positive")
-        if self.total_steps < 1:
-            raise ValueError(f"{self.total_steps=} must be at least 1")
-        if not 0.0 <= self.warmup_share < 1.0:
-            raise ValueError(f"{self.warmup_share=} is outside [0, 1)")
-        for name in ("b1", "b2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"{self.weight_decay=} must not be negative")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"{self.clip_norm=} must be positive; pass None to switch it off")
-
-    def schedule(self) -> optax.Schedule:
-        """Learning rate of each step. The first step already moves: warm-up starts at one share of the peak, not 0."""
-        warmup = round(self.warmup_share * self.total_steps)
-        return optax.warmup_cosine_decay_schedule(
-            init_value=self.learning_rate / (warmup + 1),
-            peak_value=self.learning_rate,
-            warmup_steps=warmup,
-            decay_steps=max(self.total_steps, warmup + 1),
-        )
-
-    def make(self) -> optax.GradientTransformation:
-        """The optax transformation for a parameter tree."""
-        adamw = optax.adamw(
-            self.schedule(),
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            mask=_decayed,
-        )
-        return adamw if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
-
-
-def _decayed(params: ParamTree) -> ParamTree:
-    # By name, not by rank: stacked over layers, norm scales and biases have two and more axes.
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 @jax.tree_util.register_dataclass
@@ -138,29 +73,12 @@ class StepConfig:
 
 def state_shardings(abstract: TrainState, mesh: Mesh) -> Any:
     """A TrainState of shardings: moments lie beside their parameters, the rest everywhere."""
-    everywhere = sharding.replicated(mesh)
-    params = sharding.parameter_shardings(abstract.params, mesh)
-    # Matched by path and shape, so that a moment which is not shaped like its parameter is not split like it.
-    places = {
-        (_names(path), leaf.shape): place
-        for (path, leaf), place in zip(
-            jax.tree_util.tree_leaves_with_path(abstract.params), jax.tree.leaves(params), strict=True
-        )
-    }
-
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = _names(path)
-        for start in range(len(names)):
-            if (names[start:], leaf.shape) in places:
-                return places[names[start:], leaf.shape]
-        return everywhere
-
-    opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
-    return dataclasses.replace(abstract, params=params, opt_state=opt_state, step=everywhere)
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+    return dataclasses.replace(
+        abstract,
+        params=sharding.parameter_shardings(abstract.params, mesh),
+        opt_state=opt_state_shardings(abstract.opt_state, abstract.params, mesh),
+        step=sharding.replicated(mesh),
+    )
 
 
 def init_state(

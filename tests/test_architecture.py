@@ -32,6 +32,7 @@ RANKS = {
     "hf": 4,
     "checkpoint": 4,
     "lora": 4,
+    "optimizer": 4,
     "data": 4,
     "pretrained": 5,
     "train_step": 5,

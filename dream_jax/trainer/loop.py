@@ -159,7 +159,8 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     max_length = settings.max_length or _longest(source, tokenizer)
     _check_tokenizer(model.config, tokenizer, max_length)
     graphdef = split_params(model)[0]
-    optimizer = settings.optimizer()
+    optimizer = settings.optimizer_config()
+    optimizer.check_devices(mesh)
     transformation = optimizer.make()
     step_config = StepConfig(
         global_batch=settings.batch_size,

@@ -86,7 +86,7 @@ class Report:
     def start(self, state: TrainState, done: int, data: Any, max_length: int, mesh: Mesh) -> None:
         """Prints what is about to be trained, on what, and where it lies."""
         self.say(f"data: {data}")
-        rate = self._settings.optimizer().learning_rate
+        rate = self._settings.optimizer_config().learning_rate
         self.say(
             f"peak learning rate {rate:g}, {max_length} tokens a row, {parameter_count(state.params):,} parameters"
         )

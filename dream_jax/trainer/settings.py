@@ -14,7 +14,7 @@ from dream_jax import sharding
 from dream_jax.config import PRESETS
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
-from dream_jax.train_step import OptimizerConfig
+from dream_jax.optimizer import Kind, Moments, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,12 @@ class TrainSettings:
     """of the steps, before the cosine decay to zero"""
     weight_decay: float = 0.01
     """of matrices; norms and biases have none"""
+    optimizer: Kind = "adamw"
+    """adamw, or adafactor: almost no state, and no first moment"""
+    moments: Moments = "float32"
+    """how AdamW's two moments are stored: 8, 4 or 2.25 bytes a weight"""
+    moments_on_host: bool = False
+    """keep them in the host's memory and move them to the devices and back in every step"""
     b1: float = 0.9
     """Adam's first-moment decay"""
     b2: float = 0.95
@@ -111,7 +117,7 @@ class TrainSettings:
         # Once and for all, so that every part of a run means the same folder.
         object.__setattr__(self, "out", self.out.expanduser())
         self.loss_weight()
-        self.optimizer()
+        self.optimizer_config()
 
     def loss_weight(self) -> LossWeight:
         """The weight that the settings name."""
@@ -119,13 +125,16 @@ class TrainSettings:
             return CartWeight(self.cart_p)
         return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
 
-    def optimizer(self) -> OptimizerConfig:
+    def optimizer_config(self) -> OptimizerConfig:
         """The optimizer that the settings describe."""
         rate = self.learning_rate
         return OptimizerConfig(
             learning_rate=(2e-3 if self.starts_at_random else 5e-6) if rate is None else rate,
             total_steps=self.steps,
             warmup_share=self.warmup_share,
+            kind=self.optimizer,
+            moments=self.moments,
+            moments_on_host=self.moments_on_host,
             b1=self.b1,
             b2=self.b2,
             weight_decay=self.weight_decay,
@@ -144,9 +153,18 @@ class TrainSettings:
             found.append(
                 "--weight inverse-time with the masked-count denominator acts like 1/t^2: steps with a small t dominate"
             )
-        if not self.starts_at_random and self.optimizer().learning_rate > 1e-4:
+        rate = self.optimizer_config().learning_rate
+        if not self.starts_at_random and rate > 1e-4:
+            found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
+        if self.optimizer == "adafactor":
             found.append(
-                f"learning rate {self.optimizer().learning_rate:g} is far above the 2e-6 to 5e-6 of the published recipe"
+                "--optimizer adafactor is reported to be unstable for masked diffusion: watch the loss and the gradient "
+                "norm, or take --moments int8, which needs 2.25 bytes a weight more"
+            )
+        if self.moments_on_host:
+            found.append(
+                "--moments-on-host moves every moment over the bus twice a step; more rows a step make up for it, and "
+                "--moments int8 makes them smaller"
             )
         if self.starts_at_random and self.model != "nano":
             found.append(

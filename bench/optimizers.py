@@ -1,0 +1,181 @@
+"""Does a smaller optimizer state learn as well? Trains one model with each variant and seed, and compares the curves.
+
+    python bench/optimizers.py [--steps 600] [--seeds 0 1 2] [--variants float32 int8] [--out FILE]
+
+Each run is `dream_jax.trainer.train` on sudoku, the same data, noise and weights for a seed whatever the variant.
+Writes FILE (JSON: per variant the last losses, held-out accuracy and likelihood, bytes of state; how far each variant
+is from float32, in standard errors) and, beside it, the curves as CSV: variant, seed, step, loss, nll, grad_norm.
+Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import report
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dream_jax import pretrained
+from dream_jax.model import split_params
+from dream_jax.optimizer import state_bytes
+from dream_jax.trainer import Diverged, TrainSettings, train
+
+Variant = Literal["float32", "bfloat16", "int8", "adafactor"]
+CHOICES: Mapping[str, Mapping[str, str]] = {
+    "float32": {},
+    "bfloat16": {"moments": "bfloat16"},
+    "int8": {"moments": "int8"},
+    "adafactor": {"optimizer": "adafactor"},
+}
+CURVE = ("loss", "nll", "grad_norm")
+LAST = 50  # steps that a last loss is the mean of: a single one is mostly its noise level t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Size of the runs."""
+
+    steps: int = 600
+    """Of each run."""
+    batch_size: int = 64
+    """Rows a step."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, data order and noise; each variant runs with each."""
+    variants: tuple[Variant, ...] = get_args(Variant)
+    """Which; float32 is what the others are compared with."""
+    mesh: str = "1x1"
+    """As in train.py."""
+    model: str = "nano"
+    """A preset or a directory."""
+    data: str = "sudoku"
+    """As in train.py."""
+    eval_rows: int = 200
+    """Held-out rows at the end of each run."""
+    out: pathlib.Path = report.RESULTS / "optimizers.json"
+    """Result file; the curves go beside it."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.variants:
+            raise ValueError(f"{self.seeds=} and {self.variants=} must not be empty")
+        self.training("float32", 0, pathlib.Path("unused"))  # whatever is wrong with it shows before any run
+
+    def training(self, variant: str, seed: int, out: pathlib.Path) -> TrainSettings:
+        """The run of one variant and seed."""
+        return TrainSettings(
+            mesh=self.mesh,
+            model=self.model,
+            data=self.data,
+            out=out,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            save_every=self.steps,
+            eval_rows=self.eval_rows,
+            seed=seed,
+            **CHOICES[variant],
+        )
+
+
+def one_run(settings: Settings, variant: str, seed: int, folder: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
+    """What a run came to, and its curve."""
+    training = settings.training(variant, seed, folder / f"{variant}-{seed}")
+    try:
+        summary = train(training)
+    except Diverged as diverged:
+        return {"seed": seed, "diverged": str(diverged)}, curve(training.out)
+    rows = curve(training.out)
+    last = rows[-LAST:]
+    result = {
+        "seed": seed,
+        "last_loss": statistics.fmean(row["loss"] for row in last),
+        "last_nll": statistics.fmean(row["nll"] for row in last),
+        "largest_grad_norm": max(row["grad_norm"] for row in rows),
+        "eval": summary["eval"],
+        "seconds": summary["seconds"],
+    }
+    return result, rows
+
+
+def curve(run: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv."""
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return [{name: float(row[name]) for name in ("step", *CURVE)} for row in csv.DictReader(file)]
+
+
+def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Each variant's last nll less float32's, seed by seed: the mean, and the standard error of that mean."""
+    found: dict[str, Any] = {}
+    base = {run["seed"]: run["last_nll"] for run in results.get("float32", ()) if "last_nll" in run}
+    for variant, runs in results.items():
+        pairs = [run["last_nll"] - base[run["seed"]] for run in runs if "last_nll" in run and run["seed"] in base]
+        if variant == "float32" or not pairs:
+            continue
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        found[variant] = {
+            "nll_minus_float32": statistics.fmean(pairs),
+            "standard_error": None if math.isnan(error) else error,
+            "relative": statistics.fmean(pairs) / statistics.fmean(base.values()),
+        }
+    return found
+
+
+def main(settings: Settings) -> None:
+    """Runs everything, prints a table, writes both files."""
+    console = Console()
+    console.print(settings)
+    other_work, results, curves, sizes = report.OtherWork(), {}, [], {}
+    shapes = split_params(pretrained.describe(settings.model))[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in settings.variants:
+            optimizer = settings.training(variant, 0, pathlib.Path(folder)).optimizer_config()
+            sizes[variant] = state_bytes(jax.eval_shape(optimizer.make().init, shapes))
+            results[variant] = []
+            for seed in settings.seeds:
+                console.rule(f"{variant}, seed {seed}")
+                result, rows = one_run(settings, variant, seed, pathlib.Path(folder))
+                results[variant].append(result)
+                curves += [{"variant": variant, "seed": seed, **row} for row in rows]
+    differences = compare(results)
+    table = Table("variant", "state, bytes", f"nll of the last {LAST} steps, by seed", "less float32's", "exact")
+    for variant, runs in results.items():
+        difference = differences.get(variant)
+        table.add_row(
+            variant,
+            f"{sizes[variant]:,}",
+            " ".join(f"{run['last_nll']:.4f}" if "last_nll" in run else "diverged" for run in runs),
+            "" if difference is None else f"{difference['nll_minus_float32']:+.4f} +- {difference['standard_error']}",
+            " ".join(f"{run['eval'].get('exact_accuracy', math.nan):.3f}" for run in runs if "eval" in run),
+        )
+    console.print(table)
+    plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    report.write_json(
+        settings.out,
+        {
+            "date": report.now(),
+            "hardware": {**report.hardware(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+            "other_work": other_work.share(),
+            "versions": report.versions(["jax", "jaxlib", "flax", "optax", "numpy"]),
+            "settings": plain,
+            "state_bytes": sizes,
+            "results": results,
+            "against_float32": differences,
+        },
+    )
+    with settings.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("variant", "seed", "step", *CURVE))
+        writer.writeheader()
+        writer.writerows({**row, "step": int(row["step"])} for row in curves)
+    console.print(f"wrote {settings.out} and {settings.out.with_suffix('.csv').name}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

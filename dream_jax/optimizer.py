@@ -1,0 +1,447 @@
+"""What turns gradients into updates, how large its state is, and where that state lies.
+
+AdamW keeps two moments a weight. In float32 they weigh twice the model; here they may also be bfloat16, 8-bit codes in
+blocks, and lie in the memory of the host. Adafactor keeps rows and columns instead of a second moment, and no first.
+Everything else (clipping, warm-up and cosine, weight decay by name) is the same for all.
+
+Knows parameter trees and the sharding tables. Knows nothing of losses, steps or files.
+
+| state, bytes a weight | mu | nu | both, of float32's |
+|---|---|---|---|
+| float32 | 4 | 4 | 100 % |
+| bfloat16 | 2 | 2 | 50 % |
+| int8 | 1 + 4/32 | 1 + 4/32 | 28 % (last axis 32 or longer) |
+| Adafactor | 0 | 4/rows + 4/columns | under 1 % |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from dream_jax import sharding
+from dream_jax.shapes import ParamTree
+
+Kind = Literal["adamw", "adafactor"]
+Moments = Literal["float32", "bfloat16", "int8"]
+
+# Keeps the keys that moments are rounded with apart from every other stream.
+_ROUNDING = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Linear warm-up and cosine decay to zero around AdamW or Adafactor, after clipping the global norm.
+
+    Defaults are Dream's published SFT recipe, except the learning rate and the length of the run, which have none.
+
+    Attributes:
+      learning_rate: at the end of the warm-up.
+      total_steps: length of the schedule, warm-up included.
+      warmup_share: of total_steps, in [0, 1).
+      kind: "adamw"; or "adafactor": the direction of its factored second moment, without a first moment, at most 1 in
+        root mean square over each (stacked) parameter, under the same absolute learning rate and weight decay.
+      moments: how AdamW's are stored. "float32" is `optax.adamw` to the last bit. "bfloat16" rounds both to nearest,
+        "int8" is `quantise`. The update itself is float32 and uses the moments before they are rounded.
+      moments_on_host: keeps AdamW's moments in the pinned memory of the host, and moves them to the devices and back
+        in every step. On GPUs XLA's pool of such memory ends at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says
+        otherwise. On a CPU it gains nothing.
+      b1, b2, eps: of Adam; Adafactor has none of them.
+      weight_decay: on matrices and the embedding table; norms and biases are left alone.
+      clip_norm: largest global norm of the gradient; None to switch off.
+
+    Raises:
+      ValueError: a number out of range, or choices that exclude each other.
+    """
+
+    learning_rate: float
+    total_steps: int
+    warmup_share: float = 0.1
+    kind: Kind = "adamw"
+    moments: Moments = "float32"
+    moments_on_host: bool = False
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"{self.learning_rate=} must be positive")
+        if self.total_steps < 1:
+            raise ValueError(f"{self.total_steps=} must be at least 1")
+        if not 0.0 <= self.warmup_share < 1.0:
+            raise ValueError(f"{self.warmup_share=} is outside [0, 1)")
+        for name in ("b1", "b2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"{self.weight_decay=} must not be negative")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"{self.clip_norm=} must be positive; pass None to switch it off")
+        for name, choices in (("kind", get_args(Kind)), ("moments", get_args(Moments))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
+        if self.kind == "adafactor":
+            for field in dataclasses.fields(self):
+                if field.name in ("moments", "moments_on_host", "b1", "b2", "eps"):
+                    value = getattr(self, field.name)
+                    if value != field.default:
+                        raise ValueError(f"{field.name}={value!r} is AdamW's; Adafactor does not read it: leave it out")
+        if self.moments == "bfloat16":
+            for name in ("b1", "b2"):
+                if getattr(self, name) > BFLOAT16_LARGEST_DECAY:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is too slow for bfloat16 moments: above "
+                        f"{BFLOAT16_LARGEST_DECAY} a step may change less than rounding to nearest can hold, and the "
+                        "moment stalls; use int8, which rounds without bias, or float32"
+                    )
+
+    def schedule(self) -> optax.Schedule:
+        """Learning rate of each step. The first step already moves: warm-up starts at one share of the peak, not 0."""
+        warmup = round(self.warmup_share * self.total_steps)
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.learning_rate / (warmup + 1),
+            peak_value=self.learning_rate,
+            warmup_steps=warmup,
+            decay_steps=max(self.total_steps, warmup + 1),
+        )
+
+    def make(self) -> optax.GradientTransformation:
+        """The optax transformation for a parameter tree."""
+        # The parts of optax.adamw, in its order, so that only the first differs.
+        method = optax.chain(
+            self._direction(),
+            optax.add_decayed_weights(self.weight_decay, _decayed),
+            optax.scale_by_learning_rate(self.schedule()),
+        )
+        return method if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), method)
+
+    def _direction(self) -> optax.GradientTransformation:
+        """What the learning rate multiplies."""
+        if self.kind == "adafactor":
+            # Not optax.adafactor: its weight decay is not multiplied by the learning rate, which at 0.01 would take a
+            # hundredth of every weight in every step.
+            return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        if self.moments == "float32":
+            adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        else:
+            adam = _scale_by_adam(self.b1, self.b2, self.eps, _Bfloat16() if self.moments == "bfloat16" else _Int8())
+        return _kept_on_host(adam) if self.moments_on_host else adam
+
+    def check_devices(self, mesh: Mesh) -> None:
+        """Raises ValueError where the devices of a mesh cannot do what is asked of them."""
+        if self.moments_on_host:
+            _require_host_memory(mesh)
+
+
+def _decayed(params: ParamTree) -> ParamTree:
+    # By name, not by rank: stacked over layers, norm scales and biases have two and more axes.
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+# ---------------------------------------------------------------------------------------------- 8-bit codes in blocks
+
+BLOCK = 32  # small enough that up to 16 devices share the width 3584 of Dream-7B without cutting a block
+
+
+class Quantised(NamedTuple):
+    """An array in one byte an element.
+
+    Attributes:
+      codes: int8 (any sign) or uint8 (no number below zero), the shape of the array: it is sharded like the array.
+      absmax: float32, the largest magnitude of each block of `BLOCK` along the last axis (of the whole axis where that
+        is shorter); the last block may be cut short.
+    """
+
+    codes: Any
+    absmax: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """The magnitudes that a code can mean, as shares of a block's largest: 0, then `levels` of a geometric series to 1.
+
+    A series, not equal steps: within a block gradients differ by orders of magnitude, and Adam divides by the root of
+    the second moment, so that what counts is the relative error of each element. Under equal steps small second moments
+    become zero, and the step of their weight is as long as it likes.
+
+    Attributes:
+      levels: the number of codes above zero.
+      octaves: powers of two from the least of them to the greatest.
+    """
+
+    levels: int
+    octaves: int
+
+    @property
+    def step(self) -> float:
+        """Octaves from one level to the next."""
+        return self.octaves / (self.levels - 1)
+
+    def __call__(self, code: jax.Array) -> jax.Array:
+        """Level of a code that is a whole float32 in 0..levels."""
+        return jnp.where(code > 0, jnp.exp2((code - self.levels) * self.step), 0.0)
+
+
+# The same reach for the first moment and for the root of the second: |m| <= 1.2 sqrt(v) for Adam's usual decays, and as
+# neither is ever rounded past the common floor, no element's step can grow by it.
+_GRIDS = {"int8": _Grid(127, 16), "uint8": _Grid(255, 32)}
+
+
+def quantise(
+    x: Float[jax.Array, "*b d"], noise: Float[jax.Array, "*b d"], dtype: Literal["int8", "uint8"]
+) -> Quantised:
+    """One byte an element: the nearest level below or above, by chance, so that the expectation is the number itself.
+
+    By chance, because a moment moves by less than a level in a step: rounded to nearest it would stand still or run ahead.
+
+    Error of an element a in a block whose largest magnitude is A, whatever the noise:
+
+        int8    |error| <= 9.3 % |a|, and at most 2**-16 A where |a| < 2**-16 A
+        uint8   |error| <= 9.2 % a, and at most 2**-32 A where a < 2**-32 A: there it is rounded up, except zero
+
+    A itself and zeros are exact. Blocks with A outside 1.2e-38..8e37 become zero; infinities and NaN stay lost.
+
+    Args:
+      x: float32; blocks lie along its last axis.
+      noise: float32 in [0, 1), one number an element.
+      dtype: "int8" for any sign, "uint8" for numbers that are not below zero.
+    """
+    grid, size = _GRIDS[dtype], x.shape[-1]
+    magnitude = _blocks(jnp.abs(x))
+    absmax = jnp.max(magnitude, axis=-1)
+    # Smaller ones are zero to some hardware and not to others; NaN passes.
+    absmax = jnp.where(absmax < jnp.finfo(jnp.float32).tiny, 0.0, absmax)
+    ratio = magnitude / jnp.where(absmax == 0.0, 1.0, absmax)[..., None]
+    low = jnp.clip(jnp.floor(grid.levels + jnp.log2(ratio) / grid.step), 0, grid.levels - 1)
+    below, above = grid(low), grid(low + 1)
+    code = jnp.where(ratio - below > _blocks(noise) * (above - below), low + 1, low)
+    if dtype == "uint8":
+        code = jnp.where(magnitude > 0, jnp.maximum(code, 1.0), 0.0)
+    code = _without_blocks(code, size)
+    return Quantised((jnp.where(x < 0, -code, code)).astype(dtype), absmax)
+
+
+def dequantise(x: Quantised) -> Float[jax.Array, "*b d"]:
+    """The float32 numbers that the codes mean."""
+    code = _blocks(x.codes.astype(jnp.float32))
+    level = jnp.sign(code) * _GRIDS[x.codes.dtype.name](jnp.abs(code))
+    return _without_blocks(level * x.absmax[..., None], x.codes.shape[-1])
+
+
+def _is_quantised(x: Any) -> bool:
+    return isinstance(x, Quantised)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[..., d] -> [..., blocks, width], zeros at the end of the last block."""
+    width = min(BLOCK, x.shape[-1])
+    short = -x.shape[-1] % width
+    if short:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def _without_blocks(x: jax.Array, size: int) -> jax.Array:
+    return x.reshape(*x.shape[:-2], -1)[..., :size]
+
+
+# --------------------------------------------------------------------------------------------- Adam with small moments
+
+
+BFLOAT16_LARGEST_DECAY = 1 - 2.0**-7
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bfloat16:
+    """Rounded to nearest.
+
+    A moment that is drawn to a constant target stops within 2**-8 / (1 - b) of it: 4 % at 0.9, 8 % at 0.95 (4 % in the
+    root), nothing beside the noise of a gradient. At 0.999 it would be 390 %, and a moment that should die away could
+    not even begin to; hence `BFLOAT16_LARGEST_DECAY`, and no random bits.
+    """
+
+    def empty(self, param: Any) -> tuple[Any, Any]:
+        zeros = jnp.zeros(param.shape, jnp.bfloat16)
+        return zeros, zeros
+
+    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+        return mu.astype(jnp.float32), nu.astype(jnp.float32)
+
+    def store(self, m: jax.Array, v: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+        return m.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Int8:
+    """Codes in blocks, see `quantise`; the second moment itself is stored, so that it is free of bias, not its root."""
+
+    def empty(self, param: Any) -> tuple[Any, Any]:
+        blocks = -(-param.shape[-1] // min(BLOCK, param.shape[-1]))
+
+        def zeros(dtype: str) -> Quantised:
+            return Quantised(jnp.zeros(param.shape, dtype), jnp.zeros((*param.shape[:-1], blocks), jnp.float32))
+
+        return zeros("int8"), zeros("uint8")
+
+    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+        return dequantise(mu), dequantise(nu)
+
+    def store(self, m: jax.Array, v: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+        # 16 random bits are enough for each; they depend on the element's place, not on the mesh.
+        bits = jax.random.bits(key, m.shape, jnp.uint32)
+
+        def uniform(bits: jax.Array) -> jax.Array:
+            return (bits.astype(jnp.float32) + 0.5) / 2.0**16
+
+        mu = quantise(m, uniform(bits & jnp.uint32(0xFFFF)), "int8")
+        return mu, quantise(v, uniform(bits >> jnp.uint32(16)), "uint8")
+
+
+class SmallMomentsState(NamedTuple):
+    """Steps done, and the two moments of every parameter as they are stored."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float, storage: _Bfloat16 | _Int8) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` in float32, with moments that are stored smaller."""
+
+    def state(count: jax.Array, treedef: Any, pairs: list[tuple[Any, Any]]) -> SmallMomentsState:
+        mu, nu = ([pair[place] for pair in pairs] for place in (0, 1))
+        return SmallMomentsState(count, jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu))
+
+    def init(params: ParamTree) -> SmallMomentsState:
+        leaves, treedef = jax.tree.flatten(params)
+        return state(jnp.int32(0), treedef, [storage.empty(leaf) for leaf in leaves])
+
+    def update(
+        gradients: ParamTree, before: SmallMomentsState, params: ParamTree | None = None
+    ) -> tuple[ParamTree, SmallMomentsState]:
+        count = optax.safe_increment(before.count)
+        key = jax.random.fold_in(jax.random.key(_ROUNDING), count)
+        steps = count.astype(jnp.float32)
+        leaves, treedef = jax.tree.flatten(gradients)
+        moments = (jax.tree.leaves(tree, is_leaf=_is_quantised) for tree in (before.mu, before.nu))
+        updates, pairs = [], []
+        for index, (leaf, mu, nu) in enumerate(zip(leaves, *moments, strict=True)):
+            gradient = leaf.astype(jnp.float32)
+            m, v = storage.load(mu, nu)
+            m = b1 * m + (1 - b1) * gradient
+            v = b2 * v + (1 - b2) * jnp.square(gradient)
+            updates.append(m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps))
+            pairs.append(storage.store(m, v, jax.random.fold_in(key, index)))
+        return jax.tree.unflatten(treedef, updates), state(count, treedef, pairs)
+
+    return optax.GradientTransformation(init, update)
+
+
+# ------------------------------------------------------------------------------------------------ where the state lies
+
+
+class OnHost(NamedTuple):
+    """A state whose arrays lie in the hosts' memory; `opt_state_shardings` knows it by the name of its one field."""
+
+    on_host: Any
+
+
+def _kept_on_host(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation, its state moved to the devices for the update and back."""
+
+    def moved(tree: Any, space: Any) -> Any:
+        # The step count stays where the schedule's is.
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, tree)
+
+    def init(params: ParamTree) -> OnHost:
+        return OnHost(moved(inner.init(params), jax.memory.Space.Host))
+
+    def update(updates: ParamTree, state: OnHost, params: ParamTree | None = None) -> tuple[ParamTree, OnHost]:
+        updates, after = inner.update(updates, moved(state.on_host, jax.memory.Space.Device), params)
+        return updates, OnHost(moved(after, jax.memory.Space.Host))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _require_host_memory(mesh: Mesh) -> None:
+    # Of a topology that is only compiled for, no device is local.
+    device = next(iter(mesh.local_devices), mesh.devices.flat[0])
+    kinds = _memory_kinds(device)
+    if "pinned_host" not in kinds:
+        raise ValueError(
+            f"moments_on_host needs the memory 'pinned_host', but {device.platform} devices here have {sorted(kinds)}; "
+            "leave it off, or store the moments smaller (int8)"
+        )
+
+
+def _memory_kinds(device: jax.Device) -> set[str]:
+    return {memory.kind for memory in device.addressable_memories()}
+
+
+def opt_state_shardings(state: Any, params: ParamTree, mesh: Mesh) -> Any:
+    """Where each array of an optimizer's state lies: like the parameter that its path names, else on every device.
+
+    An array of the parameter's shape lies as it does; block maxima and Adafactor's rows and columns lie like the axes
+    that they have left.
+
+    Args:
+      state: arrays or shapes, as `OptimizerConfig.make` makes them for `params`.
+      params: arrays or shapes, with paths of `sharding.PARAMETER_AXES`.
+      mesh: where to.
+
+    Raises:
+      ValueError: moments are to be on the host, and the devices cannot reach its memory.
+    """
+    shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = _names(path)
+        spans = (names[start:stop] for start in range(len(names)) for stop in range(start + 1, len(names) + 1))
+        name = max((span for span in spans if span in shapes), key=len, default=None)
+        axes = None if name is None else _axes_left(names, leaf.shape, name, shapes[name])
+        spec = sharding.partition_spec(axes or [None] * len(leaf.shape), leaf.shape, dict(mesh.shape))
+        found = jax.sharding.NamedSharding(mesh, spec)
+        if "on_host" in names and leaf.shape:
+            _require_host_memory(mesh)
+            return found.with_memory_kind("pinned_host")
+        return found
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _axes_left(
+    names: tuple[str, ...], shape: tuple[int, ...], name: tuple[str, ...], whole: tuple[int, ...]
+) -> tuple[str, ...] | None:
+    """The logical axes of an array in the state of a parameter with shape `whole`; None when it has not kept any."""
+    axes = sharding.PARAMETER_AXES[".".join(name)]
+    if shape == whole or (names[-1] == "absmax" and shape[:-1] == whole[:-1]):
+        return axes
+    # By name as well as by shape: rows and columns of a square matrix have one shape and not one place.
+    for field, rank in (("v_row", -1), ("v_col", -2)):
+        if field in names and len(whole) > 1:
+            gone = int(
+                np.argsort(whole)[rank]
+            )  # optax keeps the rows without the longest axis, the columns without the next
+            if shape == (*whole[:gone], *whole[gone + 1 :]):
+                return (*axes[:gone], *axes[gone + 1 :])
+    return None
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all arrays (or shapes) in a state, each counted once."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
