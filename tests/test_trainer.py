@@ -161,8 +161,8 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path):
 
 def test_a_diverged_run_saves_nothing_of_it(tmp_path):
     out = tmp_path / "wild"
-    with pytest.raises(Diverged, match="newest checkpoint is of step 2"):
-        train(settings(out, learning_rate=1e30, clip_norm=0, save_every=2, warmup_share=0.5))
+    with pytest.raises(Diverged, match="step 2 has loss .*newest checkpoint is of step 1.*Try a smaller"):
+        train(settings(out, learning_rate=1e30, clip_norm=0, save_every=1))
     assert not (out / "summary.json").exists()
     assert all(np.isfinite(loss) for _, loss in losses(out))
 

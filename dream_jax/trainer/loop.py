@@ -227,9 +227,12 @@ def _steps(
             state, metrics = run.step(state, put_batch(next(run.batches), run.mesh))
             row = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
+                checkpoints.wait()
+                saved = checkpoints.latest_step()
+                newest = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
                 raise Diverged(
-                    f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}; nothing of it is saved. "
-                    f"The newest checkpoint is of step {checkpoints.latest_step()}: try a smaller --learning-rate"
+                    f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}; nothing of it is saved "
+                    f"({newest}). Try a smaller --learning-rate"
                 )
             now = time.monotonic()
             row["tokens_per_second"] = settings.batch_size * run.max_length / (now - clock)
