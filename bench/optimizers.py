@@ -152,7 +152,9 @@ def main(settings: Settings) -> None:
             variant,
             f"{sizes[variant]:,}",
             " ".join(f"{run['last_nll']:.4f}" if "last_nll" in run else "diverged" for run in runs),
-            "" if difference is None else f"{difference['nll_minus_float32']:+.4f} +- {difference['standard_error']}",
+            ""
+            if difference is None
+            else f"{difference['nll_minus_float32']:+.4f} +- {difference['standard_error'] or 0:.4f}",
             " ".join(f"{run['eval'].get('exact_accuracy', math.nan):.3f}" for run in runs if "eval" in run),
         )
     console.print(table)

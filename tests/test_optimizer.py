@@ -292,6 +292,9 @@ def test_codes_are_drawn_anew_for_each_step_and_parameter():
     _, state = update(transform)(params, transform.init(params), params)
     one, other = (nu_of(state)[a][b].codes for a, b in (("norm", "scale"), ("lm_head", "kernel")))
     assert np.any(one != other)
+    later = jax.tree.map(lambda leaf: leaf if leaf.ndim else leaf + 5, transform.init(params))
+    _, state = update(transform)(params, later, params)
+    assert np.any(one != nu_of(state)["norm"]["scale"].codes)
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
