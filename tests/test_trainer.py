@@ -170,14 +170,14 @@ def test_a_diverged_run_saves_nothing_of_it(tmp_path):
 def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp_path):
     """A long prompt with a short answer, and the reverse: no batch is wider than the model."""
     (tmp_path / "data").mkdir()
-    rows = [{"input": "x" * 1500, "output": "y"}, {"input": "x", "output": "y" * 700}] * 2
-    rows = [row | {"input": row["input"] + str(n)} for n, row in enumerate(rows)]
+    rows = [{"input": f"{n}" + "x" * 2000, "output": "yes"} for n in range(2)]  # the model takes 2048 tokens
+    rows += [{"input": f"{n}", "output": "y" * 60} for n in range(2)]
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": str(tmp_path / "data"), "mesh": "1x1", "batch_size": 4, "steps": 1, "eval_tokens": 800}
+    options = {"data": str(tmp_path / "data"), "mesh": "1x1", "batch_size": 4, "steps": 1}
     found = train(settings(tmp_path / "out", **options))["eval"]
     assert (found["rows"], found["too_long"]) == (4, 0)
-    found = train(settings(tmp_path / "short", **options | {"eval_tokens": 100}))["eval"]
+    found = train(settings(tmp_path / "short", **options | {"eval_tokens": 30}))["eval"]
     assert (found["rows"], found["too_long"]) == (2, 2)
 
 
