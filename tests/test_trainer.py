@@ -1,6 +1,7 @@
 """The training loop as a user meets it: one folder a run, stopping, going on, refusals, several processes."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import dream_jax
 from dream_jax import pretrained
@@ -169,12 +171,18 @@ def test_a_diverged_run_saves_nothing_of_it(tmp_path):
 
 def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp_path):
     """A long prompt with a short answer, and the reverse: no batch is wider than the model."""
+    (tmp_path / "tokenizer").mkdir()
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=1, max_position_embeddings=64)
+    model = dream_jax.Dream(small, rngs=nnx.Rngs(0))
+    dream_jax.save(model, tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
+    rows = [{"input": f"{n}" + "x" * 55, "output": "yes"} for n in range(2)]
+    rows += [{"input": f"{n}", "output": "y" * 40} for n in range(2)]
     (tmp_path / "data").mkdir()
-    rows = [{"input": f"{n}" + "x" * 2000, "output": "yes"} for n in range(2)]  # the model takes 2048 tokens
-    rows += [{"input": f"{n}", "output": "y" * 60} for n in range(2)]
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": str(tmp_path / "data"), "mesh": "1x1", "batch_size": 4, "steps": 1}
+    options = {"data": str(tmp_path / "data"), "model": str(tmp_path / "model"), "mesh": "1x1"}
+    options |= {"batch_size": 4, "steps": 1}
     found = train(settings(tmp_path / "out", **options))["eval"]
     assert (found["rows"], found["too_long"]) == (4, 0)
     found = train(settings(tmp_path / "short", **options | {"eval_tokens": 30}))["eval"]
