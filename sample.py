@@ -23,6 +23,7 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import sharding
+from dream_jax.attention import Backend
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
 from dream_jax.pretrained import describe
@@ -74,6 +75,8 @@ class Settings:
     """devices, fsdp x tensor"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    attention: Backend = "auto"
+    """auto: the fastest that can serve; xla runs everywhere"""
     watch: bool = False
     """show the canvas while it is denoised (live on a terminal, some frames elsewhere)"""
 
@@ -128,9 +131,8 @@ def run(settings: Settings) -> int:
     if settings.prompts is None:
         prompt = encode(settings.prompt or "", template, tokenizer)
         check_length(prompt, sampler, abstract, "the prompt")
-        answer_one(
-            settings, dream_jax.load(settings.model, dtype=dtype, mesh=mesh), prompt, sampler, tokenizer, console
-        )
+        model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+        answer_one(settings, model, prompt, sampler, tokenizer, console)
         return 0
     questions = {one.line: one for one in read_questions(settings.prompts, template, tokenizer)}
     for one in questions.values():
@@ -138,7 +140,7 @@ def run(settings: Settings) -> int:
     # What the answers depend on, beside the questions.
     recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
     done = read_done(settings, questions, recipe | dataclasses.asdict(sampler))
-    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh)
+    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
     answer_file(settings, questions, done, model, sampler, tokenizer, console)
     return 0
 

@@ -245,6 +245,7 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
         ({"process_id": 3}, "process_id=3 need --coordinator"),
         ({"out": pathlib.Path("gs://bucket/run")}, "is an address"),
         ({"eval_tokens": -1}, "eval_tokens=-1"),
+        ({"attention": "flash"}, "attention='flash' is not one of"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, change, message):

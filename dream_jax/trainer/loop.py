@@ -154,7 +154,12 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     source = open_source(settings.data, "train", settings.seed)
     held_out = open_source(settings.data, "test", settings.seed) if settings.eval_rows else None
     check_folder(settings)
-    model = pretrained.describe(settings.model, compute_dtype=_compute_dtype(settings), remat=settings.remat)
+    model = pretrained.describe(
+        settings.model,
+        compute_dtype=_compute_dtype(settings),
+        attention_backend=settings.attention,
+        remat=settings.remat,
+    )
     tokenizer = _tokenizer(settings, model)
     max_length = settings.max_length or _longest(source, tokenizer)
     _check_tokenizer(model.config, tokenizer, max_length)

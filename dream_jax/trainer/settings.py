@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dream_jax import sharding
+from dream_jax.attention import Backend
 from dream_jax.config import PRESETS
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
@@ -67,6 +68,8 @@ class TrainSettings:
     """focal term (alpha 0.25, gamma 2): easy positions count less"""
     remat: Remat = "none"
     """what the backward pass recomputes, to save memory"""
+    attention: Backend = "auto"
+    """auto: the fastest that can serve; cudnn and splash have not run on hardware yet, xla runs everywhere"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPU and TPU, float32 on a CPU and for nano. Master weights are always float32"""
     seed: int = 0
@@ -114,6 +117,8 @@ class TrainSettings:
             )
         if "://" in str(self.out) or re.match(r"\w{2,}:/", str(self.out)):
             raise ValueError(f"out={self.out} is an address; runs are written to a local (or mounted) folder")
+        if self.attention not in get_args(Backend):
+            raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
         # Once and for all, so that every part of a run means the same folder.
         object.__setattr__(self, "out", self.out.expanduser())
         self.loss_weight()
@@ -192,4 +197,4 @@ FREE = {
     "num_processes",
     "process_id",
 }
-FREE |= {"accumulation", "remat", "eval_rows", "eval_tokens"}
+FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens"}
