@@ -191,9 +191,8 @@ def masked_diffusion_loss(
         return _loss(model, tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, weight=weight, focal=focal)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("weight", "focal")
-)  # else every call from outside a jit would compile anew
+# Compiled here: the loops inside are new functions at every call, which outside of a jit would be compiled every time.
+@functools.partial(jax.jit, static_argnames=("weight", "focal"))
 def _loss(
     model: Dream,
     tokens_BT: jax.Array,
@@ -241,6 +240,7 @@ def _masked_cross_entropy(
     return outputs
 
 
+# The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
 def _forward(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
     return _over_chunks(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=True)
 
