@@ -40,3 +40,20 @@ LogitsBTV = Float[Array, "B T V"]
 
 # A nested dict of arrays with string keys: parameters and everything shaped like them.
 ParamTree = dict[str, Any]
+
+
+def joined(base: ParamTree, more: ParamTree) -> ParamTree:
+    """Two nested dicts as one; a leaf that is in both is an error.
+
+    Raises:
+      ValueError: both hold the same leaf.
+    """
+    found = dict(base)
+    for key, value in more.items():
+        if key not in found:
+            found[key] = value
+        elif isinstance(value, dict) and isinstance(found[key], dict):
+            found[key] = joined(found[key], value)
+        else:
+            raise ValueError(f"both trees hold the leaf {key!r}")
+    return found

@@ -8,6 +8,7 @@ and the accumulation change nothing but the order of additions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from dream_jax.model import Dream, merge_params
 from dream_jax.objective import CartWeight, Focal, LossWeight, draw_noise, masked_diffusion_loss
 from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever makes a step makes one
 from dream_jax.optimizer import opt_state_shardings
-from dream_jax.shapes import ParamTree
+from dream_jax.shapes import ParamTree, joined
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -38,7 +39,7 @@ class TrainState:
     """All that a run carries from step to step; also in the form of shapes, or of shardings.
 
     Attributes:
-      params: the master weights, a nested dict of arrays.
+      params: the master weights of what is trained, a nested dict of arrays.
       opt_state: the optimizer's.
       step: int32 scalar, the steps done.
     """
@@ -121,14 +122,55 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
 
 
+class TrainStep:
+    """One optimizer step of a model on a mesh; compiled at its first call."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[Dream],
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        config: StepConfig,
+        mesh: Mesh,
+    ):
+        """See `make_train_step`."""
+        shards = dict(mesh.shape)["fsdp"]
+        if (config.global_batch // config.accumulation) % shards:
+            raise ValueError(
+                f"{config.global_batch=} in {config.accumulation=} parts gives "
+                f"{config.global_batch // config.accumulation} rows, which fsdp={shards} does not divide; change the "
+                "batch size, the accumulation or the mesh"
+            )
+        self.mesh = mesh
+        self._function = functools.partial(_train_step, graphdef, optimizer, schedule, config, mesh)
+        self._jitted: Any = None
+
+    def __call__(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> tuple[TrainState, Metrics]:
+        """The state after the step, and its metrics; the state is donated, `frozen` is not."""
+        with jax.set_mesh(self.mesh):
+            found: tuple[TrainState, Metrics] = self._compiled_for(state)(state, batch, frozen or {})
+            return found
+
+    def lower(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> Any:
+        """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings."""
+        with jax.set_mesh(self.mesh):
+            return self._compiled_for(state).lower(state, batch, frozen or {})
+
+    def _compiled_for(self, state: TrainState) -> Any:
+        if self._jitted is None:
+            places = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
+            self._jitted = jax.jit(self._function, donate_argnums=0, out_shardings=places)
+        return self._jitted
+
+
 def make_train_step(
     graphdef: nnx.GraphDef[Dream],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compiles the step for one model, optimizer and mesh; the state is donated.
+) -> TrainStep:
+    """The step for one model, optimizer and mesh.
 
     Args:
       graphdef: the model without its parameters.
@@ -138,87 +180,81 @@ def make_train_step(
       mesh: fsdp must divide the rows of each accumulated part.
 
     Returns:
-      A function of the state and a batch (`tokens` int32 [B, T], `maskable` bool [B, T], `row` int32 [B]: the index of
-      each row within the global batch) to the new state and scalar metrics: `loss`, `nll` (nats per masked token),
-      `masked_accuracy`, `num_masked`, `grad_norm` (before clipping), `learning_rate`.
+      A function of the state, a batch (`tokens` int32 [B, T], `maskable` bool [B, T], `row` int32 [B]: the index of
+      each row within the global batch) and the parameters that the state leaves out, because they are not trained, to
+      the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`, `num_masked`,
+      `grad_norm` (before clipping), `learning_rate`.
 
     Raises:
       ValueError: a batch that the mesh cannot split evenly.
     """
-    shards = dict(mesh.shape)["fsdp"]
-    if (config.global_batch // config.accumulation) % shards:
-        raise ValueError(
-            f"{config.global_batch=} in {config.accumulation=} parts gives {config.global_batch // config.accumulation} "
-            f"rows, which fsdp={shards} does not divide; change the batch size, the accumulation or the mesh"
+    return TrainStep(graphdef, optimizer, schedule, config, mesh)
+
+
+def _train_step(
+    graphdef: nnx.GraphDef[Dream],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+    frozen: ParamTree,
+) -> tuple[TrainState, Metrics]:
+    tokens_BT, maskable_BT, row_B = batch["tokens"], batch["maskable"], batch["row"]
+    with jax.named_scope("noise"):
+        key = noise_key(config.seed, state.step)
+        t_B, masked_BT = draw_noise(key, row_B, maskable_BT, config.global_batch)
+        masked_BT = sharding.constrain(masked_BT, "batch", None)
+        # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
+        normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
+
+    def loss(params: ParamTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+        tokens_BT, masked_BT, t_B = part
+        value, aux = masked_diffusion_loss(
+            merge_params(graphdef, joined(frozen, params)),
+            tokens_BT,
+            masked_BT,
+            t_B,
+            config.weight,
+            focal=config.focal,
+            normalizer=normalizer,
         )
+        nll_sum = aux["nll"] * jnp.maximum(aux["num_masked"], 1.0)
+        return value, {"loss": value, "nll_sum": nll_sum, "num_correct": aux["num_correct"]}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens_BT, maskable_BT, row_B = batch["tokens"], batch["maskable"], batch["row"]
-        with jax.named_scope("noise"):
-            key = noise_key(config.seed, state.step)
-            t_B, masked_BT = draw_noise(key, row_B, maskable_BT, config.global_batch)
-            masked_BT = sharding.constrain(masked_BT, "batch", None)
-            # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
-            normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
+    gradient = jax.grad(loss, has_aux=True)
+    whole = (tokens_BT, masked_BT, t_B)
+    if config.accumulation == 1:
+        gradients, sums = gradient(state.params, whole)
+    else:
 
-        def loss(params: ParamTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-            tokens_BT, masked_BT, t_B = part
-            value, aux = masked_diffusion_loss(
-                merge_params(graphdef, params),
-                tokens_BT,
-                masked_BT,
-                t_B,
-                config.weight,
-                focal=config.focal,
-                normalizer=normalizer,
-            )
-            nll_sum = aux["nll"] * jnp.maximum(aux["num_masked"], 1.0)
-            return value, {"loss": value, "nll_sum": nll_sum, "num_correct": aux["num_correct"]}
+        def accumulate(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+            added = jax.tree.map(jnp.add, carry, gradient(state.params, part))
+            return added, None
 
-        gradient = jax.grad(loss, has_aux=True)
-        whole = (tokens_BT, masked_BT, t_B)
-        if config.accumulation == 1:
-            gradients, sums = gradient(state.params, whole)
-        else:
+        parts = jax.tree.map(_split_rows(config.accumulation), whole)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
+        )
+        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, parts)
 
-            def accumulate(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
-                added = jax.tree.map(jnp.add, carry, gradient(state.params, part))
-                return added, None
-
-            parts = jax.tree.map(_split_rows(config.accumulation), whole)
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
-            )
-            (gradients, sums), _ = jax.lax.scan(accumulate, zeros, parts)
-
-        gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
-        # optax mixes its integer step count with floats, which strict promotion would refuse.
-        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        metrics = {
-            "loss": sums["loss"],
-            "nll": sums["nll_sum"] / normalizer,
-            "masked_accuracy": sums["num_correct"] / normalizer,
-            "num_masked": normalizer,
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": learning_rate,
-        }
-        return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
-
-    jitted: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None = None
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        nonlocal jitted
-        with jax.set_mesh(mesh):
-            if jitted is None:
-                places = state_shardings(state, mesh)
-                jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-            return jitted(state, batch)
-
-    return run
+    gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
+    # optax mixes its integer step count with floats, which strict promotion would refuse.
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+    metrics = {
+        "loss": sums["loss"],
+        "nll": sums["nll_sum"] / normalizer,
+        "masked_accuracy": sums["num_correct"] / normalizer,
+        "num_masked": normalizer,
+        "grad_norm": optax.tree.norm(gradients),
+        "learning_rate": learning_rate,
+    }
+    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:

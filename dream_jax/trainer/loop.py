@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,9 +30,9 @@ from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
 from dream_jax.tokenizer import Template, Tokenizer, load_tokenizer
 from dream_jax.train_step import (
-    Metrics,
     StepConfig,
     TrainState,
+    TrainStep,
     abstract_state,
     init_state,
     make_train_step,
@@ -141,7 +141,7 @@ class _Run:
     batches: Batches
     held_out: Source | None
     optimizer: optax.GradientTransformation
-    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+    step: TrainStep
 
 
 def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
