@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import masks
@@ -27,7 +28,10 @@ from dream_jax.config import DreamConfig
 from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
+
+# What a layer is given, as the backward pass finds it again.
+_LAYER_INPUT = "layer_input"
 
 
 class Linear(nnx.Module):
@@ -188,7 +192,7 @@ class Dream(nnx.Module):
         are float32 whatever it is.
       attention_backend: passed to `attention.attention`.
       remat: what the backward pass recomputes. "none" keeps every activation, "dots" keeps matrix products, "full"
-        keeps only each layer's input.
+        keeps only each layer's input, "offload" keeps that in the pinned memory of the host.
       tokenizer_dir: directory with the tokenizer files that belong to the weights, or None; they travel along when the
         model is saved or exported.
     """
@@ -265,6 +269,7 @@ class Dream(nnx.Module):
             turn = rotation(positions_BT, config.head_dim, config.rope_theta)
 
         def block(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+            x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
             layer = jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), layer)
             return layer(x_BTD, turn, mask, self.attention_backend), None
 
@@ -272,6 +277,14 @@ class Dream(nnx.Module):
             block = jax.checkpoint(block)
         elif self.remat == "dots":
             block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        elif self.remat == "offload":
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[_LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+            block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
             x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers)
         with jax.named_scope("final_norm"):

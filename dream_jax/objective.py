@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -210,8 +211,13 @@ def _loss(
     with jax.named_scope("loss"):
         weight_BT = jnp.where(masked_BT, weight(masked_BT, t_B), 0.0)
         kernel_DV = model.unembedding().astype(model.compute_dtype)
+        groups = sharding.token_shards(*tokens_BT.shape)
+        if groups[1] > 1:
+            # Devices share a row: what each needs of its neighbour, one hidden state a row, changes hands here.
+            hidden_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+            hidden_BTD = sharding.constrain(hidden_BTD, "batch", "tokens", "width")
         total, token_nll_BT, correct_BT = _masked_cross_entropy(
-            focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
+            focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
         )
         token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
         num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
@@ -226,26 +232,32 @@ def _loss(
         return total / denominator, aux
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _masked_cross_entropy(
     focal: Focal | None,
+    groups: tuple[int, int],
     hidden_BTD: Float[jax.Array, "B T D"],
     kernel_DV: Float[jax.Array, "D V"],
     tokens_BT: Int[jax.Array, "B T"],
     masked_BT: Bool[jax.Array, "B T"],
     weight_BT: Float[jax.Array, "B T"],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum of the weighted cross entropies; cross entropy and "argmax is right" of each masked position, [B, T]."""
-    outputs, _ = _over_chunks(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=False)
+    """Sum of the weighted cross entropies; cross entropy and "argmax is right" of each masked position, [B, T].
+
+    `groups` says how many ways the devices split B and T. Where T is split, the hidden states come shifted already.
+    """
+    outputs, _ = _over_chunks(
+        focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=False
+    )
     return outputs
 
 
 # The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
-def _forward(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
-    return _over_chunks(focal, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=True)
+def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
+    return _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=True)
 
 
-def _backward(focal, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]
     # Only the sum is differentiated; the per-token outputs are for reporting.
     scale = cotangents[0]
 
@@ -262,6 +274,7 @@ _masked_cross_entropy.defvjp(_forward, _backward)
 
 def _over_chunks(
     focal: Focal | None,
+    groups: tuple[int, int],
     hidden_BTD: jax.Array,
     kernel_DV: jax.Array,
     tokens_BT: jax.Array,
@@ -272,21 +285,29 @@ def _over_chunks(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
     """One loop over chunks of masked rows that forms the loss and, if asked, both gradients while the logits exist.
 
-    Rows are sorted "masked first" inside each group of devices that holds a share of the batch (S groups, R rows each),
-    so that no row leaves its device, and the loop ends when the group with most masked rows is through.
+    A row is one position of the batch. Rows are sorted "masked first" inside each group of devices that holds a share of
+    them (S groups, R rows each), so that no row leaves its device, and the loop ends when the group with most masked
+    rows is through.
     """
     batch, length, width = hidden_BTD.shape
     vocab = kernel_DV.shape[1]
-    groups = sharding.batch_shards()
-    groups = groups if batch % groups == 0 else 1
-    rows = batch // groups * length
+    num_groups, tokens_each = math.prod(groups), length // groups[1]
+    rows = batch // groups[0] * tokens_each
     chunk = min(rows, max(1, _LOGIT_ELEMENTS // vocab))
     if jax.default_backend() == "cpu":
         chunk = min(chunk, _CPU_ROWS)
     padding = -rows % chunk
 
+    def on_groups(x: jax.Array, *axes: str | None) -> jax.Array:
+        return sharding.constrain(x, "token_group", *axes, *[None] * (x.ndim - 1 - len(axes)))
+
     def grouped(x: jax.Array) -> jax.Array:
-        return sharding.constrain(x.reshape(groups, rows, *x.shape[2:]), "batch", *[None] * (x.ndim - 1))
+        x = x.reshape(groups[0], batch // groups[0], groups[1], tokens_each, *x.shape[2:]).swapaxes(1, 2)
+        return on_groups(x.reshape(num_groups, rows, *x.shape[4:]))
+
+    def ungrouped(x: jax.Array) -> jax.Array:
+        x = x.reshape(*groups, batch // groups[0], tokens_each, *x.shape[2:]).swapaxes(1, 2)
+        return sharding.constrain(x.reshape(batch, length, *x.shape[4:]), "batch", "tokens", *[None] * (x.ndim - 4))
 
     hidden_SRD, token_SR = grouped(hidden_BTD), grouped(tokens_BT)
     masked_SR, weight_SR = grouped(masked_BT), grouped(weight_BT)
@@ -313,13 +334,13 @@ def _over_chunks(
         index_SC = jax.lax.dynamic_slice_in_dim(order_SR, number * chunk, chunk, axis=1)
         live_SC = number * chunk + jnp.arange(chunk) < count_S[:, None]
         # The right shift, on indices: the hidden state before the masked token, in its own row of the batch.
-        source_SC = jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
+        source_SC = index_SC if groups[1] > 1 else jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
         h_SCD = read(hidden_SRD, source_SC)
         target_SC = read(token_SR, index_SC)
         weight_SC = jnp.where(live_SC, read(weight_SR, index_SC), 0.0)
 
         logits_SCV = jnp.einsum("SCD,DV->SCV", h_SCD, kernel_DV, preferred_element_type=jnp.float32)
-        logits_SCV = sharding.constrain(logits_SCV, "batch", None, "vocab")
+        logits_SCV = on_groups(logits_SCV, None, "vocab")
         peak_SC = jnp.max(logits_SCV, axis=-1)
         odds_SCV = jnp.exp(logits_SCV - peak_SC[..., None])
         norm_SC = jnp.sum(odds_SCV, axis=-1)
@@ -342,29 +363,29 @@ def _over_chunks(
             kernel_gradient_SDV = kernel_gradient_SDV + jnp.einsum(
                 "SCD,SCV->SDV", h_SCD, pull_SCV, preferred_element_type=jnp.float32
             )
-            kernel_gradient_SDV = sharding.constrain(kernel_gradient_SDV, "batch", None, "vocab")
+            kernel_gradient_SDV = on_groups(kernel_gradient_SDV, None, "vocab")
             gradients = [hidden_gradient_SRD, kernel_gradient_SDV]
         return total_S, nll_SR, correct_SR, *gradients
 
     start: tuple[jax.Array, ...] = (
-        jnp.zeros((groups,), jnp.float32),
-        jnp.zeros((groups, rows), jnp.float32),
-        jnp.zeros((groups, rows), bool),
+        jnp.zeros((num_groups,), jnp.float32),
+        jnp.zeros((num_groups, rows), jnp.float32),
+        jnp.zeros((num_groups, rows), bool),
     )
     if with_gradient:
-        hidden_gradient_SRD = jnp.zeros((groups, rows, width), jnp.float32)
-        kernel_gradient_SDV = jnp.zeros((groups, width, vocab), jnp.float32)
+        hidden_gradient_SRD = jnp.zeros((num_groups, rows, width), jnp.float32)
+        kernel_gradient_SDV = jnp.zeros((num_groups, width, vocab), jnp.float32)
         start += (
-            sharding.constrain(hidden_gradient_SRD, "batch", None, None),
+            on_groups(hidden_gradient_SRD),
             # One partial sum a group, added up once at the end rather than after every chunk.
-            sharding.constrain(kernel_gradient_SDV, "batch", None, "vocab"),
+            on_groups(kernel_gradient_SDV, None, "vocab"),
         )
     chunks = (jnp.max(count_S) + chunk - 1) // chunk
     total_S, nll_SR, correct_SR, *gradients = jax.lax.fori_loop(0, chunks, visit, start)
-    outputs = (jnp.sum(total_S), nll_SR.reshape(batch, length), correct_SR.reshape(batch, length))
+    outputs = (jnp.sum(total_S), ungrouped(nll_SR), ungrouped(correct_SR))
     if not with_gradient:
         return outputs, None
-    hidden_gradient = gradients[0].reshape(hidden_BTD.shape).astype(hidden_BTD.dtype)
+    hidden_gradient = ungrouped(gradients[0]).astype(hidden_BTD.dtype)
     return outputs, (hidden_gradient, jnp.sum(gradients[1], axis=0).astype(kernel_DV.dtype))
 
 

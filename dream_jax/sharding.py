@@ -40,11 +40,13 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "lm_head.kernel": ("embed", "vocab"),
 }
 
-# Table two: logical axis -> mesh axis. An axis that its mesh axis does not divide is kept whole (see `partition_spec`).
-LOGICAL_TO_MESH: Mapping[str, str | None] = {
+# Table two: logical axis -> mesh axis, or several. An axis that its mesh axes do not divide is kept whole (see
+# `partition_spec`).
+LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
     "vocab": "tensor",
-    "embed": "fsdp",
+    # Devices that share a row's tokens need not each hold the same parameters.
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -54,6 +56,7 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     # activations
     "batch": "fsdp",
     "tokens": "sequence",
+    "token_group": ("fsdp", "sequence"),  # the tokens that one group of devices holds, when B and T are one axis
     "width": None,
 }
 
@@ -62,14 +65,13 @@ def parse_mesh_shape(text: str) -> tuple[int, int, int]:
     """Reads `FSDPxTENSOR` or `FSDPxTENSORxSEQUENCE`, as in "8x1", into three sizes.
 
     Raises:
-      ValueError: not two or three positive numbers, or a sequence size above 1 (context parallelism is not built yet).
+      ValueError: not two or three positive numbers.
     """
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", text):
-        raise ValueError(f"mesh {text!r} is not of the form FSDPxTENSOR, such as 8x1 or 4x2")
-    sizes = [int(part) for part in text.split("x")]
-    fsdp, tensor, sequence = [*sizes, 1][:3]
-    if sequence != 1:
-        raise ValueError(f"mesh {text!r} asks for context parallelism over {sequence} devices, which is not built yet")
+        raise ValueError(
+            f"mesh {text!r} is not of the form FSDPxTENSOR, such as 8x1 or 4x2, or FSDPxTENSORxSEQUENCE, such as 2x1x4"
+        )
+    fsdp, tensor, sequence = [*(int(part) for part in text.split("x")), 1][:3]
     return fsdp, tensor, sequence
 
 
@@ -92,7 +94,7 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
     devices = jax.devices()
     if len(devices) < needed:
         here = f"{len(devices)} {devices[0].platform} device(s)"
-        text = "x".join(map(str, sizes[:2]))
+        text = "x".join(map(str, sizes if sizes[2] > 1 else sizes[:2]))
         raise ValueError(
             f"mesh {text} needs {needed} devices, but there are {here}; pass a smaller mesh"
             + ("" if devices[0].platform != "cpu" else f", or set JAX_NUM_CPU_DEVICES={needed} before jax starts")
@@ -162,23 +164,37 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape:
     """The second table applied to one array.
 
     An axis that its mesh axis does not divide stays whole on every device: 4 key/value heads on 8 tensor-parallel
-    devices, say, are replicated, as is usual.
+    devices, say, are replicated, as is usual. Of several mesh axes, those that do not divide what is left are passed
+    over.
 
     Raises:
       ValueError: as many names as dimensions are needed; an unknown name.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{tuple(axes)} names {len(axes)} axes of an array with shape {tuple(shape)}")
-    places: list[str | None] = []
+    places: list[str | tuple[str, ...] | None] = []
+    taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in LOGICAL_TO_MESH:
             raise ValueError(f"logical axis {axis!r} has no row in LOGICAL_TO_MESH")
-        place = None if axis is None else LOGICAL_TO_MESH[axis]
-        ways = mesh_shape.get(place, 1) if place else 1
-        places.append(place if ways > 1 and size % ways == 0 and place not in places else None)
+        wanted = None if axis is None else LOGICAL_TO_MESH[axis]
+        place = _dividing((wanted,) if isinstance(wanted, str) else wanted or (), size, mesh_shape, taken)
+        taken.update(place)
+        places.append(place if len(place) > 1 else next(iter(place), None))
     while places and places[-1] is None:
         places.pop()
     return PartitionSpec(*places)
+
+
+def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], taken: set[str]) -> tuple[str, ...]:
+    """As many of the mesh axes, from the first, as together divide an axis of this size."""
+    found: tuple[str, ...] = ()
+    ways = 1
+    for name in names:
+        here = mesh_shape.get(name, 1)
+        if here > 1 and name not in taken and size % (ways * here) == 0:
+            found, ways = (*found, name), ways * here
+    return found
 
 
 def parameter_specs(shapes: ParamTree, mesh: Mesh) -> ParamTree:
@@ -236,10 +252,12 @@ def mesh_context(tree: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def batch_shards() -> int:
-    """Over how many groups of devices the current mesh splits a batch (1 without a mesh)."""
+def token_shards(batch: int, length: int) -> tuple[int, int]:
+    """Into how many parts the current mesh splits the rows and the tokens of activations [batch, length, ...]."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else dict(mesh.shape)[LOGICAL_TO_MESH["batch"]]
+    spec = () if mesh.empty else partition_spec(("batch", "tokens"), (batch, length), dict(mesh.shape))
+    rows, tokens = [*spec, None, None][:2]
+    return mesh.shape[rows] if rows else 1, mesh.shape[tokens] if tokens else 1
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -269,17 +269,36 @@ def loss_gradient(dream, text):
 def test_remat_changes_memory_and_nothing_else():
     dream = make(dataclasses.replace(SMALL, num_hidden_layers=4))
     text, gradients, temporary = tokens(4, 32), {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "offload"):
         lowered, params = loss_gradient(remade(dream, remat=remat), text)
         compiled = lowered.compile()
         gradients[remat], temporary[remat] = compiled(params, text), compiled.memory_analysis().temp_size_in_bytes
     assert temporary["none"] > temporary["dots"] > temporary["full"]
-    for remat in ("dots", "full"):
+    for remat in ("dots", "full", "offload"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max()),
             gradients[remat],
             gradients["none"],
         )
+
+
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_offload_moves_what_each_layer_is_given_to_the_host_and_back(remat):
+    # In what is asked of the compiler: a CPU has one memory, and moves nothing.
+    dream, text = remade(make(), remat=remat), tokens(2, 8)
+    graphdef, params = split_params(dream)
+    asked = str(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(merge_params(graphdef, params)(text))))(params))
+    moves = {name: f"devices=(MemorySpace.{name},)" in asked for name in ("Host", "Device")}
+    assert moves == dict.fromkeys(("Host", "Device"), remat == "offload")
+
+
+def test_context_parallelism_splits_activations():
+    """Each device's share of what the backward pass keeps shrinks with the devices that share a row."""
+    dream, text, temporary = make(dataclasses.replace(SMALL, num_hidden_layers=4)), tokens(1, 64), {}
+    for mesh in ("1x1x1", "1x1x4"):
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            temporary[mesh] = loss_gradient(dream, text)[0].compile().memory_analysis().temp_size_in_bytes
+    assert temporary["1x1x4"] < 0.5 * temporary["1x1x1"]
 
 
 @pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])

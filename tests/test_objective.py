@@ -437,14 +437,27 @@ def test_a_second_call_compiles_nothing():
     assert objective._loss._cache_size() == before
 
 
-def test_loss_under_the_mesh_of_the_model():
+@pytest.mark.parametrize("rows", [4, 3])  # rows that the mesh divides, and rows that it does not
+@pytest.mark.parametrize("mesh", ["2x4", "2x2x2", "1x1x8"])
+def test_loss_under_the_mesh_of_the_model(mesh, rows):
     graphdef, params = split_params(make())
-    mesh = sharding.make_mesh("2x4")
+    mesh = sharding.make_mesh(mesh)
     spread = merge_params(graphdef, jax.device_put(params, sharding.parameter_shardings(params, mesh)))
-    arguments = batch(rows=4)
-    found, _ = masked_diffusion_loss(spread, *arguments)
-    wanted, _ = masked_diffusion_loss(make(), *arguments)
+    arguments = batch(rows=rows, length=16)
+
+    @jax.grad
+    def gradient(params, *arguments):
+        return masked_diffusion_loss(merge_params(graphdef, params), *arguments)[0]
+
+    found, aux = masked_diffusion_loss(spread, *arguments)
+    wanted, wanted_aux = masked_diffusion_loss(make(), *arguments)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(aux["token_nll"], wanted_aux["token_nll"], rtol=1e-4, atol=1e-5)
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradient)(split_params(spread)[1], *arguments)
+    wanted = jax.jit(gradient)(params, *arguments)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 # Noise

@@ -446,7 +446,7 @@ def test_nothing_to_write_needs_no_key():
     np.testing.assert_array_equal(out.tokens, prompt(4)[0])
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4"])
+@pytest.mark.parametrize("mesh", ["8x1", "2x4", "2x2x2"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_mesh_changes_nothing(checkpoint, mesh):
     spread = load(GOLDEN / checkpoint / "hf", mesh=mesh)

@@ -20,7 +20,7 @@ REFUSALS = (ValueError, TypeCheckError)
 
 @pytest.mark.parametrize(
     ("text", "sizes"),
-    [("8x1", (8, 1, 1)), ("4x2", (4, 2, 1)), ("1x16x1", (1, 16, 1)), ("10x12", (10, 12, 1))],
+    [("8x1", (8, 1, 1)), ("4x2", (4, 2, 1)), ("1x16x1", (1, 16, 1)), ("10x12", (10, 12, 1)), ("2x1x4", (2, 1, 4))],
 )
 def test_mesh_shape(text, sizes):
     assert sharding.parse_mesh_shape(text) == sizes
@@ -34,11 +34,6 @@ def test_malformed_mesh_shape_raises(text):
         sharding.parse_mesh_shape(text)
     assert repr(text) in str(error.value)
     assert "8x1" in str(error.value)
-
-
-def test_context_parallel_mesh_raises():
-    with pytest.raises(ValueError, match="over 2 devices, which is not built yet"):
-        sharding.parse_mesh_shape("4x1x2")
 
 
 @pytest.mark.parametrize("shape", ["4x2", (4, 2), (4, 2, 1)])
@@ -110,7 +105,8 @@ def test_processes_that_do_not_fit_raise(processes, number, mesh, message):
 
 
 def test_logical_axes_go_to_mesh_axes_or_nowhere():
-    assert {*sharding.LOGICAL_TO_MESH.values()} <= {*sharding.MESH_AXES, None}
+    places = [place if isinstance(place, tuple) else (place,) for place in sharding.LOGICAL_TO_MESH.values()]
+    assert {axis for place in places for axis in place} <= {*sharding.MESH_AXES, None}
     named = {axis for axes in sharding.PARAMETER_AXES.values() for axis in axes}
     assert named <= {*sharding.LOGICAL_TO_MESH}
 
@@ -134,6 +130,24 @@ def test_logical_axes_go_to_mesh_axes_or_nowhere():
 )
 def test_partition_spec(axes, shape, spec):
     found = sharding.partition_spec(axes, shape, {"fsdp": 4, "tensor": 2, "sequence": 1})
+    assert found == PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        # Parameters lie over the devices that share a row too, as far as these divide them.
+        (("embed", "mlp"), (48, 32), (("fsdp", "sequence"), "tensor")),
+        (("embed", "mlp"), (8, 32), ("fsdp", "tensor")),
+        (("embed", "mlp"), (9, 32), ("sequence", "tensor")),
+        (("batch", "tokens", "width"), (8, 6, 64), ("fsdp", "sequence")),
+        # What one of them splits already is left to it.
+        (("tokens", "embed"), (6, 64), ("sequence", "fsdp")),
+        (("token_group", None), (6, 5), (("fsdp", "sequence"),)),
+    ],
+)
+def test_partition_spec_of_context_parallelism(axes, shape, spec):
+    found = sharding.partition_spec(axes, shape, {"fsdp": 2, "tensor": 2, "sequence": 3})
     assert found == PartitionSpec(*spec)
 
 
@@ -205,12 +219,16 @@ def test_mesh_of_live_arrays():
     assert sharding.mesh_of({}) is None
 
 
-def test_constrain_and_batch_shards_follow_the_current_mesh():
+def test_constrain_and_token_shards_follow_the_current_mesh():
     x = jnp.ones((8, 6))
     assert sharding.constrain(x, "batch", None) is x
-    assert sharding.batch_shards() == 1
+    assert sharding.token_shards(8, 6) == (1, 1)
+    with jax.set_mesh(sharding.make_mesh("2x2x2")):
+        assert sharding.token_shards(8, 6) == (2, 2)
+        assert sharding.token_shards(7, 6) == (1, 2)
+        assert sharding.token_shards(8, 5) == (2, 1)
     with jax.set_mesh(sharding.make_mesh("4x2")):
-        assert sharding.batch_shards() == 4
+        assert sharding.token_shards(8, 6) == (4, 1)
         out = jax.jit(lambda x: sharding.constrain(x, "batch", "vocab"))(np.ones((8, 6), np.float32))
         assert out.sharding.shard_shape(out.shape) == (2, 3)
         with pytest.raises(REFUSALS, match="names 1 axes"):

@@ -81,7 +81,8 @@ def run(mesh, accumulation=1):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulation"), [("8x1", 1), ("4x2", 1), ("2x4", 1), ("1x8", 1), ("1x1", 2), ("1x1", 4), ("2x4", 4)]
+    ("mesh", "accumulation"),
+    [("8x1", 1), ("4x2", 1), ("2x4", 1), ("1x8", 1), ("2x2x2", 1), ("1x1x8", 1), ("1x1", 2), ("1x1", 4), ("2x1x4", 4)],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation):
     wanted, found = run("1x1")[0], run(mesh, accumulation)[0]
