@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from jaxtyping import Float
 
 from dream_jax import sharding
@@ -138,7 +138,7 @@ class OptimizerConfig:
             adam = _scale_by_adam(self.b1, self.b2, self.eps, _Bfloat16() if self.moments == "bfloat16" else _Int8())
         return _kept_on_host(adam) if self.moments_on_host else adam
 
-    def check_devices(self, mesh: Mesh) -> None:
+    def check_devices(self, mesh: sharding.AnyMesh) -> None:
         """Raises ValueError where the devices of a mesh cannot do what is asked of them."""
         if self.moments_on_host:
             _require_host_memory(mesh)
@@ -374,7 +374,9 @@ def _kept_on_host(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
-def _require_host_memory(mesh: Mesh) -> None:
+def _require_host_memory(mesh: sharding.AnyMesh) -> None:
+    if isinstance(mesh, AbstractMesh):  # of sizes only: nobody can be asked
+        return
     # Of a topology that is only compiled for, no device is local.
     device = next(iter(mesh.local_devices), mesh.devices.flat[0])
     kinds = _memory_kinds(device)
@@ -389,7 +391,7 @@ def _memory_kinds(device: jax.Device) -> set[str]:
     return {memory.kind for memory in device.addressable_memories()}
 
 
-def opt_state_shardings(state: Any, params: ParamTree, mesh: Mesh) -> Any:
+def opt_state_shardings(state: Any, params: ParamTree, mesh: sharding.AnyMesh) -> Any:
     """Where each array of an optimizer's state lies: like the parameter that its path names, else on every device.
 
     An array of the parameter's shape lies as it does; block maxima and Adafactor's rows and columns lie like the axes

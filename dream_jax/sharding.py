@@ -15,11 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dream_jax.shapes import ParamTree
 
 MESH_AXES = ("fsdp", "tensor", "sequence")
+
+# A mesh, or one of sizes only, for planning where nothing can even compile for the devices.
+AnyMesh = Mesh | AbstractMesh
 
 # Table one: parameter path -> logical axes, one a dimension.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
@@ -103,11 +106,26 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
         raise ValueError(
             f"mesh {shape} uses {needed} of {len(devices)} devices; with several processes it must use all"
         )
-    grid = np.asarray(devices[:needed]).reshape(sizes)
-    if len(devices) == needed and devices[0].platform == "tpu":
+    if len(devices) == needed:
+        return mesh_over(devices, sizes)
+    return Mesh(np.asarray(devices[:needed]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_over(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
+    """The mesh of these sizes over exactly these devices, which may be absent ones that a step is only compiled for.
+
+    Raises:
+      ValueError: another number of devices.
+    """
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {'x'.join(map(str, sizes))} has {math.prod(sizes)} devices, but there are {len(devices)}; they must be "
+            "as many"
+        )
+    if devices[0].platform == "tpu":
         # Lets the library lay neighbours of the mesh on neighbours of the torus.
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _adopt(mesh: Mesh) -> Mesh:
@@ -197,7 +215,7 @@ def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], 
     return found
 
 
-def parameter_specs(shapes: ParamTree, mesh: Mesh) -> ParamTree:
+def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
     """PartitionSpec of every parameter in a nested dict of arrays or shapes.
 
     Raises:
@@ -216,7 +234,7 @@ def parameter_specs(shapes: ParamTree, mesh: Mesh) -> ParamTree:
     return jax.tree_util.tree_map_with_path(spec, shapes)
 
 
-def parameter_shardings(shapes: ParamTree, mesh: Mesh) -> ParamTree:
+def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
     """NamedSharding of every parameter; see `parameter_specs`."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
@@ -225,14 +243,20 @@ def parameter_shardings(shapes: ParamTree, mesh: Mesh) -> ParamTree:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows over fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec("fsdp"))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def platform_of(mesh: AnyMesh) -> str:
+    """jax's name for the platform of the mesh's devices, present or not."""
+    device = mesh.abstract_mesh.abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import sharding
 from dream_jax.model import Dream, merge_params
@@ -72,7 +72,7 @@ class StepConfig:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
 
 
-def state_shardings(abstract: TrainState, mesh: Mesh) -> Any:
+def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
     """A TrainState of shardings: moments lie beside their parameters, the rest everywhere."""
     return dataclasses.replace(
         abstract,
@@ -104,7 +104,7 @@ def init_state(
         return jax.jit(build, out_shardings=places, donate_argnums=0 if donate else ())(params)
 
 
-def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, mesh: sharding.AnyMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state of `init_state`, for restoring into."""
     shapes = jax.eval_shape(
         lambda params: TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0)), params
@@ -131,7 +131,7 @@ class TrainStep:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         config: StepConfig,
-        mesh: Mesh,
+        mesh: sharding.AnyMesh,
     ):
         """See `make_train_step`."""
         shards = dict(mesh.shape)["fsdp"]
@@ -147,14 +147,19 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> tuple[TrainState, Metrics]:
         """The state after the step, and its metrics; the state is donated, `frozen` is not."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self._devices()):
             found: tuple[TrainState, Metrics] = self._compiled_for(state)(state, batch, frozen or {})
             return found
 
-    def lower(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> Any:
+    def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: ParamTree | None = None) -> Any:
         """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self._devices()):
             return self._compiled_for(state).lower(state, batch, frozen or {})
+
+    def _devices(self) -> Mesh:
+        if isinstance(self.mesh, AbstractMesh):
+            raise ValueError(f"a step over sizes without devices ({self.mesh}) can be described, not compiled or run")
+        return self.mesh
 
     def _compiled_for(self, state: TrainState) -> Any:
         if self._jitted is None:
@@ -168,7 +173,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
-    mesh: Mesh,
+    mesh: sharding.AnyMesh,
 ) -> TrainStep:
     """The step for one model, optimizer and mesh.
 
@@ -196,7 +201,7 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
-    mesh: Mesh,
+    mesh: sharding.AnyMesh,
     state: TrainState,
     batch: Batch,
     frozen: ParamTree,

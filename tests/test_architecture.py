@@ -20,6 +20,8 @@ PACKAGE = "dream_jax"
 RANKS = {
     "config": 0,
     "shapes": 0,
+    "chips": 0,
+    "target": 0,
     "masks": 1,
     "schedule": 1,
     "decoding": 1,

@@ -19,9 +19,9 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from dream_jax import PRESETS, Dream, masks, sharding
+from dream_jax import PRESETS, Dream, masks, sharding, target
 from dream_jax import attention as room
-from dream_jax.attention import cudnn, placement, splash, xla
+from dream_jax.attention import cudnn, splash, xla
 
 KINDS = ["all", "padding", "lengths", "segments"]
 
@@ -382,15 +382,15 @@ def test_gpu_that_is_too_old(monkeypatch, capability, chosen):
 def test_target_is_that_of_the_mesh_then_of_the_machine(monkeypatch):
     tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     absent = AbstractMesh((2, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=tpu)
-    assert placement.current_target() == placement.Target("cpu")
+    assert target.current_target() == target.Target("cpu")
     with jax.sharding.use_abstract_mesh(absent):
-        assert placement.current_target() == placement.Target("tpu")
+        assert target.current_target() == target.Target("tpu")
         with room.target_platform("gpu"):
-            assert placement.current_target() == placement.Target("gpu")
+            assert target.current_target() == target.Target("gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert placement.current_target() == placement.Target("tpu")
+    assert target.current_target() == target.Target("tpu")
     with jax.set_mesh(mesh((8, 1, 1))):  # CPU devices beside a TPU
-        assert placement.current_target() == placement.Target("cpu")
+        assert target.current_target() == target.Target("cpu")
 
 
 def test_function_is_traced_anew_for_another_target():

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dream_jax import masks
-from dream_jax.attention.placement import Target, per_device
+from dream_jax.attention.placement import per_device
+from dream_jax.target import Target
 
 # The first generation (Ampere) that cuDNN has flash kernels for. jax does not ask, and compiling would fail.
 _OLDEST_CAPABILITY = (8, 0)

@@ -23,20 +23,18 @@ from jax.sharding import Mesh
 
 from dream_jax import pretrained, sharding
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.config import DreamConfig
-from dream_jax.data import Batches, Source, length_report, make_batches, open_source
+from dream_jax.data import Batches, Source, make_batches, open_source
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
-from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
-from dream_jax.tokenizer import Template, Tokenizer, load_tokenizer
-from dream_jax.train_step import (
-    StepConfig,
-    TrainState,
-    TrainStep,
-    abstract_state,
-    init_state,
-    make_train_step,
-    put_batch,
+from dream_jax.tokenizer import Template, Tokenizer
+from dream_jax.train_step import TrainState, TrainStep, abstract_state, init_state, put_batch
+from dream_jax.trainer.build import (
+    build_step,
+    check_length,
+    check_tokenizer,
+    describe_model,
+    longest_row,
+    open_tokenizer,
 )
 from dream_jax.trainer.folder import (
     MetricsLog,
@@ -154,35 +152,21 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     source = open_source(settings.data, "train", settings.seed)
     held_out = open_source(settings.data, "test", settings.seed) if settings.eval_rows else None
     check_folder(settings)
-    model = pretrained.describe(
-        settings.model,
-        compute_dtype=_compute_dtype(settings),
-        attention_backend=settings.attention,
-        remat=settings.remat,
-    )
-    tokenizer = _tokenizer(settings, model)
-    max_length = settings.max_length or _longest(source, tokenizer)
-    _check_tokenizer(model.config, tokenizer, max_length)
-    graphdef = split_params(model)[0]
-    optimizer = settings.optimizer_config()
-    optimizer.check_devices(mesh)
-    transformation = optimizer.make()
-    step_config = StepConfig(
-        global_batch=settings.batch_size,
-        accumulation=settings.accumulation,
-        weight=settings.loss_weight(),
-        focal=Focal() if settings.focal else None,
-        seed=settings.seed,
-    )
+    model = describe_model(settings, mesh)
+    tokenizer = open_tokenizer(settings, model)
+    max_length = settings.max_length or longest_row(source, tokenizer)
+    check_tokenizer(model.config, tokenizer)
+    check_length(model, max_length)
+    built = build_step(settings, model, mesh)
     return _Run(
         settings=settings,
         mesh=mesh,
         model=model,
-        graphdef=graphdef,
+        graphdef=built.graphdef,
         tokenizer=tokenizer,
         template="raw" if isinstance(source[0].prompt, str) else "chat",
         max_length=max_length,
-        step=make_train_step(graphdef, transformation, optimizer.schedule(), step_config, mesh),
+        step=built.step,
         batches=make_batches(
             source,
             tokenizer,
@@ -193,7 +177,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             process_count=jax.process_count(),
         ),
         held_out=held_out,
-        optimizer=transformation,
+        optimizer=built.optimizer,
     )
 
 
@@ -258,43 +242,6 @@ def _steps(
                 )
     checkpoints.wait()
     return state
-
-
-def _compute_dtype(settings: TrainSettings) -> str:
-    if settings.compute_dtype != "auto":
-        return settings.compute_dtype
-    return "float32" if settings.model == "nano" or jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
-    if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
-    if model.tokenizer_dir is not None:
-        return load_tokenizer(model.tokenizer_dir)
-    if settings.model == "nano":
-        return load_tokenizer("bytes")
-    raise ValueError(f"model {settings.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one")
-
-
-def _check_tokenizer(config: DreamConfig, tokenizer: Tokenizer, max_length: int) -> None:
-    pairs = (
-        ("mask_token_id", config.mask_token_id, tokenizer.mask_id),
-        ("pad_token_id", config.pad_token_id, tokenizer.pad_id),
-    )
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise ValueError(
-                f"the model has {name}={ours}, but the tokenizer has {theirs}: they do not belong together"
-            )
-    if tokenizer.vocab_limit > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
-    if max_length > config.max_position_embeddings:
-        raise ValueError(f"max_length={max_length} is more than the model's {config.max_position_embeddings=}")
-
-
-def _longest(source: Source, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
-    return min(length_report(source, tokenizer, 2048, limit=1 if source.uniform_length else None).longest, 2048)
 
 
 class _StopSignal:

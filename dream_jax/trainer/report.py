@@ -1,6 +1,6 @@
 """What a person sees of a run: its settings, a live line, and how near the hardware's limit a step is.
 
-Knows terminals and peak rates. Knows nothing of files.
+Knows terminals. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -19,23 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dream_jax import sharding
+from dream_jax.chips import chip_of
 from dream_jax.model import Dream, parameter_count
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.settings import TrainSettings
-
-# Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets; by the start of jax's device_kind.
-PEAK_FLOPS: Mapping[str, float] = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 class FlopCounter:
@@ -48,13 +35,16 @@ class FlopCounter:
         attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: counted in full
         self._token = matrices + attention
 
+    def step(self, tokens: float, masked: float) -> float:
+        """FLOPs of a step over all devices, recomputation not counted."""
+        return self._token * tokens + self._head * masked
+
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
         """Share of the devices' peak, in [0, 1]; None where the peak is not known."""
-        kind = mesh.devices.flat[0].device_kind
-        peak = next((value for name, value in PEAK_FLOPS.items() if kind.startswith(name)), None)
-        if peak is None:
+        chip = chip_of(mesh.devices.flat[0].device_kind)
+        if chip is None:
             return None
-        return (self._token * tokens + self._head * masked) / seconds / (peak * mesh.devices.size)
+        return self.step(tokens, masked) / seconds / (chip.peak_flops * mesh.devices.size)
 
 
 class Report:

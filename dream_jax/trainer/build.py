@@ -1,0 +1,171 @@
+"""What settings stand for before there are weights: model, tokenizer, optimizer and step, on a mesh that may be absent.
+
+Knows settings and the rooms that make each part. Knows nothing of the run's folder or of running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dream_jax import pretrained, sharding
+from dream_jax.config import DreamConfig
+from dream_jax.data import Source, length_report
+from dream_jax.model import Dream, split_params
+from dream_jax.objective import Focal
+from dream_jax.shapes import ParamTree
+from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.train_step import StepConfig, TrainState, TrainStep, abstract_state, make_train_step
+from dream_jax.trainer.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Build:
+    """A step and what it was made of.
+
+    Attributes:
+      model: shapes only.
+      graphdef: its static part.
+      optimizer: what turns gradients into updates.
+      step: compiled at its first call.
+    """
+
+    model: Dream
+    graphdef: nnx.GraphDef[Dream]
+    optimizer: optax.GradientTransformation
+    step: TrainStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractStep:
+    """A step and shapes of all it takes, with their shardings: `step.lower(state, batch, frozen)` compiles it.
+
+    Attributes:
+      model: shapes only.
+      step: of these settings.
+      state: what is trained, and the optimizer's state.
+      batch: one global batch.
+      frozen: parameters that are not trained.
+    """
+
+    model: Dream
+    step: TrainStep
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    frozen: ParamTree
+
+
+def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
+    """The model as shapes, for the devices of the mesh; of a hub id only the small files are fetched."""
+    return pretrained.describe(
+        settings.model,
+        compute_dtype=compute_dtype(settings, mesh),
+        attention_backend=settings.attention,
+        remat=settings.remat,
+    )
+
+
+def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
+    """The dtype that the settings ask for; what "auto" means is decided by the devices of the mesh, present or not."""
+    if settings.compute_dtype != "auto":
+        return settings.compute_dtype
+    return "float32" if settings.model == "nano" or sharding.platform_of(mesh) == "cpu" else "bfloat16"
+
+
+def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) -> Build:
+    """The step of these settings for a model of `describe_model`.
+
+    Raises:
+      ValueError: a batch that the mesh cannot split evenly, or devices that cannot do what is asked of them.
+    """
+    graphdef = split_params(model)[0]
+    optimizer = settings.optimizer_config()
+    optimizer.check_devices(mesh)
+    transformation = optimizer.make()
+    config = StepConfig(
+        global_batch=settings.batch_size,
+        accumulation=settings.accumulation,
+        weight=settings.loss_weight(),
+        focal=Focal() if settings.focal else None,
+        seed=settings.seed,
+    )
+    step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
+    return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)
+
+
+def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
+    """The step of these settings, and shapes of all it takes.
+
+    Args:
+      settings: of the run.
+      mesh: its devices may be absent.
+      max_length: tokens a row.
+
+    Raises:
+      As `build_step`; also ValueError for rows longer than the model's positions.
+    """
+    model = describe_model(settings, mesh)
+    check_length(model, max_length)
+    built = build_step(settings, model, mesh)
+    place = sharding.batch_sharding(mesh)
+
+    def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
+
+    return AbstractStep(
+        model=model,
+        step=built.step,
+        state=abstract_state(split_params(model)[1], built.optimizer, mesh),
+        batch={
+            "tokens": rows((max_length,), jnp.int32),
+            "maskable": rows((max_length,), jnp.bool_),
+            "row": rows((), jnp.int32),
+        },
+        frozen={},
+    )
+
+
+def check_length(model: Dream, max_length: int) -> None:
+    """Raises ValueError for rows that are longer than the model's positions."""
+    if max_length > model.config.max_position_embeddings:
+        raise ValueError(f"max_length={max_length} is more than the model's {model.config.max_position_embeddings=}")
+
+
+def open_tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
+    """The tokenizer that the settings name, or else the model's own.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    if model.tokenizer_dir is not None:
+        return load_tokenizer(model.tokenizer_dir)
+    if settings.model == "nano":
+        return load_tokenizer("bytes")
+    raise ValueError(f"model {settings.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one")
+
+
+def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a model and a tokenizer do not belong together."""
+    pairs = (
+        ("mask_token_id", config.mask_token_id, tokenizer.mask_id),
+        ("pad_token_id", config.pad_token_id, tokenizer.pad_id),
+    )
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(
+                f"the model has {name}={ours}, but the tokenizer has {theirs}: they do not belong together"
+            )
+    if tokenizer.vocab_limit > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
+
+
+def longest_row(source: Source, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
+    return min(length_report(source, tokenizer, 2048, limit=1 if source.uniform_length else None).longest, 2048)
