@@ -270,6 +270,8 @@ class Dream(nnx.Module):
 
         def block(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
+            # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
+            layer = jax.lax.optimization_barrier(layer)
             layer = jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), layer)
             return layer(x_BTD, turn, mask, self.attention_backend), None
 
