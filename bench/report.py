@@ -97,3 +97,9 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:
+    """Writes a result under its name into a file of several; the others stay."""
+    others = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**others, name: value})

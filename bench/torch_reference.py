@@ -313,7 +313,7 @@ def uniform_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
 
 def cart_weight(masked_BT: torch.Tensor, t_B: torch.Tensor, *, p: float = 0.1) -> torch.Tensor:
     """`cart`: at i, the sum over unmasked j of 0.5 p (1-p)^(|i-j|-1), by the published T x T matrix."""
-    positions_T = torch.arange(masked_BT.shape[1])
+    positions_T = torch.arange(masked_BT.shape[1], device=t_B.device)
     distance_TT = (positions_T[:, None] - positions_T[None, :]).abs()
     kernel_TT = 0.5 * p * (1 - p) ** (distance_TT - 1).to(t_B.dtype)
     kernel_TT.fill_diagonal_(0.0)

@@ -278,7 +278,7 @@ class _Bfloat16:
     def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
         return mu.astype(jnp.float32), nu.astype(jnp.float32)
 
-    def store(self, m: jax.Array, v: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
         return m.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
 
 
@@ -297,9 +297,9 @@ class _Int8:
     def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
         return dequantise(mu), dequantise(nu)
 
-    def store(self, m: jax.Array, v: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
         # 16 random bits are enough for each; they depend on the element's place, not on the mesh.
-        bits = jax.random.bits(key, m.shape, jnp.uint32)
+        bits = jax.vmap(lambda key: jax.random.bits(key, m.shape[1:], jnp.uint32))(keys_R)
 
         def uniform(bits: jax.Array) -> jax.Array:
             return (bits.astype(jnp.float32) + 0.5) / 2.0**16
@@ -317,7 +317,10 @@ class SmallMomentsState(NamedTuple):
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float, storage: _Bfloat16 | _Int8) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` in float32, with moments that are stored smaller."""
+    """`optax.scale_by_adam` in float32, with moments that are stored smaller.
+
+    Float32 moments exist for a part of one parameter at a time: of all at once they would weigh more than what is saved.
+    """
 
     def state(count: jax.Array, treedef: Any, pairs: list[tuple[Any, Any]]) -> SmallMomentsState:
         mu, nu = ([pair[place] for pair in pairs] for place in (0, 1))
@@ -333,19 +336,65 @@ def _scale_by_adam(b1: float, b2: float, eps: float, storage: _Bfloat16 | _Int8)
         count = optax.safe_increment(before.count)
         key = jax.random.fold_in(jax.random.key(_ROUNDING), count)
         steps = count.astype(jnp.float32)
-        leaves, treedef = jax.tree.flatten(gradients)
-        moments = (jax.tree.leaves(tree, is_leaf=_is_quantised) for tree in (before.mu, before.nu))
-        updates, pairs = [], []
-        for index, (leaf, mu, nu) in enumerate(zip(leaves, *moments, strict=True)):
-            gradient = leaf.astype(jnp.float32)
+
+        def advance(part: tuple[Any, Any, Any], keys_R: jax.Array) -> tuple[Any, Any, Any]:
+            gradient, mu, nu = part
+            gradient = gradient.astype(jnp.float32)
             m, v = storage.load(mu, nu)
             m = b1 * m + (1 - b1) * gradient
             v = b2 * v + (1 - b2) * jnp.square(gradient)
-            updates.append(m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps))
-            pairs.append(storage.store(m, v, jax.random.fold_in(key, index)))
+            direction = m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
+            # In the gradient's dtype, so that it can take the gradient's place.
+            return direction.astype(part[0].dtype), *storage.store(m, v, keys_R)
+
+        leaves, treedef = jax.tree.flatten_with_path(gradients)
+        moments = (jax.tree.leaves(tree, is_leaf=_is_quantised) for tree in (before.mu, before.nu))
+        updates, pairs = [], []
+        for index, ((path, gradient), mu, nu) in enumerate(zip(leaves, *moments, strict=True)):
+            keys_R = _row_keys(jax.random.fold_in(key, index), gradient.shape[0])
+            update, *pair = _by_parts(advance, (gradient, mu, nu), keys_R, _parts(_names(path), gradient.shape))
+            updates.append(update)
+            pairs.append(tuple(pair))
         return jax.tree.unflatten(treedef, updates), state(count, treedef, pairs)
 
     return optax.GradientTransformation(init, update)
+
+
+# Elements of the part of a parameter that is updated at once (256 MiB of float32): about a matrix of one layer of Dream-7B.
+_PART = 1 << 26
+
+
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each index of a parameter's first axis, whatever parts the axis is cut into."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def _parts(names: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """Into how many equal parts a parameter's first axis is cut; 1 where the current mesh splits that axis already."""
+    if len(shape) < 2:  # blocks lie along it
+        return 1
+    axes = sharding.PARAMETER_AXES.get(".".join(names))
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes is not None and not mesh.empty:
+        spec = sharding.partition_spec(axes, shape, dict(mesh.shape))
+        if spec and spec[0] is not None:
+            return 1
+    enough = (count for count in range(1, shape[0] + 1) if shape[0] % count == 0 and math.prod(shape) <= count * _PART)
+    return next(enough, shape[0])
+
+
+def _by_parts(function: Any, arrays: Any, keys_R: jax.Array, parts: int) -> Any:
+    """A function of arrays and of the keys of their first axis, a part of that axis after the other, each in its place."""
+    if parts == 1:
+        return function(arrays, keys_R)
+    size = keys_R.shape[0] // parts
+
+    def visit(number: jax.Array, arrays: Any) -> Any:
+        cut = lambda array: jax.lax.dynamic_slice_in_dim(array, number * size, size)
+        paste = lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, number * size, axis=0)
+        return jax.tree.map(paste, arrays, function(jax.tree.map(cut, arrays), cut(keys_R)))
+
+    return jax.lax.fori_loop(0, parts, visit, arrays)
 
 
 # ------------------------------------------------------------------------------------------------ where the state lies

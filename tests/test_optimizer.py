@@ -551,3 +551,39 @@ def test_settings_name_the_optimizer_and_warn():
     assert any("unstable for masked diffusion" in line for line in settings.warnings())
     with pytest.raises(ValueError, match="Adafactor does not read it"):
         TrainSettings(optimizer="adafactor", moments="int8")
+
+
+# A parameter is updated a part at a time.
+
+
+@pytest.mark.parametrize("variant", ["bfloat16", "int8"])
+def test_parts_change_nothing(variant, monkeypatch):
+    params, gradients = (tree(np.random.default_rng(seed)) for seed in (0, 1))
+    transform, found = config(variant).make(), []
+    for part in (1 << 20, 9 * 64, 1):
+        monkeypatch.setattr(optimizers, "_PART", part)
+        step, state = update(transform), transform.init(params)
+        for _ in range(3):
+            updates, state = step(gradients, state, params)
+        found.append(jax.device_get((updates, state)))
+    for other in found[1:]:
+        # XLA may contract other multiplications and additions inside a loop: a unit in the last place of an update.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), other[0], found[0][0])
+        jax.tree.map(np.testing.assert_array_equal, other[1], found[0][1])
+
+
+def test_float32_moments_exist_for_one_part_at_a_time(monkeypatch):
+    shapes = {"layers": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((32, 256, 512), jnp.float32)}}}}
+    transform, temporaries = config("int8").make(), {}
+    for part in (256 * 512, 32 * 256 * 512):
+        monkeypatch.setattr(optimizers, "_PART", part)
+        arguments = (shapes, jax.eval_shape(transform.init, shapes), shapes)
+
+        def run(gradients, state, params):
+            with jax.numpy_dtype_promotion("standard"):
+                return transform.update(gradients, state, params)
+
+        compiled = jax.jit(run, donate_argnums=(0, 1)).lower(*arguments).compile()
+        temporaries[part] = compiled.memory_analysis().temp_size_in_bytes
+    small, large = temporaries.values()
+    assert small < large / 4
