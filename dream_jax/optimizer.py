@@ -152,9 +152,13 @@ class OptimizerConfig:
                 )
 
 
+# Of an adapter both: it decays towards the base.
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+
+
 def _decayed(params: ParamTree) -> ParamTree:
     # By name, not by rank: stacked over layers, norm scales and biases have two and more axes.
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
 
 # ---------------------------------------------------------------------------------------------- 8-bit codes in blocks
