@@ -23,7 +23,7 @@ class TrainSettings:
     """Masked-diffusion fine-tuning, or training from scratch, of a Dream model."""
 
     mesh: str = "1x1"
-    """devices, fsdp x tensor, such as 8x1, or fsdp x tensor x sequence, such as 2x1x4; on a CPU that has too few, they are made"""
+    """devices, fsdp x tensor (x sequence), such as 8x1 or 2x1x4; on a CPU that has too few, they are made"""
     model: str = "nano"
     """a Hugging Face or converted directory, a hub id, or a preset (nano, small, dream-0.5b, dream-7b: random weights)"""
     tokenizer: str | None = None
