@@ -30,8 +30,8 @@ def choose_tokens(
     logits_RV: Float[jax.Array, "R V"],
     *,
     alg: Alg,
-    temperature: float,
-    top_p: float | None,
+    temperature: float | Float[jax.Array, ""],
+    top_p: float | Float[jax.Array, ""] | None,
     top_k: int | None,
     uniform_R: Float[jax.Array, "R"] | None,
 ) -> tuple[Int[jax.Array, "R"], Float[jax.Array, "R"]]:
@@ -45,22 +45,23 @@ def choose_tokens(
     Args:
       logits_RV: float32; -inf marks tokens that must not be written (at least one must be finite).
       alg: whose confidence.
-      temperature: 0 or above.
-      top_p: in (0, 1], None or 1 to switch off.
+      temperature: 0 or above; as an array, above 0.
+      top_p: in (0, 1], None to switch off.
       top_k: at least 1, None to switch off.
       uniform_R: one number in [0, 1) a row; needed when temperature > 0, ignored otherwise.
 
     Returns:
       Token ids int32 [R] and confidences float32 [R], higher is surer.
     """
-    if temperature > 0 and uniform_R is None:
+    samples = isinstance(temperature, jax.Array) or temperature > 0
+    if samples and uniform_R is None:
         raise ValueError(f"{temperature=} samples tokens, which needs random numbers")
     z_RV = logits_RV.astype(jnp.float32)
-    if temperature > 0:
+    if samples:
         z_RV = z_RV / temperature
-    decide = functools.partial(_decide, alg=alg, uniform_R=uniform_R if temperature > 0 else None)
+    decide = functools.partial(_decide, alg=alg, uniform_R=uniform_R if samples else None)
     vocab = z_RV.shape[-1]
-    top_p = None if top_p is None or top_p >= 1.0 else top_p
+    top_p = None if not isinstance(top_p, jax.Array) and (top_p is None or top_p >= 1.0) else top_p
     top_k = None if top_k is None or top_k >= vocab else top_k
     if top_p is None and top_k is None:
         peak_R1 = jnp.max(z_RV, axis=-1, keepdims=True)
@@ -97,7 +98,7 @@ def choose_tokens(
         mass_EV = jnp.exp(z_EV - jnp.max(z_EV, axis=-1, keepdims=True))
         uniform_E = None if uniform_R is None else jnp.take(uniform_R, index_E, mode="clip")
         token_E, confidence_E = _decide(
-            _keep_nucleus(z_EV, mass_EV, top_p, top_k), alg=alg, uniform_R=uniform_E if temperature > 0 else None
+            _keep_nucleus(z_EV, mass_EV, top_p, top_k), alg=alg, uniform_R=uniform_E if samples else None
         )
         # A settled row may fill up the last group: it keeps its answer, whatever else is in the batch.
         place_E = jnp.where(jnp.take(unsettled_R, index_E, mode="clip") & (index_E < rows), index_E, rows)
@@ -128,7 +129,7 @@ def _decide(
 
 
 def _keep_nucleus(
-    z_RV: Float[jax.Array, "R V"], mass_RV: Float[jax.Array, "R V"], top_p: float | None, top_k: int | None
+    z_RV: Float[jax.Array, "R V"], mass_RV: Float[jax.Array, "R V"], top_p: float | jax.Array | None, top_k: int | None
 ) -> Float[jax.Array, "R V"]:
     """`mass_RV` with 0 at the tokens that top_p and top_k remove.
 
@@ -231,10 +232,15 @@ def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=-1)
 
 
-def commit(
-    confidence_BM: Float[jax.Array, "B M"], candidate_BM: Bool[jax.Array, "B M"], count_B: Int[jax.Array, "B"]
-) -> Bool[jax.Array, "B M"]:
-    """Marks each row's `count` surest candidates; of equals the first ones."""
+def surest_first(confidence_BM: Float[jax.Array, "B M"], candidate_BM: Bool[jax.Array, "B M"]) -> Int[jax.Array, "B M"]:
+    """Each row's indices, candidates before others, then by falling confidence; equals stay in order."""
     # Candidates before others whatever their confidence: one of minus infinity must not stay masked for ever.
-    rank_BM = jnp.argsort(jnp.lexsort((-confidence_BM, ~candidate_BM), axis=-1), axis=-1)
+    return jnp.lexsort((-confidence_BM, ~candidate_BM), axis=-1).astype(jnp.int32)
+
+
+def commit(
+    order_BM: Int[jax.Array, "B M"], candidate_BM: Bool[jax.Array, "B M"], count_B: Int[jax.Array, "B"]
+) -> Bool[jax.Array, "B M"]:
+    """Marks each row's first `count` candidates in an order from `surest_first`."""
+    rank_BM = jnp.argsort(order_BM, axis=-1)
     return candidate_BM & (rank_BM < count_B[:, None])

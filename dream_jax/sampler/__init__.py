@@ -1,0 +1,34 @@
+"""The iterative denoising sampler: the published algorithm, and faster ones, in one compiled loop.
+
+A canvas of prompt and mask tokens is denoised by a `lax.while_loop` that never leaves the device: forward pass ->
+hidden states of the masked positions -> token and confidence -> the surest ones are written.
+
+| module | what it knows |
+|---|---|
+| `config`, `caches`, `rules` | settings; what is kept between passes; how many positions a pass writes |
+| `generate` | prompts, padding, length buckets, keys |
+| `loop` | the carry, the step, the compiled driver |
+| `passes` | full and windowed forward passes |
+| `propose` | hidden states -> token and confidence, a few rows of logits at a time |
+
+Knows the model, the clock and the decision rules. Knows nothing of text.
+"""
+
+from dream_jax.sampler.caches import FastDLLMCache, NoCache, WindowCache
+from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler.generate import Sample, bucket_length, generate
+from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
+
+__all__ = [
+    "Count",
+    "EntropyBound",
+    "Factor",
+    "FastDLLMCache",
+    "NoCache",
+    "Sample",
+    "SamplerConfig",
+    "Threshold",
+    "WindowCache",
+    "bucket_length",
+    "generate",
+]

@@ -1,0 +1,397 @@
+"""The loop: a carry, a pure step, and the compiled driver that runs the step until every row is done.
+
+Each row goes at its own pace: it has its own clock, its own block and its own keys, so that what it becomes does not
+depend on the rows beside it. Steps that would write nothing are skipped, which changes no result: the canvas, and so
+the next forward pass, would be the same.
+
+Knows canvases, the clock and the model. Knows nothing of prompts, buckets or text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from dream_jax import decoding, schedule, sharding
+from dream_jax.attention import KeysValues
+from dream_jax.model import Dream
+from dream_jax.sampler import passes, propose, rules
+from dream_jax.sampler.caches import Cache, Keeping, NoCache
+from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler.passes import Block, Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a configuration a program is compiled for: one program serves all of its numbers.
+
+    Attributes:
+      capacity: masked positions of a row that a step may look at.
+      steps: of the clock, in each block.
+      rule: kind of commit rule.
+      writable: which tokens may be written, see `propose.Writable`.
+      others: as in SamplerConfig.
+    """
+
+    alg: decoding.Alg
+    top_k: int | None
+    block_length: int | None
+    steps: int
+    cache: Cache
+    rule: type[rules.Rule]
+    stop_at_end: bool
+    writable: propose.Writable
+    capacity: int
+
+    @classmethod
+    def of(cls, config: SamplerConfig, capacity: int) -> Plan:
+        """The part of a configuration that is compiled in."""
+        return cls(
+            alg=config.alg,
+            top_k=config.top_k,
+            block_length=config.block_length,
+            steps=config.block_steps,
+            cache=config.cache,
+            rule=type(config.commit),
+            stop_at_end=config.stop_at_end,
+            writable=propose.Writable(config.vocab_limit, tuple(config.forbidden_tokens)),
+            capacity=capacity if config.block_length is None else min(capacity, config.block_length),
+        )
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the clock says how many positions are written."""
+        return self.rule is rules.Count
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row is one block on the published clock."""
+        return self.block_length is None and self.clocked
+
+
+class Numbers(NamedTuple):
+    """The rest: numbers that may change without compiling again. None switches off (and is compiled in)."""
+
+    filters: propose.Filters
+    alg_temp: Float[jax.Array, ""] | None
+    rule: Float[jax.Array, ""] | None
+    fractions_S: Float[jax.Array, "steps"]
+
+    @classmethod
+    def of(cls, config: SamplerConfig) -> Numbers:
+        """The part of a configuration that is handed over at each call."""
+        return cls(
+            filters=propose.Filters(
+                temperature=_number(config.temperature or None),
+                top_p=_number(None if config.top_p == 1.0 else config.top_p),
+            ),
+            alg_temp=_number(config.alg_temp or None),
+            rule=_number(config.commit.value),
+            fractions_S=jnp.asarray(schedule.write_fractions(config.block_steps, config.eps)),
+        )
+
+
+def _number(value: float | None) -> jax.Array | None:
+    return None if value is None else jnp.float32(value)
+
+
+class State(NamedTuple):
+    """The carry.
+
+    Attributes:
+      canvas_BT: tokens.
+      commit_step_BT: step that last wrote each position, -1 for none.
+      passes_B: forward passes that each row took part in.
+      start_B: first place of the row's block; T once the row is done.
+      clock_B: the next step of the block's clock.
+      block_passes_B: passes made in the block.
+      age_B: passes since, and with, the row's last full one; -1 before the first.
+      blocks_B: blocks begun since the row's last full pass.
+      kept: keys and values, None without a cache.
+      forwards: forward passes made.
+    """
+
+    canvas_BT: Int[jax.Array, "B T"]
+    commit_step_BT: Int[jax.Array, "B T"]
+    passes_B: Int[jax.Array, "B"]
+    start_B: Int[jax.Array, "B"]
+    clock_B: Int[jax.Array, "B"]
+    block_passes_B: Int[jax.Array, "B"]
+    age_B: Int[jax.Array, "B"]
+    blocks_B: Int[jax.Array, "B"]
+    kept: KeysValues | None
+    forwards: Int[jax.Array, ""]
+
+
+def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], plan: Plan) -> State:
+    """The state before the first step."""
+    zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
+    masked_BT = canvas_BT == model.config.mask_token_id
+    return State(
+        canvas_BT=canvas_BT,
+        commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
+        passes_B=zeros_B,
+        start_B=_first(masked_BT),
+        clock_B=zeros_B,
+        block_passes_B=zeros_B,
+        age_B=zeros_B - 1,
+        blocks_B=zeros_B,
+        kept=None if isinstance(plan.cache, NoCache) else passes.empty(model, *canvas_BT.shape),
+        forwards=jnp.int32(0),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def denoise(
+    model: Dream,
+    canvas_BT: Int[jax.Array, "B T"],
+    visible_BT: Bool[jax.Array, "B T"],
+    positions_BT: Int[jax.Array, "B T"],
+    keys_B: jax.Array,
+    numbers: Numbers,
+    listener: Any,
+    *,
+    plan: Plan,
+) -> State:
+    """The driver: steps until every row is done. Returns the last state, without what was kept."""
+    step_ = functools.partial(step, model, Text(visible_BT, positions_BT), keys_B, numbers, listener, plan=plan)
+    state = begin(model, sharding.constrain(canvas_BT, "batch", None), plan)
+    state = jax.lax.while_loop(lambda state: jnp.any(active(state)), step_, state)
+    # Whole on every device, so that every process of a run can read all of it.
+    return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state._replace(kept=None))
+
+
+def active(state: State) -> Bool[jax.Array, "B"]:
+    """Rows that are not done."""
+    return state.start_B < state.canvas_BT.shape[1]
+
+
+def step(
+    model: Dream, text: Text, keys_B: jax.Array, numbers: Numbers, listener: Any, state: State, *, plan: Plan
+) -> State:
+    """Each row that is not done takes its next step that may write something."""
+    block, refresh_B = _block(state, plan), _refresh(state, plan.cache)
+    place_BM, candidate_BM = _candidates(model, state, block, refresh_B, plan)
+    masked_B = jnp.sum(candidate_BM, axis=1, dtype=jnp.int32)
+    clock_B, count_B = _clock(state, masked_B, refresh_B, numbers, plan)
+    stamp_B = clock_B if plan.whole else state.passes_B
+    draws = functools.partial(_draws, keys_B, stamp_B, text.positions_BT, place_BM)
+    by_chance = plan.alg == "origin"
+    chosen_BM = candidate_BM & (draws(0) < numbers.fractions_S[clock_B][:, None]) if by_chance else candidate_BM
+
+    def write(state: State) -> State:
+        # The right shift: position i is predicted by the hidden state at i - 1, a text's first position by its own,
+        # never by the padding before it.
+        first_BM = (_at(text.positions_BT, place_BM) == 0) | (place_BM == 0)
+        source_BM = jnp.where(first_BM, place_BM, place_BM - 1)
+        if state.kept is None or isinstance(plan.cache, NoCache):
+            kept, used = state.kept, jnp.int32(1)
+            rows_BMD = passes.full(model, state.canvas_BT, text, source_BM)
+        else:
+            rows_BMD, kept, used = passes.kept(
+                model,
+                state.canvas_BT,
+                text,
+                source_BM,
+                state.kept,
+                refresh_B,
+                block,
+                settings=plan.cache,
+                block_length=plan.block_length or 1,
+            )
+        token_BM, confidence_BM = propose.propose(
+            model,
+            rows_BMD,
+            jnp.max(masked_B),
+            numbers.filters,
+            None if numbers.filters.temperature is None else draws(1),
+            alg=plan.alg,
+            top_k=plan.top_k,
+            writable=plan.writable,
+        )
+        written_BM = chosen_BM
+        if not by_chance:
+            score_BM = None
+            if numbers.alg_temp is not None:
+                # Sampling without replacement from a softmax is taking the top n after adding Gumbel noise.
+                noise_BM = -jnp.log(-jnp.log(draws(2) + 1e-20) + 1e-20)
+                score_BM = confidence_BM / numbers.alg_temp + noise_BM
+            written_BM = rules.choose(plan.rule, numbers.rule, confidence_BM, candidate_BM, count_B, score_BM=score_BM)
+        state = _write(state, place_BM, written_BM, token_BM, stamp_B)
+        if plan.stop_at_end:
+            state = _end(model, state, stamp_B)
+        if listener is not None:
+            mesh = jax.sharding.get_abstract_mesh()
+            number = jnp.max(jnp.where(active(state), stamp_B, 0))
+            # The library orders callbacks on one device only; on several, a fast step may overtake a slow listener.
+            jax.debug.callback(_notify, listener, number, state.canvas_BT, ordered=mesh.empty or mesh.size == 1)
+        return state._replace(kept=kept, forwards=state.forwards + used)
+
+    if by_chance:
+        # At random, a step may choose nothing: then it costs nothing.
+        passed_B = active(state) & jnp.any(chosen_BM)
+        after = jax.lax.cond(jnp.any(chosen_BM), write, lambda state: state, state)
+    else:
+        passed_B = active(state)
+        after = write(state)
+    after = after._replace(
+        passes_B=state.passes_B + passed_B.astype(jnp.int32),
+        clock_B=clock_B + 1,
+        block_passes_B=state.block_passes_B + 1,
+        age_B=jnp.where(refresh_B, 1, state.age_B + 1),
+        blocks_B=jnp.where(refresh_B, 0, state.blocks_B),
+    )
+    return _advance(model, after, block, plan)
+
+
+def _block(state: State, plan: Plan) -> Block:
+    length = state.canvas_BT.shape[1]
+    end_B = jnp.full_like(state.start_B, length) if plan.block_length is None else state.start_B + plan.block_length
+    return Block(state.start_B, jnp.minimum(end_B, length))
+
+
+def _refresh(state: State, cache: Cache) -> Bool[jax.Array, "B"]:
+    """Rows whose next pass is a full one."""
+    if not isinstance(cache, Keeping):
+        return jnp.zeros(state.start_B.shape, bool)
+    wanted_B = state.age_B < 0
+    if cache.refresh_blocks is not None:
+        wanted_B |= (state.block_passes_B == 0) & (state.blocks_B >= cache.refresh_blocks)
+    if cache.refresh_passes is not None:
+        wanted_B |= state.age_B >= cache.refresh_passes
+    return wanted_B & active(state)
+
+
+def _candidates(
+    model: Dream, state: State, block: Block, refresh_B: Bool[jax.Array, "B"], plan: Plan
+) -> tuple[Int[jax.Array, "B M"], Bool[jax.Array, "B M"]]:
+    """The masked places of each row's block, first to last, then others to fill the capacity; and which are which."""
+    length = state.canvas_BT.shape[1]
+    place_T = jnp.arange(length, dtype=jnp.int32)
+    open_BT = state.canvas_BT == model.config.mask_token_id
+    open_BT &= (place_T >= block.start_B[:, None]) & (place_T < block.end_B[:, None])
+    if isinstance(plan.cache, Keeping) and plan.cache.forces_first:
+        open_BT &= ~refresh_B[:, None] | (place_T == block.start_B[:, None])
+    place_BM = jnp.argsort(~open_BT, axis=1, stable=True)[:, : plan.capacity].astype(jnp.int32)
+    return place_BM, _at(open_BT, place_BM)
+
+
+def _clock(
+    state: State, masked_B: Int[jax.Array, "B"], refresh_B: Bool[jax.Array, "B"], numbers: Numbers, plan: Plan
+) -> tuple[Int[jax.Array, "B"], Int[jax.Array, "B"]]:
+    """The step that each row takes, and how many positions the clock has it write."""
+    if plan.alg == "origin" or not plan.clocked:
+        return state.clock_B, masked_B
+    counts_BS = schedule.write_counts(masked_B, numbers.fractions_S)
+    forced = isinstance(plan.cache, Keeping) and plan.cache.forces_first
+    clock_B = state.clock_B
+    if not forced:
+        writes_BS = (counts_BS > 0) & (jnp.arange(plan.steps) >= clock_B[:, None])
+        clock_B = jnp.argmax(writes_BS, axis=1).astype(jnp.int32)
+    count_B = jnp.take_along_axis(counts_BS, clock_B[:, None], axis=1)[:, 0]
+    return clock_B, jnp.where(refresh_B, 1, count_B) if forced else count_B
+
+
+def _write(
+    state: State,
+    place_BM: Int[jax.Array, "B M"],
+    written_BM: Bool[jax.Array, "B M"],
+    token_BM: Int[jax.Array, "B M"],
+    stamp_B: Int[jax.Array, "B"],
+) -> State:
+    rows_B1 = jnp.arange(place_BM.shape[0])[:, None]
+    now_BM = _at(state.canvas_BT, place_BM)
+    canvas_BT = state.canvas_BT.at[rows_B1, place_BM].set(jnp.where(written_BM, token_BM, now_BM))
+    # Counted as written even where the model chose the mask token itself: a later step then writes there again.
+    stamp_BM = jnp.where(written_BM, stamp_B[:, None], -1)
+    commit_step_BT = state.commit_step_BT.at[rows_B1, place_BM].max(stamp_BM)
+    return state._replace(canvas_BT=sharding.constrain(canvas_BT, "batch", None), commit_step_BT=commit_step_BT)
+
+
+def _end(model: Dream, state: State, stamp_B: Int[jax.Array, "B"]) -> State:
+    """Fills rows whose first end-of-text token has no mask before it."""
+    masked_BT = state.canvas_BT == model.config.mask_token_id
+    end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0)
+    filled_BT = masked_BT & (_first(end_BT) < _first(masked_BT))[:, None]
+    return state._replace(
+        canvas_BT=jnp.where(filled_BT, model.config.pad_token_id, state.canvas_BT),
+        commit_step_BT=jnp.where(filled_BT, stamp_B[:, None], state.commit_step_BT),
+    )
+
+
+def _advance(model: Dream, state: State, block: Block, plan: Plan) -> State:
+    """Rows that have finished their block go on to the next: from the first mask after it."""
+    length = state.canvas_BT.shape[1]
+    place_T = jnp.arange(length, dtype=jnp.int32)
+    masked_BT = state.canvas_BT == model.config.mask_token_id
+    # Where the model chose the mask token itself, masks are left when the block's time is up; they stay.
+    spent_B = state.clock_B >= plan.steps if plan.clocked else state.block_passes_B >= (plan.block_length or length)
+    left_B = jnp.any(masked_BT & (place_T >= block.start_B[:, None]) & (place_T < block.end_B[:, None]), axis=1)
+    over_B = (spent_B | ~left_B) & active(state)
+    next_B = _first(masked_BT & (place_T >= block.end_B[:, None]))
+    return state._replace(
+        start_B=jnp.where(over_B, next_B, state.start_B),
+        clock_B=jnp.where(over_B, 0, state.clock_B),
+        block_passes_B=jnp.where(over_B, 0, state.block_passes_B),
+        blocks_B=state.blocks_B + over_B.astype(jnp.int32),
+    )
+
+
+def _draws(
+    keys_B: jax.Array,
+    stamp_B: Int[jax.Array, "B"],
+    positions_BT: Int[jax.Array, "B T"],
+    place_BM: Int[jax.Array, "B M"],
+    stream: int,
+) -> Float[jax.Array, "B M"]:
+    """A uniform number for each place, from (row key, step, stream, position in the text): padding moves none."""
+    length = positions_BT.shape[1]
+
+    def row(key: jax.Array, stamp: jax.Array, position_M: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, stamp), stream)
+        return jax.random.uniform(key, (length,))[position_M]
+
+    return jax.vmap(row)(keys_B, stamp_B, _at(positions_BT, place_BM))
+
+
+def _first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
+    """The first true place of each row; T where there is none."""
+    place_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
+    return jnp.min(place_BT, axis=1, initial=x_BT.shape[1])
+
+
+def _at(x_BT: jax.Array, place_BM: Int[jax.Array, "B M"]) -> jax.Array:
+    return jnp.take_along_axis(x_BT, place_BM, axis=1)
+
+
+# The compiled loop is shared by all callers, so what goes into it is the number of a listener, which is found here.
+_listeners: dict[int, tuple[Callable[[int, np.ndarray], None], int]] = {}
+_numbers = itertools.count()
+
+
+def _notify(number: Any, step: Any, canvas_BT: Any) -> None:
+    listener, padding = _listeners[int(number)]
+    listener(int(step), np.asarray(canvas_BT)[:, padding:])
+
+
+@contextlib.contextmanager
+def listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -> Iterator[np.int32 | None]:
+    """Gives the number under which a listener is known while the block runs."""
+    if on_step is None:
+        yield None
+        return
+    number = next(_numbers) % 2**31
+    _listeners[number] = (on_step, padding)
+    try:
+        yield np.int32(number)
+    finally:
+        del _listeners[number]
