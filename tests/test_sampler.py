@@ -106,7 +106,7 @@ def test_driver_is_a_python_loop_over_the_step(config):
     keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(visible))
     plan, numbers = loop.Plan.of(config, capacity=12), loop.Numbers.of(config)
     canvas = jnp.asarray(canvas, jnp.int32)
-    wanted = loop.denoise(dream, canvas, visible, positions, keys, numbers, None, plan=plan)
+    wanted = loop.denoise(dream, canvas, visible, keys, numbers, None, plan=plan)
 
     text = loop.Text(jnp.asarray(visible), positions)
     step = jax.jit(functools.partial(loop.step, plan=plan))

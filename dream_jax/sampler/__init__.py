@@ -7,6 +7,7 @@ hidden states of the masked positions -> token and confidence -> the surest ones
 |---|---|
 | `config`, `caches`, `rules` | settings; what is kept between passes; how many positions a pass writes |
 | `generate` | prompts, padding, length buckets, keys |
+| `stream` | many prompts through one batch: rows that come and go |
 | `loop` | the carry, the step, the compiled driver |
 | `passes` | full and windowed forward passes |
 | `propose` | hidden states -> token and confidence, a few rows of logits at a time |
@@ -18,8 +19,10 @@ from dream_jax.sampler.caches import FastDLLMCache, NoCache, WindowCache
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.generate import Sample, bucket_length, generate
 from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
+from dream_jax.sampler.stream import Answer, Stream
 
 __all__ = [
+    "Answer",
     "Count",
     "EntropyBound",
     "Factor",
@@ -27,6 +30,7 @@ __all__ = [
     "NoCache",
     "Sample",
     "SamplerConfig",
+    "Stream",
     "Threshold",
     "WindowCache",
     "bucket_length",

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dream_jax import sharding
-from dream_jax.model import Dream, padded_positions
+from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.loop import Numbers, Plan, denoise, listening
 from dream_jax.shapes import Array
@@ -78,18 +78,11 @@ def generate(
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
     valid = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
-    _check(model, prompt, valid, config)
+    check_prompt(model, prompt, valid, config)
     rows, length = prompt.shape
 
     padding = bucket_length(length) - length
-    total = padding + length + config.max_new_tokens
-    canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
-    canvas[:, :padding] = model.config.pad_token_id
-    canvas[:, padding : padding + length] = prompt
-    visible = np.ones((rows, total), bool)
-    visible[:, :padding] = False
-    visible[:, padding : padding + length] = valid
-    canvas[~visible] = model.config.pad_token_id
+    canvas, visible = lay_out(model, prompt, valid, config, padding)
     given = np.pad(np.where(valid, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
     most_masked = int(np.max(np.sum(canvas == model.config.mask_token_id, axis=1)))
     if most_masked == 0:
@@ -101,18 +94,14 @@ def generate(
             passes=jnp.zeros(rows, jnp.int32),
             mask_token_id=model.config.mask_token_id,
         )
-    if config.is_random and key is None:
-        raise ValueError(
-            f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
-        )
+    check_key(config, key)
 
-    plan = Plan.of(config, min(bucket_length(most_masked), total))
+    plan = Plan.of(config, min(bucket_length(most_masked), canvas.shape[1]))
     with sharding.mesh_context(model), listening(on_step, padding) as listener:
         state = denoise(
             model,
             canvas,
             visible,
-            padded_positions(jnp.asarray(visible)),
             _row_keys(key, rows),
             Numbers.of(config),
             listener,
@@ -130,6 +119,21 @@ def generate(
     )
 
 
+def lay_out(
+    model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canvas before the first step, with more padding on the left: tokens int32 [B, T] and what is no padding."""
+    rows, length = prompt.shape
+    total = padding + length + config.max_new_tokens
+    canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
+    canvas[:, padding : padding + length] = prompt
+    visible = np.ones((rows, total), bool)
+    visible[:, :padding] = False
+    visible[:, padding : padding + length] = valid
+    canvas[~visible] = model.config.pad_token_id
+    return canvas, visible
+
+
 def bucket_length(length: int) -> int:
     """The smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that holds `length`: at most half of it is padding."""
     if length <= 0:
@@ -142,7 +146,8 @@ def bucket_length(length: int) -> int:
     return power
 
 
-def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig) -> None:
+def check_prompt(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig) -> None:
+    """Raises ValueError for what `generate` cannot work on; see there."""
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
     if prompt.shape[0] == 0:
@@ -161,6 +166,14 @@ def _check(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerC
     if total > model.config.max_position_embeddings:
         raise ValueError(
             f"prompt and max_new_tokens make {total} tokens, more than {model.config.max_position_embeddings=}"
+        )
+
+
+def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
+    """Raises ValueError where something is random and there is no key."""
+    if config.is_random and key is None:
+        raise ValueError(
+            f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
         )
 
 

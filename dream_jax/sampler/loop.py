@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from dream_jax import decoding, schedule, sharding
 from dream_jax.attention import KeysValues
-from dream_jax.model import Dream
+from dream_jax.model import Dream, padded_positions
 from dream_jax.sampler import passes, propose, rules
 from dream_jax.sampler.caches import Cache, Keeping, NoCache
 from dream_jax.sampler.config import SamplerConfig
@@ -155,7 +155,6 @@ def denoise(
     model: Dream,
     canvas_BT: Int[jax.Array, "B T"],
     visible_BT: Bool[jax.Array, "B T"],
-    positions_BT: Int[jax.Array, "B T"],
     keys_B: jax.Array,
     numbers: Numbers,
     listener: Any,
@@ -163,11 +162,79 @@ def denoise(
     plan: Plan,
 ) -> State:
     """The driver: steps until every row is done. Returns the last state, without what was kept."""
-    step_ = functools.partial(step, model, Text(visible_BT, positions_BT), keys_B, numbers, listener, plan=plan)
     state = begin(model, sharding.constrain(canvas_BT, "batch", None), plan)
-    state = jax.lax.while_loop(lambda state: jnp.any(active(state)), step_, state)
+    text = Text(visible_BT, padded_positions(visible_BT))
+    state = _run(model, text, keys_B, numbers, listener, state, plan, jnp.int32(canvas_BT.shape[0]))
     # Whole on every device, so that every process of a run can read all of it.
     return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state._replace(kept=None))
+
+
+class Batch(NamedTuple):
+    """Rows under way, for `resume`: what `denoise` has in its hands while it runs."""
+
+    state: State
+    visible_BT: Bool[jax.Array, "B T"]
+    keys_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("batch",))
+def resume(
+    model: Dream,
+    batch: Batch,
+    new_B: Bool[jax.Array, "B"],
+    canvas_BT: Int[jax.Array, "B T"],
+    visible_BT: Bool[jax.Array, "B T"],
+    keys_B: jax.Array,
+    numbers: Numbers,
+    idle: Int[jax.Array, ""],
+    *,
+    plan: Plan,
+) -> Batch:
+    """The driver for rows that come and go: puts new rows in their places, then steps until `idle` rows are done."""
+
+    def put(now: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
+        shape = [1] * now.ndim
+        shape[axis] = -1
+        return jnp.where(new_B.reshape(shape), new, now)
+
+    fresh = begin(model, canvas_BT, plan)
+    state = batch.state
+    state = State(
+        # What was kept of the row before is no row's: a new row begins with a full pass.
+        **{
+            name: put(getattr(state, name), getattr(fresh, name))
+            for name in State._fields
+            if name not in ("kept", "forwards")
+        },
+        kept=state.kept,
+        forwards=state.forwards,
+    )
+    visible_BT, keys_B = put(batch.visible_BT, visible_BT), put(batch.keys_B, keys_B)
+    text = Text(visible_BT, padded_positions(visible_BT))
+    return Batch(_run(model, text, keys_B, numbers, None, state, plan, idle), visible_BT, keys_B)
+
+
+def idle_batch(model: Dream, rows: int, length: int, plan: Plan) -> Batch:
+    """A batch in which nothing is under way yet."""
+    nothing_BT = jnp.full((rows, length), model.config.pad_token_id, jnp.int32)
+    state = begin(model, sharding.constrain(nothing_BT, "batch", None), plan)
+    keys_B = jnp.broadcast_to(jax.random.key(0), (rows,))
+    return Batch(state, jnp.ones((rows, length), bool), keys_B)
+
+
+def _run(
+    model: Dream,
+    text: Text,
+    keys_B: jax.Array,
+    numbers: Numbers,
+    listener: Any,
+    state: State,
+    plan: Plan,
+    idle: Int[jax.Array, ""],
+) -> State:
+    """Steps until so many rows are done."""
+    go_on = lambda state: jnp.sum(~active(state), dtype=jnp.int32) < idle
+    return jax.lax.while_loop(go_on, functools.partial(step, model, text, keys_B, numbers, listener, plan=plan), state)
 
 
 def active(state: State) -> Bool[jax.Array, "B"]:
