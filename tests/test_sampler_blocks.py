@@ -334,6 +334,20 @@ def test_rules_in_the_loop(rule, alg, fewer):
     assert not np.any(np.asarray(fast.tokens) == dream.config.mask_token_id)
 
 
+def test_presets():
+    dream, (start, _) = model("tiny_a"), prompt(6)
+    exact = SamplerConfig.preset("exact", max_new_tokens=12)
+    assert exact == SamplerConfig(max_new_tokens=12, steps=12, alg="entropy")
+    assert SamplerConfig.preset("exact", max_new_tokens=12, steps=3, top_k=4) == dataclasses.replace(
+        exact, steps=3, top_k=4
+    )
+    for name in ("balanced", "fast"):
+        config = SamplerConfig.preset(name, max_new_tokens=40, temperature=0.3)
+        assert config.block_length == 32 and config.stop_at_end and config.temperature == 0.3
+        out = generate(dream, start, config, jax.random.key(0))
+        assert not np.any(np.asarray(out.tokens) == dream.config.mask_token_id)
+
+
 # Refusals
 
 
@@ -341,6 +355,7 @@ def test_rules_in_the_loop(rule, alg, fewer):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: SamplerConfig.preset("quick", max_new_tokens=4), "name='quick' is not one of"),
         (lambda: SamplerConfig(alg="entropy", block_length=0), "block_length=0"),
         (lambda: SamplerConfig(alg="entropy", cache=WindowCache()), "needs a block_length"),
         (lambda: SamplerConfig(block_length=4), "neither blocks nor"),

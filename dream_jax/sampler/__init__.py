@@ -16,7 +16,7 @@ Knows the model, the clock and the decision rules. Knows nothing of text.
 """
 
 from dream_jax.sampler.caches import FastDLLMCache, NoCache, WindowCache
-from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler.config import Preset, SamplerConfig
 from dream_jax.sampler.generate import Sample, bucket_length, generate
 from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
 from dream_jax.sampler.stream import Answer, Stream
@@ -28,6 +28,7 @@ __all__ = [
     "Factor",
     "FastDLLMCache",
     "NoCache",
+    "Preset",
     "Sample",
     "SamplerConfig",
     "Stream",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from dream_jax import decoding, schedule
-from dream_jax.sampler.caches import Cache, FastDLLMCache, NoCache, Variant
+from dream_jax.sampler.caches import Cache, FastDLLMCache, NoCache, Variant, WindowCache
 from dream_jax.sampler.rules import Count, Rule, Threshold
+
+Preset = Literal["exact", "balanced", "fast"]
 
 _NO_CACHE, _COUNT = NoCache(), Count()
 
@@ -105,6 +107,33 @@ class SamplerConfig:
         if self.block_length is None or self.max_new_tokens == 0:
             return self.steps
         return max(1, -(-self.steps * min(self.block_length, self.max_new_tokens) // self.max_new_tokens))
+
+    @classmethod
+    def preset(cls, name: Preset, *, max_new_tokens: int, **options: Any) -> SamplerConfig:
+        """A configuration by what one wants of it.
+
+        Args:
+          name: "exact": entropy order, a step a token (or `steps`), everything computed in every pass. "balanced": blocks
+            of 32, all tokens with a probability of 0.99 at once, windows that reach 32 tokens to both sides, a full pass at
+            each block and after every fourth pass. "fast": blocks of 32, all tokens with a probability of 0.9, windows of
+            the block alone, a full pass at each block. The last two stop at the end of the text.
+          max_new_tokens: as in SamplerConfig, like all `options`, which come before what the preset says.
+          **options: other fields of SamplerConfig.
+
+        Raises:
+          ValueError: an unknown name.
+        """
+        if name not in get_args(Preset):
+            raise ValueError(f"preset {name=} is not one of {get_args(Preset)}")
+        if name == "exact":
+            chosen: dict[str, Any] = {"alg": "entropy", "steps": max(1, max_new_tokens)}
+        else:
+            chosen = {"alg": "maskgit_plus", "block_length": 32, "stop_at_end": True}
+            if name == "balanced":
+                chosen |= {"commit": Threshold(0.99), "cache": WindowCache(left=32, right=32, refresh_passes=4)}
+            else:
+                chosen |= {"commit": Threshold(0.9), "cache": WindowCache()}
+        return cls(max_new_tokens=max_new_tokens, **chosen | options)
 
     @classmethod
     def fast_dllm(
