@@ -73,6 +73,10 @@ class Settings:
     """softens the order"""
     eps: float = 1e-3
     """noise level at the end of the clock"""
+    end_penalty: float = 0.0
+    """subtracted from the logit of the end-of-text token"""
+    guidance: float = 0.0
+    """classifier-free guidance: how far to go from the model without the prompt to the one with it, and past it"""
     seed: int = 0
     """of everything random; line i of a file uses the key (seed, i)"""
     samples: int = 1
@@ -111,6 +115,8 @@ class Settings:
             top_k=self.top_k,
             alg_temp=self.alg_temp,
             eps=self.eps,
+            end_penalty=self.end_penalty,
+            guidance=self.guidance,
             vocab_limit=tokenizer.vocab_limit,
             forbidden_tokens=(tokenizer.mask_id,),
         )

@@ -13,7 +13,17 @@ from golden_numbers import CHECKPOINTS, GOLDEN, arrays, facts, model
 from dream_jax import schedule
 from dream_jax.model import merge_params, padded_positions, split_params
 from dream_jax.pretrained import load
-from dream_jax.sampler import SamplerConfig, WindowCache, bucket_length, generate, loop, propose
+from dream_jax.sampler import (
+    SamplerConfig,
+    WindowCache,
+    bucket_length,
+    generate,
+    loop,
+    passes,
+    propose,
+    state,
+    watching,
+)
 
 BLOCKS = SamplerConfig(
     max_new_tokens=10, steps=6, alg="entropy", temperature=0.7, block_length=4, cache=WindowCache(refresh_passes=2)
@@ -104,19 +114,19 @@ def test_driver_is_a_python_loop_over_the_step(config):
     canvas[0, 4] = mask_id  # and an infilling
     visible = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
     keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(visible))
-    plan, numbers = loop.Plan.of(config, capacity=12), loop.Numbers.of(config)
+    plan, numbers = state.Plan.of(config, capacity=12), state.Numbers.of(config)
     canvas = jnp.asarray(canvas, jnp.int32)
     wanted = loop.denoise(dream, canvas, visible, keys, numbers, None, plan=plan)
 
-    text = loop.Text(jnp.asarray(visible), positions)
+    text = passes.Text(jnp.asarray(visible), positions)
     step = jax.jit(functools.partial(loop.step, plan=plan))
-    state = loop.begin(dream, canvas, plan)
-    while np.any(loop.active(state)):
-        state = step(dream, text, keys, numbers, None, state)
-    for name, found, value in zip(state._fields, state, wanted, strict=True):
+    carry = state.begin(dream, canvas, plan)
+    while np.any(state.active(carry)):
+        carry = step(dream, text, keys, numbers, None, carry)
+    for name, found, value in zip(carry._fields, carry, wanted, strict=True):
         if name != "kept":
             np.testing.assert_array_equal(found, value, err_msg=name)
-    assert not np.any(state.canvas_BT == mask_id)
+    assert not np.any(carry.canvas_BT == mask_id)
 
 
 def test_logits_in_chunks(monkeypatch):
@@ -403,10 +413,10 @@ def test_listener_is_forgotten_after_an_error():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="the terminal is gone"):
         generate(dream, start, config, on_step=listen)
-    assert not loop._listeners
+    assert not watching._listeners
     seen = []
     generate(dream, start, config, on_step=lambda step, _: seen.append(step))
-    assert len(seen) == 2 and not loop._listeners
+    assert len(seen) == 2 and not watching._listeners
 
 
 def test_the_prompt_comes_back_as_it_was_given():

@@ -6,11 +6,13 @@ Knows ranges and which settings go together. Knows nothing of arrays.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from dream_jax import decoding, schedule
 from dream_jax.sampler.caches import Cache, FastDLLMCache, NoCache, Variant, WindowCache
+from dream_jax.sampler.hooks import LogitsHook, TokenHook
 from dream_jax.sampler.rules import Count, Rule, Threshold
 
 Preset = Literal["exact", "balanced", "fast"]
@@ -41,6 +43,12 @@ class SamplerConfig:
       cache: what is kept between forward passes.
       commit: how many positions a pass writes: `Count()`, what the published clock says; `Threshold`, `Factor` and
         `EntropyBound` go by the confidences instead, and `steps` and `eps` then mean nothing.
+      forced_tokens: pairs (offset, token): the token stands at that offset of the new tokens from the start.
+      end_penalty: subtracted from the logit of the end-of-text token, against answers that end too early (negative: too
+        late).
+      guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where u are those of the same canvas
+        with everything that was given masked. Doubles the rows of every pass; 0 switches it off.
+      token_hook, logits_hook: see `hooks`; None for none.
       stop_at_end: once a row's first end-of-text token has no mask before it, the masks after it become end-of-text too
         and the row is done.
 
@@ -62,10 +70,22 @@ class SamplerConfig:
     cache: Cache = _NO_CACHE
     commit: Rule = _COUNT
     stop_at_end: bool = False
+    forced_tokens: Sequence[tuple[int, int]] = ()
+    end_penalty: float = 0.0
+    guidance: float = 0.0
+    token_hook: TokenHook | None = None
+    logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
         # Any sequence will do; as a tuple the config can be a key of compiled programs.
         object.__setattr__(self, "forbidden_tokens", tuple(int(token) for token in self.forbidden_tokens))
+        object.__setattr__(self, "forced_tokens", tuple((int(at), int(token)) for at, token in self.forced_tokens))
+        for at, token in self.forced_tokens:
+            if not 0 <= at < self.max_new_tokens:
+                raise ValueError(f"forced token {token} at offset {at} is outside the {self.max_new_tokens=}")
+        for name in ("end_penalty", "guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number; 0 switches it off")
         if self.max_new_tokens < 0:
             raise ValueError(f"{self.max_new_tokens=} must not be negative")
         if self.alg not in get_args(decoding.Alg):

@@ -17,7 +17,9 @@ from jaxtyping import Bool, Int
 from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.loop import Numbers, Plan, denoise, listening
+from dream_jax.sampler.loop import denoise
+from dream_jax.sampler.state import Numbers, Plan
+from dream_jax.sampler.watching import listening
 from dream_jax.shapes import Array
 
 
@@ -127,6 +129,8 @@ def lay_out(
     total = padding + length + config.max_new_tokens
     canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
     canvas[:, padding : padding + length] = prompt
+    for at, token in config.forced_tokens:
+        canvas[:, padding + length + at] = token
     visible = np.ones((rows, total), bool)
     visible[:, :padding] = False
     visible[:, padding : padding + length] = valid
@@ -162,6 +166,9 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: Sa
     real = prompt[valid]
     if real.size and (real.min() < 0 or real.max() >= model.config.vocab_size):
         raise ValueError(f"prompt ids span {real.min()}..{real.max()}, outside 0..{model.config.vocab_size - 1}")
+    for at, token in config.forced_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"forced token {token} at offset {at} is outside the vocabulary")
     total = int(valid.sum(axis=1).max()) + config.max_new_tokens
     if total > model.config.max_position_embeddings:
         raise ValueError(

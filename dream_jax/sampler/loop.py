@@ -9,145 +9,21 @@ Knows canvases, the clock and the model. Knows nothing of prompts, buckets or te
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dream_jax import decoding, schedule, sharding
+from dream_jax import schedule, sharding
 from dream_jax.attention import KeysValues
 from dream_jax.model import Dream, padded_positions
-from dream_jax.sampler import passes, propose, rules
-from dream_jax.sampler.caches import Cache, Keeping, NoCache
-from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler import passes, propose, rules, watching
+from dream_jax.sampler.caches import Cache, Keeping
+from dream_jax.sampler.hooks import Moment
 from dream_jax.sampler.passes import Block, Text
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What of a configuration a program is compiled for: one program serves all of its numbers.
-
-    Attributes:
-      capacity: masked positions of a row that a step may look at.
-      steps: of the clock, in each block.
-      rule: kind of commit rule.
-      writable: which tokens may be written, see `propose.Writable`.
-      others: as in SamplerConfig.
-    """
-
-    alg: decoding.Alg
-    top_k: int | None
-    block_length: int | None
-    steps: int
-    cache: Cache
-    rule: type[rules.Rule]
-    stop_at_end: bool
-    writable: propose.Writable
-    capacity: int
-
-    @classmethod
-    def of(cls, config: SamplerConfig, capacity: int) -> Plan:
-        """The part of a configuration that is compiled in."""
-        return cls(
-            alg=config.alg,
-            top_k=config.top_k,
-            block_length=config.block_length,
-            steps=config.block_steps,
-            cache=config.cache,
-            rule=type(config.commit),
-            stop_at_end=config.stop_at_end,
-            writable=propose.Writable(config.vocab_limit, tuple(config.forbidden_tokens)),
-            capacity=capacity if config.block_length is None else min(capacity, config.block_length),
-        )
-
-    @property
-    def clocked(self) -> bool:
-        """Whether the clock says how many positions are written."""
-        return self.rule is rules.Count
-
-    @property
-    def whole(self) -> bool:
-        """Whether a row is one block on the published clock."""
-        return self.block_length is None and self.clocked
-
-
-class Numbers(NamedTuple):
-    """The rest: numbers that may change without compiling again. None switches off (and is compiled in)."""
-
-    filters: propose.Filters
-    alg_temp: Float[jax.Array, ""] | None
-    rule: Float[jax.Array, ""] | None
-    fractions_S: Float[jax.Array, "steps"]
-
-    @classmethod
-    def of(cls, config: SamplerConfig) -> Numbers:
-        """The part of a configuration that is handed over at each call."""
-        return cls(
-            filters=propose.Filters(
-                temperature=_number(config.temperature or None),
-                top_p=_number(None if config.top_p == 1.0 else config.top_p),
-            ),
-            alg_temp=_number(config.alg_temp or None),
-            rule=_number(config.commit.value),
-            fractions_S=jnp.asarray(schedule.write_fractions(config.block_steps, config.eps)),
-        )
-
-
-def _number(value: float | None) -> jax.Array | None:
-    return None if value is None else jnp.float32(value)
-
-
-class State(NamedTuple):
-    """The carry.
-
-    Attributes:
-      canvas_BT: tokens.
-      commit_step_BT: step that last wrote each position, -1 for none.
-      passes_B: forward passes that each row took part in.
-      start_B: first place of the row's block; T once the row is done.
-      clock_B: the next step of the block's clock.
-      block_passes_B: passes made in the block.
-      age_B: passes since, and with, the row's last full one; -1 before the first.
-      blocks_B: blocks begun since the row's last full pass.
-      kept: keys and values, None without a cache.
-      forwards: forward passes made.
-    """
-
-    canvas_BT: Int[jax.Array, "B T"]
-    commit_step_BT: Int[jax.Array, "B T"]
-    passes_B: Int[jax.Array, "B"]
-    start_B: Int[jax.Array, "B"]
-    clock_B: Int[jax.Array, "B"]
-    block_passes_B: Int[jax.Array, "B"]
-    age_B: Int[jax.Array, "B"]
-    blocks_B: Int[jax.Array, "B"]
-    kept: KeysValues | None
-    forwards: Int[jax.Array, ""]
-
-
-def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], plan: Plan) -> State:
-    """The state before the first step."""
-    zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
-    masked_BT = canvas_BT == model.config.mask_token_id
-    return State(
-        canvas_BT=canvas_BT,
-        commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
-        passes_B=zeros_B,
-        start_B=_first(masked_BT),
-        clock_B=zeros_B,
-        block_passes_B=zeros_B,
-        age_B=zeros_B - 1,
-        blocks_B=zeros_B,
-        kept=None if isinstance(plan.cache, NoCache) else passes.empty(model, *canvas_BT.shape),
-        forwards=jnp.int32(0),
-    )
+from dream_jax.sampler.state import Numbers, Plan, State, active, begin, first
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
@@ -237,11 +113,6 @@ def _run(
     return jax.lax.while_loop(go_on, functools.partial(step, model, text, keys_B, numbers, listener, plan=plan), state)
 
 
-def active(state: State) -> Bool[jax.Array, "B"]:
-    """Rows that are not done."""
-    return state.start_B < state.canvas_BT.shape[1]
-
-
 def step(
     model: Dream, text: Text, keys_B: jax.Array, numbers: Numbers, listener: Any, state: State, *, plan: Plan
 ) -> State:
@@ -260,21 +131,9 @@ def step(
         # never by the padding before it.
         first_BM = (_at(text.positions_BT, place_BM) == 0) | (place_BM == 0)
         source_BM = jnp.where(first_BM, place_BM, place_BM - 1)
-        if state.kept is None or isinstance(plan.cache, NoCache):
-            kept, used = state.kept, jnp.int32(1)
-            rows_BMD = passes.full(model, state.canvas_BT, text, source_BM)
-        else:
-            rows_BMD, kept, used = passes.kept(
-                model,
-                state.canvas_BT,
-                text,
-                source_BM,
-                state.kept,
-                refresh_B,
-                block,
-                settings=plan.cache,
-                block_length=plan.block_length or 1,
-            )
+        rows_BMD, kept, used = _forward(model, state, text, source_BM, refresh_B, block, plan)
+        moment = Moment(stamp_B, state.canvas_BT, *text)
+        hook = plan.logits_hook
         token_BM, confidence_BM = propose.propose(
             model,
             rows_BMD,
@@ -284,6 +143,7 @@ def step(
             alg=plan.alg,
             top_k=plan.top_k,
             writable=plan.writable,
+            hook=None if hook is None else lambda index_BC, logits: hook(moment, _at(place_BM, index_BC), logits),
         )
         written_BM = chosen_BM
         if not by_chance:
@@ -296,11 +156,13 @@ def step(
         state = _write(state, place_BM, written_BM, token_BM, stamp_B)
         if plan.stop_at_end:
             state = _end(model, state, stamp_B)
+        if plan.token_hook is not None:
+            state = _hooked(model, state, plan.token_hook(Moment(stamp_B, state.canvas_BT, *text)), stamp_B)
         if listener is not None:
             mesh = jax.sharding.get_abstract_mesh()
             number = jnp.max(jnp.where(active(state), stamp_B, 0))
             # The library orders callbacks on one device only; on several, a fast step may overtake a slow listener.
-            jax.debug.callback(_notify, listener, number, state.canvas_BT, ordered=mesh.empty or mesh.size == 1)
+            jax.debug.callback(watching.notify, listener, number, state.canvas_BT, ordered=mesh.empty or mesh.size == 1)
         return state._replace(kept=kept, forwards=state.forwards + used)
 
     if by_chance:
@@ -318,6 +180,40 @@ def step(
         blocks_B=jnp.where(refresh_B, 0, state.blocks_B),
     )
     return _advance(model, after, block, plan)
+
+
+def _forward(
+    model: Dream,
+    state: State,
+    text: Text,
+    source_BM: Int[jax.Array, "B M"],
+    refresh_B: Bool[jax.Array, "B"],
+    block: Block,
+    plan: Plan,
+) -> tuple[Float[jax.Array, "X M D"], KeysValues | None, Int[jax.Array, ""]]:
+    """The hidden states at the given places, by the passes that the cache asks for; X is B, or 2 B under guidance."""
+    canvas_BT = state.canvas_BT
+    if plan.guided:
+        # Each row is followed by one of which nothing was given.
+        text, source_BM, refresh_B, block, canvas_BT = jax.tree.map(
+            lambda x: jnp.repeat(x, 2, axis=0), (text, source_BM, refresh_B, block, canvas_BT)
+        )
+        given_BT = text.visible_BT & (jnp.repeat(state.commit_step_BT, 2, axis=0) < 0)
+        second_B1 = jnp.arange(canvas_BT.shape[0])[:, None] % 2 == 1
+        canvas_BT = jnp.where(given_BT & second_B1, model.config.mask_token_id, canvas_BT)
+    if state.kept is None or not isinstance(plan.cache, Keeping):
+        return passes.full(model, canvas_BT, text, source_BM), None, jnp.int32(1)
+    return passes.kept(
+        model,
+        canvas_BT,
+        text,
+        source_BM,
+        state.kept,
+        refresh_B,
+        block,
+        settings=plan.cache,
+        block_length=plan.block_length or 1,
+    )
 
 
 def _block(state: State, plan: Plan) -> Block:
@@ -388,10 +284,20 @@ def _end(model: Dream, state: State, stamp_B: Int[jax.Array, "B"]) -> State:
     """Fills rows whose first end-of-text token has no mask before it."""
     masked_BT = state.canvas_BT == model.config.mask_token_id
     end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0)
-    filled_BT = masked_BT & (_first(end_BT) < _first(masked_BT))[:, None]
+    filled_BT = masked_BT & (first(end_BT) < first(masked_BT))[:, None]
     return state._replace(
         canvas_BT=jnp.where(filled_BT, model.config.pad_token_id, state.canvas_BT),
         commit_step_BT=jnp.where(filled_BT, stamp_B[:, None], state.commit_step_BT),
+    )
+
+
+def _hooked(model: Dream, state: State, canvas_BT: Int[jax.Array, "B T"], stamp_B: Int[jax.Array, "B"]) -> State:
+    """Takes over what a hook has made of the canvas, in the rows that are not done."""
+    changed_BT = (canvas_BT != state.canvas_BT) & active(state)[:, None]
+    stamp_BT = jnp.where(canvas_BT == model.config.mask_token_id, -1, stamp_B[:, None])
+    return state._replace(
+        canvas_BT=jnp.where(changed_BT, canvas_BT, state.canvas_BT),
+        commit_step_BT=jnp.where(changed_BT, stamp_BT, state.commit_step_BT),
     )
 
 
@@ -404,7 +310,7 @@ def _advance(model: Dream, state: State, block: Block, plan: Plan) -> State:
     spent_B = state.clock_B >= plan.steps if plan.clocked else state.block_passes_B >= (plan.block_length or length)
     left_B = jnp.any(masked_BT & (place_T >= block.start_B[:, None]) & (place_T < block.end_B[:, None]), axis=1)
     over_B = (spent_B | ~left_B) & active(state)
-    next_B = _first(masked_BT & (place_T >= block.end_B[:, None]))
+    next_B = first(masked_BT & (place_T >= block.end_B[:, None]))
     return state._replace(
         start_B=jnp.where(over_B, next_B, state.start_B),
         clock_B=jnp.where(over_B, 0, state.clock_B),
@@ -430,35 +336,5 @@ def _draws(
     return jax.vmap(row)(keys_B, stamp_B, _at(positions_BT, place_BM))
 
 
-def _first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
-    """The first true place of each row; T where there is none."""
-    place_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
-    return jnp.min(place_BT, axis=1, initial=x_BT.shape[1])
-
-
 def _at(x_BT: jax.Array, place_BM: Int[jax.Array, "B M"]) -> jax.Array:
     return jnp.take_along_axis(x_BT, place_BM, axis=1)
-
-
-# The compiled loop is shared by all callers, so what goes into it is the number of a listener, which is found here.
-_listeners: dict[int, tuple[Callable[[int, np.ndarray], None], int]] = {}
-_numbers = itertools.count()
-
-
-def _notify(number: Any, step: Any, canvas_BT: Any) -> None:
-    listener, padding = _listeners[int(number)]
-    listener(int(step), np.asarray(canvas_BT)[:, padding:])
-
-
-@contextlib.contextmanager
-def listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -> Iterator[np.int32 | None]:
-    """Gives the number under which a listener is known while the block runs."""
-    if on_step is None:
-        yield None
-        return
-    number = next(_numbers) % 2**31
-    _listeners[number] = (on_step, padding)
-    try:
-        yield np.int32(number)
-    finally:
-        del _listeners[number]

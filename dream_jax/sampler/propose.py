@@ -6,6 +6,7 @@ Knows hidden states and the output projection. Knows nothing of canvases or the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ class Filters(NamedTuple):
 
     temperature: Float[jax.Array, ""] | None
     top_p: Float[jax.Array, ""] | None
+    end_penalty: Float[jax.Array, ""] | None = None
+    guidance: Float[jax.Array, ""] | None = None
 
 
 class Writable(NamedTuple):
@@ -55,7 +58,7 @@ class Writable(NamedTuple):
 
 def propose(
     model: Dream,
-    rows_BMD: Float[jax.Array, "B M D"],
+    rows_XMD: Float[jax.Array, "X M D"],
     needed: Int[jax.Array, ""],
     filters: Filters,
     uniform_BM: Float[jax.Array, "B M"] | None,
@@ -63,24 +66,48 @@ def propose(
     alg: decoding.Alg,
     top_k: int | None,
     writable: Writable,
+    hook: Callable[[Int[jax.Array, "B C"], Float[jax.Array, "B C V"]], Float[jax.Array, "B C V"]] | None = None,
 ) -> tuple[Int[jax.Array, "B M"], Float[jax.Array, "B M"]]:
-    """Token and confidence of the first `needed` of the M rows; the logits exist a chunk of rows at a time."""
-    batch, most, _ = rows_BMD.shape
+    """Token and confidence of the first `needed` of the M rows; the logits exist a chunk of rows at a time.
+
+    Args:
+      model: whose output projection.
+      rows_XMD: hidden states; X is B, or 2 B under guidance, where each row is followed by its unconditional one.
+      needed: how many of the M rows mean something.
+      filters: numbers.
+      uniform_BM: needed when there is a temperature.
+      alg: whose confidence.
+      top_k: number of tokens kept, None for all.
+      writable: which tokens may be written.
+      hook: from the indices (of M) that are looked at and their logits to other logits.
+    """
+    guided = filters.guidance is not None
+    batch, most, _ = rows_XMD.shape
+    batch = batch // 2 if guided else batch
     vocab = model.config.vocab_size
     # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
     chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
     padding = -most % chunk
-    rows_BMD = jnp.pad(rows_BMD, ((0, 0), (0, padding), (0, 0)))
+    rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
     if uniform_BM is not None:
         uniform_BM = jnp.pad(uniform_BM, ((0, 0), (0, padding)))
     writable_V = writable.table(vocab)
 
     def decide(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
-        logits_BCV = sharding.constrain(model.unembed(part(rows_BMD)), "batch", None, "vocab")
-        if writable_V is not None:
-            logits_BCV = jnp.where(writable_V, logits_BCV, -jnp.inf)
+        logits_BCV = sharding.constrain(model.unembed(part(rows_XMD)), "batch", None, "vocab")
+        if filters.guidance is not None:
+            given_BCV, free_BCV = logits_BCV[0::2], logits_BCV[1::2]
+            logits_BCV = free_BCV + (1.0 + filters.guidance) * (given_BCV - free_BCV)
+        if filters.end_penalty is not None:
+            end_V = jnp.arange(vocab) == model.config.pad_token_id
+            logits_BCV = jnp.where(end_V, logits_BCV - filters.end_penalty, logits_BCV)
+        allowed = lambda z: z if writable_V is None else jnp.where(writable_V, z, -jnp.inf)
+        logits_BCV = allowed(logits_BCV)
+        if hook is not None:
+            index_C = jnp.minimum(index * chunk + jnp.arange(chunk, dtype=jnp.int32), most - 1)
+            logits_BCV = allowed(hook(jnp.broadcast_to(index_C, (batch, chunk)), logits_BCV))
         token, confidence = decoding.choose_tokens(
             logits_BCV.reshape(batch * chunk, vocab),
             alg=alg,

@@ -17,7 +17,8 @@ from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.generate import bucket_length, check_key, check_prompt, lay_out
-from dream_jax.sampler.loop import Numbers, Plan, active, idle_batch, resume
+from dream_jax.sampler.loop import idle_batch, resume
+from dream_jax.sampler.state import Numbers, Plan, active
 
 
 class Answer(NamedTuple):
