@@ -20,7 +20,10 @@ Alg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 _ENTROPY_EPSILON = 1e-10
 
 # Tokens of a row that are sorted. What does not end within them is found by bisection over the whole row.
-_CANDIDATES = 1024
+_CANDIDATES = 512
+
+# Tokens that share a block where the largest of a row are looked for.
+_BLOCK = 16
 
 # Rows that bisect the whole vocabulary together: few enough that their logits stay in a CPU's cache.
 _FALLBACK_ROWS = 8
@@ -69,9 +72,7 @@ def choose_tokens(
 
     z_RV = jnp.where(z_RV == 0.0, 0.0, z_RV)  # -0.0 sorts below 0.0, but is no less probable
     # Almost always a few hundred tokens hold the nucleus, and then the rest of the row only counts by its sum.
-    # The barrier: XLA would turn top_k, once its first column is taken on its own, into a sort of the whole vocabulary
-    # (540 ms instead of 11 ms for 16 rows of 152,064 on a CPU).
-    z_RC, token_RC = jax.lax.optimization_barrier(jax.lax.top_k(z_RV, min(_CANDIDATES, vocab)))
+    z_RC, token_RC = largest(z_RV, min(_CANDIDATES, vocab))
     mass_RV = jnp.exp(z_RV - z_RC[:, :1])  # unnormalised probabilities; the largest is 1
     mass_RC = jnp.exp(z_RC - z_RC[:, :1])
     keep_RC = jnp.ones(z_RC.shape, bool)
@@ -106,6 +107,27 @@ def choose_tokens(
 
     groups = (jnp.sum(unsettled_R, dtype=jnp.int32) + group - 1) // group
     return jax.lax.fori_loop(0, groups, settle, (token_R, confidence_R))
+
+
+def largest(z_RV: Float[jax.Array, "R V"], count: int) -> tuple[Float[jax.Array, "R C"], Int[jax.Array, "R C"]]:
+    """The `count` largest values of each row, falling, and where they stand; of equals the first ones. As `lax.top_k`.
+
+    In two steps, which on a CPU take a fraction of its time for a whole vocabulary: the `count` blocks with the largest
+    maxima, and then the largest values in these. A value among the largest cannot lie elsewhere: `count` blocks that come
+    before its own, by their maximum or, of equal maxima, by their place, would each hold a value that comes before it.
+    """
+    rows, vocab = z_RV.shape
+    # The barriers: XLA would turn a top_k, once its first column is taken on its own, into a sort of everything (540 ms
+    # instead of 11 ms for 16 rows of 152,064 on a CPU).
+    top = lambda x, count: tuple(jax.lax.optimization_barrier(jax.lax.top_k(x, count)))
+    if vocab <= 2 * count * _BLOCK:
+        return top(z_RV, count)
+    # What fills up the last block comes after everything else: it has the lowest value and the last place.
+    z_RGW = jnp.pad(z_RV, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    block_RC = jnp.sort(top(jnp.max(z_RGW, axis=-1), count)[1], axis=-1)  # in the order of their places
+    among_RCW = jnp.take_along_axis(z_RGW, block_RC[:, :, None], axis=1)
+    z_RC, place_RC = top(among_RCW.reshape(rows, -1), count)
+    return z_RC, jnp.take_along_axis(block_RC, place_RC // _BLOCK, axis=1) * _BLOCK + place_RC % _BLOCK
 
 
 def _decide(

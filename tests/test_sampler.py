@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 from golden_numbers import CHECKPOINTS, GOLDEN, arrays, facts, model
 
 from dream_jax import schedule
-from dream_jax.model import merge_params, padded_positions, split_params
+from dream_jax.config import PRESETS
+from dream_jax.model import abstract_model, merge_params, padded_positions, split_params
 from dream_jax.pretrained import load
 from dream_jax.sampler import (
     SamplerConfig,
@@ -140,6 +142,27 @@ def test_logits_in_chunks(monkeypatch):
         loop.denoise.clear_cache()
         np.testing.assert_array_equal(chunked.tokens, whole.tokens)
         np.testing.assert_array_equal(chunked.commit_step, whole.commit_step)
+
+
+def test_all_logits_never_exist():
+    """Compiled for B=4, T=1024, V=152,064: no array has as many elements, and all temporary memory is less than theirs."""
+    config = dataclasses.replace(PRESETS["nano"], vocab_size=152_064, mask_token_id=151_666, pad_token_id=151_643)
+    dream = abstract_model(config)
+    options = SamplerConfig(max_new_tokens=768, steps=768, alg="entropy", temperature=0.2, top_p=0.95)
+    window = dataclasses.replace(options, block_length=32, cache=WindowCache())
+    all_logits = 4 * 1024 * 152_064
+    for one in (options, window):
+        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+        canvas, visible = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
+        plan, numbers = state.Plan.of(one, capacity=768), state.Numbers.of(one)
+        compiled = loop.denoise.lower(dream, canvas, visible, keys, numbers, None, plan=plan).compile()
+        sizes = [
+            np.prod([int(size) for size in match.split(",")], dtype=np.int64)
+            for match in set(re.findall(r"\b(?:pred|[a-z]+[0-9]+)\[([0-9,]+)\]", compiled.as_text()))
+        ]
+        assert 152_064 * 128 <= max(sizes) < all_logits / 8  # the embedding is there, and a block of logits
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * all_logits / 2
 
 
 # Randomness
