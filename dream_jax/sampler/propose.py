@@ -16,11 +16,14 @@ from jaxtyping import Float, Int
 
 from dream_jax import decoding, sharding
 from dream_jax.model import Dream
+from dream_jax.target import current_target
 
 # Elements of the largest [rows, V] block of logits that is formed at once (256 MiB of float32).
 _LOGIT_ELEMENTS = 1 << 26
-# Rows of that block, at least (over the whole batch).
-_LOGIT_ROWS = 32
+# Rows of that block, at least (over the whole batch). A CPU gains nothing by more, and what fills up the last block is
+# computed for nothing; accelerators read the whole projection for each block, whatever its rows.
+_LOGIT_ROWS = {"cpu": 16}
+_LOGIT_ROWS_ELSEWHERE = 32
 
 
 class Filters(NamedTuple):
@@ -86,7 +89,8 @@ def propose(
     batch = batch // 2 if guided else batch
     vocab = model.config.vocab_size
     # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
-    chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
+    rows = _LOGIT_ROWS.get(current_target().platform, _LOGIT_ROWS_ELSEWHERE)
+    chunk = max(most // 4, -(-rows // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
     padding = -most % chunk
     rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
