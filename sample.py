@@ -28,7 +28,7 @@ from dream_jax import sharding
 from dream_jax.attention import Backend
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
-from dream_jax.pretrained import describe
+from dream_jax.pretrained import describe, describe_adapter
 from dream_jax.sampler import Preset, Stream
 from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer, load_tokenizer, read_template
 
@@ -87,6 +87,12 @@ class Settings:
     """devices, fsdp x tensor"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    adapter: str | None = None
+    """directory of an adapter to sample with; added to the weights, or kept beside them under --base int8 and nf4"""
+    any_base: bool = False
+    """use the adapter on other weights than those it was trained on"""
+    base: Literal["auto", "int8", "nf4"] = "auto"
+    """how the matrices of the layers are stored; auto: as --dtype says, and codes of 8 or 4 bits to save memory"""
     attention: Backend = "auto"
     """auto: the fastest that can serve; xla runs everywhere"""
     watch: bool = False
@@ -97,6 +103,8 @@ class Settings:
             raise ValueError("give either --prompt TEXT or --prompts FILE or --chat")
         if (self.prompts is None) != (self.out is None):
             raise ValueError("--prompts FILE and --out FILE belong together")
+        if self.any_base and self.adapter is None:
+            raise ValueError("--any-base speaks of an adapter: give --adapter as well")
         if self.batch_size < 1 or self.samples < 1:
             raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
         if self.samples > 1 and self.prompts is None:
@@ -144,17 +152,19 @@ def run(settings: Settings) -> int:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Whatever may be wrong with these shows before minutes of reading weights.
     abstract = describe(settings.model)
+    if settings.adapter is not None:
+        describe_adapter(settings.adapter).check_fits(abstract)
     tokenizer = find_tokenizer(settings, abstract)
     template = find_template(settings, abstract, tokenizer)
     sampler = settings.sampler(tokenizer)
     if settings.chat:
-        model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+        model = load(settings, dtype, mesh)
         converse(settings, model, sampler, tokenizer, console)
         return 0
     if settings.prompts is None:
         prompt = encode(settings.prompt or "", template, tokenizer)
         check_length(prompt, sampler, abstract, "the prompt")
-        model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+        model = load(settings, dtype, mesh)
         answer_one(settings, model, prompt, sampler, tokenizer, console)
         return 0
     questions = {one.line: one for one in read_questions(settings.prompts, template, tokenizer)}
@@ -164,10 +174,29 @@ def run(settings: Settings) -> int:
     recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
     recipe |= {"samples": settings.samples} | dataclasses.asdict(sampler)
     recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit)}  # with their types
+    if settings.adapter is not None:
+        recipe["adapter"] = settings.adapter
+    if settings.base != "auto":
+        recipe["base"] = settings.base
     done = read_done(settings, questions, recipe)
-    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+    model = load(settings, dtype, mesh)
     answer_file(settings, questions, done, model, sampler, tokenizer, console)
     return 0
+
+
+def load(settings: Settings, dtype: str, mesh: jax.sharding.Mesh) -> dream_jax.Dream:
+    base = None if settings.base == "auto" else settings.base
+    model = dream_jax.load(
+        settings.model,
+        dtype=dtype,
+        mesh=mesh,
+        attention_backend=settings.attention,
+        base=base,
+        adapter=settings.adapter,
+        any_base=settings.any_base,
+    )
+    # As one matrix it is faster; codes cannot hold the sum.
+    return dream_jax.merge_adapter(model) if base is None else model
 
 
 def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
@@ -186,9 +215,12 @@ def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
 def find_template(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer) -> Template:
     if settings.template != "auto":
         return settings.template
-    # A model that was trained here says how its prompts were written.
-    noted = None if model.tokenizer_dir is None else read_template(model.tokenizer_dir)
-    return noted or ("raw" if isinstance(tokenizer, ByteTokenizer) else "chat")
+    # A model that was trained here says how its prompts were written, and so does an adapter.
+    for directory in (settings.adapter, model.tokenizer_dir):
+        noted = None if directory is None else read_template(directory)
+        if noted is not None:
+            return noted
+    return "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
 
 
 def encode(prompt: str | list[dict[str, str]], template: Template, tokenizer: Tokenizer) -> list[int]:
