@@ -257,7 +257,7 @@ def test_settings_that_cannot_be(tmp_path, change, message):
     ("change", "message"),
     [
         ({"model": "dream-7b"}, "has no tokenizer of its own"),
-        ({"data": "s1k"}, "not built yet"),
+        ({"data": "s1ks"}, "neither a known name"),
         ({"batch_size": 12}, "does not divide"),
         ({"max_length": 20}, "max_length"),
         ({"model": "no/such/place/here"}, "no/such/place/here"),

@@ -10,8 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -73,9 +72,10 @@ class Report:
         for warning in self._settings.warnings():
             self.say(f"warning: {warning}")
 
-    def start(self, state: TrainState, done: int, data: Any, max_length: int, mesh: Mesh) -> None:
-        """Prints what is about to be trained, on what, and where it lies."""
-        self.say(f"data: {data}")
+    def start(self, state: TrainState, done: int, data: Sequence[str], max_length: int, mesh: Mesh) -> None:
+        """Prints what is about to be trained, on what, and where it lies; `data` is what is known of the rows, in lines."""
+        for line in data:
+            self.say(f"data: {line}")
         rate = self._settings.optimizer_config().learning_rate
         self.say(
             f"peak learning rate {rate:g}, {max_length} tokens a row, {parameter_count(state.params):,} parameters"
