@@ -179,6 +179,19 @@ def test_places_in_files_without_lines(tmp_path: Path) -> None:
             open_source(save_as(kind, tmp_path / kind, rows))
 
 
+def test_the_share_held_out(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [s1k_row(0) | {"question": f"q{n}"} for n in range(200)])
+    sizes = {}
+    for share in (0.0, 0.05, 0.5):
+        options = ReadOptions(held_out=share)
+        sizes[share] = len(open_source(file, "train", options=options))
+    assert sizes[0.0] == 200 > sizes[0.05] > 180 and 70 < sizes[0.5] < 130
+    with pytest.raises(ValueError, match=r"all for training \(held_out=0\)"):
+        open_source(file, "test", options=ReadOptions(held_out=0))
+    with pytest.raises(ValueError, match=r"held_out=1.0 is outside \[0, 1\)"):
+        ReadOptions(held_out=1.0)
+
+
 def test_a_test_split_that_is_there_is_taken(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = [s1k_row(n) | {"question": f"{split}{n}"} for n in range(4)]
@@ -234,7 +247,7 @@ BAD = {
     "no traces": (s1k_row(0) | {"thinking_trajectories": []}, "must be a list with at least one text"),
     "trace is text": (s1k_row(0) | {"thinking_trajectories": "t"}, "must be a list with at least one text, not 't'"),
     "trace is null": (s1k_row(0) | {"thinking_trajectories": [None]}, r"'thinking_trajectories\[0\]' must be a string"),
-    "attempt is null": (s1k_row(0) | {"attempt": None}, "'attempt'"),
+    "attempt is null": (s1k_row(0) | {"attempt": None}, "no field 'attempt'"),
     "no deepseek trace": (
         {key: value for key, value in s1k_1_1_row(0).items() if key != "deepseek_thinking_trajectory"},
         "no field 'deepseek_thinking_trajectory'",

@@ -28,13 +28,17 @@ class ReadOptions:
     answer_format: of rows with a reasoning trace.
     only_correct: keep only rows that say deepseek_grade "Yes" (s1K-1.1); a file without the field is refused.
     skip_bad: rows that cannot be read are left out and listed, rather than fatal.
+    held_out: share of the prompts that makes the test split of data that has none; with 0 all of it is for training.
     """
 
     answer_format: AnswerFormat = "s1"
     only_correct: bool = False
     skip_bad: bool = False
+    held_out: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out={self.held_out} is outside [0, 1): it is a share of the prompts")
         _check_choice("answer_format", self.answer_format, get_args(AnswerFormat))
 
 

@@ -36,7 +36,7 @@ def read_records(path: Path, on_bad: Callable[[ValueError], None] | None = None)
         return _read_parquet(path)
     if path.suffix == ".json" and path.read_bytes()[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         return _read_json_list(path, on_bad)
-    return read_json_lines(path, on_bad)
+    return ((where, _given(found)) for where, found in read_json_lines(path, on_bad))
 
 
 def split_files(directory: Path, split: str) -> list[Path]:
@@ -99,7 +99,12 @@ def _by_split(found: Any, name: str) -> dict[str, Iterable[Record]]:
 
 def _numbered(rows: Iterable[Mapping[str, Any]], name: str, start: int = 1) -> Iterator[Record]:
     for number, row in enumerate(rows, start=start):
-        yield f"{name}:row {number}", {field: value for field, value in row.items() if value is not None}
+        yield f"{name}:row {number}", _given(row)
+
+
+def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that hold something."""
+    return {field: value for field, value in found.items() if value is not None}
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -141,7 +146,7 @@ def _read_json_list(path: Path, on_bad: Callable[[ValueError], None] | None) -> 
             raise ValueError(f"{where}: not JSON ({error}); the file must be one list of objects") from error
         rows += 1
         if isinstance(found, dict):
-            yield where, {field: value for field, value in found.items() if value is not None}
+            yield where, _given(found)
         else:
             complaint = ValueError(f"{where}: a {type(found).__name__}, but each entry must be one JSON object")
             if on_bad is None:

@@ -28,9 +28,6 @@ ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
 SUDOKU_GIVENS = 6
 """Fewest cells shown: with 4 or 5 the nano model would need more than the minutes that a demonstration has."""
 
-HELD_OUT = 0.05
-"""Share of the prompts that makes the test split of data that has none."""
-
 SUPPORTED = (
     '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
     "answer, input + output, or s1K's fields), a directory with train and test files of these kinds or one saved by "
@@ -156,7 +153,7 @@ def _rows(found: Iterable[records.Record], options: ReadOptions, bad: _BadRows, 
 
 def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
     if not path.is_dir():
-        return hold_out(read_rows(path, options), split, str(path))
+        return hold_out(read_rows(path, options), split, str(path), options.held_out)
     if records.is_saved_dataset(path):
         return _one_split(records.saved_splits(path), split, str(path), options)
     files = records.split_files(path, split)
@@ -173,7 +170,7 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
         chain.from_iterable(records.read_records(file, bad) for file in files or train), options, bad, str(path)
     )
     alone = bool(sharded) and not records.split_files(path, "test")
-    return hold_out(rows, split, str(path)) if alone else rows
+    return hold_out(rows, split, str(path), options.held_out) if alone else rows
 
 
 def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
@@ -181,24 +178,25 @@ def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name:
         raise ValueError(f"{name} has the splits {sorted(splits)}, and none is called train")
     bad = _BadRows(options.skip_bad)
     rows = _rows(splits[split if "test" in splits else "train"], options, bad, name)
-    return rows if "test" in splits else hold_out(rows, split, name)
+    return rows if "test" in splits else hold_out(rows, split, name, options.held_out)
 
 
-def hold_out(rows: RowList, split: str, name: str) -> RowList:
-    """One side of rows without a test split: it is the prompts (at least one) with a hash in the lowest 5 %.
+def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:
+    """One side of rows without a test split: it is the prompts (at least one) with a hash in the lowest `share`.
 
     The choice depends on the prompts alone, not on a seed or on their order, and rows with one prompt stay
-    together: nothing seen in training is tested on. Rows with one prompt only are all train.
+    together: nothing seen in training is tested on. Rows with one prompt only, or a share of 0, are all train.
     Raises: ValueError when the test split of such rows is asked for; `name` is what the message calls them.
     """
     by_prompt = [_prompt_hash(rows[index]) for index in range(len(rows))]
     hashes = sorted(set(by_prompt))
-    count = sum(value < HELD_OUT * 2**64 for value in hashes)
-    held = set(hashes[: min(max(count, 1), len(hashes) - 1)])
+    count = sum(value < share * 2**64 for value in hashes)
+    held = set(hashes[: min(max(count, 1), len(hashes) - 1)]) if share else set[int]()
     if split == "test" and not held:
+        why = "has one prompt only" if share else "is all for training (held_out=0)"
         raise ValueError(
-            f"{name} has one prompt only, so no test split can be held out; give a directory with "
-            "train.jsonl and test.jsonl"
+            f"{name} {why}, so no test split can be held out; give a directory with "
+            "train.jsonl and test.jsonl, or evaluate on no rows"
         )
     side = [rows[index] for index, value in enumerate(by_prompt) if (value in held) == (split == "test")]
     return RowList(side, rows.intake)

@@ -51,6 +51,8 @@ class TrainSettings:
     """of s1K-1.1 keep only rows with deepseek_grade "Yes\""""
     skip_bad_rows: bool = False
     """leave out rows that cannot be read, and list them; by default the first ends the run"""
+    held_out: float = 0.05
+    """share of the prompts of data without a test split that is kept for evaluation; 0 trains on all, with --eval-rows 0"""
     length_policy: LengthPolicy = "filter"
     """for rows longer than --max-length: drop them, cut their right end (answer and end token first), cut the middle
     out (the end of the trace), or train on answers only, without any trace"""
@@ -175,7 +177,10 @@ class TrainSettings:
     def read_options(self) -> ReadOptions:
         """How files become rows."""
         return ReadOptions(
-            answer_format=self.answer_format, only_correct=self.only_correct, skip_bad=self.skip_bad_rows
+            answer_format=self.answer_format,
+            only_correct=self.only_correct,
+            skip_bad=self.skip_bad_rows,
+            held_out=self.held_out,
         )
 
     def encode_options(self) -> EncodeOptions:
