@@ -7,8 +7,8 @@ drawn by the objective.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -113,6 +113,10 @@ class LengthReport:
             f"at max_length {self.max_length}; "
             f"tokens: shortest {self.shortest}, mean {self.mean:.1f}, longest {self.longest}"
         )
+
+    def plain(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {**asdict(self), "bad": list(self.bad)}
 
     def lines(self, shown: int = 5) -> list[str]:
         """The report as text; of the bad rows only the first are `shown`."""

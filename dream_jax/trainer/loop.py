@@ -88,7 +88,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         rows, batches = run.batches.report, run.batches.outlook(settings.steps)
-        data = {"rows": dataclasses.asdict(rows), "batches": dataclasses.asdict(batches)}
+        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
         if report.leads:
             write_json(settings.out / "data.json", data)
         report.start(state, done, [*rows.lines(), *batches.lines()], run.max_length, mesh)
