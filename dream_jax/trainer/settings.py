@@ -240,7 +240,7 @@ class TrainSettings:
         if self.moments_on_host:
             found.append(
                 "--moments-on-host moves every moment over the bus twice a step; more rows a step make up for it, and "
-                "--moments int8 makes them smaller"
+                "--moments bfloat16 makes them smaller"
             )
         if self.starts_at_random and self.model != "nano":
             found.append(
