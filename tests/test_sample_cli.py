@@ -137,7 +137,7 @@ def test_refusals(arguments, message):
         "not json\n",
         '{"text": "x"}\n',
         "[1]\n",
-        '{"messages": [{"role": "tool", "content": "x"}]}\n',
+        '{"messages": [{"role": "critic", "content": "x"}]}\n',
         json.dumps({"prompt": "x" * 2050}) + "\n",
     ],
 )

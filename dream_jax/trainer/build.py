@@ -15,7 +15,7 @@ from flax import nnx
 
 from dream_jax import lora, sharding
 from dream_jax.config import DreamConfig
-from dream_jax.data import Source, length_report
+from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
@@ -120,15 +120,18 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
 
+    batch = {
+        "tokens": rows((max_length,), jnp.int32),
+        "maskable": rows((max_length,), jnp.bool_),
+        "row": rows((), jnp.int32),
+    }
+    if settings.batch_options().hides:
+        batch["attention_mask"] = rows((max_length,), jnp.bool_)
     return AbstractStep(
         model=model,
         step=built.step,
         state=abstract_state(trained, built.optimizer, mesh),
-        batch={
-            "tokens": rows((max_length,), jnp.int32),
-            "maskable": rows((max_length,), jnp.bool_),
-            "row": rows((), jnp.int32),
-        },
+        batch=batch,
         frozen=base,
     )
 
@@ -169,6 +172,7 @@ def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
 
 
-def longest_row(source: Source, tokenizer: Tokenizer) -> int:
+def longest_row(source: Source, tokenizer: Tokenizer, encoding: EncodeOptions = EncodeOptions()) -> int:
     """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
-    return min(length_report(source, tokenizer, 2048, limit=1 if source.uniform_length else None).longest, 2048)
+    limit = 1 if source.uniform_length else None
+    return min(length_report(source, tokenizer, 2048, limit=limit, options=encoding).longest, 2048)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 
 from dream_jax import lora, sharding
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.data import Batches, Source, make_batches, open_source
+from dream_jax.data import Batches, Source, make_batches
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
@@ -90,8 +91,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         state, done, earlier = _first_state(run, params, frozen, checkpoints)
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
+        rows, batches = run.batches.report, run.batches.outlook(settings.steps)
+        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
+        if report.leads:
+            write_json(settings.out / "data.json", data)
         whole = run.model.config.num_parameters
-        report.start(state, frozen.params, whole, done, run.batches.report, run.max_length, mesh)
+        lines = [*rows.lines(), *batches.lines()]
+        report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
         state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
@@ -111,7 +117,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "trained_parameters": parameter_count(state.params),
             "base_identity": frozen.identity,
             "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
-            "data": dataclasses.asdict(run.batches.report),
+            "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
             "eval": evaluation,
             "seconds": earlier + time.monotonic() - begun,
@@ -156,12 +162,12 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             f"mesh {settings.mesh} splits the batch {dict(mesh.shape)['fsdp']} ways, but there are {jax.process_count()} "
             "processes that read rows of their own: fsdp must be a multiple of their number"
         )
-    source = open_source(settings.data, "train", settings.seed)
-    held_out = open_source(settings.data, "test", settings.seed) if settings.eval_rows else None
+    source = settings.source("train")
+    held_out = settings.source("test") if settings.eval_rows else None
     check_folder(settings)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    max_length = settings.max_length or longest_row(source, tokenizer)
+    max_length = settings.max_length or longest_row(source, tokenizer, settings.encode_options())
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
@@ -182,6 +188,8 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             seed=settings.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            encoding=settings.encode_options(),
+            options=settings.batch_options(),
         ),
         held_out=held_out,
         optimizer=built.optimizer,
@@ -221,12 +229,14 @@ def _steps(
     """Takes the steps that are left, logs each, and saves now and then. Raises Stopped when asked to stop."""
     settings = run.settings
     log = MetricsLog(settings.out, done) if report.leads else None
-    flops = FlopCounter(run.model, run.max_length)
+    widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = _StopSignal()
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
         for number in range(done + 1, settings.steps + 1):
-            state, metrics = run.step(state, put_batch(next(run.batches), run.mesh), frozen.params)
+            batch = next(run.batches)
+            width = batch["tokens"].shape[1]
+            state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 checkpoints.wait()
@@ -237,8 +247,8 @@ def _steps(
                     f"({newest}). Try a smaller --learning-rate"
                 )
             now = time.monotonic()
-            row["tokens_per_second"] = settings.batch_size * run.max_length / (now - clock)
-            mfu = flops.mfu(settings.batch_size * run.max_length, row["num_masked"], now - clock, run.mesh)
+            row["tokens_per_second"] = settings.batch_size * width / (now - clock)
+            mfu = widths(width).mfu(settings.batch_size * width, row["num_masked"], now - clock, run.mesh)
             clock = now
             if log:
                 log.write(number, row)

@@ -10,8 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -80,10 +79,21 @@ class Report:
             self.say(f"warning: {warning}")
 
     def start(
-        self, state: TrainState, frozen: ParamTree, whole: int, done: int, data: Any, max_length: int, mesh: Mesh
+        self,
+        state: TrainState,
+        frozen: ParamTree,
+        whole: int,
+        done: int,
+        data: Sequence[str],
+        max_length: int,
+        mesh: Mesh,
     ) -> None:
-        """Prints what is about to be trained, on what, and where it lies; `whole` is the number of the model's weights."""
-        self.say(f"data: {data}")
+        """Prints what is about to be trained, on what, and where it lies.
+
+        `whole` is the number of the model's weights; `data` is what is known of the rows, in lines.
+        """
+        for line in data:
+            self.say(f"data: {line}")
         rate = self._settings.optimizer_config().learning_rate
         trained = parameter_count(state.params)
         share = f" beside {whole:,} frozen ones, {trained / whole:.2%}" if frozen else ""

@@ -13,6 +13,16 @@ from typing import Any, Literal, get_args
 from dream_jax import sharding
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS
+from dream_jax.data import (
+    AnswerFormat,
+    BatchOptions,
+    EncodeOptions,
+    LearnedTurns,
+    LengthPolicy,
+    ReadOptions,
+    Source,
+    open_mixture,
+)
 from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
@@ -31,7 +41,34 @@ class TrainSettings:
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
     data: str = "sudoku"
-    """sudoku, gsm8k, a .jsonl file, or a directory with train.jsonl and test.jsonl"""
+    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file, a directory with train and test files or saved by datasets,
+    or a hub id: organisation/name, which is downloaded"""
+    mix: tuple[str, ...] = ()
+    """further data to mix in"""
+    mix_weights: tuple[float, ...] = ()
+    """how often --data and each of --mix is drawn from, in proportion; by default by their numbers of rows"""
+    answer_format: AnswerFormat = "s1"
+    """how a reasoning trace and an answer become one response (s1K): with s1's think and answer turns, or in d1's tags"""
+    only_correct: bool = False
+    """of s1K-1.1 keep only rows with deepseek_grade "Yes\""""
+    skip_bad_rows: bool = False
+    """leave out rows that cannot be read, and list them; by default the first ends the run"""
+    held_out: float = 0.05
+    """share of the prompts of data without a test split that is kept for evaluation; 0 trains on all, with --eval-rows 0"""
+    length_policy: LengthPolicy = "filter"
+    """for rows longer than --max-length: drop them, cut their right end (answer and end token first), cut the middle
+    out (the end of the trace), or train on answers only, without any trace"""
+    learned_turns: LearnedTurns = "last"
+    """of a chat, learn the last assistant turn or all of them"""
+    eos_tail: int | None = None
+    """most end-of-text tokens after each answer, attended and learned; by default they fill the row"""
+    cut_responses: bool = False
+    """give all responses of a batch the length of one of them, drawn anew in each step; prompts are padded on the left"""
+    tail_cut: float = 0.0
+    """probability that a batch loses a random tail of its responses"""
+    width_step: int | None = None
+    """pad each batch to a multiple of this rather than to --max-length, with rows of like length together; each width that
+    occurs is compiled once"""
     out: pathlib.Path = pathlib.Path("runs/train")
     """the run's folder; an unfinished run in it goes on"""
     overwrite: bool = False
@@ -43,7 +80,7 @@ class TrainSettings:
     accumulation: int = 1
     """parts that each batch is computed in, to save memory; changes no result, up to rounding"""
     max_length: int | None = None
-    """tokens a row, padded on the right; longer rows are dropped and counted. By default the longest row, up to 2048"""
+    """tokens a row, padded on the right; for longer rows see --length-policy. By default the longest row, up to 2048"""
     lora_rank: int | None = None
     """train a low-rank adapter of this rank (16 to 64, say) on frozen weights, and not the weights themselves"""
     lora_alpha: float | None = None
@@ -139,6 +176,13 @@ class TrainSettings:
         object.__setattr__(self, "out", self.out.expanduser())
         self.loss_weight()
         self.optimizer_config()
+        self.read_options()
+        self.encode_options()
+        self.batch_options()
+        if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
+            raise ValueError(
+                f"mix_weights={self.mix_weights} must have a number for --data and one for each of mix={self.mix}"
+            )
         self._check_adapter()
 
     def _check_adapter(self) -> None:
@@ -195,6 +239,33 @@ class TrainSettings:
         if self.weight == "cart":
             return CartWeight(self.cart_p)
         return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
+
+    def read_options(self) -> ReadOptions:
+        """How files become rows."""
+        return ReadOptions(
+            answer_format=self.answer_format,
+            only_correct=self.only_correct,
+            skip_bad=self.skip_bad_rows,
+            held_out=self.held_out,
+        )
+
+    def encode_options(self) -> EncodeOptions:
+        """How rows become tokens."""
+        return EncodeOptions(length_policy=self.length_policy, learned_turns=self.learned_turns)
+
+    def batch_options(self) -> BatchOptions:
+        """How rows are laid out in a batch."""
+        return BatchOptions(
+            eos_tail=self.eos_tail,
+            cut_responses=self.cut_responses,
+            tail_cut=self.tail_cut,
+            width_step=self.width_step,
+        )
+
+    def source(self, split: str) -> Source:
+        """The rows of a split of all data. Raises as `dream_jax.data.open_mixture`."""
+        names = (self.data, *self.mix)
+        return open_mixture(names, self.mix_weights or None, split, self.seed, self.read_options())
 
     def optimizer_config(self) -> OptimizerConfig:
         """The optimizer that the settings describe."""
@@ -271,7 +342,7 @@ class TrainSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
         return {
-            name: str(value) if isinstance(value, pathlib.Path) else value
+            name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
 
