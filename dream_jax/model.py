@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 from dream_jax import masks
-from dream_jax.attention import Backend, attention
+from dream_jax.attention import Backend, KeysValues, Window, attention
 from dream_jax.config import DreamConfig
+from dream_jax.quantisation import product
 from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
 
@@ -33,9 +34,16 @@ Remat = Literal["none", "dots", "full", "offload"]
 # What a layer is given, as the backward pass finds it again.
 _LAYER_INPUT = "layer_input"
 
+# One key a row of the batch; None where nothing is dropped.
+DropoutKeys = Key[Array, "B"] | None
+
 
 class Linear(nnx.Module):
-    """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape]."""
+    """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape].
+
+    With an adapter (`lora.attach`) it adds alpha / r times the product of lora_a [*in_shape, r] and lora_b [r, *out_shape].
+    A kernel that is not trained may be held in few bits (`lora.with_base`): codes and scales in its place.
+    """
 
     def __init__(
         self,
@@ -49,18 +57,47 @@ class Linear(nnx.Module):
     ):
         self.in_shape, self.out_shape = in_shape, out_shape
         kernel = jax.random.normal(rngs.params(), (*in_shape, *out_shape), jnp.float32) * stddev
-        self.kernel = nnx.Param(kernel.astype(dtype))
+        self.kernel: Any = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
+        # nnx.data: no arrays yet, but places for them.
+        self.codes: Any = nnx.data(None)
+        self.scales: Any = nnx.data(None)
+        self.lora_a: Any = nnx.data(None)
+        self.lora_b: Any = nnx.data(None)
+        self.lora_alpha, self.lora_dropout = 0.0, 0.0
 
-    def __call__(self, x: Float[jax.Array, ...]) -> Float[jax.Array, ...]:
-        """Contracts the last axes of x with the first axes of the kernel."""
+    def __call__(self, x: Float[jax.Array, ...], dropout_keys: DropoutKeys = None) -> Float[jax.Array, ...]:
+        """Contracts the last axes of x with the first axes of the kernel.
+
+        Args:
+          x: rows lead where `dropout_keys` are given.
+          dropout_keys: what to draw from where the adapter's input is dropped; None drops nothing.
+        """
         leading = x.shape[: x.ndim - len(self.in_shape)]
         # As one product of two matrices: for the gradient of a product over two axes (B and T) the CPU backend writes a
         # transposed copy of its operand, recomputing what led to it, and a training step takes twice as long.
         x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
-        y_RO: jax.Array = x_RI @ self.kernel[...].reshape(x_RI.shape[1], math.prod(self.out_shape))
+        if self.kernel is None:
+            y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
+        else:
+            y_RO = x_RI @ self.kernel[...].reshape(x_RI.shape[1], math.prod(self.out_shape))
+        if self.lora_a is not None:
+            y_RO = y_RO + self._adapted(x, dropout_keys).reshape(y_RO.shape)
         y = y_RO.reshape(*leading, *self.out_shape)
         return y if self.bias is None else jnp.add(y, self.bias[...])
+
+    def _adapted(self, x: jax.Array, dropout_keys: DropoutKeys) -> jax.Array:
+        """What the adapter adds, [rows, outputs]."""
+        if dropout_keys is not None and self.lora_dropout > 0:
+            kept = 1.0 - self.lora_dropout
+            drawn = jax.vmap(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]))(dropout_keys)
+            x = jnp.where(drawn, x / kept, jnp.zeros_like(x))
+        rank = self.lora_a.shape[-1]
+        x_RI = x.reshape(-1, math.prod(self.in_shape))
+        narrow_Rr = x_RI @ self.lora_a[...].reshape(x_RI.shape[1], rank)
+        # On the narrow side, where it costs least.
+        narrow_Rr = narrow_Rr * (self.lora_alpha / rank)
+        return narrow_Rr @ self.lora_b[...].reshape(rank, -1)
 
 
 class RMSNorm(nnx.Module):
@@ -122,13 +159,25 @@ class Attention(nnx.Module):
         self.o = linear((config.num_attention_heads, head), (width,), use_bias=False)
 
     def __call__(
-        self, x_BTD: Float[jax.Array, "B T D"], rotation: Rotation, mask: masks.Mask, backend: Backend
-    ) -> Float[jax.Array, "B T D"]:
-        """Attends within each row under the mask."""
-        q_BTNH = constrain(rotate(self.q(x_BTD), rotation), "batch", "tokens", "heads", None)
-        k_BSKH = constrain(rotate(self.k(x_BTD), rotation), "batch", None, "kv_heads", None)
-        v_BSKH = constrain(self.v(x_BTD), "batch", None, "kv_heads", None)
-        return self.o(attention(q_BTNH, k_BSKH, v_BSKH, mask, backend))
+        self,
+        x_BTD: Float[jax.Array, "B T D"],
+        rotation: Rotation,
+        mask: masks.Mask,
+        backend: Backend,
+        dropout_keys: DropoutKeys = None,
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """Attends within each row under the mask (with a window: of its queries and all keys).
+
+        Also returns the keys and values of these tokens.
+        """
+        keys = _own_keys(dropout_keys, 4)
+        q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
+        k_BSKH = constrain(rotate(self.k(x_BTD, keys[1]), rotation), "batch", None, "kv_heads", None)
+        v_BSKH = constrain(self.v(x_BTD, keys[2]), "batch", None, "kv_heads", None)
+        own = KeysValues(k_BSKH, v_BSKH)
+        seen = own if window is None else window.with_own(own)
+        return self.o(attention(q_BTNH, seen.k, seen.v, mask, backend), keys[3]), own
 
 
 class MLP(nnx.Module):
@@ -140,9 +189,17 @@ class MLP(nnx.Module):
         self.up = linear((config.hidden_size,), (config.intermediate_size,))
         self.down = linear((config.intermediate_size,), (config.hidden_size,))
 
-    def __call__(self, x_BTD: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+    def __call__(self, x_BTD: Float[jax.Array, "B T D"], dropout_keys: DropoutKeys = None) -> Float[jax.Array, "B T D"]:
         """Position-wise."""
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        keys = _own_keys(dropout_keys, 3)
+        return self.down(jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1]), keys[2])
+
+
+def _own_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
+    """For each of `count` draws, keys of its own: each row's follow from the row's key alone."""
+    if keys is None:
+        return [None] * count
+    return [jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number) for number in range(count)]
 
 
 class Layer(nnx.Module):
@@ -155,14 +212,22 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[jax.Array, "B T D"], rotation: Rotation, mask: masks.Mask, backend: Backend
-    ) -> Float[jax.Array, "B T D"]:
-        """One block."""
+        self,
+        x_BTD: Float[jax.Array, "B T D"],
+        rotation: Rotation,
+        mask: masks.Mask,
+        backend: Backend,
+        dropout_keys: DropoutKeys = None,
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """One block; also the keys and values of its tokens."""
+        keys = _own_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotation, mask, backend)
+            attended_BTD, own = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
+            x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "batch", "tokens", "width")
+            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), keys[1])
+        return constrain(x_BTD, "batch", "tokens", "width"), own
 
 
 class Embedding(nnx.Module):
@@ -195,6 +260,7 @@ class Dream(nnx.Module):
         keeps only each layer's input, "offload" keeps that in the pinned memory of the host.
       tokenizer_dir: directory with the tokenizer files that belong to the weights, or None; they travel along when the
         model is saved or exported.
+      base_identity: what `lora.identity` says of the weights that a quantised base came from; else None.
     """
 
     def __init__(
@@ -215,6 +281,7 @@ class Dream(nnx.Module):
         self.attention_backend = attention_backend
         self.remat = remat
         self.tokenizer_dir = tokenizer_dir
+        self.base_identity: str | None = None
         self.embed = Embedding(config, dtype=param_dtype, rngs=rngs)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layers = jax.vmap(lambda key: Layer(config, dtype=param_dtype, rngs=nnx.Rngs(key)))(layer_keys)
@@ -259,21 +326,79 @@ class Dream(nnx.Module):
             return _logits(self, tokens_BT, mask, positions_BT)
 
     def hidden(
-        self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
+        self,
+        tokens_BT: Int[jax.Array, "B T"],
+        mask: masks.Mask,
+        positions_BT: Int[jax.Array, "B T"],
+        dropout_keys: DropoutKeys = None,
     ) -> Float[jax.Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype: what `unembed` turns into logits."""
+        """Hidden states after the last norm, in the compute dtype: what `unembed` turns into logits.
+
+        `dropout_keys` are for training adapters: see `Linear`.
+        """
+        return self._hidden(tokens_BT, mask, positions_BT, keep=False, dropout_keys=dropout_keys)[0]
+
+    def hidden_and_keys(
+        self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """As `hidden`, and what later passes over a window of these tokens need: keys and values of all layers."""
+        hidden_BTD, own = self._hidden(tokens_BT, mask, positions_BT, keep=True)
+        assert own is not None
+        return hidden_BTD, own
+
+    def hidden_window(
+        self,
+        tokens_BW: Int[jax.Array, "B W"],
+        mask: masks.Mask,
+        positions_BW: Int[jax.Array, "B W"],
+        window: Window,
+    ) -> tuple[Float[jax.Array, "B W D"], KeysValues]:
+        """Hidden states of a few tokens of each row, which attend to the keys that were kept for the whole row.
+
+        Args:
+          tokens_BW: the tokens.
+          mask: who may attend to whom, W queries and S keys.
+          positions_BW: their rotary positions.
+          window: what was kept (by `hidden_and_keys` or from here), and where these tokens belong in it.
+
+        Returns:
+          Hidden states as from `hidden`, and what was kept with the new keys and values.
+        """
+        hidden_BWD, own = self._hidden(tokens_BW, mask, positions_BW, keep=True, window=window)
+        assert own is not None
+        # Here and not layer by layer: what the scan returned would be a second copy of everything that was kept.
+        return hidden_BWD, window.with_own(own)
+
+    def _hidden(
+        self,
+        tokens_BT: Int[jax.Array, "B T"],
+        mask: masks.Mask,
+        positions_BT: Int[jax.Array, "B T"],
+        *,
+        keep: bool,
+        dropout_keys: DropoutKeys = None,
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues | None]:
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
             x_BTD = constrain(x_BTD, "batch", "tokens", "width")
             turn = rotation(positions_BT, config.head_dim, config.rope_theta)
 
-        def block(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        def block(
+            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KeysValues | None]
+        ) -> tuple[jax.Array, KeysValues | None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
+            *layer_and_number, kept = inputs
             # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
-            layer = jax.lax.optimization_barrier(layer)
-            layer = jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), layer)
-            return layer(x_BTD, turn, mask, self.attention_backend), None
+            layer, number = jax.lax.optimization_barrier(layer_and_number)
+            layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
+            keys = None
+            if dropout_keys is not None:
+                keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, number)
+            seen = None if kept is None or window is None else window.layer(kept)
+            x_BTD, own = layer(x_BTD, turn, mask, self.attention_backend, keys, seen)
+            return x_BTD, own if keep else None
 
         if self.remat == "full":
             block = jax.checkpoint(block)
@@ -288,9 +413,10 @@ class Dream(nnx.Module):
             )
             block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
-            x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers)
+            kept = None if window is None else window.kept
+            x_BTD, own = jax.lax.scan(block, x_BTD, (self.layers, jnp.arange(config.num_hidden_layers), kept))
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD).astype(self.compute_dtype)
+            return self.norm(x_BTD).astype(self.compute_dtype), own
 
     def unembedding(self) -> Float[jax.Array, "D V"]:
         """The output projection [D, V] in its stored dtype; the embedding table transposed when the two are tied."""
@@ -301,6 +427,11 @@ class Dream(nnx.Module):
         kernel_DV = self.unembedding().astype(self.compute_dtype)
         with jax.named_scope("unembed"):
             return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A leaf of a layer in the compute dtype, but for what stands for a quantised kernel."""
+    return leaf if any(getattr(part, "name", None) in ("codes", "scales") for part in path) else leaf.astype(dtype)
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from dream_jax import sharding
 from dream_jax.masks import Mask
-from dream_jax.model import Dream, check_ids, mask_and_positions
+from dream_jax.model import Dream, DropoutKeys, check_ids, mask_and_positions
 from dream_jax.shapes import Array
 from dream_jax.target import current_target
 
@@ -158,6 +158,7 @@ def masked_diffusion_loss(
     *,
     focal: Focal | None = None,
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
+    dropout_keys: DropoutKeys = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """Weighted cross entropy of the clean tokens at the masked positions, over the number of masked positions.
 
@@ -172,6 +173,7 @@ def masked_diffusion_loss(
       focal: optional focal term.
       normalizer: the denominator; by default the number of masked positions in the (global) batch, at least 1. Parts of
         a batch are given the whole batch's, so that their losses add up.
+      dropout_keys: one key a row, from which an adapter with dropout draws what it does not see; None drops nothing.
 
     Returns:
       The loss (float32), and a dict: `num_masked` (float32), `num_correct` (masked positions whose most probable token
@@ -190,7 +192,8 @@ def masked_diffusion_loss(
         raise ValueError(f"t has shape {t_B.shape}, expected one time a row, {tokens_BT.shape[:1]}")
     mask, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
     with sharding.mesh_context(model):
-        return _loss(model, tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, weight=weight, focal=focal)
+        arrays = (tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, dropout_keys)
+        return _loss(model, *arrays, weight=weight, focal=focal)
 
 
 # Compiled here: the loops inside are new functions at every call, which outside of a jit would be compiled every time.
@@ -203,12 +206,13 @@ def _loss(
     mask: Mask,
     positions_BT: jax.Array,
     normalizer: jax.Array | None,
+    dropout_keys: DropoutKeys,
     *,
     weight: LossWeight,
     focal: Focal | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     noisy_BT = sharding.constrain(jnp.where(masked_BT, model.config.mask_token_id, tokens_BT), "batch", "tokens")
-    hidden_BTD = model.hidden(noisy_BT, mask, positions_BT)
+    hidden_BTD = model.hidden(noisy_BT, mask, positions_BT, dropout_keys)
     with jax.named_scope("loss"):
         weight_BT = jnp.where(masked_BT, weight(masked_BT, t_B), 0.0)
         kernel_DV = model.unembedding().astype(model.compute_dtype)

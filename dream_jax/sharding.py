@@ -39,6 +39,21 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "layers.mlp.gate.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.up.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.down.kernel": ("layers", "mlp", "embed"),
+    # Adapters: a product of two narrow matrices beside each kernel, divided like the kernel's own axes.
+    "layers.attn.q.lora_a": ("layers", "embed", "lora_rank"),
+    "layers.attn.q.lora_b": ("layers", "lora_rank", "heads", "head_dim"),
+    "layers.attn.k.lora_a": ("layers", "embed", "lora_rank"),
+    "layers.attn.k.lora_b": ("layers", "lora_rank", "kv_heads", "head_dim"),
+    "layers.attn.v.lora_a": ("layers", "embed", "lora_rank"),
+    "layers.attn.v.lora_b": ("layers", "lora_rank", "kv_heads", "head_dim"),
+    "layers.attn.o.lora_a": ("layers", "heads", "head_dim", "lora_rank"),
+    "layers.attn.o.lora_b": ("layers", "lora_rank", "embed"),
+    "layers.mlp.gate.lora_a": ("layers", "embed", "lora_rank"),
+    "layers.mlp.gate.lora_b": ("layers", "lora_rank", "mlp"),
+    "layers.mlp.up.lora_a": ("layers", "embed", "lora_rank"),
+    "layers.mlp.up.lora_b": ("layers", "lora_rank", "mlp"),
+    "layers.mlp.down.lora_a": ("layers", "mlp", "lora_rank"),
+    "layers.mlp.down.lora_b": ("layers", "lora_rank", "embed"),
     "norm.scale": ("norm",),
     "lm_head.kernel": ("embed", "vocab"),
 }
@@ -54,6 +69,7 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
+    "lora_rank": None,
     "layers": None,
     "norm": None,  # [D] vectors: splitting them saves nothing and costs a collective each
     # activations
@@ -224,10 +240,13 @@ def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = ".".join(str(part.key) for part in path)
-        if name not in PARAMETER_AXES:
+        folder, _, last = name.rpartition(".")
+        # What stands for a quantised kernel keeps its axes: codes all of them, scales one a block of the last.
+        row = f"{folder}.kernel" if last in ("codes", "scales") else name
+        if row not in PARAMETER_AXES:
             raise ValueError(f"parameter {name!r} has no row in PARAMETER_AXES")
         try:
-            return partition_spec(PARAMETER_AXES[name], leaf.shape, dict(mesh.shape))
+            return partition_spec(PARAMETER_AXES[row], leaf.shape, dict(mesh.shape))
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
 
@@ -265,6 +284,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
+
+
+def constrain_parameters(params: ParamTree) -> ParamTree:
+    """Pins parameters that a compiled function makes to their places; as `constrain`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return params if mesh.empty else jax.lax.with_sharding_constraint(params, parameter_specs(params, mesh))
 
 
 def mesh_context(tree: Any) -> contextlib.AbstractContextManager[Any]:

@@ -29,8 +29,9 @@ from dream_jax.shapes import ParamTree, joined
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# Keeps the keys of the noise apart from those of random weights, which come from the same seed.
+# Keep the keys of noise and dropout apart from those of random weights, which come from the same seed.
 _NOISE = 1 << 30
+_DROPOUT = _NOISE + 1
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +216,7 @@ def _train_step(
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
 
     def loss(params: ParamTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        tokens_BT, masked_BT, t_B = part
+        tokens_BT, masked_BT, t_B, row_B = part
         value, aux = masked_diffusion_loss(
             merge_params(graphdef, joined(frozen, params)),
             tokens_BT,
@@ -224,12 +225,14 @@ def _train_step(
             config.weight,
             focal=config.focal,
             normalizer=normalizer,
+            # Unused, and so not computed, without an adapter that drops something.
+            dropout_keys=dropout_keys(config.seed, state.step, row_B),
         )
         nll_sum = aux["nll"] * jnp.maximum(aux["num_masked"], 1.0)
         return value, {"loss": value, "nll_sum": nll_sum, "num_correct": aux["num_correct"]}
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (tokens_BT, masked_BT, t_B)
+    whole = (tokens_BT, masked_BT, t_B, row_B)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:
@@ -265,6 +268,13 @@ def _train_step(
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:
     """The key that the times and masks of one step (from 0) are drawn from, for `objective.draw_noise`."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), step)
+
+
+def dropout_keys(seed: int, step: int | jax.Array, row_B: jax.Array) -> jax.Array:
+    """The keys, one a row of the global batch, that an adapter's dropout draws from in one step (from 0)."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
+    keys: jax.Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
+    return keys
 
 
 def _split_rows(parts: int) -> Callable[[jax.Array], jax.Array]:

@@ -21,7 +21,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # (under jit, every trace). By beartype: typeguard 4, which tyro asks for, parses the "B T" of a postponed
 # annotation as code and fails.
 SHAPED = ["masks", "schedule", "decoding", "sharding", "attention", "model", "objective", "hf", "lora"]
-SHAPED += ["optimizer", "train_step", "sampler"]
+SHAPED += ["optimizer", "train_step", "sampler", "quantisation"]
 CHECKED = importlib.util.find_spec("beartype") is not None
 if CHECKED:
     install_import_hook([f"dream_jax.{room}" for room in SHAPED], "beartype.beartype")

@@ -25,6 +25,7 @@ RANKS = {
     "masks": 1,
     "schedule": 1,
     "decoding": 1,
+    "quantisation": 1,
     "sharding": 1,
     "tokenizer": 1,
     "atomic": 1,

@@ -249,6 +249,17 @@ def test_cudnn_is_asked_for_attention(cudnn_answered, batch, queries, keys, head
             assert call["mask"].shape == (batch, 1, call["queries"], call["keys"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_cudnn_under_context_parallelism(cudnn_answered, kind):
+    """Each device has its share of the queries, and of the mask's rows, and all keys."""
+    arrays, mask = inputs(2, 6, 6, 4, 2), make_mask(kind, 2, 6, 6)
+    wanted = value_and_gradients(xla.attention, arrays, mask)
+    with jax.set_mesh(sharding.make_mesh("2x2x2")):
+        assert_same(value_and_gradients(cudnn.attention, arrays, mask), wanted)
+    # 3 of the 6 queries; 4 where there is a mask, under which cuDNN wants an even number.
+    assert {call["queries"] for call in cudnn_answered} == {4 if kind in ("padding", "segments") else 3}
+
+
 def test_cudnn_is_never_given_a_length_of_zero(cudnn_answered):
     found = value_and_gradients(cudnn.attention, inputs(3, 4, 4, 4, 2), masks.KeyLengths(np.array([0, 2, 9])))
     assert all(np.all(np.isfinite(array)) for array in found)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dream_jax import optimizer as optimizers
 from dream_jax import sharding
@@ -50,8 +50,12 @@ def update(transform):
     return jax.jit(run)
 
 
+def moments_of(state):
+    return next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
+
+
 def nu_of(state):
-    return next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu")).nu
+    return moments_of(state).nu
 
 
 def tree(rng, scale=1.0):
@@ -96,6 +100,28 @@ def test_adafactor_is_that_of_optax_with_an_absolute_learning_rate_and_decay():
     found = update(transform)(gradients, transform.init(kernel), kernel)[0]["lm_head"]["kernel"]
     wanted = update(theirs)(gradients, theirs.init(kernel), kernel)[0]["lm_head"]["kernel"]
     np.testing.assert_allclose(found, wanted - 0.1 * kernel["lm_head"]["kernel"], rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_is_clipped_to_a_root_mean_square_of_one():
+    options = {"weight_decay": 0.0, "clip_norm": None, "warmup_share": 0.0, "learning_rate": 1.0, "total_steps": 10**6}
+    transform, kernel = config("adafactor", **options).make(), {"lm_head": {"kernel": jnp.ones((128, 160))}}
+    gradients, state, step = jax.tree.map(lambda x: jnp.sin(100 * x), kernel), transform.init(kernel), update(transform)
+    for _ in range(20):
+        _, state = step(gradients, state, kernel)
+    # Far beyond what its second moment has seen.
+    found = step(jax.tree.map(lambda g: 100 * g, gradients), state, kernel)[0]["lm_head"]["kernel"]
+    assert np.sqrt(np.mean(np.square(found))) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["bfloat16", "int8"])
+def test_epsilon_is_that_of_optax(variant):
+    options = {"b1": 0.9, "b2": 0.95, "eps": 1e-3}
+    ours = config(variant, clip_norm=None, weight_decay=0.0, learning_rate=1.0, warmup_share=0.0, **options).make()
+    theirs, params = optax.scale_by_adam(**options), {"norm": {"scale": jnp.zeros(64)}}
+    gradients = {"norm": {"scale": jnp.full(64, 1e-5)}}  # 1e-3 beside it decides the length of the step
+    found = update(ours)(gradients, ours.init(params), params)[0]["norm"]["scale"]
+    wanted = update(theirs)(gradients, theirs.init(params), params)[0]["norm"]["scale"]
+    np.testing.assert_allclose(found, -wanted, rtol=1e-4)
 
 
 @functools.cache
@@ -233,8 +259,8 @@ def test_tiny_blocks_become_zero_and_lost_ones_stay_lost(dtype):
     assert not np.any(np.isfinite(found[1])) and not np.isfinite(found[2, 0])
 
 
-def decaying(optimizer, steps):
-    """The second moment of a weight with one gradient, beside one that goes on having it: nu over the steps."""
+def decaying(optimizer, steps, moment="nu"):
+    """A moment of weights with one gradient, beside others that go on having it, over the steps."""
     transform = optimizer.make()
     params = {"norm": {"scale": jnp.ones(32)}}
     ones, state, step = jnp.ones(32), transform.init(params), update(transform)
@@ -242,33 +268,37 @@ def decaying(optimizer, steps):
     found = []
     for _ in range(steps):
         _, state = step({"norm": {"scale": jnp.where(jnp.arange(32) < 16, ones, 0.0)}}, state, params)
-        nu = nu_of(state)["norm"]["scale"]
-        found.append(np.asarray(dequantise(nu) if isinstance(nu, Quantised) else nu, np.float32))
+        kept = getattr(moments_of(state), moment)["norm"]["scale"]
+        found.append(np.asarray(dequantise(kept) if isinstance(kept, Quantised) else kept, np.float32))
     return np.array(found)
 
 
+@pytest.mark.parametrize("moment", ["mu", "nu"])
 @pytest.mark.parametrize(
-    ("variant", "b2", "steps"), [("bfloat16", 0.95, 60), ("int8", 0.95, 60), ("int8", 0.999, 1000)]
+    ("variant", "decay", "steps"),
+    [("bfloat16", 0.95, 60), ("int8", 0.95, 60), ("int8", 0.999, 1000), ("bfloat16", "bound", 150)],
 )
-def test_moments_do_not_stall(variant, b2, steps):
-    found = decaying(config(variant, b2=b2, clip_norm=None), steps)
-    wanted = (1 - b2) * b2 ** np.arange(1, steps + 1)
+def test_moments_do_not_stall(variant, decay, steps, moment):
+    decay = optimizers.BFLOAT16_LARGEST_DECAY if decay == "bound" else decay
+    changes = {"b1": decay, "b2": max(decay, 0.95)} if moment == "mu" else {"b2": decay}
+    found = decaying(config(variant, clip_norm=None, **changes), steps, moment)
+    wanted = (1 - decay) * decay ** np.arange(1, steps + 1)
     # The mean of 16 weights, whose codes are drawn apart: rounding to nearest would leave int8 where it began.
     np.testing.assert_allclose(found[-1, 16:].mean(), wanted[-1], rtol=0.25)
-    np.testing.assert_allclose(found[-1, :16].mean(), 1 - b2 ** (steps + 1), rtol=0.1)
+    np.testing.assert_allclose(found[-1, :16].mean(), 1 - decay ** (steps + 1), rtol=0.14)
 
 
 def test_bfloat16_refuses_decays_under_which_it_would_stall():
     for name in ("b1", "b2"):
-        with pytest.raises(ValueError, match=f"{name}=0.999 is too slow for bfloat16"):
-            config("bfloat16", **{name: 0.999})
-    # The reason: without the refusal nothing moves.
+        with pytest.raises(ValueError, match=f"{name}=0.99 is too slow for bfloat16"):
+            config("bfloat16", **{name: 0.99})
+    # The reason: without the refusal one moment never gets where it is drawn to, and a slower one does not move.
     allowed = config("bfloat16", clip_norm=None)
+    object.__setattr__(allowed, "b2", 0.99)
+    assert np.all(decaying(allowed, 600)[-1, :16] < 0.85)
     object.__setattr__(allowed, "b2", 0.999)
     found = decaying(allowed, 50)
     np.testing.assert_array_equal(found[-1, 16:], found[0, 16:])
-    # At the bound it does.
-    assert np.all(decaying(config("bfloat16", b2=optimizers.BFLOAT16_LARGEST_DECAY), 50)[-1, 16:] < 0.9 * found[0, 0])
 
 
 def test_no_weight_jumps_because_its_neighbours_are_large():
@@ -507,8 +537,14 @@ def test_moments_on_host_stay_there_and_change_nothing(variant, tmp_path):
         state, metrics = step(state, batch(number, "4x2"))
         losses.append(float(metrics["loss"]))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim)
-    assert losses == run(variant, "4x2")[1]
-    assert bits(state) == bits(run(variant, "4x2")[0])
+    wanted, wanted_losses = run(variant, "4x2")
+    if variant == "float32":  # on the device optax's own, whose roundings are other ones
+        np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+        for leaf, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(wanted.params), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
+    else:
+        assert losses == wanted_losses
+        assert bits(state) == bits(wanted)
     assert kinds(state.opt_state) == {"pinned_host"} and kinds(state.params) == {"device"}
     assert max(sharding.bytes_per_device(state.opt_state).values()) < 100  # the counters
     for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(run(variant, "4x2")[0]), strict=True):
@@ -537,6 +573,33 @@ def test_moments_on_host_stay_there_and_change_nothing(variant, tmp_path):
 def test_choices_that_exclude_each_other(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**changes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eps": 0.0},
+        {"eps": np.nan},
+        {"learning_rate": np.inf},
+        {"weight_decay": np.nan},
+        {"weight_decay": -0.1},
+        {"clip_norm": np.inf},
+        {"total_steps": 10.5},
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        config(**changes)
+
+
+def test_int8_moments_on_the_host_are_refused_for_tpus():
+    tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((8, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=tpu)
+    with pytest.raises(ValueError, match="int8 moments does not compile for TPUs"):
+        config("int8", moments_on_host=True).check_devices(mesh)
+    config("bfloat16", moments_on_host=True).check_devices(mesh)
 
 
 def test_settings_name_the_optimizer_and_warn():

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from dream_jax import sharding
+from dream_jax import lora, sharding
 from dream_jax.config import PRESETS
+from dream_jax.lora import LoraConfig
 from dream_jax.model import abstract_model, split_params
 
 REFUSALS = (ValueError, TypeCheckError)
@@ -160,7 +161,8 @@ def test_partition_spec_refuses():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_has_a_row(name):
-    params = split_params(abstract_model(PRESETS[name]))[1]
+    config = LoraConfig(rank=4, alpha=8.0)
+    params = split_params(lora.attached_shapes(abstract_model(PRESETS[name]), config))[1]
     specs = sharding.parameter_specs(params, sharding.make_mesh("4x2"))
     rows = {
         ".".join(part.key for part in path)
@@ -183,6 +185,15 @@ def test_strategy():
     assert layers["attn"]["q"]["bias"] == PartitionSpec(None, "tensor")
     assert layers["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert layers["attn_norm"]["scale"] == specs["norm"]["scale"] == PartitionSpec()
+
+
+def test_codes_and_scales_lie_like_the_kernel_they_stand_for():
+    model = lora.with_base_shapes(abstract_model(PRESETS["dream-7b"]), "nf4")
+    layers = sharding.parameter_specs(split_params(model)[1], sharding.make_mesh("4x2"))["layers"]
+    for leaf in ("codes", "scales"):
+        assert layers["attn"]["q"][leaf] == PartitionSpec(None, "fsdp", "tensor")
+        assert layers["attn"]["o"][leaf] == PartitionSpec(None, "tensor", None, "fsdp")
+        assert layers["mlp"]["down"][leaf] == PartitionSpec(None, "tensor", "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,378 @@
+"""Low-rank adapters, and the frozen base beneath them.
+
+An adapter adds (alpha / rank) x A B to the product of a layer's input with a kernel (Hu et al. 2021); A and B are two more
+parameters of `model.Linear`, stacked over layers like all others, and the only ones that are trained. The base they
+correct may be held in eight or four bits (`quantisation`), which is QLoRA (Dettmers et al. 2023).
+
+Knows models and parameter trees. Knows nothing of losses, optimizers or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dream_jax import sharding
+from dream_jax.model import Dream, Linear, merge_params, split_params
+from dream_jax.quantisation import KINDS, Kind, Quantised, dequantise, kind_of, quantise
+from dream_jax.shapes import ParamTree
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+Base = Literal["float32", "bfloat16", "int8", "nf4"]
+
+_ADAPTER_LEAVES = ("lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What an adapter looks like.
+
+    Attributes:
+      rank: columns of A and rows of B.
+      alpha: A B is multiplied by alpha / rank.
+      dropout: share of a projection's inputs that A does not see in a training step, each projection and token anew.
+      targets: which projections of every layer have one.
+
+    Raises:
+      ValueError: a number out of range, or targets that are unknown, named twice or none.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[Target, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} must be a positive integer")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"{self.alpha=} must be a positive number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"{self.dropout=} is outside [0, 1)")
+        targets = tuple(self.targets)
+        unknown = [name for name in targets if name not in TARGETS]
+        if unknown or not targets or len(set(targets)) < len(targets):
+            raise ValueError(f"{targets=} must be some of {', '.join(TARGETS)}, each once")
+        # In one order, so that equal choices are equal configurations.
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
+
+
+def parse_targets(text: str) -> tuple[Target, ...]:
+    """Reads "all", or names with commas between, as in "q,k,v".
+
+    Raises:
+      ValueError: an unknown name, or one that comes twice.
+    """
+    if text == "all":
+        return TARGETS
+    names = tuple(name.strip() for name in text.split(","))
+    known = tuple(target for target in TARGETS if target in names)
+    if len(known) != len(names):
+        raise ValueError(f"targets {text!r} are neither all nor some of {','.join(TARGETS)}, each once")
+    return known
+
+
+def projections(model: Dream) -> dict[Target, Linear]:
+    """The seven projections of the (stacked) layers, by name."""
+    return {name: getattr(getattr(model.layers, _part(name)), name) for name in TARGETS}
+
+
+def _part(name: Target) -> Literal["attn", "mlp"]:
+    return "attn" if name in ("q", "k", "v", "o") else "mlp"
+
+
+def config_of(model: Dream) -> LoraConfig | None:
+    """The configuration of the adapter that a model has; None without one."""
+    found = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
+    if not found:
+        return None
+    kinds = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for linear in found.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"the projections have adapters of several kinds (rank, alpha, dropout): {sorted(kinds)}")
+    rank, alpha, dropout = kinds.pop()
+    return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(found))
+
+
+def base_of(model: Dream) -> str:
+    """How the kernels of a model's layers are stored: "int8" or "nf4", or the name of their dtype."""
+    linear = model.layers.attn.q
+    return str(linear.kernel.dtype) if linear.kernel is not None else kind_of(linear.codes)
+
+
+def _copy(model: Dream) -> Dream:
+    """New modules around the same arrays."""
+    return merge_params(*split_params(model))
+
+
+def _pinned(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """New parameters of one projection, where the tables want them on the current mesh."""
+    pinned = sharding.constrain_parameters({"layers": {_part(name): {name: dict(leaves)}}})
+    found: dict[str, jax.Array] = pinned["layers"][_part(name)][name]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
+    """The same model with an adapter that does nothing yet: B is zero.
+
+    A is uniform in +-1/sqrt(inputs), as PEFT draws it: published learning rates presuppose it. (The LoRA paper says
+    "Gaussian", without a width.) Both are float32 whatever the base is.
+
+    Args:
+      model: without an adapter; arrays or shapes under `jax.eval_shape` (see `attached_shapes`). It is not changed.
+      config: of the adapter.
+      key: what A is drawn from; the mesh changes nothing of it.
+
+    Raises:
+      ValueError: the model has an adapter.
+    """
+    if config_of(model) is not None:
+        raise ValueError("the model has an adapter already; merge it first, or go on training that one")
+    found = _copy(model)
+    sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(found).items())
+    sizes = tuple(size for size in sizes if size[0] in config.targets)
+    with sharding.mesh_context(model):
+        made = _initial(key, sizes, model.config.num_hidden_layers, config.rank)
+    for name in config.targets:
+        linear = projections(found)[name]
+        linear.lora_a, linear.lora_b = nnx.Param(made[name]["lora_a"]), nnx.Param(made[name]["lora_b"])
+        linear.lora_alpha, linear.lora_dropout = float(config.alpha), float(config.dropout)
+    return found
+
+
+Sizes = tuple[tuple[Target, tuple[int, ...], tuple[int, ...]], ...]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _initial(key: jax.Array, sizes: Sizes, layers: int, rank: int) -> dict[Target, dict[str, jax.Array]]:
+    found = {}
+    for name, in_shape, out_shape in sizes:
+        bound = 1 / math.sqrt(math.prod(in_shape))
+        own = jax.random.fold_in(key, TARGETS.index(name))
+        lora_a = jax.random.uniform(own, (layers, *in_shape, rank), jnp.float32, -bound, bound)
+        leaves = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, rank, *out_shape), jnp.float32)}
+        found[name] = _pinned(name, leaves)
+    return found
+
+
+def attached_shapes(model: Dream, config: LoraConfig) -> Dream:
+    """`attach` for a model of shapes."""
+    return jax.eval_shape(lambda model: attach(model, config, jax.random.key(0)), model)
+
+
+def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
+    """Parameters -> those of the adapter, and all others; `shapes.joined` puts them together again."""
+    adapter: ParamTree = {}
+    base: ParamTree = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inside, outside = split(value)
+            if inside:
+                adapter[name] = inside
+            if outside:
+                base[name] = outside
+        else:
+            (adapter if name in _ADAPTER_LEAVES else base)[name] = value
+    return adapter, base
+
+
+def merge(model: Dream, *, dequantised: bool = False) -> Dream:
+    """The model without its adapter, the correction added to the kernels in float32; it is faster, and any code loads it.
+
+    Args:
+      model: is not changed; a model without an adapter comes back as it is.
+      dequantised: whether a quantised base may become a float one of the dtype of its embedding. It then carries the error
+        of its codes: the adapter on the float base that the codes came from is nearer to that base.
+
+    Raises:
+      ValueError: a quantised base, unless `dequantised`.
+    """
+    if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
+        return model
+    if base_of(model) in KINDS and not dequantised:
+        raise ValueError(
+            f"the base is {base_of(model)}, which cannot hold the sum: load the float base with this adapter and merge "
+            "that, or pass dequantised=True (merge_adapter) to keep the error of the codes"
+        )
+    found = _copy(model)
+    changed = {
+        name: linear
+        for name, linear in projections(found).items()
+        if linear.lora_a is not None or linear.kernel is None
+    }
+    with sharding.mesh_context(model):
+        kernels = _merged_kernels(changed, jnp.dtype(model.embed.embedding.dtype))
+    for name, linear in changed.items():
+        linear.kernel = nnx.Param(kernels[name])
+        linear.codes = linear.scales = linear.lora_a = linear.lora_b = None
+        linear.lora_alpha = linear.lora_dropout = 0.0
+    found.base_identity = None
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Target, jax.Array]:
+    # A layer at a time: the float32 sum of all layers would be larger than the model.
+    return {
+        name: _pinned(name, {"kernel": jax.lax.map(functools.partial(_merged, dtype=dtype), linear)})["kernel"]
+        for name, linear in linears.items()
+    }
+
+
+def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
+    """The kernel of one layer."""
+    if linear.kernel is None:
+        kernel = dequantise(Quantised(linear.codes[...], linear.scales[...]), linear.out_shape[-1])
+    else:
+        kernel, dtype = linear.kernel[...].astype(jnp.float32), linear.kernel.dtype
+    if linear.lora_a is not None:
+        rank = linear.lora_a.shape[-1]
+        a_Ir = linear.lora_a[...].astype(jnp.float32).reshape(-1, rank)
+        b_rO = linear.lora_b[...].astype(jnp.float32).reshape(rank, -1)
+        # In full precision also where matrix units round their inputs: it happens once.
+        added = linear.lora_alpha / rank * jnp.matmul(a_Ir, b_rO, precision="highest")
+        kernel = kernel + added.reshape(kernel.shape)
+    return kernel.astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ the frozen base
+
+
+def with_base(model: Dream, base: Kind) -> Dream:
+    """The same model with the seven kernels of its layers quantised; embedding, norms, biases and head stay.
+
+    Args:
+      model: with float kernels; arrays, or shapes under `jax.eval_shape`. It is not changed. For weights in a directory
+        `pretrained.load(path, base=...)` needs less memory: it never holds them all in floating point.
+      base: "int8" or "nf4".
+
+    Raises:
+      ValueError: an unknown base, or one that is quantised already.
+    """
+    if base not in KINDS:
+        raise ValueError(f"{base=} is not one of {KINDS}")
+    if base_of(model) in KINDS:
+        raise ValueError(f"the base is {base_of(model)} already; load the float weights")
+    found = _copy(model)
+    abstract = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
+    found.base_identity = None if abstract else identity(model)
+    with sharding.mesh_context(model):
+        made = _quantised({name: linear.kernel[...] for name, linear in projections(model).items()}, base)
+    for name, linear in projections(found).items():
+        linear.codes, linear.scales = nnx.Param(made[name]["codes"]), nnx.Param(made[name]["scales"])
+        linear.kernel = None
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantised(kernels: dict[Target, jax.Array], kind: Kind) -> dict[Target, dict[str, jax.Array]]:
+    # A layer at a time: what is formed on the way is in float32.
+    one = functools.partial(quantise, kind=kind)
+    return {name: _pinned(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
+
+
+def with_base_shapes(model: Dream, base: Kind) -> Dream:
+    """`with_base` for a model of shapes."""
+    return jax.eval_shape(lambda model: with_base(model, base), model)
+
+
+def identity(model: Dream) -> str:
+    """What tells the base of a model from every other: a digest of its weights, rounded to bfloat16, adapters aside.
+
+    It does not depend on the mesh, nor on whether the weights are loaded as float32 or bfloat16. That of a quantised base
+    is that of the weights its codes came from.
+
+    Raises:
+      ValueError: a quantised base that does not know it.
+    """
+    if model.base_identity is not None:
+        return str(model.base_identity)
+    if base_of(model) in KINDS:
+        raise ValueError("this quantised base does not know which weights it came from; load it from its directory")
+    params = split(split_params(model)[1])[1]
+    with sharding.mesh_context(params):
+        layers = _prints(params["layers"], stacked=True)
+        rest = _prints({name: value for name, value in params.items() if name != "layers"}, stacked=False)
+    return digest([*rest, *layers])
+
+
+Print = tuple[str, int]
+
+
+def prints(params: ParamTree, layer: int | None) -> list[Print]:
+    """The named prints of one unit's weights, a layer's without the layer axis: for `digest`, in any order."""
+    with sharding.mesh_context(params):
+        found = _prints(params, stacked=False)
+    if layer is None:
+        return found
+    # Paths within a layer, as those of stacked weights.
+    return [(f"{layer}.{name.removeprefix('layers.')}", value) for name, value in found]
+
+
+def digest(found: list[Print]) -> str:
+    """One text of 64 hexadecimal digits from all prints of a model."""
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+
+
+def _prints(params: ParamTree, *, stacked: bool) -> list[Print]:
+    return list(_named(jax.device_get(_sums(params, stacked=stacked))))
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _sums(params: ParamTree, *, stacked: bool) -> ParamTree:
+    one = jax.vmap(_sum) if stacked else _sum
+    found: ParamTree = jax.tree.map(one, params)
+    # Whole on every process.
+    return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), found)
+
+
+def _named(sums: ParamTree) -> Iterator[Print]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sums):
+        name = ".".join(str(part.key) for part in path)
+        if np.ndim(leaf):
+            yield from ((f"{layer}.{name}", int(value)) for layer, value in enumerate(leaf))
+        else:
+            yield name, int(leaf)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """A uint32 that depends on every bit and its place: integers add up exactly, in whatever order devices add them."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    # The mixing constants are those of murmur3's finaliser.
+    mixed = (place ^ (place >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B) + bits + jnp.uint32(1)
+    mixed = (mixed ^ (mixed >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
+
+
+# --------------------------------------------------------------------------------------------------- what it costs
+
+
+def logit_error(exact: jax.Array, found: jax.Array) -> dict[str, float]:
+    """How far logits [..., V] are from exact ones, as a reader can judge it.
+
+    Returns:
+      `relative` (root mean square of the error over that of the exact logits), `kl` (mean nats from the exact
+      distribution to the other), `same_top` (share of positions with the same most probable token).
+    """
+    exact, found = jnp.asarray(exact, jnp.float32), jnp.asarray(found, jnp.float32)
+    log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(found)
+    return {
+        "relative": float(jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))),
+        "kl": float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))),
+        "same_top": float(jnp.mean((jnp.argmax(exact, axis=-1) == jnp.argmax(found, axis=-1)).astype(jnp.float32))),
+    }

@@ -1,0 +1,173 @@
+"""Weights in eight or four bits, for a base that is not trained: codes in blocks, and the product with them.
+
+Knows arrays and nested dicts of them. Knows nothing of models, adapters or files.
+
+| kind | bytes a weight | codes | largest error, of a block's largest magnitude |
+|---|---|---|---|
+| int8 | 1 + 4/64 | int8, 255 equal steps | 0.4 % |
+| nf4 | 1/2 + 4/64 | uint8, two weights in each, 16 levels | 15.2 % |
+
+A block is `BLOCK` neighbours on the last axis (or the whole axis where that is shorter), so that codes and scales keep the
+axes of the kernel that they stand for, and lie on a mesh as it would. nf4 is the data type of the QLoRA paper (Dettmers
+et al. 2023), without its second quantisation, of the scales.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from dream_jax.shapes import ParamTree
+
+Kind = Literal["int8", "nf4"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+BLOCK = 64  # as in the QLoRA paper
+
+# Appendix E of the QLoRA paper: means of neighbouring quantiles of a normal distribution, 8 from each side, scaled to
+# [-1, 1], with an exact zero.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+class Quantised(NamedTuple):
+    """An array in one byte an element, or half of one.
+
+    Attributes:
+      codes: int8 of the array's shape; or uint8, which is nf4: byte j of a block of w elements holds element j in its low
+        and element j + w/2 in its high half, so that neither packing nor unpacking interleaves.
+      scales: float32, the magnitude that the largest code of each block stands for, [..., blocks].
+    """
+
+    codes: Any
+    scales: Any
+
+
+def _width(size: int) -> int:
+    """Elements of a block on an axis of this size; even, because nf4 packs two in a byte."""
+    return min(BLOCK, size + size % 2)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[..., d] -> [..., blocks, width], with zeros at the end of a last block that is cut short."""
+    width = _width(x.shape[-1])
+    short = -x.shape[-1] % width
+    if short:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def quantise(x: Float[jax.Array, "*b d"], kind: Kind) -> Quantised:
+    """The nearest code of every element; deterministic, and independent of how the array is divided over devices.
+
+    Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). Infinities and NaN, which no
+    trained weight is, make their block meaningless.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} is not one of {KINDS}")
+    blocks = _blocks(x.astype(jnp.float32))
+    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    share = blocks / jnp.where(scales == 0.0, 1.0, scales)[..., None]
+    if kind == "int8":
+        codes = jnp.round(share * 127.0).astype(jnp.int8)
+        return Quantised(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales)
+    code = jnp.zeros(share.shape, jnp.uint8)
+    for low, high in itertools.pairwise(NF4_LEVELS):
+        code = code + (share > (low + high) / 2).astype(jnp.uint8)
+    first, second = jnp.split(code, 2, axis=-1)
+    packed = first | (second << jnp.uint8(4))
+    return Quantised(packed.reshape(*x.shape[:-1], -1), scales)
+
+
+def kind_of(codes: Any) -> Kind:
+    """What codes (or their shape) stand for."""
+    return "nf4" if codes.dtype == jnp.uint8 else "int8"
+
+
+def dequantise(x: Quantised, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[jax.Array, "*b d"]:
+    """The numbers that codes mean, computed in float32; `size` is that of the array's last axis."""
+    width = _width(size)
+    if kind_of(x.codes) == "int8":
+        # Times 1/127 on the scales, which are few.
+        values = _blocks(x.codes.astype(jnp.float32)) * (x.scales * jnp.float32(1 / 127))[..., None]
+    else:
+        packed = x.codes.reshape(*x.codes.shape[:-1], -1, width // 2)
+        code = jnp.concatenate([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=-1)
+        values = _level(code) * x.scales[..., None]
+    return values.reshape(*values.shape[:-2], -1)[..., :size].astype(dtype)
+
+
+def _level(code: jax.Array) -> jax.Array:
+    """float32 levels of nf4 codes, chosen bit by bit: 15 selections that fuse, where a table would be a gather."""
+    choices: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
+    for bit in range(4):
+        is_set = (code & jnp.uint8(1 << bit)) != 0
+        choices = [jnp.where(is_set, high, low) for low, high in zip(choices[::2], choices[1::2], strict=True)]
+    found: jax.Array = choices[0]
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> jax.Array:
+    """x [R, I] times a quantised kernel as a matrix [I, O], in the dtype of x.
+
+    The gradient goes to x alone. It makes the kernel out of its codes again: what is kept for it are these, not the
+    kernel, which over all layers would be as large as the model in full precision.
+
+    Args:
+      x_RI: rows.
+      codes, scales: as in `Quantised`.
+      size: of the kernel's last axis.
+    """
+    return x_RI @ dequantise(Quantised(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
+
+
+# The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
+def _forward(x_RI, codes, scales, size):  # type: ignore[no-untyped-def]
+    return product(x_RI, codes, scales, size), (codes, scales)
+
+
+def _backward(size, kept, pull_RO):  # type: ignore[no-untyped-def]
+    kernel_IO = dequantise(Quantised(*kept), size, pull_RO.dtype).reshape(-1, pull_RO.shape[1])
+    return pull_RO @ kernel_IO.T, None, None
+
+
+product.defvjp(_forward, _backward)
+
+
+def quantised_kernels(params: ParamTree, kind: Kind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
+    """A tree with the `codes` and `scales` of every `kernel` in it, and `others` of every other leaf."""
+    found: ParamTree = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            found[name] = quantised_kernels(value, kind, others)
+        elif name == "kernel":
+            found |= quantise(value, kind)._asdict()
+        else:
+            found[name] = others(value)
+    return found
