@@ -385,6 +385,9 @@ def test_quantised_bytes():
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
     weights = parameter_count(abstract_model(PRESETS["dream-7b"]).layers)
     assert nbytes / weights == pytest.approx(0.5 + 4 / 64, rel=1e-3)
+    whole = split_params(lora.with_base_shapes(abstract_model(PRESETS["dream-7b"], param_dtype=jnp.bfloat16), "nf4"))[1]
+    # README: a base of 5.9 GB.
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)) == pytest.approx(5.85e9, rel=0.002)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dream_jax import pretrained, sharding
+from dream_jax import lora, sharding
 from dream_jax.config import DreamConfig
 from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
@@ -21,6 +21,7 @@ from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from dream_jax.train_step import StepConfig, TrainState, TrainStep, abstract_state, make_train_step
+from dream_jax.trainer import weights
 from dream_jax.trainer.settings import TrainSettings
 
 
@@ -62,12 +63,7 @@ class AbstractStep:
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
     """The model as shapes, for the devices of the mesh; of a hub id only the small files are fetched."""
-    return pretrained.describe(
-        settings.model,
-        compute_dtype=compute_dtype(settings, mesh),
-        attention_backend=settings.attention,
-        remat=settings.remat,
-    )
+    return weights.describe(settings, compute_dtype(settings, mesh))
 
 
 def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
@@ -113,6 +109,13 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
     place = sharding.batch_sharding(mesh)
+    params = split_params(model)[1]
+    trained, base = lora.split(params) if settings.adapts else (params, {})
+    base = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        base,
+        sharding.parameter_shardings(base, mesh),
+    )
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
@@ -127,9 +130,9 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     return AbstractStep(
         model=model,
         step=built.step,
-        state=abstract_state(split_params(model)[1], built.optimizer, mesh),
+        state=abstract_state(trained, built.optimizer, mesh),
         batch=batch,
-        frozen={},
+        frozen=base,
     )
 
 

@@ -33,6 +33,7 @@ _MADE = (
     "tensorboard",
     "checkpoints",
     "tokenizer",
+    "adapter",
     "model",
     "settings.json",
 )
@@ -60,7 +61,7 @@ def check_folder(settings: TrainSettings) -> bool:
     if not settings.overwrite:
         raise FileExistsError(f"{settings.out} holds {different}")
     out = settings.out.resolve()
-    given_names = [(name, getattr(settings, name)) for name in ("model", "data", "tokenizer")]
+    given_names = [(name, getattr(settings, name)) for name in ("model", "data", "tokenizer", "adapter")]
     for name, given in [*given_names, *(("mix", path) for path in settings.mix)]:
         read = pathlib.Path(given or "").expanduser().resolve()
         if given and read.exists() and out in (read, *read.parents):

@@ -22,17 +22,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dream_jax import pretrained, sharding
+from dream_jax import lora, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import Batches, Source, make_batches
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
-from dream_jax.shapes import ParamTree
+from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
 from dream_jax.train_step import TrainState, TrainStep, abstract_state, init_state, put_batch
+from dream_jax.trainer import weights
 from dream_jax.trainer.build import (
     build_step,
     check_length,
     check_tokenizer,
+    compute_dtype,
     describe_model,
     longest_row,
     open_tokenizer,
@@ -49,6 +51,7 @@ from dream_jax.trainer.folder import (
 from dream_jax.trainer.report import FlopCounter, Report
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.weights import Frozen
 
 
 class Stopped(Exception):
@@ -78,25 +81,28 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     report.settings(mesh)
     run = _prepare(settings, mesh)
     # Weights that cannot be read must show before --overwrite throws anything away.
-    params = None if holds_checkpoint(settings) else _initial_params(run)
+    begins = not holds_checkpoint(settings)
+    params, frozen = weights.read(settings, mesh, compute_dtype(settings, mesh), begins=begins)
     with (
         claimed_folder(settings),
         run.batches,
         RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
     ):
-        state, done, earlier = _first_state(run, params, checkpoints)
+        state, done, earlier = _first_state(run, params, frozen, checkpoints)
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         rows, batches = run.batches.report, run.batches.outlook(settings.steps)
         data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
         if report.leads:
             write_json(settings.out / "data.json", data)
-        report.start(state, done, [*rows.lines(), *batches.lines()], run.max_length, mesh)
-        state = _steps(run, state, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
-        trained = merge_params(run.graphdef, state.params)
-        trained.tokenizer_dir = str(tokenizer_dir)
-        pretrained.save(trained, settings.out / "model", overwrite=True)
-        report.say(f"saved the model to {settings.out / 'model'}")
+        whole = run.model.config.num_parameters
+        report.start(state, frozen.params, whole, done, [*rows.lines(), *batches.lines()], run.max_length, mesh)
+        state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
+        trained = merge_params(run.graphdef, joined(frozen.params, state.params))
+        trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
+        made = weights.save(trained, settings)
+        for kind, path in made.items():
+            report.say(f"saved the {kind} to {path}")
         evaluation = {}
         if run.held_out is not None:
             evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh)
@@ -106,8 +112,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             )
         summary = {
             "settings": settings.plain(),
-            "parameters": parameter_count(state.params),
-            "bytes_per_device": sharding.bytes_per_device(state),
+            "parameters": whole,
+            "trained_parameters": parameter_count(state.params),
+            "base_identity": frozen.identity,
+            "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
             "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
             "eval": evaluation,
@@ -117,9 +125,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         }
         if report.leads:
             write_json(settings.out / "summary.json", summary)
-        report.say(
-            f"wrote {settings.out}: metrics.csv, summary.json, checkpoints/, model/ in {summary['seconds']:.0f} s"
-        )
+        names = ", ".join(["metrics.csv", "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
+        report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary
 
 
@@ -188,18 +195,23 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     )
 
 
-def _initial_params(run: _Run) -> ParamTree:
-    return split_params(pretrained.load(run.settings.model, mesh=run.mesh, seed=run.settings.seed))[1]
-
-
-def _first_state(run: _Run, params: ParamTree | None, checkpoints: RunCheckpoints) -> tuple[TrainState, int, float]:
+def _first_state(
+    run: _Run, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
+) -> tuple[TrainState, int, float]:
     """The state to begin with, the steps that are done, and the seconds that these took.
 
     Without `params` the newest checkpoint is read, and the weights that the run once began with are not.
     """
     if params is not None:
         return init_state(params, run.optimizer, run.mesh, donate=True), 0, 0.0
-    state, meta = checkpoints.restore(abstract_state(split_params(run.model)[1], run.optimizer, run.mesh))
+    shapes = split_params(run.model)[1]
+    trained = lora.split(shapes)[0] if run.settings.adapts else shapes
+    state, meta = checkpoints.restore(abstract_state(trained, run.optimizer, run.mesh))
+    if meta.get("base") != frozen.identity:
+        raise ValueError(
+            f"the weights in {run.settings.model} are not those that this run began with ({frozen.identity} now, "
+            f"{meta.get('base')} then), so its adapter does not fit them; put them back, or begin another run (--out)"
+        )
     run.batches.set_state(meta["data"])
     return state, int(state.step), float(meta["seconds"])
 
@@ -207,6 +219,7 @@ def _first_state(run: _Run, params: ParamTree | None, checkpoints: RunCheckpoint
 def _steps(
     run: _Run,
     state: TrainState,
+    frozen: Frozen,
     done: int,
     checkpoints: RunCheckpoints,
     report: Report,
@@ -222,7 +235,7 @@ def _steps(
         for number in range(done + 1, settings.steps + 1):
             batch = next(run.batches)
             width = batch["tokens"].shape[1]
-            state, metrics = run.step(state, put_batch(batch, run.mesh))
+            state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 checkpoints.wait()
@@ -241,7 +254,8 @@ def _steps(
             report.step(number, row, mfu)
             stopping = stop.requested()
             if number % settings.save_every == 0 or number == settings.steps or stopping:
-                checkpoints.save(number, state, {"data": run.batches.get_state(), "seconds": seconds()})
+                meta = {"data": run.batches.get_state(), "seconds": seconds(), "base": frozen.identity}
+                checkpoints.save(number, state, meta)
                 if log:
                     log.flush()
             if stopping:

@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from dream_jax import sharding
+from dream_jax import lora, sharding
 from dream_jax.chips import chip_of
-from dream_jax.model import Dream, parameter_count
+from dream_jax.model import Dream, parameter_count, split_params
+from dream_jax.shapes import ParamTree
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.settings import TrainSettings
 
@@ -29,8 +30,13 @@ class FlopCounter:
 
     def __init__(self, model: Dream, length: int):
         config = model.config
-        self._head = 6 * config.hidden_size * config.vocab_size  # only at masked positions
-        matrices = parameter_count(model.layers) * 6
+        adapter = parameter_count(lora.split(split_params(model)[1])[0])
+        embeddings = config.hidden_size * config.vocab_size
+        layers = config.num_parameters - embeddings * (1 if config.tie_word_embeddings else 2)
+        # A frozen matrix has no gradient of its own.
+        each = 4 if adapter else 6
+        self._head = each * embeddings  # only at masked positions
+        matrices = each * layers + 6 * adapter
         attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: counted in full
         self._token = matrices + attention
 
@@ -72,15 +78,28 @@ class Report:
         for warning in self._settings.warnings():
             self.say(f"warning: {warning}")
 
-    def start(self, state: TrainState, done: int, data: Sequence[str], max_length: int, mesh: Mesh) -> None:
-        """Prints what is about to be trained, on what, and where it lies; `data` is what is known of the rows, in lines."""
+    def start(
+        self,
+        state: TrainState,
+        frozen: ParamTree,
+        whole: int,
+        done: int,
+        data: Sequence[str],
+        max_length: int,
+        mesh: Mesh,
+    ) -> None:
+        """Prints what is about to be trained, on what, and where it lies; `whole` is the number of the model's weights.
+
+        data: what is known of the rows, in lines.
+        """
         for line in data:
             self.say(f"data: {line}")
         rate = self._settings.optimizer_config().learning_rate
-        self.say(
-            f"peak learning rate {rate:g}, {max_length} tokens a row, {parameter_count(state.params):,} parameters"
-        )
-        for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state)):
+        trained = parameter_count(state.params)
+        share = f" beside {whole:,} frozen ones, {trained / whole:.2%}" if frozen else ""
+        self.say(f"peak learning rate {rate:g}, {max_length} tokens a row, {trained:,} parameters{share}")
+        trees = {"frozen base": frozen} if frozen else {}
+        for name, tree in (trees | {"parameters": state.params, "optimizer state": state.opt_state}).items():
             sizes = sharding.bytes_per_device(tree)
             whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
