@@ -17,11 +17,11 @@ from flax import nnx
 
 import dream_jax
 from dream_jax import checkpoint, hf, lora, pretrained, sharding
+from dream_jax.flops import FlopCounter
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, parameter_count, split_params
 from dream_jax.tokenizer import ByteTokenizer, write_template
 from dream_jax.trainer import TrainSettings, train
-from dream_jax.trainer.report import FlopCounter
 from dream_jax.trainer.weights import describe
 
 ROOT = pathlib.Path(__file__).parent.parent

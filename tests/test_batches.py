@@ -17,6 +17,7 @@ from dream_jax.data import (
     RowList,
     SudokuSource,
     encode_row,
+    first_rows,
     length_report,
     make_batches,
     open_mixture,
@@ -269,6 +270,14 @@ def test_a_mixture_drops_by_length_in_each_part_and_measures_a_uniform_part_once
     assert len(seen) == 5
     with pytest.raises(ValueError, match="no row of part 2 of the mixture fits"):
         batches_of(Mixture([uneven(3), RowList([long[0]])]))
+
+
+def test_first_rows_are_of_every_part() -> None:
+    few, many = uneven(4), uneven(30, first=11)
+    assert first_rows(many, 3) == [many[0], many[1], many[2]] and len(first_rows(few, 9)) == 4
+    mixture = Mixture([few, many])
+    assert first_rows(mixture, 12) == [mixture[number] for number in (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33)]
+    assert first_rows(mixture, 1) == [mixture[0]] and first_rows(mixture, 99) == [*map(mixture.__getitem__, range(34))]
 
 
 def test_refused_mixtures(tmp_path: Path) -> None:

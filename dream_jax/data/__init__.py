@@ -11,7 +11,7 @@ from dream_jax.data.options import (
     ReadOptions,
 )
 from dream_jax.data.pipeline import Batches, make_batches
-from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, Source
+from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, Source, first_rows
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "SudokuSource",
     "encode_row",
+    "first_rows",
     "is_solution",
     "length_report",
     "make_batches",

@@ -131,6 +131,14 @@ class Mixture:
         return self.parts[part][number - self.starts[part]]
 
 
+def first_rows(source: Source, count: int) -> list[Row]:
+    """The first rows, at most `count`; of a mixture as many spread evenly, for its parts lie one after the other."""
+    count = min(count, len(source))
+    if isinstance(source, Mixture) and count > 1:
+        return [source[number * (len(source) - 1) // (count - 1)] for number in range(count)]
+    return [source[number] for number in range(count)]
+
+
 def check_index(index: SupportsIndex, length: int) -> int:
     """`index` as an int. Raises IndexError outside 0 <= index < length: negative numbers are bugs here."""
     number = operator.index(index)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dream_jax import sharding
 from dream_jax.chips import CHIPS
-from dream_jax.data import encode_row, length_report, open_source
+from dream_jax.data import encode_row, length_report
 from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
@@ -213,14 +213,15 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     if settings.max_length is not None and not wanted.read_data:
         # Of a row's positions half are masked on average, if all may be: prompts, which may not, make it less.
         return Rows(max_length=settings.max_length, masked_share=0.5)
-    source = open_source(settings.data, "train", settings.seed)
+    source, encoding = settings.source("train"), settings.encode_options()
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     check_tokenizer(model.config, tokenizer)
-    max_length = settings.max_length or longest_row(source, tokenizer)
-    report = length_report(source, tokenizer, max_length)
+    max_length = settings.max_length or longest_row(source, tokenizer, encoding)
+    report = length_report(source, tokenizer, max_length, options=encoding)
     numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
-    encoded = [one for number in numbers if (one := encode_row(source[int(number)], tokenizer, max_length)) is not None]
+    found = (encode_row(source[int(number)], tokenizer, max_length, encoding) for number in numbers)
+    encoded = [one for one in found if one is not None]
     maskable = float(np.mean([one.maskable.mean() for one in encoded])) if encoded else 1.0
     return Rows(
         max_length=max_length,

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from dream_jax import lora, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import Batches, Source, make_batches
+from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
@@ -48,7 +49,7 @@ from dream_jax.trainer.folder import (
     save_tokenizer,
     write_json,
 )
-from dream_jax.trainer.report import FlopCounter, Report
+from dream_jax.trainer.report import Report
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.settings import TrainSettings
 from dream_jax.trainer.weights import Frozen
