@@ -296,6 +296,14 @@ def test_suggestions_would_fit():
     assert chips and "v5p" in chips[0] and "v5e" not in chips[0]
 
 
+def test_tight_fit_says_so():
+    plan = estimated(dream_7b(), "v6e:2x4")
+    text = render(plan)
+    assert "YES: it fits" in text and "tight" not in text
+    tight = dataclasses.replace(plan.memory, peak=int(0.99 * plan.memory.limit))
+    assert "tight" in render(dataclasses.replace(plan, memory=tight))
+
+
 def test_more_rows_can_be_taken_in_parts_or_by_more_chips():
     plan = estimated(dream_7b(batch_size=128), "v6e:2x4")
     assert any("--accumulation" in line for line in plan.advice)

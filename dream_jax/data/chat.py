@@ -29,7 +29,7 @@ def parse_chat(found: Mapping[str, Any], where: str) -> Row:
     """
     meta = {"where": where}
     if "messages" in found:
-        turns = _parse_messages(found["messages"], where)
+        turns = parse_messages(found["messages"], where)
         if turns[-1]["role"] != "assistant":
             raise ValueError(
                 f"{where}: the last message is the {turns[-1]['role']}'s; "
@@ -45,7 +45,8 @@ def parse_chat(found: Mapping[str, Any], where: str) -> Row:
     raise ValueError(f"{where}: fields {sorted(found)}; a chat row has 'messages', or 'prompt' and 'response'")
 
 
-def _parse_messages(messages: object, where: str) -> list[Message]:
+def parse_messages(messages: object, where: str) -> list[Message]:
+    """The turns of a chat, at least one. Raises: as `parse_chat`, for a wrong type, role or content."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list with at least one message, not {messages!r:.60}")
     turns: list[Message] = []

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dream_jax.plan.settings import Memory, Plan
 
+# Of what a program can have: beyond, a plan that fits is no promise.
+_TIGHT = 0.97
+
 
 def render(plan: Plan) -> str:
     """The plan as text, the verdict last."""
@@ -105,7 +108,9 @@ def _verdict(plan: Plan) -> list[str]:
     memory = plan.memory
     notes = [f"  {line}" for line in plan.advice]
     if memory.fits:
-        return [f"YES: it fits, with {gib(memory.limit - memory.peak)} GiB to spare", *notes]
+        tight = memory.peak > _TIGHT * memory.limit
+        spare = f"YES: it fits, with {gib(memory.limit - memory.peak)} GiB to spare"
+        return [spare + (", which is tight: runtimes differ by as much" if tight else ""), *notes]
     reason = f"NO: a device needs {'at least ' if memory.refused else ''}{gib(memory.peak)} GiB of {gib(memory.limit)}"
     said = [] if memory.refused is None else [f"  the compiler: {memory.refused}"]
     return [reason, *said, "what would help:", *notes]

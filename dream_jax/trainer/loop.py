@@ -96,7 +96,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if report.leads:
             write_json(settings.out / "data.json", data)
         whole = run.model.config.num_parameters
-        report.start(state, frozen.params, whole, done, [*rows.lines(), *batches.lines()], run.max_length, mesh)
+        lines = [*rows.lines(), *batches.lines()]
+        report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
         state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity

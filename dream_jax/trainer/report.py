@@ -88,9 +88,9 @@ class Report:
         max_length: int,
         mesh: Mesh,
     ) -> None:
-        """Prints what is about to be trained, on what, and where it lies; `whole` is the number of the model's weights.
+        """Prints what is about to be trained, on what, and where it lies.
 
-        data: what is known of the rows, in lines.
+        `whole` is the number of the model's weights; `data` is what is known of the rows, in lines.
         """
         for line in data:
             self.say(f"data: {line}")

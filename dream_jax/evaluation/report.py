@@ -1,0 +1,280 @@
+"""What the rows of a run say: a summary, a table in Markdown, a figure, and the comparison of two runs.
+
+Knows the rows of `run` and the folders of `ledger`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dream_jax.evaluation.ledger import ITEMS, SETTINGS, Row, read_json, read_rows
+from dream_jax.evaluation.likelihood import Bound, total
+from dream_jax.evaluation.statistics import Estimate, Paired, agreement, mean_of, mean_score, paired
+
+SUMMARY, TABLE, FIGURE = "summary.json", "report.md", "figure.png"
+
+SHOWN_CHANGES = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The numbers of a run, by name: an Estimate, a plain number, a list of numbers, or None where nothing was measured."""
+
+    task: str
+    numbers: dict[str, Any]
+
+    def to_json(self) -> str:
+        """One object; an estimate is an object with value, low and high."""
+        plain = {
+            name: dataclasses.asdict(value) if isinstance(value, Estimate) else value
+            for name, value in self.numbers.items()
+        }
+        return json.dumps({"task": self.task} | plain, indent=2) + "\n"
+
+    def to_markdown(self, model: str) -> str:
+        """A table of two columns."""
+        lines = [f"| {self.task} | {model} |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in self.numbers.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if isinstance(value, Estimate):
+        return f"{_shown(value.value)} (95 %: {_shown(value.low)} to {_shown(value.high)})"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def scores(rows: Sequence[Row], field: str = "correct") -> np.ndarray:
+    """A number of each row as float64 [problems, seeds], problems in the order of the first seed.
+
+    Raises: ValueError when a seed lacks problems that another has: the run is not finished.
+    """
+    by_seed: dict[int, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        by_seed[row["seed"]].append(row)
+    columns = list(by_seed.values())
+    if not columns or any(len(column) != len(columns[0]) for column in columns):
+        raise ValueError(
+            "not every seed has a row for every problem: the run is not finished; the same command goes on"
+        )
+    return np.array([[float(row[field]) for row in column] for column in columns]).T
+
+
+def summarize(task: str, rows: Sequence[Row], seconds: Sequence[Row]) -> Summary:
+    """The numbers of a finished run; see the README for what each means. Raises ValueError for an unfinished one."""
+    if task == "likelihood":
+        found = _likelihood(rows)
+    else:
+        table = scores(rows)
+        found = {
+            "accuracy": mean_score(table),
+            "problems": len(table),
+            "seeds": table.shape[1],
+            "accuracy_of_each_seed": [float(value) for value in table.mean(axis=0)],
+            "agreement_between_seeds": agreement(table) if table.shape[1] > 1 else None,
+        }
+        if task == "choice":
+            found["accuracy_by_byte"] = mean_score(scores(rows, "correct_by_byte"))
+        else:
+            found |= _sampled(rows, seconds, table.shape[1])
+    return Summary(task=task, numbers=found | {"seconds": round(sum(one["seconds"] for one in seconds), 3)})
+
+
+def _sampled(rows: Sequence[Row], seconds: Sequence[Row], seeds: int) -> dict[str, Any]:
+    ended = [row["tokens_to_end"] for row in rows if row["tokens_to_end"] is not None]
+    useful = [row["room"] if row["tokens_to_end"] is None else row["tokens_to_end"] for row in rows]
+    texts = collections.defaultdict(set)
+    for row in rows:
+        texts[row["number"]].add(row["answer"])
+    # Without the batches in which a program was compiled, where others are left.
+    steady_tokens, steady_seconds, start = 0, 0.0, 0
+    for one in seconds:
+        if not one["compiled"]:
+            steady_tokens += sum(useful[start : start + one["rows"]])
+            steady_seconds += one["seconds"]
+        start += one["rows"]
+    everything = sum(one["seconds"] for one in seconds)
+    return {
+        "same_text_under_all_seeds": sum(len(found) == 1 for found in texts.values()) / len(texts)
+        if seeds > 1
+        else None,
+        "empty_answers": sum(not row["answer"].strip() for row in rows) / len(rows),
+        "no_end_token": 1 - len(ended) / len(rows),
+        "tokens_to_end": mean_of(np.array(ended)) if ended else None,
+        "forwards": mean_of(np.array([row["forwards"] for row in rows])).value,
+        "useful_tokens_per_second": steady_tokens / steady_seconds if steady_seconds else None,
+        "useful_tokens_per_second_with_compilation": sum(useful) / everything if everything else None,
+    }
+
+
+def _likelihood(rows: Sequence[Row]) -> dict[str, Any]:
+    seeds = scores(rows, "nats").shape[1]
+    # Seeds are further samples of the same texts.
+    bound = total([Bound(nats=row["nats"], variance=row["variance"], freedom=row["freedom"]) for row in rows])
+    tokens, size = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
+    low, high = bound.interval
+
+    def over(unit: float) -> Estimate:
+        return Estimate(value=bound.nats / unit, low=low / unit, high=high / unit)
+
+    return {
+        "texts": len(rows) // seeds,
+        "seeds": seeds,
+        "tokens": tokens // seeds,
+        "bytes": size // seeds,
+        "nats_per_token": over(tokens),
+        "bits_per_byte": over(size * math.log(2)),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two runs on the problems that both have.
+
+    Attributes:
+      task: of both.
+      problems: that both have.
+      only_first, only_second: that one of them has.
+      means: scores of the two on the common problems (nats a text for likelihoods).
+      difference: second minus first, with its 95 % interval.
+      test: for scores; None for likelihoods.
+      changes: rows of problems that scored differently: number, and rows of both under their first seed.
+    """
+
+    task: str
+    problems: int
+    only_first: int
+    only_second: int
+    means: tuple[float, float]
+    difference: Estimate
+    test: Paired | None
+    changes: list[tuple[int, Row, Row]]
+
+    def to_markdown(self, first: str, second: str) -> str:
+        """A table, then the problems that changed."""
+        what = "nats a text" if self.test is None else "accuracy"
+        lines = [
+            f"| {self.task} | {first} | {second} | difference (95 %) |",
+            "|---|---|---|---|",
+            f"| {what} | {self.means[0]:.4g} | {self.means[1]:.4g} | {self.difference.value:+.4g} "
+            f"({self.difference.low:+.4g} to {self.difference.high:+.4g}) |",
+            "",
+            f"{self.problems} problems in both, {self.only_first} in the first alone, {self.only_second} in the second.",
+        ]
+        if self.test is not None:
+            lines.append(
+                f"{self.test.gained} scored higher in the second, {self.test.lost} lower; paired sign-flip test: "
+                f"p = {self.test.p_value:.3g}."
+            )
+        for number, one, other in self.changes[:SHOWN_CHANGES]:
+            lines.append(f"- {number}: {_judged(one)} -> {_judged(other)}")
+        if len(self.changes) > SHOWN_CHANGES:
+            lines.append(f"- and {len(self.changes) - SHOWN_CHANGES} more")
+        return "\n".join(lines) + "\n"
+
+
+def _judged(row: Row) -> str:
+    answer = row.get("found", row.get("chosen"))
+    return f"{'right' if row['correct'] else 'wrong'} {answer!r:.60}"
+
+
+def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
+    """Compares two folders. A problem is known again by its question and answer, whatever file and line it had.
+
+    Raises: FileNotFoundError for a folder without results; ValueError for damaged or unfinished ones, for different tasks,
+    or when they have no problem in common.
+    """
+    tasks, tables = [], []
+    for folder in (first, second):
+        if not (folder / ITEMS).is_file() or not (folder / SETTINGS).is_file():
+            raise FileNotFoundError(f"{folder} holds no {ITEMS} with {SETTINGS}: it is not the folder of an evaluation")
+        tasks.append(read_json(folder / SETTINGS).get("task"))
+        tables.append(_by_problem(folder, "nats" if tasks[-1] == "likelihood" else "correct"))
+    if tasks[0] != tasks[1]:
+        raise ValueError(f"{first} is of task {tasks[0]}, {second} of task {tasks[1]}; only runs of one task compare")
+    one, other = tables
+    common = [name for name in one if name in other]
+    if not common:
+        raise ValueError(f"{first} and {second} have no problem in common")
+    scores_one = np.array([one[name][0] for name in common])
+    scores_other = np.array([other[name][0] for name in common])
+    means = (float(scores_one.mean()), float(scores_other.mean()))
+    test = None
+    changes: list[tuple[int, Row, Row]] = []
+    if tasks[0] == "likelihood":
+        difference = mean_of(scores_other.mean(axis=1) - scores_one.mean(axis=1))
+    else:
+        test = paired(scores_one, scores_other)
+        difference = Estimate(value=test.difference, low=test.interval[0], high=test.interval[1])
+        for index, name in enumerate(common):
+            if scores_one[index].mean() != scores_other[index].mean():
+                changes.append((one[name][1]["number"], one[name][1], other[name][1]))
+    return Comparison(
+        task=str(tasks[0]),
+        problems=len(common),
+        only_first=len(one) - len(common),
+        only_second=len(other) - len(common),
+        means=means,
+        difference=difference,
+        test=test,
+        changes=changes,
+    )
+
+
+def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple[np.ndarray, Row]]:
+    """Scores [seeds] and the first row of each problem, by its identity and, for repeated rows, their count."""
+    rows = [row for row, _ in read_rows(folder / ITEMS)]
+    for number, row in enumerate(rows, 1):
+        if not {"seed", "number", "identity", field} <= row.keys():
+            raise ValueError(f"{folder / ITEMS}:{number}: a row without seed, number, identity and {field}")
+    try:
+        table = scores(rows, field)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    counted: collections.Counter[str] = collections.Counter()
+    found = {}
+    for row, values in zip(rows[: len(table)], table, strict=True):
+        found[row["identity"], counted[row["identity"]]] = (values, row)
+        counted[row["identity"]] += 1
+    return found
+
+
+def draw(folder: pathlib.Path) -> pathlib.Path:
+    """Draws `figure.png` of a run: each seed's accuracy with its interval, or nats a token of each text.
+
+    Raises: ValueError when matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a figure needs matplotlib: pip install matplotlib, or leave --figure out") from error
+    rows = [row for row, _ in read_rows(folder / ITEMS)]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    if rows and "correct" in rows[0]:
+        table = scores(rows)
+        parts = [mean_score(table[:, seed : seed + 1]) for seed in range(table.shape[1])] + [mean_score(table)]
+        labels = [*(f"seed {seed}" for seed in range(table.shape[1])), "all"]
+        for place, part in enumerate(parts):
+            below, above = part.value - part.low, part.high - part.value
+            axes.errorbar(place, part.value, yerr=[[below], [above]], fmt="o", capsize=4, color="black")
+        axes.set_xticks(range(len(parts)), labels)
+        axes.set(ylabel="accuracy, 95 % interval", ylim=(0, 1))
+    else:
+        axes.hist([row["nats"] / row["tokens"] for row in rows], bins=20)
+        axes.set(xlabel="nats per token", ylabel="texts")
+    path = folder / FIGURE
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,116 @@
+"""What to evaluate and how: the settings of `evaluate.py`, and what the published evaluations used."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dream_jax.attention import Backend
+from dream_jax.decoding import Alg
+from dream_jax.evaluation.likelihood import check_samples
+from dream_jax.evaluation.tasks import SampledTask
+from dream_jax.sampler import SamplerConfig
+from dream_jax.tokenizer import Template, Tokenizer
+
+TaskName = SampledTask | Literal["choice", "likelihood"]
+Published = Literal["base", "instruct", "planning"]
+
+PUBLISHED: Mapping[Published, tuple[Template, Mapping[str, Any]]] = {
+    "base": ("raw", {"alg": "entropy", "temperature": 0.0, "top_p": 0.95}),
+    "instruct": ("chat", {"alg": "entropy", "temperature": 0.1, "top_p": 0.9}),
+    "planning": ("raw", {"alg": "entropy", "temperature": 0.0}),
+}
+"""Dream's evaluation settings: how prompts are written, and the sampler. All take a step a token."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What to evaluate and how."""
+
+    model: str = "runs/demo/model"
+    """a converted or Hugging Face directory, a hub id, or a preset (random weights)"""
+    task: TaskName = "sudoku"
+    """sudoku, countdown, gsm8k and chat are sampled; choice takes the likeliest; likelihood is bits per byte"""
+    file: pathlib.Path | None = None
+    """.jsonl file of the task; without one, sudoku is generated"""
+    out: pathlib.Path | None = None
+    """folder of the results; by default runs/eval-TASK. The same command goes on where it stopped"""
+    overwrite: bool = False
+    """start anew whatever --out holds"""
+    compare: tuple[pathlib.Path, pathlib.Path] | None = None
+    """two folders of results on the same problems: compares them, evaluates nothing"""
+    seeds: int = 1
+    """runs with the seeds 0, 1, ...: of sampling, or of the masks of a likelihood"""
+    limit: int | None = None
+    """the first so many problems"""
+    shots: int | None = None
+    """worked examples in the prompt; by default the task's own number, and 0 for byte-level models"""
+    examples: pathlib.Path | None = None
+    """file of worked examples; by default the first rows of --file, which are then not asked"""
+    instruction: str | None = None
+    """what the prompt begins with; by default the task's own"""
+    template: Literal["auto", "chat", "raw"] = "auto"
+    """chat template or bare text; auto: as --published says, or as the model was trained"""
+    published: Published | None = None
+    """Dream's own settings of template and sampler, where they are not given"""
+    max_new_tokens: int | None = None
+    """room for an answer; by default the task's own"""
+    steps: int | None = None
+    """denoising steps; by default one a new token"""
+    alg: Alg | None = None
+    """order in which positions are written; by default entropy"""
+    temperature: float | None = None
+    """0, the default, takes the most probable token"""
+    top_p: float | None = None
+    """nucleus, in (0, 1]"""
+    top_k: int | None = None
+    """number of tokens kept"""
+    alg_temp: float | None = None
+    """softens the order"""
+    samples: int = 128
+    """Monte Carlo samples of each likelihood, even"""
+    batch_size: int = 8
+    """rows that are computed together"""
+    tokenizer: str | None = None
+    """directory with tokenizer files, or "bytes"; by default the model's own"""
+    mesh: str = "1x1"
+    """devices, fsdp x tensor"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    attention: Backend = "auto"
+    """auto: the fastest that can serve; xla runs everywhere"""
+    figure: bool = False
+    """also draw figure.png (needs matplotlib)"""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "batch_size", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"shots={self.shots} must not be negative")
+        check_samples(self.samples)
+        if self.task in ("countdown", "gsm8k", "chat", "choice", "likelihood") and not (self.file or self.compare):
+            raise ValueError(f"task {self.task} needs --file, a .jsonl file")
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the results lie."""
+        return pathlib.Path("runs") / f"eval-{self.task}" if self.out is None else self.out
+
+    def sampler(self, tokenizer: Tokenizer, max_new_tokens: int) -> SamplerConfig:
+        """The sampler: what is given, else what `published` says, else entropy order at temperature 0."""
+        chosen: dict[str, Any] = {"alg": "entropy", "temperature": 0.0}
+        if self.published is not None:
+            chosen |= PUBLISHED[self.published][1]
+        given = {name: getattr(self, name) for name in ("alg", "temperature", "top_p", "top_k", "alg_temp")}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        return SamplerConfig(
+            max_new_tokens=max_new_tokens,
+            steps=max_new_tokens if self.steps is None else self.steps,
+            vocab_limit=tokenizer.vocab_limit,
+            forbidden_tokens=(tokenizer.mask_id,),
+            **chosen,
+        )

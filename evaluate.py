@@ -1,0 +1,28 @@
+"""Measures how good a model is: `python evaluate.py --model runs/demo/model --task sudoku`, or compares two such runs."""
+
+import sys
+
+import tyro
+
+from dream_jax.evaluation import EvaluateSettings, compare, evaluate
+
+
+def main() -> int:
+    try:
+        settings = tyro.cli(EvaluateSettings, description=__doc__)
+        if settings.compare is not None:
+            first, second = settings.compare
+            print(compare(first, second).to_markdown(str(first), str(second)), end="")
+        else:
+            evaluate(settings)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

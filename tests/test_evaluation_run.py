@@ -1,0 +1,236 @@
+"""`evaluate.py` as a user meets it, on a nano model with random weights."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import dream_jax
+from dream_jax.evaluation import EvaluateSettings, evaluate
+from dream_jax.evaluation.answering import answer, batches, check_length, encode_prompt
+from dream_jax.evaluation.likelihood import model_nll
+from dream_jax.evaluation.progress import clock, watch
+from dream_jax.tokenizer import ByteTokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dream_jax.Dream(dream_jax.PRESETS["nano"], rngs=nnx.Rngs(3))
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+
+def quiet(**options):
+    with open(os.devnull, "w") as nowhere:
+        return evaluate(EvaluateSettings(model="nano", **options), Console(file=nowhere))
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "evaluate.py", "--model", "nano", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path):
+    """200 problems under five seeds, and kill -9 in the middle."""
+    arguments = ("--seeds", 5, "--temperature", 1, "--max-new-tokens", 4, "--steps", 2, "--batch-size", 25)
+    whole = start(*arguments, "--out", tmp_path / "whole")
+    stdout, stderr = whole.communicate(timeout=500)
+    assert whole.returncode == 0, stderr
+    assert "1000/1000 rows  accuracy 0.000  ETA 0:00" in stdout
+    assert "| accuracy | 0 (95 %: 0 to 0.01885) |" in stdout  # Wilson's, of 200 problems
+    assert "| agreement between seeds | 1 |" in stdout
+    assert "| same text under all seeds | 0 |" in stdout
+
+    killed, items = start(*arguments, "--out", tmp_path / "killed"), tmp_path / "killed" / "items.jsonl"
+    while killed.poll() is None and not (items.exists() and items.stat().st_size):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    assert 0 < len(items.read_bytes().splitlines()) < 1000
+
+    again = start(*arguments, "--out", tmp_path / "killed")
+    stdout, stderr = again.communicate(timeout=500)
+    assert again.returncode == 0, stderr
+    assert "rows are there already" in stdout
+    assert items.read_bytes() == (tmp_path / "whole" / "items.jsonl").read_bytes()
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    clocks = {"seconds", "useful_tokens_per_second", "useful_tokens_per_second_with_compilation"}
+    assert [{k: v for k, v in one.items() if k not in clocks} for one in summaries[:1]] == [
+        {k: v for k, v in one.items() if k not in clocks} for one in summaries[1:]
+    ]
+
+
+def test_the_batch_an_answer_is_in_changes_nothing(tmp_path):
+    """Prompts of two buckets of lengths, temperature and all: the same answers one by one and 32 at once."""
+    rows = [{"question": "x" * length, "contains": "y"} for length in (3, 14, 5, 13, 1)]
+    path = tmp_path / "probe.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"task": "chat", "file": path, "max_new_tokens": 5, "temperature": 0.5}
+    quiet(**options, batch_size=1, out=tmp_path / "one")
+    quiet(**options, batch_size=32, out=tmp_path / "many")
+    one, many = ({row["number"]: row for row in rows_of(tmp_path / name)} for name in ("one", "many"))
+    assert one.keys() == many.keys() == {1, 2, 3, 4, 5}
+    for number in one:
+        for field in ("answer", "correct", "tokens_to_end"):
+            assert one[number][field] == many[number][field]
+    assert len({row["answer"] for row in one.values()}) > 1
+
+
+def test_answers_end_at_the_end_token(model, monkeypatch):
+    tokenizer = ByteTokenizer()
+    written = np.array([[*b"ab", *b"42", 256, *b"zz"], [*b"ab", 256, 256, 256, 256, 256], [*b"ab", *b"hello"]])
+
+    def generate(model, prompt, config, keys, prompt_mask):
+        assert prompt.shape == (4, 8) and prompt_mask[:, -2:].tolist() == [[True, True]] * 3 + [[False, True]]
+        tokens = np.concatenate([np.full((3, 6), 256), written], axis=1)
+        return dataclasses.make_dataclass("Sample", ["tokens", "forwards"])(np.pad(tokens, ((0, 1), (0, 0))), 4)
+
+    monkeypatch.setattr("dream_jax.evaluation.answering.generate", generate)
+    config = dream_jax.SamplerConfig(max_new_tokens=5, steps=5)
+    found = answer(model, tokenizer, [list(b"ab")] * 3, [(0, 1), (0, 2), (0, 3)], config, 4)
+    assert [(one.text, one.tokens_to_end) for one in found] == [("42", 2), ("", 0), ("hello", None)]
+    assert {(one.room, one.forwards) for one in found} == {(5, 4)}
+
+
+def test_each_seed_and_problem_has_a_key_of_its_own(model):
+    tokenizer = ByteTokenizer()
+    config = dream_jax.SamplerConfig(max_new_tokens=6, steps=3, alg="entropy", temperature=1.0, forbidden_tokens=(260,))
+    names = [(0, 1), (0, 2), (1, 1), (0, 1)]
+    texts = [one.text for one in answer(model, tokenizer, [list(b"ab")] * 4, names, config, 4)]
+    assert len(set(texts)) == 3 and texts[0] == texts[3]
+
+
+def test_batches_share_a_bucket():
+    lengths = [8, 30, 7, 31, 29, 8, 100]
+    found = batches(lengths, 2)
+    assert sorted(place for part in found for place in part) == list(range(7))
+    assert found == [(0, 2), (5,), (1, 3), (4,), (6,)]
+
+
+def test_prompts_that_do_not_fit(model):
+    tokenizer = ByteTokenizer()
+    ids = encode_prompt("<|mask|>x", "raw", tokenizer)
+    assert tokenizer.mask_id not in ids  # a file cannot forge a control token
+    assert encode_prompt("x", "chat", tokenizer) == tokenizer.chat([{"role": "user", "content": "x"}])
+    most = model.config.max_position_embeddings
+    check_length([1] * (most - 8), 8, model, "f:1")
+    for wrong in ([], [1] * (most - 7)):
+        with pytest.raises(ValueError, match=f"f:1: a prompt of {len(wrong)} tokens"):
+            check_length(wrong, 8, model, "f:1")
+
+
+def by_hand(model, tokens, masked):
+    """Cross entropy of the masked tokens from the public logits, with the right shift."""
+    noisy = np.where(masked, model.config.mask_token_id, tokens)
+    logits = np.asarray(model(noisy[None])[0], np.float64)
+    shifted = logits[np.maximum(np.arange(len(tokens)) - 1, 0)]
+    nats = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(tokens)), tokens]
+    return nats[masked].sum()
+
+
+def test_the_models_cross_entropy_is_that_of_its_logits(model):
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in (5, 13, 13, 5):
+        masked = generator.random(length) < 0.5
+        masked[:2] = False, True
+        rows.append((generator.integers(0, 256, length).astype(np.int32), masked))
+    expected = [by_hand(model, tokens, masked) for tokens, masked in rows]
+    np.testing.assert_allclose(model_nll(model, ByteTokenizer(), 3)(rows), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="the model takes"):
+        model_nll(model, ByteTokenizer(), 1)([(np.zeros(5000, np.int32), np.ones(5000, bool))])
+
+
+def test_choices_and_likelihoods(tmp_path):
+    choices, texts = tmp_path / "choices.jsonl", tmp_path / "texts.jsonl"
+    choices.write_text(json.dumps({"question": "2 + 2?", "choices": ["3", "four"], "answer": 1}) + "\n")
+    rows = [{"text": "abcd"}, {"text": "ef", "before": "x", "after": "y"}]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"samples": 32, "batch_size": 16, "seeds": 2}
+    chosen = quiet(task="choice", file=choices, out=tmp_path / "c", **options)
+    for row in rows_of(tmp_path / "c"):
+        assert row["chosen"] == int(np.argmin(row["nats"])) and row["correct"] == (row["chosen"] == 1)
+        # Text of random weights: about ln 261 nats a byte, so that the shorter choice is the likelier.
+        assert row["nats"] == pytest.approx([2 * np.log(261), 5 * np.log(261)], rel=0.1)
+        assert row["correct_by_byte"] == (row["nats"][1] / 4 < row["nats"][0])
+    assert chosen.numbers["accuracy"].value == 0 and chosen.numbers["accuracy_by_byte"].value == 1
+
+    found = quiet(task="likelihood", file=texts, out=tmp_path / "l", **options).numbers
+    assert (found["texts"], found["tokens"], found["bytes"], found["seeds"]) == (2, 6, 6, 2)
+    bits = found["bits_per_byte"]
+    assert bits.low < bits.value < bits.high
+    assert bits.value == pytest.approx(found["nats_per_token"].value / np.log(2))
+    seeds = {seed: [row["nats"] for row in rows_of(tmp_path / "l") if row["seed"] == seed] for seed in (0, 1)}
+    assert seeds[0] != seeds[1]
+    # On a mesh the same numbers.
+    mesh = quiet(task="likelihood", file=texts, out=tmp_path / "m", mesh="4x2", **options).numbers
+    assert mesh["bits_per_byte"].value == pytest.approx(bits.value, rel=1e-5)
+
+
+def test_sampling_on_a_mesh(tmp_path):
+    options = {"limit": 8, "max_new_tokens": 4, "batch_size": 8}
+    one, many = quiet(out=tmp_path / "one", **options), quiet(out=tmp_path / "many", mesh="4x2", **options)
+    assert one.numbers["accuracy"] == many.numbers["accuracy"] and many.numbers["problems"] == 8
+    with pytest.raises(ValueError, match="multiple of the 8 devices"):
+        quiet(out=tmp_path / "odd", mesh="8x1", batch_size=12)
+
+
+def test_a_finished_run_loads_no_weights(tmp_path, monkeypatch):
+    options = {"limit": 2, "max_new_tokens": 2, "out": tmp_path / "run"}
+    first = quiet(**options)
+    monkeypatch.setattr("dream_jax.pretrained.load", lambda *_, **__: pytest.fail("weights were read"))
+    assert quiet(**options).numbers == first.numbers
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        quiet(**options | {"max_new_tokens": 3})
+    for wrong in ({"shots": 3, "task": "chat"}, {"task": "gsm8k"}):
+        path = tmp_path / "bad.jsonl"
+        path.write_text('{"question": "x", "contains": "y"}\n{"question": 3}\n')
+        with pytest.raises(ValueError, match=r"bad\.jsonl:[12]|no field"):
+            quiet(out=tmp_path / "other", file=path, **wrong)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    quiet(limit=2, max_new_tokens=2, out=tmp_path / "run", figure=True)
+    assert (tmp_path / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_says_when_it_will_be_done(capsys):
+    with watch(Console(force_terminal=False), total=4, done=1) as advance:
+        advance(1, [{"correct": True}, {"correct": False}])  # too soon for a line
+        advance(2, [{"correct": True}, {"correct": False}])
+    assert capsys.readouterr().out == "4/4 rows  accuracy 0.500  ETA 0:00\n"
+    with watch(Console(force_terminal=True), total=2, done=0) as advance:
+        advance(2, [{"nats": 1.0}])
+    assert "2/2" in capsys.readouterr().out
+    assert [clock(value) for value in (4.6, 750, 3723)] == ["0:05", "12:30", "1:02:03"]
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "86,28,13,31,96", "output": "86+28=114,31-13=18,114-18=96"}\n{"input": "86,28')
+    done = start("--task", "countdown", "--file", path, "--shots", 0, "--out", tmp_path / "out")
+    _, stderr = done.communicate(timeout=300)
+    assert done.returncode == 1 and "rows.jsonl:2: not JSON" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
