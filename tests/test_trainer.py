@@ -244,7 +244,7 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
         ({"mesh": "8"}, "not of the form FSDPxTENSOR"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"weight": "cart", "cart_p": 1.5}, "outside"),
-        ({"learning_rate": -1.0}, "must be positive"),
+        ({"learning_rate": -1.0}, "must be a positive number"),
         ({"max_length": 1}, "leaves no room"),
         ({"num_processes": 2}, "need --coordinator"),
         ({"process_id": 3}, "process_id=3 need --coordinator"),
