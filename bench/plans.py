@@ -33,7 +33,8 @@ def _case(topology: str, mesh: str, batch_size: int, max_length: int, **more: An
     return topology, FULL | {"mesh": mesh, "batch_size": batch_size, "max_length": max_length} | more
 
 
-# Name, topology and settings. Everything is full-parameter fine-tuning in float32 masters and bfloat16 compute.
+# Name, topology and settings. Full-parameter fine-tuning with float32 masters and bfloat16 compute, except "-lora" and
+# "-nf4": an adapter of rank 32 on all projections, over a base in bfloat16 or four bits.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "v6e-8x1": _case("v6e:2x4", "8x1", 8, 4096),
     "v6e-4x2": _case("v6e:2x4", "4x2", 8, 4096),
@@ -43,9 +44,12 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "v5e-16x1": _case("v5e:4x4", "16x1", 16, 2048),
     "v5e-8x1": _case("v5e:2x4", "8x1", 8, 2048),
     "v5e-8x1-int8": _case("v5e:2x4", "8x1", 8, 2048, moments="int8"),
+    "v5e-8x1-lora": _case("v5e:2x4", "8x1", 8, 4096, lora_rank=32),
+    "v5e-8x1-nf4": _case("v5e:2x4", "8x1", 8, 4096, lora_rank=32, base="nf4"),
     "v5p-32k": _case("v5p:2x2x2", "1x1x8", 1, 32_768),
     "h100-8x1": _case("h100:8", "8x1", 8, 4096),
     "h100-1-int8": _case("h100:1", "1x1", 4, 4096, moments="int8"),
+    "h100-1-lora": _case("h100:1", "1x1", 4, 4096, lora_rank=32),
     "h200-8x1": _case("h200:8", "8x1", 8, 4096),
     "h200-1": _case("h200:1", "1x1", 4, 4096),
 }
@@ -86,7 +90,7 @@ def tables(found: Mapping[str, Any]) -> str:
         off = "" if memory["refused"] else f" ({memory['estimate'] / memory['peak'] - 1:+.0%})"
         lines.append(
             f"| {name} | {plan['hardware']} | {settings['mesh']} | {settings['batch_size']} x {settings['max_length']} | "
-            f"{settings['remat']}, {settings['moments']} | {gib(given)} | "
+            f"{settings['remat']}, {_trains(settings)} | {gib(given)} | "
             f"{gib(memory['working']) if memory['refused'] is None else '-'} | {peak} | {gib(memory['limit'])} | "
             f"{'yes' if plan['fits'] else 'no'} | {gib(memory['estimate'])}{off} |"
         )
@@ -111,6 +115,12 @@ def tables(found: Mapping[str, Any]) -> str:
     dates = sorted(one["date"][:10] for one in found.values())
     lines += ["", f"Compiled {dates[0]} to {dates[-1]} by {', '.join(versions)}." if dates else "Nothing compiled yet."]
     return "\n".join(lines)
+
+
+def _trains(settings: Mapping[str, Any]) -> str:
+    if settings.get("lora_rank") is None:
+        return str(settings["moments"])
+    return f"rank {settings['lora_rank']} on {'bfloat16' if settings['base'] == 'auto' else settings['base']}"
 
 
 def write_tables() -> None:

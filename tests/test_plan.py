@@ -198,6 +198,23 @@ def test_flops_of_a_token(length, gflop):
     assert arithmetic.remat_flops(step, dataclasses.replace(shape, remat="none")) == 0
 
 
+def test_adapter_costs_two_thirds_of_the_work_and_no_gradients_of_the_base():
+    whole = estimated(dream_7b(), "v6e:2x4")
+    adapter = estimated(dream_7b(lora_rank=32), "v6e:2x4")
+    four_bits = estimated(dream_7b(lora_rank=32, base="nf4"), "v6e:2x4")
+    assert (adapter.trained, adapter.frozen) == (80_740_352, 7_615_616_512)
+    assert four_bits.frozen == adapter.frozen and four_bits.time == dataclasses.replace(
+        adapter.time, memory_traffic=four_bits.time.memory_traffic
+    )
+    # 4 + 12 S terms over 6 + 12 S terms, and the adapter's own.
+    assert 0.65 < adapter.time.model_flops / whole.time.model_flops < 0.75
+    assert adapter.memory.gradients < 0.02 * whole.memory.gradients
+    # A weight in two bytes, and in half a byte and its scale; norms, embedding and head stay as they are.
+    assert adapter.memory.parameters == pytest.approx(whole.memory.parameters / 2, rel=0.15)
+    assert four_bits.memory.parameters < 0.5 * adapter.memory.parameters
+    assert four_bits.memory.estimate < adapter.memory.estimate < whole.memory.estimate
+
+
 def test_loss_goes_round_as_the_fullest_device_needs():
     shape = arithmetic.Shape(
         batch=8,

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from dream_jax import sharding
-from dream_jax.model import Remat, parameter_count, split_params
+from dream_jax.config import DreamConfig
+from dream_jax.model import Remat, parameter_count
 from dream_jax.objective import chunk_rows
 from dream_jax.plan.hlo import Collective
 from dream_jax.trainer.build import AbstractStep
@@ -110,7 +111,7 @@ def bytes_on_device(step: AbstractStep, shape: Shape, platform: str) -> Bytes:
         "offload": 2 * inputs,  # on the way to the host
     }[shape.remat]
     # One layer's weights, whole but for the tensor axis, once in use and once under way.
-    weights = parameter_count(model.layers) // layers // tensor * width
+    weights = matrix_count(config) // layers // tensor * width
     scores = 0
     if attention_backend(step, platform) == "xla":
         rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
@@ -119,7 +120,9 @@ def bytes_on_device(step: AbstractStep, shape: Shape, platform: str) -> Bytes:
         )
     layer = 2 * weights + tokens * (products + everything) * width + scores
     rows = chunk_rows(tokens, config.vocab_size, platform)
-    loss = hidden * vocab * (width + _FLOAT32) + tokens * hidden * (_FLOAT32 + width) + 2 * rows * vocab * _FLOAT32
+    # A frozen projection has no gradient to sum.
+    projection = hidden * vocab * (width + (0 if step.frozen else _FLOAT32))
+    loss = projection + tokens * hidden * (_FLOAT32 + width) + 2 * rows * vocab * _FLOAT32
     parameters, host = _resident([step.state.params, step.frozen])
     optimizer, optimizer_host = _resident([step.state.opt_state, step.state.step])
     gradients = _resident([step.state.params])[0]
@@ -182,29 +185,32 @@ def model_flops(step: AbstractStep, shape: Shape) -> float:
     A frozen weight has no gradient of its own: 4 a token, not 6.
     """
     config = step.model.config
-    tokens = float(shape.batch * shape.length)
-    trained, frozen = (_matrix_count(tree) for tree in (step.state.params, step.frozen))
-    head_trained = "lm_head" in step.state.params or "embed" in step.state.params
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
-    head = config.hidden_size * config.vocab_size * (6 if head_trained else 4) * shape.masked_share
-    return tokens * (6.0 * trained + 4.0 * frozen + attention + head)
+    each = 4.0 if step.frozen else 6.0
+    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
+    head = each * config.hidden_size * config.vocab_size * shape.masked_share
+    products = each * matrix_count(config) + 6.0 * _adapter_count(step)
+    return shape.batch * shape.length * (products + attention + head)
 
 
 def remat_flops(step: AbstractStep, shape: Shape) -> float:
-    """Of what the backward pass computes again: with "full" each layer's forward pass, with "dots" its attention."""
+    """Of what the backward pass computes again: each layer's forward pass, or with "dots" its attention."""
     if shape.remat == "none":
         return 0.0
     config = step.model.config
-    tokens = float(shape.batch * shape.length)
     attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
-    matrices = _matrix_count(step.state.params) + _matrix_count(step.frozen)
-    return tokens * (attention if shape.remat == "dots" else attention + 2.0 * matrices)
+    products = 0.0 if shape.remat == "dots" else 2.0 * (matrix_count(config) + _adapter_count(step))
+    return shape.batch * shape.length * (attention + products)
 
 
-def _matrix_count(tree: Any) -> int:
-    """Weights of the layers' matrices: norms and biases take no products worth counting."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree.get("layers", {}))
-    return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key not in ("bias", "scale"))
+def matrix_count(config: DreamConfig) -> int:
+    """Weights of all layers' matrices, however they are stored; norms and biases take no products worth counting."""
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer
+
+
+def _adapter_count(step: AbstractStep) -> int:
+    return parameter_count(step.state.params) if step.frozen else 0
 
 
 # --------------------------------------------------------------------------------------------------------------- traffic
@@ -221,11 +227,9 @@ def collectives(step: AbstractStep, shape: Shape) -> tuple[Collective, ...]:
     found = []
     share = (ways - 1) / ways
     if ways > 1:
-        params = split_params(step.model)[1]
-        layers = parameter_count(params["layers"]) // tensor
-        head = config.hidden_size * config.vocab_size // tensor
-        matrices = len(jax.tree.leaves(params["layers"]))
-        trained = parameter_count(step.state.params.get("layers", {})) // tensor
+        layers, head = matrix_count(config) // tensor, config.hidden_size * config.vocab_size // tensor
+        trained, summed = (_adapter_count(step) // tensor, 0) if step.frozen else (layers, head)
+        matrices = 7  # q, k, v, o, gate, up, down
         found += [
             Collective(
                 kind="all-gather",
@@ -234,8 +238,8 @@ def collectives(step: AbstractStep, shape: Shape) -> tuple[Collective, ...]:
             ),
             Collective(
                 kind="reduce-scatter",
-                count=shape.accumulation * (config.num_hidden_layers * matrices + 1),
-                sent=share * shape.accumulation * (width * trained + _FLOAT32 * head),
+                count=shape.accumulation * (config.num_hidden_layers * matrices + bool(summed)),
+                sent=share * shape.accumulation * (width * trained + _FLOAT32 * summed),
             ),
         ]
     if tensor > 1:
@@ -260,7 +264,7 @@ def memory_traffic(step: AbstractStep, shape: Shape, found: Bytes, chunks: int) 
     config, tensor = step.model.config, shape.mesh["tensor"]
     width = jax.numpy.dtype(step.model.compute_dtype).itemsize
     passes = shape.accumulation * (2 if shape.remat in ("none", "dots") else 3)
-    weights = 2 * passes * parameter_count(step.model.layers) // tensor * width
+    weights = 2 * passes * matrix_count(config) // tensor * width
     head = shape.accumulation * chunks * config.hidden_size * config.vocab_size // tensor * (2 * width + 2 * _FLOAT32)
     return (
         2.0 * (found.parameters + found.optimizer + found.gradients)

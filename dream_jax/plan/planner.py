@@ -35,6 +35,8 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"moments": "int8"},
     {"remat": "offload"},
     {"moments": "float32", "moments_on_host": True},
+    {"lora_rank": 32},
+    {"lora_rank": 32, "base": "nf4"},
 )
 # Arithmetic is not the compiler's word: what it promises must fit with room to spare.
 _ROOM = 0.9
@@ -80,7 +82,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
         devices=hardware.num_devices,
         settings=settings.plain(),
         trained=parameter_count(step.state.params),
-        frozen=parameter_count(step.frozen),
+        frozen=step.model.config.num_parameters if step.frozen else 0,  # of 4-bit codes two lie in a byte
         rows=rows,
         memory=memory,
         collectives=moved,

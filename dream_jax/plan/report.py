@@ -23,7 +23,7 @@ def _run(plan: Plan) -> list[str]:
         f"plan for {plan.hardware}: {plan.devices} devices, mesh {settings['mesh']}, {how} "
         f"({', '.join(f'{name} {version}' for name, version in plan.versions.items())})",
         f"model {settings['model']}: {plan.trained:,} parameters trained"
-        + (f", {plan.frozen:,} frozen" if plan.frozen else ""),
+        + (f", {plan.frozen:,} frozen (base {settings['base']})" if plan.frozen else ""),
         f"batch {settings['batch_size']} x {rows.max_length} tokens, accumulation {settings['accumulation']}, remat "
         f"{settings['remat']}, {settings['optimizer']} with {settings['moments']} moments, {settings['steps']} steps",
     ]
