@@ -156,7 +156,12 @@ def _sampled(settings: EvaluateSettings, task: Task, template: Template, model: 
             rows.append(
                 {"seed": unit.seed, "number": problem.number, "identity": problem.identity}
                 | dataclasses.asdict(verdict)
-                | {"answer": one.text, "tokens_to_end": one.tokens_to_end, "room": one.room, "forwards": one.forwards}
+                | {
+                    "answer": one.text,
+                    "tokens_to_end": one.tokens_to_end,
+                    "room": len(one.tokens),
+                    "forwards": one.forwards,
+                }
             )
         return rows
 
