@@ -10,7 +10,7 @@ from dream_jax.evaluation.report import compare, summarize
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, read_problems, split_examples
-from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 
 SUDOKU = [  # Dream's format
     ("4000\n0124\n2031\n0000", "4213\n3124\n2431\n1342"),
@@ -53,6 +53,21 @@ def test_ten_puzzles_in_dreams_format(sudoku_file):
     assert task.prompt(asked[0], examples, "raw", "Solve.").startswith("Solve.\n\nInput:")
     for problem in problems:
         assert problem.judge(problem.answer).correct
+
+
+@pytest.mark.parametrize("task", ["countdown", "gsm8k"])
+def test_a_prompt_and_its_answer_are_the_tokens_of_an_example(task, tmp_path, assets):
+    """Where a raw prompt ends and the answer begins is a border between tokens of Dream's tokenizer."""
+    tokenizer = load_tokenizer(assets / "dream-v0-instruct-7b")
+    rows = {"countdown": GOOD["countdown"], "gsm8k": {"question": "How many?", "answer": "She has 3.\n#### 3"}}
+    path = write(tmp_path / "rows.jsonl", [rows[task]])
+    (problem,) = read_problems(TASKS[task], path)
+    prompt = TASKS[task].prompt(problem, [problem], "raw")
+    example = prompt.split("\n\n")[1]
+    asked = prompt.split("\n\n")[2]
+    answer = example.removeprefix(asked)
+    assert answer.strip() == problem.answer
+    assert tokenizer.encode(asked) + tokenizer.encode(answer) == tokenizer.encode(example)
 
 
 def test_generated_puzzles_and_their_examples():
