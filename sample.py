@@ -1,9 +1,10 @@
-"""Samples from a Dream model: `python sample.py --model runs/demo/model --prompt TEXT`, or a file of prompts."""
+"""Samples from a Dream model: `python sample.py --model runs/demo/model --prompt TEXT`, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -26,8 +28,8 @@ from dream_jax import sharding
 from dream_jax.attention import Backend
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
-from dream_jax.pretrained import describe
-from dream_jax.sampler import bucket_length
+from dream_jax.pretrained import describe, describe_adapter
+from dream_jax.sampler import Preset, Stream
 from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer, load_tokenizer, read_template
 
 MASK_SIGN = "░"
@@ -36,7 +38,7 @@ ANSWER_START = b'{"line": '
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to sample and how. Either --prompt or --prompts."""
+    """What to sample and how. One of --prompt, --prompts and --chat."""
 
     model: str = "runs/demo/model"
     """a converted or Hugging Face directory, a hub id, or a preset (random weights)"""
@@ -46,6 +48,8 @@ class Settings:
     """a .jsonl file with a `prompt` string or a `messages` list a line"""
     out: pathlib.Path | None = None
     """.jsonl file for the answers to --prompts; answers that are in it already are not computed again"""
+    chat: bool = False
+    """ask and be answered, turn by turn; an empty line or end of input ends it"""
     template: Literal["auto", "chat", "raw"] = "auto"
     """chat template or the bare text, for prompts that are no messages; auto: as the model was trained, where it says so;
     else raw for byte-level models and chat for others"""
@@ -53,10 +57,12 @@ class Settings:
     """directory with tokenizer files, or "bytes"; by default the model's own"""
     max_new_tokens: int = 128
     """mask tokens after the prompt"""
+    preset: Preset = "exact"
+    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are sure enough"""
     steps: int | None = None
-    """denoising steps; by default one a new token"""
-    alg: Alg = "entropy"
-    """order in which positions are written"""
+    """denoising steps of --preset exact; by default one a new token"""
+    alg: Alg | None = None
+    """order in which positions are written; by default the preset's (exact: entropy)"""
     temperature: float = 0.0
     """0 takes the most probable token"""
     top_p: float | None = None
@@ -67,37 +73,58 @@ class Settings:
     """softens the order"""
     eps: float = 1e-3
     """noise level at the end of the clock"""
+    end_penalty: float = 0.0
+    """subtracted from the logit of the end-of-text token"""
+    guidance: float = 0.0
+    """classifier-free guidance: how far to go from the model without the prompt to the one with it, and past it"""
     seed: int = 0
     """of everything random; line i of a file uses the key (seed, i)"""
+    samples: int = 1
+    """answers to each prompt of a file"""
     batch_size: int = 8
-    """prompts of a file that are denoised together"""
+    """prompts of a file that are denoised together; one that is done makes room for the next"""
     mesh: str = "1x1"
     """devices, fsdp x tensor"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    adapter: str | None = None
+    """directory of an adapter to sample with; added to the weights, or kept beside them under --base int8 and nf4"""
+    any_base: bool = False
+    """use the adapter on other weights than those it was trained on"""
+    base: Literal["auto", "int8", "nf4"] = "auto"
+    """how the matrices of the layers are stored; auto: as --dtype says, and codes of 8 or 4 bits to save memory"""
     attention: Backend = "auto"
     """auto: the fastest that can serve; xla runs everywhere"""
     watch: bool = False
     """show the canvas while it is denoised (live on a terminal, some frames elsewhere)"""
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            raise ValueError("give either --prompt TEXT or --prompts FILE")
+        if (self.prompt is not None) + (self.prompts is not None) + self.chat != 1:
+            raise ValueError("give either --prompt TEXT or --prompts FILE or --chat")
         if (self.prompts is None) != (self.out is None):
             raise ValueError("--prompts FILE and --out FILE belong together")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if self.any_base and self.adapter is None:
+            raise ValueError("--any-base speaks of an adapter: give --adapter as well")
+        if self.batch_size < 1 or self.samples < 1:
+            raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
+        if self.samples > 1 and self.prompts is None:
+            raise ValueError(f"samples={self.samples} is for --prompts FILE")
+        if self.steps is not None and self.preset != "exact":
+            raise ValueError(f"steps={self.steps} means nothing under --preset {self.preset}, which goes by confidence")
 
     def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
-        return dream_jax.SamplerConfig(
+        chosen = {"steps": self.steps, "alg": self.alg}
+        return dream_jax.SamplerConfig.preset(
+            self.preset,
             max_new_tokens=self.max_new_tokens,
-            steps=max(1, self.max_new_tokens) if self.steps is None else self.steps,
-            alg=self.alg,
+            **{name: value for name, value in chosen.items() if value is not None},
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             alg_temp=self.alg_temp,
             eps=self.eps,
+            end_penalty=self.end_penalty,
+            guidance=self.guidance,
             vocab_limit=tokenizer.vocab_limit,
             forbidden_tokens=(tokenizer.mask_id,),
         )
@@ -125,13 +152,19 @@ def run(settings: Settings) -> int:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Whatever may be wrong with these shows before minutes of reading weights.
     abstract = describe(settings.model)
+    if settings.adapter is not None:
+        describe_adapter(settings.adapter).check_fits(abstract)
     tokenizer = find_tokenizer(settings, abstract)
     template = find_template(settings, abstract, tokenizer)
     sampler = settings.sampler(tokenizer)
+    if settings.chat:
+        model = load(settings, dtype, mesh)
+        converse(settings, model, sampler, tokenizer, console)
+        return 0
     if settings.prompts is None:
         prompt = encode(settings.prompt or "", template, tokenizer)
         check_length(prompt, sampler, abstract, "the prompt")
-        model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+        model = load(settings, dtype, mesh)
         answer_one(settings, model, prompt, sampler, tokenizer, console)
         return 0
     questions = {one.line: one for one in read_questions(settings.prompts, template, tokenizer)}
@@ -139,10 +172,31 @@ def run(settings: Settings) -> int:
         check_length(one.ids, sampler, abstract, f"{settings.prompts}:{one.line}: the prompt")
     # What the answers depend on, beside the questions.
     recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
-    done = read_done(settings, questions, recipe | dataclasses.asdict(sampler))
-    model = dream_jax.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+    recipe |= {"samples": settings.samples} | dataclasses.asdict(sampler)
+    recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit)}  # with their types
+    if settings.adapter is not None:
+        recipe["adapter"] = settings.adapter
+    if settings.base != "auto":
+        recipe["base"] = settings.base
+    done = read_done(settings, questions, recipe)
+    model = load(settings, dtype, mesh)
     answer_file(settings, questions, done, model, sampler, tokenizer, console)
     return 0
+
+
+def load(settings: Settings, dtype: str, mesh: jax.sharding.Mesh) -> dream_jax.Dream:
+    base = None if settings.base == "auto" else settings.base
+    model = dream_jax.load(
+        settings.model,
+        dtype=dtype,
+        mesh=mesh,
+        attention_backend=settings.attention,
+        base=base,
+        adapter=settings.adapter,
+        any_base=settings.any_base,
+    )
+    # As one matrix it is faster; codes cannot hold the sum.
+    return dream_jax.merge_adapter(model) if base is None else model
 
 
 def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
@@ -161,9 +215,12 @@ def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
 def find_template(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer) -> Template:
     if settings.template != "auto":
         return settings.template
-    # A model that was trained here says how its prompts were written.
-    noted = None if model.tokenizer_dir is None else read_template(model.tokenizer_dir)
-    return noted or ("raw" if isinstance(tokenizer, ByteTokenizer) else "chat")
+    # A model that was trained here says how its prompts were written, and so does an adapter.
+    for directory in (settings.adapter, model.tokenizer_dir):
+        noted = None if directory is None else read_template(directory)
+        if noted is not None:
+            return noted
+    return "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
 
 
 def encode(prompt: str | list[dict[str, str]], template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -240,63 +297,83 @@ def watching(
         yield on_step
 
 
+def converse(
+    settings: Settings,
+    model: dream_jax.Dream,
+    sampler: dream_jax.SamplerConfig,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    messages: list[dict[str, str]] = []
+    for turn in itertools.count():
+        console.print("you: ", end="")
+        asked = sys.stdin.readline().strip()
+        if not asked:
+            break
+        messages.append({"role": "user", "content": asked})
+        ids = tokenizer.chat(messages)
+        check_length(ids, sampler, model, "the conversation")
+        key = jax.random.fold_in(jax.random.key(settings.seed), turn)
+        prompt = np.array(ids, np.int32).reshape(1, -1)
+        with watching(dataclasses.replace(settings, watch=True), tokenizer, len(ids), console) as on_step:
+            out = dream_jax.generate(model, prompt, sampler, key, on_step=on_step)
+        answer = show(np.asarray(out.tokens)[0, len(ids) :], tokenizer).strip()
+        console.print(f"model: {answer}", markup=False)
+        messages.append({"role": "assistant", "content": answer})
+
+
 def answer_file(
     settings: Settings,
     questions: dict[int, Question],
-    done: set[int],
+    done: set[tuple[int, int]],
     model: dream_jax.Dream,
     config: dream_jax.SamplerConfig,
     tokenizer: Tokenizer,
     console: Console,
 ) -> None:
     assert settings.out is not None
-    encoded = {line: one.ids for line, one in questions.items() if line not in done}
-    console.print(f"{len(questions)} prompts, {len(done)} answered already")
-    # Prompts that share a bucket of lengths share a compiled program.
-    order = sorted(encoded, key=lambda number: (bucket_length(len(encoded[number])), number))
+    asked = [(line, sample) for line in questions for sample in range(settings.samples)]
+    open_ = [one for one in asked if one not in done]
+    console.print(f"{len(asked)} prompts, {len(done)} answered already")
+    # A key a line of the file, and for further samples one that follows from it: no answer depends on what it is
+    # batched with, nor on where a run was stopped.
     key = jax.random.key(settings.seed)
-    begun, tokens = time.monotonic(), 0
+    keys = [jax.random.fold_in(key, line) for line, _ in open_]
+    keys = [
+        one if not sample else jax.random.fold_in(one, sample) for one, (_, sample) in zip(keys, open_, strict=True)
+    ]
+    begun, useful, canvas, passes = time.monotonic(), 0, 0, 0
+    stream = Stream(
+        model,
+        [questions[line].ids for line, _ in open_],
+        config,
+        jnp.stack(keys) if keys else jax.random.split(key, 0),
+        batch_size=settings.batch_size,
+    )
     with settings.out.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
-        task = progress.add_task("prompts", total=len(order))
-        for part in batches(order, encoded, settings.batch_size):
-            width = bucket_length(max(len(encoded[number]) for number in part))
-            rows = np.full((settings.batch_size, width), tokenizer.pad_id, np.int32)
-            mask = np.zeros(rows.shape, bool)
-            mask[:, -1:] = True  # rows that only fill the batch
-            for line, number in enumerate(part):
-                if encoded[number]:
-                    rows[line, -len(encoded[number]) :] = encoded[number]
-                    mask[line, width - len(encoded[number]) :] = True
-            # A key a line of the file: its answer does not depend on what it is batched with.
-            filled = [*part, *[0] * (settings.batch_size - len(part))]
-            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.array(filled))
-            out = dream_jax.generate(model, rows, config, keys, prompt_mask=mask)
-            answers = np.asarray(out.tokens)
-            for line, number in enumerate(part):
-                begin = width - len(encoded[number]) if tokenizer.mask_id in encoded[number] else width
-                answer = show(answers[line, begin:], tokenizer)
-                row = {"line": number, "prompt": questions[number].prompt, "answer": answer}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                tokens += int(np.sum(np.cumsum(answers[line, width:] == tokenizer.eos_id) == 0))
+        task = progress.add_task("prompts", total=len(open_))
+        for answer in stream:
+            line, sample = open_[answer.prompt]
+            ids = questions[line].ids
+            begin = 0 if tokenizer.mask_id in ids else len(ids)
+            row = {"line": line, "prompt": questions[line].prompt, "answer": show(answer.tokens[begin:], tokenizer)}
+            if settings.samples > 1:
+                row["sample"] = sample
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            progress.update(task, advance=len(part))
-    seconds = time.monotonic() - begun
+            written = answer.commit_step >= 0
+            canvas += int(np.sum(written))
+            ended = np.cumsum((answer.tokens == tokenizer.eos_id) & written) > 0
+            useful += int(np.sum(written & ~ended))
+            passes += answer.passes
+            progress.update(task, advance=1)
+    seconds = max(time.monotonic() - begun, 1e-9)
     console.print(
-        f"wrote {settings.out}: {len(order)} new answers, {tokens} tokens before the end token in {seconds:.1f} s "
-        f"({tokens / max(seconds, 1e-9):.1f} tokens/s with compilation)"
+        f"wrote {settings.out}: {len(open_)} new answers in {seconds:.1f} s with compilation: {useful} tokens before the "
+        f"end token ({useful / seconds:.1f} a second), {canvas} on the canvas ({canvas / seconds:.1f} a second); "
+        f"{stream.forwards} forward passes, {passes / max(useful, 1):.2f} a row and useful token"
     )
-
-
-def batches(order: list[int], encoded: dict[int, list[int]], size: int) -> Iterator[list[int]]:
-    part: list[int] = []
-    for number in order:
-        if part and (len(part) == size or bucket_length(len(encoded[number])) != bucket_length(len(encoded[part[0]]))):
-            yield part
-            part = []
-        part.append(number)
-    if part:
-        yield part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,8 +402,8 @@ def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer)
         yield Question(line=int(where.rpartition(":")[2]), prompt=prompt, ids=ids)
 
 
-def read_done(settings: Settings, asked: dict[int, Question], recipe: dict[str, Any]) -> set[int]:
-    """Lines that are answered in `out` already. A last line that was cut short is removed from it.
+def read_done(settings: Settings, asked: dict[int, Question], recipe: dict[str, Any]) -> set[tuple[int, int]]:
+    """Lines and samples that are answered in `out` already. A last line that was cut short is removed from it.
 
     The file beside it says how its answers are made: a file never holds answers made in two ways.
     """
@@ -352,7 +429,8 @@ def read_done(settings: Settings, asked: dict[int, Question], recipe: dict[str, 
             f"{path} holds answers that were made with other settings ({'; '.join(changed) or f'no {beside}'}); "
             "repeat them, or give another --out"
         )
-    done, whole = set(), 0
+    done: set[tuple[int, int]] = set()
+    whole = 0
     content = path.read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
@@ -364,7 +442,7 @@ def read_done(settings: Settings, asked: dict[int, Question], recipe: dict[str, 
         known = isinstance(row, dict) and isinstance(row.get("line"), int) and row["line"] in asked
         if not known or asked[row["line"]].prompt != row.get("prompt"):
             raise ValueError(f"{path}, line {number}: not an answer to this file of prompts; give another --out")
-        done.add(row["line"])
+        done.add((row["line"], row.get("sample", 0)))
         whole += len(line)
     if whole < len(content):
         os.truncate(path, whole)

@@ -21,7 +21,7 @@ from dream_jax.objective import (
 from dream_jax.sampler import Sample, SamplerConfig, generate
 
 if TYPE_CHECKING:
-    from dream_jax.pretrained import export_hf, load, save
+    from dream_jax.pretrained import export_hf, load, merge_adapter, save, save_adapter
 
 try:
     __version__ = importlib.metadata.version("dream-jax")
@@ -43,13 +43,15 @@ __all__ = [
     "generate",
     "load",
     "masked_diffusion_loss",
+    "merge_adapter",
     "save",
+    "save_adapter",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # On first use: they need Orbax and safetensors, which the compute rooms do without.
-    if name in ("load", "save", "export_hf"):
+    if name in ("load", "save", "export_hf", "save_adapter", "merge_adapter"):
         from dream_jax import pretrained
 
         return getattr(pretrained, name)

@@ -32,6 +32,7 @@ def new_directory(
     overwrite: bool = False,
     needed_bytes: int = 0,
     reads: pathlib.Path | None = None,
+    marker: str = "config.json",
 ) -> Iterator[pathlib.Path]:
     """A directory to fill, which gets its name `path` when the block ends well and vanishes when it does not.
 
@@ -40,12 +41,13 @@ def new_directory(
 
     Args:
       path: the name to be.
-      overwrite: whether a checkpoint that has the name now may be replaced, at the end.
+      overwrite: whether what has the name now may be replaced, at the end, if it is of the same kind.
       needed_bytes: what will be written; checked against the space left on the disk.
       reads: a directory that is read meanwhile, which must be another one.
+      marker: a file that every directory of this kind holds.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is not set, or `path` is not a checkpoint.
+      FileExistsError: `path` exists and `overwrite` is not set, or `path` holds something else.
       ValueError: `path` is `reads`.
       OSError: too little space.
     """
@@ -54,7 +56,7 @@ def new_directory(
     token, refusal = os.getpid(), None
     if leads:
         try:
-            _prepare(target, overwrite, needed_bytes, reads)
+            _prepare(target, overwrite, needed_bytes, reads, marker)
         except (OSError, ValueError) as error:
             token, refusal = 0, error
     if jax.process_count() > 1:
@@ -91,7 +93,7 @@ def new_directory(
     _barrier("named")
 
 
-def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None) -> None:
+def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None, marker: str) -> None:
     if reads is not None and target == reads.resolve():
         raise ValueError(f"{target} is the source itself; give another directory")
     _remove_stale(target)
@@ -100,8 +102,10 @@ def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pa
             raise FileExistsError(
                 f"{target} exists; pass --overwrite (overwrite=True) to replace it, or give another name"
             )
-        if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-            raise FileExistsError(f"{target} is not a checkpoint directory, so it is not replaced; give another name")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+            raise FileExistsError(
+                f"{target} is not a checkpoint directory (it holds no {marker}), so it is not replaced; give another name"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes + _SPARE_BYTES:

@@ -158,16 +158,26 @@ def write_description(directory: pathlib.Path, config: DreamConfig, dtype: jax.t
         "format": FORMAT,
         "dtype": jnp.dtype(dtype).name,
         "parameters": parameters,
-        "files": dict(sorted(_files(directory))),
+        "files": written_files(directory),
     }
     text = json.dumps(description, indent=1) + "\n"
     (directory / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
-def _files(directory: pathlib.Path) -> Iterator[tuple[str, int]]:
-    for path in (directory / WEIGHTS).rglob("*"):
-        if path.is_file():
-            yield path.relative_to(directory).as_posix(), path.stat().st_size
+def written_files(directory: pathlib.Path) -> dict[str, int]:
+    """Every file of weights in a directory with its size, by relative path; for `check_files`."""
+    files = (path for path in (directory / WEIGHTS).rglob("*") if path.is_file())
+    return dict(sorted((path.relative_to(directory).as_posix(), path.stat().st_size) for path in files))
+
+
+def check_files(directory: pathlib.Path, files: Mapping[str, int], remedy: str) -> None:
+    """Raises FileNotFoundError or ValueError when a file is missing or of another size than was written."""
+    for name, size in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; {remedy}")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, but {size} were written; {remedy}")
 
 
 def is_converted(directory: pathlib.Path) -> bool:
@@ -208,14 +218,7 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> Descriptio
     expected = config.num_parameters
     if description.parameters != expected:
         raise ValueError(f"{path} describes {description.parameters} parameters, but config.json makes {expected}")
-    for name, size in description.files.items():
-        file = directory / name
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; convert the source again")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"{file} has {file.stat().st_size} bytes, but {size} were written; convert the source again"
-            )
+    check_files(directory, description.files, "convert the source again")
     return description
 
 
@@ -263,7 +266,7 @@ def load_params(
     params["layers"] = _zeros(stacked_shapes, layers[0], mesh)
     for unit in layers:
         layer = read_unit(directory, unit, mesh)["layers"]
-        params["layers"] = _set_layer(params["layers"], layer, unit.layer)
+        params["layers"] = set_layer(params["layers"], layer, unit.layer)
         jax.block_until_ready(params)  # else the layers to come pile up in memory
     return params
 
@@ -277,7 +280,9 @@ def _zeros(shapes: ParamTree, layer: Unit, mesh: Mesh | None) -> ParamTree:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
+def set_layer(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
+    """Stacked parameters with one layer put in, bit for bit; the stacked ones are donated."""
+
     def bits(x: jax.Array) -> jax.Array:
         # As floats, XLA's CPU backend goes through float32 and rewrites the payload of every bfloat16 NaN.
         return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Key
 
 from dream_jax import masks
-from dream_jax.attention import Backend, attention
+from dream_jax.attention import Backend, KeysValues, Window, attention
 from dream_jax.config import DreamConfig
 from dream_jax.quantisation import product
 from dream_jax.shapes import Array, ParamTree
@@ -165,13 +165,19 @@ class Attention(nnx.Module):
         mask: masks.Mask,
         backend: Backend,
         dropout_keys: DropoutKeys = None,
-    ) -> Float[jax.Array, "B T D"]:
-        """Attends within each row under the mask."""
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """Attends within each row under the mask (with a window: of its queries and all keys).
+
+        Also returns the keys and values of these tokens.
+        """
         keys = _own_keys(dropout_keys, 4)
         q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
         k_BSKH = constrain(rotate(self.k(x_BTD, keys[1]), rotation), "batch", None, "kv_heads", None)
         v_BSKH = constrain(self.v(x_BTD, keys[2]), "batch", None, "kv_heads", None)
-        return self.o(attention(q_BTNH, k_BSKH, v_BSKH, mask, backend), keys[3])
+        own = KeysValues(k_BSKH, v_BSKH)
+        seen = own if window is None else window.with_own(own)
+        return self.o(attention(q_BTNH, seen.k, seen.v, mask, backend), keys[3]), own
 
 
 class MLP(nnx.Module):
@@ -212,14 +218,16 @@ class Layer(nnx.Module):
         mask: masks.Mask,
         backend: Backend,
         dropout_keys: DropoutKeys = None,
-    ) -> Float[jax.Array, "B T D"]:
-        """One block."""
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """One block; also the keys and values of its tokens."""
         keys = _own_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0])
+            attended_BTD, own = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
+            x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), keys[1])
-        return constrain(x_BTD, "batch", "tokens", "width")
+        return constrain(x_BTD, "batch", "tokens", "width"), own
 
 
 class Embedding(nnx.Module):
@@ -328,21 +336,69 @@ class Dream(nnx.Module):
 
         `dropout_keys` are for training adapters: see `Linear`.
         """
+        return self._hidden(tokens_BT, mask, positions_BT, keep=False, dropout_keys=dropout_keys)[0]
+
+    def hidden_and_keys(
+        self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+        """As `hidden`, and what later passes over a window of these tokens need: keys and values of all layers."""
+        hidden_BTD, own = self._hidden(tokens_BT, mask, positions_BT, keep=True)
+        assert own is not None
+        return hidden_BTD, own
+
+    def hidden_window(
+        self,
+        tokens_BW: Int[jax.Array, "B W"],
+        mask: masks.Mask,
+        positions_BW: Int[jax.Array, "B W"],
+        window: Window,
+    ) -> tuple[Float[jax.Array, "B W D"], KeysValues]:
+        """Hidden states of a few tokens of each row, which attend to the keys that were kept for the whole row.
+
+        Args:
+          tokens_BW: the tokens.
+          mask: who may attend to whom, W queries and S keys.
+          positions_BW: their rotary positions.
+          window: what was kept (by `hidden_and_keys` or from here), and where these tokens belong in it.
+
+        Returns:
+          Hidden states as from `hidden`, and what was kept with the new keys and values.
+        """
+        hidden_BWD, own = self._hidden(tokens_BW, mask, positions_BW, keep=True, window=window)
+        assert own is not None
+        # Here and not layer by layer: what the scan returned would be a second copy of everything that was kept.
+        return hidden_BWD, window.with_own(own)
+
+    def _hidden(
+        self,
+        tokens_BT: Int[jax.Array, "B T"],
+        mask: masks.Mask,
+        positions_BT: Int[jax.Array, "B T"],
+        *,
+        keep: bool,
+        dropout_keys: DropoutKeys = None,
+        window: Window | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KeysValues | None]:
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
             x_BTD = constrain(x_BTD, "batch", "tokens", "width")
             turn = rotation(positions_BT, config.head_dim, config.rope_theta)
 
-        def block(x_BTD: jax.Array, layer_and_number: tuple[Layer, jax.Array]) -> tuple[jax.Array, None]:
+        def block(
+            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KeysValues | None]
+        ) -> tuple[jax.Array, KeysValues | None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
+            *layer_and_number, kept = inputs
             # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
             layer, number = jax.lax.optimization_barrier(layer_and_number)
             layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
             keys = None
             if dropout_keys is not None:
                 keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, number)
-            return layer(x_BTD, turn, mask, self.attention_backend, keys), None
+            seen = None if kept is None or window is None else window.layer(kept)
+            x_BTD, own = layer(x_BTD, turn, mask, self.attention_backend, keys, seen)
+            return x_BTD, own if keep else None
 
         if self.remat == "full":
             block = jax.checkpoint(block)
@@ -357,9 +413,10 @@ class Dream(nnx.Module):
             )
             block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
-            x_BTD, _ = jax.lax.scan(block, x_BTD, (self.layers, jnp.arange(config.num_hidden_layers)))
+            kept = None if window is None else window.kept
+            x_BTD, own = jax.lax.scan(block, x_BTD, (self.layers, jnp.arange(config.num_hidden_layers), kept))
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD).astype(self.compute_dtype)
+            return self.norm(x_BTD).astype(self.compute_dtype), own
 
     def unembedding(self) -> Float[jax.Array, "D V"]:
         """The output projection [D, V] in its stored dtype; the embedding table transposed when the two are tied."""

@@ -392,11 +392,12 @@ def _over_chunks(
     if not with_gradient:
         return outputs, None
     hidden_gradient = ungrouped(gradients[0]).astype(hidden_BTD.dtype)
-    kernel_gradient = jnp.sum(gradients[1], axis=0).astype(kernel_DV.dtype)
-    kernel_gradient = sharding.constrain(kernel_gradient, "embed", "vocab")
+    kernel_gradient = sharding.constrain(jnp.sum(gradients[1], axis=0), "embed", "vocab")
     # Both at once: nothing needs the kernel's until the optimizer does, and a compiler that is free to wait keeps the
-    # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass.
-    return outputs, jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
+    # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass. Rounded only behind the barrier:
+    # else it may round first and add the devices' sums in bfloat16.
+    hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
+    return outputs, (hidden_gradient, kernel_gradient.astype(kernel_DV.dtype))
 
 
 def chunk_rows(rows: int, vocab: int, platform: str) -> int:

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 PROMPT_FORMAT_FILE = "prompt_format.json"
@@ -36,11 +36,18 @@ TOKENIZER_FILES = (
 )
 """Names of the files that belong to a tokenizer. A directory has some of them; they are copied unchanged."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 """Roles a chat message may have. The published template drops any other without a word: they are refused."""
 
-Message = Mapping[str, str]
-"""One turn of a chat: {"role": one of ROLES, "content": text}."""
+Message = Mapping[str, Any]
+"""One turn of a chat: {"role": one of ROLES, "content": text}.
+
+An assistant's may have "tool_calls" as well, [{"name": text, "arguments": object}, ...]; with them the content may be
+empty. Turns of the role "tool" hold what the tools answered.
+"""
+
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that a chat may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
 
 
 class Tokenizer(Protocol):
@@ -83,10 +90,11 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
         """Ids of the chat template over `messages`, ending with the opened assistant turn when asked.
 
-        Special-token strings inside a content are spelled out as text.
+        `tools` are announced in the system turn. Special-token strings inside a content, a call or a tool are
+        spelled out as text.
         Raises: ValueError for no message, an unknown role, or a content that is not a string.
         """
         ...
@@ -147,12 +155,14 @@ class ByteTokenizer:
         text.append(run.decode("utf-8", errors="replace"))
         return "".join(text)
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """See `Tokenizer.chat`; no default system turn."""
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
+        """See `Tokenizer.chat`; no default system turn. Raises ValueError for tools, which need Dream's template."""
         _check_messages(messages)
+        if tools or any(message["role"] == "tool" for message in messages):
+            raise ValueError("the byte tokenizer has no form for tools; take the tokenizer of a Dream checkpoint")
         ids: list[int] = []
         for message in messages:
-            turn = self.encode(f"{message['role']}\n{message['content']}")
+            turn = self.encode(f"{message['role']}\n{turn_text(message)}")
             ids += [self.im_start_id, *turn, self.im_end_id, *b"\n"]
         if add_generation_prompt:
             ids += [self.im_start_id, *b"assistant\n"]
@@ -264,7 +274,7 @@ class DreamTokenizer:
         checked = [_check_id(int(token_id), self.vocab_limit) for token_id in ids]
         return str(self._backend.decode(checked, skip_special_tokens=skip_special))
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
         """See `Tokenizer.chat`. Raises ValueError as well when the files have no chat template."""
         _check_messages(messages)
         if self._stock.chat_template is None:
@@ -275,16 +285,21 @@ class DreamTokenizer:
         # A character no message contains is put inside every special-token string of the contents; what still
         # reads as a special token after the template was applied is the template's own. It is taken out again
         # before the text is encoded.
-        contents = "".join(message["content"] for message in messages)
-        guard = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in contents)
-        guarded = [
-            {
-                "role": m["role"],
-                "content": self._special_pattern.sub(lambda found: found[0][0] + guard + found[0][1:], m["content"]),
-            }
-            for m in messages
-        ]
-        text = self._stock.apply_chat_template(guarded, tokenize=False, add_generation_prompt=add_generation_prompt)
+        told = str([list(messages), list(tools)])
+        guard = next(
+            mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in told and repr(mark)[1:-1] not in told
+        )
+
+        def guarded(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._special_pattern.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+            if isinstance(value, Mapping):
+                return {guarded(name): guarded(inside) for name, inside in value.items()}
+            return [guarded(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+        text = self._stock.apply_chat_template(
+            guarded(messages), tools=guarded(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         return self._encode_pieces(
             piece if piece in self._specials else piece.replace(guard, "")
             for piece in self._special_pattern.split(str(text))
@@ -299,6 +314,20 @@ class DreamTokenizer:
         for name in TOKENIZER_FILES:
             if (self._directory / name).is_file():
                 shutil.copyfile(self._directory / name, target / name)
+
+
+def turn_text(message: Message) -> str:
+    """What the published template writes between the head of an assistant's turn and its `<|im_end|>`.
+
+    That is its content, and its calls: `<tool_call>`, `{"name": ..., "arguments": ...}` and `</tool_call>` on a line
+    each. Any other turn has only its content.
+    """
+    calls = [
+        f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}\n'
+        "</tool_call>"
+        for call in message.get("tool_calls") or ()
+    ]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | DreamTokenizer:

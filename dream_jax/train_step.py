@@ -187,7 +187,8 @@ def make_train_step(
 
     Returns:
       A function of the state, a batch (`tokens` int32 [B, T], `maskable` bool [B, T], `row` int32 [B]: the index of
-      each row within the global batch) and the parameters that the state leaves out, because they are not trained, to
+      each row within the global batch; optionally `attention_mask` bool [B, T], false on what is hidden before a row,
+      whose positions count from there) and the parameters that the state leaves out, because they are not trained, to
       the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`, `num_masked`,
       `grad_norm` (before clipping), `learning_rate`.
 
@@ -208,6 +209,7 @@ def _train_step(
     frozen: ParamTree,
 ) -> tuple[TrainState, Metrics]:
     tokens_BT, maskable_BT, row_B = batch["tokens"], batch["maskable"], batch["row"]
+    exists_BT = batch.get("attention_mask")  # None: every position does
     with jax.named_scope("noise"):
         key = noise_key(config.seed, state.step)
         t_B, masked_BT = draw_noise(key, row_B, maskable_BT, config.global_batch)
@@ -215,14 +217,15 @@ def _train_step(
         # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
 
-    def loss(params: ParamTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        tokens_BT, masked_BT, t_B, row_B = part
+    def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
+        tokens_BT, masked_BT, t_B, row_B, exists_BT = part
         value, aux = masked_diffusion_loss(
             merge_params(graphdef, joined(frozen, params)),
             tokens_BT,
             masked_BT,
             t_B,
             config.weight,
+            exists_BT,
             focal=config.focal,
             normalizer=normalizer,
             # Unused, and so not computed, without an adapter that drops something.
@@ -232,7 +235,7 @@ def _train_step(
         return value, {"loss": value, "nll_sum": nll_sum, "num_correct": aux["num_correct"]}
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (tokens_BT, masked_BT, t_B, row_B)
+    whole = (tokens_BT, masked_BT, t_B, row_B, exists_BT)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:

@@ -38,6 +38,7 @@ RANKS = {
     "optimizer": 4,
     "data": 4,
     "pretrained": 5,
+    "flops": 5,
     "train_step": 5,
     "sampler": 5,
     "trainer": 6,

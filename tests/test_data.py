@@ -251,7 +251,7 @@ BAD_LINES = {
     "no messages": ('{"messages": []}', "must be a list with at least one message"),
     "messages text": ('{"messages": "x"}', "must be a list"),
     "message text": ('{"messages": ["x"]}', "message 0: must be an object"),
-    "role": ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool' must be one of"),
+    "role": ('{"messages": [{"role": "critic", "content": "x"}]}', "role 'critic' must be one of"),
     "no content": ('{"messages": [{"role": "user"}]}', "message 0: no field 'content'"),
     "null content": ('{"messages": [{"role": "user", "content": null}]}', "'content' must be a string"),
     "user last": ('{"messages": [{"role": "user", "content": "x"}]}', "last message is the user's"),
@@ -341,11 +341,12 @@ def test_open_directory(tmp_path: Path) -> None:
 
 
 def test_open_refusals(tmp_path: Path) -> None:
-    for name in ("s1k", "simplescaling/s1K-1.1", "sudokus"):
-        with pytest.raises(ValueError, match=r"not built yet\. Supported: \"sudoku\", \"gsm8k\""):
+    for name in ("sudokus", str(tmp_path / "nothing"), f"{tmp_path.name}/x/y"):
+        with pytest.raises(ValueError, match=r"neither a known name.*Supported: \"sudoku\", \"gsm8k\", \"s1k\""):
             open_source(name)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        open_source(tmp_path / "rows.jsonl")
+    for suffix in (".jsonl", ".json", ".parquet"):
+        with pytest.raises(FileNotFoundError, match="no file"):
+            open_source(tmp_path / f"rows{suffix}")
     with pytest.raises(ValueError, match="must be 'train' or 'test'"):
         open_source("sudoku", "valid")
     file = write_lines(tmp_path / "s1k.jsonl", {"question": "q", "solution": "s"})

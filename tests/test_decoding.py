@@ -93,6 +93,35 @@ def test_tokens_and_confidences(temperature, top_p, top_k):
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, temperature, top_p, top_k)
 
 
+@pytest.mark.parametrize(("vocab", "count"), [(97, 8), (2000, 40), (2003, 40), (152_064, 512)])
+def test_largest(vocab, count):
+    """As top_k, of equals too: flat rows, rows of few values, rows of which little is finite."""
+    rng = np.random.default_rng(vocab)
+    z = rng.normal(size=(8, vocab)).astype(np.float32)
+    z[1], z[2] = 0.0, np.round(z[2])
+    z[3] = np.where(rng.random(vocab) < 0.01, z[3], -np.inf)
+    z[4] = -np.inf
+    z[5] = np.sort(z[5])
+    z[6, vocab // 2 :] = 9.0
+    wanted = jax.lax.top_k(z, count)
+    for found, value in zip(jax.jit(decoding.largest, static_argnums=1)(z, count), wanted, strict=True):
+        np.testing.assert_array_equal(found, value)
+
+
+@pytest.mark.parametrize(("candidates", "top_p", "top_k"), [(512, 0.9, None), (8, 0.8, 5)])
+def test_a_hundred_thousand_rows(monkeypatch, candidates, top_p, top_k):
+    """Random, peaked, tied, flat: as the sort, whether or not the nucleus ends within the tokens that are sorted."""
+    rows, vocab = 100_000, 64
+    logits = rows_of_logits(rows, vocab, seed=4)
+    logits[3::50] = np.round(logits[3::50])
+    logits[4::100] = 0.25
+    uniform = np.random.default_rng(3).random(rows, np.float32)
+    monkeypatch.setattr(decoding, "_CANDIDATES", candidates)
+    choose_by_all.clear_cache()
+    check(logits, uniform, 0.7, top_p, top_k)
+    choose_by_all.clear_cache()
+
+
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.9, None), (0.8, 30)])
 def test_few_candidates(monkeypatch, top_p, top_k):
     """Rows whose nucleus goes on past the tokens that are sorted, beside rows that end within them."""
@@ -258,7 +287,9 @@ def test_commit_writes_the_surest(data):
         assert set(np.flatnonzero(chosen[row])) == set(order[: count[row]])
 
 
-commit = jax.jit(decoding.commit)
+@jax.jit
+def commit(confidence_BM, candidate_BM, count_B):
+    return decoding.commit(decoding.surest_first(confidence_BM, candidate_BM), candidate_BM, count_B)
 
 
 def test_commit_takes_the_first_of_equals():

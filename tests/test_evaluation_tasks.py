@@ -347,6 +347,7 @@ def test_likelihoods_are_compared_in_nats(tmp_path):
         ({"shots": -1}, "shots=-1"),
         ({"samples": 7}, "samples=7"),
         ({"task": "gsm8k"}, "--file"),
+        ({"any_base": True}, "--adapter"),
     ],
 )
 def test_settings_that_cannot_be(options, message):
@@ -356,10 +357,14 @@ def test_settings_that_cannot_be(options, message):
 
 def test_published_settings_give_way_to_ones_own():
     tokenizer = ByteTokenizer()
-    instruct = EvaluateSettings(published="instruct").sampler(tokenizer, 64)
+    instruct = EvaluateSettings(published="instruct").sampler_config(tokenizer, 64)
     assert (instruct.alg, instruct.temperature, instruct.top_p, instruct.steps) == ("entropy", 0.1, 0.9, 64)
-    own = EvaluateSettings(published="instruct", temperature=0.5, steps=16).sampler(tokenizer, 64)
+    own = EvaluateSettings(published="instruct", temperature=0.5, steps=16).sampler_config(tokenizer, 64)
     assert (own.temperature, own.top_p, own.steps) == (0.5, 0.9, 16)
-    plain = EvaluateSettings().sampler(tokenizer, 24)
+    plain = EvaluateSettings().sampler_config(tokenizer, 24)
     assert (plain.alg, plain.temperature, plain.top_p) == ("entropy", 0.0, None)
+    fast = EvaluateSettings(published="instruct", sampler="fast").sampler_config(tokenizer, 64)
+    assert (fast.alg, fast.temperature, fast.block_length) == ("maskgit_plus", 0.1, 32)
+    with pytest.raises(ValueError, match="steps=8 means nothing"):
+        EvaluateSettings(sampler="fast", steps=8).sampler_config(tokenizer, 64)
     assert plain.forbidden_tokens == (tokenizer.mask_id,) and plain.vocab_limit == tokenizer.vocab_limit

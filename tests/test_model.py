@@ -12,6 +12,7 @@ from flax import nnx
 from golden_numbers import CHECKPOINTS, arrays, model
 
 from dream_jax import masks, sharding
+from dream_jax.attention import Window
 from dream_jax.config import PRESETS
 from dream_jax.model import (
     Dream,
@@ -85,7 +86,7 @@ class TestPublished:
         for number in range(last):
             layer = jax.tree.map(lambda leaf, number=number: leaf[number], dream.layers)
             x = jnp.asarray(golden[f"fwd_hidden_{number}"])
-            x = jax.jit(lambda layer, x: layer(x, turn, masks.Bidirectional(), "auto"))(layer, x)
+            x, _ = jax.jit(lambda layer, x: layer(x, turn, masks.Bidirectional(), "auto"))(layer, x)
             if number == last - 1:  # the last one is published after the final norm
                 x = dream.norm(x)
             np.testing.assert_allclose(x, golden[f"fwd_hidden_{number + 1}"], rtol=0, atol=1e-5)
@@ -98,6 +99,43 @@ class TestPublished:
         wanted = golden[f"fwd_hidden_{dream.config.num_hidden_layers}"]
         np.testing.assert_allclose(hidden, wanted, rtol=0, atol=1e-4)
         np.testing.assert_allclose(dream.unembed(hidden), golden["fwd_logits"], rtol=0, atol=1e-4)
+
+
+# Windows over keys that were kept
+
+
+def test_a_window_sees_what_was_kept():
+    """Queries of a few places of each row: as in a full pass where nothing else has changed, and stale where it has."""
+    dream = make()
+    text = jnp.asarray(tokens())
+    positions = jnp.broadcast_to(jnp.arange(12), text.shape)
+    valid = jnp.asarray(np.arange(12) >= [[0], [3]])
+    mask = masks.KeyPadding(valid)
+    whole, kept = dream.hidden_and_keys(text, mask, positions)
+    np.testing.assert_array_equal(whole, dream.hidden(text, mask, positions))
+    assert kept.k.shape == kept.v.shape == (2, 2, 12, 4, 8)  # [L, B, S, K, H]
+
+    place = jnp.array([[2, 3, 4], [7, 8, 9]])
+    rows = jnp.arange(2)[:, None]
+    look = jax.jit(lambda text, kept, where: dream.hidden_window(text[rows, place], mask, place, Window(kept, where)))
+    found, after = look(text, kept, place)
+    np.testing.assert_allclose(found, whole[rows, place], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(after.k, kept.k, rtol=0, atol=1e-5)
+
+    # Another token inside the window: the first layer sees it as a full pass does; what was kept outside stays.
+    other = text.at[rows, place[:, 1:2]].add(1)
+    found, after = look(other, kept, place)
+    _, fresh = dream.hidden_and_keys(other, mask, positions)
+    np.testing.assert_allclose(after.k[0], fresh.k[0], rtol=0, atol=1e-5)
+    outside = np.ones((2, 12), bool)
+    outside[rows, place] = False
+    np.testing.assert_array_equal(np.asarray(after.v)[:, outside], np.asarray(kept.v)[:, outside])
+    assert not np.allclose(np.asarray(after.v)[1][~outside], np.asarray(kept.v)[1][~outside], atol=1e-3)
+    # Places past the end: the window's own keys and values are neither seen nor kept.
+    unseen, after = look(other, kept, jnp.full_like(place, 12))
+    np.testing.assert_array_equal(after.k, kept.k)
+    np.testing.assert_allclose(unseen[:, 0], whole[rows, place][:, 0], rtol=0, atol=1e-5)
+    assert not np.allclose(found[:, 0], unseen[:, 0], atol=1e-3)
 
 
 # Parts

@@ -25,6 +25,7 @@ from dream_jax.objective import (
     draw_noise,
     masked_diffusion_loss,
 )
+from dream_jax.plan.hlo import collectives
 
 SMALL = dataclasses.replace(
     PRESETS["nano"],
@@ -458,6 +459,29 @@ def test_loss_under_the_mesh_of_the_model(mesh, rows):
     wanted = jax.jit(gradient)(params, *arguments)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_loop_over_chunks_moves_nothing_between_devices(monkeypatch):
+    """Under fsdp the projection is gathered before the loop: what a step moves does not depend on the number of chunks."""
+    monkeypatch.setattr(objective, "_CPU_ROWS", 4)
+    graphdef, params = split_params(make())
+    mesh = sharding.make_mesh("8x1")
+    shapes = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        params,
+        sharding.parameter_shardings(params, mesh),
+    )
+    arguments = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in batch(rows=8, length=16)
+    ]
+
+    def loss(params, *arguments):
+        return masked_diffusion_loss(merge_params(graphdef, params), *arguments)[0]
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(shapes, *arguments).compile().as_text()
+    once, often = (sum(one.sent for one in collectives(text, unknown_trips=trips)) for trips in (1, 100))
+    assert once == often > 0
 
 
 # Noise

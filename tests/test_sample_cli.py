@@ -75,10 +75,49 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
     assert answers.read_bytes() == whole
 
 
+def test_chat(weights):
+    command = [
+        sys.executable,
+        "sample.py",
+        "--model",
+        str(weights),
+        "--chat",
+        "--max-new-tokens",
+        "4",
+        "--preset",
+        "fast",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, input="hi\nand then?\n\n", capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("you: ") == 3 and done.stdout.count("you: model: ") == 2
+
+
+def test_several_answers_to_each_prompt(weights, tmp_path):
+    """Other samples are other answers; the first is the one that is drawn without them."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "x"}\n{"prompt": "yy"}\n')
+    found = {}
+    for samples in (1, 3):
+        out = tmp_path / f"{samples}.jsonl"
+        arguments = ("--model", weights, "--prompts", prompts, "--out", out, "--max-new-tokens", 12)
+        done = sample(*arguments, "--temperature", 1.5, "--samples", samples, "--preset", "balanced")
+        assert done.returncode == 0, done.stderr
+        assert "a row and useful token" in done.stdout
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        found[samples] = {(row["line"], row.get("sample", 0)): row["answer"] for row in rows}
+    assert sorted(found[3]) == [(line, sample) for line in (1, 2) for sample in range(3)]
+    assert found[1].items() <= found[3].items()
+    assert len(set(found[3].values())) > 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "x", "--samples", 2), "is for --prompts"),
+        (("--prompt", "x", "--preset", "fast", "--steps", 4), "means nothing under"),
+        ((), "either --prompt TEXT or --prompts FILE or --chat"),
         (("--prompt", "x", "--model", "no/such/model"), "no/such/model"),
         (("--prompt", "x", "--model", "small"), "no tokenizer files"),
         (("--prompt", "x", "--model", "nano", "--top-p", "1.5"), "outside"),
@@ -98,7 +137,7 @@ def test_refusals(arguments, message):
         "not json\n",
         '{"text": "x"}\n',
         "[1]\n",
-        '{"messages": [{"role": "tool", "content": "x"}]}\n',
+        '{"messages": [{"role": "critic", "content": "x"}]}\n',
         json.dumps({"prompt": "x" * 2050}) + "\n",
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -10,11 +11,25 @@ import numpy as np
 import pytest
 from golden_numbers import CHECKPOINTS, GOLDEN, arrays, facts, model
 
-from dream_jax import sampler, schedule
-from dream_jax.model import merge_params, padded_positions, split_params
+from dream_jax import schedule
+from dream_jax.config import PRESETS
+from dream_jax.model import abstract_model, merge_params, padded_positions, split_params
 from dream_jax.pretrained import load
-from dream_jax.sampler import SamplerConfig, bucket_length, generate
+from dream_jax.sampler import (
+    SamplerConfig,
+    WindowCache,
+    bucket_length,
+    generate,
+    loop,
+    passes,
+    propose,
+    state,
+    watching,
+)
 
+BLOCKS = SamplerConfig(
+    max_new_tokens=10, steps=6, alg="entropy", temperature=0.7, block_length=4, cache=WindowCache(refresh_passes=2)
+)
 CASES = [f"s{number}" for number in range(15)]
 RANDOM = [
     SamplerConfig(max_new_tokens=10, steps=6, alg="origin"),
@@ -93,42 +108,61 @@ def test_skipped_steps():
 # The loop
 
 
-@pytest.mark.parametrize("config", RANDOM, ids=lambda config: config.alg)
+@pytest.mark.parametrize("config", [*RANDOM, BLOCKS], ids=lambda config: config.alg)
 def test_driver_is_a_python_loop_over_the_step(config):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)
     mask_id = dream.config.mask_token_id
     canvas = np.concatenate([np.where(valid, start, dream.config.pad_token_id), np.full((2, 10), mask_id)], axis=1)
     canvas[0, 4] = mask_id  # and an infilling
     visible = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
-    keys = jax.random.split(jax.random.key(3), 2)
-    options = {"config": config, "capacity": 12}
-    wanted = sampler._denoise(dream, canvas.astype(np.int32), visible, keys, None, **options)
+    keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(visible))
+    plan, numbers = state.Plan.of(config, capacity=12), state.Numbers.of(config)
+    canvas = jnp.asarray(canvas, jnp.int32)
+    wanted = loop.denoise(dream, canvas, visible, keys, numbers, None, plan=plan)
 
-    step = jax.jit(functools.partial(sampler._step, **options))
-    state = sampler._State(
-        step=jnp.int32(0),
-        canvas_BT=jnp.asarray(canvas, jnp.int32),
-        commit_step_BT=jnp.full(canvas.shape, -1, jnp.int32),
-        forwards=jnp.int32(0),
-    )
-    while int(state.step) < config.steps and np.any(state.canvas_BT == mask_id):
-        state = step(dream, jnp.asarray(visible), padded_positions(jnp.asarray(visible)), keys, None, state)
-    for name, found, value in zip(state._fields, state, wanted, strict=True):
-        np.testing.assert_array_equal(found, value, err_msg=name)
-    assert not np.any(state.canvas_BT == mask_id)
+    text = passes.Text(jnp.asarray(visible), positions)
+    step = jax.jit(functools.partial(loop.step, plan=plan))
+    carry = state.begin(dream, canvas, plan)
+    while np.any(state.active(carry)):
+        carry = step(dream, text, keys, numbers, None, carry)
+    for name, found, value in zip(carry._fields, carry, wanted, strict=True):
+        if name != "kept":
+            np.testing.assert_array_equal(found, value, err_msg=name)
+    assert not np.any(carry.canvas_BT == mask_id)
 
 
 def test_logits_in_chunks(monkeypatch):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)
     for config in (RANDOM[1], dataclasses.replace(RANDOM[1], temperature=0.0)):
         whole = generate(dream, start, config, jax.random.key(0), valid)
-        monkeypatch.setattr(sampler, "_LOGIT_ELEMENTS", 2 * 128 * 3)  # 3 of the 10 positions of both rows
-        sampler._denoise.clear_cache()
+        monkeypatch.setattr(propose, "_LOGIT_ELEMENTS", 2 * 128 * 3)  # 3 of the 10 positions of both rows
+        loop.denoise.clear_cache()
         chunked = generate(dream, start, config, jax.random.key(0), valid)
         monkeypatch.undo()
-        sampler._denoise.clear_cache()
+        loop.denoise.clear_cache()
         np.testing.assert_array_equal(chunked.tokens, whole.tokens)
         np.testing.assert_array_equal(chunked.commit_step, whole.commit_step)
+
+
+def test_all_logits_never_exist():
+    """Compiled for B=4, T=1024, V=152,064: no array has as many elements, and all temporary memory is less than theirs."""
+    config = dataclasses.replace(PRESETS["nano"], vocab_size=152_064, mask_token_id=151_666, pad_token_id=151_643)
+    dream = abstract_model(config)
+    options = SamplerConfig(max_new_tokens=768, steps=768, alg="entropy", temperature=0.2, top_p=0.95)
+    window = dataclasses.replace(options, block_length=32, cache=WindowCache())
+    all_logits = 4 * 1024 * 152_064
+    for one in (options, window):
+        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+        canvas, visible = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
+        plan, numbers = state.Plan.of(one, capacity=768), state.Numbers.of(one)
+        compiled = loop.denoise.lower(dream, canvas, visible, keys, numbers, None, plan=plan).compile()
+        sizes = [
+            np.prod([int(size) for size in match.split(",")], dtype=np.int64)
+            for match in set(re.findall(r"\b(?:pred|[a-z]+[0-9]+)\[([0-9,]+)\]", compiled.as_text()))
+        ]
+        assert 152_064 * 128 <= max(sizes) < all_logits / 8  # the embedding is there, and a block of logits
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * all_logits / 2
 
 
 # Randomness
@@ -330,16 +364,16 @@ def test_lengths_of_one_bucket_share_programs():
     dream = model("tiny_a")
     config = SamplerConfig(max_new_tokens=9, steps=3, alg="entropy", eps=0.011)
     run = lambda length: generate(dream, prompt(length)[0], config)
-    before = sampler._denoise._cache_size()
+    before = loop.denoise._cache_size()
     assert compilations(lambda: run(10)) > 0
-    assert sampler._denoise._cache_size() == before + 1
+    assert loop.denoise._cache_size() == before + 1
     assert compilations(lambda: run(10)) == 0
     # Another length: the loop is there already, only cutting the padding off is a (tiny) program of its own.
     assert compilations(lambda: [run(length) for length in (9, 12, 11)]) <= 3
-    assert sampler._denoise._cache_size() == before + 1
+    assert loop.denoise._cache_size() == before + 1
     assert compilations(lambda: [run(length) for length in (9, 10, 11, 12)]) == 0
     run(13)
-    assert sampler._denoise._cache_size() == before + 2
+    assert loop.denoise._cache_size() == before + 2
 
 
 def test_buckets():
@@ -402,10 +436,10 @@ def test_listener_is_forgotten_after_an_error():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="the terminal is gone"):
         generate(dream, start, config, on_step=listen)
-    assert not sampler._listeners
+    assert not watching._listeners
     seen = []
     generate(dream, start, config, on_step=lambda step, _: seen.append(step))
-    assert len(seen) == 2 and not sampler._listeners
+    assert len(seen) == 2 and not watching._listeners
 
 
 def test_the_prompt_comes_back_as_it_was_given():

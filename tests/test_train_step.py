@@ -159,6 +159,28 @@ def test_rows_may_come_in_any_order():
     assert metrics["num_masked"] == run("8x1")[0][0, 3]
 
 
+def test_what_is_hidden_before_a_row_changes_nothing():
+    """Rows of which the first tokens do not exist; also in parts, and split over rows and tokens."""
+    start = np.arange(ROWS)[:, None] % 6
+    exists = np.arange(LENGTH) >= start
+    data = batch(0) | {"maskable": np.arange(LENGTH) >= start + 4, "attention_mask": exists}
+    other = data | {"tokens": np.where(exists, data["tokens"], 7).astype(np.int32)}
+    prompt = data | {"tokens": np.where(np.arange(LENGTH) == start, 7, data["tokens"]).astype(np.int32)}
+    found = {
+        name: [float(metrics[one]) for one in ("loss", "grad_norm")]
+        for name, given, mesh, parts in (
+            ("plain", data, "1x1", 1),
+            ("other", other, "1x1", 1),
+            ("prompt", prompt, "1x1", 1),
+            ("split", other, "2x1x2", 2),
+        )
+        for _, metrics in [compiled(mesh, accumulation=parts)(first_state(mesh), put(given, mesh))]
+    }
+    assert found["plain"] == found["other"]
+    assert abs(found["prompt"][0] - found["plain"][0]) > 1e-4  # the first token that exists is seen
+    np.testing.assert_allclose(found["split"], found["plain"], rtol=1e-4)
+
+
 def test_same_seed_same_run():
     _, metrics = compiled("1x1", accumulation=1)(first_state(), put(batch(0)))
     assert float(metrics["loss"]) == run("1x1")[0][0, 0]

@@ -58,6 +58,11 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [step for step, _ in losses(out)] == [*range(1, 13)]
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["settings"]["steps"] == 12
+    data = json.loads((out / "data.json").read_text())
+    assert data["rows"] == summary["data"] and data["rows"]["whole"] == data["rows"]["kept"] == 1_000_000
+    # Puzzle and solution fill the row: of twenty tokens that are learned the last is end-of-text.
+    assert data["batches"]["eos_share"] == 1 / 20 and data["batches"]["padding_share"] == 0
+    assert data["batches"]["epochs"] == 12 * 16 / 1_000_000
     assert summary["last_losses"] == [loss for _, loss in losses(out)][-10:]
     assert 0.0 <= summary["eval"]["exact_accuracy"] <= 1.0
     assert summary["eval"]["rows"] == 4
@@ -246,6 +251,9 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
         ({"out": pathlib.Path("gs://bucket/run")}, "is an address"),
         ({"eval_tokens": -1}, "eval_tokens=-1"),
         ({"attention": "flash"}, "attention='flash' is not one of"),
+        ({"length_policy": "left"}, "length_policy='left' is not one of"),
+        ({"eos_tail": -1}, "eos_tail=-1"),
+        ({"mix": ("gsm8k",), "mix_weights": (1.0,)}, "one for each of mix"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, change, message):
@@ -257,7 +265,7 @@ def test_settings_that_cannot_be(tmp_path, change, message):
     ("change", "message"),
     [
         ({"model": "dream-7b"}, "has no tokenizer of its own"),
-        ({"data": "s1k"}, "not built yet"),
+        ({"data": "s1ks"}, "neither a known name"),
         ({"batch_size": 12}, "does not divide"),
         ({"max_length": 20}, "max_length"),
         ({"model": "no/such/place/here"}, "no/such/place/here"),
@@ -268,6 +276,14 @@ def test_refusals_leave_no_folder_and_read_no_weights(tmp_path, monkeypatch, cha
     with pytest.raises((ValueError, OSError), match=message):
         train(settings(tmp_path / "x", **change))
     assert not (tmp_path / "x").exists()
+
+
+def test_data_in_the_folder_to_overwrite_is_refused(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "more.jsonl").write_text("")
+    with pytest.raises(ValueError, match="--mix .*more.jsonl lies in"):
+        check_folder(settings(out, overwrite=True, mix=(str(out / "more.jsonl"),)))
 
 
 def test_weights_that_cannot_be_read_cost_no_earlier_run(finished, tmp_path):

@@ -3,12 +3,28 @@
 Knows no format, no tokenizer and no array.
 """
 
+import bisect
+import itertools
+import math
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
 
 from dream_jax.tokenizer import Message
+
+
+class Piece(NamedTuple):
+    """A part of a response, tokenised apart from the others.
+
+    kind: "text" is the answer, or a response without parts; "trace" is reasoning, which a length policy may shorten or
+    leave out. "mark" and "opening" are the format's own words, in which the name of a special token is that token; an
+    opening goes where the trace goes.
+    """
+
+    kind: Literal["text", "trace", "mark", "opening"]
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +34,38 @@ class Row:
     prompt: never masked. A string is used as it stands; a tuple of chat messages goes through the tokenizer's
     chat template.
     response: what the model learns to write, without an end token.
+    pieces: what the response consists of, in order; none for a response of one piece.
+    tools: functions that the chat template announces, as JSON schemas.
     meta: where the row came from and what scoring needs; never read by training.
+    Raises: ValueError for pieces that are not the response.
     """
 
     prompt: str | tuple[Message, ...]
     response: str
+    pieces: tuple[Piece, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.pieces and "".join(piece.text for piece in self.pieces) != self.response:
+            raise ValueError(f"the pieces {self.pieces!r:.80} are not the response {self.response!r:.60}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What of its files did not become rows of a source.
+
+    bad: a complaint for each row that could not be read, with file and line.
+    filtered: reason -> rows that were left out for it.
+    """
+
+    bad: tuple[str, ...] = ()
+    filtered: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> int:
+        """Their number."""
+        return len(self.bad) + sum(self.filtered.values())
 
 
 class Source(Protocol):
@@ -31,6 +73,9 @@ class Source(Protocol):
 
     uniform_length: bool
     """Whether all rows have the same number of tokens, so that measuring one measures all."""
+
+    intake: Intake
+    """What did not become rows."""
 
     def __len__(self) -> int: ...
 
@@ -42,14 +87,56 @@ class RowList:
 
     uniform_length = False
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[Row], intake: Intake | None = None):
         self._rows = tuple(rows)
+        self.intake = intake or Intake()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
         return self._rows[check_index(index, len(self._rows))]
+
+
+class Mixture:
+    """Several sources as one, the rows of each after those of the one before.
+
+    weights: how often each is drawn from, in proportion, whatever its size; None draws by size.
+    Raises: ValueError for a number of weights that is not that of the sources, or a weight that is not positive.
+    """
+
+    uniform_length = False
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None):
+        if not parts or any(len(part) == 0 for part in parts):
+            raise ValueError(f"a mixture needs sources with rows; they have {[len(part) for part in parts]}")
+        weights = tuple(weights) if weights is not None else tuple(float(len(part)) for part in parts)
+        if len(weights) != len(parts):
+            raise ValueError(f"{len(weights)} weights {weights} for {len(parts)} sources; give one to each, or none")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"weights {weights} must be positive; leave a source out rather than give it none")
+        self.parts, self.weights = tuple(parts), weights
+        self.starts = tuple(itertools.accumulate((len(part) for part in parts), initial=0))
+        filtered: Counter[str] = Counter()
+        for part in parts:
+            filtered.update(part.intake.filtered)
+        self.intake = Intake(bad=tuple(bad for part in parts for bad in part.intake.bad), filtered=dict(filtered))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        number = check_index(index, len(self))
+        part = bisect.bisect_right(self.starts, number) - 1
+        return self.parts[part][number - self.starts[part]]
+
+
+def first_rows(source: Source, count: int) -> list[Row]:
+    """The first rows, at most `count`; of a mixture as many spread evenly, for its parts lie one after the other."""
+    count = min(count, len(source))
+    if isinstance(source, Mixture) and count > 1:
+        return [source[number * (len(source) - 1) // (count - 1)] for number in range(count)]
+    return [source[number] for number in range(count)]
 
 
 def check_index(index: SupportsIndex, length: int) -> int:

@@ -1,124 +1,226 @@
 """Names and paths to sources of rows.
 
-Knows where data lies, what its first line says about its schema, and how a single file is split. Does not
+Knows where data lies, which fields mean which schema, and how data without a test split is divided. Does not
 tokenise.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from dream_jax.data.chat import read_chat
-from dream_jax.data.gsm8k import read_gsm8k
-from dream_jax.data.jsonl import read_json_lines
-from dream_jax.data.planning import read_planning
-from dream_jax.data.rows import Row, RowList, Source, check_split
+from dream_jax.data import records, s1k
+from dream_jax.data.chat import parse_chat
+from dream_jax.data.gsm8k import parse_gsm8k, read_gsm8k
+from dream_jax.data.options import ReadOptions
+from dream_jax.data.planning import parse_planning
+from dream_jax.data.rows import Intake, Mixture, Row, RowList, Source, check_split
 from dream_jax.data.sudoku import SudokuSource
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
-"""Environment variable naming the folder of files that stay outside the project; it holds data/gsm8k."""
+"""Environment variable naming the folder of files that stay outside the project; it holds data/gsm8k and data/s1k."""
 
 SUDOKU_GIVENS = 6
 """Fewest cells shown: with 4 or 5 the nano model would need more than the minutes that a demonstration has."""
 
-HELD_OUT = 0.05
-"""Share of a single file's prompts that makes its test split."""
-
 SUPPORTED = (
-    '"sudoku", "gsm8k", a .jsonl file (rows with messages, prompt + response, question + answer, '
-    "or input + output), or a directory with train.jsonl and test.jsonl"
+    '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
+    "answer, input + output, or s1K's fields), a directory with train and test files of these kinds or one saved by "
+    "`datasets`, or organisation/name on the Hugging Face hub"
 )
 
 
-def open_source(name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0) -> Source:
+def open_source(
+    name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0, options: ReadOptions = ReadOptions()
+) -> Source:
     """The rows of one split.
 
     "sudoku": generated puzzles with 6 to 12 givens; seed draws them (only this source reads it), the split is
     fixed.
     "gsm8k": $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
-    A directory: its train.jsonl or test.jsonl. A .jsonl file: see `read_rows` and `hold_out`.
-    Raises: ValueError for a name that is not known or not built yet (s1k, hub ids), an unknown split, or a
-    bad row; FileNotFoundError.
+    "s1k": $DREAM_JAX_ASSETS/data/s1k, a directory as below, or s1k.jsonl, .json or .parquet there. Nothing is
+    downloaded for this name.
+    A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or what
+    `datasets` saved there. A file: see `read_rows`.
+    organisation/name, where no such path exists: downloaded from the Hugging Face hub.
+    Of a file, a saved data set, shards or a hub data set without a test split, see `hold_out`.
+    Raises: ValueError for a name that is not known, an unknown split, or a bad row (unless the options skip it);
+    FileNotFoundError; ConnectionError.
     """
     check_split(split)
     name, path = str(name_or_path), Path(name_or_path)
     if name == "sudoku":
         return SudokuSource(split, seed=seed, min_givens=SUDOKU_GIVENS)
     if name == "gsm8k":
-        return _open_gsm8k(split)
-    if path.is_dir():
-        file = path / f"{split}.jsonl"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"no {split}.jsonl in {path}; a data directory has train.jsonl and test.jsonl, or give one .jsonl file"
-            )
-        return read_rows(file)
-    if path.is_file():
-        return hold_out(read_rows(path), split, name)
-    if path.suffix in (".jsonl", ".json"):
+        return read_gsm8k(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]))
+    if name == "s1k":
+        return _open_path(_asset("s1k", ["s1k", *(f"s1k{suffix}" for suffix in records.SUFFIXES)]), split, options)
+    if path.exists():
+        return _open_path(path, split, options)
+    if path.suffix in records.SUFFIXES:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
-    raise ValueError(
-        f"data {name!r} is neither a known name nor an existing path; s1k and hub ids are not built yet. "
-        f"Supported: {SUPPORTED}"
-    )
+    # A folder of that name makes it a path with a slip of the pen, for which nothing is to be downloaded.
+    if records.HUB_ID.fullmatch(name) and not path.parent.exists():
+        return _one_split(records.hub_splits(name), split, name, options)
+    raise ValueError(f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}")
 
 
-def read_rows(path: Path) -> RowList:
-    """All rows of a .jsonl file; the fields of its first object choose the schema, for all lines.
+def open_mixture(
+    names_or_paths: Sequence[str],
+    weights: Sequence[float] | None = None,
+    split: str = "train",
+    seed: int = 0,
+    options: ReadOptions = ReadOptions(),
+) -> Source:
+    """Several sources as one, or the only one; weights: see `Mixture`. Raises as `open_source` and `Mixture` do."""
+    parts = [open_source(name, split, seed, options) for name in names_or_paths]
+    return parts[0] if len(parts) == 1 and not weights else Mixture(parts, weights)
 
-    Raises: ValueError naming file and line, FileNotFoundError.
+
+def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
+    """All rows of a file; the fields of the first that has those of a known schema choose it, for all of them.
+
+    Raises: ValueError naming file and line for a bad row, unless the options skip it, or where none is left;
+    FileNotFoundError.
     """
-    where, first = next(read_json_lines(path))
-    readers: list[tuple[set[str], Callable[[Path], RowList]]] = [
-        ({"messages"}, read_chat),
-        ({"prompt", "response"}, read_chat),
-        ({"question", "answer"}, read_gsm8k),
-        ({"input", "output"}, read_planning),
-    ]
-    for fields, reader in readers:
-        if fields <= first.keys():
-            return reader(path)
+    bad = _BadRows(options.skip_bad)
+    return _rows(records.read_records(path, bad), options, bad, str(path))
+
+
+class _BadRows:
+    """Raises the first complaint, or notes them all."""
+
+    def __init__(self, skip: bool):
+        self._skip, self.notes = skip, list[str]()
+
+    def __call__(self, complaint: ValueError) -> None:
+        if not self._skip:
+            raise complaint
+        self.notes.append(str(complaint))
+
+
+Parser = Callable[[Mapping[str, Any], str], Row]
+
+
+def _schema(found: Mapping[str, Any], where: str, options: ReadOptions) -> tuple[Parser, bool]:
+    """What parses such rows, and whether the options' filter is about them."""
+    for fields, parser in (
+        ({"messages"}, parse_chat),
+        ({"prompt", "response"}, parse_chat),
+        (s1k.FIELDS_1_1, functools.partial(s1k.parse_s1k, options=options)),
+        (s1k.FIELDS, functools.partial(s1k.parse_s1k, options=options)),
+        ({"question", "answer"}, parse_gsm8k),
+        ({"input", "output"}, parse_planning),
+    ):
+        if fields <= found.keys():
+            return parser, fields in (s1k.FIELDS, s1k.FIELDS_1_1)
     raise ValueError(
-        f"{where}: fields {sorted(first)} are no known schema; a row has 'messages', "
-        "'prompt' and 'response', 'question' and 'answer', or 'input' and 'output'"
+        f"{where}: fields {sorted(found)} are no known schema; a row has 'messages', "
+        "'prompt' and 'response', 'question' and 'answer', 'input' and 'output', or 'question' and either "
+        "'thinking_trajectories' and 'attempt' (s1K) or 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
     )
 
 
-def hold_out(rows: RowList, split: str, name: str) -> RowList:
-    """One side of a single file: its test split is the prompts (at least one) with a hash in the lowest 5 %.
+def _rows(found: Iterable[records.Record], options: ReadOptions, bad: _BadRows, name: str) -> RowList:
+    rows, left_out = list[Row](), Counter[str]()
+    schema: tuple[Parser, bool] | None = None
+    for where, record in found:
+        try:
+            if schema is None:
+                schema = _schema(record, where, options)
+            parse, graded = schema
+            row = parse(record, where)
+            reason = s1k.filtered(record, where, options) if graded else None
+        except ValueError as complaint:
+            bad(complaint)
+            continue
+        if reason is None:
+            rows.append(row)
+        else:
+            left_out[reason] += 1
+    if not rows:
+        first = f"; the first bad row: {bad.notes[0]}" if bad.notes else ""
+        raise ValueError(
+            f"{name}: no row is left, {len(bad.notes)} are bad, {left_out.total()} are left out by a filter{first}"
+        )
+    return RowList(rows, Intake(bad=tuple(bad.notes), filtered=dict(left_out)))
+
+
+def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
+    if not path.is_dir():
+        return hold_out(read_rows(path, options), split, str(path), options.held_out)
+    if records.is_saved_dataset(path):
+        return _one_split(records.saved_splits(path), split, str(path), options)
+    files = records.split_files(path, split)
+    train = records.split_files(path, "train")
+    # Of lines that somebody wrote, a missing test file is a slip; published shards often come without one.
+    sharded = [file for file in train if file.suffix == ".parquet"]
+    if not files and not sharded:
+        raise FileNotFoundError(
+            f"no {split}.jsonl in {path}, nor .json or .parquet; a data directory has train.jsonl and test.jsonl, "
+            "or give one file"
+        )
+    bad = _BadRows(options.skip_bad)
+    rows = _rows(
+        chain.from_iterable(records.read_records(file, bad) for file in files or train), options, bad, str(path)
+    )
+    alone = bool(sharded) and not records.split_files(path, "test")
+    return hold_out(rows, split, str(path), options.held_out) if alone else rows
+
+
+def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
+    if "train" not in splits:
+        raise ValueError(f"{name} has the splits {sorted(splits)}, and none is called train")
+    bad = _BadRows(options.skip_bad)
+    rows = _rows(splits[split if "test" in splits else "train"], options, bad, name)
+    return rows if "test" in splits else hold_out(rows, split, name, options.held_out)
+
+
+def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:
+    """One side of rows without a test split: it is the prompts (at least one) with a hash in the lowest `share`.
 
     The choice depends on the prompts alone, not on a seed or on their order, and rows with one prompt stay
-    together: nothing seen in training is tested on. A file with one prompt only is all train.
-    Raises: ValueError when the test split of such a file is asked for; `name` is what the message calls it.
+    together: nothing seen in training is tested on. Rows with one prompt only, or a share of 0, are all train.
+    Raises: ValueError when the test split of such rows is asked for; `name` is what the message calls them.
     """
     by_prompt = [_prompt_hash(rows[index]) for index in range(len(rows))]
     hashes = sorted(set(by_prompt))
-    count = sum(value < HELD_OUT * 2**64 for value in hashes)
-    held = set(hashes[: min(max(count, 1), len(hashes) - 1)])
+    count = sum(value < share * 2**64 for value in hashes)
+    held = set(hashes[: min(max(count, 1), len(hashes) - 1)]) if share else set[int]()
     if split == "test" and not held:
+        why = "has one prompt only" if share else "is all for training (held_out=0)"
         raise ValueError(
-            f"{name} has one prompt only, so no test split can be held out; give a directory with "
-            "train.jsonl and test.jsonl"
+            f"{name} {why}, so no test split can be held out; give a directory with "
+            "train.jsonl and test.jsonl, or evaluate on no rows"
         )
-    return RowList([rows[index] for index, value in enumerate(by_prompt) if (value in held) == (split == "test")])
+    side = [rows[index] for index, value in enumerate(by_prompt) if (value in held) == (split == "test")]
+    return RowList(side, rows.intake)
 
 
 def _prompt_hash(row: Row) -> int:
-    prompt = row.prompt if isinstance(row.prompt, str) else [[turn["role"], turn["content"]] for turn in row.prompt]
+    prompt = row.prompt if isinstance(row.prompt, str) else [_turn(turn) for turn in row.prompt]
     return int.from_bytes(hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest(), "big")
 
 
-def _open_gsm8k(split: str) -> RowList:
+def _turn(turn: Mapping[str, Any]) -> list[Any]:
+    return [turn["role"], turn["content"], *turn.get("tool_calls", ())]
+
+
+def _asset(name: str, places: Sequence[str]) -> Path:
+    """The first of these places under the folder of files that stay outside the project."""
     assets = os.environ.get(ASSETS_VARIABLE)
-    remedy = (
-        f"set {ASSETS_VARIABLE} to the folder that holds data/gsm8k, "
-        "or give the directory with train.jsonl and test.jsonl as a path"
-    )
+    remedy = f"set {ASSETS_VARIABLE} to the folder that holds data/{name}, or give the data as a path"
+    if name == "s1k":
+        remedy += ", or name a hub data set, simplescaling/s1K-1.1, to have it downloaded"
     if not assets:
-        raise FileNotFoundError(f"gsm8k needs its files: {remedy}")
-    path = Path(assets) / "data" / "gsm8k" / f"{split}.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: {remedy}")
-    return read_gsm8k(path)
+        raise FileNotFoundError(f"{name} needs its files: {remedy}")
+    paths = [Path(assets) / "data" / place for place in places]
+    for path in paths:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"no {', '.join(map(str, paths))}: {remedy}")

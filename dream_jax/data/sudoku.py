@@ -15,7 +15,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from dream_jax.data.planning import planning_row
-from dream_jax.data.rows import Row, check_index, check_split
+from dream_jax.data.rows import Intake, Row, check_index, check_split
 
 CELLS = 16
 FEWEST_GIVENS = 4  # no 4x4 puzzle with three givens has one solution
@@ -100,6 +100,7 @@ class SudokuSource:
     """
 
     uniform_length = True
+    intake = Intake()
 
     def __init__(
         self,

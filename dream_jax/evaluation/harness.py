@@ -29,8 +29,8 @@ from dream_jax.decoding import Alg
 from dream_jax.evaluation import answering, likelihood
 from dream_jax.evaluation.run import find_tokenizer
 from dream_jax.evaluation.scored_texts import passage
-from dream_jax.evaluation.settings import PUBLISHED, Published
-from dream_jax.sampler import SamplerConfig
+from dream_jax.evaluation.settings import Published, make_sampler
+from dream_jax.sampler import Preset, SamplerConfig
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class DreamHarness(TemplateLM):
     Args (`--model_args name=value,...`):
       pretrained: a directory, hub id or preset.
       preset: "base", "instruct" or "planning": Dream's published sampler settings.
+      sampler: "exact", "balanced" or "fast", as in `evaluate.py`.
+      adapter: directory of one, which is added to the weights.
       alg, temperature, top_p, top_k, alg_temp, steps: of the sampler; they come before the preset, and the preset before
         what a task asks for: the temperature 0 that most tasks state would otherwise undo it.
       max_new_tokens: room for answers, whatever a task asks for.
@@ -69,6 +71,8 @@ class DreamHarness(TemplateLM):
         pretrained: str,
         *,
         preset: Published | None = None,
+        sampler: Preset = "exact",
+        adapter: str | None = None,
         alg: Alg | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -100,12 +104,20 @@ class DreamHarness(TemplateLM):
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self._tokenizer = find_tokenizer(tokenizer, pretrained, models.describe(pretrained))
         self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
-        self._max_new_tokens, self._steps, self._greedy = max_new_tokens, steps, greedy
-        own = {"alg": alg, "temperature": temperature, "top_p": top_p, "top_k": top_k, "alg_temp": alg_temp}
-        self._chosen: dict[str, Any] = dict(PUBLISHED[preset][1]) if preset else {}
-        self._chosen |= {name: value for name, value in own.items() if value is not None}
+        self._max_new_tokens, self._greedy = max_new_tokens, greedy
+        own = {
+            "steps": steps,
+            "alg": alg,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "alg_temp": alg_temp,
+        }
+        self._given = {name: value for name, value in own.items() if value is not None}
+        self._preset, self._published = sampler, preset
         self._config({}, 1)  # raises for settings that cannot be, before the weights are read
-        self._model = models.load(pretrained, dtype=dtype, mesh=mesh, attention_backend=attention)
+        loaded = models.load(pretrained, dtype=dtype, mesh=mesh, attention_backend=attention, adapter=adapter)
+        self._model = models.merge_adapter(loaded)
         most = self._model.config.max_position_embeddings
         self._max_length = min(2048, most) if max_length is None else max_length
         if not 1 < self._max_length <= most:
@@ -246,13 +258,7 @@ class DreamHarness(TemplateLM):
         return self._config(asked, self._max_new_tokens or int((lengths or [DEFAULT_MAX_NEW_TOKENS])[0]))
 
     def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
-        return SamplerConfig(
-            max_new_tokens=max_new_tokens,
-            steps=max_new_tokens if self._steps is None else self._steps,
-            vocab_limit=self._tokenizer.vocab_limit,
-            forbidden_tokens=(self._tokenizer.mask_id,),
-            **{"alg": "entropy", **asked, **self._chosen},
-        )
+        return make_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
         """The end of a prompt, as much as fits before `room` tokens; never empty."""

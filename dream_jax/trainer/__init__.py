@@ -2,11 +2,12 @@
 
 A run lives in one folder: `settings.json`, `metrics.csv` (a row a step), TensorBoard events, `checkpoints/`, `tokenizer/`,
 and at the end `model/` (a converted directory) and `summary.json`. The same command on the same folder goes on where the
-run stopped; a finished run is never touched without being told to.
+run stopped; a finished run is never touched without being told to. A run that trains an adapter leaves `adapter/`, and
+`model/` only when asked.
 
-`settings` says what a run is, `build` makes its model and step (also for devices that are absent), `folder` keeps what
-the run writes, `report` shows it to a person, `scoring` measures the result, and `loop` puts them together. What a step
-computes is `train_step`'s; what a row is, `data`'s.
+`settings` says what a run is, `weights` what it trains and what not, `build` makes its step (also for devices that are
+absent), `folder` keeps what the run writes, `report` shows it to a person, `scoring` measures the result, and `loop` puts
+them together. What a step computes is `train_step`'s; what a row is, `data`'s.
 """
 
 from dream_jax.trainer.loop import Diverged, Stopped, train

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dream_jax import pretrained, sharding
+from dream_jax import lora, sharding
 from dream_jax.config import DreamConfig
-from dream_jax.data import Source, length_report
+from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from dream_jax.train_step import StepConfig, TrainState, TrainStep, abstract_state, make_train_step
+from dream_jax.trainer import weights
 from dream_jax.trainer.settings import TrainSettings
 
 
@@ -62,12 +63,7 @@ class AbstractStep:
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
     """The model as shapes, for the devices of the mesh; of a hub id only the small files are fetched."""
-    return pretrained.describe(
-        settings.model,
-        compute_dtype=compute_dtype(settings, mesh),
-        attention_backend=settings.attention,
-        remat=settings.remat,
-    )
+    return weights.describe(settings, compute_dtype(settings, mesh))
 
 
 def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
@@ -113,20 +109,30 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
     place = sharding.batch_sharding(mesh)
+    params = split_params(model)[1]
+    trained, base = lora.split(params) if settings.adapts else (params, {})
+    base = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        base,
+        sharding.parameter_shardings(base, mesh),
+    )
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
 
+    batch = {
+        "tokens": rows((max_length,), jnp.int32),
+        "maskable": rows((max_length,), jnp.bool_),
+        "row": rows((), jnp.int32),
+    }
+    if settings.batch_options().hides:
+        batch["attention_mask"] = rows((max_length,), jnp.bool_)
     return AbstractStep(
         model=model,
         step=built.step,
-        state=abstract_state(split_params(model)[1], built.optimizer, mesh),
-        batch={
-            "tokens": rows((max_length,), jnp.int32),
-            "maskable": rows((max_length,), jnp.bool_),
-            "row": rows((), jnp.int32),
-        },
-        frozen={},
+        state=abstract_state(trained, built.optimizer, mesh),
+        batch=batch,
+        frozen=base,
     )
 
 
@@ -166,6 +172,7 @@ def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
 
 
-def longest_row(source: Source, tokenizer: Tokenizer) -> int:
+def longest_row(source: Source, tokenizer: Tokenizer, encoding: EncodeOptions = EncodeOptions()) -> int:
     """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
-    return min(length_report(source, tokenizer, 2048, limit=1 if source.uniform_length else None).longest, 2048)
+    limit = 1 if source.uniform_length else None
+    return min(length_report(source, tokenizer, 2048, limit=limit, options=encoding).longest, 2048)

@@ -26,7 +26,17 @@ METRICS = ("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_
 
 # What a run makes in its folder, and all that --overwrite removes. The settings go last: what is left of a removal that was
 # cut short still shows whose folder it is.
-_MADE = ("metrics.csv", "summary.json", "tensorboard", "checkpoints", "tokenizer", "model", "settings.json")
+_MADE = (
+    "metrics.csv",
+    "summary.json",
+    "data.json",
+    "tensorboard",
+    "checkpoints",
+    "tokenizer",
+    "adapter",
+    "model",
+    "settings.json",
+)
 
 
 def check_folder(settings: TrainSettings) -> bool:
@@ -51,8 +61,8 @@ def check_folder(settings: TrainSettings) -> bool:
     if not settings.overwrite:
         raise FileExistsError(f"{settings.out} holds {different}")
     out = settings.out.resolve()
-    for name in ("model", "data", "tokenizer"):
-        given = getattr(settings, name)
+    given_names = [(name, getattr(settings, name)) for name in ("model", "data", "tokenizer", "adapter")]
+    for name, given in [*given_names, *(("mix", path) for path in settings.mix)]:
         read = pathlib.Path(given or "").expanduser().resolve()
         if given and read.exists() and out in (read, *read.parents):
             raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -21,17 +22,20 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dream_jax import pretrained, sharding
+from dream_jax import lora, sharding
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.data import Batches, Source, make_batches, open_source
+from dream_jax.data import Batches, Source, make_batches
+from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
-from dream_jax.shapes import ParamTree
+from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
 from dream_jax.train_step import TrainState, TrainStep, abstract_state, init_state, put_batch
+from dream_jax.trainer import weights
 from dream_jax.trainer.build import (
     build_step,
     check_length,
     check_tokenizer,
+    compute_dtype,
     describe_model,
     longest_row,
     open_tokenizer,
@@ -45,9 +49,10 @@ from dream_jax.trainer.folder import (
     save_tokenizer,
     write_json,
 )
-from dream_jax.trainer.report import FlopCounter, Report
+from dream_jax.trainer.report import Report
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.weights import Frozen
 
 
 class Stopped(Exception):
@@ -77,21 +82,29 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     report.settings(mesh)
     run = _prepare(settings, mesh)
     # Weights that cannot be read must show before --overwrite throws anything away.
-    params = None if holds_checkpoint(settings) else _initial_params(run)
+    begins = not holds_checkpoint(settings)
+    params, frozen = weights.read(settings, mesh, compute_dtype(settings, mesh), begins=begins)
     with (
         claimed_folder(settings),
         run.batches,
         RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
     ):
-        state, done, earlier = _first_state(run, params, checkpoints)
+        state, done, earlier = _first_state(run, params, frozen, checkpoints)
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
-        report.start(state, done, run.batches.report, run.max_length, mesh)
-        state = _steps(run, state, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
-        trained = merge_params(run.graphdef, state.params)
-        trained.tokenizer_dir = str(tokenizer_dir)
-        pretrained.save(trained, settings.out / "model", overwrite=True)
-        report.say(f"saved the model to {settings.out / 'model'}")
+        rows, batches = run.batches.report, run.batches.outlook(settings.steps)
+        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
+        if report.leads:
+            write_json(settings.out / "data.json", data)
+        whole = run.model.config.num_parameters
+        lines = [*rows.lines(), *batches.lines()]
+        report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
+        state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
+        trained = merge_params(run.graphdef, joined(frozen.params, state.params))
+        trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
+        made = weights.save(trained, settings)
+        for kind, path in made.items():
+            report.say(f"saved the {kind} to {path}")
         evaluation = {}
         if run.held_out is not None:
             evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh)
@@ -101,9 +114,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             )
         summary = {
             "settings": settings.plain(),
-            "parameters": parameter_count(state.params),
-            "bytes_per_device": sharding.bytes_per_device(state),
-            "data": dataclasses.asdict(run.batches.report),
+            "parameters": whole,
+            "trained_parameters": parameter_count(state.params),
+            "base_identity": frozen.identity,
+            "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
+            "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
             "eval": evaluation,
             "seconds": earlier + time.monotonic() - begun,
@@ -112,9 +127,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         }
         if report.leads:
             write_json(settings.out / "summary.json", summary)
-        report.say(
-            f"wrote {settings.out}: metrics.csv, summary.json, checkpoints/, model/ in {summary['seconds']:.0f} s"
-        )
+        names = ", ".join(["metrics.csv", "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
+        report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary
 
 
@@ -149,12 +163,12 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             f"mesh {settings.mesh} splits the batch {dict(mesh.shape)['fsdp']} ways, but there are {jax.process_count()} "
             "processes that read rows of their own: fsdp must be a multiple of their number"
         )
-    source = open_source(settings.data, "train", settings.seed)
-    held_out = open_source(settings.data, "test", settings.seed) if settings.eval_rows else None
+    source = settings.source("train")
+    held_out = settings.source("test") if settings.eval_rows else None
     check_folder(settings)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    max_length = settings.max_length or longest_row(source, tokenizer)
+    max_length = settings.max_length or longest_row(source, tokenizer, settings.encode_options())
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
@@ -175,24 +189,31 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             seed=settings.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            encoding=settings.encode_options(),
+            options=settings.batch_options(),
         ),
         held_out=held_out,
         optimizer=built.optimizer,
     )
 
 
-def _initial_params(run: _Run) -> ParamTree:
-    return split_params(pretrained.load(run.settings.model, mesh=run.mesh, seed=run.settings.seed))[1]
-
-
-def _first_state(run: _Run, params: ParamTree | None, checkpoints: RunCheckpoints) -> tuple[TrainState, int, float]:
+def _first_state(
+    run: _Run, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
+) -> tuple[TrainState, int, float]:
     """The state to begin with, the steps that are done, and the seconds that these took.
 
     Without `params` the newest checkpoint is read, and the weights that the run once began with are not.
     """
     if params is not None:
         return init_state(params, run.optimizer, run.mesh, donate=True), 0, 0.0
-    state, meta = checkpoints.restore(abstract_state(split_params(run.model)[1], run.optimizer, run.mesh))
+    shapes = split_params(run.model)[1]
+    trained = lora.split(shapes)[0] if run.settings.adapts else shapes
+    state, meta = checkpoints.restore(abstract_state(trained, run.optimizer, run.mesh))
+    if meta.get("base") != frozen.identity:
+        raise ValueError(
+            f"the weights in {run.settings.model} are not those that this run began with ({frozen.identity} now, "
+            f"{meta.get('base')} then), so its adapter does not fit them; put them back, or begin another run (--out)"
+        )
     run.batches.set_state(meta["data"])
     return state, int(state.step), float(meta["seconds"])
 
@@ -200,6 +221,7 @@ def _first_state(run: _Run, params: ParamTree | None, checkpoints: RunCheckpoint
 def _steps(
     run: _Run,
     state: TrainState,
+    frozen: Frozen,
     done: int,
     checkpoints: RunCheckpoints,
     report: Report,
@@ -208,12 +230,14 @@ def _steps(
     """Takes the steps that are left, logs each, and saves now and then. Raises Stopped when asked to stop."""
     settings = run.settings
     log = MetricsLog(settings.out, done) if report.leads else None
-    flops = FlopCounter(run.model, run.max_length)
+    widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = _StopSignal()
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
         for number in range(done + 1, settings.steps + 1):
-            state, metrics = run.step(state, put_batch(next(run.batches), run.mesh))
+            batch = next(run.batches)
+            width = batch["tokens"].shape[1]
+            state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 checkpoints.wait()
@@ -224,15 +248,16 @@ def _steps(
                     f"({newest}). Try a smaller --learning-rate"
                 )
             now = time.monotonic()
-            row["tokens_per_second"] = settings.batch_size * run.max_length / (now - clock)
-            mfu = flops.mfu(settings.batch_size * run.max_length, row["num_masked"], now - clock, run.mesh)
+            row["tokens_per_second"] = settings.batch_size * width / (now - clock)
+            mfu = widths(width).mfu(settings.batch_size * width, row["num_masked"], now - clock, run.mesh)
             clock = now
             if log:
                 log.write(number, row)
             report.step(number, row, mfu)
             stopping = stop.requested()
             if number % settings.save_every == 0 or number == settings.steps or stopping:
-                checkpoints.save(number, state, {"data": run.batches.get_state(), "seconds": seconds()})
+                meta = {"data": run.batches.get_state(), "seconds": seconds(), "base": frozen.identity}
+                checkpoints.save(number, state, meta)
                 if log:
                     log.flush()
             if stopping:

@@ -10,8 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -19,32 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dream_jax import sharding
-from dream_jax.chips import chip_of
-from dream_jax.model import Dream, parameter_count
+from dream_jax.model import parameter_count
+from dream_jax.shapes import ParamTree
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.settings import TrainSettings
-
-
-class FlopCounter:
-    """FLOPs of a step, and their share of the devices' peak."""
-
-    def __init__(self, model: Dream, length: int):
-        config = model.config
-        self._head = 6 * config.hidden_size * config.vocab_size  # only at masked positions
-        matrices = parameter_count(model.layers) * 6
-        attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: counted in full
-        self._token = matrices + attention
-
-    def step(self, tokens: float, masked: float) -> float:
-        """FLOPs of a step over all devices, recomputation not counted."""
-        return self._token * tokens + self._head * masked
-
-    def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
-        """Share of the devices' peak, in [0, 1]; None where the peak is not known."""
-        chip = chip_of(mesh.devices.flat[0].device_kind)
-        if chip is None:
-            return None
-        return self.step(tokens, masked) / seconds / (chip.peak_flops * mesh.devices.size)
 
 
 class Report:
@@ -73,14 +50,28 @@ class Report:
         for warning in self._settings.warnings():
             self.say(f"warning: {warning}")
 
-    def start(self, state: TrainState, done: int, data: Any, max_length: int, mesh: Mesh) -> None:
-        """Prints what is about to be trained, on what, and where it lies."""
-        self.say(f"data: {data}")
+    def start(
+        self,
+        state: TrainState,
+        frozen: ParamTree,
+        whole: int,
+        done: int,
+        data: Sequence[str],
+        max_length: int,
+        mesh: Mesh,
+    ) -> None:
+        """Prints what is about to be trained, on what, and where it lies.
+
+        `whole` is the number of the model's weights; `data` is what is known of the rows, in lines.
+        """
+        for line in data:
+            self.say(f"data: {line}")
         rate = self._settings.optimizer_config().learning_rate
-        self.say(
-            f"peak learning rate {rate:g}, {max_length} tokens a row, {parameter_count(state.params):,} parameters"
-        )
-        for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state)):
+        trained = parameter_count(state.params)
+        share = f" beside {whole:,} frozen ones, {trained / whole:.2%}" if frozen else ""
+        self.say(f"peak learning rate {rate:g}, {max_length} tokens a row, {trained:,} parameters{share}")
+        trees = {"frozen base": frozen} if frozen else {}
+        for name, tree in (trees | {"parameters": state.params, "optimizer state": state.opt_state}).items():
             sizes = sharding.bytes_per_device(tree)
             whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")

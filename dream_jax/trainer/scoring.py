@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax.data import EncodedRow, Row, Source, encode_row
+from dream_jax.data import EncodedRow, Row, Source, encode_row, first_rows
 from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
 from dream_jax.sampler import SamplerConfig, bucket_length, generate
@@ -31,8 +31,9 @@ def evaluate(
       `too_long` (rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards` (the most that
       a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
     """
-    rows = [held_out[index] for index in range(min(settings.eval_rows, len(held_out)))]
-    encoded = [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length)) is not None]
+    rows = first_rows(held_out, settings.eval_rows)
+    encoding = settings.encode_options()
+    encoded = [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length, encoding)) is not None]
     if not encoded:
         return {"rows": 0, "too_long": len(rows)}
     # As many rows at once as a training step holds.

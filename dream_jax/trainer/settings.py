@@ -1,6 +1,6 @@
 """What a training run is: every setting with its default, its check and its warning.
 
-Knows the objective's and the optimizer's settings. Knows nothing of files, devices or clocks.
+Knows the objective's, the optimizer's and the adapter's settings. Knows nothing of files, devices or clocks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,21 @@ from typing import Any, Literal, get_args
 from dream_jax import sharding
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS
+from dream_jax.data import (
+    AnswerFormat,
+    BatchOptions,
+    EncodeOptions,
+    LearnedTurns,
+    LengthPolicy,
+    ReadOptions,
+    Source,
+    open_mixture,
+)
+from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
 from dream_jax.optimizer import Kind, Moments, OptimizerConfig
+from dream_jax.quantisation import KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +41,34 @@ class TrainSettings:
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
     data: str = "sudoku"
-    """sudoku, gsm8k, a .jsonl file, or a directory with train.jsonl and test.jsonl"""
+    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file, a directory with train and test files or saved by datasets,
+    or a hub id: organisation/name, which is downloaded"""
+    mix: tuple[str, ...] = ()
+    """further data to mix in"""
+    mix_weights: tuple[float, ...] = ()
+    """how often --data and each of --mix is drawn from, in proportion; by default by their numbers of rows"""
+    answer_format: AnswerFormat = "s1"
+    """how a reasoning trace and an answer become one response (s1K): with s1's think and answer turns, or in d1's tags"""
+    only_correct: bool = False
+    """of s1K-1.1 keep only rows with deepseek_grade "Yes\""""
+    skip_bad_rows: bool = False
+    """leave out rows that cannot be read, and list them; by default the first ends the run"""
+    held_out: float = 0.05
+    """share of the prompts of data without a test split that is kept for evaluation; 0 trains on all, with --eval-rows 0"""
+    length_policy: LengthPolicy = "filter"
+    """for rows longer than --max-length: drop them, cut their right end (answer and end token first), cut the middle
+    out (the end of the trace), or train on answers only, without any trace"""
+    learned_turns: LearnedTurns = "last"
+    """of a chat, learn the last assistant turn or all of them"""
+    eos_tail: int | None = None
+    """most end-of-text tokens after each answer, attended and learned; by default they fill the row"""
+    cut_responses: bool = False
+    """give all responses of a batch the length of one of them, drawn anew in each step; prompts are padded on the left"""
+    tail_cut: float = 0.0
+    """probability that a batch loses a random tail of its responses"""
+    width_step: int | None = None
+    """pad each batch to a multiple of this rather than to --max-length, with rows of like length together; each width that
+    occurs is compiled once"""
     out: pathlib.Path = pathlib.Path("runs/train")
     """the run's folder; an unfinished run in it goes on"""
     overwrite: bool = False
@@ -41,9 +80,23 @@ class TrainSettings:
     accumulation: int = 1
     """parts that each batch is computed in, to save memory; changes no result, up to rounding"""
     max_length: int | None = None
-    """tokens a row, padded on the right; longer rows are dropped and counted. By default the longest row, up to 2048"""
+    """tokens a row, padded on the right; for longer rows see --length-policy. By default the longest row, up to 2048"""
+    lora_rank: int | None = None
+    """train a low-rank adapter of this rank (16 to 64, say) on frozen weights, and not the weights themselves"""
+    lora_alpha: float | None = None
+    """the adapter is multiplied by alpha / rank; by default alpha is twice the rank"""
+    lora_dropout: float | None = None
+    """share of its inputs that the adapter does not see in a step; 0 by default, or as in --adapter"""
+    lora_targets: str | None = None
+    """projections that have one: all (the default), or some of q,k,v,o,gate,up,down with commas between"""
+    adapter: str | None = None
+    """directory of an adapter to go on training; it says rank, alpha and targets"""
+    base: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """how the frozen weights under an adapter are stored; auto: as they are computed with"""
+    merge: bool = False
+    """at the end also write OUT/model, the weights with the adapter added"""
     learning_rate: float | None = None
-    """peak; by default 2e-3 for random weights and 5e-6, of the published recipe, for a checkpoint"""
+    """peak; by default 2e-3 for random weights, 5e-6, of the published recipe, for a checkpoint, and 5e-5 for an adapter"""
     warmup_share: float = 0.1
     """of the steps, before the cosine decay to zero"""
     weight_decay: float = 0.01
@@ -123,6 +176,63 @@ class TrainSettings:
         object.__setattr__(self, "out", self.out.expanduser())
         self.loss_weight()
         self.optimizer_config()
+        self.read_options()
+        self.encode_options()
+        self.batch_options()
+        if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
+            raise ValueError(
+                f"mix_weights={self.mix_weights} must have a number for --data and one for each of mix={self.mix}"
+            )
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
+        if self.adapter is not None:
+            if self.lora_rank is not None or given:
+                raise ValueError(f"--adapter {self.adapter} says rank, alpha and targets itself; leave --lora-* out")
+            if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
+                raise ValueError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
+        elif self.lora_rank is not None:
+            self.new_adapter()
+        else:
+            given += ["lora_dropout"] if self.lora_dropout is not None else []
+            given += ["base"] if self.base != "auto" else []
+            given += ["merge"] if self.merge else []
+            if given:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(f"{flags} speak(s) of an adapter: give --lora-rank or --adapter as well")
+        if self.merge and self.base in KINDS:
+            raise ValueError(
+                f"--merge cannot add an adapter to a base of {self.base} codes; train without it, then load the float "
+                "weights with the adapter: dream_jax.save(dream_jax.merge_adapter(dream_jax.load(MODEL, adapter=DIR)), OUT)"
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, on weights that stay as they are."""
+        return self.lora_rank is not None or self.adapter is not None
+
+    def new_adapter(self) -> LoraConfig:
+        """The adapter that --lora-rank begins with."""
+        if self.lora_rank is None:
+            raise ValueError("without --lora-rank there is no new adapter")
+        return LoraConfig(
+            rank=self.lora_rank,
+            alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+            dropout=self.lora_dropout or 0.0,
+            targets=parse_targets("all" if self.lora_targets is None else self.lora_targets),
+        )
+
+    def default_rate(self) -> float:
+        """Peak learning rate where none is given.
+
+        For an adapter ten times that of all weights: the ratio that Schulman et al. (LoRA Without Regret, 2025) measure
+        over models and ranks. Times alpha / rank it is 1e-4 by default; the QLoRA paper's 2e-4 at alpha / rank = 1/4
+        makes 5e-5.
+        """
+        if self.starts_at_random:
+            return 2e-3
+        return 5e-5 if self.adapts else 5e-6
 
     def loss_weight(self) -> LossWeight:
         """The weight that the settings name."""
@@ -130,11 +240,38 @@ class TrainSettings:
             return CartWeight(self.cart_p)
         return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
 
+    def read_options(self) -> ReadOptions:
+        """How files become rows."""
+        return ReadOptions(
+            answer_format=self.answer_format,
+            only_correct=self.only_correct,
+            skip_bad=self.skip_bad_rows,
+            held_out=self.held_out,
+        )
+
+    def encode_options(self) -> EncodeOptions:
+        """How rows become tokens."""
+        return EncodeOptions(length_policy=self.length_policy, learned_turns=self.learned_turns)
+
+    def batch_options(self) -> BatchOptions:
+        """How rows are laid out in a batch."""
+        return BatchOptions(
+            eos_tail=self.eos_tail,
+            cut_responses=self.cut_responses,
+            tail_cut=self.tail_cut,
+            width_step=self.width_step,
+        )
+
+    def source(self, split: str) -> Source:
+        """The rows of a split of all data. Raises as `dream_jax.data.open_mixture`."""
+        names = (self.data, *self.mix)
+        return open_mixture(names, self.mix_weights or None, split, self.seed, self.read_options())
+
     def optimizer_config(self) -> OptimizerConfig:
         """The optimizer that the settings describe."""
         rate = self.learning_rate
         return OptimizerConfig(
-            learning_rate=(2e-3 if self.starts_at_random else 5e-6) if rate is None else rate,
+            learning_rate=self.default_rate() if rate is None else rate,
             total_steps=self.steps,
             warmup_share=self.warmup_share,
             kind=self.optimizer,
@@ -159,7 +296,9 @@ class TrainSettings:
                 "--weight inverse-time with the masked-count denominator acts like 1/t^2: steps with a small t dominate"
             )
         rate = self.optimizer_config().learning_rate
-        if not self.starts_at_random and rate > 1e-4:
+        if self.adapts:
+            found += self._adapter_warnings(rate)
+        elif not self.starts_at_random and rate > 1e-4:
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
         if self.optimizer == "adafactor":
             found.append(
@@ -177,10 +316,33 @@ class TrainSettings:
             )
         return found
 
+    def _adapter_warnings(self, rate: float) -> list[str]:
+        found = []
+        if self.starts_at_random:
+            found.append(
+                f"preset {self.model!r} is random, and an adapter cannot make a model of it: train all weights first"
+            )
+        elif rate > 1e-3:
+            found.append(f"learning rate {rate:g} is far above the 5e-5 to 2e-4 that adapters are usually trained with")
+        if self.lora_rank is not None:
+            adapter = self.new_adapter()
+            if adapter.alpha / adapter.rank > 8:
+                found.append(
+                    f"alpha / rank is {adapter.alpha / adapter.rank:g}: the adapter moves that much faster than its "
+                    "learning rate says; 1 to 2 is usual"
+                )
+        if self.base == "float32" and self.compute_dtype == "bfloat16":
+            found.append("--base float32 takes twice the memory of bfloat16, which every layer rounds it to anyway")
+        if self.moments_on_host or self.moments != "float32":
+            found.append(
+                "the optimizer's state of an adapter is small: --moments and --moments-on-host save next to nothing"
+            )
+        return found
+
     def plain(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
         return {
-            name: str(value) if isinstance(value, pathlib.Path) else value
+            name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
 
@@ -197,4 +359,4 @@ FREE = {
     "num_processes",
     "process_id",
 }
-FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens"}
+FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens", "merge"}

@@ -1,12 +1,12 @@
-"""Models in and out of directories: load, save, export, and conversions that hold no whole model.
+"""Whole models in and out of directories: load, save, export, and conversions that hold no whole model.
 
-Knows which kinds of directory there are and which files travel with the weights. Knows nothing of names and
-layouts (`hf`), of Orbax (`checkpoint`) or of how a directory is made whole or not at all (`atomic`).
+Knows which kinds of directory there are and which files travel with the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -21,11 +21,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dream_jax import checkpoint, hf
+from dream_jax import checkpoint, hf, lora
 from dream_jax.atomic import new_directory
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
+from dream_jax.pretrained.adapter import describe_adapter, put_on
+from dream_jax.pretrained.quantised import quantised_params, start_unit
+from dream_jax.quantisation import KINDS, Kind
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh, parameter_shardings
 from dream_jax.tokenizer import TOKENIZER_FILES
@@ -56,6 +59,9 @@ def load(
     attention_backend: Backend = "auto",
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
+    base: Kind | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    any_base: bool = False,
 ) -> Dream:
     """Loads a model, every shard straight to its device.
 
@@ -67,6 +73,10 @@ def load(
       seed: of a preset's random weights.
       compute_dtype, attention_backend, remat: as for `Dream`.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
+      base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other: the float model is never whole
+        anywhere. `dtype` is then that of all else. Such a model runs, and carries adapters; it cannot be saved.
+      adapter: a directory of `save_adapter`, to put on the model. `merge_adapter` makes one model of the two.
+      any_base: accepts an adapter that was trained on other weights of the same shapes.
 
     Returns:
       The model; its `tokenizer_dir` is the directory when that holds tokenizer files.
@@ -74,7 +84,7 @@ def load(
     Raises:
       FileNotFoundError: there is no such path, or it holds no checkpoint.
       ValueError: the checkpoint is damaged, or not one of this architecture; an unknown dtype; a mesh that
-        does not fit.
+        does not fit; an adapter that does not.
       ConnectionError: a hub id that is not in the cache and cannot be downloaded.
     """
     mesh = None if mesh is None else make_mesh(mesh)
@@ -86,12 +96,30 @@ def load(
         remat=remat,
         ignore_config_keys=ignore_config_keys,
     )
+    found = None if adapter is None else describe_adapter(adapter)
+    if found is not None:  # before minutes of reading weights
+        found.check_fits(model)
+    model = _weights(path, model, _as_dtype(dtype), mesh, seed, base)
+    return model if found is None else put_on(model, found, any_base=any_base)
+
+
+def _weights(
+    path: str | os.PathLike[str], model: Dream, dtype: np.dtype, mesh: Mesh | None, seed: int, base: Kind | None
+) -> Dream:
+    """The model of these shapes with the weights at `path`."""
     graphdef, shapes = split_params(model)
     directory = _directory(path)
     if directory is None:
-        return merge_params(graphdef, _random(model.config, shapes, seed, mesh))
+        drawn = merge_params(graphdef, _random(model.config, shapes, seed, mesh))
+        return drawn if base is None else lora.with_base(drawn, base)
+    if base is not None:
+        quantised = split_params(lora.with_base_shapes(model, base))
+        params, identity = quantised_params(directory, model.config, dtype, base, quantised[1], mesh)
+        loaded = merge_params(quantised[0], params)
+        loaded.base_identity = identity
+        return loaded
     read = checkpoint.load_params if checkpoint.is_converted(directory) else hf.load_params
-    return merge_params(graphdef, read(directory, model.config, _as_dtype(dtype), mesh))
+    return merge_params(graphdef, read(directory, model.config, dtype, mesh))
 
 
 def describe(
@@ -188,17 +216,29 @@ def save(
 
     Raises:
       FileExistsError: `path` exists.
-      ValueError: the model holds other parameters than its configuration says (adapters, say), or several
-        dtypes.
+      ValueError: the model has an adapter or a quantised base, other parameters than its configuration says, or
+        several dtypes.
       OSError: the disk is full.
     """
-    params = split_params(model)[1]
+    params = _plain(model)
     with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
         checkpoint.save_params(directory, params, model.config)
         if jax.process_index() == 0:
             dtype = jax.tree.leaves(params)[0].dtype
             _write_companions(directory, model.config, dtype, tokenizer_dir or model.tokenizer_dir)
             checkpoint.write_description(directory, model.config, dtype)
+
+
+def _plain(model: Dream) -> ParamTree:
+    """The parameters of a model that is nothing but its configuration."""
+    if lora.config_of(model) is not None:
+        raise ValueError("the model has an adapter: save that alone with save_adapter, or merge_adapter first")
+    if lora.base_of(model) in KINDS:
+        raise ValueError(
+            f"the base is {lora.base_of(model)}, which directories do not hold: its float weights are where it was loaded "
+            "from, and merge_adapter(model, dequantised=True) makes float ones of it"
+        )
+    return split_params(model)[1]
 
 
 def export_hf(
@@ -219,7 +259,7 @@ def export_hf(
       FileExistsError, OSError: as `save`.
       ValueError: as `save`; also when parts of the model lie on other hosts.
     """
-    params = split_params(model)[1]
+    params = _plain(model)
     with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
         hf.export(params, model.config, directory, max_shard_size)
         dtype = jax.tree.leaves(params)[0].dtype
@@ -301,16 +341,9 @@ def _stream_from_hf(
 ) -> None:
     """Reads the next unit in threads while one is written."""
     buffers = hf.Buffers()
-    tensors = {(place.rule.target, place.layer): (name, place) for name, place in hf.places(config).items()}
-
-    def start(unit: checkpoint.Unit) -> hf.Reading:
-        shapes = {name: leaf.shape for name, leaf in hf.flat(unit.shapes).items()}
-        shardings = None if mesh is None else hf.flat(checkpoint.unit_shardings(unit, mesh))
-        wanted = {name: [tensors[name, unit.layer]] for name in shapes}
-        return hf.start_reading(source, wanted, shapes, shardings, dtype, pool, buffers)
-
     pending = checkpoint.units(config, dtype, mesh)
     with ThreadPoolExecutor(hf.reading_threads()) as pool:
+        start = functools.partial(start_unit, source, config, mesh=mesh, pool=pool, buffers=buffers)
         reading = start(pending[0])
         for unit, following in zip(pending, [*pending[1:], None], strict=True):
             params = hf.nested(reading.wait())

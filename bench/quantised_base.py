@@ -1,0 +1,109 @@
+"""How far the logits of a quantised base are from those of its float weights, and what it weighs.
+
+    python bench/quantised_base.py --model PATH|PRESET [--data sudoku] [--rows 16] [--out FILE]
+
+Runs the rows of a data set, half of their response masked, through the float32 model and through each kind of base, and
+compares the logits of the masked positions: root mean square error over that of the logits, mean KL divergence in nats,
+share of positions with the same most probable token. Writes FILE (JSON). Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dream_jax import lora, pretrained
+from dream_jax.data import encode_row, length_report, open_source
+from dream_jax.model import Dream, parameter_count, split_params
+from dream_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared."""
+
+    model: str = "runs/demo/model"
+    """A directory or a preset; random weights say little about trained ones."""
+    tokenizer: str | None = None
+    """Directory or "bytes"; by default the model's own."""
+    data: str = "sudoku"
+    """As in train.py; held-out rows."""
+    rows: int = 16
+    """How many rows."""
+    out: pathlib.Path = report.RESULTS / "quantised_base.json"
+    """Result file."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1")
+
+
+def canvases(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids with half of each response masked, [B, T], and which positions are."""
+    source = open_source(settings.data, "test", 0)
+    longest = length_report(source, tokenizer, 2048, limit=settings.rows).longest
+    encoded = [encode_row(source[index], tokenizer, longest) for index in range(min(settings.rows, len(source)))]
+    found = [one for one in encoded if one is not None]
+    if not found:
+        raise ValueError(f"no row of {settings.data} fits in 2048 tokens")
+    tokens, maskable = (np.stack([getattr(one, name) for one in found]) for name in ("tokens", "maskable"))
+    masked = maskable & (np.random.default_rng(0).random(maskable.shape) < 0.5)
+    return np.where(masked, tokenizer.mask_id, tokens).astype(np.int32), masked
+
+
+def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:
+    """Logits that predict the masked positions."""
+    # The right shift: the logits at i - 1 predict token i.
+    return jnp.asarray(np.asarray(model(tokens))[:, :-1][masked[:, 1:]])
+
+
+def main(settings: Settings) -> None:
+    """Compares, prints a table, writes the file."""
+    console, other_work = Console(), report.OtherWork()
+    console.print(settings)
+    exact = pretrained.load(settings.model)
+    name = settings.tokenizer or exact.tokenizer_dir or ("bytes" if settings.model == "nano" else None)
+    if name is None:
+        raise ValueError(f"{settings.model} has no tokenizer files; pass --tokenizer with a directory of some")
+    tokens, masked = canvases(settings, load_tokenizer(name))
+    wanted, weights = at_masks(exact, tokens, masked), parameter_count(exact.layers)
+    results: dict[str, Any] = {}
+    for kind in lora.KINDS:
+        model = pretrained.load(settings.model, base=kind)
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_params(model)[1]["layers"]))
+        results[kind] = {
+            **lora.logit_error(wanted, at_masks(model, tokens, masked)),
+            "bytes_a_weight": nbytes / weights,
+        }
+    table = Table("base", "bytes a weight of the layers", "logit error", "KL, nats", "same first choice")
+    for kind, found in results.items():
+        figures = (found[name] for name in ("bytes_a_weight", "relative", "kl", "same_top"))
+        table.add_row(kind, *(f"{figure:.3g}" for figure in figures))
+    console.print(table)
+    plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    report.write_json(
+        settings.out,
+        {
+            "date": report.now(),
+            "hardware": {**report.hardware(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+            "other_work": other_work.share(),
+            "versions": report.versions(["jax", "jaxlib", "flax", "numpy"]),
+            "settings": plain,
+            "masked_positions": int(masked[:, 1:].sum()),
+            "results": results,
+        },
+    )
+    console.print(f"wrote {settings.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

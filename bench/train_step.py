@@ -1,0 +1,278 @@
+"""Times the training step on the devices that are here: tokens/s, MFU, memory.
+
+    PYTHONPATH=. python bench/train_step.py --preset 7b-4096 [--mesh 1x1] [--remat full] [--torch] [--trace DIR]
+    PYTHONPATH=. python bench/train_step.py --list
+
+The step is that of training (`dream_jax.train_step`) on random weights and random tokens, of which the whole row may be
+masked. A flag replaces what the preset says. MFU counts 6 FLOPs a weight and token, attention in full (bidirectional),
+the vocabulary at masked positions only, and no recomputation, over the dense bfloat16 peak of `dream_jax.chips`. Memory:
+what the compiler plans, and what the allocator saw at most. Each result is added to FILE under its name.
+
+`--torch` then runs the same shape in plain PyTorch (`torch_reference.py`: SDPA, fused AdamW, bfloat16 autocast over float32
+weights, a layer's activations recomputed under remat full, the vocabulary at masked rows only) on the same card.
+
+Needs jax, flax, optax, numpy, einops and jaxtyping, as a bare accelerator image has them; psutil for the machine's
+load; torch, transformers and safetensors for `--torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+
+from dream_jax import lora, sharding
+from dream_jax.attention import Backend
+from dream_jax.chips import chip_of
+from dream_jax.config import PRESETS as MODELS
+from dream_jax.config import DreamConfig
+from dream_jax.flops import FlopCounter
+from dream_jax.model import Dream, Remat, abstract_model, merge_params, parameter_count, split_params
+from dream_jax.optimizer import Kind, Moments, OptimizerConfig
+from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One measurement."""
+
+    model: str = "dream-7b"
+    layers: int | None = None
+    batch: int = 1
+    tokens: int = 2048
+    accumulation: int = 1
+    mesh: str = "1x1"
+    remat: Remat = "full"
+    attention: Backend = "auto"
+    compute_dtype: str = "bfloat16"
+    optimizer: Kind = "adamw"
+    moments: Moments = "float32"
+    moments_on_host: bool = False
+    lora_rank: int = 0
+    base_dtype: str = "bfloat16"
+    warmup: int = 3
+    steps: int = 10
+
+    def config(self) -> DreamConfig:
+        config = MODELS[self.model]
+        return config if self.layers is None else dataclasses.replace(config, num_hidden_layers=self.layers)
+
+
+# What a user with one card would run; int8 moments make the full 7B fit 80 GB.
+PRESETS: Mapping[str, Settings] = {
+    "7b-2048": Settings(batch=8, tokens=2048, moments="int8"),
+    "7b-4096": Settings(batch=4, tokens=4096, moments="int8"),
+    "7b-lora-4096": Settings(batch=4, tokens=4096, lora_rank=32),
+    "0.5b-2048": Settings(model="dream-0.5b", batch=16, tokens=2048),
+    "small-cpu": Settings(model="small", batch=4, tokens=128, remat="none", compute_dtype="float32", warmup=1, steps=5),
+    "nano-cpu": Settings(model="nano", batch=32, tokens=64, remat="none", compute_dtype="float32", warmup=2, steps=10),
+}
+
+
+def make_model(settings: Settings) -> Dream:
+    """Random weights; a base that is not trained is stored in its own dtype."""
+    dtype = settings.base_dtype if settings.lora_rank else "float32"
+    options = {"compute_dtype": settings.compute_dtype, "remat": settings.remat}
+    options |= {"param_dtype": dtype, "attention_backend": settings.attention}
+    config, mesh = settings.config(), sharding.make_mesh(settings.mesh)
+    graphdef, shapes = split_params(abstract_model(config, **options))
+
+    # Of constants with a little structure, drawn a leaf at a time: what a step costs does not depend on the values.
+    def draw(leaf: Any, place: Any) -> jax.Array:
+        fill = lambda: (0.02 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32))).reshape(leaf.shape).astype(leaf.dtype)
+        return jax.jit(fill, out_shardings=place)()
+
+    model = merge_params(graphdef, jax.tree.map(draw, shapes, sharding.parameter_shardings(shapes, mesh)))
+    if settings.lora_rank:
+        lora_config = lora.LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank)
+        with jax.set_mesh(mesh):
+            model = lora.attach(model, lora_config, jax.random.key(0))
+    return model
+
+
+def rows(settings: Settings) -> dict[str, np.ndarray]:
+    """Random tokens; every position may be masked."""
+    shape = (settings.batch, settings.tokens)
+    tokens = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+    return {"tokens": tokens, "maskable": np.ones(shape, bool), "row": np.arange(settings.batch, dtype=np.int32)}
+
+
+def measure(settings: Settings, trace: pathlib.Path | None) -> dict[str, Any]:
+    """Seconds of each step, and what follows from them."""
+    mesh = sharding.make_mesh(settings.mesh)
+    optimizer = OptimizerConfig(
+        learning_rate=1e-5,
+        total_steps=1000,
+        kind=settings.optimizer,
+        moments=settings.moments,
+        moments_on_host=settings.moments_on_host,
+    )
+    optimizer.check_devices(mesh)
+    model = make_model(settings)
+    graphdef, params = split_params(model)
+    trained, frozen = lora.split(params) if settings.lora_rank else (params, {})
+    step = make_train_step(
+        graphdef,
+        optimizer.make(),
+        optimizer.schedule(),
+        StepConfig(global_batch=settings.batch, accumulation=settings.accumulation),
+        mesh,
+    )
+    flops = FlopCounter(model, settings.tokens)
+    numbers = {"parameters": parameter_count(params), "trained": parameter_count(trained)}
+    state = init_state(trained, optimizer.make(), mesh, donate=True)
+    del model, params, trained
+    batch = put_batch(rows(settings), mesh)
+    begun = time.perf_counter()
+    compiled = step.lower(state, batch, frozen).compile()
+    numbers["compile_seconds"] = time.perf_counter() - begun
+    memory = compiled.memory_analysis()
+    planned = {name: getattr(memory, f"{name}_size_in_bytes") / GIB for name in ("argument", "output", "alias", "temp")}
+    planned["host_temp"] = memory.host_temp_size_in_bytes / GIB
+    del compiled
+    seconds, losses, masked = timed(step, state, batch, frozen, settings, trace)
+    median = report.summarize(seconds)["median_s"]
+    tokens = settings.batch * settings.tokens
+    total = flops.step(tokens, masked)
+    chip = chip_of(jax.devices()[0].device_kind)
+    return {
+        **numbers,
+        "planned_gib_a_device": planned,
+        "allocator_peak_gib": [peak_bytes(device) for device in mesh.devices.flat],
+        "seconds": report.summarize(seconds),
+        "tokens_per_second": tokens / median,
+        "tflop_a_step": total / 1e12,
+        "tflops_a_device": total / median / mesh.size / 1e12,
+        "mfu": None if chip is None else total / median / mesh.size / chip.peak_flops,
+        "losses": losses,
+    }
+
+
+def timed(
+    step: TrainStep,
+    state: Any,
+    batch: Mapping[str, jax.Array],
+    frozen: Any,
+    settings: Settings,
+    trace: pathlib.Path | None,
+) -> tuple[list[float], list[float], float]:
+    """Seconds and losses of the steps after the warm-up, and the masked positions of one on average."""
+    seconds, losses, masked = [], [], []
+    for number in range(settings.warmup + settings.steps):
+        # The trace holds one step, the second of the warm-up, so that it costs none of the times.
+        profile = jax.profiler.trace(str(trace)) if trace and number == 1 else contextlib.nullcontext()
+        with profile:
+            begun = time.perf_counter()
+            state, metrics = step(state, batch, frozen)
+            metrics = jax.device_get(jax.block_until_ready(metrics))
+            elapsed = time.perf_counter() - begun
+        if number >= settings.warmup:
+            seconds.append(elapsed)
+            losses.append(float(metrics["loss"]))
+            masked.append(float(metrics["num_masked"]))
+    return seconds, losses, float(np.mean(masked))
+
+
+def peak_bytes(device: jax.Device) -> float | None:
+    """GiB that the allocator has handed out at most; None where it does not count (a CPU)."""
+    stats = device.memory_stats() or {}
+    return stats["peak_bytes_in_use"] / GIB if "peak_bytes_in_use" in stats else None
+
+
+def measure_torch(settings: Settings) -> dict[str, Any]:
+    """The same shape in plain PyTorch, on the first card or the CPU."""
+    import torch
+    import torch_reference as reference
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settings.config()
+    with device:
+        model = reference.build_model(config.to_dict())
+    if settings.remat != "none":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    optimizer = reference.adamw(model, learning_rate=1e-5)
+    tokens_BT = torch.from_numpy(rows(settings)["tokens"]).long().to(device)
+    half = settings.compute_dtype == "bfloat16"
+    seconds = []
+    for number in range(settings.warmup + settings.steps):
+        generator = torch.Generator(device).manual_seed(number)
+        t_B = (torch.arange(settings.batch, device=device) + 0.5) / settings.batch  # as stratified as ours
+        masked_BT = torch.rand(tokens_BT.shape, device=device, generator=generator) < t_B[:, None]
+        begun = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            reference.train_step(
+                model, optimizer, tokens_BT, masked_BT, t_B, mask_token_id=config.mask_token_id, head_rows="masked"
+            )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= settings.warmup:
+            seconds.append(time.perf_counter() - begun)
+    result: dict[str, Any] = {"torch": torch.__version__, "seconds": report.summarize(seconds)}
+    result["tokens_per_second"] = settings.batch * settings.tokens / result["seconds"]["median_s"]
+    if device.type == "cuda":
+        result["allocator_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="nano-cpu")
+    parser.add_argument("--list", action="store_true", help="print the presets")
+    parser.add_argument("--torch", action="store_true", help="compare with plain PyTorch")
+    parser.add_argument("--trace", type=pathlib.Path, help="folder for a profile of one step")
+    parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS / "train_step.json")
+    for field in dataclasses.fields(Settings):
+        choices = {"remat": get_args(Remat), "attention": get_args(Backend), "moments": get_args(Moments)}
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true", default=None)
+        else:
+            kind = int if "int" in str(field.type) else str
+            parser.add_argument(flag, type=kind, choices=choices.get(field.name))
+    given = vars(parser.parse_args())
+    if given["list"]:
+        for name, preset in PRESETS.items():
+            print(f"{name}: {preset}")
+        return
+    changes = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
+    settings = dataclasses.replace(
+        PRESETS[given["preset"]], **{name: value for name, value in changes.items() if value is not None}
+    )
+    sharding.make_mesh(settings.mesh)  # before the backend starts, so that a CPU has the devices
+    print(settings, flush=True)
+    other_work = report.OtherWork()
+    result: dict[str, Any] = {
+        "date": report.now(),
+        "hardware": {**report.hardware(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+        "versions": report.versions(["jax", "jaxlib", "flax", "optax", "numpy"]),
+        "settings": dataclasses.asdict(settings),
+        "jax": measure(settings, given["trace"]),
+    }
+    if given["torch"]:
+        gc.collect()
+        jax.clear_caches()
+        result["torch"] = measure_torch(settings)
+        result["torch_over_jax"] = result["torch"]["seconds"]["median_s"] / result["jax"]["seconds"]["median_s"]
+    result["other_work"] = other_work.share()
+    for side in ("jax", "torch"):
+        for name, value in result.get(side, {}).items():
+            print(f"{side} {name}: {value}")
+    report.add_json(given["out"], given["preset"], result)
+    print(f"added {given['preset']} to {given['out']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""What a step needs, by arithmetic alone: bytes on a device, floating-point operations, bytes between devices.
+
+Knows shapes, shardings and how the step is written. Knows no compiler: `docs/memory.md` says how far from compiled sizes
+these are, and a test keeps them there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dream_jax import sharding
+from dream_jax.model import Remat, parameter_count, split_params
+from dream_jax.objective import chunk_rows
+from dream_jax.plan.hlo import Collective
+from dream_jax.trainer.build import AbstractStep
+
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a step's cost depends on besides the model.
+
+    Attributes:
+      batch: rows of a step.
+      accumulation: parts that they are computed in.
+      length: tokens a row.
+      mesh: sizes by axis.
+      remat: what the backward pass computes again.
+      masked_share: of all positions.
+    """
+
+    batch: int
+    accumulation: int
+    length: int
+    mesh: dict[str, int]
+    remat: Remat
+    masked_share: float
+
+    @property
+    def groups(self) -> int:
+        """Into how many parts the positions of a batch are split."""
+        return self.mesh["fsdp"] * self.mesh["sequence"]
+
+    @property
+    def tokens(self) -> int:
+        """Positions that a device computes at a time."""
+        return self.batch // self.accumulation * self.length // self.groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes on one device; see `plan.settings.Memory`."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    host: int
+    gradients: int
+    kept: int
+    layer: int
+    loss: int
+
+    @property
+    def given(self) -> int:
+        """Of what a step is given and gives back in place."""
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def working(self) -> int:
+        """Of the rest at the worst moment: in the loss, or in the backward pass, when the gradients fill up."""
+        return max(self.kept + self.loss, self.kept + self.gradients + self.layer)
+
+
+def bytes_on_device(step: AbstractStep, shape: Shape, platform: str) -> Bytes:
+    """The arithmetic of memory.
+
+    What a step is given follows exactly from shapes and shardings. The rest is what the step's code asks for: gradients in
+    the dtype of the weights; the input of each layer (remat "full") and the results of its products ("dots") or all it
+    computes ("none"); the weights of a layer gathered, twice, since the next ones are fetched meanwhile, and what one layer
+    computes; in the loss the gathered projection, its float32 gradient, the hidden states' and a chunk of logits.
+    """
+    model, config = step.model, step.model.config
+    width = jax.numpy.dtype(model.compute_dtype).itemsize
+    tokens, tensor = shape.tokens, shape.mesh["tensor"]
+
+    def ways(size: int) -> int:
+        return tensor if size % tensor == 0 else 1
+
+    query = config.num_attention_heads * config.head_dim // ways(config.num_attention_heads)
+    key = config.num_key_value_heads * config.head_dim // ways(config.num_key_value_heads)
+    mlp, hidden = config.intermediate_size // ways(config.intermediate_size), config.hidden_size
+    vocab = config.vocab_size // ways(config.vocab_size)
+    layers = config.num_hidden_layers
+
+    products = query + 2 * key + hidden + 2 * mlp
+    # Before and after each norm, also in float32; rotated and not; the gate, its sigmoid and the product.
+    everything = 4 * hidden + 2 * query + 2 * key + 2 * mlp + (2 * hidden * _FLOAT32) // width
+    inputs = tokens * hidden * width
+    kept = {
+        "none": layers * (inputs + tokens * (products + everything) * width),
+        "dots": layers * (inputs + tokens * products * width),
+        "full": layers * inputs,
+        "offload": 2 * inputs,  # on the way to the host
+    }[shape.remat]
+    # One layer's weights, whole but for the tensor axis, once in use and once under way.
+    weights = parameter_count(model.layers) // layers // tensor * width
+    scores = 0
+    if attention_backend(step, platform) == "xla":
+        rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
+        scores = (
+            2 * rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"]) * _FLOAT32
+        )
+    layer = 2 * weights + tokens * (products + everything) * width + scores
+    rows = chunk_rows(tokens, config.vocab_size, platform)
+    loss = hidden * vocab * (width + _FLOAT32) + tokens * hidden * (_FLOAT32 + width) + 2 * rows * vocab * _FLOAT32
+    parameters, host = _resident([step.state.params, step.frozen])
+    optimizer, optimizer_host = _resident([step.state.opt_state, step.state.step])
+    gradients = _resident([step.state.params])[0]
+    return Bytes(
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=_resident([step.batch])[0],
+        host=host + optimizer_host,
+        # Of the parts of a batch the sum so far and the newest.
+        gradients=gradients * (2 if shape.accumulation > 1 else 1),
+        kept=kept,
+        layer=layer,
+        loss=loss,
+    )
+
+
+def attention_backend(step: AbstractStep, platform: str) -> str:
+    """The backend that attention will take, where its dtype and the platform alone decide it."""
+    asked = step.model.attention_backend
+    if asked != "auto":
+        return asked
+    half = step.model.compute_dtype != np.float32
+    return "splash" if platform == "tpu" else "cudnn" if platform == "gpu" and half else "xla"
+
+
+def _resident(trees: Iterable[Any]) -> tuple[int, int]:
+    """Bytes of a device's part of some trees of shapes with shardings: in its own memory and in the host's."""
+    device = host = 0
+    for leaf in jax.tree.leaves(list(trees)):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if leaf.sharding.memory_kind == "pinned_host":
+            host += size
+        else:
+            device += size
+    return device, host
+
+
+# ----------------------------------------------------------------------------------------------- floating-point operations
+
+
+def loss_chunks(shape: Shape, vocab: int, platform: str) -> int:
+    """How often the loss goes round its loop, on the device group that has most masked positions, in expectation.
+
+    The times of a batch are strata 1/2K, 3/2K, ... in random order; each group of devices has the mean of some of them.
+    """
+    rows = shape.batch // shape.accumulation
+    split = shape.mesh["fsdp"]
+    if rows % split:
+        return 1
+    times = (np.arange(rows) + 0.5) / rows
+    generator = np.random.default_rng(0)
+    draws = [np.max(generator.permutation(times).reshape(split, -1).mean(axis=1)) for _ in range(64)]
+    most = float(np.mean(draws)) * 2 * shape.masked_share * shape.tokens
+    return max(1, math.ceil(most / chunk_rows(shape.tokens, vocab, platform)))
+
+
+def model_flops(step: AbstractStep, shape: Shape) -> float:
+    """Of one step over all devices: products forward and backward, attention in full, the head at masked positions.
+
+    A frozen weight has no gradient of its own: 4 a token, not 6.
+    """
+    config = step.model.config
+    tokens = float(shape.batch * shape.length)
+    trained, frozen = (_matrix_count(tree) for tree in (step.state.params, step.frozen))
+    head_trained = "lm_head" in step.state.params or "embed" in step.state.params
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
+    head = config.hidden_size * config.vocab_size * (6 if head_trained else 4) * shape.masked_share
+    return tokens * (6.0 * trained + 4.0 * frozen + attention + head)
+
+
+def remat_flops(step: AbstractStep, shape: Shape) -> float:
+    """Of what the backward pass computes again: with "full" each layer's forward pass, with "dots" its attention."""
+    if shape.remat == "none":
+        return 0.0
+    config = step.model.config
+    tokens = float(shape.batch * shape.length)
+    attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
+    matrices = _matrix_count(step.state.params) + _matrix_count(step.frozen)
+    return tokens * (attention if shape.remat == "dots" else attention + 2.0 * matrices)
+
+
+def _matrix_count(tree: Any) -> int:
+    """Weights of the layers' matrices: norms and biases take no products worth counting."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree.get("layers", {}))
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key not in ("bias", "scale"))
+
+
+# --------------------------------------------------------------------------------------------------------------- traffic
+
+
+def collectives(step: AbstractStep, shape: Shape) -> tuple[Collective, ...]:
+    """What moves between devices where no compiler says it: weights gathered for each pass, gradients scattered.
+
+    Left out: what tensor and context parallelism move of activations, when these split anything it is stated too low.
+    """
+    ways, passes = shape.groups, shape.accumulation * (2 if shape.remat in ("none", "dots") else 3)
+    config, tensor = step.model.config, shape.mesh["tensor"]
+    width = jax.numpy.dtype(step.model.compute_dtype).itemsize
+    found = []
+    share = (ways - 1) / ways
+    if ways > 1:
+        params = split_params(step.model)[1]
+        layers = parameter_count(params["layers"]) // tensor
+        head = config.hidden_size * config.vocab_size // tensor
+        matrices = len(jax.tree.leaves(params["layers"]))
+        trained = parameter_count(step.state.params.get("layers", {})) // tensor
+        found += [
+            Collective(
+                kind="all-gather",
+                count=passes * config.num_hidden_layers * matrices + shape.accumulation,
+                sent=share * width * (passes * layers + shape.accumulation * head),
+            ),
+            Collective(
+                kind="reduce-scatter",
+                count=shape.accumulation * (config.num_hidden_layers * matrices + 1),
+                sent=share * shape.accumulation * (width * trained + _FLOAT32 * head),
+            ),
+        ]
+    if tensor > 1:
+        # Two sums of a layer's activations forward, two backward, and those that are computed again.
+        sums = shape.accumulation * config.num_hidden_layers * (6 if shape.remat == "full" else 4)
+        sent = 2 * (tensor - 1) / tensor * shape.tokens * config.hidden_size * width
+        found.append(Collective(kind="all-reduce", count=sums, sent=sums * sent))
+    if shape.mesh["sequence"] > 1:
+        split = shape.mesh["sequence"]
+        keys = 2 * config.num_key_value_heads * config.head_dim // tensor * width * shape.tokens * split
+        times = shape.accumulation * config.num_hidden_layers * 3
+        found.append(Collective(kind="all-gather", count=2 * times, sent=times * (split - 1) / split * keys))
+    return tuple(found)
+
+
+def memory_traffic(step: AbstractStep, shape: Shape, found: Bytes, chunks: int) -> float:
+    """The least that a device must read and write in its memory in a step, bytes.
+
+    Parameters, moments and gradients once each way; the gathered weights of each pass written and read; what is kept, each
+    way; in the loss the projection and its gradient for each chunk.
+    """
+    config, tensor = step.model.config, shape.mesh["tensor"]
+    width = jax.numpy.dtype(step.model.compute_dtype).itemsize
+    passes = shape.accumulation * (2 if shape.remat in ("none", "dots") else 3)
+    weights = 2 * passes * parameter_count(step.model.layers) // tensor * width
+    head = shape.accumulation * chunks * config.hidden_size * config.vocab_size // tensor * (2 * width + 2 * _FLOAT32)
+    return (
+        2.0 * (found.parameters + found.optimizer + found.gradients)
+        + weights
+        + 2.0 * shape.accumulation * found.kept
+        + head
+    )
+
+
+def mesh_sizes(mesh: sharding.AnyMesh) -> dict[str, int]:
+    """Sizes of the mesh by axis."""
+    return {name: dict(mesh.shape).get(name, 1) for name in sharding.MESH_AXES}

@@ -1,0 +1,73 @@
+"""Time on the roofline, and what it costs.
+
+Knows rates and prices. Knows nothing of models or compilers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dream_jax.plan.hardware import Hardware
+from dream_jax.plan.hlo import Collective
+from dream_jax.plan.settings import PlanSettings, Price, Time
+
+# How many of a torus's links a collective surely uses: both directions of one axis. A switch gives half its rate.
+_SURE_LINKS = 2
+_SURE_SHARE = 0.5
+
+
+def step_time(
+    hardware: Hardware,
+    utilization: tuple[float, float],
+    *,
+    model_flops: float,
+    remat_flops: float,
+    traffic: float,
+    collectives: Iterable[Collective],
+) -> Time:
+    """Seconds of one step.
+
+    Args:
+      hardware: what it runs on.
+      utilization: share of the peak that arithmetic reaches while it runs, low and high.
+      model_flops, remat_flops: of one step over all devices.
+      traffic: bytes that a device moves in its own memory.
+      collectives: of one step, as one device sees them.
+    """
+    chip = hardware.chip
+    peak = chip.peak_flops * hardware.num_devices
+    low, high = utilization
+    compute = ((model_flops + remat_flops) / (peak * low), (model_flops + remat_flops) / (peak * high))
+    memory = traffic / chip.memory_bandwidth
+    sent = sum(one.sent for one in collectives)
+    best, worst = (
+        chip.interconnect,
+        max(_SURE_SHARE * chip.link_bandwidth, _SURE_LINKS * chip.link_bandwidth * (chip.links > 1)),
+    )
+    if hardware.nodes > 1 and chip.network_bandwidth is not None:
+        # A ring over all devices is as fast as its slowest link.
+        best, worst = chip.network_bandwidth, _SURE_SHARE * chip.network_bandwidth
+    network = (sent / worst, sent / best)
+    slow, fast = max(compute[0] + network[0], memory), max(compute[1], memory, network[1])
+    return Time(
+        model_flops=model_flops,
+        remat_flops=remat_flops,
+        compute=compute,
+        memory_traffic=memory,
+        network=network,
+        fast=fast,
+        slow=slow,
+        mfu=(model_flops / (peak * slow), model_flops / (peak * fast)),
+    )
+
+
+def price(hardware: Hardware, time: Time, steps: int, settings: PlanSettings) -> Price:
+    """What so many steps cost, at the price given or else the list's."""
+    hours = (steps * time.fast / 3600, steps * time.slow / 3600)
+    each = hardware.chip.usd_per_chip_hour
+    if settings.price_per_chip_hour is not None:
+        rate = settings.rmb_per_usd if settings.currency == "rmb" else 1.0
+        each = settings.price_per_chip_hour / rate
+    usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)
+    rmb = None if usd is None else (usd[0] * settings.rmb_per_usd, usd[1] * settings.rmb_per_usd)
+    return Price(hours=hours, chips=hardware.num_chips, usd_per_chip_hour=each, usd=usd, rmb=rmb)

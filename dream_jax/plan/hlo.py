@@ -1,0 +1,289 @@
+"""Collectives of a compiled program, read from its text: how many run in one step, and what they move.
+
+Knows XLA's text after optimisation, as the TPU, the GPU and the CPU compilers write it. Knows nothing of models.
+
+XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it runs: by the trip count that the
+compiler writes beside it, or else by its condition and the step of its counter. A loop whose end is only known at run
+time counts as often as the caller says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
+
+# Bytes of one element; predicates take a byte, and what has no size (tokens, opaque) none.
+_ELEMENT = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+_ELEMENT |= {f"{sign}{bits}": bits // 8 for sign in "su" for bits in (8, 16, 32, 64)}
+
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_HEAD = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind in a step.
+
+    Attributes:
+      kind: what is done.
+      count: how many run.
+      sent: bytes that one device sends, by the usual ring: of n devices each sends (n - 1) / n of what is gathered or
+        scattered, and twice that of what is reduced to all.
+    """
+
+    kind: Kind
+    count: int
+    sent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool
+
+
+def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, ...]:
+    """The collectives of one run of the program `text`, one entry a kind, most bytes first.
+
+    Args:
+      text: `Compiled.as_text()`.
+      unknown_trips: how often a loop runs whose end depends on data.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations, entry = _parse(text)
+    total: dict[Kind, tuple[float, float]] = {}
+    for kind, times, sent in _walk(computations, entry, 1.0, unknown_trips):
+        count, before = total.get(kind, (0.0, 0.0))
+        total[kind] = (count + times, before + times * sent)
+    found = [Collective(kind=kind, count=round(count), sent=sent) for kind, (count, sent) in total.items()]
+    return tuple(sorted(found, key=lambda one: -one.sent))
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            opening = _COMPUTATION.match(line)
+            if opening:
+                current = computations[opening[2]] = {}
+                entry = opening[2] if opening[1] else entry
+        elif line.rstrip() == "}":  # not only its beginning: the metadata of a kernel may span lines that begin so
+            current = None
+        else:
+            instruction = _instruction(line)
+            if instruction:
+                current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction | None:
+    head = _HEAD.match(line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
+    opening = rest.find("(")
+    if opening < 0:
+        return None
+    closing = _closing(rest, opening)
+    arguments, opcode = rest[opening + 1 : closing], rest[:opening].strip()
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments)) if opcode != "constant" else (arguments,)
+    if opcode == "parameter":
+        operands = (arguments,)
+    return _Instruction(head[2], shape, opcode, operands, rest[closing + 1 :], root=bool(head[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] == "(":
+            depth += 1
+        elif text[place] == ")":
+            depth -= 1
+            if depth == 0:
+                return place
+    return len(text) - 1
+
+
+def _walk(
+    computations: Mapping[str, Mapping[str, _Instruction]], name: str, times: float, unknown: float
+) -> Iterator[tuple[Kind, float, float]]:
+    """(kind, how often, bytes sent each time) of every collective below a computation."""
+    for instruction in computations.get(name, {}).values():
+        found = _collective(instruction, fused_as=name)
+        if found is not None:
+            yield found[0], times, found[1]
+            continue  # what it applies is the sum of two numbers
+        # The done half of an asynchronous pair names the same computation as its start.
+        if instruction.opcode.endswith(("-done", "-update")):
+            continue
+        called = [part for match in _CALLED.findall(instruction.rest) for part in re.findall(r"[\w.\-]+", match)]
+        if instruction.opcode == "while":
+            trips = _trips(computations, instruction)
+            repeated = times * (unknown if trips is None else trips)
+            for part in called:
+                yield from _walk(computations, part, repeated, unknown)
+        elif instruction.opcode == "conditional":
+            # One branch is taken: the one that moves most.
+            branches = [list(_walk(computations, part, times, unknown)) for part in called]
+            yield from max(branches, key=lambda items: sum(count * sent for _, count, sent in items), default=[])
+        else:
+            for part in called:
+                yield from _walk(computations, part, times, unknown)
+
+
+def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, float] | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode not in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
+        return None
+    kind: Kind = opcode  # type: ignore[assignment]  # mypy does not narrow str to a Literal
+    devices = _group_size(instruction.rest)
+    results = _results(instruction)
+    share = (devices - 1) / devices
+    if kind == "collective-permute":
+        return kind, results
+    # The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and the slice that stays.
+    if kind == "all-reduce" and fused_as.startswith("all-reduce-scatter"):
+        return "reduce-scatter", results * share
+    if kind == "all-reduce":
+        return kind, 2 * results * share
+    if kind == "reduce-scatter":
+        return kind, results * devices * share
+    return kind, results * share
+
+
+def _results(instruction: _Instruction) -> float:
+    """Bytes of what a collective results in. The start of an asynchronous pair also names what went in."""
+    shape = instruction.shape
+    if not (instruction.opcode.endswith("-start") and shape.startswith("(")):
+        return nbytes(shape)
+    parts = _split(shape[1:-1])
+    if instruction.opcode == "all-reduce-start":  # the exception: it names its results alone
+        return nbytes(shape)
+    return nbytes(parts[1])
+
+
+def _split(text: str) -> list[str]:
+    """The parts of a tuple, at its outermost commas."""
+    parts, depth, begun = [], 0, 0
+    for place, character in enumerate(text):
+        if character in "({[":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[begun:place])
+            begun = place + 1
+    return [*parts, text[begun:]]
+
+
+def nbytes(shape: str) -> float:
+    """Bytes of a shape in XLA's words, such as "f32[448,152064]{1,0:T(8,128)}" or a tuple of such; layouts are ignored."""
+    return sum(
+        _ELEMENT[element] * math.prod(int(size) for size in sizes.split(",") if size)
+        for element, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
+        if element in _ELEMENT
+    )
+
+
+def _group_size(attributes: str) -> int:
+    """Devices that take part together."""
+    pairs = re.search(r"source_target_pairs=", attributes)
+    if pairs:
+        return 2
+    # [groups,size]<=[...]: the iota form.
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
+    if iota:
+        return int(iota[2])
+    # mesh['x'=8,'y'=2] {'x'}, perhaps with an order of devices between: the axes of a mesh, of which those named work
+    # together; 'x':(1)4 names a part of an axis, here of size 4.
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in named)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if listed:
+        return len(listed[1].split(","))
+    raise ValueError(f"a collective with groups of devices in an unknown form: {attributes[:200]!r}")
+
+
+# ------------------------------------------------------------------------------------------------------ loops
+
+
+def _trips(computations: Mapping[str, Mapping[str, _Instruction]], loop: _Instruction) -> int | None:
+    """How often a loop runs; None when that depends on data.
+
+    Without the compiler's own word: `counter < constant`, the counter one part of what the loop carries, which grows by a
+    constant. It begins at zero, as all loops of jax.lax.scan and of the partitioner do.
+    """
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    called = {role: name for role, name in re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.rest)}
+    condition, body = computations.get(called["condition"], {}), computations.get(called["body"], {})
+    root = _root(condition)
+    if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
+        return None
+    left, right = (condition.get(name) for name in root.operands)
+    limit = None if right is None else _constant(condition, right)
+    if left is None or limit is None or left.opcode != "get-tuple-element":
+        return None
+    place = int(re.search(r"index=(\d+)", left.rest)[1])  # type: ignore[index]  # every such instruction has one
+    carried = _root(body)
+    if carried is None or carried.opcode != "tuple":
+        return None
+    step = _growth(body, carried.operands[place], place)
+    return math.ceil(limit / step) if step else None
+
+
+def _root(computation: Mapping[str, _Instruction]) -> _Instruction | None:
+    return next((instruction for instruction in computation.values() if instruction.root), None)
+
+
+def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction) -> int | None:
+    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0]):
+        return int(instruction.operands[0])
+    if instruction.opcode in ("copy", "bitcast", "convert") and instruction.operands[0] in computation:
+        return _constant(computation, computation[instruction.operands[0]])
+    return None
+
+
+def _growth(computation: Mapping[str, _Instruction], name: str, place: int) -> int | None:
+    """By how much `name` exceeds part `place` of what the loop carries; None when it is anything else."""
+    instruction = computation.get(name)
+    if instruction is None:
+        return None
+    if instruction.opcode == "get-tuple-element":
+        index = int(re.search(r"index=(\d+)", instruction.rest)[1])  # type: ignore[index]  # every one has it
+        carrier = computation.get(instruction.operands[0])
+        return 0 if index == place and carrier is not None and carrier.opcode == "parameter" else None
+    if instruction.opcode in ("copy", "bitcast"):
+        return _growth(computation, instruction.operands[0], place)
+    if instruction.opcode == "add":
+        for one, other in (instruction.operands, instruction.operands[::-1]):
+            added = _constant(computation, computation[other]) if other in computation else None
+            before = _growth(computation, one, place)
+            if added is not None and before is not None:
+                return before + added
+    return None

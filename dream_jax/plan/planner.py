@@ -1,0 +1,243 @@
+"""From settings to a plan: the one place that asks the trainer for its step, the compiler for sizes, the tables for rates.
+
+Knows the order of things; each thing is somebody else's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+import numpy as np
+
+from dream_jax import sharding
+from dream_jax.chips import CHIPS
+from dream_jax.data import encode_row, length_report
+from dream_jax.model import parameter_count
+from dream_jax.plan import arithmetic, cost
+from dream_jax.plan.compile import Compiled, Refusal, compile_step
+from dream_jax.plan.hardware import Hardware, find_hardware
+from dream_jax.plan.settings import Memory, Plan, PlanSettings, Rows
+from dream_jax.trainer.build import (
+    abstract_step,
+    check_tokenizer,
+    describe_model,
+    longest_row,
+    open_tokenizer,
+)
+from dream_jax.trainer.settings import TrainSettings
+
+# What may be changed where a step does not fit, after remat and accumulation, from what costs least. Each is tried in
+# arithmetic, alone and with those before it.
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {"moments": "bfloat16"},
+    {"moments": "int8"},
+    {"remat": "offload"},
+    {"moments": "float32", "moments_on_host": True},
+)
+# Arithmetic is not the compiler's word: what it promises must fit with room to spare.
+_ROOM = 0.9
+_SUGGESTIONS = 4
+_MEASURED_ROWS = 1000
+
+
+def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
+    """What the run of these settings would take.
+
+    Raises:
+      ValueError: hardware, mesh, model or batch that do not go together; data or tokenizer that cannot be read, where they
+        are needed.
+      ModuleNotFoundError: what compiles for such hardware is not installed, with what to install.
+    """
+    if settings.coordinator is not None:
+        raise ValueError("--coordinator joins processes to a run; a plan is made by one process: leave it out")
+    hardware = find_hardware(wanted.topology, compiles=wanted.compile)
+    mesh = hardware.mesh(settings.mesh)
+    rows = _rows(settings, wanted, mesh)
+    step = abstract_step(settings, mesh, rows.max_length)
+    shape = _shape(settings, mesh, rows)
+    platform = hardware.chip.platform
+    bytes_ = arithmetic.bytes_on_device(step, shape, platform)
+    chunks = arithmetic.loss_chunks(shape, step.model.config.vocab_size, platform)
+    found = compile_step(step, unknown_trips=chunks) if wanted.compile and hardware.devices is not None else None
+    memory = _memory(bytes_, found, hardware)
+    moved = found.collectives if isinstance(found, Compiled) else arithmetic.collectives(step, shape)
+    time = cost.step_time(
+        hardware,
+        wanted.utilization,
+        model_flops=arithmetic.model_flops(step, shape),
+        remat_flops=arithmetic.remat_flops(step, shape),
+        traffic=arithmetic.memory_traffic(step, shape, bytes_, chunks),
+        collectives=moved,
+    )
+    advice = [] if hardware.missing is None else [f"an estimate, not compiled: {hardware.missing}"]
+    if not memory.fits:
+        advice += suggestions(settings, hardware, rows)
+    return Plan(
+        hardware=hardware.name,
+        chip=hardware.chip.name,
+        devices=hardware.num_devices,
+        settings=settings.plain(),
+        trained=parameter_count(step.state.params),
+        frozen=parameter_count(step.frozen),
+        rows=rows,
+        memory=memory,
+        collectives=moved,
+        time=time,
+        price=cost.price(hardware, time, settings.steps, wanted),
+        advice=tuple(advice),
+        versions=_versions(),
+        compile_seconds=None if found is None else found.seconds,
+    )
+
+
+def suggestions(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list[str]:
+    """What would make it fit, each tried in arithmetic with some room to spare; the last is more chips."""
+    found: list[str] = []
+    changed: dict[str, Any] = {}
+    changes: list[dict[str, Any]] = [{"remat": "full"}]
+    changes += [{"remat": "full", "accumulation": number} for number in _parts(settings)]
+    for change in (*changes, *_CHANGES):
+        if settings.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
+            continue  # it has none
+        if "accumulation" not in change:
+            changed = changed | change
+        for tried in (change, changed):
+            text = _tried(settings, hardware, rows, tried)
+            if text and text not in found:
+                found.append(text)
+    found = found[:_SUGGESTIONS] + _more_chips(settings, hardware, rows)
+    return found or ["nothing that was tried in arithmetic fits: take chips with more memory"]
+
+
+def _parts(settings: TrainSettings) -> list[int]:
+    """Accumulations that the batch and the mesh allow, from the next one on."""
+    fsdp = sharding.parse_mesh_shape(settings.mesh)[0]
+    return [
+        parts
+        for parts in range(settings.accumulation + 1, settings.batch_size // fsdp + 1)
+        if settings.batch_size % parts == 0 and settings.batch_size // parts % fsdp == 0
+    ]
+
+
+def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict[str, Any]) -> str | None:
+    """The change in words when it would fit; None when it would not, or is none."""
+    if all(getattr(settings, name) == value for name, value in change.items()):
+        return None
+    needed = _estimate(dataclasses.replace(settings, **change), dataclasses.replace(hardware, devices=None), rows)
+    if needed > _ROOM * hardware.chip.memory:
+        return None
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in change.items()
+        if getattr(settings, name) != value
+    ]
+    return f"{' '.join(flags)}: about {needed / 2**30:.1f} GiB a device"
+
+
+def _more_chips(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list[str]:
+    """The fewest devices, by doubling fsdp, and other chips of the same number, on which these very settings would fit."""
+    found = []
+    fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.mesh)
+    for times in (2, 4, 8, 16):
+        parts = settings.batch_size // settings.accumulation
+        mesh = "x".join(map(str, (fsdp * times, tensor, sequence)[: 3 if sequence > 1 else 2]))
+        larger = dataclasses.replace(hardware, num_devices=hardware.num_devices * times, devices=None)
+        if parts % (fsdp * times):
+            break
+        needed = _estimate(dataclasses.replace(settings, mesh=mesh), larger, rows)
+        if needed <= _ROOM * hardware.chip.memory:
+            found.append(
+                f"{larger.num_devices} devices of {hardware.chip.name}, --mesh {mesh}: about {needed / 2**30:.1f} GiB each"
+            )
+            break
+    needed = _estimate(settings, dataclasses.replace(hardware, devices=None), rows)
+    same = [
+        chip.name
+        for chip in CHIPS.values()
+        if chip.topology and chip.platform == hardware.chip.platform and needed <= _ROOM * chip.memory
+    ]
+    if same:
+        found.append(f"as many devices of {' or '.join(same)}: about {needed / 2**30:.1f} GiB each")
+    return found
+
+
+def _estimate(settings: TrainSettings, hardware: Hardware, rows: Rows) -> int:
+    mesh = hardware.mesh(settings.mesh)
+    step = abstract_step(settings, mesh, rows.max_length)
+    found = arithmetic.bytes_on_device(step, _shape(settings, mesh, rows), hardware.chip.platform)
+    return found.given + found.working
+
+
+def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: Rows) -> arithmetic.Shape:
+    return arithmetic.Shape(
+        batch=settings.batch_size,
+        accumulation=settings.accumulation,
+        length=rows.max_length,
+        mesh=arithmetic.mesh_sizes(mesh),
+        remat=settings.remat,
+        masked_share=rows.masked_share,
+    )
+
+
+def _memory(parts: arithmetic.Bytes, found: Compiled | Refusal | None, hardware: Hardware) -> Memory:
+    estimate = parts.given + parts.working
+    if isinstance(found, Compiled):
+        peak, working, refused = found.peak, found.peak - found.given, None
+    elif isinstance(found, Refusal):
+        peak, refused = max(estimate, found.needed or 0), found.words
+        working = peak - parts.given
+    else:
+        peak, working, refused = estimate, parts.working, None
+    return Memory(
+        parameters=parts.parameters,
+        optimizer=parts.optimizer,
+        batch=parts.batch,
+        host=parts.host,
+        gradients=parts.gradients,
+        kept=parts.kept,
+        layer=parts.layer,
+        loss=parts.loss,
+        working=working,
+        peak=peak,
+        limit=hardware.chip.memory,
+        compiled=isinstance(found, Compiled),
+        estimate=estimate,
+        refused=refused,
+    )
+
+
+def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> Rows:
+    """What the run reads. The data is opened where its longest row decides the length, or where it is asked for."""
+    if settings.max_length is not None and not wanted.read_data:
+        # Of a row's positions half are masked on average, if all may be: prompts, which may not, make it less.
+        return Rows(max_length=settings.max_length, masked_share=0.5)
+    source, encoding = settings.source("train"), settings.encode_options()
+    model = describe_model(settings, mesh)
+    tokenizer = open_tokenizer(settings, model)
+    check_tokenizer(model.config, tokenizer)
+    max_length = settings.max_length or longest_row(source, tokenizer, encoding)
+    report = length_report(source, tokenizer, max_length, options=encoding)
+    numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
+    found = (encode_row(source[int(number)], tokenizer, max_length, encoding) for number in numbers)
+    encoded = [one for one in found if one is not None]
+    maskable = float(np.mean([one.maskable.mean() for one in encoded])) if encoded else 1.0
+    return Rows(
+        max_length=max_length,
+        masked_share=maskable / 2,
+        rows=report.kept,
+        mean_length=report.mean,
+        epochs=settings.steps * settings.batch_size / report.kept,
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,46 @@
+"""Models and adapters in and out of directories.
+
+`models` loads, saves, exports and converts whole models, `quantised` reads one into a base of few bits, and `adapter`
+keeps what was trained beside a base. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory
+is made whole or not at all (`atomic`).
+"""
+
+from dream_jax.lora import merge as merge_adapter
+from dream_jax.pretrained.adapter import (
+    ADAPTER,
+    Adapter,
+    adapter_params,
+    describe_adapter,
+    put_on,
+    save_adapter,
+)
+from dream_jax.pretrained.models import (
+    DTYPES,
+    Conversion,
+    DtypeName,
+    convert_from_hf,
+    convert_to_hf,
+    describe,
+    export_hf,
+    load,
+    save,
+)
+
+__all__ = [
+    "ADAPTER",
+    "DTYPES",
+    "Adapter",
+    "Conversion",
+    "DtypeName",
+    "adapter_params",
+    "convert_from_hf",
+    "convert_to_hf",
+    "describe",
+    "describe_adapter",
+    "export_hf",
+    "load",
+    "merge_adapter",
+    "put_on",
+    "save",
+    "save_adapter",
+]

@@ -1,0 +1,172 @@
+"""Adapters in directories of their own: a few megabytes beside the base that they belong to.
+
+An adapter's directory holds `adapter.json` (what it is, what base it was trained on, every file with its size),
+`weights/adapter` (Orbax) and, where the base's prompts were written in a certain way, `prompt_format.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dream_jax import checkpoint, lora
+from dream_jax.atomic import new_directory
+from dream_jax.config import DreamConfig
+from dream_jax.lora import LoraConfig
+from dream_jax.model import Dream, abstract_model, split_params
+from dream_jax.shapes import ParamTree
+from dream_jax.sharding import mesh_of, parameter_specs
+from dream_jax.tokenizer import PROMPT_FORMAT_FILE
+
+ADAPTER = "adapter.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What `adapter.json` says.
+
+    Attributes:
+      directory: where it lies.
+      config: rank, alpha, dropout and targets.
+      base: the configuration of the model that it belongs to.
+      identity: which weights of that model it was trained on, as `lora.identity` tells them.
+    """
+
+    directory: pathlib.Path
+    config: LoraConfig
+    base: DreamConfig
+    identity: str
+
+    def check_fits(self, model: Dream) -> None:
+        """Raises ValueError when the model is of another configuration, with what differs."""
+        ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(self.base)
+        # It only says how random weights are drawn.
+        different = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
+        if different:
+            lines = "; ".join(f"{name} is {ours[name]!r}, the adapter's {theirs[name]!r}" for name in different)
+            raise ValueError(f"the adapter in {self.directory} belongs to another model: {lines}")
+
+    def check_identity(self, identity: str, remedy: str) -> None:
+        """Raises ValueError when it was trained on other weights than those of this identity."""
+        if identity != self.identity:
+            raise ValueError(
+                f"the adapter in {self.directory} was trained on weights {self.identity[:12]}, but these are "
+                f"{identity[:12]}, of the same shapes: {remedy}"
+            )
+
+
+def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Writes the adapter of a model, without the base; with several hosts, all must call.
+
+    Args:
+      model: with an adapter.
+      path: must not exist, except with `overwrite`; made whole or not at all.
+      overwrite: whether an adapter at `path` may be replaced (when the new one is complete).
+
+    Raises:
+      FileExistsError: `path` exists.
+      ValueError: the model has no adapter.
+      OSError: the disk is full.
+    """
+    config = lora.config_of(model)
+    if config is None:
+        raise ValueError("the model has no adapter; dream_jax.save writes whole models")
+    identity = lora.identity(model)
+    params = lora.split(split_params(model)[1])[0]
+    unit = _unit(params, None)
+    with new_directory(path, overwrite=overwrite, needed_bytes=unit.nbytes, marker=ADAPTER) as directory:
+        checkpoint.write_unit(directory, unit, params)
+        if jax.process_index() == 0:
+            template = None if model.tokenizer_dir is None else pathlib.Path(model.tokenizer_dir) / PROMPT_FORMAT_FILE
+            if template is not None and template.is_file():
+                shutil.copyfile(template, directory / PROMPT_FORMAT_FILE)
+            fields = {
+                "format": FORMAT,
+                **dataclasses.asdict(config),
+                "dtype": jax.tree.leaves(params)[0].dtype.name,
+                "base": {"identity": identity, "config": model.config.to_dict()},
+                "files": checkpoint.written_files(directory),
+            }
+            # The last file: without it nothing loads.
+            (directory / ADAPTER).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Unit:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return checkpoint.Unit("adapter", None, shapes, {} if mesh is None else parameter_specs(shapes, mesh))
+
+
+def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Reads `adapter.json` and checks that the files it names are whole.
+
+    Raises:
+      FileNotFoundError: there is no adapter, or a file of it is missing.
+      ValueError: not the JSON of an adapter of this format, or a file of another size than was written.
+    """
+    directory = pathlib.Path(path).expanduser().resolve()
+    file = directory / ADAPTER
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} holds no {ADAPTER}: it is not an adapter's directory")
+    try:
+        fields: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        found = fields.get("format") if isinstance(fields, dict) else fields
+        raise ValueError(f"{file} has format {found!r}, but this version reads format {FORMAT}; save it again")
+    try:
+        given = {field.name: fields[field.name] for field in dataclasses.fields(LoraConfig)}
+        config = LoraConfig(**given | {"targets": tuple(given["targets"])})
+        base, identity = DreamConfig.from_dict(fields["base"]["config"]), str(fields["base"]["identity"])
+        checkpoint.check_files(directory, fields["files"], "save the adapter again")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what save_adapter writes: {error!r}; save it again") from error
+    return Adapter(directory=directory, config=config, base=base, identity=identity)
+
+
+def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
+    """Reads the weights, each shard to its place on the mesh."""
+    model = lora.attached_shapes(abstract_model(adapter.base), adapter.config)
+    unit = _unit(lora.split(split_params(model)[1])[0], mesh)
+    params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
+    return params
+
+
+def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
+    """The model with an adapter that was saved.
+
+    Args:
+      model: of the configuration it belongs to; it is not changed.
+      adapter: from `describe_adapter`.
+      any_base: accepts other weights than those that it was trained on.
+
+    Raises:
+      ValueError: a model of another configuration, other weights, or one that has an adapter already.
+    """
+    adapter.check_fits(model)
+    if not any_base:
+        if model.embed.embedding.dtype == np.float16:
+            raise ValueError(
+                "float16 does not keep the weights that the adapter was trained on; load float32 or bfloat16, "
+                "or pass any_base=True"
+            )
+        adapter.check_identity(
+            lora.identity(model),
+            "load the ones it was trained on, or pass any_base=True (--any-base) if you mean these",
+        )
+    found = lora.attach(model, adapter.config, jax.random.key(0))
+    params = adapter_params(adapter, mesh_of(model))["layers"]
+    for name, linear in lora.projections(found).items():
+        if name in adapter.config.targets:
+            leaves = params["attn" if name in params.get("attn", {}) else "mlp"][name]
+            linear.lora_a, linear.lora_b = nnx.Param(leaves["lora_a"]), nnx.Param(leaves["lora_b"])
+    return found

@@ -1,0 +1,102 @@
+"""Weights read layer by layer, each quantised before the next one comes: a 7B base in four bits loads where it runs.
+
+Knows both kinds of directory and the parts that a model is read in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dream_jax import checkpoint, hf, lora
+from dream_jax.config import DreamConfig
+from dream_jax.quantisation import Kind, quantised_kernels
+from dream_jax.shapes import ParamTree
+from dream_jax.sharding import parameter_shardings
+
+
+def start_unit(
+    source: hf.Source,
+    config: DreamConfig,
+    unit: checkpoint.Unit,
+    *,
+    mesh: Mesh | None,
+    pool: Executor,
+    buffers: hf.Buffers,
+) -> hf.Reading:
+    """Starts to read one part of a published checkpoint, in the dtype of its shapes."""
+    tensors = {(place.rule.target, place.layer): (name, place) for name, place in hf.places(config).items()}
+    leaves = hf.flat(unit.shapes)
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    shardings = None if mesh is None else hf.flat(checkpoint.unit_shardings(unit, mesh))
+    wanted = {name: [tensors[name, unit.layer]] for name in shapes}
+    dtype = np.dtype(next(iter(leaves.values())).dtype)
+    return hf.start_reading(source, wanted, shapes, shardings, dtype, pool, buffers)
+
+
+@contextlib.contextmanager
+def _reader(
+    directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
+) -> Iterator[Callable[[checkpoint.Unit], ParamTree]]:
+    """A function that reads one part of the model in a directory of either kind, which is checked first."""
+    if checkpoint.is_converted(directory):
+        checkpoint.read_description(directory, config)
+        yield lambda unit: jax.tree.map(jnp.asarray, checkpoint.read_unit(directory, unit, mesh))
+        return
+    with hf.open_source(directory) as source, ThreadPoolExecutor(hf.reading_threads()) as pool:
+        source.check(config)
+        # Buffers of its own for each part: on a CPU the arrays lie in them.
+        yield lambda unit: hf.nested(
+            start_unit(source, config, unit, mesh=mesh, pool=pool, buffers=hf.Buffers()).wait()
+        )
+
+
+def quantised_params(
+    directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, kind: Kind, shapes: ParamTree, mesh: Mesh | None
+) -> tuple[ParamTree, str]:
+    """Reads a directory into a quantised base.
+
+    Needs the memory of the result and of one layer in float32.
+
+    Args:
+      directory: converted or of Hugging Face.
+      config: what it must hold.
+      dtype: of what is not quantised.
+      kind: of the codes.
+      shapes: of all parameters, as `lora.with_base_shapes` gives them.
+      mesh: where they go; None for one device.
+
+    Returns:
+      The parameters, and the identity of the float weights (see `lora.identity`).
+    """
+    shardings = None if mesh is None else parameter_shardings(shapes, mesh)["layers"]
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["layers"])
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    def put(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
+        small = quantised_kernels(layer, kind, others=lambda leaf: leaf.astype(dtype))
+        return checkpoint.set_layer(stacked, small, index)
+
+    params: ParamTree = {}
+    first, *_, last = checkpoint.units(config, dtype, mesh)
+    # In float32, whatever the source is: codes and scales are of the weights as they are stored there.
+    layers = checkpoint.units(config, "float32", mesh)[1:-1]
+    with _reader(directory, config, mesh) as read:
+        for unit in (first, last):  # the largest first, while there is still room
+            params |= read(unit)
+        prints = lora.prints(params, None)
+        stacked = jax.jit(zeros, out_shardings=shardings)()
+        for unit in layers:
+            layer = read(unit)
+            prints += lora.prints(layer, unit.layer)
+            stacked = put(stacked, layer["layers"], unit.layer)
+            jax.block_until_ready(stacked)  # else the layers to come pile up in memory
+    return params | {"layers": stacked}, lora.digest(prints)

@@ -1,0 +1,198 @@
+"""`generate`: prompts in, answers out; around the loop, what makes different lengths share compiled programs.
+
+Knows prompts, padding, buckets and keys. Knows nothing of how a canvas is denoised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dream_jax import sharding
+from dream_jax.model import Dream
+from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler.loop import denoise
+from dream_jax.sampler.state import Numbers, Plan
+from dream_jax.sampler.watching import listening
+from dream_jax.shapes import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: int32 [B, P + N], the prompt as it was given (padding too) and the answer.
+      commit_step: int32 [B, P + N], the step that last wrote each position; -1 where the prompt already had a token.
+        Steps are those of the published clock, the skipped ones included; with blocks or another commit rule, a row's
+        forward passes.
+      forwards: forward passes used (an int32 scalar). With a cache, full and window passes count alike.
+      passes: int32 [B], the forward passes that each row took part in: what it would have cost alone.
+      mask_token_id: what an unwritten position holds.
+    """
+
+    tokens: Int[jax.Array, "B T"]
+    commit_step: Int[jax.Array, "B T"]
+    forwards: Int[jax.Array, ""]
+    passes: Int[jax.Array, "B"]
+    mask_token_id: int = dataclasses.field(metadata={"static": True})
+
+    def canvas_at(self, step: int) -> Int[jax.Array, "B T"]:
+        """The canvas after step `step` (0-based), int32 [B, P + N]; -1 gives the canvas before the first."""
+        return jnp.where(self.commit_step <= step, self.tokens, self.mask_token_id)
+
+
+def generate(
+    model: Dream,
+    prompt_BP: Int[Array, "B P"],
+    config: SamplerConfig | None = None,
+    key: jax.Array | None = None,
+    prompt_mask: Int[Array, "B P"] | Bool[Array, "B P"] | None = None,
+    *,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
+) -> Sample:
+    """Denoises `max_new_tokens` mask tokens after each prompt, and any mask tokens inside the prompt (infilling).
+
+    Prompts are padded on the left to a bucket of lengths, so that different lengths share compiled programs; the
+    padding is masked, positions count from the first real token, and the result is cut back.
+
+    Args:
+      model: any Dream. Where its parameters lie on a mesh, the batch is spread over it.
+      prompt_BP: token ids; rows of different lengths are padded on the left.
+      config: see SamplerConfig.
+      key: a `jax.random.key`, or one key a row ([B]); required when anything is random. Row b of a single key uses
+        `fold_in(key, b)`: what a row becomes does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
+        will do.
+      prompt_mask: nonzero at real tokens, zero at left padding; None when there is no padding.
+      on_step: called with (step, canvas [B, P + N]) after every step that wrote something; step is that of the row
+        that is furthest. For watching: each call brings the canvas to the host.
+
+    Raises:
+      ValueError: shapes that do not fit, padding on the right, a missing key, or ids outside the vocabulary.
+    """
+    config = SamplerConfig() if config is None else config
+    prompt = np.asarray(prompt_BP)
+    valid = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
+    check_prompt(model, prompt, valid, config)
+    rows, length = prompt.shape
+
+    padding = bucket_length(length) - length
+    canvas, visible = lay_out(model, prompt, valid, config, padding)
+    given = np.pad(np.where(valid, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
+    most_masked = int(np.max(np.sum(canvas == model.config.mask_token_id, axis=1)))
+    if most_masked == 0:
+        tokens = jnp.asarray(np.where(visible, canvas, 0)[:, padding:] + given)
+        return Sample(
+            tokens=tokens,
+            commit_step=jnp.full(tokens.shape, -1, jnp.int32),
+            forwards=jnp.int32(0),
+            passes=jnp.zeros(rows, jnp.int32),
+            mask_token_id=model.config.mask_token_id,
+        )
+    check_key(config, key)
+
+    plan = Plan.of(config, min(bucket_length(most_masked), canvas.shape[1]))
+    with sharding.mesh_context(model), listening(on_step, padding) as listener:
+        state = denoise(
+            model,
+            canvas,
+            visible,
+            _row_keys(key, rows),
+            Numbers.of(config),
+            listener,
+            plan=plan,
+        )
+        if on_step is not None:
+            jax.effects_barrier()
+    return Sample(
+        # What stood in the padding was never looked at, but it is the caller's.
+        tokens=jnp.where(visible[:, padding:], state.canvas_BT[:, padding:], given),
+        commit_step=state.commit_step_BT[:, padding:],
+        forwards=state.forwards,
+        passes=state.passes_B,
+        mask_token_id=model.config.mask_token_id,
+    )
+
+
+def lay_out(
+    model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canvas before the first step, with more padding on the left: tokens int32 [B, T] and what is no padding."""
+    rows, length = prompt.shape
+    total = padding + length + config.max_new_tokens
+    canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
+    canvas[:, padding : padding + length] = prompt
+    for at, token in config.forced_tokens:
+        canvas[:, padding + length + at] = token
+    visible = np.ones((rows, total), bool)
+    visible[:, :padding] = False
+    visible[:, padding : padding + length] = valid
+    canvas[~visible] = model.config.pad_token_id
+    return canvas, visible
+
+
+def bucket_length(length: int) -> int:
+    """The smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that holds `length`: at most half of it is padding."""
+    if length <= 0:
+        return 0
+    power = 8
+    while power < length:
+        if power + power // 2 >= length:
+            return power + power // 2
+        power *= 2
+    return power
+
+
+def check_prompt(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig) -> None:
+    """Raises ValueError for what `generate` cannot work on; see there."""
+    if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
+    if prompt.shape[0] == 0:
+        raise ValueError(f"the prompt has shape {prompt.shape}: no rows to denoise")
+    if prompt.shape[1] + config.max_new_tokens == 0:
+        raise ValueError("the canvas is empty: the prompt has no tokens and max_new_tokens is 0")
+    if valid.shape != prompt.shape:
+        raise ValueError(f"prompt_mask has shape {valid.shape}, but the prompt has {prompt.shape}")
+    if np.any(valid[:, :-1] & ~valid[:, 1:]):
+        row = int(np.argmax(np.any(valid[:, :-1] & ~valid[:, 1:], axis=1)))
+        raise ValueError(f"prompt_mask row {row} has padding after a real token; prompts are padded on the left")
+    real = prompt[valid]
+    if real.size and (real.min() < 0 or real.max() >= model.config.vocab_size):
+        raise ValueError(f"prompt ids span {real.min()}..{real.max()}, outside 0..{model.config.vocab_size - 1}")
+    for at, token in config.forced_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"forced token {token} at offset {at} is outside the vocabulary")
+    total = int(valid.sum(axis=1).max()) + config.max_new_tokens
+    if total > model.config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and max_new_tokens make {total} tokens, more than {model.config.max_position_embeddings=}"
+        )
+
+
+def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
+    """Raises ValueError where something is random and there is no key."""
+    if config.is_random and key is None:
+        raise ValueError(
+            f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
+        )
+
+
+def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
+    if key is None:
+        key = jax.random.key(0)  # never read: nothing is random
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"{key=} is no random key; pass jax.random.key({key if isinstance(key, int) else 0})")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 1:
+        if key.shape[0] != rows:
+            raise ValueError(f"got {key.shape[0]} keys for {rows} rows")
+        return key
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))

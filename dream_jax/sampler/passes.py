@@ -1,0 +1,164 @@
+"""Forward passes: the hidden states from which a few positions of each row are predicted, by the least work a cache asks.
+
+Knows the model, places, and what was kept. Knows nothing of confidences, rules or the clock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dream_jax import masks, sharding
+from dream_jax.attention import KeysValues, Window
+from dream_jax.model import Dream
+from dream_jax.sampler.caches import Keeping
+
+# Tokens that a full pass takes where so many wait: enough to keep an accelerator's matrix units busy, few enough that
+# rows which need no full pass do not pay for one.
+_REFRESH_TOKENS = 512
+
+
+class Text(NamedTuple):
+    """What does not change about a canvas: which places are no padding, and their rotary positions."""
+
+    visible_BT: Bool[jax.Array, "B T"]
+    positions_BT: Int[jax.Array, "B T"]
+
+
+class Block(NamedTuple):
+    """The block that each row writes: places start <= t < end; start is T in a row that is done."""
+
+    start_B: Int[jax.Array, "B"]
+    end_B: Int[jax.Array, "B"]
+
+
+def full(
+    model: Dream, canvas_BT: Int[jax.Array, "B T"], text: Text, source_BM: Int[jax.Array, "B M"]
+) -> Float[jax.Array, "B M D"]:
+    """The hidden states at the given places, everything computed."""
+    hidden_BTD = model.hidden(canvas_BT, masks.KeyPadding(text.visible_BT), text.positions_BT)
+    return _at(hidden_BTD, source_BM)
+
+
+def empty(model: Dream, rows: int, length: int) -> KeysValues:
+    """Room for the keys and values of a canvas."""
+    config = model.config
+    shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
+    zeros = sharding.constrain(jnp.zeros(shape, model.compute_dtype), None, "batch", None, "kv_heads", None)
+    return KeysValues(zeros, zeros)
+
+
+def kept(
+    model: Dream,
+    canvas_BT: Int[jax.Array, "B T"],
+    text: Text,
+    source_BM: Int[jax.Array, "B M"],
+    cache: KeysValues,
+    refresh_B: Bool[jax.Array, "B"],
+    block: Block,
+    *,
+    settings: Keeping,
+    block_length: int,
+) -> tuple[Float[jax.Array, "B M D"], KeysValues, Int[jax.Array, ""]]:
+    """The hidden states at the given places, by a full pass for the rows that want one and a window for the others.
+
+    Returns:
+      Hidden states; the keys and values as these passes leave them; the number of passes made.
+    """
+    rows_BMD, cache, passes = _refresh(model, canvas_BT, text, source_BM, cache, refresh_B)
+    length = canvas_BT.shape[1]
+    window_B = ~refresh_B & (block.start_B < length)
+
+    def look(cache: KeysValues) -> tuple[jax.Array, KeysValues]:
+        found_BMD, cache = _window(model, canvas_BT, text, source_BM, cache, window_B, block, settings, block_length)
+        return jnp.where(window_B[:, None, None], found_BMD, rows_BMD), cache
+
+    any_window = jnp.any(window_B)
+    rows_BMD, cache = jax.lax.cond(any_window, look, lambda cache: (rows_BMD, cache), cache)
+    return rows_BMD, cache, passes + any_window.astype(jnp.int32)
+
+
+def _window(
+    model: Dream,
+    canvas_BT: jax.Array,
+    text: Text,
+    source_BM: jax.Array,
+    cache: KeysValues,
+    window_B: jax.Array,
+    block: Block,
+    settings: Keeping,
+    block_length: int,
+) -> tuple[jax.Array, KeysValues]:
+    length = canvas_BT.shape[1]
+    right = length if settings.right is None else settings.right
+    width = min(settings.left + block_length + right, length)
+    # At the ends of the canvas the window is moved inwards. What it then covers beyond its bounds is computed for
+    # nothing, and must not be kept: a row's result would depend on how far it is from the end, hence on its padding.
+    begin_B = jnp.clip(block.start_B - settings.left, 0, length - width)
+    place_BW = begin_B[:, None] + jnp.arange(width, dtype=jnp.int32)
+    used_BW = (place_BW >= (block.start_B - settings.left)[:, None]) & (place_BW < (block.end_B + right)[:, None])
+    used_BW &= window_B[:, None] & _at(text.visible_BT, place_BW)
+    hidden_BWD, cache = model.hidden_window(
+        _at(canvas_BT, place_BW),
+        masks.KeyPadding(text.visible_BT),
+        _at(text.positions_BT, place_BW),
+        Window(cache, jnp.where(used_BW, place_BW, length)),
+    )
+    # A window that starts with the block has nothing that its first token could be predicted from, but itself.
+    source_BM = jnp.maximum(source_BM, (block.start_B - settings.left)[:, None])
+    return _at(hidden_BWD, jnp.clip(source_BM - begin_B[:, None], 0, width - 1)), cache
+
+
+def _refresh(
+    model: Dream,
+    canvas_BT: jax.Array,
+    text: Text,
+    source_BM: jax.Array,
+    cache: KeysValues,
+    refresh_B: jax.Array,
+) -> tuple[jax.Array, KeysValues, jax.Array]:
+    """Full passes over the rows that want one, a group at a time."""
+    batch, length = canvas_BT.shape
+    # A group takes rows from every device's share of the batch.
+    shards, _ = sharding.token_shards(batch, length)
+    share = batch // shards
+    size = min(share, max(1, -(-_REFRESH_TOKENS // (shards * length))))
+    rows_BMD = jnp.zeros((*source_BM.shape, model.config.hidden_size), model.compute_dtype)
+
+    def split(x: jax.Array, share: int = share) -> jax.Array:
+        return x.reshape(shards, share, *x.shape[1:])
+
+    def joined(x: jax.Array) -> jax.Array:
+        return sharding.constrain(x.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+
+    def group(
+        state: tuple[jax.Array, jax.Array, KeysValues, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, KeysValues, jax.Array]:
+        waiting_B, rows_BMD, cache, passes = state
+        # Rows that wait first; of the others, those that fill up the group keep what they have.
+        index_GR = jnp.argsort(~split(waiting_B), axis=1, stable=True)[:, :size].astype(jnp.int32)
+        taken_GR = _at(split(waiting_B), index_GR)
+        target_GR = jnp.where(taken_GR, index_GR, share)
+        pick = lambda x: joined(_at(split(x), index_GR))
+        hidden_RTD, own = model.hidden_and_keys(
+            pick(canvas_BT), masks.KeyPadding(pick(text.visible_BT)), pick(text.positions_BT)
+        )
+        put = jax.vmap(lambda x, new, target: x.at[target].set(new, mode="drop"))
+        rows_BMD = joined(put(split(rows_BMD), split(_at(hidden_RTD, pick(source_BM)), size), target_GR))
+        put_layers = jax.vmap(lambda x, new: joined(put(split(x), split(new, size), target_GR)))
+        cache = KeysValues(put_layers(cache.k, own.k), put_layers(cache.v, own.v))
+        waiting_B = joined(put(split(waiting_B), jnp.zeros_like(taken_GR), target_GR))
+        return waiting_B, rows_BMD, cache, passes + 1
+
+    _, rows_BMD, cache, passes = jax.lax.while_loop(
+        lambda state: jnp.any(state[0]), group, (refresh_B, rows_BMD, cache, jnp.int32(0))
+    )
+    return rows_BMD, cache, passes
+
+
+def _at(x: jax.Array, place_BM: jax.Array) -> jax.Array:
+    """x[b, place[b, m], ...] of an array [B, T, ...]."""
+    return jnp.take_along_axis(x, place_BM.reshape(*place_BM.shape, *[1] * (x.ndim - 2)), axis=1)

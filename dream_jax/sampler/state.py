@@ -1,0 +1,163 @@
+"""What the loop is compiled for, what it is handed, and what it carries.
+
+Knows configurations and canvases. Knows nothing of how a step is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dream_jax import decoding, schedule
+from dream_jax.attention import KeysValues
+from dream_jax.model import Dream
+from dream_jax.sampler import passes, propose, rules
+from dream_jax.sampler.caches import Cache, Keeping
+from dream_jax.sampler.config import SamplerConfig
+from dream_jax.sampler.hooks import LogitsHook, TokenHook
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a configuration a program is compiled for: one program serves all of its numbers.
+
+    Attributes:
+      capacity: masked positions of a row that a step may look at.
+      steps: of the clock, in each block.
+      rule: kind of commit rule.
+      writable: which tokens may be written, see `propose.Writable`.
+      guided: whether every row has an unconditional one beside it.
+      others: as in SamplerConfig.
+    """
+
+    alg: decoding.Alg
+    top_k: int | None
+    block_length: int | None
+    steps: int
+    cache: Cache
+    rule: type[rules.Rule]
+    stop_at_end: bool
+    writable: propose.Writable
+    guided: bool
+    token_hook: TokenHook | None
+    logits_hook: LogitsHook | None
+    capacity: int
+
+    @classmethod
+    def of(cls, config: SamplerConfig, capacity: int) -> Plan:
+        """The part of a configuration that is compiled in."""
+        return cls(
+            alg=config.alg,
+            top_k=config.top_k,
+            block_length=config.block_length,
+            steps=config.block_steps,
+            cache=config.cache,
+            rule=type(config.commit),
+            stop_at_end=config.stop_at_end,
+            writable=propose.Writable(config.vocab_limit, tuple(config.forbidden_tokens)),
+            guided=config.guidance != 0,
+            token_hook=config.token_hook,
+            logits_hook=config.logits_hook,
+            capacity=capacity if config.block_length is None else min(capacity, config.block_length),
+        )
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the clock says how many positions are written."""
+        return self.rule is rules.Count
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row is one block on the published clock."""
+        return self.block_length is None and self.clocked
+
+
+class Numbers(NamedTuple):
+    """The rest: numbers that may change without compiling again. None switches off (and is compiled in)."""
+
+    filters: propose.Filters
+    alg_temp: Float[jax.Array, ""] | None
+    rule: Float[jax.Array, ""] | None
+    fractions_S: Float[jax.Array, "steps"]
+
+    @classmethod
+    def of(cls, config: SamplerConfig) -> Numbers:
+        """The part of a configuration that is handed over at each call."""
+        return cls(
+            filters=propose.Filters(
+                temperature=_number(config.temperature or None),
+                top_p=_number(None if config.top_p == 1.0 else config.top_p),
+                end_penalty=_number(config.end_penalty or None),
+                guidance=_number(config.guidance or None),
+            ),
+            alg_temp=_number(config.alg_temp or None),
+            rule=_number(config.commit.value),
+            fractions_S=jnp.asarray(schedule.write_fractions(config.block_steps, config.eps)),
+        )
+
+
+def _number(value: float | None) -> jax.Array | None:
+    return None if value is None else jnp.float32(value)
+
+
+class State(NamedTuple):
+    """The carry.
+
+    Attributes:
+      canvas_BT: tokens.
+      commit_step_BT: step that last wrote each position, -1 for none.
+      passes_B: forward passes that each row took part in.
+      start_B: first place of the row's block; T once the row is done.
+      clock_B: the next step of the block's clock.
+      block_passes_B: passes made in the block.
+      age_B: passes since, and with, the row's last full one; -1 before the first.
+      blocks_B: blocks begun since the row's last full pass.
+      kept: keys and values, None without a cache.
+      forwards: forward passes made.
+    """
+
+    canvas_BT: Int[jax.Array, "B T"]
+    commit_step_BT: Int[jax.Array, "B T"]
+    passes_B: Int[jax.Array, "B"]
+    start_B: Int[jax.Array, "B"]
+    clock_B: Int[jax.Array, "B"]
+    block_passes_B: Int[jax.Array, "B"]
+    age_B: Int[jax.Array, "B"]
+    blocks_B: Int[jax.Array, "B"]
+    kept: KeysValues | None
+    forwards: Int[jax.Array, ""]
+
+
+def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], plan: Plan) -> State:
+    """The state before the first step."""
+    zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
+    rows, length = canvas_BT.shape
+    masked_BT = canvas_BT == model.config.mask_token_id
+    keeps = isinstance(plan.cache, Keeping)
+    return State(
+        canvas_BT=canvas_BT,
+        commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
+        passes_B=zeros_B,
+        start_B=first(masked_BT),
+        clock_B=zeros_B,
+        block_passes_B=zeros_B,
+        age_B=zeros_B - 1,
+        blocks_B=zeros_B,
+        kept=passes.empty(model, 2 * rows if plan.guided else rows, length) if keeps else None,
+        forwards=jnp.int32(0),
+    )
+
+
+def active(state: State) -> Bool[jax.Array, "B"]:
+    """Rows that are not done."""
+    return state.start_B < state.canvas_BT.shape[1]
+
+
+def first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
+    """The first true place of each row; T where there is none."""
+    place_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
+    return jnp.min(place_BT, axis=1, initial=x_BT.shape[1])

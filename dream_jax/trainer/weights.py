@@ -1,0 +1,126 @@
+"""A run's weights: which are trained, which stay as they are, where they come from and where they go.
+
+Without an adapter all are trained. With one only the adapter is: it alone is in the state, the optimizer and the
+checkpoints, and the base is read again from its own directory whenever the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from dream_jax import lora, pretrained
+from dream_jax.lora import LoraConfig
+from dream_jax.model import Dream, split_params
+from dream_jax.quantisation import KINDS, Kind
+from dream_jax.shapes import ParamTree
+from dream_jax.trainer.settings import TrainSettings
+
+# Keeps the key of a new adapter apart from those of random weights and of noise, which come from the same seed.
+_ADAPTER = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """What is not trained.
+
+    Attributes:
+      params: empty without an adapter.
+      identity: tells the weights from all others of their shapes; None without an adapter.
+    """
+
+    params: ParamTree
+    identity: str | None
+
+
+def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
+    """The model of a run in shapes: its base as it will be stored, with the adapter.
+
+    Raises:
+      As `pretrained.describe` and `pretrained.describe_adapter`; ValueError for an adapter of another model.
+    """
+    model = pretrained.describe(
+        settings.model,
+        _stored(settings, compute_dtype)[0],
+        compute_dtype=compute_dtype,
+        attention_backend=settings.attention,
+        remat=settings.remat,
+    )
+    if not settings.adapts:
+        return model
+    if settings.adapter is not None:
+        pretrained.describe_adapter(settings.adapter).check_fits(model)
+    model = lora.attached_shapes(model, _adapter(settings))
+    kind = _stored(settings, compute_dtype)[1]
+    return model if kind is None else lora.with_base_shapes(model, kind)
+
+
+def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, Kind | None]:
+    """The dtype of the weights that are no adapter, and the codes that their kernels become."""
+    if not settings.adapts:
+        return "float32", None  # masters
+    # As they are computed with: in float32 they would only be rounded in every layer.
+    if settings.base == "auto":
+        return compute_dtype, None
+    for kind in KINDS:
+        if settings.base == kind:
+            return compute_dtype, kind
+    return settings.base, None
+
+
+def _adapter(settings: TrainSettings) -> LoraConfig:
+    if settings.adapter is None:
+        return settings.new_adapter()
+    config = pretrained.describe_adapter(settings.adapter).config
+    if settings.lora_dropout is None:
+        return config
+    return dataclasses.replace(config, dropout=settings.lora_dropout)
+
+
+def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: bool) -> tuple[ParamTree | None, Frozen]:
+    """Reads the base, and where the run begins what it begins to train.
+
+    Args:
+      settings: of the run.
+      mesh: where all goes.
+      compute_dtype: of the model.
+      begins: false when a checkpoint holds what is trained.
+
+    Returns:
+      What is trained (None unless the run begins), and what is not.
+
+    Raises:
+      As `pretrained.load`; ValueError for an adapter that was trained on other weights.
+    """
+    if not settings.adapts:
+        frozen = Frozen(params={}, identity=None)
+        return (
+            split_params(pretrained.load(settings.model, mesh=mesh, seed=settings.seed))[1] if begins else None
+        ), frozen
+    dtype, kind = _stored(settings, compute_dtype)
+    model = pretrained.load(settings.model, dtype, mesh, seed=settings.seed, base=kind)
+    frozen = Frozen(params=split_params(model)[1], identity=lora.identity(model))
+    if not begins:
+        return None, frozen
+    if settings.adapter is not None:
+        adapter = pretrained.describe_adapter(settings.adapter)
+        adapter.check_identity(lora.identity(model), "give --model those that it was trained on")
+        return pretrained.adapter_params(adapter, mesh), frozen
+    key = jax.random.fold_in(jax.random.key(settings.seed), _ADAPTER)
+    return lora.split(split_params(lora.attach(model, _adapter(settings), key))[1])[0], frozen
+
+
+def save(trained: Dream, settings: TrainSettings) -> dict[Literal["adapter", "model"], pathlib.Path]:
+    """Writes what the run has made; under which names."""
+    made: dict[Literal["adapter", "model"], pathlib.Path] = {}
+    if settings.adapts:
+        made["adapter"] = settings.out / "adapter"
+        pretrained.save_adapter(trained, made["adapter"], overwrite=True)
+    if settings.merge or not settings.adapts:
+        made["model"] = settings.out / "model"
+        pretrained.save(lora.merge(trained), made["model"], overwrite=True)
+    return made
