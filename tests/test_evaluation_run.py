@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
 
 import dream_jax
+from dream_jax import lora
 from dream_jax.evaluation import EvaluateSettings, evaluate
 from dream_jax.evaluation.answering import answer, batches, check_length, encode_prompt
 from dream_jax.evaluation.likelihood import model_nll
 from dream_jax.evaluation.progress import clock, watch
+from dream_jax.pretrained import save_adapter
 from dream_jax.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,7 +38,7 @@ def rows_of(folder):
 
 def quiet(**options):
     with open(os.devnull, "w") as nowhere:
-        return evaluate(EvaluateSettings(model="nano", **options), Console(file=nowhere))
+        return evaluate(EvaluateSettings(**{"model": "nano"} | options), Console(file=nowhere))
 
 
 def start(*arguments):
@@ -109,7 +112,7 @@ def test_answers_end_at_the_end_token(model, monkeypatch):
     config = dream_jax.SamplerConfig(max_new_tokens=5, steps=5)
     found = answer(model, tokenizer, [list(b"ab")] * 3, [(0, 1), (0, 2), (0, 3)], config, 4)
     assert [(one.text, one.tokens_to_end) for one in found] == [("42", 2), ("", 0), ("hello", None)]
-    assert {(one.room, one.forwards) for one in found} == {(5, 4)}
+    assert [bytes(one.tokens[:2]) for one in found[::2]] == [b"42", b"he"] and {one.forwards for one in found} == {4}
 
 
 def test_each_seed_and_problem_has_a_key_of_its_own(model):
@@ -234,3 +237,26 @@ def test_the_command_says_what_is_wrong(tmp_path):
     _, stderr = done.communicate(timeout=300)
     assert done.returncode == 1 and "rows.jsonl:2: not JSON" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_evaluated_as_the_model_it_makes(model, tmp_path):
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    dream_jax.save(model, tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
+    adapted = lora.attach(dream_jax.load(tmp_path / "model"), lora.LoraConfig(rank=2, alpha=4.0), jax.random.key(0))
+    for linear in lora.projections(adapted).values():
+        linear.lora_b[...] = jax.random.normal(jax.random.key(1), linear.lora_b.shape) * 0.3
+    save_adapter(adapted, tmp_path / "adapter")
+    dream_jax.save(dream_jax.merge_adapter(adapted), tmp_path / "merged", tokenizer_dir=tmp_path / "tokenizer")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "abcd"}\n')
+
+    def nats(name, model, **options):
+        options |= {"task": "likelihood", "file": texts, "samples": 16, "batch_size": 16, "out": tmp_path / name}
+        quiet(model=str(tmp_path / model), **options)
+        return rows_of(tmp_path / name)[0]["nats"]
+
+    plain, found = nats("a", "model"), nats("b", "model", adapter=str(tmp_path / "adapter"))
+    assert found == pytest.approx(nats("c", "merged"), rel=1e-5)
+    assert abs(found - plain) > 1e-3
+    with pytest.raises(FileNotFoundError, match=r"adapter\.json"):
+        nats("d", "model", adapter=str(tmp_path / "tokenizer"))

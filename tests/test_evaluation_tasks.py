@@ -10,7 +10,7 @@ from dream_jax.evaluation.report import compare, summarize
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, read_problems, split_examples
-from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 
 SUDOKU = [  # Dream's format
     ("4000\n0124\n2031\n0000", "4213\n3124\n2431\n1342"),
@@ -53,6 +53,21 @@ def test_ten_puzzles_in_dreams_format(sudoku_file):
     assert task.prompt(asked[0], examples, "raw", "Solve.").startswith("Solve.\n\nInput:")
     for problem in problems:
         assert problem.judge(problem.answer).correct
+
+
+@pytest.mark.parametrize("task", ["countdown", "gsm8k"])
+def test_a_prompt_and_its_answer_are_the_tokens_of_an_example(task, tmp_path, assets):
+    """Where a raw prompt ends and the answer begins is a border between tokens of Dream's tokenizer."""
+    tokenizer = load_tokenizer(assets / "dream-v0-instruct-7b")
+    rows = {"countdown": GOOD["countdown"], "gsm8k": {"question": "How many?", "answer": "She has 3.\n#### 3"}}
+    path = write(tmp_path / "rows.jsonl", [rows[task]])
+    (problem,) = read_problems(TASKS[task], path)
+    prompt = TASKS[task].prompt(problem, [problem], "raw")
+    example = prompt.split("\n\n")[1]
+    asked = prompt.split("\n\n")[2]
+    answer = example.removeprefix(asked)
+    assert answer.strip() == problem.answer
+    assert tokenizer.encode(asked) + tokenizer.encode(answer) == tokenizer.encode(example)
 
 
 def test_generated_puzzles_and_their_examples():
@@ -332,6 +347,7 @@ def test_likelihoods_are_compared_in_nats(tmp_path):
         ({"shots": -1}, "shots=-1"),
         ({"samples": 7}, "samples=7"),
         ({"task": "gsm8k"}, "--file"),
+        ({"any_base": True}, "--adapter"),
     ],
 )
 def test_settings_that_cannot_be(options, message):
@@ -341,10 +357,14 @@ def test_settings_that_cannot_be(options, message):
 
 def test_published_settings_give_way_to_ones_own():
     tokenizer = ByteTokenizer()
-    instruct = EvaluateSettings(published="instruct").sampler(tokenizer, 64)
+    instruct = EvaluateSettings(published="instruct").sampler_config(tokenizer, 64)
     assert (instruct.alg, instruct.temperature, instruct.top_p, instruct.steps) == ("entropy", 0.1, 0.9, 64)
-    own = EvaluateSettings(published="instruct", temperature=0.5, steps=16).sampler(tokenizer, 64)
+    own = EvaluateSettings(published="instruct", temperature=0.5, steps=16).sampler_config(tokenizer, 64)
     assert (own.temperature, own.top_p, own.steps) == (0.5, 0.9, 16)
-    plain = EvaluateSettings().sampler(tokenizer, 24)
+    plain = EvaluateSettings().sampler_config(tokenizer, 24)
     assert (plain.alg, plain.temperature, plain.top_p) == ("entropy", 0.0, None)
+    fast = EvaluateSettings(published="instruct", sampler="fast").sampler_config(tokenizer, 64)
+    assert (fast.alg, fast.temperature, fast.block_length) == ("maskgit_plus", 0.1, 32)
+    with pytest.raises(ValueError, match="steps=8 means nothing"):
+        EvaluateSettings(sampler="fast", steps=8).sampler_config(tokenizer, 64)
     assert plain.forbidden_tokens == (tokenizer.mask_id,) and plain.vocab_limit == tokenizer.vocab_limit

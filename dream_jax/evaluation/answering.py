@@ -25,13 +25,13 @@ class Answered:
     Attributes:
       text: what comes before the first end-of-text token, special tokens left out.
       tokens_to_end: tokens before the first end-of-text token, or None when there is none.
-      room: tokens that were sampled.
+      tokens: all that were sampled.
       forwards: forward passes of its batch.
     """
 
     text: str
     tokens_to_end: int | None
-    room: int
+    tokens: tuple[int, ...]
     forwards: int
 
 
@@ -96,7 +96,7 @@ def answer(
         Answered(
             text=answer_text(tokenizer, tokens),
             tokens_to_end=int(np.argmax(ends)) if (ends := tokens == tokenizer.eos_id).any() else None,
-            room=len(tokens),
+            tokens=tuple(tokens.tolist()),
             forwards=forwards,
         )
         for tokens in written

@@ -67,6 +67,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     abstract = pretrained.describe(settings.model)
+    if settings.adapter is not None:
+        pretrained.describe_adapter(settings.adapter).check_fits(abstract)
     tokenizer = find_tokenizer(settings.tokenizer, settings.model, abstract)
     template = find_template(settings, abstract, tokenizer)
     work = plan_work(settings, template, abstract, tokenizer)
@@ -77,6 +79,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     ]
     recipe = {
         "model": settings.model,
+        "adapter": settings.adapter,
+        "base": settings.base,
         "dtype": dtype,
         "task": settings.task,
         "file": None if settings.file is None else _digest(settings.file),
@@ -92,7 +96,19 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     if ledger.done:
         console.print(f"{len(ledger.rows)} of {len(work.numbers) * settings.seeds} rows are there already")
     if ledger.done < len(plan):
-        model = pretrained.load(settings.model, dtype=dtype, mesh=mesh, attention_backend=settings.attention)
+        base = None if settings.base == "auto" else settings.base
+        model = pretrained.load(
+            settings.model,
+            dtype=dtype,
+            mesh=mesh,
+            attention_backend=settings.attention,
+            base=base,
+            adapter=settings.adapter,
+            any_base=settings.any_base,
+        )
+        # As one matrix it is faster; codes cannot hold the sum.
+        if base is None:
+            model = pretrained.merge_adapter(model)
         _compute(work, plan, ledger, model, console)
     summary = report.summarize(settings.task, ledger.rows, ledger.seconds)
     write_whole(settings.folder / report.SUMMARY, summary.to_json())
@@ -137,7 +153,7 @@ def _sampled(settings: EvaluateSettings, task: Task, template: Template, model: 
         task, read_problems(task, settings.file), settings.file, settings.examples, shots
     )
     problems = problems[: settings.limit]
-    config = settings.sampler(tokenizer, settings.max_new_tokens or task.max_new_tokens)
+    config = settings.sampler_config(tokenizer, settings.max_new_tokens or task.max_new_tokens)
     prompts = []
     for problem in problems:
         prompt = task.prompt(problem, examples, template, settings.instruction)
@@ -156,7 +172,12 @@ def _sampled(settings: EvaluateSettings, task: Task, template: Template, model: 
             rows.append(
                 {"seed": unit.seed, "number": problem.number, "identity": problem.identity}
                 | dataclasses.asdict(verdict)
-                | {"answer": one.text, "tokens_to_end": one.tokens_to_end, "room": one.room, "forwards": one.forwards}
+                | {
+                    "answer": one.text,
+                    "tokens_to_end": one.tokens_to_end,
+                    "room": len(one.tokens),
+                    "forwards": one.forwards,
+                }
             )
         return rows
 
@@ -173,7 +194,8 @@ def _sampled(settings: EvaluateSettings, task: Task, template: Template, model: 
             "shots": shots,
             "examples": [one.identity for one in examples],
             "instruction": settings.instruction,
-            "sampler": dataclasses.asdict(config),
+            # With the types of what is kept and of the rule, which `asdict` leaves out.
+            "sampler": dataclasses.asdict(config) | {"cache": repr(config.cache), "commit": repr(config.commit)},
         },
         note=note,
     )
@@ -272,9 +294,10 @@ def find_template(settings: EvaluateSettings, model: Dream, tokenizer: Tokenizer
         return settings.template
     if settings.published is not None:
         return PUBLISHED[settings.published][0]
-    noted = None if model.tokenizer_dir is None else read_template(model.tokenizer_dir)
-    if noted is not None:
-        return noted
+    for directory in (settings.adapter, model.tokenizer_dir):
+        noted = None if directory is None else read_template(directory)
+        if noted is not None:
+            return noted
     # Planning is published without a chat template, for base and instruct models alike.
     planning = settings.task in ("sudoku", "countdown")
     return "raw" if planning or isinstance(tokenizer, ByteTokenizer) else "chat"

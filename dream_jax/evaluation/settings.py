@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dream_jax.attention import Backend
 from dream_jax.decoding import Alg
 from dream_jax.evaluation.likelihood import check_samples
 from dream_jax.evaluation.tasks import SampledTask
-from dream_jax.sampler import SamplerConfig
+from dream_jax.sampler import Preset, SamplerConfig
 from dream_jax.tokenizer import Template, Tokenizer
 
 TaskName = SampledTask | Literal["choice", "likelihood"]
@@ -55,12 +56,14 @@ class EvaluateSettings:
     """chat template or bare text; auto: as --published says, or as the model was trained"""
     published: Published | None = None
     """Dream's own settings of template and sampler, where they are not given"""
+    sampler: Preset = "exact"
+    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are sure enough"""
     max_new_tokens: int | None = None
     """room for an answer; by default the task's own"""
     steps: int | None = None
-    """denoising steps; by default one a new token"""
+    """denoising steps of --sampler exact; by default one a new token"""
     alg: Alg | None = None
-    """order in which positions are written; by default entropy"""
+    """order in which positions are written; by default the sampler's (exact: entropy)"""
     temperature: float | None = None
     """0, the default, takes the most probable token"""
     top_p: float | None = None
@@ -79,6 +82,12 @@ class EvaluateSettings:
     """devices, fsdp x tensor"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    adapter: str | None = None
+    """directory of an adapter to evaluate; added to the weights, or kept beside them under --base int8 and nf4"""
+    any_base: bool = False
+    """use the adapter on other weights than those it was trained on"""
+    base: Literal["auto", "int8", "nf4"] = "auto"
+    """how the matrices of the layers are stored; auto: as --dtype says, and codes of 8 or 4 bits to save memory"""
     attention: Backend = "auto"
     """auto: the fastest that can serve; xla runs everywhere"""
     figure: bool = False
@@ -91,6 +100,8 @@ class EvaluateSettings:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots={self.shots} must not be negative")
+        if self.any_base and self.adapter is None:
+            raise ValueError("--any-base speaks of an adapter: give --adapter as well")
         check_samples(self.samples)
         if self.task in ("countdown", "gsm8k", "chat", "choice", "likelihood") and not (self.file or self.compare):
             raise ValueError(f"task {self.task} needs --file, a .jsonl file")
@@ -100,17 +111,34 @@ class EvaluateSettings:
         """Where the results lie."""
         return pathlib.Path("runs") / f"eval-{self.task}" if self.out is None else self.out
 
-    def sampler(self, tokenizer: Tokenizer, max_new_tokens: int) -> SamplerConfig:
-        """The sampler: what is given, else what `published` says, else entropy order at temperature 0."""
-        chosen: dict[str, Any] = {"alg": "entropy", "temperature": 0.0}
-        if self.published is not None:
-            chosen |= PUBLISHED[self.published][1]
-        given = {name: getattr(self, name) for name in ("alg", "temperature", "top_p", "top_k", "alg_temp")}
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return SamplerConfig(
-            max_new_tokens=max_new_tokens,
-            steps=max_new_tokens if self.steps is None else self.steps,
-            vocab_limit=tokenizer.vocab_limit,
-            forbidden_tokens=(tokenizer.mask_id,),
-            **chosen,
-        )
+    def sampler_config(self, tokenizer: Tokenizer, max_new_tokens: int) -> SamplerConfig:
+        """The sampler: what is given, else what `published` says, else the preset's own at temperature 0."""
+        given = {name: getattr(self, name) for name in ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return make_sampler(self.sampler, self.published, given, tokenizer, max_new_tokens)
+
+
+def make_sampler(
+    preset: Preset,
+    published: Published | None,
+    given: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    asked: Mapping[str, Any] = MappingProxyType({}),
+) -> SamplerConfig:
+    """A preset of the sampler with, in this order, what is `given`, what is `published`, and what a task has `asked`.
+
+    Raises: ValueError for values that cannot be, and for steps where the sampler goes by confidence.
+    """
+    if preset != "exact" and "steps" in given:
+        raise ValueError(f"steps={given['steps']} means nothing under the sampler {preset}, which goes by confidence")
+    said = dict(PUBLISHED[published][1]) if published is not None else {}
+    if preset != "exact":
+        said.pop("alg", None)  # theirs belongs to the rule by which they write
+    return SamplerConfig.preset(
+        preset,
+        max_new_tokens=max_new_tokens,
+        vocab_limit=tokenizer.vocab_limit,
+        forbidden_tokens=(tokenizer.mask_id,),
+        **{**asked, **said, **given},
+    )

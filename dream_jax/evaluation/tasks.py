@@ -36,7 +36,9 @@ class Task:
       name: of the task.
       read: one row of its file.
       instruction: stands before everything else.
-      labels: what stands before a question and before its answer in a raw prompt.
+      labels: what stands before a question and before its answer in a raw prompt, and what the prompt ends with. Words are
+        tokens with the space before them, digits are not: before words the prompt ends without one, as the examples'
+        tokens have it.
       bare: what follows a question that is asked raw without examples; None to use the labels there too.
       stops: where a raw answer ends, at the latest.
       max_new_tokens: room for an answer, by default.
@@ -46,7 +48,7 @@ class Task:
     name: SampledTask
     read: Callable[[Mapping[str, Any], str], Problem]
     instruction: str
-    labels: tuple[str, str]
+    labels: tuple[str, str, str]
     bare: str | None
     stops: tuple[str, ...]
     max_new_tokens: int
@@ -77,11 +79,10 @@ class Task:
             return tuple(turns)
         if not examples and self.bare is not None:
             return f"{problem.question}{self.bare}"
-        before_question, before_answer = self.labels
+        before_question, before_answer, opening = self.labels
         parts = [instruction] if instruction else []
         parts += [f"{before_question}{one.question}{before_answer}{one.answer}" for one in examples]
-        # A space before the answer is the answer's own: tokens begin with it.
-        parts.append(f"{before_question}{problem.question}{before_answer}".removesuffix(" "))
+        parts.append(f"{before_question}{problem.question}{opening}")
         return "\n\n".join(parts)
 
     def cut(self, answer: str, template: Template) -> str:
@@ -156,7 +157,7 @@ TASKS: Mapping[SampledTask, Task] = {
             "Each input is a 4x4 grid; 0 marks an empty cell. Fill the empty cells with digits from 1 to 4 so that no "
             "digit occurs twice in a row, in a column or in one of the four 2x2 boxes. The output is the whole grid."
         ),
-        labels=("Input:\n", "\nOutput:\n"),
+        labels=("Input:\n", "\nOutput:\n", "\nOutput:\n"),
         bare="\n",
         stops=("\n\n",),
         max_new_tokens=24,
@@ -169,7 +170,7 @@ TASKS: Mapping[SampledTask, Task] = {
             "Each input is a list of numbers; the last one is the target. Reach the target with +, -, * and /, using "
             "each of the other numbers exactly once. The output is the steps, each with two numbers and its result."
         ),
-        labels=("Input: ", "\nOutput: "),
+        labels=("Input: ", "\nOutput: ", "\nOutput: "),
         bare="\n",
         stops=("\n",),
         max_new_tokens=32,
@@ -179,7 +180,7 @@ TASKS: Mapping[SampledTask, Task] = {
         name="gsm8k",
         read=_gsm8k,
         instruction='Solve the problem step by step. End with a line that holds "#### " and the final number alone.',
-        labels=("Question: ", "\nAnswer: "),
+        labels=("Question: ", "\nAnswer: ", "\nAnswer:"),
         bare=None,
         stops=("\n\nQuestion:", "\nQuestion:"),
         max_new_tokens=256,
@@ -189,7 +190,7 @@ TASKS: Mapping[SampledTask, Task] = {
         name="chat",
         read=_chat,
         instruction="",
-        labels=("Question: ", "\nAnswer: "),
+        labels=("Question: ", "\nAnswer: ", "\nAnswer:"),
         bare="\n",
         stops=(),
         max_new_tokens=256,

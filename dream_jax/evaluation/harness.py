@@ -1,0 +1,306 @@
+"""The adapter to lm-evaluation-harness (the extra `eval`): generation and log-likelihood requests, batched.
+
+    python -m dream_jax.evaluation.harness run --model dream_jax \
+        --model_args pretrained=weights/dream-7b,preset=instruct --tasks mine --include_path tasks --apply_chat_template
+
+takes the arguments of `python -m lm_eval`, whose released versions find no model outside their own package: this makes
+`dream_jax` known and goes on there. In Python, importing this module is enough.
+
+A log-likelihood is the Monte Carlo bound of `likelihood`; one token is exact. Knows the harness. Nothing here imports it.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import jax
+import lm_eval.utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from dream_jax import pretrained as models
+from dream_jax.attention import Backend
+from dream_jax.decoding import Alg
+from dream_jax.evaluation import answering, likelihood
+from dream_jax.evaluation.run import find_tokenizer
+from dream_jax.evaluation.scored_texts import passage
+from dream_jax.evaluation.settings import Published, make_sampler
+from dream_jax.sampler import Preset, SamplerConfig
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+# Requests whose likelihoods are drawn and computed together: with one token each they make one row each.
+_GROUP = 256
+
+# What tasks may ask of the sampler, beside `until` and the length.
+_SAMPLER_OPTIONS = ("temperature", "top_p", "top_k")
+_IGNORED = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "max_tokens"}
+
+
+@register_model("dream_jax")
+class DreamHarness(TemplateLM):
+    """A Dream as the harness sees it.
+
+    Args (`--model_args name=value,...`):
+      pretrained: a directory, hub id or preset.
+      preset: "base", "instruct" or "planning": Dream's published sampler settings.
+      sampler: "exact", "balanced" or "fast", as in `evaluate.py`.
+      adapter: directory of one, which is added to the weights.
+      alg, temperature, top_p, top_k, alg_temp, steps: of the sampler; they come before the preset, and the preset before
+        what a task asks for: the temperature 0 that most tasks state would otherwise undo it.
+      max_new_tokens: room for answers, whatever a task asks for.
+      max_length: tokens of prompt and answer; longer prompts lose their beginning. By default 2048, what Dream was trained
+        at, or the model's own where that is less.
+      samples: Monte Carlo samples of each log-likelihood.
+      greedy: whether to find out if greedy decoding gives the continuation, which some metrics ask; else the answer is no.
+      batch_size, seed, mesh, dtype, attention, tokenizer: as in `evaluate.py`.
+      device: what the harness always passes on; not read, for jax has found the devices and `mesh` says how many.
+
+    Raises: ValueError for an argument that cannot be; as `dream_jax.load`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        preset: Published | None = None,
+        sampler: Preset = "exact",
+        adapter: str | None = None,
+        alg: Alg | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        alg_temp: float | None = None,
+        steps: int | None = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        samples: int = 128,
+        greedy: bool = False,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        seed: int = 0,
+        mesh: str = "1x1",
+        dtype: str = "auto",
+        attention: Backend = "auto",
+        tokenizer: str | None = None,
+    ):
+        super().__init__()
+        if preset is not None and preset not in get_args(Published):
+            raise ValueError(f"{preset=} is not one of {get_args(Published)}")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"{batch_size=} must be a number; nothing here finds one automatically")
+        if max_batch_size is not None:
+            raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not built")
+        likelihood.check_samples(samples)
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self._tokenizer = find_tokenizer(tokenizer, pretrained, models.describe(pretrained))
+        self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
+        self._max_new_tokens, self._greedy = max_new_tokens, greedy
+        own = {
+            "steps": steps,
+            "alg": alg,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "alg_temp": alg_temp,
+        }
+        self._given = {name: value for name, value in own.items() if value is not None}
+        self._preset, self._published = sampler, preset
+        self._config({}, 1)  # raises for settings that cannot be, before the weights are read
+        loaded = models.load(pretrained, dtype=dtype, mesh=mesh, attention_backend=attention, adapter=adapter)
+        self._model = models.merge_adapter(loaded)
+        most = self._model.config.max_position_embeddings
+        self._max_length = min(2048, most) if max_length is None else max_length
+        if not 1 < self._max_length <= most:
+            raise ValueError(f"{max_length=} is outside 2..{most}, what the model takes")
+        self._name = pretrained
+        self._nll = likelihood.model_nll(self._model, self._tokenizer, self.batch_size)
+        self._chats: dict[str, list[int]] = {}
+        self._warned: set[str] = set()
+
+    # Tokens and text.
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the beginning-of-text token."""
+        return self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the chat template in the harness's caches."""
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What the harness notes about the template; it is the tokenizer's own."""
+        return f"the chat template of {self._name}" if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text. Its tokens are remembered: no content can forge a control token."""
+        ids = self._tokenizer.chat(chat_history, add_generation_prompt)
+        if not add_generation_prompt:  # the last turn is to be gone on with
+            ids = ids[: len(ids) - 1 - ids[::-1].index(self._tokenizer.im_end_id)]
+        text = self._tokenizer.decode(ids)
+        self._chats[text] = ids
+        return text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens of a text, or of a chat that `apply_chat_template` has written."""
+        if string in self._chats:
+            return self._chats[string]
+        return self._tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        # A chat ends in control tokens, which no text before or after them changes.
+        if context in self._chats:
+            return self._chats[context], self._tokenizer.encode(continuation)
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
+
+    # Requests.
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each up to the first of its stop texts."""
+        groups: dict[SamplerConfig, list[int]] = collections.defaultdict(list)
+        for place, request in enumerate(requests):
+            _, options = request.args
+            groups[self._request_config(options)].append(place)
+        names = self._names(request.args[0] for request in requests)
+        found = [""] * len(requests)
+        for config, places in groups.items():
+            prompts = [self._fit(self.tok_encode(requests[place].args[0]), config.max_new_tokens) for place in places]
+            for part in answering.batches([len(ids) for ids in prompts], self.batch_size):
+                chosen = [places[index] for index in part]
+                answered = answering.answer(
+                    self._model,
+                    self._tokenizer,
+                    [prompts[index] for index in part],
+                    [names[place] for place in chosen],
+                    config,
+                    self.batch_size,
+                )
+                for place, one in zip(chosen, answered, strict=True):
+                    found[place] = _until(one.text, requests[place].args[1].get("until", ()))
+                    self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        if not self._greedy:
+            self._warn(
+                "is_greedy is not computed and reads False; metrics that use it need greedy=True in --model_args"
+            )
+        names = self._names(repr((context, continuation)) for _, context, continuation in requests)
+        found: list[tuple[float, bool]] = []
+        for start in range(0, len(requests), _GROUP):
+            part = range(start, min(start + _GROUP, len(requests)))
+            fitted = [(self._fit(requests[place][1], len(requests[place][2])), requests[place][2]) for place in part]
+            passages = [passage(context, continuation, []) for context, continuation in fitted]
+            bounds = likelihood.bounds(passages, self._samples, self._nll, [names[place] for place in part])
+            for place, bound, (context, continuation) in zip(part, bounds, fitted, strict=True):
+                found.append((-bound.nats, self._greedy and self._is_greedy(context, continuation)))
+                if requests[place][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[place][0], found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of `max_length` tokens that see as much as fits before them."""
+        found = []
+        for request in requests:
+            (text,) = request.args
+            windows = lm_eval.utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._max_length - 1,
+                context_len=1,
+            )
+            pairs = [lm_eval.utils.make_disjoint_window(window) for window in windows]
+            parts = self._loglikelihood_tokens([(None, context, continuation) for context, continuation in pairs])
+            found.append(sum(value for value, _ in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
+        room = len(continuation)
+        config = SamplerConfig(
+            max_new_tokens=room,
+            steps=room,
+            alg="entropy",
+            vocab_limit=self._tokenizer.vocab_limit,
+            forbidden_tokens=(self._tokenizer.mask_id,),
+        )
+        (one,) = answering.answer(self._model, self._tokenizer, [context], [(0, 0)], config, 1)
+        return one.tokens == tuple(continuation)
+
+    def _request_config(self, options: dict[str, Any]) -> SamplerConfig:
+        """The sampler of a request."""
+        unknown = sorted(set(options) - _IGNORED - set(_SAMPLER_OPTIONS))
+        if unknown:
+            self._warn(f"generation options {unknown} mean nothing here and are ignored")
+        asked = {name: options[name] for name in _SAMPLER_OPTIONS if options.get(name) is not None}
+        if options.get("do_sample") is False:
+            asked["temperature"] = 0.0
+        lengths = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in options]
+        return self._config(asked, self._max_new_tokens or int((lengths or [DEFAULT_MAX_NEW_TOKENS])[0]))
+
+    def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
+        return make_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
+
+    def _fit(self, ids: list[int], room: int) -> list[int]:
+        """The end of a prompt, as much as fits before `room` tokens; never empty."""
+        if room >= self._max_length:
+            raise ValueError(f"{room} tokens after a prompt do not fit max_length={self._max_length}")
+        if len(ids) + room > self._max_length:
+            self._warn(f"prompts longer than max_length={self._max_length} lose their beginning")
+            ids = ids[len(ids) + room - self._max_length :]
+        return ids or [self.prefix_token_id]
+
+    def _names(self, texts: Iterable[str]) -> list[tuple[int, int]]:
+        """(seed, number) of each request: by its text and how often it came before, not by what is asked beside it."""
+        counted: collections.Counter[str] = collections.Counter()
+        names = []
+        for text in texts:
+            digest = hashlib.blake2b(f"{counted[text]}/{text}".encode(), digest_size=4).digest()
+            names.append((self._seed, int.from_bytes(digest, "big") >> 1))
+            counted[text] += 1
+        return names
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _log.warning(message)
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    for stop in [stops] if isinstance(stops, str) else stops:
+        if stop:
+            text = text.partition(stop)[0]
+    return text
+
+
+def main() -> None:
+    """`python -m lm_eval`, with `dream_jax` among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
