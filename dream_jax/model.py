@@ -389,9 +389,7 @@ class Dream(nnx.Module):
             x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KeysValues | None]
         ) -> tuple[jax.Array, KeysValues | None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
-            *layer_and_number, kept = inputs
-            # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
-            layer, number = jax.lax.optimization_barrier(layer_and_number)
+            layer, number, kept = inputs
             layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
             keys = None
             if dropout_keys is not None:
@@ -431,7 +429,11 @@ class Dream(nnx.Module):
 
 def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
     """A leaf of a layer in the compute dtype, but for what stands for a quantised kernel."""
-    return leaf if any(getattr(part, "name", None) in ("codes", "scales") for part in path) else leaf.astype(dtype)
+    if leaf.dtype == dtype or any(getattr(part, "name", None) in ("codes", "scales") for part in path):
+        # As it came, without a barrier: what the backward pass needs of it is then found in the stack of all layers.
+        return leaf
+    # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
+    return jax.lax.optimization_barrier(leaf).astype(dtype)
 
 
 @jax.jit

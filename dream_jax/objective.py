@@ -13,6 +13,7 @@ import abc
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -251,15 +252,15 @@ def _masked_cross_entropy(
 
     `groups` says how many ways the devices split B and T. Where T is split, the hidden states come shifted already.
     """
-    outputs, _ = _over_chunks(
-        focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=False
-    )
+    outputs, _ = _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, gradients="none")
     return outputs
 
 
 # The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
 def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
-    return _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, with_gradient=True)
+    arrays = (argument.value for argument in (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT))
+    # Beneath an adapter nobody asks for the kernel's.
+    return _over_chunks(focal, groups, *arrays, gradients="both" if kernel_DV.perturbed else "hidden")
 
 
 def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]
@@ -271,10 +272,11 @@ def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-
         return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
 
     hidden_gradient, kernel_gradient = gradients
-    return scaled(hidden_gradient), scaled(kernel_gradient), None, None, None
+    return scaled(hidden_gradient), None if kernel_gradient is None else scaled(kernel_gradient), None, None, None
 
 
-_masked_cross_entropy.defvjp(_forward, _backward)
+# symbolic_zeros: the forward rule is told which arguments are differentiated.
+_masked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _over_chunks(
@@ -286,9 +288,11 @@ def _over_chunks(
     masked_BT: jax.Array,
     weight_BT: jax.Array,
     *,
-    with_gradient: bool,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-    """One loop over chunks of masked rows that forms the loss and, if asked, both gradients while the logits exist.
+    gradients: Literal["none", "hidden", "both"],
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
+    """One loop over chunks of masked rows that forms the loss and, if asked, its gradients while the logits exist.
+
+    The gradients are those of the hidden states, or of these and the kernel.
 
     A row is one position of the batch. Rows are sorted "masked first" inside each group of devices that holds a share of
     them (S groups, R rows each), so that no row leaves its device, and the loop ends when the group with most masked
@@ -336,7 +340,7 @@ def _over_chunks(
         return x_R.at[index_C].add(value_C, mode="drop")
 
     def visit(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        total_S, nll_SR, correct_SR, *gradients = carry
+        total_S, nll_SR, correct_SR, *sums = carry
         index_SC = jax.lax.dynamic_slice_in_dim(order_SR, number * chunk, chunk, axis=1)
         live_SC = number * chunk + jnp.arange(chunk) < count_S[:, None]
         # The right shift, on indices: the hidden state before the masked token, in its own row of the batch.
@@ -358,41 +362,37 @@ def _over_chunks(
         place_SC = jnp.where(live_SC, index_SC, rows)
         nll_SR = write(nll_SR, place_SC, nll_SC)
         correct_SR = write(correct_SR, place_SC, own_SC >= peak_SC)
-        if with_gradient:
-            hidden_gradient_SRD, kernel_gradient_SDV = gradients
+        if gradients != "none":
             scale_SC1 = (weight_SC * slope_SC)[..., None]
             pull_SCV = (odds_SCV / norm_SC[..., None] - is_target_SCV.astype(jnp.float32)) * scale_SC1
             pull_SCV = pull_SCV.astype(kernel_DV.dtype)
             pulled_SCD = jnp.einsum("SCV,DV->SCD", pull_SCV, kernel_DV, preferred_element_type=jnp.float32)
             # Add, not set: positions 0 and 1 of a row read the same hidden state.
-            hidden_gradient_SRD = add(hidden_gradient_SRD, source_SC, pulled_SCD)
-            kernel_gradient_SDV = kernel_gradient_SDV + jnp.einsum(
-                "SCD,SCV->SDV", h_SCD, pull_SCV, preferred_element_type=jnp.float32
-            )
-            kernel_gradient_SDV = on_groups(kernel_gradient_SDV, None, "vocab")
-            gradients = [hidden_gradient_SRD, kernel_gradient_SDV]
-        return total_S, nll_SR, correct_SR, *gradients
+            sums[0] = add(sums[0], source_SC, pulled_SCD)
+        if gradients == "both":
+            more_SDV = jnp.einsum("SCD,SCV->SDV", h_SCD, pull_SCV, preferred_element_type=jnp.float32)
+            sums[1] = on_groups(sums[1] + more_SDV, None, "vocab")
+        return total_S, nll_SR, correct_SR, *sums
 
     start: tuple[jax.Array, ...] = (
         jnp.zeros((num_groups,), jnp.float32),
         jnp.zeros((num_groups, rows), jnp.float32),
         jnp.zeros((num_groups, rows), bool),
     )
-    if with_gradient:
-        hidden_gradient_SRD = jnp.zeros((num_groups, rows, width), jnp.float32)
-        kernel_gradient_SDV = jnp.zeros((num_groups, width, vocab), jnp.float32)
-        start += (
-            on_groups(hidden_gradient_SRD),
-            # One partial sum a group, added up once at the end rather than after every chunk.
-            on_groups(kernel_gradient_SDV, None, "vocab"),
-        )
+    if gradients != "none":
+        start += (on_groups(jnp.zeros((num_groups, rows, width), jnp.float32)),)
+    if gradients == "both":
+        # One partial sum a group, added up once at the end rather than after every chunk.
+        start += (on_groups(jnp.zeros((num_groups, width, vocab), jnp.float32), None, "vocab"),)
     chunks = (jnp.max(count_S) + chunk - 1) // chunk
-    total_S, nll_SR, correct_SR, *gradients = jax.lax.fori_loop(0, chunks, visit, start)
+    total_S, nll_SR, correct_SR, *sums = jax.lax.fori_loop(0, chunks, visit, start)
     outputs = (jnp.sum(total_S), ungrouped(nll_SR), ungrouped(correct_SR))
-    if not with_gradient:
+    if gradients == "none":
         return outputs, None
-    hidden_gradient = ungrouped(gradients[0]).astype(hidden_BTD.dtype)
-    kernel_gradient = sharding.constrain(jnp.sum(gradients[1], axis=0), "embed", "vocab")
+    hidden_gradient = ungrouped(sums[0]).astype(hidden_BTD.dtype)
+    if gradients == "hidden":
+        return outputs, (hidden_gradient, None)
+    kernel_gradient = sharding.constrain(jnp.sum(sums[1], axis=0), "embed", "vocab")
     # Both at once: nothing needs the kernel's until the optimizer does, and a compiler that is free to wait keeps the
     # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass. Rounded only behind the barrier:
     # else it may round first and add the devices' sums in bfloat16.

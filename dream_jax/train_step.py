@@ -240,7 +240,7 @@ def _train_step(
         gradients, sums = gradient(state.params, whole)
     else:
 
-        def accumulate(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        def accumulate(carry: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
             added = jax.tree.map(jnp.add, carry, gradient(state.params, part))
             return added, None
 
