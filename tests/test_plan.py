@@ -208,7 +208,9 @@ def test_adapter_costs_two_thirds_of_the_work_and_no_gradients_of_the_base():
     )
     # 4 + 12 S terms over 6 + 12 S terms, and the adapter's own.
     assert 0.65 < adapter.time.model_flops / whole.time.model_flops < 0.75
-    assert adapter.memory.gradients < 0.02 * whole.memory.gradients
+    # As many bytes as one of the adapter's two float32 moments: nothing of the base's. (B is whole on every device here.)
+    assert adapter.memory.gradients == pytest.approx(adapter.memory.optimizer / 2, rel=0.01)
+    assert adapter.memory.gradients < 4 * adapter.trained
     # A weight in two bytes, and in half a byte and its scale; norms, embedding and head stay as they are.
     assert adapter.memory.parameters == pytest.approx(whole.memory.parameters / 2, rel=0.15)
     assert four_bits.memory.parameters < 0.5 * adapter.memory.parameters
