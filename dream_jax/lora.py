@@ -327,15 +327,15 @@ def digest(found: list[Print]) -> str:
 
 
 def _prints(params: ParamTree, *, stacked: bool) -> list[Print]:
-    return list(_named(jax.device_get(_sums(params, stacked=stacked))))
+    # One at a time: that bounds what is held besides them.
+    return list(_named(jax.tree.map(lambda leaf: jax.device_get(_sums(leaf, stacked)), params)))
 
 
-@functools.partial(jax.jit, static_argnames="stacked")
-def _sums(params: ParamTree, *, stacked: bool) -> ParamTree:
-    one = jax.vmap(_sum) if stacked else _sum
-    found: ParamTree = jax.tree.map(one, params)
-    # Whole on every process.
-    return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), found)
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(leaf: jax.Array, stacked: bool) -> jax.Array:
+    """The sum of each layer, or of a parameter outside of the layers; whole on every process."""
+    found: jax.Array = jax.vmap(_sum)(leaf) if stacked else _sum(leaf)
+    return sharding.constrain(found, *[None] * found.ndim)
 
 
 def _named(sums: ParamTree) -> Iterator[Print]:
@@ -349,14 +349,30 @@ def _named(sums: ParamTree) -> Iterator[Print]:
 
 def _sum(x: jax.Array) -> jax.Array:
     """A uint32 that depends on every bit and its place: integers add up exactly, in whatever order devices add them."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    # The mixing constants are those of murmur3's finaliser.
-    mixed = (place ^ (place >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B) + bits + jnp.uint32(1)
-    mixed = (mixed ^ (mixed >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
+    # In parts, because a CPU holds what is added up: four bytes a weight. They are cut within the leading axis, so that
+    # devices that share it each have a piece of every part.
+    parts = math.gcd(x.shape[0] // 2, 32) if x.ndim > 1 else 1
+    # Bits before the loop where nothing is rounded: a CPU would turn bfloat16 into float32 there, all at once.
+    exact = x.dtype == jnp.bfloat16
+    cut = (_bits(x) if exact else x).reshape(-1, parts, *x.shape[1:])
+
+    def add(part: jax.Array, total: jax.Array) -> jax.Array:
+        piece = jax.lax.dynamic_index_in_dim(cut, part, axis=1, keepdims=False)
+        bits = (piece if exact else _bits(piece.astype(jnp.bfloat16))).astype(jnp.uint32)
+        place = jax.lax.broadcasted_iota(jnp.uint32, piece.shape, 0) * jnp.uint32(parts) + part.astype(jnp.uint32)
+        for axis, size in enumerate(piece.shape[1:], 1):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, piece.shape, axis)
+        # The mixing constants are those of murmur3's finaliser.
+        mixed = (place ^ (place >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B) + bits + jnp.uint32(1)
+        mixed = (mixed ^ (mixed >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+        return total + jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
+
+    return jax.lax.fori_loop(0, parts, add, jnp.uint32(0))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    found: jax.Array = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- what it costs
