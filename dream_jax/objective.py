@@ -394,8 +394,7 @@ def _over_chunks(
         return outputs, (hidden_gradient, None)
     kernel_gradient = sharding.constrain(jnp.sum(sums[1], axis=0), "embed", "vocab")
     # Both at once: nothing needs the kernel's until the optimizer does, and a compiler that is free to wait keeps the
-    # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass. Rounded only behind the barrier:
-    # else it may round first and add the devices' sums in bfloat16.
+    # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass.
     hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
     return outputs, (hidden_gradient, kernel_gradient.astype(kernel_DV.dtype))
 

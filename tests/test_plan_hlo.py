@@ -133,6 +133,16 @@ HloModule step, is_scheduled=true
   ROOT %reduce-scatter.1 = f32[8]{{0}} reduce-scatter(%p), replica_groups=[1,8]<=[8], dimensions={{0}}, to_apply=%add
 }}
 
+%begins (q: f32[8]) -> f32[16] {{
+  %q = f32[8]{{0}} parameter(0)
+  ROOT %all-gather.1 = f32[16]{{0}} all-gather(%q), channel_id=5, replica_groups={groups}, dimensions={{0}}
+}}
+
+%async_collective_fusion.1 (r: f32[8]) -> f32[16] {{
+  %r = f32[8]{{0}} parameter(0)
+  ROOT %all-gather.2 = f32[16]{{0}} all-gather(%r), channel_id=5, replica_groups={groups}, dimensions={{0}}
+}}
+
 %condition (carried: (u32[], f32[4])) -> pred[] {{
   %limit = u32[] constant(7)
   %carried.1 = (u32[], f32[4]{{0}}) parameter(0)
@@ -164,6 +174,8 @@ ENTRY %main (a: f32[64,32], b: f32[64], c: f32[4]) -> f32[8,32] {{
   %gather = (f32[8]{{0}}, f32[16]{{0}}) all-gather-start(%done), replica_groups={groups}, dimensions={{0}}
   %gathered = f32[16]{{0}} all-gather-done(%gather)
   %pair = ((f32[8]{{0}}, f32[2]{{0}}), (f32[16]{{0}}, f32[4]{{0}})) all-gather-start(%done, %c), replica_groups={groups}
+  %spread = f32[16]{{0}} fusion(%done), kind=kCustom, calls=%begins
+  %meanwhile = f32[16]{{0}} fusion(%spread), kind=kOutput, calls=%async_collective_fusion.1
   %zero.1 = u32[] constant(0)
   %begin = (u32[], f32[4]{{0}}) tuple(%zero.1, %c)
   %loop = (u32[], f32[4]{{0}}) while(%begin), condition=%condition, body=%body
@@ -187,9 +199,9 @@ def test_what_accelerators_write(groups):
     # A fusion that is a scattered sum, and an asynchronous one whose two halves are one.
     assert found["reduce-scatter"].count == 2
     assert found["reduce-scatter"].sent == (64 * 32 + 64) * 4 * 7 / 8
-    # Of a start only what comes out counts, be it one array or several.
-    assert found["all-gather"].count == 2
-    assert found["all-gather"].sent == (16 + 16 + 4) * 4 / 2
+    # Of a start only what comes out counts, be it one array or several; one that two fusions share is one.
+    assert found["all-gather"].count == 3
+    assert found["all-gather"].sent == (16 + 16 + 4 + 16) * 4 / 2
     # 0, 2, 4, 6: four rounds of a loop that the compiler has unrolled once, read from its condition and its body.
     assert found["collective-permute"].count == 4
     assert found["collective-permute"].sent == 4 * 4 * 4

@@ -68,7 +68,11 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, .
     """
     computations, entry = _parse(text)
     total: dict[Kind, tuple[float, float]] = {}
-    for kind, times, sent in _walk(computations, entry, 1.0, unknown_trips):
+    seen = set()
+    for kind, times, sent, channel in _walk(computations, entry, 1.0, unknown_trips):
+        if channel is not None and channel in seen:
+            continue
+        seen.add(channel)
         count, before = total.get(kind, (0.0, 0.0))
         total[kind] = (count + times, before + times * sent)
     found = [Collective(kind=kind, count=round(count), sent=sent) for kind, (count, sent) in total.items()]
@@ -126,13 +130,17 @@ def _closing(text: str, start: int) -> int:
 
 
 def _walk(
-    computations: Mapping[str, Mapping[str, _Instruction]], name: str, times: float, unknown: float
-) -> Iterator[tuple[Kind, float, float]]:
-    """(kind, how often, bytes sent each time) of every collective below a computation."""
+    computations: Mapping[str, Mapping[str, _Instruction]], name: str, times: float, unknown: float, fused: bool = False
+) -> Iterator[tuple[Kind, float, float, str | None]]:
+    """(kind, how often, bytes sent each time, channel where it is fused) of every collective below a computation.
+
+    The TPU's compiler spreads a collective over the fusions that run meanwhile: each names it, with its one channel.
+    """
     for instruction in computations.get(name, {}).values():
         found = _collective(instruction, fused_as=name)
         if found is not None:
-            yield found[0], times, found[1]
+            channel = re.search(r"channel_id=(\d+)", instruction.rest) if fused else None
+            yield found[0], times, found[1], channel and channel[1]
             continue  # what it applies is the sum of two numbers
         # The done half of an asynchronous pair names the same computation as its start.
         if instruction.opcode.endswith(("-done", "-update")):
@@ -146,10 +154,10 @@ def _walk(
         elif instruction.opcode == "conditional":
             # One branch is taken: the one that moves most.
             branches = [list(_walk(computations, part, times, unknown)) for part in called]
-            yield from max(branches, key=lambda items: sum(count * sent for _, count, sent in items), default=[])
+            yield from max(branches, key=lambda items: sum(item[1] * item[2] for item in items), default=[])
         else:
             for part in called:
-                yield from _walk(computations, part, times, unknown)
+                yield from _walk(computations, part, times, unknown, fused or instruction.opcode == "fusion")
 
 
 def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, float] | None:
