@@ -5,6 +5,7 @@ Knows the order of things; each thing is somebody else's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 from typing import Any
@@ -89,7 +90,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
         time=time,
         price=cost.price(hardware, time, settings.steps, wanted),
         advice=tuple(advice),
-        versions=_versions(),
+        versions=_versions(platform),
         compile_seconds=None if found is None else found.seconds,
     )
 
@@ -234,12 +235,11 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     )
 
 
-def _versions() -> dict[str, str]:
-    names = ("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+def _versions(platform: str) -> dict[str, str]:
+    """Of jax, and of what compiles for the platform where it is installed."""
+    compilers = ("libtpu",) if platform == "tpu" else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {}
-    for name in names:
-        try:
+    for name in ("jax", *compilers):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
