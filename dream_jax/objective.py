@@ -396,7 +396,8 @@ def _over_chunks(
     # Both at once: nothing needs the kernel's until the optimizer does, and a compiler that is free to wait keeps the
     # [D, V] float32 partial sums (2 GiB for Dream-7B) all through the backward pass.
     hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
-    return outputs, (hidden_gradient, kernel_gradient.astype(kernel_DV.dtype))
+    # And rounded at once, behind a barrier of its own: before the first, the devices' sums would be added rounded.
+    return outputs, jax.lax.optimization_barrier((hidden_gradient, kernel_gradient.astype(kernel_DV.dtype)))
 
 
 def chunk_rows(rows: int, vocab: int, platform: str) -> int:
