@@ -250,6 +250,8 @@ def _token_parts(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list
 
 
 def _prompt_parts(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list[_Part]:
+    if row.document:
+        return [_Part("prompt", [tokenizer.bos_id])]
     if isinstance(row.prompt, str):
         return [_Part("prompt", tokenizer.encode(row.prompt))]
     try:

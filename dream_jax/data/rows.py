@@ -36,19 +36,24 @@ class Row:
     response: what the model learns to write, without an end token.
     pieces: what the response consists of, in order; none for a response of one piece.
     tools: functions that the chat template announces, as JSON schemas.
+    document: the response is a whole text that answers nothing: its prompt is empty, and it begins with
+    `<|beginoftext|>`, so that its first token has a left neighbour to be predicted from.
     meta: where the row came from and what scoring needs; never read by training.
-    Raises: ValueError for pieces that are not the response.
+    Raises: ValueError for pieces that are not the response, or a document with a prompt.
     """
 
     prompt: str | tuple[Message, ...]
     response: str
     pieces: tuple[Piece, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    document: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.pieces and "".join(piece.text for piece in self.pieces) != self.response:
             raise ValueError(f"the pieces {self.pieces!r:.80} are not the response {self.response!r:.60}")
+        if self.document and self.prompt:
+            raise ValueError(f"a document has no prompt, but this one has {self.prompt!r:.60}")
 
 
 @dataclass(frozen=True, kw_only=True)

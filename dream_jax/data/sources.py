@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dream_jax.data import records, s1k
+from dream_jax.data import documents, records, s1k
 from dream_jax.data.chat import parse_chat
 from dream_jax.data.gsm8k import parse_gsm8k, read_gsm8k
 from dream_jax.data.options import ReadOptions
@@ -30,7 +30,7 @@ SUDOKU_GIVENS = 6
 
 SUPPORTED = (
     '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
-    "answer, input + output, or s1K's fields), a directory with train and test files of these kinds or one saved by "
+    "answer, input + output, text, or s1K's fields), a directory with train and test files of these kinds or one saved by "
     "`datasets`, or organisation/name on the Hugging Face hub"
 )
 
@@ -116,12 +116,14 @@ def _schema(found: Mapping[str, Any], where: str, options: ReadOptions) -> tuple
         (s1k.FIELDS, functools.partial(s1k.parse_s1k, options=options)),
         ({"question", "answer"}, parse_gsm8k),
         ({"input", "output"}, parse_planning),
+        (documents.FIELDS, documents.parse_document),  # last: rows of the other kinds may carry a text as well
     ):
         if fields <= found.keys():
             return parser, fields in (s1k.FIELDS, s1k.FIELDS_1_1)
     raise ValueError(
         f"{where}: fields {sorted(found)} are no known schema; a row has 'messages', "
-        "'prompt' and 'response', 'question' and 'answer', 'input' and 'output', or 'question' and either "
+        "'prompt' and 'response', 'question' and 'answer', 'input' and 'output', 'text' (a whole document), "
+        "or 'question' and either "
         "'thinking_trajectories' and 'attempt' (s1K) or 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
     )
 
@@ -203,7 +205,9 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
 
 
 def _prompt_hash(row: Row) -> int:
-    prompt = row.prompt if isinstance(row.prompt, str) else [_turn(turn) for turn in row.prompt]
+    prompt: Any = row.prompt if isinstance(row.prompt, str) else [_turn(turn) for turn in row.prompt]
+    if row.document:  # it is its text that must not be seen
+        prompt = row.response
     return int.from_bytes(hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest(), "big")
 
 

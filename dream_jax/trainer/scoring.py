@@ -28,8 +28,8 @@ def evaluate(
 
     Returns:
       `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
-      `too_long` (rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards` (the most that
-      a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
+      `too_long` (rows that do not fit the model or whose answer is longer than `eval_tokens`; documents), `forwards` (the most
+      that a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
     """
     rows = first_rows(held_out, settings.eval_rows)
     encoding = settings.encode_options()
@@ -39,7 +39,9 @@ def evaluate(
     # As many rows at once as a training step holds.
     shards = dict(mesh.shape)["fsdp"]
     size = min(max(settings.batch_size // settings.accumulation, 1), -(-len(encoded) // shards) * shards)
-    short = [(row, one) for row, one in encoded if one.length - one.prompt_length <= settings.eval_tokens]
+    # A document answers nothing: it has a likelihood only.
+    asked = [(row, one) for row, one in encoded if not row.document]
+    short = [(row, one) for row, one in asked if one.length - one.prompt_length <= settings.eval_tokens]
     correct, forwards = 0, 0
     for part in _batches(short, size, model.config.max_position_embeddings):
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)

@@ -41,8 +41,9 @@ class TrainSettings:
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
     data: str = "sudoku"
-    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file, a directory with train and test files or saved by datasets,
-    or a hub id: organisation/name, which is downloaded"""
+    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file (of chats, prompts with responses, or documents: rows with
+    a text), a directory with train and test files or saved by datasets, or a hub id: organisation/name, which is
+    downloaded"""
     mix: tuple[str, ...] = ()
     """further data to mix in"""
     mix_weights: tuple[float, ...] = ()
