@@ -139,6 +139,11 @@ class DreamConfig:
         Raises:
           ValueError: a key is missing, has a value that this implementation does not compute, or is unknown.
         """
+        if fields.get("model_type") == "qwen2":
+            raise ValueError(
+                "config.json has model_type='qwen2': an autoregressive Qwen2 model is no Dream model yet; make one of it "
+                "with convert/qwen2_to_dream.py SRC DST"
+            )
         missing = [key for key in _REQUIRED_KEYS if key not in fields]
         if missing:
             raise ValueError(

@@ -131,3 +131,61 @@ class Segments(Mask):
                 f"{num_queries} queries and {num_keys} keys"
             )
         return jnp.asarray(self.query_BT)[:, :, None] == jnp.asarray(self.key_BS)[:, None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+    """Every query sees the keys up to its own position: the mask that Dream's ancestor was trained under.
+
+    ::
+
+        #..
+        ##.
+        ###
+    """
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[1, T, S]. Raises ValueError for queries that are not the keys."""
+        if num_queries != num_keys:
+            raise ValueError(
+                f"a causal mask of {num_queries} queries and {num_keys} keys: they must be the same tokens"
+            )
+        return jnp.tril(jnp.ones((1, num_queries, num_keys), dtype=bool))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Annealed(Mask):
+    """Between causal and bidirectional: keys up to the query's own position, and of the later ones those that were drawn.
+
+    Attributes:
+      drawn_TS: true at pairs that may attend although the key is later; made by `anneal`.
+      valid_BS: true at real tokens, or None where all are. Here the second query sees the third key, the first does not:
+
+    ::
+
+        #..
+        ###
+        ###
+    """
+
+    drawn_TS: Bool[Array, "T S"]
+    valid_BS: Bool[Array, "B S"] | None = None
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[1, T, S], or [B, T, S] where padding is hidden. Raises ValueError when it was drawn for other lengths."""
+        if self.drawn_TS.shape != (num_queries, num_keys):
+            raise ValueError(
+                f"a mask drawn for {self.drawn_TS.shape} was given to {num_queries} queries, {num_keys} keys"
+            )
+        seen = Causal().dense(num_queries, num_keys) | jnp.asarray(self.drawn_TS)[None]
+        return seen if self.valid_BS is None else seen & jnp.asarray(self.valid_BS)[:, None, :]
+
+
+def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Array, "T S"]:
+    """Draws which of the later keys each query may see, each with probability `share`: for `Annealed.drawn_TS`.
+
+    0 leaves a causal mask, 1 a bidirectional one. The annealing of DiffuLLaMA (Gong et al. 2025).
+    """
+    return jax.random.uniform(key, (length, length)) < share

@@ -155,7 +155,7 @@ def masked_diffusion_loss(
     masked_BT: Bool[Array, "B T"],
     t_B: Float[Array, "B"],
     weight: LossWeight = CartWeight(0.1),
-    attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | Mask | None = None,
     *,
     focal: Focal | None = None,
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
@@ -170,7 +170,7 @@ def masked_diffusion_loss(
       t_B: noise level of each row, in (0, 1).
       weight: CartWeight(p) | InverseTimeWeight() | LinearWeight() | UniformWeight().
       attention_mask: nonzero at real tokens; for left-padded batches. Right pads are attended and learned: that is how
-        the model learns to stop, so they do not belong in this mask.
+        the model learns to stop, so they do not belong in this mask. Or a mask value, for training under another mask.
       focal: optional focal term.
       normalizer: the denominator; by default the number of masked positions in the (global) batch, at least 1. Parts of
         a batch are given the whole batch's, so that their losses add up.

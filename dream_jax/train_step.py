@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.model import Dream, merge_params
 from dream_jax.objective import CartWeight, Focal, LossWeight, draw_noise, masked_diffusion_loss
 from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever makes a step makes one
@@ -29,9 +29,10 @@ from dream_jax.shapes import ParamTree, joined
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# Keep the keys of noise and dropout apart from those of random weights, which come from the same seed.
+# Keep the keys of noise, dropout and masks apart from those of random weights, which come from the same seed.
 _NOISE = 1 << 30
 _DROPOUT = _NOISE + 1
+_ANNEALING = _NOISE + 2
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +61,8 @@ class StepConfig:
       weight: of the loss.
       focal: optional focal term.
       seed: of times and masks.
+      anneal_steps: of the first steps, under attention that grows from causal to bidirectional (`masks.anneal`); such a
+        step forms all attention scores.
     """
 
     global_batch: int
@@ -67,8 +70,11 @@ class StepConfig:
     weight: LossWeight = CartWeight(0.1)  # noqa: RUF009 - immutable
     focal: Focal | None = None
     seed: int = 0
+    anneal_steps: int = 0
 
     def __post_init__(self) -> None:
+        if self.anneal_steps < 0:
+            raise ValueError(f"{self.anneal_steps=} must not be negative")
         if self.global_batch < 1 or self.accumulation < 1 or self.global_batch % self.accumulation:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
 
@@ -144,16 +150,22 @@ class TrainStep:
             )
         self.mesh = mesh
         self._function = functools.partial(_train_step, graphdef, optimizer, schedule, config, mesh)
-        self._jitted: Any = None
+        self._anneal_steps = config.anneal_steps
+        self._jitted: dict[bool, Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> tuple[TrainState, Metrics]:
         """The state after the step, and its metrics; the state is donated, `frozen` is not."""
+        # Two programs: once the mask is bidirectional, attention need not form all scores any more.
+        annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
         with jax.set_mesh(self._devices()):
-            found: tuple[TrainState, Metrics] = self._compiled_for(state)(state, batch, frozen or {})
+            found: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
             return found
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: ParamTree | None = None) -> Any:
-        """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings."""
+        """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings.
+
+        Of the step under the bidirectional mask, which all but the first `anneal_steps` are.
+        """
         with jax.set_mesh(self._devices()):
             return self._compiled_for(state).lower(state, batch, frozen or {})
 
@@ -162,11 +174,12 @@ class TrainStep:
             raise ValueError(f"a step over sizes without devices ({self.mesh}) can be described, not compiled or run")
         return self.mesh
 
-    def _compiled_for(self, state: TrainState) -> Any:
-        if self._jitted is None:
+    def _compiled_for(self, state: TrainState, annealing: bool = False) -> Any:
+        if annealing not in self._jitted:
             places = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
-            self._jitted = jax.jit(self._function, donate_argnums=0, out_shardings=places)
-        return self._jitted
+            function = functools.partial(self._function, annealing)
+            self._jitted[annealing] = jax.jit(function, donate_argnums=0, out_shardings=places)
+        return self._jitted[annealing]
 
 
 def make_train_step(
@@ -204,6 +217,7 @@ def _train_step(
     schedule: optax.Schedule,
     config: StepConfig,
     mesh: sharding.AnyMesh,
+    annealing: bool,
     state: TrainState,
     batch: Batch,
     frozen: ParamTree,
@@ -216,6 +230,10 @@ def _train_step(
         masked_BT = sharding.constrain(masked_BT, "batch", None)
         # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
+    drawn_TS = None
+    if annealing:
+        share = state.step.astype(jnp.float32) / config.anneal_steps
+        drawn_TS = masks.anneal(_step_key(config.seed, _ANNEALING, state.step), share, tokens_BT.shape[1])
 
     def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
         tokens_BT, masked_BT, t_B, row_B, exists_BT = part
@@ -225,7 +243,8 @@ def _train_step(
             masked_BT,
             t_B,
             config.weight,
-            exists_BT,
+            # Positions then count from the row's first place, hidden or not: rotary attention sees differences only.
+            exists_BT if drawn_TS is None else masks.Annealed(drawn_TS, exists_BT),
             focal=config.focal,
             normalizer=normalizer,
             # Unused, and so not computed, without an adapter that drops something.
@@ -270,14 +289,18 @@ def _train_step(
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:
     """The key that the times and masks of one step (from 0) are drawn from, for `objective.draw_noise`."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), step)
+    return _step_key(seed, _NOISE, step)
 
 
 def dropout_keys(seed: int, step: int | jax.Array, row_B: jax.Array) -> jax.Array:
     """The keys, one a row of the global batch, that an adapter's dropout draws from in one step (from 0)."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
+    key = _step_key(seed, _DROPOUT, step)
     keys: jax.Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
     return keys
+
+
+def _step_key(seed: int, purpose: int, step: int | jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
 def _split_rows(parts: int) -> Callable[[jax.Array], jax.Array]:

@@ -17,6 +17,8 @@ DRAWN = [
     masks.KeyPadding(np.array([[False, True, True]])),
     masks.KeyLengths(np.array([2])),
     masks.Segments(np.array([[1, 1, 2]]), np.array([[1, 1, 2]])),
+    masks.Causal(),
+    masks.Annealed(np.array([[False, False, False], [True, True, True], [False, False, True]])),
 ]
 
 
@@ -98,3 +100,26 @@ def test_segments_see_themselves():
 def test_mask_of_another_length_raises(mask, queries, keys, message):
     with pytest.raises((ValueError, TypeCheckError), match=message):
         mask.dense(queries, keys)
+
+
+def test_causal_needs_its_own_keys():
+    with pytest.raises(ValueError, match="2 queries and 3 keys"):
+        masks.Causal().dense(2, 3)
+
+
+def test_annealing_goes_from_causal_to_bidirectional():
+    causal = np.asarray(masks.Causal().dense(64, 64))
+    for share in (0.0, 0.25, 1.0):
+        drawn = masks.anneal(jax.random.key(0), share, 64)
+        dense = np.asarray(masks.Annealed(drawn).dense(64, 64))
+        assert dense[causal].all()
+        assert dense[~causal].mean() == pytest.approx(share, abs=0.03)
+    with pytest.raises(ValueError, match="drawn for"):
+        masks.Annealed(drawn).dense(32, 32)
+
+
+def test_annealed_hides_padding():
+    valid = np.array([[False, True, True], [True, True, True]])
+    mask = masks.Annealed(np.ones((3, 3), bool), valid)
+    assert mask.draw(3, 3, row=0) == "\n".join([".##"] * 3)
+    assert mask.draw(3, 3, row=1) == "\n".join(["###"] * 3)

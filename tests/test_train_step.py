@@ -301,3 +301,46 @@ def test_batch_that_the_mesh_cannot_split_raises(mesh, rows, accumulation):
     config = StepConfig(global_batch=rows, accumulation=accumulation)
     with pytest.raises(REFUSALS, match=f"{rows // accumulation} rows, which fsdp={mesh[0]} does not divide"):
         make_train_step(GRAPHDEF, OPTIMIZER.make(), OPTIMIZER.schedule(), config, sharding.make_mesh(mesh))
+
+
+def test_annealing_begins_causal_and_ends_bidirectional():
+    """The first step hears nothing of later tokens; from `anneal_steps` on the step is the plain one, bit for bit."""
+    tokens, plain = batch(0), compiled()
+    changed = dict(tokens, tokens=tokens["tokens"].copy())
+    changed["tokens"][:, -1] = (changed["tokens"][:, -1] + 7) % 256
+    changed["maskable"] = tokens["maskable"] & (np.arange(LENGTH) < LENGTH - 1)
+    same_noise = dict(tokens, maskable=changed["maskable"])
+
+    def losses(step, number, *batches):
+        found = []
+        for one in batches:
+            state = dataclasses.replace(first_state(), step=jnp.int32(number))
+            found.append(float(step(state, put(one))[1]["loss"]))
+        return found
+
+    annealed = compiled(anneal_steps=4)
+    # The last token is never masked, so only attention to it can tell the two batches apart.
+    first, second = losses(annealed, 0, same_noise, changed)
+    assert first == second
+    first, second = losses(annealed, 2, same_noise, changed)
+    assert first != second
+    assert losses(annealed, 4, tokens) == losses(plain, 4, tokens)
+    assert losses(annealed, 2, tokens) != losses(plain, 2, tokens)
+
+
+@pytest.mark.parametrize("mesh", [pytest.param("2x2x2", marks=pytest.mark.slow), "8x1"])
+def test_annealing_does_not_depend_on_the_mesh(mesh):
+    hidden = dict(batch(0), attention_mask=np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4)
+    hidden["maskable"] = hidden["attention_mask"] & hidden["maskable"]
+
+    def loss(mesh, **options):
+        state = dataclasses.replace(first_state(mesh), step=jnp.int32(2))
+        return float(compiled(mesh, anneal_steps=4, **options)(state, put(hidden, mesh))[1]["loss"])
+
+    assert loss(mesh) == pytest.approx(loss("1x1"), rel=1e-5)
+    assert loss("1x1", accumulation=2) == pytest.approx(loss("1x1"), rel=1e-5)
+
+
+def test_annealing_steps_are_counted_from_nothing():
+    with pytest.raises(ValueError, match="must not be negative"):
+        StepConfig(global_batch=8, anneal_steps=-1)

@@ -1,8 +1,8 @@
 """Models and adapters in and out of directories.
 
-`models` loads, saves, exports and converts whole models, `quantised` reads one into a base of few bits, and `adapter`
-keeps what was trained beside a base. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory
-is made whole or not at all (`atomic`).
+`models` loads, saves, exports and converts whole models, `quantised` reads one into a base of few bits, `adapter` keeps
+what was trained beside a base, and `autoregressive` makes a Dream to be of a Qwen2. Nothing here knows names and layouts
+(`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all (`atomic`).
 """
 
 from dream_jax.lora import merge as merge_adapter
@@ -14,6 +14,7 @@ from dream_jax.pretrained.adapter import (
     put_on,
     save_adapter,
 )
+from dream_jax.pretrained.autoregressive import MaskRow, adapt_qwen2, dream_config
 from dream_jax.pretrained.models import (
     DTYPES,
     Conversion,
@@ -32,11 +33,14 @@ __all__ = [
     "Adapter",
     "Conversion",
     "DtypeName",
+    "MaskRow",
+    "adapt_qwen2",
     "adapter_params",
     "convert_from_hf",
     "convert_to_hf",
     "describe",
     "describe_adapter",
+    "dream_config",
     "export_hf",
     "load",
     "merge_adapter",

@@ -89,6 +89,7 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         weight=settings.loss_weight(),
         focal=Focal() if settings.focal else None,
         seed=settings.seed,
+        anneal_steps=settings.anneal_steps,
     )
     step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
     return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)

@@ -28,8 +28,8 @@ def evaluate(
 
     Returns:
       `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
-      `too_long` (rows that do not fit the model or whose answer is longer than `eval_tokens`; documents), `forwards` (the most
-      that a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
+      `too_long` (documents, and rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards`
+      (the most that a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
     """
     rows = first_rows(held_out, settings.eval_rows)
     encoding = settings.encode_options()

@@ -120,6 +120,8 @@ class TrainSettings:
     """reach of the cart weight: larger looks less far"""
     focal: bool = False
     """focal term (alpha 0.25, gamma 2): easy positions count less"""
+    anneal_steps: int = 0
+    """first steps under attention that grows from causal to bidirectional: for a start from an autoregressive model"""
     remat: Remat = "none"
     """what the backward pass recomputes, to save memory"""
     attention: Backend = "auto"
@@ -158,7 +160,7 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("eval_rows", "eval_tokens"):
+        for name in ("eval_rows", "eval_tokens", "anneal_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**31:
@@ -301,6 +303,8 @@ class TrainSettings:
             found += self._adapter_warnings(rate)
         elif not self.starts_at_random and rate > 1e-4:
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
+        if self.anneal_steps > self.steps:
+            found.append(f"--anneal-steps {self.anneal_steps} is more than all steps: the model never sees all tokens")
         if self.optimizer == "adafactor":
             found.append(
                 "--optimizer adafactor is reported to be unstable for masked diffusion: watch the loss and the gradient "

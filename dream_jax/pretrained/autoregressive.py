@@ -1,0 +1,211 @@
+"""From an autoregressive Qwen2 checkpoint to the Dream checkpoint that training begins with, as Dream itself began.
+
+The weights stay: Dream is Qwen2.5's transformer without its causal mask, and the right shift means that what the model
+predicts from where is unchanged. What is added is a mask token (and `<|beginoftext|>`): they take rows that the padded
+tables of Qwen2.5 hold in reserve, behind the tokenizer's own.
+
+Knows the two configurations and what must be added to a tokenizer. Executes nothing and needs no weights in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dream_jax import hf
+from dream_jax.atomic import new_directory
+from dream_jax.config import DreamConfig
+from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
+
+MaskRow = Literal["keep", "mean"]
+"""What the embedding of the mask token begins as: the reserve row as it lies, or the mean of all tokens' rows."""
+
+MASK, BEGIN = "<|mask|>", "<|beginoftext|>"
+
+# What a Qwen2 configuration may say beside what a Dream one says, with the values under which both compute the same.
+_QWEN2_SWITCHES: Mapping[str, tuple[Any, ...]] = {
+    "architectures": (["Qwen2ForCausalLM"], None),
+    "rope_scaling": (None,),
+}
+# Read above, or of no meaning to a Dream.
+_DROPPED = frozenset({"model_type", "architectures", "rope_parameters", "rope_theta", "layer_types"})
+_DROPPED |= {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"}
+_BLOCK_ROWS = 4096
+
+
+def dream_config(
+    fields: Mapping[str, Any], *, mask_token_id: int, pad_token_id: int, ignore: Iterable[str] = ()
+) -> DreamConfig:
+    """The Dream configuration of a Qwen2 `config.json`, read key by key.
+
+    Args:
+      fields: its dictionary, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
+      mask_token_id: an unused row of the embedding table.
+      pad_token_id: end-of-text, which is also the padding.
+      ignore: as in `DreamConfig.from_dict`.
+
+    Raises:
+      ValueError: not a Qwen2 configuration, or one that computes something else: sliding windows, scaled rotary
+        embedding; a token id outside the table.
+    """
+    if fields.get("model_type") != "qwen2":
+        raise ValueError(
+            f"config.json has model_type={fields.get('model_type')!r}, but only 'qwen2' can become a Dream"
+        )
+    for key, known in _QWEN2_SWITCHES.items():
+        if fields.get(key) not in known:
+            raise ValueError(f"config.json has {key}={fields[key]!r}, but only {known[0]!r} can become a Dream")
+    kinds = set(fields.get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"config.json has layers of {sorted(kinds)}, but only full attention can become a Dream")
+    rope = dict(fields.get("rope_parameters") or {})
+    kind = rope.pop("rope_type", "default")
+    theta = rope.pop("rope_theta", fields.get("rope_theta"))
+    if theta is None:
+        raise ValueError("config.json has neither rope_theta nor rope_parameters with one; it is never guessed")
+    if kind != "default" or rope:
+        raise ValueError(
+            f"config.json has rope_parameters={fields['rope_parameters']!r}, but only the default kind is known"
+        )
+    given = {key: value for key, value in fields.items() if key not in _DROPPED}
+    for name, number in (("mask_token_id", mask_token_id), ("pad_token_id", pad_token_id)):
+        if not 0 <= number < fields["vocab_size"]:
+            raise ValueError(
+                f"{name}={number} is outside the table of vocab_size={fields['vocab_size']} rows; name one that no token "
+                f"uses (--{name.replace('_', '-')})"
+            )
+    told = {"model_type": "Dream", "rope_theta": theta, "mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
+    return DreamConfig.from_dict(given | told, ignore=ignore)
+
+
+def adapt_qwen2(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    mask_row: MaskRow = "keep",
+    mask_token_id: int = 151666,
+    pad_token_id: int = 151643,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    ignore_config_keys: Iterable[str] = (),
+    progress: Callable[[int], object] = lambda _: None,
+) -> DreamConfig:
+    """Writes the Dream directory (Hugging Face layout) of a Qwen2 one; all but the configuration and one row is copied.
+
+    Args:
+      source: directory with a Qwen2 config.json and safetensors, or a hub id.
+      target: must not exist, except with `overwrite`; made whole or not at all.
+      mask_row: what the mask token's embedding begins as. "keep" is the row as it lies, which is what a start from
+        the published tables means; "mean" is the mean of the rows before it.
+      mask_token_id, pad_token_id: of the Dream model. Those of Dream's own tokenizer by default.
+      tokenizer: directory whose tokenizer files the result gets; by default the source's, with the two tokens added.
+      overwrite: whether a checkpoint at `target` may be replaced.
+      ignore_config_keys: keys of config.json that are known not to change what the weights compute.
+      progress: called with a number of bytes copied.
+
+    Raises:
+      FileNotFoundError, ConnectionError: as `hf.open_source` and `hf.fetch`.
+      FileExistsError, OSError: as `new_directory`.
+      ValueError: as `dream_config`; weights that are not those of the configuration; a tokenizer to which the two tokens
+        cannot be added under these ids.
+    """
+    if mask_row not in get_args(MaskRow):
+        raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")
+    directory = pathlib.Path(source).expanduser()
+    if not directory.exists() and hf.is_hub_id(str(source)):
+        directory = hf.fetch(str(source))
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json: it is no directory of a checkpoint")
+    try:
+        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = dream_config(fields, mask_token_id=mask_token_id, pad_token_id=pad_token_id, ignore=ignore_config_keys)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+    with hf.open_source(directory) as opened:
+        opened.check(config)
+        files = sorted({tensor.path for tensor in opened.tensors.values()})
+        needed = sum(file.stat().st_size for file in files)
+        files += [file for file in (directory / hf.INDEX,) if file.is_file() and len(files) > 1]
+        with new_directory(target, overwrite=overwrite, needed_bytes=needed, reads=directory.resolve()) as made:
+            _write_tokenizer(pathlib.Path(tokenizer or directory), made, config, extend=tokenizer is None)
+            for file in files:
+                shutil.copyfile(file, made / file.name)
+                progress(file.stat().st_size)
+            if mask_row == "mean":
+                # A second table is only there, and only to be kept equal, where the two are tied.
+                tables = ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
+                for name in tables:
+                    if name in opened.tensors:
+                        _write_mean(opened.tensors[name], made, config.mask_token_id)
+            text = json.dumps(config.to_dict() | {"torch_dtype": str(opened.dtype)}, indent=2, sort_keys=True)
+            (made / "config.json").write_text(text + "\n", encoding="utf-8")
+    return config
+
+
+def _write_mean(table: hf.Tensor, directory: pathlib.Path, row: int) -> None:
+    """Gives one row of a copied table the mean of those before it: behind it come more reserve rows, if any."""
+    width = table.shape[1]
+    total = np.zeros(width, np.float64)
+    with open(directory / table.path.name, "r+b") as file:
+        for start in range(0, row, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, row - start)
+            file.seek(table.offset + start * width * table.dtype.itemsize)
+            block = np.frombuffer(file.read(count * width * table.dtype.itemsize), table.dtype)
+            total += block.astype(np.float32).reshape(count, width).sum(axis=0, dtype=np.float64)
+        file.seek(table.offset + row * width * table.dtype.itemsize)
+        file.write((total / max(row, 1)).astype(np.float32).astype(table.dtype).tobytes())
+
+
+def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamConfig, *, extend: bool) -> None:
+    """Copies tokenizer files; a Qwen2 tokenizer gets the two tokens that Dream added to it."""
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    if not extend or not found or BYTE_TOKENIZER_FILE in found:
+        return
+    settings = _read(target / "tokenizer_config.json")
+    decoder = settings.setdefault("added_tokens_decoder", {})
+    names = {entry["content"]: int(number) for number, entry in decoder.items()}
+    names |= _read(target / "added_tokens.json")
+    if names.get(MASK) == config.mask_token_id:
+        return  # a Dream tokenizer already
+    begin = config.mask_token_id - 1
+    taken = {number: name for name, number in names.items()}
+    for number in (begin, config.mask_token_id):
+        if MASK in names or number != max(taken, default=-1) + 1:
+            raise ValueError(
+                f"{source}: {MASK} cannot be token {config.mask_token_id} with {BEGIN} before it, for the tokenizer's "
+                f"added tokens go up to {max(taken, default=None)}; give --tokenizer, a directory with Dream's own files"
+            )
+        taken[number] = BEGIN if number == begin else MASK
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    for name, number in ((BEGIN, begin), (MASK, config.mask_token_id)):
+        decoder[str(number)] = {"content": name, **plain, "special": True}
+        names[name] = number
+    settings |= {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    _write(target / "tokenizer_config.json", settings)
+    if (target / "added_tokens.json").is_file():
+        _write(target / "added_tokens.json", names)
+    if (target / "special_tokens_map.json").is_file():
+        roles = {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        _write(target / "special_tokens_map.json", _read(target / "special_tokens_map.json") | roles)
+    if (target / "tokenizer.json").is_file():
+        whole = _read(target / "tokenizer.json")
+        for name, number in ((BEGIN, begin), (MASK, config.mask_token_id)):
+            whole["added_tokens"].append({"id": number, "content": name, **plain, "special": True})
+        _write(target / "tokenizer.json", whole)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
