@@ -1,30 +1,75 @@
 """Trains a Dream model on a mesh: `python train.py --mesh 8x1 --model nano --data sudoku --out runs/sudoku`.
 
-With --plan it trains nothing, and says what the run would take on hardware that need not be here.
+With --recipe NAME the settings begin as those of recipes/NAME.toml, and --recipe alone lists them. With --plan it trains
+nothing, and says what the run would take on hardware that need not be here. With --compare it lays two runs side by side.
 """
 
 import dataclasses
 import json
+import pathlib
 import sys
 from typing import Annotated
 
 import tyro
 
 from dream_jax.plan import PlanSettings, make_plan, render
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, compare, train
+from dream_jax.trainer.recipes import Recipe, listing, read_recipe
 
 DOES_NOT_FIT = 3
+RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparing:
+    compare: tuple[pathlib.Path, pathlib.Path] | None = None
+    """folders of two runs to lay side by side, instead of training"""
+    compare_out: pathlib.Path | None = None
+    """a new Markdown file to write the comparison to as well"""
+
+    def __post_init__(self) -> None:
+        if self.compare_out is not None and self.compare is None:
+            raise ValueError("--compare-out is for a comparison; add --compare RUN1 RUN2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainSettings)
     planning: Annotated[PlanSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PlanSettings)
+    comparing: Annotated[Comparing, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Comparing)
 
 
-def plan(command: Command) -> int:
+def asked_recipe(arguments: list[str]) -> str | None:
+    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there."""
+    for place, argument in enumerate(arguments):
+        name, sign, value = argument.partition("=")
+        if name != "--recipe":
+            continue
+        following = arguments[place + 1 : place + 2]
+        return value if sign else "".join(one for one in following if not one.startswith("-"))
+    return None
+
+
+def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
+    """Where each setting that is no default comes from."""
+    begun = TrainSettings() if recipe is None else recipe.train_settings()
+    found = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(begun, field.name) or field.name == "recipe":
+            found[field.name] = "given"
+        elif recipe is not None and field.name in {"out", *recipe.settings}:
+            found[field.name] = f"recipe {recipe.name}"
+    return found
+
+
+def plan(command: Command, recipe: Recipe | None) -> int:
     """Prints the plan; 0 when the step fits, `DOES_NOT_FIT` when it does not."""
-    made = make_plan(command.training, command.planning)
+    training = command.training
+    if recipe is not None and recipe.like is not None and training.model == recipe.settings.get("model"):
+        # Sizes are all that a plan needs of a model: nothing is fetched for it.
+        training = dataclasses.replace(training, model=recipe.like)
+    made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
         text = json.dumps(made.plain(), indent=2, allow_nan=False) + "\n"
@@ -34,12 +79,37 @@ def plan(command: Command) -> int:
     return 0 if made.fits else DOES_NOT_FIT
 
 
+def lay_side_by_side(asked: Comparing) -> int:
+    """Prints the comparison, and writes it where asked."""
+    assert asked.compare is not None
+    if asked.compare_out is not None and asked.compare_out.exists():
+        raise FileExistsError(f"{asked.compare_out} exists; give another --compare-out, or remove it")
+    text = compare(*asked.compare)
+    print(text, end="")
+    if asked.compare_out is not None:
+        temporary = asked.compare_out.with_name(f".{asked.compare_out.name}.incomplete")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(asked.compare_out)
+        print(f"wrote {asked.compare_out}")
+    return 0
+
+
 def main() -> int:
     try:
-        command = tyro.cli(Command, description=__doc__)
+        asked = asked_recipe(sys.argv[1:])
+        if asked == "":
+            print(listing(RECIPES))
+            return 0
+        recipe = None if asked is None else read_recipe(asked, RECIPES)
+        begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
+        command = tyro.cli(Command, description=__doc__, default=begun)
+        if command.comparing.compare is not None:
+            return lay_side_by_side(command.comparing)
         if command.planning.plan:
-            return plan(command)
-        train(command.training)
+            return plan(command, recipe)
+        if recipe is not None:
+            recipe.check_given(command.training)
+        train(command.training, origins(command.training, recipe))
     except Stopped as stopped:
         print(stopped)
         return 130

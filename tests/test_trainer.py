@@ -253,6 +253,10 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
         ({"attention": "flash"}, "attention='flash' is not one of"),
         ({"length_policy": "left"}, "length_policy='left' is not one of"),
         ({"eos_tail": -1}, "eos_tail=-1"),
+        ({"samples": -1}, "samples=-1"),
+        ({"log_to": ("mlflow",)}, "known are tensorboard, wandb, trackio"),
+        ({"price_per_chip_hour": -1.0}, "must not be negative"),
+        ({"rmb_per_usd": 0.0}, "must be positive"),
         ({"mix": ("gsm8k",), "mix_weights": (1.0,)}, "one for each of mix"),
     ],
 )

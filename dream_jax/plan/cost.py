@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from dream_jax.plan.hardware import Hardware
 from dream_jax.plan.hlo import Collective
-from dream_jax.plan.settings import PlanSettings, Price, Time
+from dream_jax.plan.settings import Price, Time
+from dream_jax.trainer.cost import usd_per_chip_hour
+from dream_jax.trainer.settings import TrainSettings
 
 # How many of a torus's links a collective surely uses: both directions of one axis. A switch gives half its rate.
 _SURE_LINKS = 2
@@ -61,13 +63,10 @@ def step_time(
     )
 
 
-def price(hardware: Hardware, time: Time, steps: int, settings: PlanSettings) -> Price:
-    """What so many steps cost, at the price given or else the list's."""
-    hours = (steps * time.fast / 3600, steps * time.slow / 3600)
-    each = hardware.chip.usd_per_chip_hour
-    if settings.price_per_chip_hour is not None:
-        rate = settings.rmb_per_usd if settings.currency == "rmb" else 1.0
-        each = settings.price_per_chip_hour / rate
+def price(hardware: Hardware, time: Time, settings: TrainSettings) -> Price:
+    """What the run's steps cost, at the price given or else the list's."""
+    hours = (settings.steps * time.fast / 3600, settings.steps * time.slow / 3600)
+    each = usd_per_chip_hour(settings, hardware.chip)
     usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)
     rmb = None if usd is None else (usd[0] * settings.rmb_per_usd, usd[1] * settings.rmb_per_usd)
     return Price(hours=hours, chips=hardware.num_chips, usd_per_chip_hour=each, usd=usd, rmb=rmb)

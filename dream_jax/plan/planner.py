@@ -88,7 +88,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
         memory=memory,
         collectives=moved,
         time=time,
-        price=cost.price(hardware, time, settings.steps, wanted),
+        price=cost.price(hardware, time, settings),
         advice=tuple(advice),
         versions=_versions(platform),
         compile_seconds=None if found is None else found.seconds,

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from dream_jax.plan.hlo import Collective
-
-Currency = Literal["rmb", "usd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +26,6 @@ class PlanSettings:
     """--no-compile estimates memory and collectives by arithmetic, in seconds"""
     utilization: tuple[float, float] = (0.35, 0.6)
     """share of the chip's peak that arithmetic is assumed to reach while it runs, recomputation included: low and high"""
-    price_per_chip_hour: float | None = None
-    """in --currency; by default the chip's list price"""
-    currency: Currency = "rmb"
-    """of --price-per-chip-hour"""
-    rmb_per_usd: float = 7.1
-    """exchange rate"""
     plan_out: pathlib.Path | None = None
     """a file to write the plan to, as JSON"""
 
@@ -41,10 +33,6 @@ class PlanSettings:
         low, high = self.utilization
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"utilization={self.utilization} must be two shares, low and high, in (0, 1]")
-        if self.price_per_chip_hour is not None and not self.price_per_chip_hour >= 0:
-            raise ValueError(f"{self.price_per_chip_hour=} must not be negative")
-        if not self.rmb_per_usd > 0:
-            raise ValueError(f"{self.rmb_per_usd=} must be positive")
         if self.plan:
             return
         for field in dataclasses.fields(self):

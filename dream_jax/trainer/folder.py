@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
 
 from dream_jax.tokenizer import Template, Tokenizer, write_template
+from dream_jax.trainer.loggers import open_loggers
 from dream_jax.trainer.settings import FREE, TrainSettings
 
 METRICS = ("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_masked")
@@ -30,7 +30,13 @@ _MADE = (
     "metrics.csv",
     "summary.json",
     "data.json",
+    "samples.json",
+    "incidents.jsonl",
+    "report.md",
+    "curves.png",
+    "logged_as.txt",
     "tensorboard",
+    "wandb",
     "checkpoints",
     "tokenizer",
     "adapter",
@@ -153,11 +159,12 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 class MetricsLog:
-    """`metrics.csv` and TensorBoard. Rows after the step that the run goes on from are dropped first."""
+    """`metrics.csv` and the loggers asked for. Rows after the step that the run goes on from are dropped first."""
 
     fields = ("step", *METRICS, "tokens_per_second")
 
-    def __init__(self, folder: pathlib.Path, done: int):
+    def __init__(self, settings: TrainSettings, done: int):
+        folder = settings.out
         path = folder / "metrics.csv"
         rows = []
         if path.is_file():
@@ -171,25 +178,27 @@ class MetricsLog:
         temporary.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self.fields, extrasaction="ignore")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        self._loggers = open_loggers(settings.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the row of one step."""
         # repr of a float32 read as float64 is exact, so that runs can be compared to the last bit.
         self._writer.writerow({"step": step, **row})
         self._file.flush()  # a row a step, also for a run that is killed
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.write(step, row)
 
     def flush(self) -> None:
         """Hands everything to the system."""
         self._file.flush()
-        self._board.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
-        """Closes both."""
+        """Closes all."""
         self._file.close()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def last_losses(folder: pathlib.Path, number: int = 10) -> list[float]:

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from dream_jax.trainer.build import (
     longest_row,
     open_tokenizer,
 )
+from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.folder import (
     MetricsLog,
     check_folder,
@@ -49,7 +50,11 @@ from dream_jax.trainer.folder import (
     save_tokenizer,
     write_json,
 )
+from dream_jax.trainer.loggers import check_loggers
+from dream_jax.trainer.record import read_record
 from dream_jax.trainer.report import Report
+from dream_jax.trainer.run_report import write_report
+from dream_jax.trainer.samples import When, take_samples
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.settings import TrainSettings
 from dream_jax.trainer.weights import Frozen
@@ -63,8 +68,10 @@ class Diverged(Exception):
     """The loss or its gradient is no longer a number."""
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs, or goes on with, the run that the settings describe.
+
+    `origins` says of settings where they come from, for the first lines.
 
     Returns:
       What is written to `summary.json`.
@@ -78,7 +85,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         sharding.join_processes(settings.coordinator, settings.num_processes, settings.process_id, settings.mesh)
     begun = time.monotonic()
     mesh = sharding.make_mesh(settings.mesh)
-    report = Report(settings)
+    report = Report(settings, origins)
     report.settings(mesh)
     run = _prepare(settings, mesh)
     # Weights that cannot be read must show before --overwrite throws anything away.
@@ -86,6 +93,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     params, frozen = weights.read(settings, mesh, compute_dtype(settings, mesh), begins=begins)
     with (
         claimed_folder(settings),
+        report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
         run.batches,
         RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
     ):
@@ -99,12 +107,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         whole = run.model.config.num_parameters
         lines = [*rows.lines(), *batches.lines()]
         report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
+        if done == 0:
+            _sample(run, merge_params(run.graphdef, joined(frozen.params, state.params)), "before")
         state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
         made = weights.save(trained, settings)
         for kind, path in made.items():
             report.say(f"saved the {kind} to {path}")
+        _sample(run, trained, "after")
         evaluation = {}
         if run.held_out is not None:
             evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh)
@@ -122,14 +133,22 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "last_losses": last_losses(settings.out) if report.leads else [],
             "eval": evaluation,
             "seconds": earlier + time.monotonic() - begun,
+            "cost": dataclasses.asdict(run_cost(settings, mesh, earlier + time.monotonic() - begun)),
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
+        reports = []
         if report.leads:
-            write_json(settings.out / "summary.json", summary)
-        names = ", ".join(["metrics.csv", "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
+            reports = [path.name for path in write_report(read_record(settings.out, summary))]
+            write_json(settings.out / "summary.json", summary)  # the last file: with it the run is finished
+        names = ", ".join(["metrics.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary
+
+
+def _sample(run: _Run, model: Dream, when: When) -> None:
+    if run.held_out is not None and run.settings.samples:
+        take_samples(model, run.tokenizer, run.held_out, run.settings, run.max_length, run.mesh, when)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +182,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             f"mesh {settings.mesh} splits the batch {dict(mesh.shape)['fsdp']} ways, but there are {jax.process_count()} "
             "processes that read rows of their own: fsdp must be a multiple of their number"
         )
+    check_loggers(settings.log_to)
     source = settings.source("train")
     held_out = settings.source("test") if settings.eval_rows else None
     check_folder(settings)
@@ -229,7 +249,7 @@ def _steps(
 ) -> TrainState:
     """Takes the steps that are left, logs each, and saves now and then. Raises Stopped when asked to stop."""
     settings = run.settings
-    log = MetricsLog(settings.out, done) if report.leads else None
+    log = MetricsLog(settings, done) if report.leads else None
     widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = _StopSignal()
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():

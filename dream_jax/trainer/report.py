@@ -1,6 +1,6 @@
 """What a person sees of a run: its settings, a live line, and how near the hardware's limit a step is.
 
-Knows terminals. Knows nothing of files.
+Knows terminals, and that what it warns of is kept. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,27 +22,60 @@ from dream_jax import sharding
 from dream_jax.model import parameter_count
 from dream_jax.shapes import ParamTree
 from dream_jax.train_step import TrainState
+from dream_jax.trainer.incidents import Incidents, Kind, read_incidents
 from dream_jax.trainer.settings import TrainSettings
 
 
 class Report:
     """What a person sees: settings, a live line on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, settings: TrainSettings):
-        self._settings = settings
+    def __init__(self, settings: TrainSettings, origins: Mapping[str, str] | None = None):
+        """Of a run; `origins` says of settings where they come from, if more is known than that they are no defaults."""
+        self._settings, self._origins = settings, origins or {}
+        self._incidents: Incidents | None = None
+        self._unkept: list[str] = []
+        self._warned: set[str] = set()
         self.leads = jax.process_index() == 0
         self._console = Console(highlight=False, soft_wrap=True, quiet=not self.leads)
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
-        """Prints a line, on one process only."""
+        """Prints a line, on one process only. A warning is kept among the run's incidents."""
         self._console.print(text, markup=False)
+        _, found, warning = text.partition("warning: ")
+        if found:
+            self._unkept.append(warning)
+            self._keep()
+
+    def _keep(self) -> None:
+        while self._incidents is not None and self._unkept:
+            warning = self._unkept.pop(0)
+            if warning not in self._warned:  # a run that goes on warns of its settings again
+                self._warned.add(warning)
+                self._incidents.add("warning", warning)
+
+    @contextlib.contextmanager
+    def kept(self, folder: pathlib.Path, ends: Mapping[type[Exception], Kind]) -> Iterator[None]:
+        """While the block runs, incidents are kept in this folder, which is the run's now.
+
+        `ends` says which exceptions that end the block are incidents too, and of what kind.
+        """
+        self._incidents = Incidents(folder if self.leads else None)
+        self._warned = {one["text"] for one in read_incidents(folder)}
+        self._keep()
+        try:
+            yield
+        except tuple(ends) as ended:
+            self._incidents.add(ends[type(ended)], str(ended))
+            raise
+        finally:
+            self._incidents = None
 
     def settings(self, mesh: Mesh) -> None:
         """Prints every setting and where it came from."""
         for field in dataclasses.fields(self._settings):
             value = getattr(self._settings, field.name)
-            origin = "default" if value == field.default else "given"
+            origin = self._origins.get(field.name, "default" if value == field.default else "given")
             self.say(f"{field.name:>16}: {value}  ({origin})")
         kind = mesh.devices.flat[0].device_kind
         self.say(
@@ -77,6 +111,8 @@ class Report:
             self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
         if done:
             self.say(f"going on after step {done}")
+            if self._incidents is not None:
+                self._incidents.add("resumed", f"going on after step {done}", done)
         self._done, self._begun, self._done_then = done, time.monotonic(), done
 
     @contextlib.contextmanager

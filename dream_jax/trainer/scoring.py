@@ -81,13 +81,8 @@ def _answer_length(one: EncodedRow) -> int:
 
 def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[EncodedRow], size: int) -> tuple[list[str], int]:
     """The texts that the model answers with, and the forward passes used. `size` rows are denoised, whatever is given."""
-    width, room = max(one.prompt_length for one in rows), max(_answer_length(one) for one in rows)
-    prompts = np.full((size, width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((size, width), bool)
-    mask[len(rows) :, -1] = True  # rows that only fill the batch
-    for line, one in enumerate(rows):
-        prompts[line, width - one.prompt_length :] = one.tokens[: one.prompt_length]
-        mask[line, width - one.prompt_length :] = True
+    room = max(_answer_length(one) for one in rows)
+    prompts, mask = left_padded([one.tokens[: one.prompt_length] for one in rows], size, tokenizer.pad_id)
     config = SamplerConfig(
         max_new_tokens=room,
         steps=room,
@@ -96,8 +91,22 @@ def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[EncodedRow], siz
         forbidden_tokens=(tokenizer.mask_id,),
     )
     out = generate(model, prompts, config, prompt_mask=mask)
-    answers = np.asarray(out.tokens)[: len(rows), width:]
+    answers = np.asarray(out.tokens)[: len(rows), prompts.shape[1] :]
     return [answer_text(tokenizer, answer) for answer in answers], int(out.forwards)
+
+
+def left_padded(prompts: Sequence[Sequence[int] | np.ndarray], size: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of different lengths as one batch: int32 [size, P], and bool [size, P], true at their tokens.
+
+    Rows that only fill the batch have one token, a pad.
+    """
+    width = max(map(len, prompts))
+    tokens, mask = np.full((size, width), pad_id, np.int32), np.zeros((size, width), bool)
+    mask[len(prompts) :, -1] = True
+    for line, prompt in enumerate(prompts):
+        tokens[line, width - len(prompt) :] = prompt
+        mask[line, width - len(prompt) :] = True
+    return tokens, mask
 
 
 def answer_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

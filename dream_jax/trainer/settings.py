@@ -28,12 +28,17 @@ from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
 from dream_jax.optimizer import Kind, Moments, OptimizerConfig
 from dream_jax.quantisation import KINDS
+from dream_jax.trainer.loggers import LoggerName
+
+Currency = Literal["rmb", "usd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Masked-diffusion fine-tuning, or training from scratch, of a Dream model."""
 
+    recipe: str | None = None
+    """settings to begin with: a name (--recipe alone lists them) or a TOML file; any other flag overrides it"""
     mesh: str = "1x1"
     """devices, fsdp x tensor (x sequence), such as 8x1 or 2x1x4; on a CPU that has too few, they are made"""
     model: str = "nano"
@@ -140,6 +145,18 @@ class TrainSettings:
     """held-out rows to answer by sampling at the end; 0 for none"""
     eval_tokens: int = 512
     """longest answer that is sampled then; rows with longer ones only count in the likelihood"""
+    samples: int = 3
+    """held-out prompts to answer before the first step and after the last, for report.md; needs --eval-rows"""
+    sample_tokens: int = 128
+    """length of these answers"""
+    log_to: tuple[LoggerName, ...] = ("tensorboard",)
+    """where else each step's numbers go, beside metrics.csv; wandb and trackio must be installed"""
+    price_per_chip_hour: float | None = None
+    """in --currency; by default the chip's list price"""
+    currency: Currency = "rmb"
+    """of --price-per-chip-hour"""
+    rmb_per_usd: float = 7.1
+    """exchange rate"""
     coordinator: str | None = None
     """host:port of process 0, to join several processes into one run"""
     num_processes: int = 1
@@ -156,13 +173,21 @@ class TrainSettings:
             "save_every",
             "keep",
             "log_every",
+            "sample_tokens",
             "num_processes",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("eval_rows", "eval_tokens", "anneal_steps"):
+        for name in ("eval_rows", "eval_tokens", "anneal_steps", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.price_per_chip_hour is not None and not self.price_per_chip_hour >= 0:
+            raise ValueError(f"{self.price_per_chip_hour=} must not be negative")
+        if not self.rmb_per_usd > 0:
+            raise ValueError(f"{self.rmb_per_usd=} must be positive")
+        unknown = [name for name in self.log_to if name not in get_args(LoggerName)]
+        if unknown:
+            raise ValueError(f"log_to={self.log_to} names {unknown}; known are {', '.join(get_args(LoggerName))}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
         if self.max_length is not None and self.max_length < 2:
@@ -365,3 +390,4 @@ FREE = {
     "process_id",
 }
 FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens", "merge"}
+FREE |= {"recipe", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"}

@@ -1,0 +1,134 @@
+"""What the recipes take: plans each for one H100, one H200 and a v6e-8, and writes hours, price and memory into its file.
+
+    python bench/recipes.py [--only s1k-full-4096] [--compile]
+
+By arithmetic each takes seconds; with --compile the step is compiled where the compiler is installed (the extras `plan` and
+`plan-gpu`), a minute or more each. Behind the mark the file of a recipe is this script's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import report
+import tyro
+
+from dream_jax.plan import PlanSettings, make_plan
+from dream_jax.trainer.recipes import Recipe, names, read_recipe
+
+FOLDER = report.REPOSITORY / "recipes"
+MARK = "# What it would take; written by bench/recipes.py."
+
+# What changes with the hardware, by recipe and topology. One H100 has no room for a second copy of all gradients, which
+# accumulation needs: full fine-tuning there takes batches as large as fit at once, and more steps of a smaller rate.
+_H100_ROWS = {2048: 8, 4096: 4, 8192: 2}
+_H100: Mapping[str, Any] = {"accumulation": 1, "remat": "offload"}
+
+
+def _full(length: int) -> dict[str, dict[str, Any]]:
+    rows = _H100_ROWS[length]
+    return {
+        "h100:1": {**_H100, "batch_size": rows, "steps": 310 * 16 // rows, "learning_rate": 5e-6},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 1 if length == 2048 else 2, "moments": "float32"},
+    }
+
+
+def _adapter(length: int) -> dict[str, dict[str, Any]]:
+    return {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 1 if length == 2048 else 2}}
+
+
+CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    **{f"s1k-full-{length}": _full(length) for length in (2048, 4096, 8192)},
+    **{f"s1k-lora-{length}": _adapter(length) for length in (2048, 4096, 8192)},
+    "dream-sft": {
+        "h100:1": {**_H100, "batch_size": 4, "steps": 144_000, "learning_rate": 2e-6},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 72, "moments": "float32"},
+    },
+    "d1-sft": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 1}},
+    "gsm8k-0.5b": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 1}},
+    "pretrain": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 4}},
+    "ar-start": {
+        "h100:1": {**_H100, "batch_size": 8, "steps": 80_000, "learning_rate": 5e-6, "anneal_steps": 8000},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 16, "moments": "float32"},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which recipes, and how."""
+
+    only: tuple[str, ...] = ()
+    """names; all by default"""
+    topology: tuple[str, ...] = ()
+    """of each only these; what the file says of the others stays"""
+    compile: bool = False
+    """compile the steps rather than estimate"""
+
+
+def blocks(recipe: Recipe, settings: Settings) -> list[str]:
+    """A [[planned]] table for each hardware."""
+    known = {one.topology: one for one in recipe.planned}
+    found = []
+    for topology, changes in CASES[recipe.name].items():
+        before = known.get(topology)
+        if settings.topology and topology not in settings.topology and before is not None:
+            found.append(
+                _block(topology, before.settings, before.hours, before.rmb, before.peak_gib, before.fits, before.how)
+            )
+            continue
+        model = recipe.like or recipe.settings["model"]
+        training = recipe.train_settings(**{"model": model, **changes, "out": pathlib.Path("unused")})
+        plan = make_plan(training, PlanSettings(plan=True, topology=topology, compile=settings.compile))
+        how = "arithmetic" if plan.compile_seconds is None else "compiled"
+        peak = plan.memory.peak / 2**30
+        found.append(_block(topology, changes, plan.price.hours, plan.price.rmb, peak, plan.fits, how))
+        print(f"{recipe.name} {topology}: {plan.price.hours[0]:.2f} to {plan.price.hours[1]:.2f} h, {peak:.1f} GiB, "
+              f"{'fits' if plan.fits else 'DOES NOT FIT'} ({how})", flush=True)  # fmt: skip
+    return found
+
+
+def _block(
+    topology: str,
+    settings: Mapping[str, Any],
+    hours: tuple[float, float],
+    rmb: tuple[float, float] | None,
+    peak: float,
+    fits: bool,
+    how: str,
+) -> str:
+    inner = ", ".join(f"{name} = {_toml(value)}" for name, value in settings.items())
+    lines = ["[[planned]]", f"topology = {_toml(topology)}", f"settings = {{ {inner} }}" if inner else "settings = {}"]
+    lines.append(f"hours = [{hours[0]:.3g}, {hours[1]:.3g}]")
+    if rmb is not None:
+        lines.append(f"rmb = [{rmb[0]:.3g}, {rmb[1]:.3g}]")
+    return "\n".join([*lines, f"peak_gib = {peak:.4g}", f"fits = {_toml(fits)}", f"how = {_toml(how)}"])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def main(settings: Settings) -> None:
+    unknown = sorted(set(settings.only) - set(CASES)) + sorted(set(names(FOLDER)) ^ set(CASES))
+    if unknown:
+        raise ValueError(f"{unknown} have no recipe, or no case here")
+    for name in settings.only or tuple(CASES):
+        recipe = read_recipe(name, FOLDER)
+        before = recipe.file.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
+        text = "\n\n".join([before, MARK, *blocks(recipe, settings)]) + "\n"
+        temporary = recipe.file.with_name(f".{recipe.file.name}.incomplete")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(recipe.file)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

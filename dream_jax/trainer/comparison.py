@@ -1,0 +1,76 @@
+"""Two runs side by side: the settings that differ, and what came of each.
+
+Knows records. Judges nothing: two runs are two samples.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+from dream_jax.trainer.record import LAST, Record, read_record, table
+
+# They say where a run happened.
+_PLACES = ("out", "overwrite", "coordinator", "num_processes", "process_id")
+
+
+def compare(first: pathlib.Path, second: pathlib.Path) -> str:
+    """The comparison as Markdown. Unfinished runs are compared as far as they are, and it says so.
+
+    Raises:
+      FileNotFoundError: one of the folders holds no run.
+      ValueError: a file of it is damaged.
+    """
+    one, other = read_record(first), read_record(second)
+    head = (str(first), str(second))
+    lines = [f"# {head[0]} and {head[1]}", "", "## Settings that differ", ""]
+    differing = _differing(one, other)
+    lines += table(("setting", *head), differing) if differing else ["None."]
+    if one.data and other.data and one.data["rows"]["digest"] != other.data["rows"]["digest"]:
+        lines += ["", "The two were trained on different tokens: their losses are of different texts."]
+    lines += ["", "## What came of them", "", *table(("", *head, "difference"), _results(one, other)), ""]
+    return "\n".join(lines)
+
+
+def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
+    names = list(dict.fromkeys([*one.settings, *other.settings]))
+    return [
+        (f"`{name}`", one.settings.get(name), other.settings.get(name))
+        for name in names
+        if name not in _PLACES and one.settings.get(name) != other.settings.get(name)
+    ]
+
+
+def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = [
+        ("finished", *("yes" if record.finished else "NO" for record in (one, other)), ""),
+        ("steps taken", *(len(record.steps) for record in (one, other)), ""),
+    ]
+    for name in ("loss", "nll", "masked_accuracy", "grad_norm"):
+        label = f"{name.replace('_', ' ')}, mean of the last {LAST} steps"
+        rows.append(_measured(label, one.last(name), other.last(name)))
+    if one.evaluations or other.evaluations:
+        best = [
+            min((row["nll"] for row in r.evaluations if math.isfinite(row["nll"])), default=math.nan)
+            for r in (one, other)
+        ]
+        rows.append(_measured("best held-out nll during the run", *best))
+    evaluated = [record.summary.get("eval") or {} for record in (one, other)]
+    for name in dict.fromkeys([*evaluated[0], *evaluated[1]]):
+        rows.append(_measured(f"held-out {name.replace('_', ' ')}", *(found.get(name) for found in evaluated)))
+    rows.append(_measured("seconds", *(record.summary.get("seconds") for record in (one, other))))
+    rows.append(_measured("positions a second, median step", one.tokens_per_second(), other.tokens_per_second()))
+    costs = [record.summary.get("cost") or {} for record in (one, other)]
+    rows.append(_measured("RMB", *(cost.get("rmb") for cost in costs)))
+    kinds = dict.fromkeys(incident["kind"] for record in (one, other) for incident in record.incidents)
+    for kind in kinds:
+        counts = [sum(incident["kind"] == kind for incident in record.incidents) for record in (one, other)]
+        rows.append((f"incidents: {kind}", *counts, counts[1] - counts[0]))
+    return rows
+
+
+def _measured(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:
+    numbers = isinstance(first, int | float) and isinstance(second, int | float)
+    difference = f"{second - first:+.5g}" if numbers and math.isfinite(second - first) else "-"  # type: ignore[operator]
+    return (label, first, second, difference)

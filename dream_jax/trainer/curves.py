@@ -1,0 +1,75 @@
+"""The curves of a run as a picture: loss, held-out loss, learning rate, gradient norm.
+
+Knows matplotlib, when it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from dream_jax.trainer.record import Record, Rows
+
+FILE = "curves.png"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_curves(record: Record) -> pathlib.Path:
+    """Draws `curves.png` in the run's folder.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed (see `can_draw`).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (loss, accuracy), (rate, norm) = figure.subplots(2, 2)
+    _curve(loss, record.steps, "loss", smooth=True)
+    _curve(loss, record.steps, "nll", smooth=True)
+    _curve(loss, record.evaluations, "nll", label="held-out nll", marker="o")
+    loss.set(title="loss, and nats per masked token", xlabel="step")
+    _curve(accuracy, record.steps, "masked_accuracy", smooth=True)
+    _curve(accuracy, record.evaluations, "masked_accuracy", label="held-out masked accuracy", marker="o")
+    accuracy.set(title="masked positions predicted right", xlabel="step")
+    _curve(rate, record.steps, "learning_rate")
+    rate.set(title="learning rate", xlabel="step")
+    _curve(norm, record.steps, "grad_norm", smooth=True)
+    norm.set(title="gradient norm before clipping", xlabel="step")
+    for axes in (loss, accuracy, rate, norm):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    for incident in record.incidents:
+        if incident["step"] is not None and incident["kind"] != "warning":
+            loss.axvline(incident["step"], color="grey", linestyle=":", linewidth=1)
+    path = record.folder / FILE
+    temporary = path.with_name(f".{FILE}.incomplete")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _curve(
+    axes: Any, rows: Rows, name: str, *, label: str | None = None, smooth: bool = False, marker: str = ""
+) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+    if not points:
+        return
+    steps, values = np.array(points).T
+    if smooth and len(values) > 40:
+        width = len(values) // 20
+        axes.plot(steps, values, alpha=0.25, linewidth=0.8)
+        # Each point is the mean of those around it, of fewer at the ends.
+        weights = np.ones(width)
+        means = np.convolve(values, weights, "same") / np.convolve(np.ones_like(values), weights, "same")
+        axes.plot(steps, means, label=label or name, color=axes.lines[-1].get_color())
+    else:
+        axes.plot(steps, values, label=label or name, marker=marker)

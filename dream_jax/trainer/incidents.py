@@ -1,0 +1,47 @@
+"""What went wrong in a run, or might have: a line each in `incidents.jsonl`, kept through stops and kills.
+
+Knows a file. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from typing import Any, Literal, get_args
+
+Kind = Literal["warning", "resumed", "stopped", "skipped", "diverged"]
+"""warning: said of the settings or the data before the first step. resumed, stopped: the run went on after, or was asked
+to stop after, the step. skipped: the step changed nothing, its loss or gradient being no number. diverged: the run ended
+there for that reason."""
+
+FILE = "incidents.jsonl"
+
+
+class Incidents:
+    """Notes what happens; without a folder (on processes that do not lead) nothing."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        self._path = None if folder is None else folder / FILE
+
+    def add(self, kind: Kind, text: str, step: int | None = None) -> None:
+        """Adds a line at once: it is there even if the process is killed next. Raises ValueError for an unknown kind."""
+        if kind not in get_args(Kind):
+            raise ValueError(f"{kind=} is not one of {', '.join(get_args(Kind))}")
+        if self._path is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": now, "kind": kind, "step": step, "text": text}) + "\n")
+
+
+def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The incidents of a run, oldest first. A last line that was cut short is left out."""
+    path = folder / FILE
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,123 @@
+"""Where else a run's numbers go: TensorBoard, Weights & Biases, trackio. `metrics.csv` is always written.
+
+Knows these libraries' calls, and imports each only when it was asked for. Knows nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pathlib
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
+
+PROJECT = "dream_jax"
+RUN_ID = "logged_as.txt"
+"""File of a run's folder with the name under which the services know it: a run that goes on is the same one there."""
+
+_PACKAGES: Mapping[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Logger(Protocol):
+    """Takes the numbers of a step."""
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Numbers of one step, by name."""
+        ...
+
+    def flush(self) -> None:
+        """Hands on what is held back, where that can be asked for."""
+        ...
+
+    def close(self) -> None:
+        """Ends the log."""
+        ...
+
+
+def check_loggers(names: Sequence[LoggerName]) -> None:
+    """Raises ModuleNotFoundError, with what to install, for a logger that is not there; imports none."""
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise ModuleNotFoundError(
+                f"--log-to {name} needs the package {_PACKAGES[name]}: pip install {_PACKAGES[name]}, or leave {name} out"
+            )
+
+
+def open_loggers(
+    names: Sequence[LoggerName], folder: pathlib.Path, config: Mapping[str, Any], done: int
+) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+      names: which.
+      folder: the run's.
+      config: its settings.
+      done: steps that an earlier part of the run has logged; what it logged after these is to be forgotten where the
+        library can.
+    """
+    return [_open(name, folder, config, done) for name in dict.fromkeys(names)]
+
+
+def _open(name: LoggerName, folder: pathlib.Path, config: Mapping[str, Any], done: int) -> Logger:
+    if name == "tensorboard":
+        return _TensorBoard(folder, done)
+    if name == "wandb":
+        import wandb
+
+        run_id = _run_id(folder)
+        # resume: the run of this id when it is known there, else a new one.
+        return _Service(
+            wandb.init(
+                project=PROJECT, id=run_id, name=folder.name, dir=str(folder), config=dict(config), resume="allow"
+            )
+        )
+    import trackio
+
+    # trackio knows a run by its name alone.
+    return _Service(
+        trackio.init(project=PROJECT, name=f"{folder.name}-{_run_id(folder)}", config=dict(config), resume="allow")
+    )
+
+
+def _run_id(folder: pathlib.Path) -> str:
+    path = folder / RUN_ID
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+class _TensorBoard:
+    def __init__(self, folder: pathlib.Path, done: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if math.isfinite(value):  # it warns of others
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Service:
+    """A run object of W&B or trackio: both have `log(numbers, step=...)` and `finish()`."""
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=step)
+
+    def flush(self) -> None:
+        pass  # they send in threads of their own
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,141 @@
+"""A run's folder as it is read again: what its files say, whole or not, for reports, comparisons and model cards.
+
+Knows the files of `folder`, `incidents` and `samples`. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dream_jax.trainer.incidents import read_incidents
+from dream_jax.trainer.samples import read_samples
+from dream_jax.trainer.settings import TrainSettings
+
+LAST = 10
+"""Steps that a final number is the mean of."""
+
+Rows = Sequence[Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a run.
+
+    Attributes:
+      folder: where.
+      settings: every one, as JSON holds them.
+      summary: of a finished run; empty for one that is not.
+      data: what `data.json` says: `rows` and `batches`; empty before the first step.
+      steps: a row a step, numbers by name; what is no number is NaN.
+      evaluations: likewise, a row an evaluation during the run; none where it made none.
+      samples, incidents: see their modules.
+    """
+
+    folder: pathlib.Path
+    settings: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    data: Mapping[str, Any]
+    steps: Rows
+    evaluations: Rows
+    samples: Mapping[str, Any]
+    incidents: Sequence[Mapping[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken and the result was written."""
+        return bool(self.summary)
+
+    def last(self, name: str) -> float:
+        """The mean of a metric over the last steps; NaN where it was never a number."""
+        found = [row[name] for row in self.steps[-LAST:] if name in row and math.isfinite(row[name])]
+        return statistics.fmean(found) if found else math.nan
+
+    def tokens_per_second(self) -> float:
+        """Of the median step, positions a second; the first step compiled, and does not count. NaN for fewer steps."""
+        found = [row["tokens_per_second"] for row in self.steps[1:] if "tokens_per_second" in row]
+        return statistics.median(found) if found else math.nan
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the defaults."""
+        defaults = TrainSettings().plain()
+        return {name: value for name, value in self.settings.items() if name not in defaults or value != defaults[name]}
+
+
+def read_record(folder: pathlib.Path, summary: Mapping[str, Any] | None = None) -> Record:
+    """Reads a folder; `summary` stands in for one that is not written yet.
+
+    Raises:
+      FileNotFoundError: there is no run in the folder.
+      ValueError: a file of it is damaged.
+    """
+    if not (folder / "settings.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no settings.json: it is not the folder of a run")
+    return Record(
+        folder=folder,
+        settings=_json(folder / "settings.json"),
+        summary=_json(folder / "summary.json") if summary is None else summary,
+        data=_json(folder / "data.json"),
+        steps=_table(folder / "metrics.csv"),
+        evaluations=_table(folder / "eval.csv"),
+        samples=read_samples(folder),
+        incidents=read_incidents(folder),
+    )
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def _table(path: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of a CSV file; a last line that was cut short is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: _number(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+            if None not in row.values()
+        ]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "none"
+    return str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table; what would end a cell is escaped."""
+    lines = [list(head), ["---"] * len(head), *([shown(cell) for cell in row] for row in rows)]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,212 @@
+"""What a run was and what came of it, for a person: `report.md` and `curves.png` in its folder.
+
+Knows records and Markdown. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from dream_jax.trainer.curves import can_draw, draw_curves
+from dream_jax.trainer.record import LAST, Record, shown, table
+
+FILE = "report.md"
+_POINTS = 12
+_SHOWN_CHARACTERS = 600
+_SHOWN_INCIDENTS = 40
+
+
+def write_report(record: Record) -> list[pathlib.Path]:
+    """Writes `report.md`, and `curves.png` when matplotlib is there (the report says when not); what it wrote."""
+    drawn = draw_curves(record) if can_draw() else None
+    path = record.folder / FILE
+    temporary = path.with_name(f".{FILE}.incomplete")
+    temporary.write_text(render_report(record, drawn is not None), encoding="utf-8")
+    temporary.replace(path)
+    return [path] if drawn is None else [path, drawn]
+
+
+def render_report(record: Record, drawn: bool) -> str:
+    """The report as Markdown; `drawn` is whether `curves.png` lies beside it."""
+    settings, summary = record.settings, record.summary
+    recipe = f", recipe `{settings['recipe']}`" if settings.get("recipe") else ""
+    lines = [
+        f"# {record.folder.name}",
+        "",
+        f"Model `{settings['model']}`, data `{settings['data']}`{recipe}: {settings['steps']} steps of "
+        f"{settings['batch_size']} rows. {_state(record)}",
+        "",
+    ]
+    parts = {
+        "Settings": _settings(record),
+        "Data": _data(record),
+        "Losses": _losses(record, drawn),
+        "Evaluation": _evaluation(record),
+        "Samples": _samples(record),
+        "Time and cost": _time(record),
+        "What went wrong": _incidents(record),
+    }
+    for title, part in parts.items():
+        lines += [f"## {title}", "", *part, ""]
+    if summary:
+        lines += [f"jax {summary.get('jax')} on {summary.get('devices')}.", ""]
+    return "\n".join(lines)
+
+
+def _state(record: Record) -> str:
+    if record.finished:
+        return "Finished."
+    return f"NOT finished: {int(record.steps[-1]['step']) if record.steps else 0} steps are done."
+
+
+def _settings(record: Record) -> list[str]:
+    changed = record.changed()
+    rows = [(f"`{name}`", value) for name, value in changed.items()]
+    others = [f"`{name}` {shown(value)}" for name, value in record.settings.items() if name not in changed]
+    told = table(("setting", "value"), rows) if rows else ["All at their defaults."]
+    return [*told, "", f"At their defaults: {', '.join(others)}."]
+
+
+def _data(record: Record) -> list[str]:
+    if not record.data:
+        return ["Not known: the run did not begin."]
+    rows, batches = record.data["rows"], record.data["batches"]
+    facts = [
+        ("rows kept", rows["kept"]),
+        ("rows dropped", rows["dropped"]),
+        *((f"dropped: {reason}", count) for reason, count in rows["reasons"].items()),
+        *((f"left out by a filter: {reason}", count) for reason, count in rows["filtered"].items()),
+        ("bad rows skipped", len(rows["bad"])),
+        ("answers kept whole, with their end token", f"{rows['whole']} ({rows['whole'] / max(rows['kept'], 1):.1%})"),
+        ("rows that were shortened", rows["cut"]),
+        ("tokens: shortest, mean, longest", f"{rows['shortest']}, {rows['mean']:.1f}, {rows['longest']}"),
+        ("tokens a row, at most", rows["max_length"]),
+        ("epochs", f"{batches['epochs']:.2f}"),
+        ("end-of-text among the supervised tokens", f"{batches['eos_share']:.1%}"),
+        ("padding among all positions", f"{batches['padding_share']:.1%}"),
+        ("answers whole in their batch", f"{batches['whole_share']:.1%}"),
+        ("rows by tokens", ", ".join(f"{name}: {count}" for name, count in rows["histogram"].items())),
+        ("digest of the tokens", rows["digest"]),
+    ]
+    listed = [f"- {complaint}" for complaint in rows["bad"][:5]]
+    return [*table(("what", "value"), facts), *(["", "Bad rows, the first:", "", *listed] if listed else [])]
+
+
+def _losses(record: Record, drawn: bool) -> list[str]:
+    if not record.steps:
+        return ["No step was taken."]
+    names = [
+        name for name in ("loss", "nll", "masked_accuracy", "grad_norm", "learning_rate") if name in record.steps[0]
+    ]
+    rows = [
+        [int(record.steps[place]["step"]), *(record.steps[place][name] for name in names)]
+        for place in _spread(len(record.steps))
+    ]
+    last = ", ".join(f"{name} {shown(record.last(name))}" for name in ("loss", "nll", "masked_accuracy"))
+    picture = (
+        ["![curves](curves.png)"] if drawn else ["No curves: matplotlib is not installed (`pip install matplotlib`)."]
+    )
+    return [
+        *picture,
+        "",
+        *table(("step", *names), rows),
+        "",
+        f"Mean of the last {min(LAST, len(record.steps))} steps: {last}.",
+    ]
+
+
+def _spread(count: int) -> list[int]:
+    """Numbers of a few of so many rows, the first and the last among them."""
+    return sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
+
+
+def _evaluation(record: Record) -> list[str]:
+    lines = []
+    if record.evaluations:
+        names = [name for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy") if name in record.evaluations[0]]
+        kept = [record.evaluations[place] for place in _spread(len(record.evaluations))]
+        rows = [[int(one["step"]), *(one[name] for name in names)] for one in kept]
+        lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
+        lines += [*table(("step", *names), rows), ""]
+    found = record.summary.get("eval")
+    if found:
+        rows = [[name.replace("_", " "), value] for name, value in found.items()]
+        return [*lines, "At the end:", "", *table(("what", "value"), rows)]
+    reason = "asked for no held-out rows" if not record.settings.get("eval_rows") else "has not come to its end"
+    return [*lines, f"At the end: none; the run {reason}."]
+
+
+def _samples(record: Record) -> list[str]:
+    samples = record.samples
+    if not samples:
+        return [
+            "None: the run has no held-out rows to ask, was told not to (`--samples 0`), or none of its prompts fit."
+        ]
+    lines = [
+        f"Held-out prompts, answered with {samples['tokens']} tokens at temperature {samples['temperature']}, seed "
+        f"{samples['seed']}, before the first step and after the last.",
+    ]
+    nothing = [None] * len(samples["prompts"])
+    answers = zip(
+        samples["prompts"],
+        samples["expected"],
+        samples.get("before", nothing),
+        samples.get("after", nothing),
+        strict=True,
+    )
+    for prompt, expected, before, after in answers:
+        told = {"prompt": prompt, "held-out answer": expected, "before": before, "after": after}
+        for name, text in told.items():
+            lines += ["", f"**{name}**", "", *_quoted(text)]
+        lines += ["", "---"]
+    return lines[:-2]
+
+
+def _quoted(text: str | None) -> list[str]:
+    if text is None:
+        return ["not taken"]
+    # An untrained model writes control characters, which would hide what follows them.
+    text = "".join(one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+    cut = text[:_SHOWN_CHARACTERS] + (f" ... ({len(text)} characters)" if len(text) > _SHOWN_CHARACTERS else "")
+    fence = "`" * max(3, 1 + max((len(run) for run in _ticks(cut)), default=0))
+    return [fence, cut, fence]
+
+
+def _ticks(text: str) -> list[str]:
+    return "".join(one if one == "`" else " " for one in text).split()
+
+
+def _time(record: Record) -> list[str]:
+    summary = record.summary
+    facts: list[tuple[str, Any]] = []
+    if summary:
+        facts.append(("seconds, everything included", f"{summary['seconds']:.0f}"))
+        facts.append(("devices", summary["devices"]))
+    facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
+    facts += _money(summary.get("cost"))
+    return table(("what", "value"), facts)
+
+
+def _money(cost: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    if not cost:
+        return []
+    found: list[tuple[str, Any]] = [("chip hours", f"{cost['chip_hours']:.3f} ({cost['chips']} chips)")]
+    if cost["usd"] is None:
+        return [*found, ("cost", "no price is known for this hardware; pass --price-per-chip-hour")]
+    price = f"{cost['usd_per_chip_hour']:.2f} USD a chip and hour"
+    return [*found, ("cost", f"{cost['rmb']:.2f} RMB, {cost['usd']:.2f} USD, at {price}")]
+
+
+def _incidents(record: Record) -> list[str]:
+    if not record.incidents:
+        return ["Nothing: no warning, no skipped step, no interruption."]
+    counts = collections.Counter(one["kind"] for one in record.incidents)
+    lines = [", ".join(f"{kind}: {count}" for kind, count in counts.items()) + ".", ""]
+    rows = [(one["time"], one["kind"], one["step"], one["text"]) for one in record.incidents[:_SHOWN_INCIDENTS]]
+    lines += table(("when (UTC)", "what", "step", "said"), rows)
+    if len(record.incidents) > _SHOWN_INCIDENTS:
+        lines += ["", f"And {len(record.incidents) - _SHOWN_INCIDENTS} more, in incidents.jsonl."]
+    return lines

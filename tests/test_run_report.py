@@ -1,0 +1,220 @@
+"""What a run leaves for a person: report.md, its curves, samples, incidents; and two runs side by side."""
+
+import importlib.util
+import json
+import pathlib
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dream_jax.sharding import make_mesh
+from dream_jax.trainer import Diverged, TrainSettings, compare, train
+from dream_jax.trainer.cost import run_cost
+from dream_jax.trainer.curves import draw_curves
+from dream_jax.trainer.incidents import FILE as INCIDENTS
+from dream_jax.trainer.incidents import Incidents, read_incidents
+from dream_jax.trainer.record import read_record, shown, table
+from dream_jax.trainer.run_report import render_report, write_report
+
+ROOT = pathlib.Path(__file__).parent.parent
+OPTIONS = {"steps": 12, "batch_size": 8, "save_every": 5, "eval_rows": 4, "samples": 2, "sample_tokens": 20}
+
+
+def settings(out, **changes):
+    return TrainSettings(**(OPTIONS | {"out": out} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    # A price, and settings that are warned of.
+    train(settings(out, price_per_chip_hour=36.0, weight="inverse-time"))
+    return out
+
+
+def copied(finished, tmp_path, name="run"):
+    return pathlib.Path(shutil.copytree(finished, tmp_path / name))
+
+
+def test_the_report_says_what_the_files_say(finished):
+    text = (finished / "report.md").read_text()
+    summary = json.loads((finished / "summary.json").read_text())
+    record = read_record(finished)
+    for part in (
+        "Model `nano`, data `sudoku`: 12 steps of 8 rows. Finished.",
+        "| `weight` | inverse-time |",
+        "| rows kept | 1000000 |",
+        "| end-of-text among the supervised tokens | 5.0% |",
+        f"| nll | {shown(summary['eval']['nll'])} |",
+        f"Mean of the last 10 steps: loss {shown(record.last('loss'))}",
+        "acts like 1/t^2",
+    ):
+        assert part in text
+    assert f"| 12 | {shown(record.steps[-1]['loss'])} |" in text
+    assert record.last("loss") == pytest.approx(sum(summary["last_losses"]) / 10)
+    cost = summary["cost"]
+    assert cost["chips"] == 1 and cost["rmb"] == pytest.approx(36.0 * cost["chip_hours"])
+    assert f"{cost['rmb']:.2f} RMB" in text
+    assert [one["kind"] for one in read_incidents(finished)] == ["warning"]
+
+
+def test_samples_are_taken_before_and_after(finished):
+    samples = json.loads((finished / "samples.json").read_text())
+    assert len(samples["prompts"]) == len(samples["before"]) == len(samples["after"]) == 2
+    # Same prompts, same seed: what differs was learned.
+    assert samples["before"] != samples["after"]
+    text = (finished / "report.md").read_text()
+    for name in ("prompts", "expected", "after"):
+        assert samples[name][0].strip() in text
+    assert all(one.isprintable() or one in "\n\t" for one in text)  # whatever an untrained model writes
+
+
+def test_curves_are_drawn(finished):
+    pytest.importorskip("matplotlib", reason="curves need matplotlib (the extra report)")
+    assert draw_curves(read_record(finished)).read_bytes().startswith(b"\x89PNG")
+    assert "![curves](curves.png)" in (finished / "report.md").read_text()
+
+
+def test_without_matplotlib_the_report_says_so(finished, tmp_path, monkeypatch):
+    out = copied(finished, tmp_path)
+    (out / "curves.png").unlink(missing_ok=True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    assert [path.name for path in write_report(read_record(out))] == ["report.md"]
+    assert "No curves: matplotlib is not installed (`pip install matplotlib`)" in (out / "report.md").read_text()
+    assert not (out / "curves.png").exists()
+
+
+def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, tmp_path):
+    out = tmp_path / "stopped"
+    command = [
+        sys.executable,
+        "train.py",
+        "--steps",
+        "12",
+        "--batch-size",
+        "8",
+        "--save-every",
+        "5",
+        "--eval-rows",
+        "4",
+    ]
+    command += ["--samples", "2", "--sample-tokens", "20", "--out", str(out), "--log-every", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130, rest
+    before = json.loads((out / "samples.json").read_text())
+    assert "after" not in before
+    # A report of what there is can be made at any time.
+    assert "NOT finished" in render_report(read_record(out), drawn=False)
+    train(settings(out))
+    after = json.loads((out / "samples.json").read_text())
+    assert {name: after[name] for name in before} == before and len(after["after"]) == 2
+    kinds = [one["kind"] for one in read_incidents(out)]
+    assert kinds == ["stopped", "resumed"]
+    text = (out / "report.md").read_text()
+    assert "stopped: 1, resumed: 1." in text and "the same command goes on from there" in text
+    # The whole run was sampled with the same weights as one that was never stopped.
+    assert before["before"] == json.loads((finished / "samples.json").read_text())["before"]
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    with pytest.raises(Diverged):
+        train(settings(tmp_path / "run", learning_rate=1e30, clip_norm=0, save_every=1, eval_rows=0))
+    assert read_incidents(tmp_path / "run")[-1]["kind"] == "diverged"
+    assert "diverged: 1" in render_report(read_record(tmp_path / "run"), drawn=False)
+
+
+def test_overwriting_forgets_the_old_run(finished, tmp_path):
+    out = copied(finished, tmp_path)
+    train(settings(out, steps=2, eval_rows=0, overwrite=True))
+    assert not (out / "samples.json").exists() and not read_incidents(out)
+    text = (out / "report.md").read_text()
+    assert "None: the run has no held-out rows to ask" in text and "2 steps of 8 rows" in text
+    assert "Nothing: no warning" in text and "the run asked for no held-out rows" in text
+
+
+def test_incidents_survive_a_line_cut_short(tmp_path):
+    incidents = Incidents(tmp_path)
+    incidents.add("warning", "one")
+    incidents.add("skipped", "two", 7)
+    with (tmp_path / INCIDENTS).open("a") as file:
+        file.write('{"time": "2026')
+    assert [(one["kind"], one["step"]) for one in read_incidents(tmp_path)] == [("warning", None), ("skipped", 7)]
+    with pytest.raises(ValueError, match="kind='oops' is not one of"):
+        incidents.add("oops", "three")
+    Incidents(None).add("warning", "nobody is told")
+
+
+def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
+    out = copied(finished, tmp_path)
+    rows = "".join(f"{step},{3 - step / 100},0.5\n" for step in range(1, 41))
+    (out / "eval.csv").write_text("step,nll,masked_accuracy\n" + rows + "41,2.5")  # the last was cut short
+    text = render_report(read_record(out), drawn=False)
+    assert "During the run, on held-out rows" in text
+    assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
+
+
+def test_two_runs_side_by_side(finished, tmp_path):
+    other = copied(finished, tmp_path)
+    changed = json.loads((other / "settings.json").read_text()) | {"learning_rate": 0.01, "out": "elsewhere"}
+    (other / "settings.json").write_text(json.dumps(changed))
+    summary = json.loads((other / "summary.json").read_text())
+    summary["eval"]["nll"] += 0.25
+    (other / "summary.json").write_text(json.dumps(summary))
+    data = json.loads((other / "data.json").read_text())
+    data["rows"]["digest"] = "another"
+    (other / "data.json").write_text(json.dumps(data))
+    text = compare(finished, other)
+    assert "| `learning_rate` | - | 0.01 |" in text and "`out`" not in text
+    assert "| +0.25 |" in text and "trained on different tokens" in text
+    assert "None." in compare(finished, finished)
+    (other / "summary.json").unlink()
+    assert "| finished | yes | NO |" in compare(finished, other)
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        compare(finished, tmp_path)
+    (other / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="summary.json is not valid JSON"):
+        compare(finished, other)
+
+
+def train_py(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return done.value.code, *capsys.readouterr()
+
+
+def test_the_command_that_compares(finished, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "side.md"
+    code, text, _ = train_py(monkeypatch, capsys, "--compare", finished, finished, "--compare-out", target)
+    assert code == 0 and target.read_text() in text and "## What came of them" in text
+    code, _, error = train_py(monkeypatch, capsys, "--compare", finished, finished, "--compare-out", target)
+    assert code == 1 and "exists; give another --compare-out" in error
+    code, _, error = train_py(monkeypatch, capsys, "--compare", finished, tmp_path / "none")
+    assert code == 1 and "not the folder of a run" in error
+    code, _, error = train_py(monkeypatch, capsys, "--compare-out", target)
+    assert code != 0 and "add --compare" in error
+
+
+def test_cells_of_tables_cannot_break_them():
+    assert table(("a|b", "c"), [("x\ny", None)]) == ["| a\\|b | c |", "| --- | --- |", "| x y | - |"]
+
+
+def test_cost_of_a_run_by_hand(tmp_path):
+    cost = run_cost(settings(tmp_path, price_per_chip_hour=2.0, currency="usd"), make_mesh("8x1"), 1800)
+    # However many devices a CPU is made to have, it is one chip.
+    assert (cost.chips, cost.chip_hours, cost.usd) == (1, 0.5, 1.0)
+    assert cost.rmb == pytest.approx(7.1)
+    free = run_cost(settings(tmp_path), make_mesh("1x1"), 1800)
+    assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
