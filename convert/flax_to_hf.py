@@ -1,15 +1,21 @@
-"""Turns a converted directory back into a Hugging Face one that the published code loads, layer by layer.
+"""Turns trained weights into a Hugging Face directory that the published code loads, layer by layer, with a model card.
 
-python convert/flax_to_hf.py SRC DST [--dtype bfloat16]
+    python convert/flax_to_hf.py runs/sft/model exported [--dtype bfloat16]
+    python convert/flax_to_hf.py weights/dream-7b exported --adapter runs/lora/adapter --dtype bfloat16
+
+The first is a converted directory; with --adapter SRC is the base, in either layout, and the adapter is added to it. The
+card, README.md, says what the run's folder says: it is found where the run made SRC or the adapter, or named by --run.
 """
 
 import dataclasses
+import pathlib
 from typing import Literal
 
 import tyro
 from _console import run
 
-from dream_jax.pretrained import convert_to_hf
+from dream_jax.pretrained import Conversion, convert_to_hf
+from dream_jax.trainer.card import find_run, model_card
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,11 +23,17 @@ class Settings:
     """From where to where, and how."""
 
     src: tyro.conf.Positional[str]
-    """Converted directory, as made by hf_to_flax.py or dream_jax.save."""
+    """Converted directory, as made by train.py, hf_to_flax.py or dream_jax.save; with --adapter any base."""
     dst: tyro.conf.Positional[str]
     """Directory to make."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
     """What to store the weights in; keep: as they are in SRC."""
+    adapter: pathlib.Path | None = None
+    """Directory of an adapter to add to the weights."""
+    any_base: bool = False
+    """Add it also to weights that it was not trained on."""
+    run: pathlib.Path | None = None
+    """Folder of the run whose data, settings and evaluation the model card states."""
     max_shard_size: int = 5_000_000_000
     """Bytes of weights in one file."""
     overwrite: bool = False
@@ -29,10 +41,18 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    def card(conversion: Conversion) -> str:
+        found = settings.run or find_run(settings.adapter, conversion.source)
+        adapted = settings.adapter is not None
+        return model_card(found, name=conversion.target.name, dtype=conversion.dtype.name, adapter=adapted)
+
     run(
         settings,
         convert_to_hf,
         dtype=None if settings.dtype == "keep" else settings.dtype,
+        adapter=settings.adapter,
+        card=card,
+        any_base=settings.any_base,
         max_shard_size=settings.max_shard_size,
         overwrite=settings.overwrite,
     )

@@ -1,8 +1,9 @@
 """Models and adapters in and out of directories.
 
 `models` loads, saves, exports and converts whole models, `quantised` reads one into a base of few bits, `adapter` keeps
-what was trained beside a base, and `autoregressive` makes a Dream to be of a Qwen2. Nothing here knows names and layouts
-(`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all (`atomic`).
+what was trained beside a base, `merged` adds the two as they are read, and `autoregressive` makes a Dream to be of a
+Qwen2. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all
+(`atomic`).
 """
 
 from dream_jax.lora import merge as merge_adapter

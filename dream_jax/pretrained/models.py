@@ -27,11 +27,12 @@ from dream_jax.attention import Backend
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
 from dream_jax.pretrained.adapter import describe_adapter, put_on
+from dream_jax.pretrained.merged import Named, merged_units
 from dream_jax.pretrained.quantised import quantised_params, start_unit
 from dream_jax.quantisation import KINDS, Kind
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh, parameter_shardings
-from dream_jax.tokenizer import TOKENIZER_FILES
+from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
@@ -362,49 +363,81 @@ def convert_to_hf(
     target: str | os.PathLike[str],
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    any_base: bool = False,
+    card: Callable[[Conversion], str] | None = None,
     overwrite: bool = False,
     max_shard_size: int = hf.MAX_SHARD_SIZE,
     started: Callable[[Conversion], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    """Turns a converted directory into a Hugging Face one, unit by unit.
+    """Turns a converted directory, or a base with its adapter added, into a Hugging Face one, unit by unit.
 
     Args:
-      source: a converted directory.
+      source: a converted directory; with an adapter a Hugging Face one (or a hub id) serves as well.
       target, dtype, overwrite, started, progress: as in `convert_from_hf`.
+      adapter: a directory of `save_adapter`, to add to the weights.
+      any_base: accepts an adapter that was trained on other weights of the same shapes.
+      card: gives the text of the README.md that goes with the weights; called before anything is written.
       max_shard_size: bytes of weights in one file.
 
     Raises:
-      As `load` and `save`.
+      As `load` and `save`; ValueError for an adapter that does not belong to the source, which is known when all of it
+      has been read: nothing is left then.
     """
     directory = _find(source)
-    if not checkpoint.is_converted(directory):
+    found = None if adapter is None else describe_adapter(adapter)
+    if found is None and not checkpoint.is_converted(directory):
         raise ValueError(f"{directory} is no converted directory: it has no {checkpoint.DESCRIPTION}")
     config = DreamConfig.from_file(directory)
-    description = checkpoint.read_description(directory, config)
-    stored = description.dtype if dtype is None else _as_dtype(dtype)
+    if found is not None:
+        found.check_fits(abstract_model(config))
+    stored = _stored_dtype(directory, config) if dtype is None else _as_dtype(dtype)
     conversion = _conversion(directory, pathlib.Path(target), config, stored)
+    readme = None if card is None else card(conversion)
     with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
         started(conversion)
-        with ThreadPoolExecutor(1) as pool:
-            fetch = _fetch_ahead(directory, checkpoint.units(config, stored), pool)
-            hf.export_from(fetch, config, stored, made, max_shard_size, progress)
+        units = checkpoint.units(config, stored)
+
+        def write(read: Callable[[checkpoint.Unit], Named]) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                hf.export_from(_fetch_ahead(read, units, pool), config, stored, made, max_shard_size, progress)
+
+        if found is None:
+            write(functools.partial(_read_named, directory))
+        else:
+            with merged_units(directory, config, found) as merged:
+                write(merged)
+                if not any_base:
+                    merged.check()
         _write_companions(made, config, stored, directory)
+        if found is not None and (found.directory / PROMPT_FORMAT_FILE).is_file():
+            # The adapter's prompts, not its base's.
+            shutil.copyfile(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
+        if readme is not None:
+            (made / "README.md").write_text(readme, encoding="utf-8")
     return conversion
 
 
+def _stored_dtype(directory: pathlib.Path, config: DreamConfig) -> np.dtype:
+    if checkpoint.is_converted(directory):
+        return checkpoint.read_description(directory, config).dtype
+    with hf.open_source(directory) as opened:
+        return opened.dtype
+
+
+def _read_named(directory: pathlib.Path, unit: checkpoint.Unit) -> Named:
+    return {(name, unit.layer): array for name, array in hf.flat(checkpoint.read_unit(directory, unit)).items()}
+
+
 def _fetch_ahead(
-    directory: pathlib.Path, units: list[checkpoint.Unit], pool: ThreadPoolExecutor
+    read: Callable[[checkpoint.Unit], Named], units: list[checkpoint.Unit], pool: ThreadPoolExecutor
 ) -> Callable[[str, int | None], np.ndarray]:
     """A function that hands out parameters in the order of the units, reading one unit ahead."""
     pending = iter(units)
-    current: dict[tuple[str, int | None], np.ndarray] = {}
+    current: Named = {}
 
-    def read(unit: checkpoint.Unit) -> dict[tuple[str, int | None], np.ndarray]:
-        params = hf.flat(checkpoint.read_unit(directory, unit))
-        return {(name, unit.layer): array for name, array in params.items()}
-
-    def start() -> Future[dict[tuple[str, int | None], np.ndarray]] | None:
+    def start() -> Future[Named] | None:
         unit = next(pending, None)
         return None if unit is None else pool.submit(read, unit)
 

@@ -43,7 +43,7 @@ def start_unit(
 
 
 @contextlib.contextmanager
-def _reader(
+def unit_reader(
     directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
 ) -> Iterator[Callable[[checkpoint.Unit], ParamTree]]:
     """A function that reads one part of the model in a directory of either kind, which is checked first."""
@@ -89,7 +89,7 @@ def quantised_params(
     first, *_, last = checkpoint.units(config, dtype, mesh)
     # In float32, whatever the source is: codes and scales are of the weights as they are stored there.
     layers = checkpoint.units(config, "float32", mesh)[1:-1]
-    with _reader(directory, config, mesh) as read:
+    with unit_reader(directory, config, mesh) as read:
         for unit in (first, last):  # the largest first, while there is still room
             params |= read(unit)
         prints = lora.prints(params, None)

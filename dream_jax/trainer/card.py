@@ -1,0 +1,140 @@
+"""The model card of what a run has made: README.md of an exported checkpoint.
+
+Says what the run's files say, and what nobody has checked. Knows records and Markdown; reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from dream_jax.trainer.record import Record, read_record, table
+
+_SETTINGS = (
+    "recipe",
+    "steps",
+    "batch_size",
+    "max_length",
+    "length_policy",
+    "learned_turns",
+    "answer_format",
+    "learning_rate",
+    "warmup_share",
+    "weight_decay",
+    "optimizer",
+    "moments",
+    "b1",
+    "b2",
+    "clip_norm",
+    "weight",
+    "cart_p",
+    "focal",
+    "anneal_steps",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "base",
+    "seed",
+)
+
+
+def find_run(*places: pathlib.Path | None) -> pathlib.Path | None:
+    """The folder of the run that made one of these directories (its `model` or `adapter`), if it lies where it was made."""
+    for place in places:
+        if place is not None and (place.parent / "settings.json").is_file() and place.name in ("model", "adapter"):
+            return place.parent
+    return None
+
+
+def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool) -> str:
+    """The card as Markdown.
+
+    Args:
+      run: folder of the run that made the weights; None when nothing is known of how they were made.
+      name: of the model, for the title.
+      dtype: that its weights are stored in.
+      adapter: whether an adapter was added to a base.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_record`.
+    """
+    record = None if run is None else read_record(run)
+    base = [] if record is None else [f"base_model: {json.dumps(str(record.settings['model']))}"]
+    front = ["---", "library_name: transformers", "tags:", "- diffusion-language-model", "- dream", *base, "---"]
+    made = "a base with a low-rank adapter added to it" if adapter else "weights"
+    lines = [
+        *front,
+        "",
+        f"# {name}",
+        "",
+        f"A masked-diffusion language model of the Dream architecture: {made}, exported by dream_jax in the published "
+        f"layout, stored in {dtype}. The published PyTorch code loads it, and `diffusion_generate` samples from it; loaded "
+        "as a causal Qwen2 it computes something else.",
+        "",
+    ]
+    parts = {"Data": _data(record), "Settings": _settings(record), "Evaluation": _evaluation(record)}
+    for title, part in parts.items():
+        lines += [f"## {title}", "", *part, ""]
+    return "\n".join([*lines, "## What was not checked", "", *(f"- {line}" for line in _unchecked(record, dtype)), ""])
+
+
+_UNKNOWN = ["Not known: the export was made without the folder of a run (`--run DIR`)."]
+
+
+def _data(record: Record | None) -> list[str]:
+    if record is None:
+        return _UNKNOWN
+    names = ", ".join(f"`{name}`" for name in (record.settings["data"], *record.settings.get("mix", ())))
+    if not record.data:
+        return [f"{names}; the run left no data.json."]
+    rows, batches = record.data["rows"], record.data["batches"]
+    return [
+        f"{names}: {rows['kept']} rows were trained on and {rows['dropped']} dropped, {batches['epochs']:.2f} epochs. "
+        f"{rows['whole']} of the answers were whole, with their end token; {rows['cut']} rows were shortened. "
+        f"End-of-text was {batches['eos_share']:.1%} of the supervised tokens. Digest of the tokens: `{rows['digest']}`.",
+    ]
+
+
+def _settings(record: Record | None) -> list[str]:
+    if record is None:
+        return _UNKNOWN
+    known = [(f"`{name}`", record.settings[name]) for name in _SETTINGS if record.settings.get(name) is not None]
+    state = "" if record.finished else " The run was not finished."
+    return [f"Trained from `{record.settings['model']}`.{state}", "", *table(("setting", "value"), known)]
+
+
+def _evaluation(record: Record | None) -> list[str]:
+    if record is None:
+        return _UNKNOWN
+    found = record.summary.get("eval")
+    if not found:
+        return ["None was made."]
+    rows = [(name.replace("_", " "), value) for name, value in found.items()]
+    return [
+        "On held-out rows of the same data (answers sampled at temperature 0; nll in nats per masked token):",
+        "",
+        *table(("what", "value"), rows),
+    ]
+
+
+def _unchecked(record: Record | None, dtype: str) -> list[str]:
+    lines = [
+        "No benchmark was run on these exported weights by the export; what is above was measured before it.",
+        "Whether any evaluation data, here or elsewhere, was in the training data of this model or of its base.",
+        "Safety, bias, truthfulness, languages and domains other than those of the data.",
+        "The licenses of the base and of the data, which bind this model as well.",
+    ]
+    if record is None:
+        return ["How these weights were trained, on what, and how good they are.", *lines]
+    if dtype != "float32":
+        lines.append(f"What rounding the trained weights to {dtype} changes.")
+    evaluated = record.summary.get("eval") or {}
+    lines.append("One run with one seed: how much another seed would differ.")
+    if not evaluated.get("rows"):
+        lines.append("Answers: no held-out row was answered by sampling.")
+    elif evaluated["rows"] < 200:
+        lines.append(
+            f"Only {evaluated['rows']} held-out rows were answered: the accuracy is uncertain by several points."
+        )
+    return [*lines, "The base on the same rows: no gain over it is claimed."]
