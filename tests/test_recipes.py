@@ -170,7 +170,11 @@ def test_flags_override_and_the_run_says_where_settings_come_from(monkeypatch, c
 
 def test_what_a_recipe_leaves_to_the_user_is_asked_for(monkeypatch, capsys, tmp_path):
     code, _, error = train_py(monkeypatch, capsys, "--recipe", "pretrain", "--out", tmp_path / "run")
-    assert code == 1 and "error: recipe pretrain needs --data and --tokenizer: pre-training on whole documents" in error
+    assert code == 1 and "error: recipe pretrain needs --data: pre-training on whole documents" in error
+    code, _, error = train_py(
+        monkeypatch, capsys, "--recipe", "ar-start", "--data", "sudoku", "--out", tmp_path / "run"
+    )
+    assert code == 1 and "error: recipe ar-start needs --model and --data" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dream_jax.data import Source, encode_row, first_rows
 from dream_jax.model import Dream
-from dream_jax.sampler import SamplerConfig, generate
+from dream_jax.sampler import SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.folder import write_json
 from dream_jax.trainer.scoring import answer_text, left_padded
@@ -48,17 +48,21 @@ def take_samples(
     encoding = settings.encode_options()
     longest = model.config.max_position_embeddings - settings.sample_tokens
     found = []
+    room = 1
     for row in rows:
         one = encode_row(row, tokenizer, max_length, encoding)
         if one is not None and one.prompt_length <= longest:
             found.append((row, one.tokens[: one.prompt_length].tolist()))
+            room = max(room, one.length - one.prompt_length)
     if not found:
         return
+    # More than the held-out answers take would be end-of-text at best.
+    room = min(settings.sample_tokens, bucket_length(room))
     shards = dict(mesh.shape)["fsdp"]
     tokens, mask = left_padded([prompt for _, prompt in found], -(-len(found) // shards) * shards, tokenizer.pad_id)
     config = SamplerConfig(
-        max_new_tokens=settings.sample_tokens,
-        steps=settings.sample_tokens,
+        max_new_tokens=room,
+        steps=room,
         alg="entropy",
         temperature=_TEMPERATURE,
         vocab_limit=tokenizer.vocab_limit,
@@ -72,7 +76,7 @@ def take_samples(
     kept |= {
         "prompts": [tokenizer.decode(prompt) for _, prompt in found],
         "expected": [row.response for row, _ in found],
-        "tokens": settings.sample_tokens,
+        "tokens": room,
         "temperature": _TEMPERATURE,
         "seed": settings.seed,
         when: [answer_text(tokenizer, answer) for answer in answers[: len(found)]],

@@ -148,7 +148,7 @@ class TrainSettings:
     samples: int = 3
     """held-out prompts to answer before the first step and after the last, for report.md; needs --eval-rows"""
     sample_tokens: int = 128
-    """length of these answers"""
+    """longest of these answers; no longer than those of the rows themselves need"""
     log_to: tuple[LoggerName, ...] = ("tensorboard",)
     """where else each step's numbers go, beside metrics.csv; wandb and trackio must be installed"""
     price_per_chip_hour: float | None = None
