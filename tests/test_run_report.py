@@ -162,7 +162,18 @@ def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
     (out / "eval.csv").write_text("step,nll,masked_accuracy\n" + rows + "41,2.5")  # the last was cut short
     text = render_report(read_record(out), drawn=False)
     assert "During the run, on held-out rows" in text
+    assert "The best: nll 2.6 after step 40." in text
     assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
+
+
+def test_steps_that_changed_nothing_are_told(finished, tmp_path):
+    out = copied(finished, tmp_path)
+    head, *rows = (out / "metrics.csv").read_text().splitlines()
+    marked = [f"{row},{int(number in (3, 7))}" for number, row in enumerate(rows, 1)]
+    marked[6] = marked[6].replace(rows[6].split(",")[1], "nan", 1)
+    (out / "metrics.csv").write_text("\n".join([f"{head},skipped", *marked]) + "\n")
+    text = render_report(read_record(out), drawn=False)
+    assert "no number: 3, 7." in text and "| 7 | - |" in text
 
 
 def test_two_runs_side_by_side(finished, tmp_path):

@@ -6,6 +6,7 @@ Knows records and Markdown. Measures nothing.
 from __future__ import annotations
 
 import collections
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -131,6 +132,11 @@ def _evaluation(record: Record) -> list[str]:
         rows = [[int(one["step"]), *(one[name] for name in names)] for one in kept]
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
+        best = min(
+            (one for one in record.evaluations if math.isfinite(one["nll"])), key=lambda one: one["nll"], default=None
+        )
+        if best is not None:
+            lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}.", ""]
     found = record.summary.get("eval")
     if found:
         rows = [[name.replace("_", " "), value] for name, value in found.items()]
@@ -201,10 +207,16 @@ def _money(cost: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
 
 
 def _incidents(record: Record) -> list[str]:
+    skipped = [int(row["step"]) for row in record.steps if row.get("skipped") == 1.0]
+    told = (
+        [f"Steps that changed nothing, their loss or gradient being no number: {shown(skipped)}.", ""]
+        if skipped
+        else []
+    )
     if not record.incidents:
-        return ["Nothing: no warning, no skipped step, no interruption."]
+        return told or ["Nothing: no warning, no skipped step, no interruption."]
     counts = collections.Counter(one["kind"] for one in record.incidents)
-    lines = [", ".join(f"{kind}: {count}" for kind, count in counts.items()) + ".", ""]
+    lines = [*told, ", ".join(f"{kind}: {count}" for kind, count in counts.items()) + ".", ""]
     rows = [(one["time"], one["kind"], one["step"], one["text"]) for one in record.incidents[:_SHOWN_INCIDENTS]]
     lines += table(("when (UTC)", "what", "step", "said"), rows)
     if len(record.incidents) > _SHOWN_INCIDENTS:
