@@ -1,7 +1,8 @@
 """Trains a Dream model on a mesh: `python train.py --mesh 8x1 --model nano --data sudoku --out runs/sudoku`.
 
 With --recipe NAME the settings begin as those of recipes/NAME.toml, and --recipe alone lists them. With --plan it trains
-nothing, and says what the run would take on hardware that need not be here. With --compare it lays two runs side by side.
+nothing, and says what the run would take on hardware that need not be here. With --compare it lays two runs side by side,
+and with --report it writes the report of one.
 """
 
 import dataclasses
@@ -15,15 +16,19 @@ import tyro
 from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.trainer import Diverged, Stopped, TrainSettings, compare, train
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
+from dream_jax.trainer.record import read_record
+from dream_jax.trainer.run_report import write_report
 
 DOES_NOT_FIT = 3
 RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparing:
+class Looking:
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
     """folders of two runs to lay side by side, instead of training"""
+    report: pathlib.Path | None = None
+    """folder of a run, finished or not, to write report.md and curves.png of (again), instead of training"""
     compare_out: pathlib.Path | None = None
     """a new Markdown file to write the comparison to as well"""
 
@@ -36,7 +41,7 @@ class Comparing:
 class Command:
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainSettings)
     planning: Annotated[PlanSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PlanSettings)
-    comparing: Annotated[Comparing, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Comparing)
+    looking: Annotated[Looking, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Looking)
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
@@ -79,7 +84,7 @@ def plan(command: Command, recipe: Recipe | None) -> int:
     return 0 if made.fits else DOES_NOT_FIT
 
 
-def lay_side_by_side(asked: Comparing) -> int:
+def lay_side_by_side(asked: Looking) -> int:
     """Prints the comparison, and writes it where asked."""
     assert asked.compare is not None
     if asked.compare_out is not None and asked.compare_out.exists():
@@ -103,8 +108,11 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = tyro.cli(Command, description=__doc__, default=begun)
-        if command.comparing.compare is not None:
-            return lay_side_by_side(command.comparing)
+        if command.looking.compare is not None:
+            return lay_side_by_side(command.looking)
+        if command.looking.report is not None:
+            print("wrote", *write_report(read_record(command.looking.report)))
+            return 0
         if command.planning.plan:
             return plan(command, recipe)
         if recipe is not None:

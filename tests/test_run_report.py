@@ -218,6 +218,18 @@ def test_the_command_that_compares(finished, tmp_path, monkeypatch, capsys):
     assert code != 0 and "add --compare" in error
 
 
+def test_the_command_that_writes_a_report_again(finished, tmp_path, monkeypatch, capsys):
+    out = copied(finished, tmp_path)
+    before = (out / "report.md").read_text()
+    (out / "report.md").unlink()
+    (out / "summary.json").unlink()
+    code, text, _ = train_py(monkeypatch, capsys, "--report", out)
+    assert code == 0 and f"wrote {out / 'report.md'}" in text
+    assert "NOT finished: 12 steps are done." in (out / "report.md").read_text() and "NOT finished" not in before
+    code, _, error = train_py(monkeypatch, capsys, "--report", tmp_path)
+    assert code == 1 and "not the folder of a run" in error
+
+
 def test_cells_of_tables_cannot_break_them():
     assert table(("a|b", "c"), [("x\ny", None)]) == ["| a\\|b | c |", "| --- | --- |", "| x y | - |"]
 

@@ -139,8 +139,10 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         }
         reports = []
         if report.leads:
-            reports = [path.name for path in write_report(read_record(settings.out, summary))]
-            write_json(settings.out / "summary.json", summary)  # the last file: with it the run is finished
+            write_json(
+                settings.out / "summary.json", summary
+            )  # with it the run is finished, whatever becomes of a picture
+            reports = [path.name for path in write_report(read_record(settings.out))]
         names = ", ".join(["metrics.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary

@@ -68,8 +68,8 @@ class Record:
         return {name: value for name, value in self.settings.items() if name not in defaults or value != defaults[name]}
 
 
-def read_record(folder: pathlib.Path, summary: Mapping[str, Any] | None = None) -> Record:
-    """Reads a folder; `summary` stands in for one that is not written yet.
+def read_record(folder: pathlib.Path) -> Record:
+    """Reads a folder.
 
     Raises:
       FileNotFoundError: there is no run in the folder.
@@ -80,7 +80,7 @@ def read_record(folder: pathlib.Path, summary: Mapping[str, Any] | None = None) 
     return Record(
         folder=folder,
         settings=_json(folder / "settings.json"),
-        summary=_json(folder / "summary.json") if summary is None else summary,
+        summary=_json(folder / "summary.json"),
         data=_json(folder / "data.json"),
         steps=_table(folder / "metrics.csv"),
         evaluations=_table(folder / "eval.csv"),
