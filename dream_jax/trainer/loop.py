@@ -139,9 +139,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         }
         reports = []
         if report.leads:
-            write_json(
-                settings.out / "summary.json", summary
-            )  # with it the run is finished, whatever becomes of a picture
+            # With it the run is finished, whatever becomes of a picture.
+            write_json(settings.out / "summary.json", summary)
             reports = [path.name for path in write_report(read_record(settings.out))]
         names = ", ".join(["metrics.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
