@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from dream_jax import atomic, checkpoint, hf, pretrained
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import merge_params, split_params
-from dream_jax.pretrained import models
+from dream_jax.pretrained import conversion
 from dream_jax.sharding import make_mesh, parameter_shardings
 
 
@@ -334,8 +335,9 @@ def test_nothing_is_written_before_the_source_is_checked(tiny: Path, tmp_path: P
 
 def test_units_must_be_asked_for_in_order(converted: Path) -> None:
     config = DreamConfig.from_file(converted)
-    with models.ThreadPoolExecutor(1) as pool:
-        fetch = models._fetch_ahead(converted, checkpoint.units(config, "float32"), pool)
+    read = functools.partial(conversion._read_named, converted)
+    with conversion.ThreadPoolExecutor(1) as pool:
+        fetch = conversion._fetch_ahead(read, checkpoint.units(config, "float32"), pool)
         fetch("norm.scale", None)
         with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel of layer 7 was asked for out of order"):
             fetch("layers.mlp.up.kernel", 7)

@@ -1,9 +1,9 @@
 """Models and adapters in and out of directories.
 
-`models` loads, saves, exports and converts whole models, `quantised` reads one into a base of few bits, `adapter` keeps
-what was trained beside a base, `merged` adds the two as they are read, and `autoregressive` makes a Dream to be of a
-Qwen2. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all
-(`atomic`).
+`models` loads, saves and exports whole models, `conversion` turns one layout into the other, `directories` says what such a
+directory is, `quantised` reads a model into a base of few bits, `adapter` keeps what was trained beside a base, `merged`
+adds the two as they are read, and `autoregressive` makes a Dream to be of a Qwen2. Nothing here knows names and layouts
+(`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all (`atomic`).
 """
 
 from dream_jax.lora import merge as merge_adapter
@@ -16,17 +16,9 @@ from dream_jax.pretrained.adapter import (
     save_adapter,
 )
 from dream_jax.pretrained.autoregressive import MaskRow, adapt_qwen2, dream_config
-from dream_jax.pretrained.models import (
-    DTYPES,
-    Conversion,
-    DtypeName,
-    convert_from_hf,
-    convert_to_hf,
-    describe,
-    export_hf,
-    load,
-    save,
-)
+from dream_jax.pretrained.conversion import Conversion, convert_from_hf, convert_to_hf
+from dream_jax.pretrained.directories import DTYPES, DtypeName
+from dream_jax.pretrained.models import describe, export_hf, load, save
 
 __all__ = [
     "ADAPTER",

@@ -21,6 +21,7 @@ import numpy as np
 from dream_jax import hf
 from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
+from dream_jax.pretrained.directories import find_directory
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
 MaskRow = Literal["keep", "mean"]
@@ -117,11 +118,7 @@ def adapt_qwen2(
     """
     if mask_row not in get_args(MaskRow):
         raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")
-    directory = pathlib.Path(source).expanduser()
-    if not directory.exists() and hf.is_hub_id(str(source)):
-        directory = hf.fetch(str(source))
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json: it is no directory of a checkpoint")
+    directory = find_directory(source)
     try:
         fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = dream_config(fields, mask_token_id=mask_token_id, pad_token_id=pad_token_id, ignore=ignore_config_keys)
@@ -132,7 +129,7 @@ def adapt_qwen2(
         files = sorted({tensor.path for tensor in opened.tensors.values()})
         needed = sum(file.stat().st_size for file in files)
         files += [file for file in (directory / hf.INDEX,) if file.is_file() and len(files) > 1]
-        with new_directory(target, overwrite=overwrite, needed_bytes=needed, reads=directory.resolve()) as made:
+        with new_directory(target, overwrite=overwrite, needed_bytes=needed, reads=directory) as made:
             _write_tokenizer(pathlib.Path(tokenizer or directory), made, config, extend=tokenizer is None)
             for file in files:
                 shutil.copyfile(file, made / file.name)

@@ -1,0 +1,228 @@
+"""Whole models from one layout into the other, a part at a time: no conversion holds a whole model.
+
+Knows the parts that a model is read and written in. Knows nothing of modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dream_jax import checkpoint, hf
+from dream_jax.atomic import new_directory
+from dream_jax.config import DreamConfig
+from dream_jax.model import abstract_model
+from dream_jax.pretrained.adapter import describe_adapter
+from dream_jax.pretrained.directories import as_dtype, find_directory, write_companions
+from dream_jax.pretrained.merged import Named, merged_units
+from dream_jax.pretrained.quantised import start_unit
+from dream_jax.sharding import make_mesh
+from dream_jax.tokenizer import PROMPT_FORMAT_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion is about to do, or has done.
+
+    Attributes:
+      source, target: the two directories.
+      dtype: of the weights in the target.
+      tensors, parameters, nbytes: number of tensors in the published layout, of weights, and their size in
+        the target.
+    """
+
+    source: pathlib.Path
+    target: pathlib.Path
+    dtype: np.dtype
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+def convert_from_hf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | str | None = None,
+    overwrite: bool = False,
+    ignore_config_keys: Iterable[str] = (),
+    started: Callable[[Conversion], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Conversion:
+    """Turns a Hugging Face checkpoint into a converted directory, a few hundred megabytes at a time.
+
+    Everything about the source is checked before anything is written.
+
+    Args:
+      source: directory or hub id.
+      target: as `path` in `save`.
+      dtype: of the target; the source's by default.
+      mesh: every array is written as one chunk for each of its shards on this mesh; it still loads on any
+        other.
+      overwrite: as in `save`.
+      ignore_config_keys: as in `load`.
+      started: called once, when all checks have passed.
+      progress: called with a number of bytes written to the target.
+
+    Raises:
+      As `load` and `save`.
+    """
+    mesh = None if mesh is None else make_mesh(mesh)
+    directory = find_directory(source)
+    if checkpoint.is_converted(directory):
+        raise ValueError(f"{directory} is a converted directory already")
+    config = DreamConfig.from_file(directory, ignore=ignore_config_keys)
+    with hf.open_source(directory) as opened:
+        opened.check(config)
+        stored = opened.dtype if dtype is None else as_dtype(dtype)
+        conversion = _conversion(directory, pathlib.Path(target), config, stored)
+        with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
+            started(conversion)
+            _stream_from_hf(opened, made, config, stored, mesh, progress)
+            write_companions(made, config, stored, directory)
+            checkpoint.write_description(made, config, stored)
+    return conversion
+
+
+def _stream_from_hf(
+    source: hf.Source,
+    directory: pathlib.Path,
+    config: DreamConfig,
+    dtype: np.dtype,
+    mesh: Mesh | None,
+    progress: Callable[[int], object],
+) -> None:
+    """Reads the next unit in threads while one is written."""
+    buffers = hf.Buffers()
+    pending = checkpoint.units(config, dtype, mesh)
+    with ThreadPoolExecutor(hf.reading_threads()) as pool:
+        start = functools.partial(start_unit, source, config, mesh=mesh, pool=pool, buffers=buffers)
+        reading = start(pending[0])
+        for unit, following in zip(pending, [*pending[1:], None], strict=True):
+            params = hf.nested(reading.wait())
+            next_reading = None if following is None else start(following)
+            checkpoint.write_unit(directory, unit, params)
+            del params
+            if unit.layer is not None:
+                buffers.give_back(reading.buffers)
+            progress(unit.nbytes)
+            if next_reading is not None:
+                reading = next_reading
+
+
+def convert_to_hf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    any_base: bool = False,
+    card: Callable[[Conversion], str] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = hf.MAX_SHARD_SIZE,
+    started: Callable[[Conversion], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Conversion:
+    """Turns a converted directory, or a base with its adapter added, into a Hugging Face one, unit by unit.
+
+    Args:
+      source: a converted directory; with an adapter a Hugging Face one (or a hub id) serves as well.
+      target, dtype, overwrite, started, progress: as in `convert_from_hf`.
+      adapter: a directory of `save_adapter`, to add to the weights.
+      any_base: accepts an adapter that was trained on other weights of the same shapes.
+      card: gives the text of the README.md that goes with the weights; called before anything is written.
+      max_shard_size: bytes of weights in one file.
+
+    Raises:
+      As `load` and `save`; ValueError for an adapter that does not belong to the source, which is known when all of it
+      has been read: nothing is left then.
+    """
+    directory = find_directory(source)
+    found = None if adapter is None else describe_adapter(adapter)
+    if found is None and not checkpoint.is_converted(directory):
+        raise ValueError(f"{directory} is no converted directory: it has no {checkpoint.DESCRIPTION}")
+    config = DreamConfig.from_file(directory)
+    if found is not None:
+        found.check_fits(abstract_model(config))
+    stored = _stored_dtype(directory, config) if dtype is None else as_dtype(dtype)
+    conversion = _conversion(directory, pathlib.Path(target), config, stored)
+    readme = None if card is None else card(conversion)
+    with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
+        started(conversion)
+        units = checkpoint.units(config, stored)
+
+        def write(read: Callable[[checkpoint.Unit], Named]) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                hf.export_from(_fetch_ahead(read, units, pool), config, stored, made, max_shard_size, progress)
+
+        if found is None:
+            write(functools.partial(_read_named, directory))
+        else:
+            with merged_units(directory, config, found) as merged:
+                write(merged)
+                if not any_base:
+                    merged.check()
+        write_companions(made, config, stored, directory)
+        if found is not None and (found.directory / PROMPT_FORMAT_FILE).is_file():
+            # The adapter's prompts, not its base's.
+            shutil.copyfile(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
+        if readme is not None:
+            (made / "README.md").write_text(readme, encoding="utf-8")
+    return conversion
+
+
+def _stored_dtype(directory: pathlib.Path, config: DreamConfig) -> np.dtype:
+    if checkpoint.is_converted(directory):
+        return checkpoint.read_description(directory, config).dtype
+    with hf.open_source(directory) as opened:
+        return opened.dtype
+
+
+def _read_named(directory: pathlib.Path, unit: checkpoint.Unit) -> Named:
+    return {(name, unit.layer): array for name, array in hf.flat(checkpoint.read_unit(directory, unit)).items()}
+
+
+def _fetch_ahead(
+    read: Callable[[checkpoint.Unit], Named], units: list[checkpoint.Unit], pool: ThreadPoolExecutor
+) -> Callable[[str, int | None], np.ndarray]:
+    """A function that hands out parameters in the order of the units, reading one unit ahead."""
+    pending = iter(units)
+    current: Named = {}
+
+    def start() -> Future[Named] | None:
+        unit = next(pending, None)
+        return None if unit is None else pool.submit(read, unit)
+
+    coming = start()
+
+    def fetch(target: str, layer: int | None) -> np.ndarray:
+        nonlocal coming
+        while (target, layer) not in current:
+            if coming is None:
+                raise ValueError(f"{target} of layer {layer} was asked for out of order")
+            current.update(coming.result())
+            coming = start()
+        return current.pop((target, layer))
+
+    return fetch
+
+
+def _conversion(source: pathlib.Path, target: pathlib.Path, config: DreamConfig, dtype: np.dtype) -> Conversion:
+    return Conversion(
+        source=source,
+        target=target,
+        dtype=dtype,
+        tensors=len(hf.places(config)),
+        parameters=config.num_parameters,
+        nbytes=config.num_parameters * dtype.itemsize,
+    )

@@ -1,0 +1,99 @@
+"""Directories of whole models: how they are found, in which dtypes they are read, and what goes with the weights.
+
+Knows both kinds, and the hub. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import hf
+from dream_jax.config import DreamConfig
+from dream_jax.tokenizer import TOKENIZER_FILES
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
+
+# Keys of a published config.json that say nothing about the weights, and go where the weights go.
+_CARRIED_KEYS = (
+    "_name_or_path",
+    "auto_map",
+    "bos_token_id",
+    "eos_token_id",
+    "max_window_layers",
+    "sliding_window",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype. Raises ValueError for one that models are not kept in."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"{dtype=} is not one of {', '.join(DTYPES)}")
+    return found
+
+
+def find_directory(
+    path: str | os.PathLike[str], otherwise: str = "no directory", *, weights: bool = True
+) -> pathlib.Path:
+    """The directory at a path, or what a hub id names, downloaded.
+
+    Args:
+      path: to a directory with a config.json, or organisation/name.
+      otherwise: what a path is said to be that is neither.
+      weights: whether the weights are wanted too, or only what is read before them.
+
+    Raises:
+      FileNotFoundError, ConnectionError: there is none.
+    """
+    directory = pathlib.Path(path).expanduser()
+    if directory.is_dir():
+        if (directory / "config.json").is_file():
+            return directory.resolve()
+        raise FileNotFoundError(
+            f"{directory} holds no config.json: it is neither a Hugging Face nor a converted directory"
+        )
+    if not directory.exists() and hf.is_hub_id(str(path)):
+        return hf.fetch(str(path), weights=weights)
+    if directory.exists():
+        raise FileNotFoundError(f"{path} is a file; give the directory of a checkpoint")
+    raise FileNotFoundError(f"{path} is {otherwise}")
+
+
+def write_companions(
+    directory: pathlib.Path,
+    config: DreamConfig,
+    dtype: np.dtype,
+    source: str | os.PathLike[str] | None,
+) -> None:
+    """Copies the files that go with the weights, and writes config.json."""
+    published: dict[str, Any] = {}
+    if source is not None:
+        source = pathlib.Path(source)
+        names = {"generation_config.json", *TOKENIZER_FILES, *(path.name for path in source.glob("*.py"))}
+        for name in sorted(names):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        if (source / "config.json").is_file():
+            published = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    carried = {key: published[key] for key in _CARRIED_KEYS if key in published}
+    modules = {str(entry).rpartition(".")[0] for entry in carried.get("auto_map", {}).values()}
+    if not all((directory / f"{module}.py").is_file() for module in modules):
+        del carried["auto_map"]  # it would name code that did not come along
+    # The published code's release of transformers reads torch_dtype, newer ones write dtype and read both.
+    dtype_key = "dtype" if "dtype" in published else "torch_dtype"
+    fields = config.to_dict() | carried | {dtype_key: jnp.dtype(dtype).name}
+    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
