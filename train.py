@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from dream_jax.plan import PlanSettings, make_plan, render
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, leave, train
 
 DOES_NOT_FIT = 3
 
@@ -48,7 +48,7 @@ def main() -> int:
         return 130
     except (Diverged, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return leave(1)
     return 0
 
 

@@ -1,17 +1,19 @@
 """The training loop: data, steps, logs, checkpoints, stopping and going on.
 
-A run lives in one folder: `settings.json`, `metrics.csv` (a row a step), TensorBoard events, `checkpoints/`, `tokenizer/`,
-and at the end `model/` (a converted directory) and `summary.json`. The same command on the same folder goes on where the
-run stopped; a finished run is never touched without being told to. A run that trains an adapter leaves `adapter/`, and
-`model/` only when asked.
+A run lives in one folder: `settings.json`, `metrics.csv` (a row a step), `eval.csv` (a row an evaluation), TensorBoard
+events, `checkpoints/`, `tokenizer/`, and at the end `model/` (a converted directory) and `summary.json`. The same command
+on the same folder goes on where the run stopped; a finished run is never touched without being told to. A run that trains
+an adapter leaves `adapter/`, and `model/` only when asked.
 
 `settings` says what a run is, `weights` what it trains and what not, `build` makes its step (also for devices that are
-absent), `folder` keeps what the run writes, `report` shows it to a person, `scoring` measures the result, and `loop` puts
-them together. What a step computes is `train_step`'s; what a row is, `data`'s.
+absent), `folder` keeps what the run writes, `report` shows it to a person, `grid` scores it as it goes and `scoring` at the
+end, `processes` joins several hosts, and `loop` puts them together. What a step computes is `train_step`'s; what a row is,
+`data`'s.
 """
 
 from dream_jax.trainer.loop import Diverged, Stopped, train
+from dream_jax.trainer.processes import leave
 from dream_jax.trainer.scoring import answer_text, evaluate
 from dream_jax.trainer.settings import TrainSettings
 
-__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "evaluate", "train"]
+__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "evaluate", "leave", "train"]
