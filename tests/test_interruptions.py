@@ -164,7 +164,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def pair(environment, out):
+def pair(environment, out, *of_the_second):
     port = free_port()
     with contextlib.ExitStack() as stack:
         yield [
@@ -173,6 +173,7 @@ def pair(environment, out):
                     environment,
                     out,
                     *("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(number)),
+                    *(of_the_second if number else ()),
                 )
             )
             for number in range(2)
@@ -219,6 +220,19 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, enviro
         said = finish(running)
     assert "going on after step" in said[0] and "error:" not in "".join(said)
     assert_same_run(out, two_processes)
+
+
+def test_an_error_of_one_process_ends_the_other(environment, tmp_path):
+    """A file that only one host lacks: it says so and ends, and does not wait for the other, which waits for it."""
+    with pair(environment, tmp_path / "out", "--data", "gone.jsonl") as running:
+        begun = time.monotonic()
+        said = running[1].communicate(timeout=120)[0]
+        assert "error: no file gone.jsonl" in said and running[1].returncode == 1
+        ended = time.monotonic()
+        rest = running[0].communicate(timeout=60)[0]
+        assert time.monotonic() - ended < 60 and ended - begun < 120
+    assert running[0].returncode != 0
+    assert rest.strip().splitlines()[-1].startswith("error: process 0 of 0..1 ended before the run did.")
 
 
 def test_slurm_is_found(environment, tmp_path):
