@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from dream_jax.plan import PlanSettings, make_plan, render
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, compare, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, compare, leave, train
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
 from dream_jax.trainer.record import read_record
 from dream_jax.trainer.run_report import write_report
@@ -126,7 +126,7 @@ def main() -> int:
         return 130
     except (Diverged, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return leave(1)
     return 0
 
 

@@ -10,22 +10,27 @@ arrays.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
 import functools
 import json
 import logging
+import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dream_jax import checksums
 from dream_jax.config import DreamConfig
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
@@ -34,6 +39,7 @@ from dream_jax.sharding import parameter_specs
 DESCRIPTION = "dream_jax.json"
 WEIGHTS = "weights"
 FORMAT = 1
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,25 +356,56 @@ def _key(entry: Any) -> str:
     raise TypeError(f"unknown kind of tree entry: {entry!r}")
 
 
+# Orbax's notes about a checkpoint, of which a restore reads nothing: it adds the time after the checksums.
+_WRITTEN_LAST = ("_CHECKPOINT_METADATA",)
+
+
 class RunCheckpoints:
     """The checkpoints of one training run, written in the background; a context manager.
 
-    A step's checkpoint appears under its final name only when it is whole. The oldest go when there are more
-    than `keep`.
+    A step's checkpoint appears under its final name only when it is whole, with the checksums of its files in it. The
+    oldest go when there are more than `keep`, except the one with the lowest score.
+
+    Attributes:
+      directory: where they lie, each in a folder named for its step.
+      damaged: what the last `restore` passed over, by step.
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 3):
         if keep < 1:
             raise ValueError(f"{keep=} must be at least 1")
         self.directory = pathlib.Path(directory).resolve()
+        self.damaged: dict[int, str] = {}
+        self._scores: dict[int, float | None] = {}
+        scores = self._scores  # what follows must not hold on to this object, whose threads end with it
+
+        class SummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+            """Where a step is written until it is whole; checksums are the last thing before it gets its name."""
+
+            async def finalize(self) -> None:
+                step = self.get_final().name
+                if step.isdigit():
+                    folder = pathlib.Path(self.get())
+                    score = scores.get(int(step))
+                    await asyncio.to_thread(checksums.write, folder, leave_out=_WRITTEN_LAST, score=score)
+                await super().finalize()
+
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_LastAndBest(keep, scores),
+                enable_async_checkpointing=True,
+                temporary_path_class=SummedPath,
+            ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=_HANDLERS),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
+        for step in self.steps():
+            written = checksums.read(self.directory / str(step))
+            score = None if written is None else written.get("score")
+            self._scores[step] = score if isinstance(score, float) else None
 
     def __enter__(self) -> Self:
         return self
@@ -376,7 +413,7 @@ class RunCheckpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], score: float | None = None) -> None:
         """Starts to write a step; the arrays may be donated as soon as this returns.
 
         Waits for a step that is still being written, and raises what went wrong with it.
@@ -385,6 +422,7 @@ class RunCheckpoints:
           step: number of the step, not yet saved.
           state: tree of jax arrays.
           meta: what else is needed to go on, as JSON can hold it (the position in the data, say).
+          score: of the state, the lower the better; the step with the lowest is kept. None or NaN: it has none.
 
         Raises:
           ValueError: the step was saved before.
@@ -393,6 +431,7 @@ class RunCheckpoints:
         json.dumps(meta)
         if step in self.steps():
             raise ValueError(f"{self.directory} already holds step {step}")
+        self._scores[step] = None if score is None or math.isnan(score) else float(score)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
         # force: by default Orbax skips, without a word, a step that is not newer than the last.
         self._manager.save(step, args=args, force=True)
@@ -405,42 +444,90 @@ class RunCheckpoints:
         """The newest step that can be restored, or None."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step with the lowest score, of several the first; None when no step has one."""
+        return _best(self._scores, self.steps())
+
+    def score(self, step: int) -> float | None:
+        """What a step was saved with."""
+        return self._scores.get(step)
+
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reads a step onto any mesh.
+        """Reads a step onto any mesh, after its files have been compared with their checksums.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s whose shardings say where each array goes;
             their dtypes are the result's.
-          step: which; the newest by default.
+          step: which; by default the newest that is undamaged. Newer ones are renamed, `7` to `7.damaged`, and reported
+            as errors to the log and in `damaged`.
 
         Returns:
           The state and the meta that were saved.
 
         Raises:
           FileNotFoundError: there is no such step.
-          ValueError: what is stored has other arrays or shapes; the message names them.
+          ValueError: what is stored is damaged, or has other arrays or shapes; the message names them.
         """
         self.wait()
         steps = self.steps()
         if not steps:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint")
-        step = steps[-1] if step is None else step
-        if step not in steps:
+        if step is not None and step not in steps:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint of step {step}, only of {steps}")
-        stored = self._manager.item_metadata(step)["state"].tree
+        chosen = self._undamaged(steps[::-1] if step is None else [step])
+        stored = self._manager.item_metadata(chosen)["state"].tree
         differences = _differences(abstract_state, stored, dtypes=False)
         if differences:
             raise ValueError(
-                f"the checkpoint {self.directory / str(step)} is of another state: {'; '.join(differences)}"
+                f"the checkpoint {self.directory / str(chosen)} is of another state: {'; '.join(differences)}"
             )
         args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         restored = self._manager.restore(
-            step,
+            chosen,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(abstract_state, restore_args=args), meta=ocp.args.JsonRestore()
             ),
         )
         return restored["state"], restored["meta"]
+
+    def _undamaged(self, candidates: Sequence[int]) -> int:
+        """The first of the steps that is as it was written; those before it are put aside."""
+        self.damaged = {}
+        for step in candidates:
+            problem = self._damage(step)
+            if problem is None:
+                break
+            self.damaged[step] = problem
+            _log.error("the checkpoint of step %d in %s is damaged: %s", step, self.directory, problem)
+        else:
+            listed = "; ".join(f"step {step}: {problem}" for step, problem in self.damaged.items())
+            raise ValueError(
+                f"no checkpoint in {self.directory} is as it was written ({listed}); put a copy back, or begin another run"
+            )
+        for bad in self.damaged:
+            _log.error("going on from step %d instead; step %d is now %s", step, bad, self._aside(bad).name)
+            if jax.process_index() == 0:
+                if self._aside(bad).exists():
+                    shutil.rmtree(self._aside(bad))
+                (self.directory / str(bad)).rename(self._aside(bad))
+            self._scores.pop(bad, None)
+        if self.damaged:
+            multihost_utils.sync_global_devices("dream_jax.checkpoint.aside")
+            self._manager.reload()
+        return step
+
+    def _aside(self, step: int) -> pathlib.Path:
+        return self.directory / f"{step}.damaged"
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a step; each process reads a share of its files, and all agree."""
+        count = jax.process_count()
+        problem = checksums.damage(self.directory / str(step), jax.process_index(), count)
+        if count > 1:
+            found = multihost_utils.process_allgather(np.array(problem is not None))
+            if found.any() and problem is None:
+                problem = f"process {int(np.argmax(found))} says what is wrong with it"
+        return problem
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong."""
@@ -449,3 +536,21 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits, then lets go of the threads."""
         self._manager.close()
+
+
+def _best(scores: Mapping[int, float | None], steps: Iterable[int]) -> int | None:
+    scored = [(score, step) for step in steps if (score := scores.get(step)) is not None]
+    return min(scored)[1] if scored else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _LastAndBest:
+    """Orbax's question which checkpoints stay; `scores` goes on being filled."""
+
+    keep: int
+    scores: Mapping[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        steps = sorted(one.step for one in checkpoints)
+        staying = {*steps[-self.keep :], _best(self.scores, steps)}
+        return [one.step in staying for one in checkpoints]

@@ -31,6 +31,9 @@ _LOGIT_ELEMENTS = 1 << 27
 # On a CPU arithmetic is what costs: rows of the last block that are not masked are wasted work.
 _CPU_ROWS = 256
 
+# Losses are also reported by noise level: of rows with t in [0, 1/4), [1/4, 1/2), and so on.
+TIME_BUCKETS = 4
+
 
 class LossWeight(abc.ABC):
     """How much the cross entropy of each masked position counts. Subclasses are hashable (frozen dataclasses)."""
@@ -178,8 +181,9 @@ def masked_diffusion_loss(
 
     Returns:
       The loss (float32), and a dict: `num_masked` (float32), `num_correct` (masked positions whose most probable token
-      is right), `nll` (unweighted mean cross entropy at masked positions, nats), `token_nll` ([B, T], 0 elsewhere). The
-      dict is for reporting: only the loss has a gradient, in the parameters; another weighting is a LossWeight.
+      is right), `nll` (unweighted mean cross entropy at masked positions, nats), `token_nll` ([B, T], 0 elsewhere), and
+      `token_correct` (bool [B, T], false elsewhere). The dict is for reporting: only the loss has a gradient, in the
+      parameters; another weighting is a LossWeight.
 
     Raises:
       ValueError: shapes that do not fit, or ids outside the vocabulary (which only a trace can hide).
@@ -195,6 +199,23 @@ def masked_diffusion_loss(
     with sharding.mesh_context(model):
         arrays = (tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, dropout_keys)
         return _loss(model, *arrays, weight=weight, focal=focal)
+
+
+def sums_by_time(
+    token_nll_BT: Float[Array, "B T"], masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]
+) -> tuple[Float[jax.Array, "times"], Float[jax.Array, "times"]]:
+    """Cross entropy and masked positions summed over the rows of each of the `TIME_BUCKETS` of t; parts of a batch add up.
+
+    Args:
+      token_nll_BT: as in the dict of `masked_diffusion_loss`.
+      masked_BT: the positions that it is of.
+      t_B: noise level of each row, in [0, 1].
+    """
+    bucket_B = jnp.clip((jnp.asarray(t_B) * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
+    inside = (bucket_B[:, None] == jnp.arange(TIME_BUCKETS)).astype(jnp.float32)  # [B, TIME_BUCKETS]
+    of_rows = jnp.sum(token_nll_BT, axis=1), jnp.sum(masked_BT, axis=1, dtype=jnp.float32)
+    nll, masked = (jnp.sum(inside * sum_B[:, None], axis=0) for sum_B in of_rows)
+    return nll, masked
 
 
 # Compiled here: the loops inside are new functions at every call, which outside of a jit would be compiled every time.
@@ -234,6 +255,7 @@ def _loss(
             "num_correct": jnp.sum(correct_BT, dtype=jnp.float32),
             "nll": jnp.sum(token_nll_BT) / jnp.maximum(num_masked, 1.0),
             "token_nll": token_nll_BT,
+            "token_correct": correct_BT,
         }
         return total / denominator, aux
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,9 @@ class OptimizerConfig:
             optax.add_decayed_weights(self.weight_decay, _decayed),
             optax.scale_by_learning_rate(self.schedule()),
         )
-        return method if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), method)
+        if self.clip_norm is not None:
+            method = optax.chain(optax.clip_by_global_norm(self.clip_norm), method)
+        return _skipping(method)
 
     def _direction(self) -> optax.GradientTransformation:
         """What the learning rate multiplies."""
@@ -135,7 +137,7 @@ class OptimizerConfig:
             # hundredth of every weight in every step.
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         if self.moments == "float32" and not self.moments_on_host:
-            return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+            return _scale_by_plain_adam(self.b1, self.b2, self.eps)
         storages: Mapping[Moments, _Float32 | _Bfloat16 | _Int8]
         storages = {"float32": _Float32(), "bfloat16": _Bfloat16(), "int8": _Int8()}
         storage = storages[self.moments]
@@ -282,6 +284,8 @@ BFLOAT16_LARGEST_DECAY = 0.97
 class _Float32:
     """As they are."""
 
+    exact: ClassVar[bool] = True  # what was loaded is stored as it was
+
     def empty(self, param: Any) -> tuple[Any, Any]:
         return jnp.zeros(param.shape, jnp.float32), jnp.zeros(param.shape, jnp.float32)
 
@@ -301,6 +305,8 @@ class _Bfloat16:
     could not even begin to; hence `BFLOAT16_LARGEST_DECAY`, and no random bits.
     """
 
+    exact: ClassVar[bool] = True
+
     def empty(self, param: Any) -> tuple[Any, Any]:
         zeros = jnp.zeros(param.shape, jnp.bfloat16)
         return zeros, zeros
@@ -315,6 +321,8 @@ class _Bfloat16:
 @dataclasses.dataclass(frozen=True)
 class _Int8:
     """Codes in blocks, see `quantise`; the second moment itself is stored, so that it is free of bias, not its root."""
+
+    exact: ClassVar[bool] = False  # drawn anew
 
     def empty(self, param: Any) -> tuple[Any, Any]:
         blocks = -(-param.shape[-1] // min(BLOCK, param.shape[-1]))
@@ -371,7 +379,14 @@ def _scale_by_adam(
         pairs = [storage.empty(leaf) for leaf in leaves]
         return state(jnp.int32(0), treedef, _to_host(pairs) if on_host else pairs)
 
-    def update(gradients: ParamTree, before: Any, params: ParamTree | None = None) -> tuple[ParamTree, Any]:
+    def update(
+        gradients: ParamTree,
+        before: Any,
+        params: ParamTree | None = None,
+        *,
+        usable: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[ParamTree, Any]:
         before = before.on_host if on_host else before
         count = optax.safe_increment(before.count)
         key = jax.random.fold_in(jax.random.key(_ROUNDING), count)
@@ -379,11 +394,15 @@ def _scale_by_adam(
 
         def advance(gradient: jax.Array, moments: Any, keys_R: jax.Array) -> tuple[jax.Array, Any]:
             g = gradient.astype(jnp.float32)
-            m, v = storage.load(*(_to_device(moments) if on_host else moments))
-            m = b1 * m + (1 - b1) * g
-            v = b2 * v + (1 - b2) * jnp.square(g)
+            moments = _to_device(moments) if on_host else moments
+            before_m, before_v = storage.load(*moments)
+            m = b1 * before_m + (1 - b1) * g
+            v = b2 * before_v + (1 - b2) * jnp.square(g)
+            m, v = _select(usable, (m, v), (before_m, before_v))
             direction = m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
             after = storage.store(m, v, keys_R)
+            if not storage.exact:
+                after = _select(usable, after, moments)
             # In the gradient's dtype, so that it can take the gradient's place.
             return direction.astype(gradient.dtype), _to_host(after) if on_host else after
 
@@ -396,9 +415,100 @@ def _scale_by_adam(
             update, pair = _by_parts(advance, gradient, (mu, nu), keys_R, parts)
             updates.append(update)
             pairs.append(pair)
-        return jax.tree.unflatten(treedef, updates), state(count, treedef, pairs)
+        return jax.tree.unflatten(treedef, updates), state(_select(usable, count, before.count), treedef, pairs)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scale_by_plain_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, which it is to the last bit, of whose update it is the lines; but for the choice in them."""
+
+    def update(
+        gradients: ParamTree,
+        before: Any,
+        params: ParamTree | None = None,
+        *,
+        usable: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[ParamTree, Any]:
+        mu = optax.tree.update_moment(gradients, before.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, before.nu, b2, 2)
+        # Before they are used: what is stored is then what the direction is made of, and is written over the old moments.
+        # Chosen afterwards, the new moments would be needed beside those that are stored.
+        mu, nu = _select(usable, (mu, nu), (before.mu, before.nu))
+        count = optax.safe_increment(before.count)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v + 0.0) + eps), mu_hat, nu_hat)
+        return updates, optax.ScaleByAdamState(count=_select(usable, count, before.count), mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1=b1, b2=b2, eps=eps).init, update)
+
+
+# ------------------------------------------------------------------------------------------------- updates that are none
+
+
+class _Skipping(optax.GradientTransformationExtraArgs):
+    """A transformation whose `update` takes `usable`, and where that is false returns its state as it was."""
+
+
+def _skipping(method: optax.GradientTransformation) -> _Skipping:
+    """`method`, of whose states those of Adam choose for themselves."""
+    method = optax.with_extra_args_support(method)
+
+    def chooses(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState | MomentsState | OnHost)
+
+    def update(
+        gradients: ParamTree,
+        before: Any,
+        params: ParamTree | None = None,
+        *,
+        usable: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[ParamTree, Any]:
+        updates, after = method.update(gradients, before, params, usable=usable, **others)
+        choose = lambda new, old: new if chooses(new) else _select(usable, new, old)
+        return updates, jax.tree.map(choose, after, before, is_leaf=chooses)
+
+    return _Skipping(method.init, update)
+
+
+def _select(usable: jax.Array | None, new: Any, old: Any) -> Any:
+    """The new tree where `usable`, else the old one, bit for bit; None: the new one."""
+    return new if usable is None else jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, old)
+
+
+def update_if(
+    usable: jax.Array,
+    optimizer: optax.GradientTransformation,
+    gradients: ParamTree,
+    opt_state: Any,
+    params: ParamTree,
+) -> tuple[ParamTree, Any]:
+    """The parameters and the optimizer's state after an update; where it is not usable, as they were, bit for bit.
+
+    Scaling a gradient by zero would not do: NaN times zero is NaN, and weights and moments decay without a gradient. And
+    not `jax.lax.cond`: a choice between two arrays is one more operation of the fusion that writes the new one over the
+    old, which every backend compiles in place; a branch is a barrier to that, and to arrays in the host's memory.
+
+    Args:
+      usable: bool scalar.
+      optimizer: any; one of `OptimizerConfig.make` takes no memory for it.
+      gradients: anything at all, NaN included, where not usable.
+      opt_state, params: before.
+    """
+    if isinstance(optimizer, _Skipping):
+        updates, after = optimizer.update(gradients, opt_state, params, usable=usable)
+    else:
+        updates, after = optimizer.update(gradients, opt_state, params)
+        after = _select(usable, after, opt_state)
+    return _select(usable, optax.apply_updates(params, updates), params), after
+
+
+def updates_done(opt_state: Any) -> jax.Array | None:
+    """How many updates the learning rate's schedule has seen: int32 scalar; None of an optimizer without a schedule."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return next((leaf.count for leaf in leaves if isinstance(leaf, optax.ScaleByScheduleState)), None)
 
 
 def _to_host(tree: Any) -> Any:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -171,6 +171,10 @@ def provide_cpu_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
+# A process that has been silent for so long is taken for dead, and jax ends the others.
+HEARTBEAT_SECONDS = 40
+
+
 def join_processes(coordinator: str, num_processes: int, process_id: int, mesh: str) -> None:
     """Joins this process to the others of a run; call it before anything else touches jax.
 
@@ -187,11 +191,29 @@ def join_processes(coordinator: str, num_processes: int, process_id: int, mesh: 
         raise ValueError(f"{coordinator=} is not of the form host:port, such as 10.0.0.1:8476")
     if not 0 <= process_id < num_processes:
         raise ValueError(f"{process_id=} is outside 0..{num_processes - 1} ({num_processes=})")
+    _share_cpu_devices(mesh, num_processes)
+    jax.distributed.initialize(
+        coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def join_cluster(kind: Literal["slurm", "tpu"], mesh: str, num_processes: int | None = None) -> None:
+    """As `join_processes`, with what the cluster says of itself to jax; `num_processes` where it is known before."""
+    if num_processes is not None:
+        _share_cpu_devices(mesh, num_processes)
+    # There are several kinds of TPU clusters, and jax looks for those first.
+    method = "slurm" if kind == "slurm" else None
+    jax.distributed.initialize(cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def _share_cpu_devices(mesh: str, num_processes: int) -> None:
     needed = math.prod(parse_mesh_shape(mesh))
     if needed % num_processes:
         raise ValueError(f"mesh {mesh!r} has {needed} devices, which {num_processes} processes cannot share evenly")
     provide_cpu_devices(needed // num_processes)
-    jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:

@@ -21,13 +21,26 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import masks, sharding
 from dream_jax.model import Dream, merge_params
-from dream_jax.objective import CartWeight, Focal, LossWeight, draw_noise, masked_diffusion_loss
+from dream_jax.objective import (
+    TIME_BUCKETS,
+    CartWeight,
+    Focal,
+    LossWeight,
+    draw_noise,
+    masked_diffusion_loss,
+    sums_by_time,
+)
 from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever makes a step makes one
-from dream_jax.optimizer import opt_state_shardings
+from dream_jax.optimizer import opt_state_shardings, update_if, updates_done
 from dream_jax.shapes import ParamTree, joined
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+# Names of the losses by noise level: nll_t_0_25 is of rows with t in [0, 0.25).
+NLL_BY_TIME = tuple(
+    f"nll_t_{100 * bucket // TIME_BUCKETS}_{100 * (bucket + 1) // TIME_BUCKETS}" for bucket in range(TIME_BUCKETS)
+)
 
 # Keep the keys of noise, dropout and masks apart from those of random weights, which come from the same seed.
 _NOISE = 1 << 30
@@ -43,7 +56,8 @@ class TrainState:
     Attributes:
       params: the master weights of what is trained, a nested dict of arrays.
       opt_state: the optimizer's.
-      step: int32 scalar, the steps done.
+      step: int32 scalar, the steps done; those whose update was skipped count, for their batch and noise are spent. The
+        schedule of the learning rate counts updates, in the optimizer's state.
     """
 
     params: ParamTree
@@ -203,7 +217,9 @@ def make_train_step(
       each row within the global batch; optionally `attention_mask` bool [B, T], false on what is hidden before a row,
       whose positions count from there) and the parameters that the state leaves out, because they are not trained, to
       the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`, `num_masked`,
-      `grad_norm` (before clipping), `learning_rate`.
+      `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (at masked end-of-text, which is also padding),
+      the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 where the loss or its gradient was infinite or no number,
+      in which case parameters and optimizer are as they were, else 0. What there was nothing of is NaN.
 
     Raises:
       ValueError: a batch that the mesh cannot split evenly.
@@ -237,8 +253,9 @@ def _train_step(
 
     def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
         tokens_BT, masked_BT, t_B, row_B, exists_BT = part
+        model = merge_params(graphdef, joined(frozen, params))
         value, aux = masked_diffusion_loss(
-            merge_params(graphdef, joined(frozen, params)),
+            model,
             tokens_BT,
             masked_BT,
             t_B,
@@ -250,8 +267,17 @@ def _train_step(
             # Unused, and so not computed, without an adapter that drops something.
             dropout_keys=dropout_keys(config.seed, state.step, row_B),
         )
-        nll_sum = aux["nll"] * jnp.maximum(aux["num_masked"], 1.0)
-        return value, {"loss": value, "nll_sum": nll_sum, "num_correct": aux["num_correct"]}
+        nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t_B)
+        ends_BT = masked_BT & (tokens_BT == model.config.pad_token_id)
+        return value, {
+            "loss": value,
+            "nll_sum": aux["nll"] * jnp.maximum(aux["num_masked"], 1.0),
+            "num_correct": aux["num_correct"],
+            "nll_by_time": nll_by_time,
+            "masked_by_time": masked_by_time,
+            "ends": jnp.sum(ends_BT, dtype=jnp.float32),
+            "ends_correct": jnp.sum(ends_BT & aux["token_correct"], dtype=jnp.float32),
+        }
 
     gradient = jax.grad(loss, has_aux=True)
     whole = (tokens_BT, masked_BT, t_B, row_B, exists_BT)
@@ -273,16 +299,21 @@ def _train_step(
     gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
     # optax mixes its integer step count with floats, which strict promotion would refuse.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        grad_norm = optax.tree.norm(gradients)
+        usable = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        params, opt_state = update_if(usable, optimizer, gradients, state.opt_state, state.params)
+        updates = updates_done(state.opt_state)
+        learning_rate = jnp.asarray(schedule(state.step if updates is None else updates), jnp.float32)
     metrics = {
         "loss": sums["loss"],
         "nll": sums["nll_sum"] / normalizer,
         "masked_accuracy": sums["num_correct"] / normalizer,
         "num_masked": normalizer,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "learning_rate": learning_rate,
+        "eos_accuracy": sums["ends_correct"] / sums["ends"],
+        **dict(zip(NLL_BY_TIME, sums["nll_by_time"] / sums["masked_by_time"], strict=True)),
+        "skipped": 1.0 - usable.astype(jnp.float32),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
 

@@ -29,6 +29,7 @@ RANKS = {
     "sharding": 1,
     "tokenizer": 1,
     "atomic": 1,
+    "checksums": 1,
     "attention": 2,
     "model": 3,
     "objective": 4,

@@ -587,3 +587,127 @@ def test_half_written_step_does_not_count(tmp_path: Path) -> None:
     with RunCheckpoints(tmp_path) as run:
         assert run.latest_step() == 1
         run.restore(abstract(make_state("8x1")))
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+    scores = {1: 0.9, 2: 0.4, 3: float("nan"), 4: 0.4, 5: None, 6: 0.7}
+    with RunCheckpoints(tmp_path, keep=2) as run:
+        assert run.best_step() is None
+        for step, score in scores.items():
+            run.save(step, make_state("8x1", step), {}, score)
+        run.wait()
+        assert run.steps() == [2, 5, 6]  # of equals the first
+    with RunCheckpoints(tmp_path, keep=2) as run:  # as a new process finds them
+        assert (run.best_step(), run.score(2), run.score(5)) == (2, 0.4, None)
+        run.save(7, make_state("8x1"), {}, 0.1)
+        run.save(8, make_state("8x1"), {}, 0.2)
+        run.save(9, make_state("8x1"), {}, 0.3)
+        run.wait()
+        assert (run.steps(), run.best_step()) == ([7, 8, 9], 7)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step: Path) -> Path:
+    path = largest(step)
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def flip(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def remove(step: Path) -> Path:
+    path = largest(step)
+    path.unlink()
+    return path
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "flipped": lambda step: flip(largest(step)),
+    "flipped in the meta": lambda step: flip(step / "meta" / "metadata"),
+    "removed": remove,
+    "no checksums": lambda step: (step / "checksums.json").unlink() or step / "checksums.json",
+    "half of the checksums": lambda step: (step / "checksums.json").write_text("{") and step / "checksums.json",
+}
+
+
+def big_state(step: int) -> dict[str, Any]:
+    return {"weights": jnp.full((64, 1024), float(step)), "step": jnp.int32(step)}
+
+
+@pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_newest_step_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Any) -> None:
+    with RunCheckpoints(tmp_path) as run:
+        for step in (1, 2, 3):
+            run.save(step, big_state(step), {"step": step, "note": "x" * 99}, score=1 / step)
+    path = harm(tmp_path / "3")
+    with caplog.at_level(logging.ERROR), RunCheckpoints(tmp_path) as run:
+        state, meta = run.restore(abstract(big_state(0)))
+        assert_equal(state, big_state(2))
+        assert meta["step"] == 2
+        assert run.steps() == [1, 2] and list(run.damaged) == [3] and run.best_step() == 2
+        assert str(path) in run.damaged[3] and str(path) in caplog.text
+        assert "going on from step 2 instead; step 3 is now 3.damaged" in caplog.text
+        # The run comes by that step again, and may save it.
+        run.save(3, big_state(3), {"step": 3})
+    with RunCheckpoints(tmp_path) as run:
+        assert_equal(run.restore(abstract(big_state(0)))[0], big_state(3))
+        assert run.damaged == {}
+    assert (tmp_path / "3.damaged").is_dir()
+
+
+def test_without_an_undamaged_step_nothing_is_put_aside(tmp_path: Path) -> None:
+    with RunCheckpoints(tmp_path) as run:
+        for step in (1, 2):
+            run.save(step, big_state(step), {})
+    truncate(tmp_path / "1")
+    flip(largest(tmp_path / "2"))
+    with RunCheckpoints(tmp_path) as run:
+        with pytest.raises(ValueError, match=r"step 2: .* has CRC-32 .*; step 1: .* bytes, but .*; put a copy back"):
+            run.restore(abstract(big_state(0)))
+        with pytest.raises(ValueError, match=r"step 1: .* bytes, but"):
+            run.restore(abstract(big_state(0)), step=1)
+        assert run.steps() == [1, 2]
+
+
+TERMINATED = """
+import os, pathlib, signal, sys, time
+import jax.numpy as jnp
+from dream_jax import checksums
+from dream_jax.checkpoint import RunCheckpoints
+with RunCheckpoints(sys.argv[1]) as run:
+    run.save(1, {"weights": jnp.full((64, 1024), 1.0), "step": jnp.int32(1)}, {})
+    run.wait()
+    write = checksums.write
+    def slowly(*args, **more):
+        print("writing", flush=True)
+        time.sleep(60)
+    checksums.write = slowly
+    run.save(2, {"weights": jnp.full((64, 1024), 2.0), "step": jnp.int32(2)}, {})
+    print("returned", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_sigterm_while_a_step_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    """Also: `save` returns while it is being written."""
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said = {process.stdout.readline(), process.stdout.readline()}  # type: ignore[union-attr]
+        assert said == {"returned\n", "writing\n"}
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM
+    with RunCheckpoints(tmp_path) as run:
+        assert run.steps() == [1]
+        assert_equal(run.restore(abstract(big_state(0)))[0], big_state(1))
+        run.save(2, big_state(2), {})
+    with RunCheckpoints(tmp_path) as run:
+        assert_equal(run.restore(abstract(big_state(0)))[0], big_state(2))

@@ -16,6 +16,7 @@ from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, split_params
 from dream_jax.objective import Focal, InverseTimeWeight, draw_noise, masked_diffusion_loss
 from dream_jax.train_step import (
+    NLL_BY_TIME,
     OptimizerConfig,
     StepConfig,
     abstract_state,
@@ -126,6 +127,7 @@ def reference_step(params, m, v, step, optimizer, config):
         "num_masked": aux["num_masked"],
         "grad_norm": norm,
         "learning_rate": rate,
+        "skipped": 0.0,
     }
     return jax.tree.unflatten(jax.tree.structure(params), updated.values()), metrics
 
@@ -141,7 +143,8 @@ def test_step_is_adamw_by_hand():
     for number in range(3):
         params, wanted = reference_step(params, m, v, number, optimizer, StepConfig(global_batch=ROWS, **options))
         state, metrics = step(state, put(batch(number)))
-        assert metrics.keys() == wanted.keys()
+        # Losses by noise level and the accuracy at end-of-text are test_skipped_steps.py's.
+        assert metrics.keys() == wanted.keys() | {"eos_accuracy", *NLL_BY_TIME}
         assert int(state.step) == number + 1
         for name, value in wanted.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)

@@ -3,14 +3,11 @@
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -18,10 +15,12 @@ import pytest
 from flax import nnx
 
 import dream_jax
-from dream_jax import pretrained
+from dream_jax import pretrained, sharding
+from dream_jax.data import make_batches
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import Diverged, TrainSettings, answer_text, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
+from dream_jax.trainer.grid import Grid, encode_held_out
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -166,12 +165,70 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path):
         train(settings(out, **options))
 
 
-def test_a_diverged_run_saves_nothing_of_it(tmp_path):
+def test_a_diverged_run_keeps_its_batches_and_saves_nothing_of_it(tmp_path):
     out = tmp_path / "wild"
-    with pytest.raises(Diverged, match="step 2 has loss .*newest checkpoint is of step 1.*Try a smaller"):
-        train(settings(out, learning_rate=1e30, clip_norm=0, save_every=1))
-    assert not (out / "summary.json").exists()
-    assert all(np.isfinite(loss) for _, loss in losses(out))
+    wild = settings(out, learning_rate=1e30, clip_norm=0, save_every=1, max_skipped=3, eval_rows=0)
+    said = r"step 4 has loss .* the last of 3 in a row .*newest checkpoint is of step 1.*Try a smaller"
+    for _ in range(2):  # the same command comes to the same end
+        with pytest.raises(Diverged, match=said):
+            train(wild)
+        assert not (out / "summary.json").exists()
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["1"]
+        with (out / "metrics.csv").open() as file:
+            found = [(int(row["step"]), float(row["skipped"]), float(row["loss"])) for row in csv.DictReader(file)]
+        assert [row[:2] for row in found] == [(1, 0), (2, 1), (3, 1), (4, 1)]
+        assert np.isfinite(found[0][2]) and not np.isfinite([row[2] for row in found[1:]]).any()
+    batches = [dict(np.load(out / "skipped" / f"step-{step}.npz")) for step in (2, 3, 4)]
+    with make_batches(wild.source("train"), ByteTokenizer(), batch_size=16, max_length=40, seed=0) as again:
+        wanted = [next(again) for _ in range(4)][1:]
+    for batch, other in zip(batches, wanted, strict=True):
+        assert batch.keys() == other.keys()
+        for name in other:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
+    """One row in ten makes the loss of its batch NaN; the run goes on, and says so."""
+    small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=1)
+    model = dream_jax.Dream(small, rngs=nnx.Rngs(0))
+    model.embed.embedding[...] = model.embed.embedding[...].at[ord("Q")].set(np.nan)
+    dream_jax.save(model, tmp_path / "model")
+    rows = [{"input": "Q" if n == 7 else f"{n}", "output": "yes"} for n in range(10)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": str(tmp_path / "train.jsonl"), "model": str(tmp_path / "model"), "tokenizer": "bytes"}
+    options |= {"mesh": "1x1", "batch_size": 2, "steps": 10, "eval_rows": 0, "held_out": 0.0, "learning_rate": 1e-3}
+    options |= {"save_every": 1, "keep": 20, "max_skipped": 2}
+    summary = train(settings(tmp_path / "out", **options))
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        skipped = [int(row["step"]) for row in csv.DictReader(file) if float(row["skipped"])]
+    assert len(skipped) == 2 and skipped[0] <= 5 < skipped[1]  # once an epoch
+    assert [step + 1 for step, loss in enumerate(summary["last_losses"]) if loss is None] == skipped
+    said = capsys.readouterr().out
+    assert all(f"warning: step {step} is skipped, 1 in a row: its loss is nan" in said for step in skipped)
+    # No checkpoint of a skipped step, except of the last.
+    saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert saved == [step for step in range(1, 11) if step not in skipped or step == 10]
+    assert not (tmp_path / "out" / "skipped").exists()
+
+
+def test_the_best_state_is_kept_and_can_be_handed_over(tmp_path):
+    """A learning rate that wrecks what it has learned: the best evaluation is not the last."""
+    options = {"steps": 12, "eval_every": 2, "save_every": 100, "keep": 1, "warmup_share": 0.9, "learning_rate": 0.5}
+    summary = train(settings(tmp_path / "out", final="best", **options))
+    with (tmp_path / "out" / "eval.csv").open() as file:
+        scores = {int(row["step"]): float(row["nll"]) for row in csv.DictReader(file)}
+    assert [*scores] == [2, 4, 6, 8, 10, 12]
+    best = min(scores, key=scores.get)
+    assert best < 12
+    assert summary["best"] == {"step": best, "nll": scores[best]} and summary["step"] == best
+    assert sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()) == [best, 12]
+    # The model that was written is the best one.
+    np.testing.assert_allclose(summary["eval"]["nll"], scores[best], rtol=1e-6)
+    model = dream_jax.load(tmp_path / "out" / "model", mesh="8x1")
+    chosen = settings(tmp_path / "out", **options)
+    rows = encode_held_out(chosen.source("test"), ByteTokenizer(), chosen, 40)
+    score = Grid([one for _, one in rows], 8, sharding.make_mesh("8x1")).score(model)
+    np.testing.assert_allclose(score.nll, scores[best], rtol=1e-5)
 
 
 def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp_path):
@@ -206,43 +263,13 @@ def test_first_losses_of_nano_are_those_of_any_mesh(nano_losses, tmp_path, mesh,
     np.testing.assert_allclose(found, nano_losses, rtol=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(finished, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "two"
-    command = [sys.executable, "train.py", "--mesh", "8x1", "--steps", "12", "--batch-size", "16", "--save-every", "5"]
-    command += ["--eval-rows", "4", "--out", str(out), "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    started = [
-        subprocess.Popen(
-            [*command, "--process-id", str(number)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    deadline = time.monotonic() + 300
-    try:
-        said = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    np.testing.assert_allclose([loss for _, loss in losses(out)], [loss for _, loss in losses(finished[0])], rtol=1e-5)
-    one, two = finished[1]["eval"], json.loads((out / "summary.json").read_text())["eval"]
-    assert one["exact_accuracy"] == two["exact_accuracy"]
-    np.testing.assert_allclose(one["nll"], two["nll"], rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mesh": "8"}, "not of the form FSDPxTENSOR"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"max_skipped": 0}, "max_skipped=0 must be at least 1"),
         ({"weight": "cart", "cart_p": 1.5}, "outside"),
         ({"learning_rate": -1.0}, "must be a positive number"),
         ({"max_length": 1}, "leaves no room"),

@@ -9,9 +9,10 @@ import contextlib
 import csv
 import fcntl
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +20,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dream_jax.tokenizer import Template, Tokenizer, write_template
+from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
 from dream_jax.trainer.settings import FREE, TrainSettings
 
-METRICS = ("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_masked")
+METRICS = (
+    *("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_masked"),
+    *(*NLL_BY_TIME, "eos_accuracy", "skipped"),
+)
+EVALUATED = ("nll", "nll_se", *NLL_BY_TIME, "masked_accuracy", "eos_accuracy", "num_masked", "rows")
 
 # What a run makes in its folder, and all that --overwrite removes. The settings go last: what is left of a removal that was
 # cut short still shows whose folder it is.
 _MADE = (
     "metrics.csv",
+    "eval.csv",
+    "skipped",
     "summary.json",
     "data.json",
     "samples.json",
@@ -159,52 +167,86 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 class MetricsLog:
-    """`metrics.csv` and the loggers asked for. Rows after the step that the run goes on from are dropped first."""
-
-    fields = ("step", *METRICS, "tokens_per_second")
+    """`metrics.csv`, `eval.csv` and the loggers asked for. Rows after the step that a run goes on from are dropped."""
 
     def __init__(self, settings: TrainSettings, done: int):
         folder = settings.out
-        path = folder / "metrics.csv"
-        rows = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
-        temporary = path.with_name(".metrics.csv.incomplete")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, self.fields, extrasaction="ignore")
+        self._steps = _Table(folder / "metrics.csv", ("step", *METRICS, "tokens_per_second"), done)
+        self._evaluations = _Table(folder / "eval.csv", ("step", *EVALUATED), done)
         self._loggers = open_loggers(settings.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the row of one step."""
-        # repr of a float32 read as float64 is exact, so that runs can be compared to the last bit.
-        self._writer.writerow({"step": step, **row})
-        self._file.flush()  # a row a step, also for a run that is killed
+        self._steps.write(step, row)
+        self._send(step, row)
+
+    def evaluated(self, step: int, row: Mapping[str, float]) -> None:
+        """Adds the row of one evaluation on held-out data."""
+        self._evaluations.write(step, row)
+        self._send(step, {f"held_out/{name}": value for name, value in row.items()})
+
+    def _send(self, step: int, row: Mapping[str, float]) -> None:
         for logger in self._loggers:
             logger.write(step, row)
 
     def flush(self) -> None:
         """Hands everything to the system."""
-        self._file.flush()
         for logger in self._loggers:
             logger.flush()
 
     def close(self) -> None:
         """Closes all."""
-        self._file.close()
+        self._steps.close()
+        self._evaluations.close()
         for logger in self._loggers:
             logger.close()
 
 
-def last_losses(folder: pathlib.Path, number: int = 10) -> list[float]:
-    """The losses of the last steps in `metrics.csv`, oldest first."""
+class _Table:
+    """A CSV file with a row a step, each on the disk as soon as it is written."""
+
+    def __init__(self, path: pathlib.Path, fields: Sequence[str], done: int):
+        rows = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
+        temporary = path.with_name(f".{path.name}.incomplete")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, fields, extrasaction="ignore")
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        # repr of a float32 read as float64 is exact, so that runs can be compared to the last bit.
+        self._writer.writerow({"step": step, **row})
+        self._file.flush()  # also for a run that is killed
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def last_losses(folder: pathlib.Path, number: int = 10) -> list[float | None]:
+    """The losses of the last steps in `metrics.csv`, oldest first; None where a loss was no number."""
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)][-number:]
+        found = [float(row["loss"]) for row in csv.DictReader(file)][-number:]
+    return [loss if math.isfinite(loss) else None for loss in found]
+
+
+def save_batches(folder: pathlib.Path, batches: Mapping[int, Mapping[str, np.ndarray]]) -> pathlib.Path:
+    """Keeps this process's rows of the batches of some steps as `skipped/step-N.npz`, for someone to look at."""
+    target = folder / "skipped"
+    target.mkdir(exist_ok=True)
+    suffix = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    for step, batch in batches.items():
+        path = target / f"step-{step}{suffix}.npz"
+        temporary = path.with_name(f".{path.name}.incomplete")
+        with temporary.open("wb") as file:
+            np.savez(file, **dict(batch))  # type: ignore[arg-type]  # which takes one of them for its own flag
+        temporary.replace(path)
+    return target
 
 
 def save_tokenizer(

@@ -30,7 +30,7 @@ from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
 from dream_jax.train_step import TrainState, TrainStep, abstract_state, init_state, put_batch
-from dream_jax.trainer import weights
+from dream_jax.trainer import processes, weights
 from dream_jax.trainer.build import (
     build_step,
     check_length,
@@ -47,9 +47,11 @@ from dream_jax.trainer.folder import (
     claimed_folder,
     holds_checkpoint,
     last_losses,
+    save_batches,
     save_tokenizer,
     write_json,
 )
+from dream_jax.trainer.grid import Grid, GridScore, encode_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
 from dream_jax.trainer.record import read_record
 from dream_jax.trainer.report import Report
@@ -65,7 +67,7 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """The loss or its gradient is no longer a number."""
+    """The loss or its gradient was no number in too many steps in a row."""
 
 
 def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -79,10 +81,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     Raises:
       ValueError, OSError: settings, data or files that do not fit; nothing is changed then.
       Stopped: after SIGINT or SIGTERM; everything up to that step is saved.
-      Diverged: the loss or its gradient is infinite or no number.
+      Diverged: the loss or its gradient was infinite or no number in too many steps in a row.
     """
-    if settings.coordinator is not None:
-        sharding.join_processes(settings.coordinator, settings.num_processes, settings.process_id, settings.mesh)
+    processes.join(settings)
     begun = time.monotonic()
     mesh = sharding.make_mesh(settings.mesh)
     report = Report(settings, origins)
@@ -98,6 +99,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
     ):
         state, done, earlier = _first_state(run, params, frozen, checkpoints)
+        for step, problem in checkpoints.damaged.items():
+            report.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         rows, batches = run.batches.report, run.batches.outlook(settings.steps)
@@ -109,7 +112,13 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
         if done == 0:
             _sample(run, merge_params(run.graphdef, joined(frozen.params, state.params)), "before")
-        state = _steps(run, state, frozen, done, checkpoints, report, lambda: earlier + time.monotonic() - begun)
+        seconds = lambda: earlier + time.monotonic() - begun
+        state, score = _steps(run, state, frozen, done, checkpoints, report, seconds)
+        best = checkpoints.best_step()
+        if best is not None:
+            report.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")
+        if settings.final == "best" and best not in (None, settings.steps):
+            state, score = checkpoints.restore(_released(state), step=best)[0], None
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
         made = weights.save(trained, settings)
@@ -118,7 +127,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         _sample(run, trained, "after")
         evaluation = {}
         if run.held_out is not None:
-            evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh)
+            evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh, score)
         for name, value in evaluation.items():
             report.say(
                 f"held-out {name.replace('_', ' ')}: {value:g}" if isinstance(value, float) else f"{name}: {value}"
@@ -132,8 +141,10 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
             "eval": evaluation,
-            "seconds": earlier + time.monotonic() - begun,
-            "cost": dataclasses.asdict(run_cost(settings, mesh, earlier + time.monotonic() - begun)),
+            "best": None if best is None else {"step": best, "nll": checkpoints.score(best)},
+            "step": int(state.step),
+            "seconds": seconds(),
+            "cost": dataclasses.asdict(run_cost(settings, mesh, seconds())),
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
@@ -142,7 +153,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             # With it the run is finished, whatever becomes of a picture.
             write_json(settings.out / "summary.json", summary)
             reports = [path.name for path in write_report(read_record(settings.out))]
-        names = ", ".join(["metrics.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)])
+        files = ["metrics.csv", "eval.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)]
+        names = ", ".join(files)
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary
 
@@ -160,7 +172,8 @@ class _Run:
       model: shapes only.
       graphdef: its static part.
       template: how the rows' prompts become tokens; what the model is asked later should be written so too.
-      held_out: None when nothing is to be answered.
+      held_out: None when nothing is to be evaluated.
+      grid: its rows at fixed noise levels; None without any that fit.
     """
 
     settings: TrainSettings
@@ -172,6 +185,7 @@ class _Run:
     max_length: int
     batches: Batches
     held_out: Source | None
+    grid: Grid | None
     optimizer: optax.GradientTransformation
     step: TrainStep
 
@@ -193,6 +207,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
+    rows = [] if held_out is None else encode_held_out(held_out, tokenizer, settings, max_length)
     return _Run(
         settings=settings,
         mesh=mesh,
@@ -214,6 +229,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             options=settings.batch_options(),
         ),
         held_out=held_out,
+        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh) if rows else None,
         optimizer=built.optimizer,
     )
 
@@ -239,6 +255,13 @@ def _first_state(
     return state, int(state.step), float(meta["seconds"])
 
 
+def _released(state: TrainState) -> TrainState:
+    """Shapes and places of a state, whose memory is given back."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    return shapes
+
+
 def _steps(
     run: _Run,
     state: TrainState,
@@ -247,12 +270,22 @@ def _steps(
     checkpoints: RunCheckpoints,
     report: Report,
     seconds: Callable[[], float],
-) -> TrainState:
-    """Takes the steps that are left, logs each, and saves now and then. Raises Stopped when asked to stop."""
+) -> tuple[TrainState, GridScore | None]:
+    """Takes the steps that are left, logs each, and evaluates and saves now and then.
+
+    Returns:
+      The last state, and its score if it was evaluated here.
+
+    Raises:
+      Stopped: when asked to stop.
+      Diverged: when too many steps in a row had to be skipped.
+    """
     settings = run.settings
     log = MetricsLog(settings, done) if report.leads else None
     widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = _StopSignal()
+    skipped: dict[int, Mapping[str, np.ndarray]] = {}  # the batches of the steps before this one, if they were skipped
+    due, score = False, None
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
         for number in range(done + 1, settings.steps + 1):
@@ -260,14 +293,6 @@ def _steps(
             width = batch["tokens"].shape[1]
             state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                checkpoints.wait()
-                saved = checkpoints.latest_step()
-                newest = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
-                raise Diverged(
-                    f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}; nothing of it is saved "
-                    f"({newest}). Try a smaller --learning-rate"
-                )
             now = time.monotonic()
             row["tokens_per_second"] = settings.batch_size * width / (now - clock)
             mfu = widths(width).mfu(settings.batch_size * width, row["num_masked"], now - clock, run.mesh)
@@ -275,10 +300,29 @@ def _steps(
             if log:
                 log.write(number, row)
             report.step(number, row, mfu)
-            stopping = stop.requested()
-            if number % settings.save_every == 0 or number == settings.steps or stopping:
+            skipped = skipped | {number: batch} if row["skipped"] else {}
+            if skipped:
+                report.say(
+                    f"warning: step {number} is skipped, {len(skipped)} in a row: its loss is {row['loss']}, its gradient "
+                    f"norm {row['grad_norm']}"
+                )
+            if len(skipped) >= settings.max_skipped:
+                raise _diverged(number, row, skipped, checkpoints, settings)
+            last, stopping, score = number == settings.steps, stop.requested(), None
+            if run.grid is not None and (number % settings.eval_every == 0 or last):
+                score = run.grid.score(merge_params(run.graphdef, joined(frozen.params, state.params)))
+                report.say(f"evaluation after step {number}: {score.line()}")
+                if log:
+                    log.evaluated(number, score.row())
+                due |= _is_best(score, checkpoints)
+                clock = time.monotonic()  # the next step did not take that long
+            due |= number % settings.save_every == 0
+            # In the middle of skipped steps nothing is saved that was not saved before them: what led to them may be in
+            # the weights already, and must not crowd out the checkpoints before it.
+            if last or stopping or (due and not skipped):
                 meta = {"data": run.batches.get_state(), "seconds": seconds(), "base": frozen.identity}
-                checkpoints.save(number, state, meta)
+                checkpoints.save(number, state, meta, None if score is None else score.nll)
+                due = False
                 if log:
                     log.flush()
             if stopping:
@@ -287,7 +331,33 @@ def _steps(
                     f"stopped and saved after step {number} of {settings.steps}; the same command goes on from there"
                 )
     checkpoints.wait()
-    return state
+    return state, score
+
+
+def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
+    best = checkpoints.best_step()
+    before = None if best is None else checkpoints.score(best)
+    found = not math.isnan(score.nll) and (before is None or score.nll < before)
+    if jax.process_count() > 1:  # a shared disk may have shown the others something older
+        found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+    return found
+
+
+def _diverged(
+    number: int,
+    row: Mapping[str, float],
+    skipped: Mapping[int, Mapping[str, np.ndarray]],
+    checkpoints: RunCheckpoints,
+    settings: TrainSettings,
+) -> Diverged:
+    checkpoints.wait()
+    saved = checkpoints.latest_step()
+    newest = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
+    return Diverged(
+        f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}, the last of "
+        f"{len(skipped)} in a row that had to be skipped; weights since then are not saved ({newest}). The batches are in "
+        f"{save_batches(settings.out, skipped)}. Try a smaller --learning-rate, and look at the batches"
+    )
 
 
 class _StopSignal:

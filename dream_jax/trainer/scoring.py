@@ -1,64 +1,68 @@
 """How good a model is on rows it has not seen: by sampling answers, and by their likelihood.
 
-Knows rows, the sampler and the objective. Knows nothing of the loop.
+Knows rows, the sampler and the grid of noise levels. Knows nothing of the loop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax.data import EncodedRow, Row, Source, encode_row, first_rows
+from dream_jax.data import EncodedRow, Source
 from dream_jax.model import Dream
-from dream_jax.objective import UniformWeight, masked_diffusion_loss
 from dream_jax.sampler import SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import Tokenizer
+from dream_jax.trainer.grid import Grid, GridScore, Pair, encode_held_out, rows_at_once
 from dream_jax.trainer.settings import TrainSettings
 
 
 def evaluate(
-    model: Dream, tokenizer: Tokenizer, held_out: Source, settings: TrainSettings, max_length: int, mesh: Mesh
+    model: Dream,
+    tokenizer: Tokenizer,
+    held_out: Source,
+    settings: TrainSettings,
+    max_length: int,
+    mesh: Mesh,
+    score: GridScore | None = None,
 ) -> dict[str, Any]:
     """Answers held-out rows by sampling (temperature 0, entropy order, a token a step), and measures their likelihood.
+
+    `score` is that of the model, if it is known already.
 
     Returns:
       `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
       `too_long` (documents, and rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards`
-      (the most that a batch took), and `nll`: nats per masked token on a fixed grid of noise levels with fixed masks.
+      (the most that a batch took), and of the fixed grid of noise levels `nll` (nats per masked token), `nll_se`,
+      `masked_accuracy` and `eos_accuracy`; of the last three None where there was nothing to measure.
     """
-    rows = first_rows(held_out, settings.eval_rows)
-    encoding = settings.encode_options()
-    encoded = [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length, encoding)) is not None]
+    encoded = encode_held_out(held_out, tokenizer, settings, max_length)
+    asked = min(settings.eval_rows, len(held_out))
     if not encoded:
-        return {"rows": 0, "too_long": len(rows)}
-    # As many rows at once as a training step holds.
-    shards = dict(mesh.shape)["fsdp"]
-    size = min(max(settings.batch_size // settings.accumulation, 1), -(-len(encoded) // shards) * shards)
+        return {"rows": 0, "too_long": asked}
+    size = rows_at_once(settings, mesh, len(encoded))
     # A document answers nothing: it has a likelihood only.
-    asked = [(row, one) for row, one in encoded if not row.document]
-    short = [(row, one) for row, one in asked if one.length - one.prompt_length <= settings.eval_tokens]
+    answering = [(row, one) for row, one in encoded if not row.document]
+    short = [(row, one) for row, one in answering if one.length - one.prompt_length <= settings.eval_tokens]
     correct, forwards = 0, 0
     for part in _batches(short, size, model.config.max_position_embeddings):
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)
         correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
         forwards = max(forwards, used)
-    tokens = np.stack([one.tokens for _, one in encoded])
-    maskable = np.stack([one.maskable for _, one in encoded])
+    if score is None:
+        score = Grid([one for _, one in encoded], size, mesh).score(model)
+    measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}
     found: dict[str, Any] = {"exact_accuracy": correct / len(short)} if short else {}
     return found | {
         "rows": len(short),
-        "too_long": len(rows) - len(short),
+        "too_long": asked - len(short),
         "forwards": forwards,
-        "nll": _grid_nll(model, tokens, maskable, size, mesh),
+        "nll": score.nll,
+        **{name: None if math.isnan(value) else value for name, value in measured.items()},
     }
-
-
-Pair = tuple[Row, EncodedRow]
 
 
 def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pair]]:
@@ -115,28 +119,3 @@ def answer_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     if tokenizer.eos_id in ids:
         ids = ids[: ids.index(tokenizer.eos_id)]
     return tokenizer.decode(ids, skip_special=True)
-
-
-def _grid_nll(model: Dream, tokens: np.ndarray, maskable: np.ndarray, size: int, mesh: Mesh) -> float:
-    """Mean cross entropy at masked positions over t = 1/16, 3/16, ..., 15/16, each with masks of its own."""
-
-    @jax.jit
-    def sums(model: Dream, tokens: jax.Array, masked: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        _, aux = masked_diffusion_loss(model, tokens, masked, t, UniformWeight())
-        return jnp.sum(aux["token_nll"]), aux["num_masked"]
-
-    size = min(size, len(tokens))
-    # Rows that only fill the last batch: nothing of them is masked, so nothing of them counts.
-    filling = ((0, -len(tokens) % size), (0, 0))
-    tokens, maskable = np.pad(tokens, filling), np.pad(maskable, filling)
-    total, count = 0.0, 0.0
-    generator = np.random.default_rng(0)  # the same masks for every model
-    for level in (np.arange(8) + 0.5) / 8:
-        masked = maskable & (generator.random(maskable.shape) < level)
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            t = np.full(size, level, np.float32)
-            with jax.set_mesh(mesh):
-                nll, number = sums(model, tokens[part], masked[part], t)
-            total, count = total + float(nll), count + float(number)
-    return total / max(count, 1.0)

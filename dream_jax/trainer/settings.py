@@ -138,11 +138,18 @@ class TrainSettings:
     save_every: int = 500
     """steps between checkpoints"""
     keep: int = 3
-    """checkpoints kept"""
+    """newest checkpoints kept; the best by evaluation is kept as well"""
+    eval_every: int = 500
+    """steps between evaluations: likelihood of --eval-rows held-out rows on a fixed grid of noise levels, in eval.csv; also
+    after the last step. The best state so far is saved"""
+    final: Literal["last", "best"] = "last"
+    """which state the run hands over at the end: the last, or the best by evaluation"""
+    max_skipped: int = 5
+    """a step whose loss or gradient is no number is skipped; after so many in a row the run ends and keeps their batches"""
     log_every: int = 50
     """steps between lines where the output is no terminal"""
     eval_rows: int = 200
-    """held-out rows to answer by sampling at the end; 0 for none"""
+    """held-out rows to evaluate on, and to answer by sampling at the end; 0 for none"""
     eval_tokens: int = 512
     """longest answer that is sampled then; rows with longer ones only count in the likelihood"""
     samples: int = 3
@@ -157,8 +164,11 @@ class TrainSettings:
     """of --price-per-chip-hour"""
     rmb_per_usd: float = 7.1
     """exchange rate"""
+    cluster: Literal["auto", "slurm", "tpu", "off"] = "auto"
+    """where the other processes of the run are found without --coordinator. auto: on a TPU slice, and under Slurm with
+    several tasks; off: this process runs alone"""
     coordinator: str | None = None
-    """host:port of process 0, to join several processes into one run"""
+    """host:port of process 0, to join several processes into one run; with --num-processes and --process-id"""
     num_processes: int = 1
     """how many processes the run has"""
     process_id: int = 0
@@ -172,6 +182,8 @@ class TrainSettings:
             "accumulation",
             "save_every",
             "keep",
+            "eval_every",
+            "max_skipped",
             "log_every",
             "sample_tokens",
             "num_processes",
@@ -384,7 +396,11 @@ FREE = {
     "overwrite",
     "save_every",
     "keep",
+    "eval_every",
+    "final",
+    "max_skipped",
     "log_every",
+    "cluster",
     "coordinator",
     "num_processes",
     "process_id",

@@ -1,0 +1,146 @@
+"""Held-out likelihood on a fixed grid of noise levels: the number by which the checkpoints of a run are compared.
+
+Levels, masks and rows are the same at every step, for every model and on every mesh, so that two numbers differ because
+the weights do. (A validation loss at random levels moves more from draw to draw than from epoch to epoch.)
+
+Knows encoded rows and the objective. Knows nothing of the loop or of files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dream_jax import sharding
+from dream_jax.data import EncodedRow, Row, Source, encode_row, first_rows
+from dream_jax.model import Dream
+from dream_jax.objective import TIME_BUCKETS, UniformWeight, masked_diffusion_loss
+from dream_jax.tokenizer import Tokenizer
+from dream_jax.train_step import NLL_BY_TIME
+from dream_jax.trainer.settings import TrainSettings
+
+Pair = tuple[Row, EncodedRow]
+LEVELS = tuple((number + 0.5) / 8 for number in range(8))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridScore:
+    """How likely the held-out rows are. What there was nothing to measure of is NaN.
+
+    Attributes:
+      nll: nats per masked token, over all levels.
+      nll_se: its standard error, with rows as what was sampled: levels and masks are fixed, and tokens of a row belong
+        together.
+      nll_by_time: the same over the levels in [0, 1/4), [1/4, 1/2), and so on.
+      masked_accuracy: share of the masked tokens whose most probable token is right.
+      eos_accuracy: the same of masked end-of-text, which is also padding.
+      num_masked: tokens that were masked, over all levels.
+      rows: how many.
+    """
+
+    nll: float
+    nll_se: float
+    nll_by_time: tuple[float, ...]
+    masked_accuracy: float
+    eos_accuracy: float
+    num_masked: int
+    rows: int
+
+    def row(self) -> dict[str, float]:
+        """One value a column."""
+        plain = dataclasses.asdict(self)
+        by_time = dict(zip(NLL_BY_TIME, plain.pop("nll_by_time"), strict=True))
+        return {"nll": plain.pop("nll"), "nll_se": plain.pop("nll_se"), **by_time, **plain}
+
+    def line(self) -> str:
+        """For a person."""
+        by_time = " ".join(f"{value:.3f}" for value in self.nll_by_time)
+        return (
+            f"held-out nll {self.nll:.4f} +- {self.nll_se:.4f} (by noise level {by_time})  "
+            f"masked acc {self.masked_accuracy:.3f}  end-of-text acc {self.eos_accuracy:.3f}"
+        )
+
+
+class Grid:
+    """Rows with fixed masks, and the compiled function that scores a model on them."""
+
+    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh):
+        """`rows` is not empty; `size` of them are computed at once, a multiple of the mesh's fsdp."""
+        self._tokens_RT = np.stack([one.tokens for one in rows])
+        maskable_RT = np.stack([one.maskable for one in rows])
+        generator = np.random.default_rng(0)  # the same masks for every model
+        self._masked = [maskable_RT & (generator.random(maskable_RT.shape) < level) for level in LEVELS]
+        self._size = size
+        self._mesh = mesh
+
+        def sums(
+            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight())
+            ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
+            return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
+
+        # Replicated: every process reads the sums of all rows.
+        self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+    def score(self, model: Dream) -> GridScore:
+        """Scores a model whose parameters lie on the mesh."""
+        rows = len(self._tokens_RT)
+        nll_LR, right_LR, ends_right_LR = (np.zeros((len(LEVELS), rows)) for _ in range(3))
+        for number, (level, masked_RT) in enumerate(zip(LEVELS, self._masked, strict=True)):
+            for start in range(0, rows, self._size):
+                part = slice(start, start + self._size)
+                # Rows that only fill the last batch: nothing of them is masked, so nothing of them counts.
+                filling = ((0, max(0, start + self._size - rows)), (0, 0))
+                tokens_BT, masked_BT = np.pad(self._tokens_RT[part], filling), np.pad(masked_RT[part], filling)
+                with jax.set_mesh(self._mesh):
+                    found = self._sums(model, tokens_BT, masked_BT, np.full(self._size, level, np.float32))
+                for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
+                    target[number, part] = np.asarray(sums_B)[: rows - start]
+        count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)
+        ends = sum(
+            int((masked_RT & (self._tokens_RT == model.config.pad_token_id)).sum()) for masked_RT in self._masked
+        )
+        bucket_L = [int(level * TIME_BUCKETS) for level in LEVELS]
+        by_time = [np.isin(bucket_L, number) for number in range(TIME_BUCKETS)]
+        return GridScore(
+            nll=_ratio(nll_LR.sum(), count_LR.sum()),
+            nll_se=_ratio_error(nll_LR.sum(0), count_LR.sum(0)),
+            nll_by_time=tuple(_ratio(nll_LR[levels].sum(), count_LR[levels].sum()) for levels in by_time),
+            masked_accuracy=_ratio(right_LR.sum(), count_LR.sum()),
+            eos_accuracy=_ratio(ends_right_LR.sum(), ends),
+            num_masked=int(count_LR.sum()),
+            rows=rows,
+        )
+
+
+def encode_held_out(held_out: Source, tokenizer: Tokenizer, settings: TrainSettings, max_length: int) -> list[Pair]:
+    """The first `eval_rows` held-out rows, without those that do not fit."""
+    encoding = settings.encode_options()
+    rows = first_rows(held_out, settings.eval_rows)
+    return [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length, encoding)) is not None]
+
+
+def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:
+    """As many as a training step holds, or all; a multiple of fsdp."""
+    shards = dict(mesh.shape)["fsdp"]
+    return min(max(settings.batch_size // settings.accumulation, 1), -(-rows // shards) * shards)
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else math.nan
+
+
+def _ratio_error(total_R: np.ndarray, count_R: np.ndarray) -> float:
+    """Standard error of sum(total) / sum(count) over rows that were drawn independently (by linearisation)."""
+    rows, count = len(total_R), count_R.sum()
+    if rows < 2 or not count:
+        return math.nan
+    residual_R = total_R - total_R.sum() / count * count_R
+    return float(math.sqrt(rows / (rows - 1) * np.sum(residual_R**2)) / count)

@@ -1,0 +1,88 @@
+"""The fixed-grid likelihood against logits and arithmetic by hand, and what it may not depend on."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dream_jax import sharding
+from dream_jax.config import PRESETS
+from dream_jax.data import Row, encode_row
+from dream_jax.model import Dream, merge_params, split_params
+from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.trainer.grid import LEVELS, Grid
+
+SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=1, hidden_size=64, intermediate_size=96)
+LENGTH = 16
+
+
+def rows(count=5):
+    tokenizer = ByteTokenizer()
+    made = [Row(prompt=f"{n}?", response="yes" * (1 + n % 3)) for n in range(count)]
+    return [encode_row(row, tokenizer, LENGTH) for row in made]
+
+
+def model(mesh=None):
+    made = Dream(SMALL, rngs=nnx.Rngs(0))
+    if mesh is None:
+        return made
+    graphdef, params = split_params(made)
+    return merge_params(graphdef, jax.device_put(params, sharding.parameter_shardings(params, mesh)))
+
+
+def by_hand(encoded):
+    """nll [levels, rows, T] and what of it is right, from all logits, in float64."""
+    tokens = np.stack([one.tokens for one in encoded])
+    maskable = np.stack([one.maskable for one in encoded])
+    generator = np.random.default_rng(0)
+    masked = np.stack([maskable & (generator.random(maskable.shape) < level) for level in LEVELS])
+    nll, right = np.zeros(masked.shape), np.zeros(masked.shape, bool)
+    for number, hidden in enumerate(masked):
+        logits = np.asarray(model()(np.where(hidden, SMALL.mask_token_id, tokens)), np.float64)
+        logits = np.concatenate([logits[:, :1], logits[:, :-1]], axis=1)  # position i is predicted at i - 1
+        norm = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        nll[number] = norm - np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+        right[number] = logits.argmax(-1) == tokens
+    return tokens, masked, np.where(masked, nll, 0), right & masked
+
+
+def test_score_is_that_of_all_logits():
+    encoded = rows()
+    tokens, masked, nll, right = by_hand(encoded)
+    mesh = sharding.make_mesh("1x1")
+    score = Grid(encoded, 2, mesh).score(model(mesh))  # three batches, of which the last is half empty
+    assert (score.rows, score.num_masked) == (5, masked.sum())
+    np.testing.assert_allclose(score.nll, nll.sum() / masked.sum(), rtol=1e-5)
+    quarters = [nll[2 * k : 2 * k + 2].sum() / masked[2 * k : 2 * k + 2].sum() for k in range(4)]
+    np.testing.assert_allclose(score.nll_by_time, quarters, rtol=1e-5)
+    assert score.masked_accuracy == pytest.approx(right.sum() / masked.sum())
+    ends = masked & (tokens == SMALL.pad_token_id)
+    assert score.eos_accuracy == pytest.approx((right & ends).sum() / ends.sum())
+    # The error of a ratio of sums, by leaving out one row at a time.
+    total, count = nll.sum((0, 2)), masked.sum((0, 2))
+    without = (total.sum() - total) / (count.sum() - count)
+    jackknife = math.sqrt(4 / 5 * np.sum((without - without.mean()) ** 2))
+    assert score.nll_se == pytest.approx(jackknife, rel=0.05)
+    row = score.row()
+    assert (row["nll"], row["nll_t_25_50"]) == (score.nll, score.nll_by_time[1])
+    assert f"nll {score.nll:.4f} +- {score.nll_se:.4f}" in score.line()
+
+
+@pytest.mark.parametrize(("mesh", "size"), [("1x1", 5), ("2x1", 4), ("8x1", 8), ("2x2x2", 2)])
+def test_neither_mesh_nor_batch_change_it(mesh, size):
+    wanted = Grid(rows(), 1, sharding.make_mesh("1x1")).score(model(sharding.make_mesh("1x1")))
+    devices = sharding.make_mesh(mesh)
+    found = Grid(rows(), size, devices).score(model(devices))
+    np.testing.assert_allclose(list(found.row().values()), list(wanted.row().values()), rtol=1e-5)
+    assert found.num_masked == wanted.num_masked
+
+
+def test_what_there_is_nothing_of_is_not_a_number():
+    mesh = sharding.make_mesh("1x1")
+    one = dataclasses.replace(rows(1)[0], maskable=np.zeros(LENGTH, bool))
+    score = Grid([one], 1, mesh).score(model(mesh))
+    assert math.isnan(score.nll) and math.isnan(score.nll_se) and math.isnan(score.eos_accuracy)
+    assert score.num_masked == 0
