@@ -1,32 +1,32 @@
 """From logits to decisions: which token each position would take, how sure that is, and which positions are written.
 
 Knows rows of logits and confidences. Knows nothing of canvases, models or the clock. Nothing here sorts the vocabulary:
-top_p and top_k look at the largest few, and where these do not settle it, at a threshold found by bisection.
+top_p and top_k keep what lies above a threshold, which is found by bisection.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
+
+from dream_jax.target import current_target
 
 Alg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
 # The published sampler adds it inside the logarithm of its entropy.
 _ENTROPY_EPSILON = 1e-10
 
-# Tokens of a row that are sorted. What does not end within them is found by bisection over the whole row.
-_CANDIDATES = 512
+# Thresholds that one pass over the vocabulary tries. A CPU pays for each; elsewhere a pass costs what reading it costs.
+_PROBES = {"cpu": 1}
+_PROBES_ELSEWHERE = 15
 
-# Tokens that share a block where the largest of a row are looked for.
-_BLOCK = 16
-
-# Rows that bisect the whole vocabulary together: few enough that their logits stay in a CPU's cache.
-_FALLBACK_ROWS = 8
+# Rows that are filtered together: on a CPU few enough that their probabilities stay in its cache, elsewhere all.
+_ROWS_TOGETHER = {"cpu": 4}
 
 
 def choose_tokens(
@@ -59,175 +59,204 @@ def choose_tokens(
     samples = isinstance(temperature, jax.Array) or temperature > 0
     if samples and uniform_R is None:
         raise ValueError(f"{temperature=} samples tokens, which needs random numbers")
-    z_RV = logits_RV.astype(jnp.float32)
-    if samples:
-        z_RV = z_RV / temperature
-    decide = functools.partial(_decide, alg=alg, uniform_R=uniform_R if samples else None)
-    vocab = z_RV.shape[-1]
+    uniform_R = uniform_R if samples else None
+    rows, vocab = logits_RV.shape
     top_p = None if not isinstance(top_p, jax.Array) and (top_p is None or top_p >= 1.0) else top_p
     top_k = None if top_k is None or top_k >= vocab else top_k
-    if top_p is None and top_k is None:
-        peak_R1 = jnp.max(z_RV, axis=-1, keepdims=True)
-        return decide(jnp.exp(z_RV - peak_R1))
 
-    z_RV = jnp.where(z_RV == 0.0, 0.0, z_RV)  # -0.0 sorts below 0.0, but is no less probable
-    # Almost always a few hundred tokens hold the nucleus, and then the rest of the row only counts by its sum.
-    z_RC, token_RC = largest(z_RV, min(_CANDIDATES, vocab))
-    mass_RV = jnp.exp(z_RV - z_RC[:, :1])  # unnormalised probabilities; the largest is 1
-    mass_RC = jnp.exp(z_RC - z_RC[:, :1])
-    keep_RC = jnp.ones(z_RC.shape, bool)
-    if top_p is not None:
-        above_RC = jnp.cumsum(mass_RC, axis=-1) - mass_RC
-        keep_RC &= above_RC <= top_p * _sum(mass_RV)[:, None]
-    if top_k is not None:
-        keep_RC &= z_RC >= z_RC[:, min(top_k, z_RC.shape[-1]) - 1, None]
-    place_R, confidence_R = decide(jnp.where(keep_RC, mass_RC, 0.0))
-    token_R = jnp.take_along_axis(token_RC, place_R[:, None], axis=-1)[:, 0]
-    if z_RC.shape[-1] == vocab:
-        return token_R, confidence_R
+    def decide(logits_RV: jax.Array, uniform_R: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        logits_RV = logits_RV.astype(jnp.float32)
+        peak_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+        # Not argmax, which on a CPU takes forty times as long.
+        best_R = jnp.min(jnp.where(logits_RV == peak_R1, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
+        depth_RV = logits_RV - peak_R1
+        depth_RV = depth_RV / temperature if samples else depth_RV
+        # Unnormalised probabilities; the largest is 1. Once and for all: computed anew for each use, each in its own way,
+        # a token might be on both sides of a threshold.
+        mass_RV = jax.lax.optimization_barrier(jnp.exp(depth_RV))
+        if top_p is not None or top_k is not None:
+            mass_RV = _filtered(mass_RV, top_p, top_k)
+        return _decide(mass_RV, depth_RV, best_R, alg=alg, uniform_R=uniform_R)
 
-    # Where even the last candidate is kept, the nucleus may go on: those rows, a few at a time, look at the whole
-    # vocabulary.
-    unsettled_R = keep_RC[:, -1]
-    rows = z_RV.shape[0]
-    group = min(rows, _FALLBACK_ROWS)
-    order_R = jnp.pad(jnp.argsort(~unsettled_R, stable=True), (0, -rows % group), constant_values=rows)
+    together = min(_ROWS_TOGETHER.get(current_target().platform, rows), rows)
+    if together == rows:
+        return decide(logits_RV, uniform_R)
 
-    def settle(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index_E = jax.lax.dynamic_slice_in_dim(order_R, number * group, group)
-        z_EV = jnp.take(z_RV, index_E, axis=0, mode="clip")
-        mass_EV = jnp.exp(z_EV - jnp.max(z_EV, axis=-1, keepdims=True))
-        uniform_E = None if uniform_R is None else jnp.take(uniform_R, index_E, mode="clip")
-        token_E, confidence_E = _decide(
-            _keep_nucleus(z_EV, mass_EV, top_p, top_k), alg=alg, uniform_R=uniform_E if samples else None
-        )
-        # A settled row may fill up the last group: it keeps its answer, whatever else is in the batch.
-        place_E = jnp.where(jnp.take(unsettled_R, index_E, mode="clip") & (index_E < rows), index_E, rows)
-        return found[0].at[place_E].set(token_E, mode="drop"), found[1].at[place_E].set(confidence_E, mode="drop")
+    def group(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # The last slice starts earlier, so as to end with the rows: some are done twice, to the same result.
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=number * together, slice_size=together)
+        token_R, confidence_R = decide(part(logits_RV), None if uniform_R is None else part(uniform_R))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * together, axis=0)
+        return put(found[0], token_R), put(found[1], confidence_R)
 
-    groups = (jnp.sum(unsettled_R, dtype=jnp.int32) + group - 1) // group
-    return jax.lax.fori_loop(0, groups, settle, (token_R, confidence_R))
-
-
-def largest(z_RV: Float[jax.Array, "R V"], count: int) -> tuple[Float[jax.Array, "R C"], Int[jax.Array, "R C"]]:
-    """The `count` largest values of each row, falling, and where they stand; of equals the first ones. As `lax.top_k`.
-
-    In two steps, which on a CPU take a fraction of its time for a whole vocabulary: the `count` blocks with the largest
-    maxima, and then the largest values in these. A value among the largest cannot lie elsewhere: `count` blocks that come
-    before its own, by their maximum or, of equal maxima, by their place, would each hold a value that comes before it.
-    """
-    rows, vocab = z_RV.shape
-    # The barriers: XLA would turn a top_k, once its first column is taken on its own, into a sort of everything (540 ms
-    # instead of 11 ms for 16 rows of 152,064 on a CPU).
-    top = lambda x, count: tuple(jax.lax.optimization_barrier(jax.lax.top_k(x, count)))
-    if vocab <= 2 * count * _BLOCK:
-        return top(z_RV, count)
-    # What fills up the last block comes after everything else: it has the lowest value and the last place.
-    z_RGW = jnp.pad(z_RV, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
-    block_RC = jnp.sort(top(jnp.max(z_RGW, axis=-1), count)[1], axis=-1)  # in the order of their places
-    among_RCW = jnp.take_along_axis(z_RGW, block_RC[:, :, None], axis=1)
-    z_RC, place_RC = top(among_RCW.reshape(rows, -1), count)
-    return z_RC, jnp.take_along_axis(block_RC, place_RC // _BLOCK, axis=1) * _BLOCK + place_RC % _BLOCK
+    empty = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32))
+    return jax.lax.fori_loop(0, -(-rows // together), group, empty)
 
 
 def _decide(
-    mass_RV: Float[jax.Array, "R V"], *, alg: Alg, uniform_R: Float[jax.Array, "R"] | None
+    mass_RV: Float[jax.Array, "R V"],
+    depth_RV: Float[jax.Array, "R V"],
+    best_R: Int[jax.Array, "R"],
+    *,
+    alg: Alg,
+    uniform_R: Float[jax.Array, "R"] | None,
 ) -> tuple[Int[jax.Array, "R"], Float[jax.Array, "R"]]:
-    """Index and confidence of each row's choice, from unnormalised probabilities: 0 where removed, the largest 1."""
-    total_R = _sum(mass_RV)
-    best_R = jnp.argmax(mass_RV, axis=-1).astype(jnp.int32)
+    """Token and confidence of each row.
+
+    Args:
+      mass_RV: unnormalised probabilities: 0 where removed, the largest 1.
+      depth_RV: their logarithms, before any were removed.
+      best_R: the most likely token.
+      alg: whose confidence.
+      uniform_R: what a sample is drawn with; None takes the most likely token.
+    """
+    mass_RCW = _blocks(mass_RV)
+    total_R = _sum(_sum(mass_RCW))
     if uniform_R is None:
         token_R, chosen_R = best_R, jnp.ones_like(total_R)
     else:
-        token_R = _inverse_cdf(mass_RV, uniform_R * total_R)
+        token_R = _inverse_cdf(mass_RCW, uniform_R * total_R)
         chosen_R = jnp.take_along_axis(mass_RV, token_R[:, None], axis=-1)[:, 0]
     if alg == "entropy":
-        p_RV = mass_RV / total_R[:, None]
-        return token_R, _sum(p_RV * jnp.log(p_RV + _ENTROPY_EPSILON))
+        return token_R, _negative_entropy(mass_RV, depth_RV, total_R)
     if alg == "topk_margin":
         rest_RV = jnp.where(jnp.arange(mass_RV.shape[-1]) == best_R[:, None], 0.0, mass_RV)
         return token_R, (1.0 - jnp.max(rest_RV, axis=-1)) / total_R
     return token_R, chosen_R / total_R
 
 
-def _keep_nucleus(
-    z_RV: Float[jax.Array, "R V"], mass_RV: Float[jax.Array, "R V"], top_p: float | jax.Array | None, top_k: int | None
+def _negative_entropy(
+    mass_RV: Float[jax.Array, "R V"], depth_RV: Float[jax.Array, "R V"], total_R: Float[jax.Array, "R"]
+) -> Float[jax.Array, "R"]:
+    """sum p log(p + epsilon), with log p as it is known already: p log(1 + epsilon / p) is what the epsilon adds.
+
+    That is epsilon p / (p + epsilon) for p far from epsilon, and together with p log p within 1e-11 of the truth a token.
+    """
+    epsilon_R1 = _ENTROPY_EPSILON * total_R[:, None]
+    added_RV = epsilon_R1 * mass_RV / (mass_RV + epsilon_R1)
+    whole_R = _sum(jnp.where(mass_RV > 0.0, mass_RV * depth_RV, 0.0) + added_RV)
+    return whole_R / total_R - jnp.log(total_R)
+
+
+def _filtered(
+    mass_RV: Float[jax.Array, "R V"], top_p: float | jax.Array | None, top_k: int | None
 ) -> Float[jax.Array, "R V"]:
     """`mass_RV` with 0 at the tokens that top_p and top_k remove.
 
     A token is in the nucleus when the mass strictly above it is at most top_p, and in the top k when fewer than k tokens
     are strictly above it. Both sets are prefixes of the sorted row, so their intersection is the higher threshold.
+    Tokens are equal where their masses are, in float32.
     """
-    order_RV = _sortable(z_RV)
-    keep_RV = jnp.ones(z_RV.shape, bool)
+    keep_RV = mass_RV > 0.0
     if top_p is not None:
         limit_R = top_p * _sum(mass_RV)
-        floor_R = _lowest_key(lambda key_R: _sum(jnp.where(order_RV > key_R[:, None], mass_RV, 0.0)) <= limit_R, z_RV)
-        keep_RV &= order_RV >= floor_R[:, None]
-        keep_RV &= _break_ties(order_RV, mass_RV, keep_RV, limit_R)
+        amount = lambda above_RKV: jnp.sum(jnp.where(above_RKV, mass_RV[:, None], 0.0), axis=-1)
+        edge = _edge(mass_RV, amount, limit_R, _sum(mass_RV), unit=None)
+        keep_RV &= (mass_RV > edge.low_R[:, None]) & _first_of_equals(mass_RV, edge, limit_R)
     if top_k is not None:
-        floor_R = _lowest_key(lambda key_R: _sum(order_RV > key_R[:, None]) < top_k, z_RV)
-        keep_RV &= order_RV >= floor_R[:, None]
+        amount = lambda above_RKV: jnp.sum(above_RKV.astype(jnp.float32), axis=-1)
+        limit_R = jnp.full(mass_RV.shape[:1], top_k - 1.0)
+        edge = _edge(mass_RV, amount, limit_R, jnp.full(mass_RV.shape[:1], float(mass_RV.shape[1])), unit=1.0)
+        keep_RV &= mass_RV > edge.low_R[:, None]
     return jnp.where(keep_RV, mass_RV, 0.0)
 
 
-def _break_ties(
-    order_RV: Int[jax.Array, "R V"],
+class _Edge(NamedTuple):
+    """Where a row is cut: of the tokens with low < mass <= high, which are equal or only one, the first is the last kept.
+
+    Attributes:
+      low_R: the amount strictly above it is more than the limit, or it is 0.
+      high_R: the amount strictly above it is within the limit.
+      below_R: the amount strictly above low.
+      above_R: the amount strictly above high.
+    """
+
+    low_R: Float[jax.Array, "R"]
+    high_R: Float[jax.Array, "R"]
+    below_R: Float[jax.Array, "R"]
+    above_R: Float[jax.Array, "R"]
+
+
+def _edge(
     mass_RV: Float[jax.Array, "R V"],
-    keep_RV: Bool[jax.Array, "R V"],
+    amount: Callable[[Bool[jax.Array, "R K V"]], Float[jax.Array, "R K"]],
     limit_R: Float[jax.Array, "R"],
+    whole_R: Float[jax.Array, "R"],
+    *,
+    unit: float | None,
+) -> _Edge:
+    """Bisects a row's masses, which lie in [0, 1] and the largest of which is 1.
+
+    Args:
+      mass_RV: what is cut.
+      amount: of the tokens marked; does not fall as more are marked.
+      limit_R: what the tokens strictly above the edge amount to at most.
+      whole_R: what all tokens amount to.
+      unit: what one token amounts to; None: its mass.
+    """
+    probes = _PROBES.get(current_target().platform, _PROBES_ELSEWHERE)
+    part_K = jnp.arange(1, probes + 1, dtype=jnp.int32)
+    # The bits of floats from 0 on, read as integers, are in the floats' order.
+    as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def unsettled(low_R: jax.Array, high_R: jax.Array, below_R: jax.Array, above_R: jax.Array) -> jax.Array:
+        # With less than one and a half of the smallest that a token in between can be, there is one token.
+        one_R = as_float(low_R) if unit is None else unit
+        return (low_R + 1 < high_R) & (below_R - above_R >= 1.5 * one_R)
+
+    def narrow(bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low_R, high_R, below_R, above_R = bounds
+        width_R1 = (high_R - low_R)[:, None]
+        share_RK = width_R1 // (probes + 1) * part_K + width_R1 % (probes + 1) * part_K // (probes + 1)
+        probe_RK = low_R[:, None] + share_RK
+        amount_RK = amount(mass_RV[:, None] > as_float(probe_RK)[:, :, None])
+        within_RK = amount_RK <= limit_R[:, None]
+        narrowed = (
+            jnp.maximum(low_R, jnp.max(jnp.where(within_RK, 0, probe_RK), axis=-1)),
+            jnp.minimum(high_R, jnp.min(jnp.where(within_RK, probe_RK, high_R[:, None]), axis=-1)),
+            jnp.minimum(below_R, jnp.min(jnp.where(within_RK, below_R[:, None], amount_RK), axis=-1)),
+            jnp.maximum(above_R, jnp.max(jnp.where(within_RK, amount_RK, 0.0), axis=-1)),
+        )
+        # A row that is settled stays as it is, however long the others take.
+        open_R = unsettled(*bounds)
+        return tuple(jnp.where(open_R, new, old) for new, old in zip(narrowed, bounds, strict=True))
+
+    nothing_R = jnp.zeros_like(whole_R)
+    one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+    start = (nothing_R.astype(jnp.int32), jnp.full(nothing_R.shape, one), whole_R, nothing_R)
+    low_R, high_R, below_R, above_R = jax.lax.while_loop(lambda bounds: jnp.any(unsettled(*bounds)), narrow, start)
+    return _Edge(as_float(low_R), as_float(high_R), below_R, above_R)
+
+
+def _first_of_equals(
+    mass_RV: Float[jax.Array, "R V"], edge: _Edge, limit_R: Float[jax.Array, "R"]
 ) -> Bool[jax.Array, "R V"]:
-    """Of equal tokens at the edge of the nucleus, a sort keeps only as many as fit; keep those of lowest id."""
-    edge_R1 = jnp.min(jnp.where(keep_RV, order_RV, jnp.iinfo(jnp.int32).max), axis=-1, keepdims=True)
-    tied_RV = keep_RV & (order_RV == edge_R1)
-    above_R = _sum(jnp.where(keep_RV & ~tied_RV, mass_RV, 0.0))
-    one_R = jnp.max(jnp.where(tied_RV, mass_RV, 0.0), axis=-1)
-    fit_R = jnp.floor((limit_R - above_R) / one_R).astype(jnp.int32) + 1
-    count_R = _sum(tied_RV)
+    """Of equal tokens at the edge of the nucleus, a sort keeps only as many as fit; keeps those of lowest id."""
+    fit_R = jnp.floor((limit_R - edge.above_R) / edge.high_R) + 1.0
+    # As many as their mass says, and a rounding of it must not find two in one.
+    count_R = jnp.round((edge.below_R - edge.above_R) / edge.high_R)
 
     def by_id() -> Bool[jax.Array, "R V"]:
+        tied_RV = (mass_RV > edge.low_R[:, None]) & (mass_RV <= edge.high_R[:, None])
         rank_RV = jnp.cumsum(tied_RV, axis=-1, dtype=jnp.int32) - 1
-        return ~tied_RV | (rank_RV < fit_R[:, None])
+        return ~tied_RV | (rank_RV.astype(jnp.float32) < fit_R[:, None])
 
-    return jax.lax.cond(jnp.any(count_R > fit_R), by_id, lambda: jnp.ones_like(tied_RV))
-
-
-def _sortable(x: Float[jax.Array, "R V"]) -> Int[jax.Array, "R V"]:
-    """int32 keys in the order of float32 values (-0.0 must have become 0.0)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+    return jax.lax.cond(jnp.any(count_R > fit_R), by_id, lambda: jnp.ones(mass_RV.shape, bool))
 
 
-def _lowest_key(
-    accepts: Callable[[Int[jax.Array, "R"]], Bool[jax.Array, "R"]], z_RV: Float[jax.Array, "R V"]
-) -> Int[jax.Array, "R"]:
-    """The lowest sortable key that a monotone predicate accepts, a row; the row's highest key must be accepted."""
-    finite_RV = jnp.isfinite(z_RV)
-    low_R = _sortable(jnp.min(jnp.where(finite_RV, z_RV, jnp.inf), axis=-1, keepdims=True))[:, 0] - 1
-    high_R = _sortable(jnp.max(z_RV, axis=-1, keepdims=True))[:, 0]
-
-    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_R, high_R = bounds
-        middle_R = (low_R & high_R) + ((low_R ^ high_R) >> 1)  # floor of the mean, without overflow
-        accepted_R = accepts(middle_R)
-        return jnp.where(accepted_R, low_R, middle_R), jnp.where(accepted_R, middle_R, high_R)
-
-    def unsettled(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-        low_R, high_R = bounds
-        return jnp.any(low_R + 1 < high_R)
-
-    # Invariant: high is accepted; low is not, or lies below every token.
-    return jax.lax.while_loop(unsettled, halve, (low_R, high_R))[1]
+def _blocks(mass_RV: Float[jax.Array, "R V"]) -> Float[jax.Array, "R C W"]:
+    """The vocabulary in blocks of about its square root; what fills up the last is 0."""
+    rows, vocab = mass_RV.shape
+    width = 1 << ((vocab - 1).bit_length() + 1) // 2
+    return jnp.pad(mass_RV, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
 
 
-def _inverse_cdf(mass_RV: Float[jax.Array, "R V"], target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
+def _inverse_cdf(mass_RCW: Float[jax.Array, "R C W"], target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
     """The first token at which the running sum of the masses exceeds the target: an exact categorical sample.
 
     One random number a row instead of one a token. The running sum is taken in two levels (blocks, then inside one).
     """
-    rows, vocab = mass_RV.shape
-    width = 1 << ((vocab - 1).bit_length() + 1) // 2
-    mass_RCW = jnp.pad(mass_RV, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
+    width = mass_RCW.shape[-1]
     running_RC = jnp.cumsum(_sum(mass_RCW), axis=-1)
     # Rounding may leave the target at or past the end: the last block or token that has any mass catches it.
     block_R = jnp.minimum(jnp.sum(running_RC <= target_R[:, None], axis=-1), _last_positive(_sum(mass_RCW)))

@@ -93,45 +93,56 @@ def test_tokens_and_confidences(temperature, top_p, top_k):
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, temperature, top_p, top_k)
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(97, 8), (2000, 40), (2003, 40), (152_064, 512)])
-def test_largest(vocab, count):
-    """As top_k, of equals too: flat rows, rows of few values, rows of which little is finite."""
-    rng = np.random.default_rng(vocab)
-    z = rng.normal(size=(8, vocab)).astype(np.float32)
-    z[1], z[2] = 0.0, np.round(z[2])
-    z[3] = np.where(rng.random(vocab) < 0.01, z[3], -np.inf)
-    z[4] = -np.inf
-    z[5] = np.sort(z[5])
-    z[6, vocab // 2 :] = 9.0
-    wanted = jax.lax.top_k(z, count)
-    for found, value in zip(jax.jit(decoding.largest, static_argnums=1)(z, count), wanted, strict=True):
-        np.testing.assert_array_equal(found, value)
-
-
-@pytest.mark.parametrize(("candidates", "top_p", "top_k"), [(512, 0.9, None), (8, 0.8, 5)])
-def test_a_hundred_thousand_rows(monkeypatch, candidates, top_p, top_k):
-    """Random, peaked, tied, flat: as the sort, whether or not the nucleus ends within the tokens that are sorted."""
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, None), (0.8, 5)])
+def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
+    """Random, peaked, tied, flat: as the sort."""
     rows, vocab = 100_000, 64
     logits = rows_of_logits(rows, vocab, seed=4)
     logits[3::50] = np.round(logits[3::50])
     logits[4::100] = 0.25
     uniform = np.random.default_rng(3).random(rows, np.float32)
-    monkeypatch.setattr(decoding, "_CANDIDATES", candidates)
+    monkeypatch.setattr(decoding, "_ROWS_TOGETHER", {"cpu": 5000})
     choose_by_all.clear_cache()
     check(logits, uniform, 0.7, top_p, top_k)
     choose_by_all.clear_cache()
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, None), (0.8, 30)])
-def test_few_candidates(monkeypatch, top_p, top_k):
-    """Rows whose nucleus goes on past the tokens that are sorted, beside rows that end within them."""
-    monkeypatch.setattr(decoding, "_CANDIDATES", 8)
+@pytest.mark.parametrize("probes", [2, 15])
+@pytest.mark.parametrize(("top_p", "top_k"), FILTERS[2:])
+def test_several_thresholds_a_pass(monkeypatch, probes, top_p, top_k):
+    """As accelerators do it, and all rows at once; the last group of rows is a short one elsewhere, here there is none."""
+    monkeypatch.setattr(decoding, "_PROBES", {"cpu": probes})
+    monkeypatch.setattr(decoding, "_ROWS_TOGETHER", {})
     choose_by_all.clear_cache()
-    logits = rows_of_logits(ROWS, VOCAB)
-    check(logits, UNIFORM, 0.7, top_p, top_k)
-    peaked = logits[np.ptp(logits, axis=1) > 30]
-    check(np.resize(peaked, logits.shape), UNIFORM, 0.7, top_p, top_k)
+    check(rows_of_logits(ROWS, VOCAB), UNIFORM, 0.7, top_p, top_k)
     choose_by_all.clear_cache()
+
+
+@pytest.mark.parametrize("probes", [1, 15])
+def test_bisection_ends_early_where_one_token_is_left(monkeypatch, probes):
+    """Peaked rows are settled after a few passes, flat ones after one for each bit that tells tokens apart."""
+    monkeypatch.setattr(decoding, "_PROBES", {"cpu": probes})
+    passes = []
+
+    def counting(condition, body, start):
+        while condition(start):
+            passes.append(0)
+            start = body(start)
+        return start
+
+    monkeypatch.setattr(jax.lax, "while_loop", counting)
+    rng = np.random.default_rng(0)
+    for spread, most in ((4.0, 16), (0.5, 28)):
+        logits = rng.normal(size=(1, 20_000)).astype(np.float32) * np.float32(spread)
+        mass = np.exp(logits - logits.max())
+        passes.clear()
+        kept = np.asarray(decoding._filtered(jnp.asarray(mass), 0.9, None))[0] > 0
+        order = np.argsort(-mass[0], kind="stable")
+        above = np.cumsum(mass[0][order].astype(np.float64)) - mass[0][order]
+        wanted = np.zeros(20_000, bool)
+        wanted[order[above <= 0.9 * mass.astype(np.float64).sum()]] = True
+        np.testing.assert_array_equal(kept, wanted)
+        assert len(passes) <= (most if probes == 1 else -(-most // 4) + 1)
 
 
 # The last two: a nucleus of about 100,000 tokens; about 1000 ties at the edge of the top 2000.
@@ -240,13 +251,11 @@ def test_any_row(row, temperature, filters):
         check(logits, UNIFORM, temperature, *filters)
 
 
-def test_a_row_does_not_feel_the_others(monkeypatch):
-    """Rows that need the whole vocabulary beside rows that do not: each as if it were alone, to the last bit."""
-    monkeypatch.setattr(decoding, "_CANDIDATES", 8)
+def test_a_row_does_not_feel_the_others():
+    """Rows that take many passes beside rows that take few: each as if it were alone, to the last bit."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(21, 400)).astype(np.float32) * rng.choice([0.1, 20.0], (21, 1)).astype(np.float32)
     uniform = rng.random(21).astype(np.float32)
-    # Anew, because the number of candidates is read when a program is traced.
     one = jax.jit(
         lambda logits, uniform: decoding.choose_tokens(
             logits, alg="entropy", temperature=0.7, top_p=0.9, top_k=None, uniform_R=uniform

@@ -7,6 +7,7 @@ import pytest
 from dream_jax.evaluation.arithmetic import expected_number, final_number, judge_number, to_number
 from dream_jax.evaluation.planning import judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.evaluation.probe import Expectation, parse_expectation
+from dream_jax.evaluation.scored_texts import likeliest
 from dream_jax.evaluation.tasks import TASKS
 
 PUZZLE = "4000\n0124\n2031\n0000"  # its only solution is SOLVED
@@ -296,3 +297,61 @@ def test_an_expectation_of_nothing_but_an_answer():
 )
 def test_what_follows_an_answer_is_cut_off(task, template, answer, kept):
     assert TASKS[task].cut(answer, template) == kept
+
+
+TWO, THREE = ("yes", "no"), ("Paris", "Lyon", "Marseille")
+
+
+@pytest.mark.parametrize(
+    ("nats", "choices", "answer", "correct", "correct_by_byte"),
+    [
+        ([1.0, 2.0], TWO, 0, True, True),
+        ([1.0, 2.0], TWO, 1, False, False),
+        ([2.0, 1.0], TWO, 1, True, True),
+        ([2.0, 1.0], TWO, 0, False, False),
+        # "yes" has three bytes and "no" two: 0.5 nats a byte each, then the first; and on both sides of that
+        ([1.5, 1.0], TWO, 1, True, False),
+        ([1.5, 1.0], TWO, 0, False, True),
+        ([1.49, 1.0], TWO, 0, False, True),
+        ([1.51, 1.0], TWO, 0, False, False),
+        ([1.51, 1.0], TWO, 1, True, True),
+        # equals: the first, whether or not it is right
+        ([1.0, 1.0], ("ab", "cd"), 0, True, True),
+        ([1.0, 1.0], ("ab", "cd"), 1, False, False),
+        ([0.0, 0.0], TWO, 0, True, True),
+        ([0.0, 0.0], TWO, 1, False, False),
+        ([3.0, 1.0, 1.0], ("abc", "de", "fg"), 1, True, True),
+        ([3.0, 1.0, 1.0], ("abc", "de", "fg"), 2, False, False),
+        # three choices, of 5, 4 and 9 bytes
+        ([5.0, 6.0, 7.0], THREE, 0, True, False),
+        ([5.0, 6.0, 7.0], THREE, 2, False, True),
+        ([5.0, 6.0, 10.0], THREE, 0, True, True),
+        ([9.0, 6.0, 10.0], THREE, 1, True, False),
+        ([9.0, 6.0, 30.0], THREE, 1, True, True),
+        ([9.0, 8.0, 7.0], THREE, 2, True, True),
+        ([9.0, 8.0, 7.0], THREE, 0, False, False),
+        # a long right answer loses by nats and wins by byte, and the other way round
+        ([12.0, 4.0], ("the blue whale, the largest animal", "a cat"), 0, False, True),
+        ([12.0, 4.0], ("the blue whale, the largest animal", "a cat"), 1, True, False),
+        ([40.0, 4.0], ("the blue whale, the largest animal", "a cat"), 1, True, True),
+        # bytes, not letters: the second has two letters and six bytes
+        ([2.0, 4.0], ("ab", "\u4e2d\u6587"), 0, True, False),
+        ([2.0, 4.0], ("ab", "\u4e2d\u6587"), 1, False, True),
+        ([2.0, 6.5], ("ab", "\u4e2d\u6587"), 1, False, False),
+        # what cannot be at all
+        ([float("inf"), 900.0], TWO, 1, True, True),
+        ([float("inf"), 900.0], TWO, 0, False, False),
+        ([float("inf"), float("inf")], TWO, 0, True, True),
+        # a bound that sampling has made negative is a bound
+        ([-0.1, 0.1], TWO, 0, True, True),
+    ],
+)
+def test_choices(nats, choices, answer, correct, correct_by_byte):
+    chosen, chosen_by_byte = likeliest(nats, choices)
+    assert (chosen == answer, chosen_by_byte == answer) == (correct, correct_by_byte)
+
+
+@pytest.mark.parametrize("nats", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], []])
+def test_choices_without_a_likelihood(nats):
+    with pytest.raises(ValueError, match="there must be a number for each"):
+        likeliest(nats, TWO)

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -73,6 +74,35 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
     done = sample(*[other if one is prompts else one for one in arguments])
     assert done.returncode == 1 and "not an answer to this file of prompts" in done.stderr
     assert answers.read_bytes() == whole
+
+
+def test_two_hundred_prompts_and_a_kill(weights, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    prompts.write_text("".join(json.dumps({"prompt": "x" * int(length)}) + "\n" for length in lengths))
+
+    def arguments(out):
+        files = ("--model", weights, "--prompts", prompts, "--out", out)
+        return [*map(str, files), "--max-new-tokens", "8", "--temperature", "0.8", "--batch-size", "4"]
+
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "sample.py", *arguments(killed)], cwd=ROOT, stdout=subprocess.DEVNULL
+    ) as run:
+        deadline = time.monotonic() + 240
+        while not killed.exists() or killed.read_bytes().count(b"\n") < 40:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        run.kill()
+    found = killed.read_bytes().count(b"\n")
+    assert 40 <= found < 200
+    done = sample(*arguments(killed))
+    assert f"200 prompts, {found} answered already" in done.stdout, done.stderr
+    assert sample(*arguments(whole)).returncode == 0
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (killed, whole)]
+    assert sorted(row["line"] for row in rows[0]) == list(range(1, 201))
+    by_line = [sorted(answers, key=lambda row: row["line"]) for answers in rows]
+    assert by_line[0] == by_line[1]
 
 
 def test_chat(weights):

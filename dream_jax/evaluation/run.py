@@ -21,7 +21,7 @@ from dream_jax.evaluation import answering, likelihood, report
 from dream_jax.evaluation.ledger import Ledger, Row, Unit, write_whole
 from dream_jax.evaluation.problems import identify
 from dream_jax.evaluation.progress import watch
-from dream_jax.evaluation.scored_texts import read_choices, read_texts
+from dream_jax.evaluation.scored_texts import likeliest, read_choices, read_texts
 from dream_jax.evaluation.settings import PUBLISHED, EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, Task, read_problems, split_examples
 from dream_jax.model import Dream
@@ -216,15 +216,14 @@ def _choices(settings: EvaluateSettings, template: Template, model: Dream, token
         seeds = [(unit.seed, one.number, index) for index in range(len(passages))]
         found = likelihood.bounds(passages, settings.samples, nll, seeds)
         nats = [bound.nats for bound in found]
-        by_byte = [bound.nats / len(text.encode()) for bound, text in zip(found, one.choices, strict=True)]
-        chosen = nats.index(min(nats))
+        chosen, chosen_by_byte = likeliest(nats, one.choices)
         return [
             {
                 "seed": unit.seed,
                 "number": one.number,
                 "identity": identify(one.question, one.choices, one.answer),
                 "correct": chosen == one.answer,
-                "correct_by_byte": by_byte.index(min(by_byte)) == one.answer,
+                "correct_by_byte": chosen_by_byte == one.answer,
                 "chosen": chosen,
                 "nats": [round(value, 6) for value in nats],
                 "standard_errors": [round(bound.variance**0.5, 6) for bound in found],

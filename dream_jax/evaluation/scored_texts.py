@@ -9,8 +9,9 @@ With `after` it is the likelihood of an infilling. Knows no model.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,20 @@ def passage(before: list[int], scored: list[int], after: list[int]) -> Passage:
     mask = np.zeros(len(tokens), bool)
     mask[len(before) : len(before) + len(scored)] = True
     return Passage(tokens=tokens, scored=mask)
+
+
+def likeliest(nats: Sequence[float], choices: Sequence[str]) -> tuple[int, int]:
+    """Which choice has the fewest nats, and which the fewest a byte (by which length is no loss); of equals the first.
+
+    Raises:
+      ValueError: nats that are no number, or not one for each choice.
+    """
+    if len(nats) != len(choices) or any(math.isnan(one) for one in nats):
+        raise ValueError(
+            f"got the likelihoods {list(nats)} for {len(choices)} choices: there must be a number for each"
+        )
+    by_byte = [one / len(text.encode()) for one, text in zip(nats, choices, strict=True)]
+    return min(range(len(nats)), key=nats.__getitem__), min(range(len(nats)), key=by_byte.__getitem__)
 
 
 def read_choices(path: pathlib.Path) -> list[Choice]:

@@ -20,10 +20,12 @@ from dream_jax.target import current_target
 
 # Elements of the largest [rows, V] block of logits that is formed at once (256 MiB of float32).
 _LOGIT_ELEMENTS = 1 << 26
-# Rows of that block, at least (over the whole batch). A CPU gains nothing by more, and what fills up the last block is
-# computed for nothing; accelerators read the whole projection for each block, whatever its rows.
-_LOGIT_ROWS = {"cpu": 16}
-_LOGIT_ROWS_ELSEWHERE = 32
+# Rows of that block, at least (over the whole batch): so many that reading the projection for them pays.
+_LOGIT_ROWS = 32
+# Sizes that the last block may have, as shares of a whole one. A CPU computes for nothing what fills it up; elsewhere it
+# takes as long as reading the projection, whatever its rows.
+_LAST_BLOCKS = {"cpu": 4}
+_LARGE_VOCABULARY = 1 << 14
 
 
 class Filters(NamedTuple):
@@ -89,8 +91,7 @@ def propose(
     batch = batch // 2 if guided else batch
     vocab = model.config.vocab_size
     # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
-    rows = _LOGIT_ROWS.get(current_target().platform, _LOGIT_ROWS_ELSEWHERE)
-    chunk = max(most // 4, -(-rows // batch))
+    chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
     padding = -most % chunk
     rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
@@ -98,8 +99,10 @@ def propose(
         uniform_BM = jnp.pad(uniform_BM, ((0, 0), (0, padding)))
     writable_V = writable.table(vocab)
 
-    def decide(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
+    Found = tuple[jax.Array, jax.Array]
+
+    def decide(size: int, start: jax.Array, found: Found) -> Found:
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
         logits_BCV = sharding.constrain(model.unembed(part(rows_XMD)), "batch", None, "vocab")
         if filters.guidance is not None:
             given_BCV, free_BCV = logits_BCV[0::2], logits_BCV[1::2]
@@ -110,20 +113,30 @@ def propose(
         allowed = lambda z: z if writable_V is None else jnp.where(writable_V, z, -jnp.inf)
         logits_BCV = allowed(logits_BCV)
         if hook is not None:
-            index_C = jnp.minimum(index * chunk + jnp.arange(chunk, dtype=jnp.int32), most - 1)
-            logits_BCV = allowed(hook(jnp.broadcast_to(index_C, (batch, chunk)), logits_BCV))
+            index_C = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), most - 1)
+            logits_BCV = allowed(hook(jnp.broadcast_to(index_C, (batch, size)), logits_BCV))
         token, confidence = decoding.choose_tokens(
-            logits_BCV.reshape(batch * chunk, vocab),
+            logits_BCV.reshape(batch * size, vocab),
             alg=alg,
             temperature=0.0 if filters.temperature is None else filters.temperature,
             top_p=filters.top_p,
             top_k=top_k,
             uniform_R=None if uniform_BM is None else part(uniform_BM).reshape(-1),
         )
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * chunk, axis=1)
-        return update(found[0], token.reshape(batch, chunk)), update(found[1], confidence.reshape(batch, chunk))
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return update(found[0], token.reshape(batch, size)), update(found[1], confidence.reshape(batch, size))
 
+    parts = _LAST_BLOCKS.get(current_target().platform, 1)
+    # Each size is compiled on its own, which takes longer than it saves where blocks are small.
+    parts = parts if chunk % parts == 0 and vocab >= _LARGE_VOCABULARY else 1
     empty = (jnp.zeros((batch, most + padding), jnp.int32), jnp.zeros((batch, most + padding), jnp.float32))
     with jax.named_scope("propose"):
-        token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, decide, empty)
+        whole = lambda index, found: decide(chunk, index * chunk, found)
+        if parts == 1:
+            token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, whole, empty)
+        else:
+            found = jax.lax.fori_loop(0, needed // chunk, whole, empty)
+            last = lambda part: lambda found: decide(chunk * part // parts, needed // chunk * chunk, found)
+            sizes = [lambda found: found, *map(last, range(1, parts + 1))]
+            token_BM, confidence_BM = jax.lax.switch(-(-(needed % chunk) * parts // chunk), sizes, found)
     return token_BM[:, :most], confidence_BM[:, :most]

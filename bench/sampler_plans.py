@@ -1,0 +1,114 @@
+"""The compiled sampler of Dream-7B on TPUs that are not here: compiles it for each mesh and mode, and writes what it takes.
+
+    python bench/sampler_plans.py [--only v6e:2x4/1x8] [--out FILE]
+
+512 prompt tokens and 512 new ones, bfloat16 weights, one row and sixteen. Peak bytes on a device are what the compiler
+says. Needs the extra `plan`; about a minute a program on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import report
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import dream_jax
+from dream_jax import sharding
+from dream_jax.model import Dream, abstract_model
+from dream_jax.plan.hardware import find_hardware
+from dream_jax.plan.report import gib
+from dream_jax.sampler import SamplerConfig, WindowCache
+from dream_jax.sampler.loop import denoise
+from dream_jax.sampler.state import Numbers, Plan
+
+PLACES = ("v6e:2x4/1x8", "v6e:2x4/2x4", "v5p:2x2x1/1x4")
+PROMPT, NEW, BLOCK = 512, 512, 32
+BATCHES = (1, 16)
+OPTIONS: Mapping[str, Any] = {"max_new_tokens": NEW, "steps": NEW, "alg": "entropy", "temperature": 0.2, "top_p": 0.95}
+MODES = {
+    "exact": SamplerConfig(**OPTIONS),
+    "cached": SamplerConfig(**OPTIONS, block_length=BLOCK, cache=WindowCache()),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where to, and for what."""
+
+    only: tuple[str, ...] = PLACES
+    """TOPOLOGY/MESH"""
+    out: pathlib.Path = report.RESULTS / "sampler_plans.json"
+
+
+def placed_model(mesh: jax.sharding.Mesh) -> Dream:
+    """Shapes of the 7B in bfloat16, laid out over the mesh."""
+    graphdef, state = nnx.split(abstract_model(dream_jax.PRESETS["dream-7b"], param_dtype=jnp.bfloat16))
+    params = nnx.to_pure_dict(state)
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        params,
+        sharding.parameter_shardings(params, mesh),
+    )
+    nnx.replace_by_pure_dict(state, placed)
+    return nnx.merge(graphdef, state)
+
+
+def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict[str, Any]:
+    """What the compiler says of one program."""
+    model = placed_model(mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shape(like: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=everywhere)
+
+    canvas = jax.ShapeDtypeStruct((batch, PROMPT + NEW), jnp.int32, sharding=everywhere)
+    visible = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
+    keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
+    numbers = jax.tree.map(shape, Numbers.of(config))
+    begun = time.monotonic()
+    with sharding.mesh_context(model):
+        program = denoise.lower(model, canvas, visible, keys, numbers, None, plan=Plan.of(config, NEW)).compile()
+    memory = program.memory_analysis()
+    found = {
+        "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        "given": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "compile_seconds": round(time.monotonic() - begun, 1),
+    }
+    return found
+
+
+def main(settings: Settings) -> None:
+    """Compiles, prints the table, writes after each program."""
+    console = Console()
+    table = Table("hardware", "mesh", "mode", "rows", "peak, GiB", "of", "compiled, s")
+    for place in settings.only:
+        topology, _, shape = place.partition("/")
+        hardware = find_hardware(topology)
+        mesh = hardware.mesh(shape)
+        for mode, config in MODES.items():
+            for batch in BATCHES:
+                if batch % dict(mesh.shape)["fsdp"]:
+                    continue
+                found = compiled(mesh, config, batch)
+                found |= {"limit": hardware.chip.memory, "date": report.now()}
+                found |= {"versions": report.versions(["jax", "jaxlib", "libtpu"])}
+                report.add_json(settings.out, f"{place}/{mode}/{batch}", found)
+                cells = (gib(found["peak"]), gib(found["limit"]), str(found["compile_seconds"]))
+                table.add_row(topology, shape, mode, str(batch), *cells)
+                console.print(f"{place} {mode} {batch}: {gib(found['peak'])} GiB")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
