@@ -1,0 +1,113 @@
+"""A real run, small enough for two cores: GSM8K's 7,473 questions, the real vocabulary, a nano body, from random weights.
+
+    python bench/gsm8k_scratch.py --assets DIR [--steps 320] [--out docs/runs/gsm8k-nano]
+
+DIR is what `DREAM_JAX_ASSETS` names: it holds `data/gsm8k`, and `dream-v0-instruct-7b` with the tokenizer. Trains by
+`dream_jax.trainer.train` as `train.py` does, evaluates on test questions on the fixed grid of noise levels as it goes, and
+keeps the run's report, curves and evaluations in OUT. Says at the end whether the nll fell, and whether it rose again by
+more than its interval. Needs the extra `report` for the curves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import report
+import tyro
+from flax import nnx
+from rich.console import Console
+
+import dream_jax
+from dream_jax.trainer import TrainSettings, train
+
+KEPT = ("report.md", "curves.png", "eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The run's size."""
+
+    assets: pathlib.Path
+    """Folder with data/gsm8k and dream-v0-instruct-7b."""
+    steps: int = 320
+    batch_size: int = 8
+    max_length: int = 256
+    eval_every: int = 40
+    eval_rows: int = 64
+    learning_rate: float = 1e-3
+    out: pathlib.Path = report.REPOSITORY / "docs" / "runs" / "gsm8k-nano"
+    """Must not be there yet."""
+
+
+def make_model(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
+    """Random weights: the body of nano under the real vocabulary."""
+    small, nano = dream_jax.PRESETS["small"], dream_jax.PRESETS["nano"]
+    special = {name: getattr(small, name) for name in ("vocab_size", "mask_token_id", "pad_token_id")}
+    model = dream_jax.Dream(dataclasses.replace(nano, **special), rngs=nnx.Rngs(0))
+    dream_jax.save(model, folder, tokenizer_dir=tokenizer)
+
+
+def verdict(path: pathlib.Path) -> tuple[bool, str]:
+    """Whether the nll fell and stayed down, and that in words."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(int(row["step"]), float(row["nll"]), float(row["nll_se"])) for row in csv.DictReader(file)]
+    first, last, best = rows[0], rows[-1], min(rows, key=lambda row: row[1])
+    interval = 1.96 * (best[2] ** 2 + last[2] ** 2) ** 0.5
+    holds = best[1] < first[1] - 1.96 * first[2] and last[1] - best[1] <= interval
+    return holds, (
+        f"nll {first[1]:.4f} after step {first[0]}, least {best[1]:.4f} after step {best[0]}, {last[1]:.4f} after step "
+        f"{last[0]}: it rose by {last[1] - best[1]:.4f} from there, its interval is +-{interval:.4f}"
+    )
+
+
+def main(settings: Settings) -> int:
+    """Trains, keeps, judges; 1 when the nll did not fall or did not stay down."""
+    console = Console()
+    if settings.out.exists():
+        raise FileExistsError(f"{settings.out} is there; remove it, or give another --out")
+    assets = settings.assets.resolve()
+    os.environ["DREAM_JAX_ASSETS"] = str(assets)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        # In that folder, so that what is kept names no path of this machine.
+        make_model(pathlib.Path("weights"), assets / "dream-v0-instruct-7b")
+        train(
+            TrainSettings(
+                model="weights",
+                data="gsm8k",
+                out=pathlib.Path(settings.out.name),
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                max_length=settings.max_length,
+                eos_tail=16,
+                learning_rate=settings.learning_rate,
+                eval_every=settings.eval_every,
+                eval_rows=settings.eval_rows,
+                eval_tokens=0,  # answers of so small a model say nothing; their likelihood does
+                samples=2,
+                sample_tokens=48,
+                save_every=settings.steps,
+                keep=1,
+                log_every=20,
+            )
+        )
+        unfinished = settings.out.with_name(f".{settings.out.name}.incomplete")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for name in KEPT:
+            if (path := pathlib.Path(settings.out.name) / name).is_file():
+                shutil.copyfile(path, unfinished / name)
+        unfinished.rename(settings.out)
+    holds, words = verdict(settings.out / "eval.csv")
+    console.print(words)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
