@@ -55,6 +55,12 @@ def asked_recipe(arguments: list[str]) -> str | None:
     return None
 
 
+def given_settings(arguments: list[str]) -> set[str]:
+    """The settings that the command line gives, whatever their values."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
 def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
     """Where each setting that is no default comes from."""
     begun = TrainSettings() if recipe is None else recipe.train_settings()
@@ -68,12 +74,14 @@ def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
     return found
 
 
-def plan(command: Command, recipe: Recipe | None) -> int:
+def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
     """Prints the plan; 0 when the step fits, `DOES_NOT_FIT` when it does not."""
     training = command.training
-    if recipe is not None and recipe.like is not None and training.model == recipe.settings.get("model"):
-        # Sizes are all that a plan needs of a model: nothing is fetched for it.
-        training = dataclasses.replace(training, model=recipe.like)
+    if recipe is not None and recipe.like is not None:
+        left_open = "model" in recipe.required and "model" not in given
+        if left_open or training.model == recipe.settings.get("model"):
+            # Sizes are all that a plan needs of a model: nothing is fetched for it.
+            training = dataclasses.replace(training, model=recipe.like)
     made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
@@ -114,9 +122,9 @@ def main() -> int:
             print("wrote", *write_report(read_record(command.looking.report)))
             return 0
         if command.planning.plan:
-            return plan(command, recipe)
+            return plan(command, recipe, given_settings(sys.argv[1:]))
         if recipe is not None:
-            recipe.check_given(command.training)
+            recipe.check_given(given_settings(sys.argv[1:]))
         train(command.training, origins(command.training, recipe))
     except Stopped as stopped:
         print(stopped)
