@@ -118,7 +118,12 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         if best is not None:
             report.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")
         if settings.final == "best" and best not in (None, settings.steps):
-            state, score = checkpoints.restore(_released(state), step=best)[0], None
+            try:
+                state, score = checkpoints.restore(_released(state), step=best)[0], None
+            except ValueError as error:
+                raise ValueError(
+                    f"the best state cannot be handed over: {error}; the same command with --final last hands over the last"
+                ) from error
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
         made = weights.save(trained, settings)
