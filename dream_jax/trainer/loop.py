@@ -309,7 +309,9 @@ def _steps(
             if skipped:
                 report.say(
                     f"warning: step {number} is skipped, {len(skipped)} in a row: its loss is {row['loss']}, its gradient "
-                    f"norm {row['grad_norm']}"
+                    f"norm {row['grad_norm']}",
+                    "skipped",
+                    number,
                 )
             if len(skipped) >= settings.max_skipped:
                 raise _diverged(number, row, skipped, checkpoints, settings)
