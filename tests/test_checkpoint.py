@@ -605,6 +605,11 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
         run.save(9, make_state("8x1"), {}, 0.3)
         run.wait()
         assert (run.steps(), run.best_step()) == ([7, 8, 9], 7)
+    with RunCheckpoints(tmp_path, keep=2, measure="other rows") as run:  # by which nothing was scored yet
+        assert run.best_step() is None
+        run.save(10, make_state("8x1"), {}, 5.0)
+        run.wait()
+        assert (run.steps(), run.best_step()) == ([9, 10], 10)
 
 
 def largest(folder: Path) -> Path:

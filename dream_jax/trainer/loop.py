@@ -96,7 +96,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         claimed_folder(settings),
         report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
         run.batches,
-        RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
+        RunCheckpoints(
+            settings.out / "checkpoints", keep=settings.keep, measure="" if run.grid is None else run.grid.digest
+        ) as checkpoints,
     ):
         state, done, earlier = _first_state(run, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
