@@ -45,14 +45,21 @@ class Command:
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
-    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there."""
+    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there.
+
+    Raises:
+      ValueError: it is there twice.
+    """
+    asked = None
     for place, argument in enumerate(arguments):
         name, sign, value = argument.partition("=")
         if name != "--recipe":
             continue
+        if asked is not None:
+            raise ValueError("--recipe is given twice; a run has one")
         following = arguments[place + 1 : place + 2]
-        return value if sign else "".join(one for one in following if not one.startswith("-"))
-    return None
+        asked = value if sign else "".join(one for one in following if not one.startswith("-"))
+    return asked
 
 
 def given_settings(arguments: list[str]) -> set[str]:

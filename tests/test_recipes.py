@@ -152,6 +152,8 @@ def test_recipe_alone_lists_them(monkeypatch, capsys):
     for name in NAMES:
         assert f"{name}: " in text
     assert "--mesh 8x1 --accumulation 2 --moments float32" in text
+    code, _, error = train_py(monkeypatch, capsys, "--recipe", "pretrain", "--recipe=ar-start")
+    assert code == 1 and "error: --recipe is given twice" in error
     code, _, error = train_py(monkeypatch, capsys, "--recipe", "s1k")
     assert code == 1 and "error: no recipe 's1k'" in error
 

@@ -58,6 +58,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [step for step, _ in losses(out)] == [*range(1, 13)]
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["settings"]["steps"] == 12
+    assert summary["learning_rate"] == 2e-3  # none was given
     data = json.loads((out / "data.json").read_text())
     assert data["rows"] == summary["data"] and data["rows"]["whole"] == data["rows"]["kept"] == 1_000_000
     # Puzzle and solution fill the row: of twenty tokens that are learned the last is end-of-text.
