@@ -504,7 +504,9 @@ class RunCheckpoints:
         else:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in self.damaged.items())
             if len(candidates) < len(self.steps()):
-                raise ValueError(f"{self.directory} holds other checkpoints, but not this one as it was written ({listed})")
+                raise ValueError(
+                    f"{self.directory} holds other checkpoints, but not this one as it was written ({listed})"
+                )
             raise ValueError(
                 f"no checkpoint in {self.directory} is as it was written ({listed}); put a copy back, or begin another run"
             )

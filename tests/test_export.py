@@ -146,7 +146,9 @@ def test_a_card_says_what_the_run_took_where_it_was_given_nothing(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     card = model_card(tmp_path, name="x", dtype="float32", adapter=False)
     assert "| `learning_rate` | 0.002 |" in card and "| `focal` | False |" in card
-    assert "These are the weights after step 500." in card and "| `steps` | 1500 |" in card and "`max_length`" not in card
+    assert (
+        "These are the weights after step 500." in card and "| `steps` | 1500 |" in card and "`max_length`" not in card
+    )
 
 
 def test_torch_computes_the_same(runs, tmp_path):
