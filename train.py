@@ -35,6 +35,8 @@ class Looking:
     def __post_init__(self) -> None:
         if self.compare_out is not None and self.compare is None:
             raise ValueError("--compare-out is for a comparison; add --compare RUN1 RUN2")
+        if self.report is not None and self.compare is not None:
+            raise ValueError("--report is of one run and --compare of two; give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,10 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = tyro.cli(Command, description=__doc__, default=begun)
+        if command.planning.plan and command.looking != Looking():
+            raise ValueError(
+                "--plan is of a run to come, --report and --compare are of runs that were; give one of them"
+            )
         if command.looking.compare is not None:
             return lay_side_by_side(command.looking)
         if command.looking.report is not None:
