@@ -35,6 +35,8 @@ class Looking:
     def __post_init__(self) -> None:
         if self.compare_out is not None and self.compare is None:
             raise ValueError("--compare-out is for a comparison; add --compare RUN1 RUN2")
+        if self.report is not None and self.compare is not None:
+            raise ValueError("--report is of one run and --compare of two; give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +47,27 @@ class Command:
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
-    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there."""
+    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there.
+
+    Raises:
+      ValueError: it is there twice.
+    """
+    asked = None
     for place, argument in enumerate(arguments):
         name, sign, value = argument.partition("=")
         if name != "--recipe":
             continue
+        if asked is not None:
+            raise ValueError("--recipe is given twice; a run has one")
         following = arguments[place + 1 : place + 2]
-        return value if sign else "".join(one for one in following if not one.startswith("-"))
-    return None
+        asked = value if sign else "".join(one for one in following if not one.startswith("-"))
+    return asked
+
+
+def given_settings(arguments: list[str]) -> set[str]:
+    """The settings that the command line gives, whatever their values."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
@@ -68,12 +83,14 @@ def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
     return found
 
 
-def plan(command: Command, recipe: Recipe | None) -> int:
+def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
     """Prints the plan; 0 when the step fits, `DOES_NOT_FIT` when it does not."""
     training = command.training
-    if recipe is not None and recipe.like is not None and training.model == recipe.settings.get("model"):
-        # Sizes are all that a plan needs of a model: nothing is fetched for it.
-        training = dataclasses.replace(training, model=recipe.like)
+    if recipe is not None and recipe.like is not None:
+        left_open = "model" in recipe.required and "model" not in given
+        if left_open or training.model == recipe.settings.get("model"):
+            # Sizes are all that a plan needs of a model: nothing is fetched for it.
+            training = dataclasses.replace(training, model=recipe.like)
     made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
@@ -108,15 +125,19 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = tyro.cli(Command, description=__doc__, default=begun)
+        if command.planning.plan and command.looking != Looking():
+            raise ValueError(
+                "--plan is of a run to come, --report and --compare are of runs that were; give one of them"
+            )
         if command.looking.compare is not None:
             return lay_side_by_side(command.looking)
         if command.looking.report is not None:
             print("wrote", *write_report(read_record(command.looking.report)))
             return 0
         if command.planning.plan:
-            return plan(command, recipe)
+            return plan(command, recipe, given_settings(sys.argv[1:]))
         if recipe is not None:
-            recipe.check_given(command.training)
+            recipe.check_given(given_settings(sys.argv[1:]))
         train(command.training, origins(command.training, recipe))
     except Stopped as stopped:
         print(stopped)

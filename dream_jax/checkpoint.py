@@ -371,7 +371,8 @@ class RunCheckpoints:
       damaged: what the last `restore` passed over, by step.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3):
+    def __init__(self, directory: str | pathlib.Path, keep: int = 3, measure: str = ""):
+        """`measure` names what scores are of: steps that were scored by another measure have no score here."""
         if keep < 1:
             raise ValueError(f"{keep=} must be at least 1")
         self.directory = pathlib.Path(directory).resolve()
@@ -387,7 +388,8 @@ class RunCheckpoints:
                 if step.isdigit():
                     folder = pathlib.Path(self.get())
                     score = scores.get(int(step))
-                    await asyncio.to_thread(checksums.write, folder, leave_out=_WRITTEN_LAST, score=score)
+                    more = {"score": score, "measure": measure}
+                    await asyncio.to_thread(checksums.write, folder, leave_out=_WRITTEN_LAST, **more)
                 await super().finalize()
 
         self._manager = ocp.CheckpointManager(
@@ -404,7 +406,7 @@ class RunCheckpoints:
         )
         for step in self.steps():
             written = checksums.read(self.directory / str(step))
-            score = None if written is None else written.get("score")
+            score = None if written is None or written.get("measure") != measure else written.get("score")
             self._scores[step] = score if isinstance(score, float) else None
 
     def __enter__(self) -> Self:
@@ -501,6 +503,10 @@ class RunCheckpoints:
             _log.error("the checkpoint of step %d in %s is damaged: %s", step, self.directory, problem)
         else:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in self.damaged.items())
+            if len(candidates) < len(self.steps()):
+                raise ValueError(
+                    f"{self.directory} holds other checkpoints, but not this one as it was written ({listed})"
+                )
             raise ValueError(
                 f"no checkpoint in {self.directory} is as it was written ({listed}); put a copy back, or begin another run"
             )

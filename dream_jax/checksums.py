@@ -39,7 +39,13 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    files = found.get("files") if isinstance(found, dict) else None
+    # What was damaged may still be JSON.
+    return found if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
 
 
 def damage(folder: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -604,6 +605,11 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
         run.save(9, make_state("8x1"), {}, 0.3)
         run.wait()
         assert (run.steps(), run.best_step()) == ([7, 8, 9], 7)
+    with RunCheckpoints(tmp_path, keep=2, measure="other rows") as run:  # by which nothing was scored yet
+        assert run.best_step() is None
+        run.save(10, make_state("8x1"), {}, 5.0)
+        run.wait()
+        assert (run.steps(), run.best_step()) == ([9, 10], 10)
 
 
 def largest(folder: Path) -> Path:
@@ -629,12 +635,22 @@ def remove(step: Path) -> Path:
     return path
 
 
+def rewrite(path: Path, pattern: str, new: str) -> Path:
+    text = path.read_text()
+    path.write_text(re.sub(pattern, new, text, count=1))
+    assert path.read_text() != text
+    json.loads(path.read_text())  # still JSON
+    return path
+
+
 DAMAGE = {
     "truncated": truncate,
     "flipped": lambda step: flip(largest(step)),
     "flipped in the meta": lambda step: flip(step / "meta" / "metadata"),
     "removed": remove,
     "no checksums": lambda step: (step / "checksums.json").unlink() or step / "checksums.json",
+    "a checksum with a comma in it": lambda step: rewrite(step / "checksums.json", r"(\d\d)(\s*\])", r"\1,1\2"),
+    "no sizes": lambda step: rewrite(step / "checksums.json", r"\[[^]]*\]", "7"),
     "half of the checksums": lambda step: (step / "checksums.json").write_text("{") and step / "checksums.json",
 }
 
@@ -673,7 +689,7 @@ def test_without_an_undamaged_step_nothing_is_put_aside(tmp_path: Path) -> None:
     with RunCheckpoints(tmp_path) as run:
         with pytest.raises(ValueError, match=r"step 2: .* has CRC-32 .*; step 1: .* bytes, but .*; put a copy back"):
             run.restore(abstract(big_state(0)))
-        with pytest.raises(ValueError, match=r"step 1: .* bytes, but"):
+        with pytest.raises(ValueError, match=r"holds other checkpoints, but not this one .*step 1: .* bytes, but"):
             run.restore(abstract(big_state(0)), step=1)
         assert run.steps() == [1, 2]
 

@@ -140,6 +140,17 @@ def test_what_was_not_measured_is_not_claimed(runs, tmp_path):
         assert part in card
 
 
+def test_a_card_says_what_the_run_took_where_it_was_given_nothing(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(TrainSettings(final="best").plain()))
+    summary = {"learning_rate": 2e-3, "step": 500, "eval": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    card = model_card(tmp_path, name="x", dtype="float32", adapter=False)
+    assert "| `learning_rate` | 0.002 |" in card and "| `focal` | False |" in card
+    assert (
+        "These are the weights after step 500." in card and "| `steps` | 1500 |" in card and "`max_length`" not in card
+    )
+
+
 def test_torch_computes_the_same(runs, tmp_path):
     """The export as transformers' Qwen2, the causal mask replaced by one that hides nothing."""
     torch = pytest.importorskip("torch", reason="the parity test needs torch (the extra bench)")

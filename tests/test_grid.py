@@ -80,6 +80,11 @@ def test_neither_mesh_nor_batch_change_it(mesh, size):
     assert found.num_masked == wanted.num_masked
 
 
+def test_a_digest_tells_grids_apart():
+    mesh = sharding.make_mesh("1x1")
+    assert Grid(rows(), 1, mesh).digest == Grid(rows(), 2, mesh).digest != Grid(rows()[:-1], 1, mesh).digest
+
+
 def test_what_there_is_nothing_of_is_not_a_number():
     mesh = sharding.make_mesh("1x1")
     one = dataclasses.replace(rows(1)[0], maskable=np.zeros(LENGTH, bool))

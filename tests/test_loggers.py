@@ -98,6 +98,22 @@ def test_tensorboard_may_be_missing_where_it_is_not_asked_for(monkeypatch):
         check_loggers(("tensorboard",))
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_tensorboard_forgets_what_came_after_the_last_checkpoint(tmp_path, done):
+    """Also where there was none yet: the steps are taken again."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    (board,) = open_loggers(("tensorboard",), tmp_path, {}, done)
+    board.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events, content = [], file.read_bytes()
+    while content:  # length, its checksum, the event, its checksum
+        size = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    assert [one.step for one in events if one.session_log.status == SessionLog.START] == [done + 1]
+
+
 def test_numbers_that_are_none_are_kept_from_tensorboard(tmp_path):
     (board,) = open_loggers(("tensorboard", "tensorboard"), tmp_path, {}, 0)
     board.write(1, {"loss": float("nan"), "nll": 1.0})  # a warning, and so an error, if it went through

@@ -302,6 +302,22 @@ def test_what_the_compiler_says_it_needs(message, needed):
     assert found.words in message
 
 
+@pytest.mark.parametrize(
+    ("topology", "changes"),
+    [
+        ("h100:1", {"b2": 0.99}),  # too slow for bfloat16 moments
+        ("v6e:2x2", {"mesh": "4x1", "moments_on_host": True}),  # not with int8 moments
+        ("h100:1", {"lora_rank": 512, "merge": True}),  # not into a base of codes
+    ],
+)
+def test_a_change_that_the_settings_exclude_is_not_suggested(topology, changes):
+    """What does not fit is told so, and not refused for what only the planner has tried."""
+    settings = TrainSettings(model="dream-7b", max_length=4096, batch_size=32, **changes)
+    plan = make_plan(settings, PlanSettings(plan=True, topology=topology, compile=False))
+    assert not plan.fits and plan.advice
+    assert not any("--lora-rank" in line for line in plan.advice if "lora_rank" in changes)
+
+
 def test_suggestions_would_fit():
     plan = estimated(dream_7b(max_length=2048, remat="none"), "v5e:2x4")
     assert not plan.fits

@@ -152,6 +152,8 @@ def test_recipe_alone_lists_them(monkeypatch, capsys):
     for name in NAMES:
         assert f"{name}: " in text
     assert "--mesh 8x1 --accumulation 2 --moments float32" in text
+    code, _, error = train_py(monkeypatch, capsys, "--recipe", "pretrain", "--recipe=ar-start")
+    assert code == 1 and "error: --recipe is given twice" in error
     code, _, error = train_py(monkeypatch, capsys, "--recipe", "s1k")
     assert code == 1 and "error: no recipe 's1k'" in error
 
@@ -171,10 +173,11 @@ def test_flags_override_and_the_run_says_where_settings_come_from(monkeypatch, c
 def test_what_a_recipe_leaves_to_the_user_is_asked_for(monkeypatch, capsys, tmp_path):
     code, _, error = train_py(monkeypatch, capsys, "--recipe", "pretrain", "--out", tmp_path / "run")
     assert code == 1 and "error: recipe pretrain needs --data: pre-training on whole documents" in error
-    code, _, error = train_py(
-        monkeypatch, capsys, "--recipe", "ar-start", "--data", "sudoku", "--out", tmp_path / "run"
-    )
-    assert code == 1 and "error: recipe ar-start needs --model and --data" in error
+    code, _, error = train_py(monkeypatch, capsys, "--recipe", "ar-start", "--out", tmp_path / "run")
+    assert code == 1 and "error: recipe ar-start needs --model and --data: " in error
+    # What is given is given, also where it is the default.
+    code, _, error = train_py(monkeypatch, capsys, "--recipe", "ar-start", "--data=sudoku", "--out", tmp_path / "run")
+    assert code == 1 and "error: recipe ar-start needs --model: " in error
     assert not (tmp_path / "run").exists()
 
 
@@ -184,6 +187,12 @@ def test_a_recipe_is_planned_without_its_files(monkeypatch, capsys):
     assert code == 0 and "model dream-7b" in text and "YES: it fits" in text
     code, text, _ = train_py(monkeypatch, capsys, *arguments, "--lora-rank", "64")
     assert "161,480,704 parameters trained" in text
+    # A recipe that leaves the model to the user is planned at the size that it is made for, not at the default's.
+    arguments = ["--recipe", "ar-start", "--plan", "--no-compile", "--topology", "h100:8", "--mesh", "8x1"]
+    code, text, _ = train_py(monkeypatch, capsys, *arguments)
+    assert "model dream-7b" in text
+    code, text, _ = train_py(monkeypatch, capsys, *arguments, "--model", "nano")
+    assert "model nano" in text
 
 
 def test_every_setting_has_a_type_that_recipes_can_hold(tmp_path):

@@ -128,6 +128,26 @@ def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, 
     assert before["before"] == json.loads((finished / "samples.json").read_text())["before"]
 
 
+def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
+    """Answers to fewer prompts, or longer ones, are not laid beside those of before."""
+    out = copied(finished, tmp_path)
+    (out / "summary.json").unlink()
+    train(settings(out, samples=1, weight="inverse-time"))
+    assert read_record(out).settings["samples"] == 1
+    samples = json.loads((out / "samples.json").read_text())
+    assert len(samples["prompts"]) == len(samples["after"]) == 1 and "before" not in samples
+    text = (out / "report.md").read_text()
+    assert "**before**\n\nnot taken" in text and "| `samples` | 1 |" in text
+
+
+def test_only_one_thing_is_asked_for_at_once(tmp_path):
+    places = [str(tmp_path / name) for name in ("a", "b")]
+    for more, said in ((["--report", places[0]], "give one of them"), (["--plan"], "--plan is of a run to come")):
+        command = [sys.executable, "train.py", "--compare", *places, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
 def test_a_run_that_diverges_says_so(tmp_path):
     with pytest.raises(Diverged):
         train(settings(tmp_path / "run", learning_rate=1e30, clip_norm=0, save_every=1, eval_rows=0))

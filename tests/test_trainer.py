@@ -21,6 +21,7 @@ from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import Diverged, TrainSettings, answer_text, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
 from dream_jax.trainer.grid import Grid, encode_held_out
+from dream_jax.trainer.incidents import read_incidents
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -57,6 +58,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [step for step, _ in losses(out)] == [*range(1, 13)]
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["settings"]["steps"] == 12
+    assert summary["learning_rate"] == 2e-3  # none was given
     data = json.loads((out / "data.json").read_text())
     assert data["rows"] == summary["data"] and data["rows"]["whole"] == data["rows"]["kept"] == 1_000_000
     # Puzzle and solution fill the row: of twenty tokens that are learned the last is end-of-text.
@@ -205,6 +207,8 @@ def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     assert [step + 1 for step, loss in enumerate(summary["last_losses"]) if loss is None] == skipped
     said = capsys.readouterr().out
     assert all(f"warning: step {step} is skipped, 1 in a row: its loss is nan" in said for step in skipped)
+    incidents = [(one["kind"], one["step"]) for one in read_incidents(tmp_path / "out")]
+    assert incidents == [("warning", None), *(("skipped", step) for step in skipped)]  # the first: a high learning rate
     # No checkpoint of a skipped step, except of the last.
     saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert saved == [step for step in range(1, 11) if step not in skipped or step == 10]

@@ -104,6 +104,8 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list
     for change in (*changes, *_CHANGES):
         if settings.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
             continue  # it has none
+        if settings.adapts:  # an adapter keeps its rank
+            change = {name: value for name, value in change.items() if name != "lora_rank"}
         if "accumulation" not in change:
             changed = changed | change
         for tried in (change, changed):
@@ -128,7 +130,11 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict
     """The change in words when it would fit; None when it would not, or is none."""
     if all(getattr(settings, name) == value for name, value in change.items()):
         return None
-    needed = _estimate(dataclasses.replace(settings, **change), dataclasses.replace(hardware, devices=None), rows)
+    try:
+        changed = dataclasses.replace(settings, **change)
+        needed = _estimate(changed, dataclasses.replace(hardware, devices=None), rows)
+    except ValueError:  # the change and the other settings exclude each other: nobody asked for it
+        return None
     if needed > _ROOM * hardware.chip.memory:
         return None
     flags = [

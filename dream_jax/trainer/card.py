@@ -99,8 +99,14 @@ def _data(record: Record | None) -> list[str]:
 def _settings(record: Record | None) -> list[str]:
     if record is None:
         return _UNKNOWN
-    known = [(f"`{name}`", record.settings[name]) for name in _SETTINGS if record.settings.get(name) is not None]
-    state = "" if record.finished else " The run was not finished."
+    # What was left to the run, and what it took.
+    taken = {"learning_rate": record.summary.get("learning_rate")}
+    taken["max_length"] = record.data["rows"]["max_length"] if record.data else None
+    values = {name: record.settings.get(name) for name in _SETTINGS}
+    values = {name: taken.get(name) if value is None else value for name, value in values.items()}
+    known = [(f"`{name}`", value) for name, value in values.items() if value is not None]
+    step = f" These are the weights after step {record.summary.get('step')}."
+    state = step if record.finished else " The run was not finished."
     return [f"Trained from `{record.settings['model']}`.{state}", "", *table(("setting", "value"), known)]
 
 

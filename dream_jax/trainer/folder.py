@@ -141,7 +141,8 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-                write_json(settings.out / "settings.json", settings.plain())
+            # Of a run that goes on some may be new: those that are free.
+            write_json(settings.out / "settings.json", settings.plain())
         together("claimed")
         yield
 

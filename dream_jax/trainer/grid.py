@@ -9,6 +9,7 @@ Knows encoded rows and the objective. Knows nothing of the loop or of files.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -88,6 +89,14 @@ class Grid:
 
         # Replicated: every process reads the sums of all rows.
         self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+    @property
+    def digest(self) -> str:
+        """Of tokens and masks: scores of grids with the same one may be compared."""
+        found = hashlib.sha256(self._tokens_RT.tobytes())
+        for masked_RT in self._masked:
+            found.update(masked_RT.tobytes())
+        return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
         """Scores a model whose parameters lie on the mesh."""

@@ -93,7 +93,8 @@ class _TensorBoard:
     def __init__(self, folder: pathlib.Path, done: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        # Also from the first step on: a run may have been killed before its first checkpoint.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():

@@ -96,7 +96,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         claimed_folder(settings),
         report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
         run.batches,
-        RunCheckpoints(settings.out / "checkpoints", keep=settings.keep) as checkpoints,
+        RunCheckpoints(
+            settings.out / "checkpoints", keep=settings.keep, measure="" if run.grid is None else run.grid.digest
+        ) as checkpoints,
     ):
         state, done, earlier = _first_state(run, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
@@ -118,7 +120,12 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         if best is not None:
             report.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")
         if settings.final == "best" and best not in (None, settings.steps):
-            state, score = checkpoints.restore(_released(state), step=best)[0], None
+            try:
+                state, score = checkpoints.restore(_released(state), step=best)[0], None
+            except ValueError as error:
+                raise ValueError(
+                    f"the best state cannot be handed over: {error}; the same command with --final last hands over the last"
+                ) from error
         trained = merge_params(run.graphdef, joined(frozen.params, state.params))
         trained.tokenizer_dir, trained.base_identity = str(tokenizer_dir), frozen.identity
         made = weights.save(trained, settings)
@@ -137,6 +144,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "parameters": whole,
             "trained_parameters": parameter_count(state.params),
             "base_identity": frozen.identity,
+            "learning_rate": settings.optimizer_config().learning_rate,
             "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
             "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
@@ -304,7 +312,9 @@ def _steps(
             if skipped:
                 report.say(
                     f"warning: step {number} is skipped, {len(skipped)} in a row: its loss is {row['loss']}, its gradient "
-                    f"norm {row['grad_norm']}"
+                    f"norm {row['grad_norm']}",
+                    "skipped",
+                    number,
                 )
             if len(skipped) >= settings.max_skipped:
                 raise _diverged(number, row, skipped, checkpoints, settings)

@@ -84,10 +84,9 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from error
 
-    def check_given(self, settings: TrainSettings) -> None:
-        """Raises ValueError when a setting that the recipe leaves to the user was not given."""
-        defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
-        missing = [name for name in self.required if getattr(settings, name) == defaults[name]]
+    def check_given(self, given: Collection[str]) -> None:
+        """Raises ValueError when a setting that the recipe leaves to the user is not among those that were given."""
+        missing = [name for name in self.required if name not in given]
         if missing:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
             raise ValueError(f"recipe {self.name} needs {flags}: {self.about}")

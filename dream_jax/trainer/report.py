@@ -33,26 +33,26 @@ class Report:
         """Of a run; `origins` says of settings where they come from, if more is known than that they are no defaults."""
         self._settings, self._origins = settings, origins or {}
         self._incidents: Incidents | None = None
-        self._unkept: list[str] = []
+        self._unkept: list[tuple[Kind, str, int | None]] = []
         self._warned: set[str] = set()
         self.leads = jax.process_index() == 0
         self._console = Console(highlight=False, soft_wrap=True, quiet=not self.leads)
         self._progress: Progress | None = None
 
-    def say(self, text: str) -> None:
-        """Prints a line, on one process only. A warning is kept among the run's incidents."""
+    def say(self, text: str, kind: Kind = "warning", step: int | None = None) -> None:
+        """Prints a line, on one process only. A warning is kept among the run's incidents, as one of this kind."""
         self._console.print(text, markup=False)
         _, found, warning = text.partition("warning: ")
         if found:
-            self._unkept.append(warning)
+            self._unkept.append((kind, warning, step))
             self._keep()
 
     def _keep(self) -> None:
         while self._incidents is not None and self._unkept:
-            warning = self._unkept.pop(0)
-            if warning not in self._warned:  # a run that goes on warns of its settings again
+            kind, warning, step = self._unkept.pop(0)
+            if warning not in self._warned:  # a run that goes on warns of its settings again, and skips the same steps
                 self._warned.add(warning)
-                self._incidents.add("warning", warning)
+                self._incidents.add(kind, warning, step)
 
     @contextlib.contextmanager
     def kept(self, folder: pathlib.Path, ends: Mapping[type[Exception], Kind]) -> Iterator[None]:

@@ -42,7 +42,7 @@ def take_samples(
     Args:
       model: as it is now.
       tokenizer, held_out, settings, max_length, mesh: of the run.
-      when: under which name the answers are kept; earlier ones of that name are replaced.
+      when: under which name the answers are kept; earlier ones of that name, or to other questions, are replaced.
     """
     rows = first_rows(held_out, settings.samples)
     encoding = settings.encode_options()
@@ -72,16 +72,18 @@ def take_samples(
     answers = np.asarray(out.tokens)[:, tokens.shape[1] :]
     if jax.process_index():
         return
-    kept = read_samples(settings.out) if when == "after" else {}
-    kept |= {
+    asked = {
         "prompts": [tokenizer.decode(prompt) for _, prompt in found],
         "expected": [row.response for row, _ in found],
         "tokens": room,
         "temperature": _TEMPERATURE,
         "seed": settings.seed,
-        when: [answer_text(tokenizer, answer) for answer in answers[: len(found)]],
     }
-    write_json(settings.out / FILE, kept)
+    kept = read_samples(settings.out) if when == "after" else {}
+    if any(kept.get(name) != value for name, value in asked.items()):
+        kept = {}  # answers to something else: the run went on with other --samples, or other held-out rows
+    answered = [answer_text(tokenizer, answer) for answer in answers[: len(found)]]
+    write_json(settings.out / FILE, kept | asked | {when: answered})
 
 
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:

@@ -405,5 +405,5 @@ FREE = {
     "num_processes",
     "process_id",
 }
-FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens", "merge"}
+FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens", "merge", "samples", "sample_tokens"}
 FREE |= {"recipe", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"}
