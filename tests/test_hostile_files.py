@@ -102,7 +102,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nested beyond reason": (after_good(b"[" * 100_000), AT_2 + "not JSON"),
     "a list, not an object": (after_good([GOOD]), AT_2 + "a list, but each line must be one JSON object"),
     # rows
-    "unknown fields": (lines({"text": "x"}), r"rows\.jsonl:1: fields \['text'\] are no known schema; a row has "),
+    "unknown fields": (lines({"story": "x"}), r"rows\.jsonl:1: fields \['story'\] are no known schema; a row has "),
     "another schema half-way": (after_good(S1K), AT_2 + r"no field 'prompt'|" + AT_2 + "fields"),
     "field missing": (after_good({"prompt": "q"}), AT_2 + r"(no field 'response'|fields \['prompt'\])"),
     "field null": (after_good(GOOD | {"response": None}), AT_2 + r"(no field 'response'|fields \['prompt'\])"),
