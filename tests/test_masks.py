@@ -327,8 +327,11 @@ def test_names_and_masks_are_each_others_inverse(name, mask):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "casual", "causal:1", "prefix:3", "block-causal", "block-causal:0", "block-causal:-8", "block-causal:8:8"]
-    + ["window", "window:", "window:1:2:3", "window:1_6", "window: 16", "window:x", "Causal", "two-stream:8"],
+    (
+        *("", "casual", "Causal", "causal:1", "prefix:3", "two-stream:8"),
+        *("block-causal", "block-causal:0", "block-causal:-8", "block-causal:8:8"),
+        *("window", "window:", "window:1:2:3", "window:1_6", "window: 16", "window:x"),
+    ),
 )
 def test_unknown_names_raise(name):
     with pytest.raises(ValueError, match=r"is not one of bidirectional, causal|must be at least 1"):

@@ -137,6 +137,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "parameters": whole,
             "trained_parameters": parameter_count(state.params),
             "base_identity": frozen.identity,
+            "mask": trained.trained_mask,
             "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
             "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],
