@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 import dream_jax
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.attention import Backend
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
@@ -77,6 +77,9 @@ class Settings:
     """subtracted from the logit of the end-of-text token"""
     guidance: float = 0.0
     """classifier-free guidance: how far to go from the model without the prompt to the one with it, and past it"""
+    mask: str | None = None
+    """who may attend to whom: bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT; by
+    default as the model was trained, which any other mask contradicts"""
     seed: int = 0
     """of everything random; line i of a file uses the key (seed, i)"""
     samples: int = 1
@@ -105,6 +108,8 @@ class Settings:
             raise ValueError("--prompts FILE and --out FILE belong together")
         if self.any_base and self.adapter is None:
             raise ValueError("--any-base speaks of an adapter: give --adapter as well")
+        if self.mask is not None:
+            masks.parse(self.mask)
         if self.batch_size < 1 or self.samples < 1:
             raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
         if self.samples > 1 and self.prompts is None:
@@ -125,6 +130,7 @@ class Settings:
             eps=self.eps,
             end_penalty=self.end_penalty,
             guidance=self.guidance,
+            mask=None if self.mask is None else masks.parse(self.mask),
             vocab_limit=tokenizer.vocab_limit,
             forbidden_tokens=(tokenizer.mask_id,),
         )
@@ -173,7 +179,8 @@ def run(settings: Settings) -> int:
     # What the answers depend on, beside the questions.
     recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
     recipe |= {"samples": settings.samples} | dataclasses.asdict(sampler)
-    recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit)}  # with their types
+    # With the types of what is kept and of the rule, which `asdict` leaves out.
+    recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit), "mask": settings.mask}
     if settings.adapter is not None:
         recipe["adapter"] = settings.adapter
     if settings.base != "auto":

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dream_jax import checksums
+from dream_jax import checksums, masks
 from dream_jax.config import DreamConfig
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
@@ -157,13 +157,19 @@ def write_unit(directory: pathlib.Path, unit: Unit, params: ParamTree) -> None:
         raise
 
 
-def write_description(directory: pathlib.Path, config: DreamConfig, dtype: jax.typing.DTypeLike) -> None:
-    """Writes `dream_jax.json`, the last file of a converted directory: without it nothing loads."""
+def write_description(
+    directory: pathlib.Path, config: DreamConfig, dtype: jax.typing.DTypeLike, mask: str = "bidirectional"
+) -> None:
+    """Writes `dream_jax.json`, the last file of a converted directory: without it nothing loads.
+
+    `mask` is the name of the one that the weights were trained under.
+    """
     parameters = config.num_parameters
     description = {
         "format": FORMAT,
         "dtype": jnp.dtype(dtype).name,
         "parameters": parameters,
+        "mask": mask,
         "files": written_files(directory),
     }
     text = json.dumps(description, indent=1) + "\n"
@@ -207,6 +213,19 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> Descriptio
       FileNotFoundError: a file is missing.
       ValueError: another format, another configuration's weights, or a file of another size than was written.
     """
+    path, fields = directory / DESCRIPTION, _description_fields(directory)
+    missing = [key for key in ("dtype", "parameters", "files") if key not in fields]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; convert the source again")
+    description = Description(dtype=jnp.dtype(fields["dtype"]), parameters=fields["parameters"], files=fields["files"])
+    expected = config.num_parameters
+    if description.parameters != expected:
+        raise ValueError(f"{path} describes {description.parameters} parameters, but config.json makes {expected}")
+    check_files(directory, description.files, "convert the source again")
+    return description
+
+
+def _description_fields(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -217,15 +236,21 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> Descriptio
         raise ValueError(
             f"{path} has format {found!r}, but this version reads format {FORMAT}; convert the source again"
         )
-    missing = [key for key in ("dtype", "parameters", "files") if key not in fields]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; convert the source again")
-    description = Description(dtype=jnp.dtype(fields["dtype"]), parameters=fields["parameters"], files=fields["files"])
-    expected = config.num_parameters
-    if description.parameters != expected:
-        raise ValueError(f"{path} describes {description.parameters} parameters, but config.json makes {expected}")
-    check_files(directory, description.files, "convert the source again")
-    return description
+    return fields
+
+
+def read_mask(directory: pathlib.Path) -> str:
+    """The name of the mask that a converted directory's weights were trained under; bidirectional where it says nothing.
+
+    Raises:
+      ValueError: another format, or no name of a mask.
+    """
+    name = str(_description_fields(directory).get("mask", "bidirectional"))
+    try:
+        masks.parse(name)
+    except ValueError as error:
+        raise ValueError(f"{directory / DESCRIPTION}: {error}") from error
+    return name
 
 
 def read_unit(directory: pathlib.Path, unit: Unit, mesh: Mesh | None = None) -> ParamTree:

@@ -261,6 +261,8 @@ class Dream(nnx.Module):
       tokenizer_dir: directory with the tokenizer files that belong to the weights, or None; they travel along when the
         model is saved or exported.
       base_identity: what `lora.identity` says of the weights that a quantised base came from; else None.
+      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It travels when the model is
+        saved, and whoever chooses a mask for the model begins with it; a call of the model itself does what it is told.
     """
 
     def __init__(
@@ -282,6 +284,7 @@ class Dream(nnx.Module):
         self.remat = remat
         self.tokenizer_dir = tokenizer_dir
         self.base_identity: str | None = None
+        self.trained_mask = "bidirectional"
         self.embed = Embedding(config, dtype=param_dtype, rngs=rngs)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layers = jax.vmap(lambda key: Layer(config, dtype=param_dtype, rngs=nnx.Rngs(key)))(layer_keys)

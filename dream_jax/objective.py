@@ -160,6 +160,7 @@ def masked_diffusion_loss(
     weight: LossWeight = CartWeight(0.1),
     attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | Mask | None = None,
     *,
+    mask: Mask | None = None,
     focal: Focal | None = None,
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
     dropout_keys: DropoutKeys = None,
@@ -173,7 +174,8 @@ def masked_diffusion_loss(
       t_B: noise level of each row, in (0, 1).
       weight: CartWeight(p) | InverseTimeWeight() | LinearWeight() | UniformWeight().
       attention_mask: nonzero at real tokens; for left-padded batches. Right pads are attended and learned: that is how
-        the model learns to stop, so they do not belong in this mask. Or a mask value, for training under another mask.
+        the model learns to stop, so they do not belong in this mask. Or a mask value, which says all there is to say.
+      mask: what holds beside `attention_mask`, for training under another mask than the bidirectional; see `Mask.placed`.
       focal: optional focal term.
       normalizer: the denominator; by default the number of masked positions in the (global) batch, at least 1. Parts of
         a batch are given the whole batch's, so that their losses add up.
@@ -195,7 +197,8 @@ def masked_diffusion_loss(
     t_B = jnp.asarray(t_B, jnp.float32)
     if t_B.shape != tokens_BT.shape[:1]:
         raise ValueError(f"t has shape {t_B.shape}, expected one time a row, {tokens_BT.shape[:1]}")
-    mask, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
+    padding, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
+    mask = padding if mask is None else mask & padding
     with sharding.mesh_context(model):
         arrays = (tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, dropout_keys)
         return _loss(model, *arrays, weight=weight, focal=focal)

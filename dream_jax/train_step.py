@@ -75,6 +75,7 @@ class StepConfig:
       weight: of the loss.
       focal: optional focal term.
       seed: of times and masks.
+      mask: who may attend to whom, beside what the batch hides; the rows' beginnings and prompts are those of each batch.
       anneal_steps: of the first steps, under attention that grows from causal to bidirectional (`masks.anneal`); such a
         step forms all attention scores.
     """
@@ -84,11 +85,14 @@ class StepConfig:
     weight: LossWeight = CartWeight(0.1)  # noqa: RUF009 - immutable
     focal: Focal | None = None
     seed: int = 0
+    mask: masks.Mask = masks.Bidirectional()  # noqa: RUF009 - immutable
     anneal_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.anneal_steps < 0:
             raise ValueError(f"{self.anneal_steps=} must not be negative")
+        if self.anneal_steps and not isinstance(self.mask, masks.Bidirectional):
+            raise ValueError(f"{self.anneal_steps=} leads to bidirectional attention, not to {self.mask}; choose one")
         if self.global_batch < 1 or self.accumulation < 1 or self.global_batch % self.accumulation:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
 
@@ -178,7 +182,7 @@ class TrainStep:
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: ParamTree | None = None) -> Any:
         """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings.
 
-        Of the step under the bidirectional mask, which all but the first `anneal_steps` are.
+        Of the step under the mask itself, which all but the first `anneal_steps` are.
         """
         with jax.set_mesh(self._devices()):
             return self._compiled_for(state).lower(state, batch, frozen or {})
@@ -246,13 +250,16 @@ def _train_step(
         masked_BT = sharding.constrain(masked_BT, "batch", None)
         # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
-    drawn_TS = None
+    exist_BT = jnp.ones(tokens_BT.shape, bool) if exists_BT is None else exists_BT
+    placed = config.mask.placed(exist_BT, maskable_BT)
+    drawn = None
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
-        drawn_TS = masks.anneal(_step_key(config.seed, _ANNEALING, state.step), share, tokens_BT.shape[1])
+        key = _step_key(config.seed, _ANNEALING, state.step)
+        drawn = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # the same for all rows
 
     def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
-        tokens_BT, masked_BT, t_B, row_B, exists_BT = part
+        tokens_BT, masked_BT, t_B, row_B, exists_BT, placed = part
         model = merge_params(graphdef, joined(frozen, params))
         value, aux = masked_diffusion_loss(
             model,
@@ -260,8 +267,8 @@ def _train_step(
             masked_BT,
             t_B,
             config.weight,
-            # Positions then count from the row's first place, hidden or not: rotary attention sees differences only.
-            exists_BT if drawn_TS is None else masks.Annealed(drawn_TS, exists_BT),
+            exists_BT,
+            mask=placed if drawn is None else drawn,
             focal=config.focal,
             normalizer=normalizer,
             # Unused, and so not computed, without an adapter that drops something.
@@ -280,7 +287,7 @@ def _train_step(
         }
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (tokens_BT, masked_BT, t_B, row_B, exists_BT)
+    whole = (tokens_BT, masked_BT, t_B, row_B, exists_BT, placed)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:

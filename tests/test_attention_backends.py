@@ -25,6 +25,38 @@ from dream_jax.attention import cudnn, splash, xla
 
 KINDS = ["all", "padding", "lengths", "segments"]
 
+# Masks that the same tokens as queries and keys have, of rows that are padded on the left and on the right.
+FAMILY = {
+    "causal": lambda batch, length: masks.Causal(),
+    "window": lambda batch, length: masks.SlidingWindow(3, 2),
+    "window back": lambda batch, length: masks.SlidingWindow(3, 0),
+    "blocks": lambda batch, length: masks.BlockCausal(4),
+    "two streams": lambda batch, length: masks.TwoStream(4),
+    "causal window": lambda batch, length: masks.Causal() & masks.SlidingWindow(4, 4),
+    "causal or blocks": lambda batch, length: masks.Causal() | masks.BlockCausal(3),
+    "causal, padding": lambda batch, length: masks.Causal() & make_mask("padding", batch, length, length),
+    "causal, lengths": lambda batch, length: make_mask("lengths", batch, length, length) & masks.Causal(),
+    "window, lengths": lambda batch, length: masks.SlidingWindow(3, 0) & make_mask("lengths", batch, length, length),
+    "blocks, segments, padding": lambda batch, length: (
+        masks.BlockCausal(4) & own_segments(batch, length) & make_mask("padding", batch, length, length)
+    ),
+    "prefix": lambda batch, length: masks.Prefix(np.arange(batch) + 2),
+    "blocks of rows": lambda batch, length: masks.BlockCausal(4, np.arange(batch)),
+    "not causal or self": lambda batch, length: ~masks.Causal() | masks.SlidingWindow(0, 0),
+}
+# What splash has no ids for, and what cuDNN must be shown: all that is not compiled in or told by lengths.
+DIFFER = {"prefix", "blocks of rows"}
+NATIVE = {
+    "causal": {"is_causal"},
+    "window back": {"is_causal", "local_window_size"},
+    "causal, lengths": {"is_causal", "key_value_seq_lengths"},
+}
+
+
+def own_segments(batch, length):
+    ids = np.sort(np.random.default_rng(3).integers(0, 3, (batch, length)), axis=1)
+    return masks.Segments(ids, ids)
+
 
 def inputs(batch, queries, keys, heads, kv_heads, width=16, dtype=jnp.float32):
     rng = np.random.default_rng(0)
@@ -61,6 +93,17 @@ def value_and_gradients(attend, arrays, mask):
     return run(arrays, mask)
 
 
+def meaningful(attend):
+    """`attend` with zeros for queries that see nothing: their outputs differ between backends, and are finite."""
+
+    def run(q, k, v, allowed):
+        out = attend(q, k, v, allowed)
+        sees = jnp.any(allowed.dense(q.shape[1], k.shape[1]), axis=-1)[..., None, None]
+        return jnp.where(jnp.isfinite(out), jnp.where(sees, out, 0), jnp.nan)
+
+    return run
+
+
 def assert_same(found, wanted, atol=1e-5):
     for a, b, name in zip(found, wanted, ("out", "dq", "dk", "dv"), strict=True):
         scale = max(1.0, float(jnp.max(jnp.abs(b))))
@@ -95,6 +138,68 @@ def interpreted():
 def test_splash_is_attention(batch, queries, keys, heads, kv_heads, kind):
     arrays, mask = inputs(batch, queries, keys, heads, kv_heads), make_mask(kind, batch, queries, keys)
     found = value_and_gradients(attend("splash"), arrays, mask)
+    assert_same(found, value_and_gradients(xla.attention, arrays, mask))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", sorted(FAMILY.keys() - DIFFER))
+def test_splash_is_attention_under_every_mask(name):
+    arrays, mask = inputs(2, 140, 140, 4, 2), FAMILY[name](2, 140)
+    found = value_and_gradients(meaningful(attend("splash")), arrays, mask)
+    assert_same(found, value_and_gradients(meaningful(xla.attention), arrays, mask))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", sorted(FAMILY.keys() - DIFFER))
+def test_splash_leaves_out_what_is_hidden(monkeypatch, name):
+    """What is compiled in is the mask itself, padded: tiles that it leaves empty are not computed."""
+    seen, make = [], splash.splash_attention_kernel.make_splash_mha
+    monkeypatch.setattr(
+        splash.splash_attention_kernel, "make_splash_mha", lambda mask, **kw: seen.append(mask) or make(mask, **kw)
+    )
+    length, mask = 140, FAMILY[name](1, 140)
+    attend("splash")(*inputs(1, length, length, 2, 2), mask)
+    compiled = np.asarray(seen[0].masks[0][:, :])
+    wanted = np.ones((length, length), bool)
+    for part in masks.conjuncts(mask):
+        if masks.is_fixed(part):
+            wanted &= np.asarray(part.dense(length, length))[0]
+    assert compiled.shape == (256, 256)
+    np.testing.assert_array_equal(compiled[:length, :length], wanted)
+    assert compiled.any(axis=1).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (FAMILY["prefix"](2, 8), "the mask Prefix differs from row to row"),
+        (FAMILY["blocks of rows"](2, 8) & masks.Causal(), "the mask BlockCausal differs from row to row"),
+        (masks.Causal().at(np.zeros((2, 8), int)), "the mask Queries differs from row to row"),
+        (own_segments(2, 8) & own_segments(2, 8), "a token has one segment id, and these masks give it two"),
+        (~masks.Causal(), "no result for queries that the mask lets see nothing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_splash_says_why_not(mask, reason):
+    arrays = inputs(2, 8, 8, 4, 2)
+    with pytest.raises(ValueError, match=reason):
+        attend("splash")(*arrays, mask)
+    np.testing.assert_array_equal(attend("auto")(*arrays, mask), xla.attention(*arrays, mask))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_order_needs_all_tokens_on_a_device():
+    """A device with half of the queries has no place for the compiled order: auto goes on without the kernel."""
+    arrays, mask = inputs(2, 12, 12, 4, 2), masks.Causal()
+    with jax.set_mesh(mesh((2, 2, 2))):
+        with pytest.raises(ValueError, match="the mesh splits the tokens"):
+            attend("splash")(*arrays, mask)
+        assert room.choose("auto", *arrays[:2], mask) == "xla"
+        assert room.choose("auto", *arrays[:2], masks.Bidirectional()) == "splash"
+    with jax.set_mesh(mesh((4, 2, 1))):
+        assert room.choose("auto", *arrays[:2], mask) == "splash"
+        found = value_and_gradients(attend("splash"), arrays, mask)
     assert_same(found, value_and_gradients(xla.attention, arrays, mask))
 
 
@@ -249,6 +354,28 @@ def test_cudnn_is_asked_for_attention(cudnn_answered, batch, queries, keys, head
             assert call["mask"].shape == (batch, 1, call["queries"], call["keys"])
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_cudnn_is_asked_for_attention_under_every_mask(cudnn_answered, name):
+    arrays, mask = inputs(2, 12, 12, 4, 2), FAMILY[name](2, 12)
+    found = value_and_gradients(meaningful(cudnn.attention), arrays, mask)
+    assert_same(found, value_and_gradients(meaningful(xla.attention), arrays, mask))
+    for call in cudnn_answered:
+        assert call.keys() - {"queries", "keys"} == NATIVE.get(name, {"mask"})
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_cudnn_is_shown_an_order_that_a_device_cannot_know(cudnn_answered, name):
+    arrays, mask = inputs(2, 12, 12, 4, 2), FAMILY[name](2, 12)
+    wanted = value_and_gradients(xla.attention, arrays, mask)
+    with jax.set_mesh(sharding.make_mesh("2x2x2")):
+        assert_same(value_and_gradients(cudnn.attention, arrays, mask), wanted)
+    assert all(call["queries"] == 6 and "mask" in call and "is_causal" not in call for call in cudnn_answered)
+    cudnn_answered.clear()
+    with jax.set_mesh(sharding.make_mesh("4x2")):
+        assert_same(value_and_gradients(cudnn.attention, arrays, mask), wanted)
+    assert all(call.keys() - {"queries", "keys"} == NATIVE[name] for call in cudnn_answered)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cudnn_under_context_parallelism(cudnn_answered, kind):
     """Each device has its share of the queries, and of the mask's rows, and all keys."""
@@ -277,27 +404,27 @@ def test_cudnn_is_never_given_a_length_of_zero(cudnn_answered):
         ("lengths", "fmhaSoftmax", "PADDING"),
         ("padding", "fmhaScaleBiasSoftmax", "NO_MASK"),
         ("segments", "fmhaScaleBiasSoftmax", "NO_MASK"),
+        ("causal", "fmhaSoftmax", "CAUSAL"),
+        ("window back", "fmhaSoftmax", "CAUSAL"),
+        ("causal, lengths", "fmhaSoftmax", "PADDING_CAUSAL"),
     ],
 )
 def test_cudnn_lowers_to_its_custom_calls(kind, call, mask_type, shape):
-    arrays, mask = inputs(4, 24, 40, 4, 2, 64, jnp.bfloat16), make_mask(kind, 4, 24, 40)
+    keys = 24 if kind in FAMILY else 40
+    mask = FAMILY[kind](4, 24) if kind in FAMILY else make_mask(kind, 4, 24, 40)
+    arrays = inputs(4, 24, keys, 4, 2, 64, jnp.bfloat16)
     with room.target_platform("gpu"), jax.set_mesh(mesh(shape)) if shape else contextlib.nullcontext():
         text = lowered("cuda", attend("auto"), arrays, mask)
     local = (1, 2) if shape else (4, 4)
     assert sorted(set(re.findall(r"__cudnn\$(\w+)", text))) == [call, f"{call}Backward"]
     assert set(re.findall(r"mask_type\\22: \\22([A-Z_]+)", text)) == {mask_type}
     assert f"tensor<{local[0]}x{local[1]}x24x64xbf16>" in text  # each device's part
-    assert not re.search(r"tensor<\d+x(4|2x2|2)x24x40xf32>", text)  # no scores
+    assert not re.search(rf"tensor<\d+x(4|2x2|2)x24x{keys}xf32>", text)  # no scores
+    window = set(re.findall(r"sliding_window_length\\22: (\d+)", text))
+    assert window == ({"4"} if kind == "window back" else {"0"})
 
 
 # --- choosing
-
-
-class Causal(masks.Mask):
-    """A mask that no kernel knows."""
-
-    def dense(self, num_queries, num_keys):
-        return jnp.tril(jnp.ones((num_queries, num_keys), bool))[None]
 
 
 @pytest.mark.usefixtures("cudnn_present")
@@ -316,13 +443,16 @@ class Causal(masks.Mask):
         ("tpu", "float32", 16, "padding", "splash"),
         ("tpu", "bfloat16", 128, "segments", "splash"),
         ("tpu", "float16", 128, "segments", "xla"),
-        ("tpu", "bfloat16", 128, "causal", "xla"),
+        ("gpu", "bfloat16", 128, "prefix", "cudnn"),
+        ("tpu", "bfloat16", 128, "causal", "splash"),
+        ("tpu", "bfloat16", 128, "blocks, segments, padding", "splash"),
+        ("tpu", "bfloat16", 128, "prefix", "xla"),
     ],
 )
 def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
     q, k, _ = inputs(2, 6, 6, 4, 2, width, dtype)
     with room.target_platform(platform):
-        mask = Causal() if mask == "causal" else make_mask(mask, 2, 6, 6)
+        mask = FAMILY[mask](2, 6) if mask in FAMILY else make_mask(mask, 2, 6, 6)
         assert room.choose("auto", q, k, mask) == chosen
         assert room.choose(chosen, q, k, mask) == chosen
         assert room.choose("xla", q, k, mask) == "xla"
@@ -341,7 +471,7 @@ def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
             'TPU kernel, and this computation is for "cpu"; use the backend "xla"',
         ),
         ("splash", "tpu", "float16", 64, "all", "float32 or bfloat16, not float16; change the compute dtype"),
-        ("splash", "tpu", "bfloat16", 64, "causal", "no segment ids for the mask Causal"),
+        ("splash", "tpu", "bfloat16", 64, "prefix", "the mask Prefix differs from row to row"),
         (
             "cudnn",
             "cpu",
@@ -358,7 +488,7 @@ def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
 )
 def test_backend_that_cannot_serve_says_why(backend, platform, dtype, width, mask, message):
     arrays = inputs(2, 6, 6, 4, 2, width, dtype)
-    mask = Causal() if mask == "causal" else make_mask(mask, 2, 6, 6)
+    mask = FAMILY[mask](2, 6) if mask in FAMILY else make_mask(mask, 2, 6, 6)
     with room.target_platform(platform), pytest.raises(ValueError, match=re.escape(message)) as caught:
         room.attention(*arrays, mask, backend)
     assert f'the attention backend "{backend}" cannot serve this call: ' in str(caught.value)

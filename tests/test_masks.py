@@ -1,4 +1,4 @@
-"""Masks are values: each one looks like its drawing, and travels through jit."""
+"""Masks are values: each one looks like its drawing, travels through jit, and composes with the others."""
 
 import inspect
 import re
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from dream_jax import masks
@@ -18,7 +20,15 @@ DRAWN = [
     masks.KeyLengths(np.array([2])),
     masks.Segments(np.array([[1, 1, 2]]), np.array([[1, 1, 2]])),
     masks.Causal(),
+    masks.Prefix(np.array([2])),
+    masks.BlockCausal(2),
+    masks.SlidingWindow(1, 0),
+    masks.TwoStream(1),
     masks.Annealed(np.array([[False, False, False], [True, True, True], [False, False, True]])),
+    masks.Causal() & masks.SlidingWindow(1, 1),
+    masks.Causal() | masks.KeyLengths(np.array([1])),
+    ~masks.Causal(),
+    masks.Causal().at(np.array([[2, 0, 0]])),
 ]
 
 
@@ -34,18 +44,19 @@ def test_every_mask_is_drawn():
 @pytest.mark.parametrize("mask", DRAWN, ids=named)
 def test_mask_looks_like_its_drawing(mask):
     drawing = re.findall(r"^ *([#.]+)$", inspect.getdoc(type(mask)), re.MULTILINE)
-    assert len(drawing) == 3
-    assert mask.draw(3, 3) == "\n".join(drawing)
+    assert len(drawing) >= 3
+    assert mask.draw(len(drawing)) == "\n".join(drawing)
 
 
 @pytest.mark.parametrize("mask", DRAWN, ids=named)
 def test_mask_is_a_pytree(mask):
+    length = 4 if isinstance(mask, masks.TwoStream) else 3
     leaves, structure = jax.tree.flatten(mask)
     assert type(jax.tree.unflatten(structure, leaves)) is type(mask)
-    dense = jax.jit(lambda mask: mask.dense(3, 3))(mask)
+    dense = jax.jit(lambda mask: mask.dense(length, length))(mask)
     assert dense.dtype == bool
-    np.testing.assert_array_equal(dense, mask.dense(3, 3))
-    assert mask.dense(3, 3).shape[-1] == 3
+    np.testing.assert_array_equal(dense, mask.dense(length, length))
+    assert dense.shape[-1] == length
 
 
 def test_bidirectional_is_all_true_for_any_shape():
@@ -118,8 +129,220 @@ def test_annealing_goes_from_causal_to_bidirectional():
         masks.Annealed(drawn).dense(32, 32)
 
 
-def test_annealed_hides_padding():
-    valid = np.array([[False, True, True], [True, True, True]])
-    mask = masks.Annealed(np.ones((3, 3), bool), valid)
-    assert mask.draw(3, 3, row=0) == "\n".join([".##"] * 3)
-    assert mask.draw(3, 3, row=1) == "\n".join(["###"] * 3)
+# --- the family, against its definition in words
+
+ROWS, LENGTH = 2, 8
+
+
+def sees(mask, row, query, key, length=LENGTH):
+    """Whether a query may attend to a key, told one pair at a time."""
+    match mask:
+        case masks.And(left, right):
+            return sees(left, row, query, key) and sees(right, row, query, key)
+        case masks.Or(left, right):
+            return sees(left, row, query, key) or sees(right, row, query, key)
+        case masks.Not(inner):
+            return not sees(inner, row, query, key)
+        case masks.Bidirectional():
+            return True
+        case masks.KeyPadding(valid):
+            return bool(valid[row, key])
+        case masks.KeyLengths(lengths):
+            return key < lengths[row]
+        case masks.Segments(ids, _):
+            return ids[row, query] == ids[row, key]
+        case masks.Causal():
+            return key <= query
+        case masks.Prefix(end):
+            return key <= query or key < end[row]
+        case masks.BlockCausal(size, start):
+            begin = 0 if start is None else start[row]
+            # The last place of the query's block.
+            last = next(at for at in range(query, query + size) if (at + 1 - begin) % size == 0)
+            return key <= last
+        case masks.SlidingWindow(left, right):
+            return query - left <= key <= query + right
+        case masks.TwoStream(size):
+            half = length // 2
+            (noised_q, q), (noised_k, k) = ((at < half, at % half // size) for at in (query, key))
+            if noised_q:
+                return q == k if noised_k else k < q
+            return not noised_k and k <= q
+    raise AssertionError(mask)
+
+
+def arrays(elements, *shape):
+    count = int(np.prod(shape))
+    return st.lists(elements, min_size=count, max_size=count).map(lambda found: np.array(found).reshape(shape))
+
+
+small = st.integers(0, LENGTH)
+ids = arrays(st.integers(0, 2), ROWS, LENGTH)
+of_rows = st.one_of(
+    arrays(st.booleans(), ROWS, LENGTH).map(masks.KeyPadding),
+    arrays(small, ROWS).map(masks.KeyLengths),
+    ids.map(lambda found: masks.Segments(found, found)),
+    arrays(small, ROWS).map(masks.Prefix),
+    st.builds(masks.BlockCausal, st.integers(1, LENGTH), arrays(small, ROWS)),
+)
+fixed = st.one_of(
+    st.just(masks.Bidirectional()),
+    st.just(masks.Causal()),
+    st.builds(masks.BlockCausal, st.integers(1, LENGTH)),
+    st.builds(masks.SlidingWindow, small, small),
+    st.builds(masks.TwoStream, st.integers(1, LENGTH)),
+)
+composed = st.recursive(
+    fixed | of_rows,
+    lambda inner: st.one_of(
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a: ~a, inner),
+    ),
+    max_leaves=4,
+)
+
+
+def table(mask):
+    return np.array(
+        [[[sees(mask, row, i, j) for j in range(LENGTH)] for i in range(LENGTH)] for row in range(ROWS)], bool
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=composed, places=arrays(st.integers(0, LENGTH - 1), ROWS, 3))
+def test_drawing_array_and_definition_are_one(mask, places):
+    wanted = table(mask)
+    dense = np.broadcast_to(mask.dense(LENGTH, LENGTH), wanted.shape)
+    np.testing.assert_array_equal(dense, wanted)
+    for row in range(ROWS if dense.shape == mask.dense(LENGTH, LENGTH).shape else 1):
+        drawing = "\n".join("".join(".#"[seen] for seen in line) for line in wanted[row].astype(int))
+        assert mask.draw(LENGTH, row=row) == drawing
+    # And for some of the tokens as queries.
+    some = np.broadcast_to(mask.at(places).dense(3, LENGTH), (ROWS, 3, LENGTH))
+    np.testing.assert_array_equal(some, np.take_along_axis(wanted, places[:, :, None], axis=1))
+    conjunction = np.ones_like(wanted)
+    for part in masks.conjuncts(mask):
+        conjunction &= np.broadcast_to(part.dense(LENGTH, LENGTH), wanted.shape)
+    np.testing.assert_array_equal(conjunction, wanted)
+
+
+def test_masks_that_add_nothing_leave_the_others_as_they_are():
+    every, causal = masks.Bidirectional(), masks.Causal()
+    assert every & causal is causal
+    assert causal & every is causal
+    assert every | causal == causal | every == every
+    assert ~~causal is causal
+    assert masks.conjuncts(every) == ()
+    assert masks.conjuncts(causal & masks.SlidingWindow(1, 0) & causal) == (causal, masks.SlidingWindow(1, 0), causal)
+    padding = masks.KeyPadding(np.ones((1, 2), bool))
+    assert padding.at(np.zeros((1, 1), int)) is padding
+    assert masks.is_fixed(causal & ~masks.BlockCausal(2))
+    assert not masks.is_fixed(causal & padding)
+
+
+PLACED = [masks.Bidirectional(), masks.Causal(), masks.Prefix(), masks.BlockCausal(3), masks.SlidingWindow(2, 1)]
+PLACED += [masks.Prefix() & masks.SlidingWindow(4, 4), masks.BlockCausal(3) | masks.Prefix(), ~masks.BlockCausal(3)]
+
+
+@pytest.mark.parametrize("mask", PLACED, ids=named)
+def test_mask_counts_from_the_first_real_token(mask):
+    """Padding on either side moves a row's mask with the row."""
+    length, prompt = 7, 3
+    alone = mask.placed(np.ones((1, length), bool), np.arange(length)[None] >= prompt)
+    wanted = np.broadcast_to(alone.dense(length, length), (1, length, length))[0]
+    if isinstance(mask, masks.Prefix):
+        assert wanted[0].sum() == prompt
+    for left, right in [(0, 2), (1, 1), (2, 0), (5, 3)]:
+        total = left + length + right
+        valid = (np.arange(total) >= left) & (np.arange(total) < left + length)
+        answer = np.arange(total) >= left + prompt
+        whole = mask.placed(valid[None], answer[None]) & masks.KeyPadding(valid[None])
+        found = np.broadcast_to(whole.dense(total, total), (1, total, total))[0]
+        np.testing.assert_array_equal(found[left : left + length, left : left + length], wanted)
+        assert not found[:, ~valid].any()
+
+
+def test_row_without_an_answer_is_all_prompt():
+    mask = masks.Prefix().placed(np.ones((2, 3), bool), np.array([[False] * 3, [True] * 3]))
+    assert mask.draw(3, row=0) == "###\n###\n###"
+    assert mask.draw(3, row=1) == masks.Causal().draw(3)
+    with pytest.raises(ValueError, match="must be told where the prompts end"):
+        masks.Prefix().dense(3, 3)
+
+
+def test_block_sizes_go_from_causal_to_bidirectional():
+    assert masks.BlockCausal(1).draw(5) == masks.Causal().draw(5)
+    assert masks.BlockCausal(5).draw(5) == masks.Bidirectional().draw(5)
+    assert masks.SlidingWindow(5, 5).draw(5) == masks.Bidirectional().draw(5)
+
+
+def test_two_streams_see_what_decoding_block_by_block_sees():
+    """A noised block sees itself, and as clean tokens what a block-causal row sees before it."""
+    half, size = 6, 2
+    dense = np.asarray(masks.TwoStream(size).dense(2 * half, 2 * half))[0]
+    blocks = np.asarray(masks.BlockCausal(size).dense(half, half))[0]
+    own = blocks & blocks.T
+    np.testing.assert_array_equal(dense[:half, :half], own)
+    np.testing.assert_array_equal(dense[:half, half:], blocks & ~own)
+    np.testing.assert_array_equal(dense[half:, half:], blocks)
+    assert not dense[half:, :half].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: masks.BlockCausal(0), "blocks of 0 tokens"),
+        (lambda: masks.TwoStream(0), "blocks of 0 tokens"),
+        (lambda: masks.SlidingWindow(-1, 0), "neither may be negative"),
+        (lambda: masks.TwoStream(2).dense(5, 5), "5 keys are no noised and clean half"),
+        (lambda: masks.Causal().at(np.zeros((1, 2), int)).dense(3, 5), "2 queries was given to 3"),
+        (lambda: (masks.Causal() & masks.KeyLengths(np.array([1]))).dense(2, 3), "2 queries and 3 keys"),
+    ],
+)
+def test_masks_that_cannot_be_raise(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("bidirectional", masks.Bidirectional()),
+        ("causal", masks.Causal()),
+        ("prefix", masks.Prefix()),
+        ("block-causal:8", masks.BlockCausal(8)),
+        ("window:16", masks.SlidingWindow(16, 16)),
+        ("window:16:0", masks.SlidingWindow(16, 0)),
+    ],
+)
+def test_names_and_masks_are_each_others_inverse(name, mask):
+    assert masks.parse(name) == mask
+    assert masks.spelled(mask) == name
+    assert hash(masks.parse(name)) == hash(mask)  # a key of compiled programs
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("", "casual", "Causal", "causal:1", "prefix:3", "two-stream:8"),
+        *("block-causal", "block-causal:0", "block-causal:-8", "block-causal:8:8"),
+        *("window", "window:", "window:1:2:3", "window:1_6", "window: 16", "window:x"),
+    ),
+)
+def test_unknown_names_raise(name):
+    with pytest.raises(ValueError, match=r"is not one of bidirectional, causal|must be at least 1"):
+        masks.parse(name)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Prefix(np.array([1])), masks.BlockCausal(2, np.array([1])), ~masks.Causal(), masks.TwoStream(2)],
+    ids=named,
+)
+def test_masks_without_a_name_raise(mask):
+    with pytest.raises(ValueError, match=f"{named(mask)} has no name here; named are bidirectional"):
+        masks.spelled(mask)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from golden_numbers import CHECKPOINTS, GOLDEN, arrays, facts, model
 
-from dream_jax import schedule
+from dream_jax import masks, schedule
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, padded_positions, split_params
 from dream_jax.pretrained import load
@@ -120,7 +120,7 @@ def test_driver_is_a_python_loop_over_the_step(config):
     canvas = jnp.asarray(canvas, jnp.int32)
     wanted = loop.denoise(dream, canvas, visible, keys, numbers, None, plan=plan)
 
-    text = passes.Text(jnp.asarray(visible), positions)
+    text = passes.Text(jnp.asarray(visible), positions, masks.KeyPadding(jnp.asarray(visible)))
     step = jax.jit(functools.partial(loop.step, plan=plan))
     carry = state.begin(dream, canvas, plan)
     while np.any(state.active(carry)):

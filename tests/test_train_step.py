@@ -11,7 +11,7 @@ import optax
 import pytest
 from jaxtyping import TypeCheckError
 
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, split_params
 from dream_jax.objective import Focal, InverseTimeWeight, draw_noise, masked_diffusion_loss
@@ -22,6 +22,7 @@ from dream_jax.train_step import (
     abstract_state,
     init_state,
     make_train_step,
+    noise_key,
     put_batch,
 )
 
@@ -347,3 +348,28 @@ def test_annealing_does_not_depend_on_the_mesh(mesh):
 def test_annealing_steps_are_counted_from_nothing():
     with pytest.raises(ValueError, match="must not be negative"):
         StepConfig(global_batch=8, anneal_steps=-1)
+
+
+def test_annealing_leads_to_no_other_mask():
+    with pytest.raises(ValueError, match="leads to bidirectional attention"):
+        StepConfig(global_batch=8, anneal_steps=1, mask=masks.Causal())
+
+
+@pytest.mark.usefixtures("unchecked")  # while a batch is split in parts, a mask's arrays have an axis more
+@pytest.mark.parametrize(("mesh", "accumulation"), [("1x1", 1), ("8x1", 2)])
+def test_step_under_a_mask_is_the_loss_under_it(mesh, accumulation):
+    """Rows begin and answer where the batch says so, however it is split."""
+    mask = masks.BlockCausal(5) & (masks.Prefix() | masks.SlidingWindow(0, 3))
+    hidden = dict(batch(0), attention_mask=np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4)
+    hidden["maskable"] = np.arange(LENGTH) >= 4 + np.arange(ROWS)[:, None] % 3
+    step = compiled(mesh, mask=mask, accumulation=accumulation)
+    found = step(first_state(mesh), put(hidden, mesh))[1]
+
+    t, masked = draw_noise(noise_key(0, 0), hidden["row"], hidden["maskable"], ROWS)
+    model, exists = merge_params(GRAPHDEF, parameters()), hidden["attention_mask"]
+    placed = mask.placed(exists, hidden["maskable"])
+    loss = lambda **options: masked_diffusion_loss(
+        model, hidden["tokens"], masked, t, StepConfig(global_batch=1).weight, exists, **options
+    )[0]
+    assert float(found["loss"]) == pytest.approx(float(loss(mask=placed)), rel=1e-5)
+    assert float(found["loss"]) != pytest.approx(float(loss()), rel=1e-4)

@@ -34,21 +34,31 @@ def per_device(
       *rest: further arrays, each with its axes: "batch", "tokens" (those of the queries) or None.
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, *(array for array, _ in rest))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:  # one device, or the caller has split the work
+    if _is_whole():
         return kernel(*arrays)
-
-    def place(axis: str, size: int) -> str | None:
-        spec = partition_spec((axis,), (size,), dict(mesh.shape))
-        return spec[0] if spec else None
-
     batch, num_queries, num_heads, _ = q_BTNH.shape
-    heads = place("heads", num_heads)
-    if place("kv_heads", k_BSKH.shape[2]) != heads:
+    heads = _place("heads", num_heads)
+    if _place("kv_heads", k_BSKH.shape[2]) != heads:
         heads = None
-    places = {"batch": place("batch", batch), "tokens": place("tokens", num_queries), None: None}
+    places = {"batch": _place("batch", batch), "tokens": _place("tokens", num_queries), None: None}
     q_spec = PartitionSpec(places["batch"], places["tokens"], heads)
     kv_spec = PartitionSpec(places["batch"], None, heads)
     specs = (q_spec, kv_spec, kv_spec, *(PartitionSpec(*(places[axis] for axis in axes)) for _, axes in rest))
     # check_vma: the kernels do not declare over which mesh axes their results vary.
     return jax.shard_map(kernel, in_specs=specs, out_specs=q_spec, check_vma=False)(*arrays)
+
+
+def splits_queries(num_queries: int) -> bool:
+    """Whether a device holds only some of the queries here, so that their places are not those of its own array."""
+    return not _is_whole() and _place("tokens", num_queries) is not None
+
+
+def _is_whole() -> bool:
+    # One device, or the caller has split the work.
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
+
+
+def _place(axis: str, size: int) -> str | None:
+    spec = partition_spec((axis,), (size,), dict(jax.sharding.get_abstract_mesh().shape))
+    return spec[0] if spec else None

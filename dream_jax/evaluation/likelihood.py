@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dream_jax import masks
 from dream_jax.evaluation.statistics import student_95
 from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
@@ -170,7 +171,19 @@ def total(parts: Sequence[Bound]) -> Bound:
 
 
 def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
-    """The model as a function of rows. Rows of like length are computed together, padded on the left."""
+    """The model as a function of rows, under the mask that it was trained under.
+
+    Rows of like length are computed together, padded on the left.
+
+    Raises:
+      ValueError: a mask that goes by the prompt, which such rows do not tell.
+    """
+    attends = masks.parse(model.trained_mask)
+    if isinstance(attends, masks.Prefix):
+        raise ValueError(
+            "a likelihood is of rows that do not say where their prompts end, and this model was trained under the mask "
+            f"{model.trained_mask!r}; evaluate it by sampling"
+        )
     longest = model.config.max_position_embeddings
 
     def nll(rows: Rows) -> np.ndarray:
@@ -189,7 +202,8 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
                 masked[line, width - len(row) :] = mask
                 real[line, width - len(row) :] = True
             level = np.full(batch_size, 0.5, np.float32)  # read by no uniform weight
-            _, aux = masked_diffusion_loss(model, tokens, masked, level, UniformWeight(), real)
+            mask = attends.placed(real, masked)
+            _, aux = masked_diffusion_loss(model, tokens, masked, level, UniformWeight(), real, mask=mask)
             out[part] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(part)]
         return out
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dream_jax import checkpoint, lora
+from dream_jax import checkpoint, lora, masks
 from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
 from dream_jax.lora import LoraConfig
@@ -39,12 +39,14 @@ class Adapter:
       config: rank, alpha, dropout and targets.
       base: the configuration of the model that it belongs to.
       identity: which weights of that model it was trained on, as `lora.identity` tells them.
+      mask: name of the mask that it was trained under.
     """
 
     directory: pathlib.Path
     config: LoraConfig
     base: DreamConfig
     identity: str
+    mask: str
 
     def check_fits(self, model: Dream) -> None:
         """Raises ValueError when the model is of another configuration, with what differs."""
@@ -93,6 +95,7 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
                 "format": FORMAT,
                 **dataclasses.asdict(config),
                 "dtype": jax.tree.leaves(params)[0].dtype.name,
+                "mask": model.trained_mask,
                 "base": {"identity": identity, "config": model.config.to_dict()},
                 "files": checkpoint.written_files(directory),
             }
@@ -127,10 +130,12 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
         given = {field.name: fields[field.name] for field in dataclasses.fields(LoraConfig)}
         config = LoraConfig(**given | {"targets": tuple(given["targets"])})
         base, identity = DreamConfig.from_dict(fields["base"]["config"]), str(fields["base"]["identity"])
+        mask = str(fields.get("mask", "bidirectional"))
+        masks.parse(mask)
         checkpoint.check_files(directory, fields["files"], "save the adapter again")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not what save_adapter writes: {error!r}; save it again") from error
-    return Adapter(directory=directory, config=config, base=base, identity=identity)
+    return Adapter(directory=directory, config=config, base=base, identity=identity, mask=mask)
 
 
 def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
@@ -164,6 +169,7 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
             "load the ones it was trained on, or pass any_base=True (--any-base) if you mean these",
         )
     found = lora.attach(model, adapter.config, jax.random.key(0))
+    found.trained_mask = adapter.mask
     params = adapter_params(adapter, mesh_of(model))["layers"]
     for name, linear in lora.projections(found).items():
         if name in adapter.config.targets:

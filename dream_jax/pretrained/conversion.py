@@ -22,7 +22,7 @@ from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
 from dream_jax.model import abstract_model
 from dream_jax.pretrained.adapter import describe_adapter
-from dream_jax.pretrained.directories import as_dtype, find_directory, write_companions
+from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
 from dream_jax.pretrained.merged import Named, merged_units
 from dream_jax.pretrained.quantised import start_unit
 from dream_jax.sharding import make_mesh
@@ -154,6 +154,10 @@ def convert_to_hf(
     config = DreamConfig.from_file(directory)
     if found is not None:
         found.check_fits(abstract_model(config))
+    if found is not None:
+        check_published_mask(found.mask)
+    elif checkpoint.is_converted(directory):
+        check_published_mask(checkpoint.read_mask(directory))
     stored = _stored_dtype(directory, config) if dtype is None else as_dtype(dtype)
     conversion = _conversion(directory, pathlib.Path(target), config, stored)
     readme = None if card is None else card(conversion)

@@ -46,6 +46,15 @@ def as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return found
 
 
+def check_published_mask(name: str) -> None:
+    """Raises ValueError for weights that the published code, whose attention is bidirectional, would run as others."""
+    if name != "bidirectional":
+        raise ValueError(
+            f"the weights were trained under the mask {name!r}, and the published code attends in both directions: what it "
+            'computed with them would be something else. If you want that, set model.trained_mask = "bidirectional" first'
+        )
+
+
 def find_directory(
     path: str | os.PathLike[str], otherwise: str = "no directory", *, weights: bool = True
 ) -> pathlib.Path:

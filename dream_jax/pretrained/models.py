@@ -20,7 +20,7 @@ from dream_jax.attention import Backend
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
 from dream_jax.pretrained.adapter import describe_adapter, put_on
-from dream_jax.pretrained.directories import as_dtype, find_directory, write_companions
+from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
 from dream_jax.pretrained.quantised import quantised_params
 from dream_jax.quantisation import KINDS, Kind
 from dream_jax.shapes import ParamTree
@@ -117,14 +117,14 @@ def describe(
         files are downloaded.
 
     Returns:
-      The abstract model, with its `config` and `tokenizer_dir`.
+      The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.
 
     Raises:
       As `load`, for what is wrong with the path, with `config.json` or with an option.
     """
     directory = _directory(path, weights=False)
     has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
-    return abstract_model(
+    model = abstract_model(
         PRESETS[str(path)] if directory is None else DreamConfig.from_file(directory, ignore=ignore_config_keys),
         param_dtype=as_dtype(dtype),
         compute_dtype=None if compute_dtype is None else as_dtype(compute_dtype),
@@ -132,6 +132,9 @@ def describe(
         remat=remat,
         tokenizer_dir=str(directory) if has_tokenizer else None,
     )
+    if directory is not None and checkpoint.is_converted(directory):
+        model.trained_mask = checkpoint.read_mask(directory)
+    return model
 
 
 def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path | None:
@@ -180,7 +183,7 @@ def save(
         if jax.process_index() == 0:
             dtype = jax.tree.leaves(params)[0].dtype
             write_companions(directory, model.config, dtype, tokenizer_dir or model.tokenizer_dir)
-            checkpoint.write_description(directory, model.config, dtype)
+            checkpoint.write_description(directory, model.config, dtype, model.trained_mask)
 
 
 def _plain(model: Dream) -> ParamTree:
@@ -211,8 +214,10 @@ def export_hf(
 
     Raises:
       FileExistsError, OSError: as `save`.
-      ValueError: as `save`; also when parts of the model lie on other hosts.
+      ValueError: as `save`; also when parts of the model lie on other hosts, or it was trained under a mask that the
+        published code does not have.
     """
+    check_published_mask(model.trained_mask)
     params = _plain(model)
     with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
         hf.export(params, model.config, directory, max_shard_size)

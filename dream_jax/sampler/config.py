@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from dream_jax import decoding, schedule
+from dream_jax import decoding, masks, schedule
 from dream_jax.sampler.caches import Cache, FastDLLMCache, NoCache, Variant, WindowCache
 from dream_jax.sampler.hooks import LogitsHook, TokenHook
 from dream_jax.sampler.rules import Count, Rule, Threshold
@@ -49,6 +49,8 @@ class SamplerConfig:
       guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where u are those of the same canvas
         with everything that was given masked. Doubles the rows of every pass; 0 switches it off.
       token_hook, logits_hook: see `hooks`; None for none.
+      mask: who may attend to whom, beside padding, as `masks.parse` makes it; None is as the model was trained. Rows begin
+        at their first real token, and the prompt is what `generate` is given, mask tokens in it too.
       stop_at_end: once a row's first end-of-text token has no mask before it, the masks after it become end-of-text too
         and the row is done.
 
@@ -69,6 +71,7 @@ class SamplerConfig:
     block_length: int | None = None
     cache: Cache = _NO_CACHE
     commit: Rule = _COUNT
+    mask: masks.Mask | None = None
     stop_at_end: bool = False
     forced_tokens: Sequence[tuple[int, int]] = ()
     end_penalty: float = 0.0
@@ -100,6 +103,8 @@ class SamplerConfig:
             raise ValueError(f"{self.alg_temp=} must not be negative; pass None to switch it off")
         if self.vocab_limit is not None and self.vocab_limit < 1:
             raise ValueError(f"{self.vocab_limit=} leaves no token to write")
+        if self.mask is not None and not masks.is_fixed(self.mask):
+            raise ValueError(f"mask {self.mask} is made for certain rows; pass it as `masks.parse` makes it")
         schedule.timesteps(self.steps, self.eps)  # raises for steps and eps
         self._check_blocks()
 

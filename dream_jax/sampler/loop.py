@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from dream_jax import schedule, sharding
+from dream_jax import masks, schedule, sharding
 from dream_jax.attention import KeysValues
 from dream_jax.model import Dream, padded_positions
 from dream_jax.sampler import passes, propose, rules, watching
@@ -39,7 +39,7 @@ def denoise(
 ) -> State:
     """The driver: steps until every row is done. Returns the last state, without what was kept."""
     state = begin(model, sharding.constrain(canvas_BT, "batch", None), plan)
-    text = Text(visible_BT, padded_positions(visible_BT))
+    text = lay_text(model, visible_BT, plan)
     state = _run(model, text, keys_B, numbers, listener, state, plan, jnp.int32(canvas_BT.shape[0]))
     # Whole on every device, so that every process of a run can read all of it.
     return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state._replace(kept=None))
@@ -86,7 +86,7 @@ def resume(
         forwards=state.forwards,
     )
     visible_BT, keys_B = put(batch.visible_BT, visible_BT), put(batch.keys_B, keys_B)
-    text = Text(visible_BT, padded_positions(visible_BT))
+    text = lay_text(model, visible_BT, plan)
     return Batch(_run(model, text, keys_B, numbers, None, state, plan, idle), visible_BT, keys_B)
 
 
@@ -96,6 +96,15 @@ def idle_batch(model: Dream, rows: int, length: int, plan: Plan) -> Batch:
     state = begin(model, sharding.constrain(nothing_BT, "batch", None), plan)
     keys_B = jnp.broadcast_to(jax.random.key(0), (rows,))
     return Batch(state, jnp.ones((rows, length), bool), keys_B)
+
+
+def lay_text(model: Dream, visible_BT: Bool[jax.Array, "B T"], plan: Plan) -> Text:
+    """What does not change about a canvas, under the mask of the plan or else that which the model was trained under."""
+    mask = masks.parse(model.trained_mask) if plan.mask is None else plan.mask
+    length = visible_BT.shape[1]
+    answer_BT = jnp.broadcast_to(jnp.arange(length) >= length - plan.new_tokens, visible_BT.shape)
+    mask = mask.placed(visible_BT, answer_BT) & masks.KeyPadding(visible_BT)
+    return Text(visible_BT, padded_positions(visible_BT), mask)
 
 
 def _run(
@@ -132,7 +141,7 @@ def step(
         first_BM = (_at(text.positions_BT, place_BM) == 0) | (place_BM == 0)
         source_BM = jnp.where(first_BM, place_BM, place_BM - 1)
         rows_BMD, kept, used = _forward(model, state, text, source_BM, refresh_B, block, plan)
-        moment = Moment(stamp_B, state.canvas_BT, *text)
+        moment = Moment(stamp_B, state.canvas_BT, text.visible_BT, text.positions_BT)
         hook = plan.logits_hook
         token_BM, confidence_BM = propose.propose(
             model,
@@ -157,7 +166,8 @@ def step(
         if plan.stop_at_end:
             state = _end(model, state, stamp_B)
         if plan.token_hook is not None:
-            state = _hooked(model, state, plan.token_hook(Moment(stamp_B, state.canvas_BT, *text)), stamp_B)
+            moment = Moment(stamp_B, state.canvas_BT, text.visible_BT, text.positions_BT)
+            state = _hooked(model, state, plan.token_hook(moment), stamp_B)
         if listener is not None:
             mesh = jax.sharding.get_abstract_mesh()
             number = jnp.max(jnp.where(active(state), stamp_B, 0))

@@ -22,10 +22,14 @@ _REFRESH_TOKENS = 512
 
 
 class Text(NamedTuple):
-    """What does not change about a canvas: which places are no padding, and their rotary positions."""
+    """What does not change about a canvas: which places are no padding, their rotary positions, and who sees whom.
+
+    All arrays of the mask have an axis of rows first.
+    """
 
     visible_BT: Bool[jax.Array, "B T"]
     positions_BT: Int[jax.Array, "B T"]
+    mask: masks.Mask
 
 
 class Block(NamedTuple):
@@ -39,7 +43,7 @@ def full(
     model: Dream, canvas_BT: Int[jax.Array, "B T"], text: Text, source_BM: Int[jax.Array, "B M"]
 ) -> Float[jax.Array, "B M D"]:
     """The hidden states at the given places, everything computed."""
-    hidden_BTD = model.hidden(canvas_BT, masks.KeyPadding(text.visible_BT), text.positions_BT)
+    hidden_BTD = model.hidden(canvas_BT, text.mask, text.positions_BT)
     return _at(hidden_BTD, source_BM)
 
 
@@ -103,7 +107,7 @@ def _window(
     used_BW &= window_B[:, None] & _at(text.visible_BT, place_BW)
     hidden_BWD, cache = model.hidden_window(
         _at(canvas_BT, place_BW),
-        masks.KeyPadding(text.visible_BT),
+        text.mask.at(place_BW),
         _at(text.positions_BT, place_BW),
         Window(cache, jnp.where(used_BW, place_BW, length)),
     )
@@ -143,9 +147,7 @@ def _refresh(
         taken_GR = _at(split(waiting_B), index_GR)
         target_GR = jnp.where(taken_GR, index_GR, share)
         pick = lambda x: joined(_at(split(x), index_GR))
-        hidden_RTD, own = model.hidden_and_keys(
-            pick(canvas_BT), masks.KeyPadding(pick(text.visible_BT)), pick(text.positions_BT)
-        )
+        hidden_RTD, own = model.hidden_and_keys(pick(canvas_BT), jax.tree.map(pick, text.mask), pick(text.positions_BT))
         put = jax.vmap(lambda x, new, target: x.at[target].set(new, mode="drop"))
         rows_BMD = joined(put(split(rows_BMD), split(_at(hidden_RTD, pick(source_BM)), size), target_GR))
         put_layers = jax.vmap(lambda x, new: joined(put(split(x), split(new, size), target_GR)))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from dream_jax import decoding, schedule
+from dream_jax import decoding, masks, schedule
 from dream_jax.attention import KeysValues
 from dream_jax.model import Dream
 from dream_jax.sampler import passes, propose, rules
@@ -31,6 +31,7 @@ class Plan:
       rule: kind of commit rule.
       writable: which tokens may be written, see `propose.Writable`.
       guided: whether every row has an unconditional one beside it.
+      new_tokens: places at the end of the canvas that are no prompt.
       others: as in SamplerConfig.
     """
 
@@ -45,6 +46,8 @@ class Plan:
     guided: bool
     token_hook: TokenHook | None
     logits_hook: LogitsHook | None
+    mask: masks.Mask | None
+    new_tokens: int
     capacity: int
 
     @classmethod
@@ -62,6 +65,8 @@ class Plan:
             guided=config.guidance != 0,
             token_hook=config.token_hook,
             logits_hook=config.logits_hook,
+            mask=config.mask,
+            new_tokens=config.max_new_tokens,
             capacity=capacity if config.block_length is None else min(capacity, config.block_length),
         )
 

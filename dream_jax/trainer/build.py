@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dream_jax import lora, sharding
+from dream_jax import lora, masks, sharding
 from dream_jax.config import DreamConfig
 from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
@@ -89,6 +89,7 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         weight=settings.loss_weight(),
         focal=Focal() if settings.focal else None,
         seed=settings.seed,
+        mask=masks.parse(model.trained_mask),
         anneal_steps=settings.anneal_steps,
     )
     step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)

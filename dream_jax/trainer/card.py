@@ -29,6 +29,7 @@ _SETTINGS = (
     "weight",
     "cart_p",
     "focal",
+    "mask",
     "anneal_steps",
     "lora_rank",
     "lora_alpha",

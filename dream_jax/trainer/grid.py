@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.data import EncodedRow, Row, Source, encode_row, first_rows
+from dream_jax.masks import Mask
 from dream_jax.model import Dream
 from dream_jax.objective import TIME_BUCKETS, UniformWeight, masked_diffusion_loss
 from dream_jax.tokenizer import Tokenizer
@@ -74,16 +75,16 @@ class Grid:
     def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh):
         """`rows` is not empty; `size` of them are computed at once, a multiple of the mesh's fsdp."""
         self._tokens_RT = np.stack([one.tokens for one in rows])
-        maskable_RT = np.stack([one.maskable for one in rows])
+        self._maskable_RT = maskable_RT = np.stack([one.maskable for one in rows])
         generator = np.random.default_rng(0)  # the same masks for every model
         self._masked = [maskable_RT & (generator.random(maskable_RT.shape) < level) for level in LEVELS]
         self._size = size
         self._mesh = mesh
 
         def sums(
-            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array
+            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, mask: Mask
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight())
+            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), mask=mask)
             ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
             return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
 
@@ -99,7 +100,8 @@ class Grid:
         return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
-        """Scores a model whose parameters lie on the mesh."""
+        """Scores a model whose parameters lie on the mesh, under the mask that it was trained under."""
+        attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
         nll_LR, right_LR, ends_right_LR = (np.zeros((len(LEVELS), rows)) for _ in range(3))
         for number, (level, masked_RT) in enumerate(zip(LEVELS, self._masked, strict=True)):
@@ -108,8 +110,11 @@ class Grid:
                 # Rows that only fill the last batch: nothing of them is masked, so nothing of them counts.
                 filling = ((0, max(0, start + self._size - rows)), (0, 0))
                 tokens_BT, masked_BT = np.pad(self._tokens_RT[part], filling), np.pad(masked_RT[part], filling)
+                maskable_BT = np.pad(self._maskable_RT[part], filling)
+                # As numpy: every process has the whole of it, as it has of the rows.
+                mask = jax.tree.map(np.asarray, attends.placed(np.ones(maskable_BT.shape, bool), maskable_BT))
                 with jax.set_mesh(self._mesh):
-                    found = self._sums(model, tokens_BT, masked_BT, np.full(self._size, level, np.float32))
+                    found = self._sums(model, tokens_BT, masked_BT, np.full(self._size, level, np.float32), mask)
                 for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
                     target[number, part] = np.asarray(sums_B)[: rows - start]
         count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)

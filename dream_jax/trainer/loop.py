@@ -145,6 +145,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "trained_parameters": parameter_count(state.params),
             "base_identity": frozen.identity,
             "learning_rate": settings.optimizer_config().learning_rate,
+            "mask": trained.trained_mask,
             "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
             "data": data["rows"],
             "last_losses": last_losses(settings.out) if report.leads else [],

@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any, Literal, get_args
 
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS
 from dream_jax.data import (
@@ -125,6 +125,10 @@ class TrainSettings:
     """reach of the cart weight: larger looks less far"""
     focal: bool = False
     """focal term (alpha 0.25, gamma 2): easy positions count less"""
+    mask: str | None = None
+    """who may attend to whom: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
+    window:REACH or window:LEFT:RIGHT, in tokens; by default as the model was trained before, bidirectional at first. It
+    goes where the weights go"""
     anneal_steps: int = 0
     """first steps under attention that grows from causal to bidirectional: for a start from an autoregressive model"""
     remat: Remat = "none"
@@ -214,6 +218,8 @@ class TrainSettings:
             raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
         # Once and for all, so that every part of a run means the same folder.
         object.__setattr__(self, "out", self.out.expanduser())
+        if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
+            raise ValueError(f"--anneal-steps leads to bidirectional attention, not to --mask {self.mask}; choose one")
         self.loss_weight()
         self.optimizer_config()
         self.read_options()

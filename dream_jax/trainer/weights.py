@@ -40,6 +40,8 @@ class Frozen:
 def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     """The model of a run in shapes: its base as it will be stored, with the adapter.
 
+    Its `trained_mask` is the run's: that of the settings, or else of what the run begins with.
+
     Raises:
       As `pretrained.describe` and `pretrained.describe_adapter`; ValueError for an adapter of another model.
     """
@@ -50,10 +52,14 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
         attention_backend=settings.attention,
         remat=settings.remat,
     )
+    adapter = None if settings.adapter is None else pretrained.describe_adapter(settings.adapter)
+    if adapter is not None:
+        adapter.check_fits(model)
+        model.trained_mask = adapter.mask
+    if settings.mask is not None:
+        model.trained_mask = settings.mask
     if not settings.adapts:
         return model
-    if settings.adapter is not None:
-        pretrained.describe_adapter(settings.adapter).check_fits(model)
     model = lora.attached_shapes(model, _adapter(settings))
     kind = _stored(settings, compute_dtype)[1]
     return model if kind is None else lora.with_base_shapes(model, kind)

@@ -1,0 +1,117 @@
+"""Masks that go by what rows hold: padding, and segments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from dream_jax.masks.base import Mask
+from dream_jax.shapes import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyPadding(Mask):
+    """Keys that are padding are hidden from every query; padded queries still see the real keys.
+
+    Only keys are masked: a query row with nothing to attend to has no defined softmax, and such rows are the likely
+    cause of the published "!!!!" outputs.
+
+    Attributes:
+      valid_BS: true at real tokens. Here the first of three tokens is padding:
+
+    ::
+
+        .##
+        .##
+        .##
+    """
+
+    valid_BS: Bool[Array, "B S"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, 1, S]. Raises ValueError when the mask was made for another number of keys."""
+        if self.valid_BS.shape[1] != num_keys:
+            raise ValueError(f"key padding for {self.valid_BS.shape[1]} keys was given to {num_keys} keys")
+        return jnp.asarray(self.valid_BS)[:, None, :]
+
+    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """The same for all queries."""
+        return self.dense(place_bT.shape[1], num_keys)
+
+    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+        """Itself."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyLengths(Mask):
+    """Keys at or after their row's length are hidden from every query: padding on the right, told by lengths alone.
+
+    Says less than `KeyPadding`, whose padding may lie anywhere; for that, an attention backend that understands lengths
+    skips what is hidden and builds no mask. A length of 0 leaves nothing to attend to: the row's outputs mean nothing,
+    though they are finite.
+
+    Attributes:
+      lengths_B: number of real tokens in each row, all at its start. With length 2 of three tokens:
+
+    ::
+
+        ##.
+        ##.
+        ##.
+    """
+
+    lengths_B: Int[Array, "B"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, 1, S]."""
+        return jnp.arange(num_keys) < jnp.asarray(self.lengths_B, jnp.int32)[:, None, None]
+
+    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """The same for all queries."""
+        return self.dense(place_bT.shape[1], num_keys)
+
+    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+        """Itself."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments(Mask):
+    """Tokens attend within their own segment: several texts packed into one row, each bidirectional in itself.
+
+    Attributes:
+      query_BT, key_BS: segment id of each token. Padding gets an id of its own (0 by convention), so that no row is
+        ever fully masked. With ids `1 1 2`:
+
+    ::
+
+        ##.
+        ##.
+        ..#
+    """
+
+    query_BT: Int[Array, "B T"]
+    key_BS: Int[Array, "B S"]
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """[B, T, S]. Raises ValueError when the ids were made for other lengths."""
+        if (self.query_BT.shape[1], self.key_BS.shape[1]) != (num_queries, num_keys):
+            raise ValueError(
+                f"segment ids for {self.query_BT.shape[1]} queries and {self.key_BS.shape[1]} keys were given to "
+                f"{num_queries} queries and {num_keys} keys"
+            )
+        return jnp.asarray(self.query_BT)[:, :, None] == jnp.asarray(self.key_BS)[:, None, :]
+
+    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """[B, T, S]."""
+        rows = max(place_bT.shape[0], self.query_BT.shape[0])
+        query_BT = jnp.broadcast_to(jnp.asarray(self.query_BT), (rows, self.query_BT.shape[1]))
+        place_BT = jnp.broadcast_to(place_bT, (rows, place_bT.shape[1]))
+        return Segments(jnp.take_along_axis(query_BT, place_BT, axis=1), self.key_BS).dense(place_bT.shape[1], num_keys)
