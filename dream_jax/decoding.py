@@ -199,12 +199,14 @@ def _edge(
     # The bits of floats from 0 on, read as integers, are in the floats' order.
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
 
+    Bounds = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
     def unsettled(low_R: jax.Array, high_R: jax.Array, below_R: jax.Array, above_R: jax.Array) -> jax.Array:
         # With less than one and a half of the smallest that a token in between can be, there is one token.
         one_R = as_float(low_R) if unit is None else unit
         return (low_R + 1 < high_R) & (below_R - above_R >= 1.5 * one_R)
 
-    def narrow(bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def narrow(bounds: Bounds) -> Bounds:
         low_R, high_R, below_R, above_R = bounds
         width_R1 = (high_R - low_R)[:, None]
         share_RK = width_R1 // (probes + 1) * part_K + width_R1 % (probes + 1) * part_K // (probes + 1)
@@ -219,7 +221,7 @@ def _edge(
         )
         # A row that is settled stays as it is, however long the others take.
         open_R = unsettled(*bounds)
-        return tuple(jnp.where(open_R, new, old) for new, old in zip(narrowed, bounds, strict=True))
+        return jax.tree.map(functools.partial(jnp.where, open_R), narrowed, bounds)
 
     nothing_R = jnp.zeros_like(whole_R)
     one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)

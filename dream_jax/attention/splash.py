@@ -68,7 +68,8 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
 def _parts(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
     """What of a mask is compiled in, and the masks that differ from row to row."""
     parts = masks.conjuncts(mask)
-    fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, parts), masks.Bidirectional())
+    everything: masks.Mask = masks.Bidirectional()
+    fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, parts), everything)
     return fixed, [part for part in parts if not masks.is_fixed(part)]
 
 
