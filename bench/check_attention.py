@@ -132,6 +132,7 @@ def check(shape: Shape, dtype: np.dtype, repeats: int) -> bool:
                 bounds = {part: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for part, error in found.items()}
             line = f"{name:<14}{label:<15}" + "".join(f"{error:9.1e}" for error in found.values())
             if repeats:
+                # `backward` says that it returns a function, and what it returns is jitted.
                 memory = step.lower(arrays, mask).compile().memory_analysis()  # type: ignore[attr-defined]
                 line += f"{milliseconds(forward(backend), arrays, mask, repeats):9.2f}"
                 line += f"{milliseconds(step, arrays, mask, repeats):9.2f}"

@@ -149,9 +149,10 @@ def _filtered(
     """
     keep_RV = mass_RV > 0.0
     if top_p is not None:
-        limit_R = top_p * _sum(mass_RV)
+        whole_R = _sum(mass_RV)
+        limit_R = top_p * whole_R
         amount = lambda above_RKV: jnp.sum(jnp.where(above_RKV, mass_RV[:, None], 0.0), axis=-1)
-        edge = _edge(mass_RV, amount, limit_R, _sum(mass_RV), unit=None)
+        edge = _edge(mass_RV, amount, limit_R, whole_R, unit=None)
         keep_RV &= (mass_RV > edge.low_R[:, None]) & _first_of_equals(mass_RV, edge, limit_R)
     if top_k is not None:
         amount = lambda above_RKV: jnp.sum(above_RKV.astype(jnp.float32), axis=-1)

@@ -288,7 +288,7 @@ def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_
     return _over_chunks(focal, groups, *arrays, gradients="both" if kernel_DV.perturbed else "hidden")
 
 
-def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]  # the other of the two
     # Only the sum is differentiated; the per-token outputs are for reporting.
     scale = cotangents[0]
 

@@ -12,9 +12,21 @@ from dream_jax.masks.base import Mask
 from dream_jax.shapes import Array
 
 
+class _OfKeys(Mask):
+    """Keys that are hidden whoever asks: `dense` says which."""
+
+    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """The same for all queries."""
+        return self.dense(place_bT.shape[1], num_keys)
+
+    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+        """Itself."""
+        return self
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeyPadding(Mask):
+class KeyPadding(_OfKeys):
     """Keys that are padding are hidden from every query; padded queries still see the real keys.
 
     Only keys are masked: a query row with nothing to attend to has no defined softmax, and such rows are the likely
@@ -38,18 +50,10 @@ class KeyPadding(Mask):
             raise ValueError(f"key padding for {self.valid_BS.shape[1]} keys was given to {num_keys} keys")
         return jnp.asarray(self.valid_BS)[:, None, :]
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """The same for all queries."""
-        return self.dense(place_bT.shape[1], num_keys)
-
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
-        """Itself."""
-        return self
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeyLengths(Mask):
+class KeyLengths(_OfKeys):
     """Keys at or after their row's length are hidden from every query: padding on the right, told by lengths alone.
 
     Says less than `KeyPadding`, whose padding may lie anywhere; for that, an attention backend that understands lengths
@@ -71,14 +75,6 @@ class KeyLengths(Mask):
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
         """[B, 1, S]."""
         return jnp.arange(num_keys) < jnp.asarray(self.lengths_B, jnp.int32)[:, None, None]
-
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """The same for all queries."""
-        return self.dense(place_bT.shape[1], num_keys)
-
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
-        """Itself."""
-        return self
 
 
 @jax.tree_util.register_dataclass
