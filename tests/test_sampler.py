@@ -165,6 +165,23 @@ def test_all_logits_never_exist():
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * all_logits / 2
 
 
+def test_one_row_pays_only_for_what_it_needs():
+    """XLA moves the body of a loop that sees the same rows each time out of it, where it runs in every step."""
+    config = dataclasses.replace(PRESETS["nano"], vocab_size=20_000)
+    options = SamplerConfig(max_new_tokens=64, steps=64, alg="entropy", block_length=32, cache=WindowCache())
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    plan, numbers = state.Plan.of(options, capacity=32), state.Numbers.of(options)
+    arrays = abstract_model(config), shape(jnp.int32, 1, 128), shape(jnp.bool, 1, 128), keys, numbers, None
+    found = set(
+        re.findall(r'op_name="jit\(denoise\)/([^"]*)"', loop.denoise.lower(*arrays, plan=plan).compile().as_text())
+    )
+    full = {name for name in found if "layers/while" in name}
+    assert full and all(re.match(r"while/body/cond/branch_1_fun/", name) for name in full)
+    logits = {name for name in found if "unembed" in name}
+    assert logits and all(re.match(r"while/body/propose/cond/branch_[1-4]_fun/", name) for name in logits)
+
+
 # Randomness
 
 

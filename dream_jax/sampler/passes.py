@@ -155,9 +155,13 @@ def _refresh(
         waiting_B = joined(put(split(waiting_B), jnp.zeros_like(taken_GR), target_GR))
         return waiting_B, rows_BMD, cache, passes + 1
 
-    _, rows_BMD, cache, passes = jax.lax.while_loop(
-        lambda state: jnp.any(state[0]), group, (refresh_B, rows_BMD, cache, jnp.int32(0))
-    )
+    waiting = (refresh_B, rows_BMD, cache, jnp.int32(0))
+    if size == share:
+        # One group is all rows. A loop would see the same ones each time it runs, and XLA computes such a body before the
+        # loop: a full pass in every step, wanted or not.
+        _, rows_BMD, cache, passes = jax.lax.cond(jnp.any(refresh_B), group, lambda state: state, waiting)
+    else:
+        _, rows_BMD, cache, passes = jax.lax.while_loop(lambda state: jnp.any(state[0]), group, waiting)
     return rows_BMD, cache, passes
 
 

@@ -135,8 +135,11 @@ def propose(
         if parts == 1:
             token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, whole, empty)
         else:
-            found = jax.lax.fori_loop(0, needed // chunk, whole, empty)
-            last = lambda part: lambda found: decide(chunk * part // parts, needed // chunk * chunk, found)
+            # A loop over a single block would see the same rows each time it runs: XLA computes such a body before the
+            # loop, wanted or not.
+            done = jnp.int32(0) if most + padding == chunk else needed // chunk
+            found = empty if most + padding == chunk else jax.lax.fori_loop(0, done, whole, empty)
+            last = lambda part: lambda found: decide(chunk * part // parts, done * chunk, found)
             sizes = [lambda found: found, *map(last, range(1, parts + 1))]
-            token_BM, confidence_BM = jax.lax.switch(-(-(needed % chunk) * parts // chunk), sizes, found)
+            token_BM, confidence_BM = jax.lax.switch(-(-(needed - done * chunk) * parts // chunk), sizes, found)
     return token_BM[:, :most], confidence_BM[:, :most]
