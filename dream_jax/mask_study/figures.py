@@ -1,0 +1,187 @@
+"""The figures of a study, from its summary alone.
+
+Knows the rows of `summary.csv` and matplotlib. Colours are Okabe and Ito's, told apart by shape as well.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dream_jax.mask_study.measures import ORDERS
+from dream_jax.mask_study.variants import MASKS
+
+Rows = Sequence[dict[str, Any]]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def draw_all(rows: Rows, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws what there is data for.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Callable[[Rows], Any]] = {
+        "orders.png": _orders,
+        "likelihood.png": _likelihood,
+        "passes.png": _passes,
+        "written_at.png": _written_at,
+        "ablations.png": _ablations,
+    }
+    paths = []
+    for name, draw in figures.items():
+        figure = draw(rows)
+        if figure is None:
+            continue
+        temporary = folder / f".{name}.incomplete"
+        figure.savefig(temporary, dpi=130, format="png")
+        paths.append(temporary.replace(folder / name))
+    return paths
+
+
+def _figure(columns: int, width: float, height: float, lines: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    return figure, [axes for line in grid for axes in line]
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+
+
+def _names(rows: Rows, key: str, among: Sequence[str] | None = None) -> list[str]:
+    found = list(dict.fromkeys(row[key] for row in rows))
+    return found if among is None else [name for name in among if name in found]
+
+
+def _only(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def _points(axes: Any, places: Sequence[float], rows: Rows, number: int, label: str, line: str = "-") -> None:
+    heights = [row["mean"] for row in rows]
+    axes.errorbar(
+        places, heights, yerr=_errors(rows), label=label, linestyle=line, capsize=2, markersize=5, **_style(number)
+    )
+
+
+def _errors(rows: Rows) -> list[list[float]]:
+    """How far each interval reaches below and above its mean; nowhere for a single seed."""
+    ends = [
+        (0.0, 0.0) if math.isnan(row["low"]) else (row["mean"] - row["low"], row["high"] - row["mean"]) for row in rows
+    ]
+    return [[max(0.0, end[side]) for end in ends] for side in (0, 1)]
+
+
+def _orders(rows: Rows) -> Any:
+    """Accuracy by order of writing: a panel a task, a point a mask and order."""
+    rows = _only(rows, measure="accuracy")
+    tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
+    if not variants:
+        return None
+    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.9)
+    for axes, task in zip(panels, tasks, strict=True):
+        for number, order in enumerate(ORDERS):
+            found = [_only(rows, task=task, variant=variant, of=order) for variant in variants]
+            here = [(place, one[0]) for place, one in enumerate(found) if one]
+            places = [place + 0.17 * (number - 1.5) for place, _ in here]
+            _points(axes, places, [row for _, row in here], number, order, line="none")
+        axes.set(title=task, ylim=(-0.03, 1.03))
+        axes.set_xticks(range(len(variants)), variants, rotation=35, ha="right")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("share of answers that are right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="order of writing")
+    return figure
+
+
+def _likelihood(rows: Rows) -> Any:
+    """Nats per masked token by noise level: a panel a task, a line a mask."""
+    rows = [row for row in _only(rows, measure="nll") if row["of"] != "all"]
+    tasks, variants, levels = _names(rows, "task"), _names(rows, "variant", MASKS), _names(rows, "of")
+    if not variants:
+        return None
+    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.6)
+    for axes, task in zip(panels, tasks, strict=True):
+        for number, variant in enumerate(variants):
+            here = [row for level in levels for row in _only(rows, task=task, variant=variant, of=level)]
+            if here:
+                _points(axes, [(levels.index(row["of"]) + 0.5) / len(levels) for row in here], here, number, variant)
+        axes.set(title=task, xlabel="noise level t", xlim=(0, 1))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("nats per masked token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _passes(rows: Rows) -> Any:
+    """Accuracy by forward passes: a panel a task, a line a mask, and a hollow point for the threshold."""
+    rows = _only(rows, measure="accuracy")
+    tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
+    if not variants:
+        return None
+    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.7)
+    for axes, task in zip(panels, tasks, strict=True):
+        for number, variant in enumerate(variants):
+            mine = _only(rows, task=task, variant=variant)
+            few = [row for row in mine if row["of"].startswith("in ")] + _only(mine, of="confidence")
+            few.sort(key=lambda row: row["passes"])
+            _points(axes, [row["passes"] for row in few], few, number, variant)
+            for row in (row for row in mine if row["of"].startswith("all above")):
+                axes.plot(row["passes"], row["mean"], markerfacecolor="none", markersize=10, **_style(number))
+        axes.set_xscale("log", base=2)
+        axes.set(title=task, xlabel="forward passes", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of answers that are right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _written_at(rows: Rows) -> Any:
+    """When the order by confidence writes each position: a panel a task, a line a mask."""
+    rows = _only(rows, measure="written at")
+    tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
+    if not variants:
+        return None
+    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.6)
+    for axes, task in zip(panels, tasks, strict=True):
+        for number, variant in enumerate(variants):
+            here = sorted(_only(rows, task=task, variant=variant), key=lambda row: int(row["of"]))
+            if here:
+                _points(axes, [int(row["of"]) for row in here], here, number, variant)
+        axes.set(title=task, xlabel="position in the answer")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("mean step at which it is written")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _ablations(rows: Rows) -> Any:
+    """Accuracy and likelihood of what is not a mask alone, beside the bidirectional model."""
+    others = [name for name in _names(rows, "variant") if name not in MASKS]
+    if not others:
+        return None
+    tasks = [task for task in _names(rows, "task") if any(row["variant"] in others for row in _only(rows, task=task))]
+    figure, panels = _figure(len(tasks), 4.2 * len(tasks) + 0.6, 4.2, lines=2)
+    asked = (("accuracy", "confidence", "right answers, by confidence"), ("nll", "all", "nats per masked token"))
+    for line, (name, of, label) in enumerate(asked):
+        for column, task in enumerate(tasks):
+            axes = panels[line * len(tasks) + column]
+            here = [row for row in _only(rows, task=task, measure=name, of=of)]
+            here.sort(key=lambda row: (row["variant"] in others, row["variant"]))
+            for place, row in enumerate(here):
+                style = _style(1 if row["variant"] in others else 0)
+                axes.errorbar([row["mean"]], [place], xerr=_errors([row]), capsize=2, linestyle="none", **style)
+            axes.set_yticks(range(len(here)), [row["variant"] for row in here])
+            axes.invert_yaxis()
+            axes.set(title=task if line == 0 else "", xlabel=label)
+            axes.grid(axis="x", alpha=0.3)
+    return figure

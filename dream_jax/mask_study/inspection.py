@@ -1,0 +1,245 @@
+"""Where a model looks: statistics of its attention, a layer and head at a time.
+
+The probabilities are formed again from the model's own queries and keys, a few queries at a time, and only their statistics
+are kept. Knows the transformer and masks. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import masks
+from dream_jax.data import encode_row, first_rows, open_source
+from dream_jax.model import Dream, Layer, rotate, rotation
+from dream_jax.tokenizer import Tokenizer
+
+STATISTICS = (
+    "entropy",
+    "entropy share",
+    "distance",
+    "offset",
+    "right",
+    "itself",
+    "previous",
+    "prompt",
+    "masked",
+    "first",
+)
+"""Of each query, averaged: entropy in nats, and as a share of that of even attention to all it may see; mean distance and
+mean offset of keys in tokens (positive: to the right); and shares of attention: that looks right, to itself, to the token
+before, to the prompt, to masked tokens, to the first token."""
+
+QUERIES = ("prompt", "masked", "written")
+"""Kinds of queries that are averaged apart: tokens of the prompt, masked tokens, other tokens of the answer."""
+
+LEVELS = (0.1, 0.5, 0.9, 1.0)
+"""Shares of the answer that are masked."""
+
+_CHUNK = 128  # queries at a time: [rows, heads, 128, tokens] of probabilities
+
+
+class Rows(NamedTuple):
+    """What is looked at: token ids [B, T], which of them are the prompt, and which are no padding (bool [B, T])."""
+
+    tokens_BT: np.ndarray
+    prompt_BT: np.ndarray
+    visible_BT: np.ndarray
+
+
+def attention_statistics(model: Dream, rows: Rows, masked_BT: np.ndarray) -> np.ndarray:
+    """The statistics of each layer and head, under the mask that the model was trained under.
+
+    Args:
+      model: any Dream; padding of the rows may stand on the left or the right.
+      rows: clean tokens.
+      masked_BT: true where the model sees the mask token instead.
+
+    Returns:
+      float64 [layers, heads, len(QUERIES), len(STATISTICS)]; NaN where there is no such query.
+
+    Raises:
+      ValueError: rows that are longer than the model's positions.
+    """
+    length = rows.tokens_BT.shape[1]
+    if length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"rows of {length} tokens exceed the model's {model.config.max_position_embeddings=}; shorten them"
+        )
+    sums, counts, _ = _statistics(model, *rows, masked_BT)
+    with np.errstate(invalid="ignore"):
+        found: np.ndarray = np.asarray(sums, np.float64) / np.asarray(counts, np.float64)[:, None]
+    return found
+
+
+@jax.jit
+def _statistics(
+    model: Dream, tokens_BT: jax.Array, prompt_BT: jax.Array, visible_BT: jax.Array, masked_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over queries [L, N, kinds, statistics], numbers of queries [kinds], and the last hidden states [B, T, D]."""
+    config = model.config
+    batch, length = tokens_BT.shape
+    noisy_BT = jnp.where(masked_BT, config.mask_token_id, tokens_BT)
+    positions_BT = jnp.maximum(jnp.cumsum(visible_BT, axis=1, dtype=jnp.int32) - 1, 0)
+    mask = masks.parse(model.trained_mask).placed(visible_BT, visible_BT & ~prompt_BT) & masks.KeyPadding(visible_BT)
+    seen_bTS = mask.dense(length, length)
+    kinds_BTQ = jnp.stack([prompt_BT, masked_BT, ~prompt_BT & ~masked_BT], axis=-1) & visible_BT[..., None]
+    counts_Q = jnp.sum(kinds_BTQ, axis=(0, 1), dtype=jnp.float32)
+    first_BS = positions_BT == 0
+    turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    padding = -length % min(_CHUNK, length)
+    size = min(_CHUNK, length)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, size, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    full_BTS = jnp.broadcast_to(seen_bTS, (batch, length, length))
+    fixed = tuple(map(cut, (full_BTS, kinds_BTQ, positions_BT)))
+
+    def layer_sums(layer: Layer, x_BTD: jax.Array) -> jax.Array:
+        normal_BTD = layer.attn_norm(x_BTD)
+        q_BTKGH = rotate(layer.attn.q(normal_BTD), turn).reshape(batch, length, -1, groups, config.head_dim)
+        k_BSKH = rotate(layer.attn.k(normal_BTD), turn)
+
+        def chunk_sums(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            q_BtKGH, seen_BtS, kinds_BtQ, place_Bt = part
+            scores = jnp.einsum("BtKGH,BSKH->BKGtS", q_BtKGH, k_BSKH, preferred_element_type=jnp.float32)
+            seen_B11tS = seen_BtS[:, None, None]
+            p_BKGtS = jax.nn.softmax(jnp.where(seen_B11tS, scores / config.head_dim**0.5, -1e30), axis=-1)
+            # Queries that only fill the chunk see nothing, and count for nothing.
+            p_BKGtS = jnp.where(seen_B11tS, p_BKGtS, 0.0)
+            ahead_BtS = (positions_BT[:, None, :] - place_Bt[:, :, None]).astype(jnp.float32)
+            entropy = -jnp.sum(p_BKGtS * jnp.log(jnp.where(p_BKGtS > 0, p_BKGtS, 1.0)), axis=-1)
+            most = jnp.log(jnp.maximum(jnp.sum(seen_BtS, axis=-1), 2).astype(jnp.float32))[:, None, None]
+            weights = (
+                jnp.abs(ahead_BtS),
+                ahead_BtS,
+                ahead_BtS > 0,
+                ahead_BtS == 0,
+                ahead_BtS == -1,
+                jnp.broadcast_to(prompt_BT[:, None], ahead_BtS.shape),
+                jnp.broadcast_to(masked_BT[:, None], ahead_BtS.shape),
+                jnp.broadcast_to(first_BS[:, None], ahead_BtS.shape),
+            )
+            means = [jnp.einsum("BKGtS,BtS->BKGt", p_BKGtS, weight.astype(jnp.float32)) for weight in weights]
+            values = jnp.stack([entropy, entropy / most, *means], axis=-1)
+            return total + jnp.einsum("BKGtX,BtQ->KGQX", values, kinds_BtQ.astype(jnp.float32)), None
+
+        heads = (config.num_key_value_heads, groups)
+        zeros = jnp.zeros((*heads, len(QUERIES), len(STATISTICS)), jnp.float32)
+        total = jax.lax.scan(chunk_sums, zeros, (cut(q_BTKGH), *fixed))[0]
+        return total.reshape(-1, *total.shape[2:])
+
+    def block(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+        layer = jax.tree.map(lambda leaf: leaf.astype(model.compute_dtype), layer)
+        sums = layer_sums(layer, x_BTD)
+        return layer(x_BTD, turn, mask, model.attention_backend)[0], sums
+
+    x_BTD, sums = jax.lax.scan(block, model.embed(noisy_BT).astype(model.compute_dtype), model.layers)
+    return sums, counts_Q, model.norm(x_BTD).astype(model.compute_dtype)
+
+
+def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Rows:
+    """The first test rows of a source, those that fit, padded on the right.
+
+    Args:
+      data: as `train.py --data` takes it.
+      tokenizer: the model's.
+      number: how many.
+      longest: tokens that a row may have.
+
+    Raises:
+      ValueError: no row that fits; also what `open_source` raises.
+    """
+    found = []
+    for row in first_rows(open_source(data, "test"), number):
+        one = encode_row(row, tokenizer, longest)
+        if one is not None:
+            found.append(one)
+    if not found:
+        raise ValueError(f"{data} has no test row that fits into {longest} tokens; give other data")
+    width = max(one.length for one in found)
+    tokens = np.stack([one.tokens[:width] for one in found])
+    place = np.arange(width)
+    return Rows(
+        tokens,
+        place < np.array([one.prompt_length for one in found])[:, None],
+        place < np.array([one.length for one in found])[:, None],
+    )
+
+
+def inspect(model: Dream, rows: Rows, seed: int, levels: Sequence[float] = LEVELS) -> Iterator[dict[str, Any]]:
+    """One line a noise level, layer, head and kind of query, for a table: `STATISTICS` and what they are of.
+
+    Args:
+      model: any Dream.
+      rows: what it looks at.
+      seed: of what is masked; what is masked at one level is masked at the next as well.
+      levels: shares of the answers that are masked.
+    """
+    uniform_BT = np.random.default_rng(seed).random(rows.tokens_BT.shape)
+    for level in levels:
+        masked_BT = rows.visible_BT & ~rows.prompt_BT & (uniform_BT < level)
+        found = attention_statistics(model, rows, masked_BT)
+        for layer, head, kind in np.ndindex(*found.shape[:3]):
+            values = found[layer, head, kind]
+            if not np.isnan(values).all():
+                where = {"t": level, "layer": layer, "head": head, "queries": QUERIES[kind]}
+                yield where | dict(zip(STATISTICS, map(float, values), strict=True))
+
+
+def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    """Layers by heads, of masked queries at the level nearest one half; and how the means change with the level.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    shown = ("entropy share", "distance", "right", "prompt", "masked", "first")
+    levels = sorted({line["t"] for line in lines})
+    level = min(levels, key=lambda one: abs(one - 0.5))
+    masked = [line for line in lines if line["queries"] == "masked"]
+    layers, heads = (1 + max(line[name] for line in masked) for name in ("layer", "head"))
+    figure = Figure(figsize=(3.3 * 4, 6.4), layout="constrained")
+    panels = figure.subplots(2, 4).ravel()
+    for axes, name in zip(panels, shown, strict=False):
+        values = np.full((layers, heads), np.nan)
+        for line in masked:
+            if line["t"] == level:
+                values[line["layer"], line["head"]] = line[name]
+        limits = {} if name == "distance" else {"vmin": 0.0, "vmax": 1.0}
+        image = axes.imshow(values, cmap="cividis", aspect="auto", **limits)
+        figure.colorbar(image, ax=axes)
+        unit = " (tokens)" if name == "distance" else ""
+        axes.set(title=f"{name}{unit}, t = {level}", xlabel="head", ylabel="layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    curves = {
+        "entropy share": ("#0072B2", "o"),
+        "right": ("#D55E00", "s"),
+        "prompt": ("#009E73", "^"),
+        "masked": ("#CC79A7", "D"),
+        "first": ("#E69F00", "v"),
+    }
+    for axes, kind in zip(panels[len(shown) :], ("masked", "written"), strict=True):
+        for name, (colour, marker) in curves.items():
+            found = [
+                (one, [line[name] for line in lines if line["t"] == one and line["queries"] == kind]) for one in levels
+            ]
+            points = [(one, np.mean(values)) for one, values in found if values]
+            axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker)
+        axes.set(title=f"queries that are {kind}", xlabel="noise level t", ylim=(-0.03, 1.03), xlim=(0, 1.03))
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize="small")
+    temporary = path.with_name(f".{path.name}.incomplete")
+    figure.savefig(temporary, dpi=130, format="png")
+    return temporary.replace(path)

@@ -1,0 +1,159 @@
+"""What a trained model can do: likelihood by noise level, answers in each order, answers in few passes.
+
+Knows the sampler and the fixed grid. Knows nothing of training or files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import masks, sharding
+from dream_jax.data import EncodedRow
+from dream_jax.mask_study.tasks import Example, Task
+from dream_jax.mask_study.training import decode, learned, rows_of, tokenizer
+from dream_jax.mask_study.variants import Variant
+from dream_jax.model import Dream
+from dream_jax.sampler import EntropyBound, Sample, SamplerConfig, Threshold, generate
+from dream_jax.tokenizer import Tokenizer
+from dream_jax.trainer.grid import Grid
+
+ORDERS = ("random", "confidence", "left to right", "right to left")
+"""In which answers are written, a token a pass."""
+
+TAU = 0.9
+"""Probability from which on a token is written, where a pass may write several."""
+
+
+class Measured(NamedTuple):
+    """One number about one model.
+
+    Attributes:
+      measure: "nll" (nats per masked token), "masked accuracy" (share of masked tokens), "accuracy" (share of answers),
+        "written at" (mean step, from 0, at which the order by confidence writes a position), or "kept keys" (see `Kept`).
+      of: noise levels; the order, or how many passes; the position; the field.
+      passes: forward passes a row that it took, a mean; 0 where it is not about sampling.
+      value: the number.
+    """
+
+    measure: str
+    of: str
+    passes: float
+    value: float
+
+
+def measure(model: Dream, task: Task, variant: Variant, examples: Sequence[Example], seed: int) -> Iterator[Measured]:
+    """All that is asked of a model.
+
+    Args:
+      model: trained on the task, under the variant.
+      task, variant: which.
+      examples: of the test split.
+      seed: of the random order.
+    """
+    words = tokenizer()
+    if not variant.hide_pads:  # it has never seen the pads that the grid shows
+        yield from _likelihood(model, task, variant, examples, words)
+    width = task.answer_width
+    prompts = rows_of([Example(example.prompt, "") for example in examples], words)
+
+    def accuracy(tokens: np.ndarray) -> float:
+        answers = [decode(row, words) for row in tokens[:, task.prompt_width :]]
+        return float(np.mean([task.is_right(*pair) for pair in zip(examples, answers, strict=True)]))
+
+    def sampled(**options: object) -> Sample:
+        shared = {"max_new_tokens": width, "vocab_limit": words.vocab_limit, "forbidden_tokens": (words.mask_id,)}
+        return generate(model, prompts, SamplerConfig(**shared | options), jax.random.key(seed))  # type: ignore[arg-type]
+
+    # The bound of nothing writes the surest token alone; the published clock now and then writes none, and then two.
+    out = sampled(alg="entropy", commit=EntropyBound(0.0))
+    yield Measured("accuracy", "confidence", float(np.mean(out.passes)), accuracy(np.asarray(out.tokens)))
+    for position, step in enumerate(np.asarray(out.commit_step)[:, task.prompt_width :].mean(axis=0)):
+        yield Measured("written at", str(position), 0.0, float(step))
+    generator = np.random.default_rng(seed)
+    forward = np.broadcast_to(np.arange(width), (len(examples), width))
+    orders = {
+        "random": generator.permuted(forward, axis=1),
+        "left to right": forward,
+        "right to left": forward[:, ::-1],
+    }
+    for order, order_BN in orders.items():
+        tokens = write_in_order(model, prompts, order_BN, words)
+        yield Measured("accuracy", order, float(width), accuracy(tokens))
+    passes = 1
+    while passes < width:
+        out = sampled(alg="entropy", steps=passes)
+        yield Measured("accuracy", f"in {passes} passes", float(np.mean(out.passes)), accuracy(np.asarray(out.tokens)))
+        passes *= 2
+    out = sampled(alg="maskgit_plus", commit=Threshold(TAU), block_length=width)
+    yield Measured("accuracy", f"all above {TAU}", float(np.mean(out.passes)), accuracy(np.asarray(out.tokens)))
+
+
+def _likelihood(
+    model: Dream, task: Task, variant: Variant, examples: Sequence[Example], words: Tokenizer
+) -> Iterator[Measured]:
+    tokens_RT = rows_of(examples, words)
+    maskable_RT, _ = learned(tokens_RT, task, variant, words)
+    rows = [
+        EncodedRow(tokens=tokens, maskable=maskable, prompt_length=task.prompt_width, length=len(tokens))
+        for tokens, maskable in zip(tokens_RT, maskable_RT, strict=True)
+    ]
+    score = Grid(rows, min(len(rows), 256), sharding.make_mesh("1x1")).score(model)
+    yield Measured("nll", "all", 0.0, score.nll)
+    for number, value in enumerate(score.nll_by_time):
+        yield Measured("nll", f"{number / 4} <= t < {(number + 1) / 4}", 0.0, value)
+    yield Measured("masked accuracy", "all", 0.0, score.masked_accuracy)
+
+
+def write_in_order(model: Dream, prompts_BP: np.ndarray, order_BN: np.ndarray, words: Tokenizer) -> np.ndarray:
+    """The most probable token at each place of the answers, one place after the other, given what is written by then.
+
+    Args:
+      model: under the mask it was trained under.
+      prompts_BP: without padding.
+      order_BN: the places, each row a permutation of range(N).
+      words: whose special tokens, but for the end, are never written.
+
+    Returns:
+      int32 [B, P + N].
+
+    Raises:
+      ValueError: an order that leaves places out.
+    """
+    width = order_BN.shape[1]
+    if not np.array_equal(np.sort(order_BN, axis=1), np.broadcast_to(np.arange(width), order_BN.shape)):
+        raise ValueError(f"{order_BN=} does not name each of {width} places once in each row")
+    canvas_BT = np.pad(prompts_BP, ((0, 0), (0, width)), constant_values=model.config.mask_token_id)
+    allowed_V = np.arange(model.config.vocab_size) < words.vocab_limit
+    allowed_V[words.mask_id] = False
+    places_NB = (order_BN.T + prompts_BP.shape[1]).astype(np.int32)
+    return np.asarray(_written(model, canvas_BT, places_NB, allowed_V, prompt_width=prompts_BP.shape[1]))
+
+
+@functools.partial(jax.jit, static_argnames="prompt_width")
+def _written(
+    model: Dream, canvas_BT: jax.Array, places_NB: jax.Array, allowed_V: jax.Array, *, prompt_width: int
+) -> jax.Array:
+    mask, positions_BT = layout(model, canvas_BT.shape, prompt_width)
+    row_B = jnp.arange(canvas_BT.shape[0])
+
+    def write(canvas_BT: jax.Array, place_B: jax.Array) -> tuple[jax.Array, None]:
+        hidden_BTD = model.hidden(canvas_BT, mask, positions_BT)
+        logits_BV = model.unembed(hidden_BTD[row_B, place_B - 1])  # the right shift
+        token_B = jnp.argmax(jnp.where(allowed_V, logits_BV, -jnp.inf), axis=-1).astype(jnp.int32)
+        return canvas_BT.at[row_B, place_B].set(token_B), None
+
+    written_BT: jax.Array = jax.lax.scan(write, jnp.asarray(canvas_BT), places_NB)[0]
+    return written_BT
+
+
+def layout(model: Dream, shape: tuple[int, ...], prompt_width: int) -> tuple[masks.Mask, jax.Array]:
+    """The model's mask for rows without padding that answer from `prompt_width` on, and their positions [B, T]."""
+    answer_BT = jnp.broadcast_to(jnp.arange(shape[1]) >= prompt_width, shape)
+    mask = masks.parse(model.trained_mask).placed(jnp.ones(shape, bool), answer_BT)
+    return mask, jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

@@ -1,0 +1,116 @@
+"""Trains one variant on one task, by the project's own step.
+
+Knows the step, tasks and variants. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dream_jax import masks, sharding
+from dream_jax.mask_study.tasks import END, Example, Task
+from dream_jax.mask_study.variants import Variant
+from dream_jax.model import Dream, merge_params, split_params
+from dream_jax.optimizer import OptimizerConfig
+from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
+
+BATCH = 64
+_LEARNING_RATE = 2e-3  # of train.py for random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model at the end of its run.
+
+    Attributes:
+      model: the weights after the last step.
+      nll: of the training rows, nats a masked token, the mean of every twentieth of the run.
+      seconds: of the run, its compilation left out.
+    """
+
+    model: Dream
+    nll: tuple[float, ...]
+    seconds: float
+
+
+def tokenizer() -> Tokenizer:
+    """The one that all tasks are written in."""
+    return load_tokenizer("bytes")
+
+
+def encode(text: str, words: Tokenizer) -> list[int]:
+    """A token a character; `END` is the end-of-text token."""
+    text, ends = text.rstrip(END), len(text) - len(text.rstrip(END))
+    return [*words.encode(text), *[words.eos_id] * ends]
+
+
+def decode(tokens: np.ndarray, words: Tokenizer) -> str:
+    """The inverse; other special tokens are what the tokenizer writes for them, which answers nothing."""
+    return "".join(END if token == words.eos_id else words.decode([token]) for token in map(int, tokens))
+
+
+def rows_of(examples: Sequence[Example], words: Tokenizer) -> np.ndarray:
+    """Prompts and answers, int32 [rows, tokens]."""
+    return np.array([encode(f"{prompt}{answer}", words) for prompt, answer in examples], np.int32)
+
+
+def learned(tokens_RT: np.ndarray, task: Task, variant: Variant, words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """What may be masked and learned, and what may be seen: bool [rows, tokens] each."""
+    answer_RT = np.broadcast_to(np.arange(tokens_RT.shape[1]) >= task.prompt_width, tokens_RT.shape)
+    visible_RT = np.ones(tokens_RT.shape, bool)
+    if variant.hide_pads:
+        ends_RT = tokens_RT == words.eos_id
+        # The first end belongs to the answer: it is what says that the answer is over.
+        visible_RT = ~(ends_RT & (np.cumsum(ends_RT, axis=1) > 1))
+    return answer_RT & visible_RT, visible_RT
+
+
+def train(task: Task, variant: Variant, seed: int, steps: int, *, batch: int = BATCH) -> Trained:
+    """A run on one device.
+
+    Args:
+      task: what is learned.
+      variant: how.
+      seed: of weights, rows, times and masks: the same for all variants.
+      steps: of the optimizer.
+      batch: rows a step.
+
+    Raises:
+      FloatingPointError: a loss that is no number.
+    """
+    words = tokenizer()
+    mesh = sharding.make_mesh("1x1")
+    tokens_RT = rows_of(task.examples("train", seed, steps * batch), words)
+    maskable_RT, visible_RT = learned(tokens_RT, task, variant, words)
+    graphdef, params = split_params(variant.model(seed))
+    settings = OptimizerConfig(learning_rate=_LEARNING_RATE, total_steps=steps)
+    optimizer = settings.make()
+    config = StepConfig(global_batch=batch, weight=variant.loss_weight(), seed=seed, mask=masks.parse(variant.mask))
+    step = make_train_step(graphdef, optimizer, settings.schedule(), config, mesh)
+    state = init_state(params, optimizer, mesh)
+    nll: list[jax.Array] = []
+    begun = 0.0
+    for number in range(steps):
+        part = slice(number * batch, (number + 1) * batch)
+        rows = {"tokens": tokens_RT[part], "maskable": maskable_RT[part], "row": np.arange(batch, dtype=np.int32)}
+        if variant.hide_pads:
+            rows["attention_mask"] = visible_RT[part]
+        state, metrics = step(state, put_batch(rows, mesh))
+        nll.append(metrics["nll"])
+        if number == 0:
+            jax.block_until_ready(nll)
+            begun = time.perf_counter()
+    found = np.array(jax.device_get(nll))
+    seconds = time.perf_counter() - begun
+    if not np.isfinite(found).all():
+        raise FloatingPointError(f"{task.name} under {variant.name!r}, seed {seed}: the loss became {found[-1]}")
+    model = merge_params(graphdef, state.params)
+    model.trained_mask = variant.mask
+    pieces = np.array_split(found, min(20, steps))
+    return Trained(model, tuple(float(piece.mean()) for piece in pieces), seconds)

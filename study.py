@@ -1,0 +1,216 @@
+"""The architecture study of attention masks: `python study.py [--quick] --out runs/study`.
+
+Trains the nano model under each mask, on tasks that are easiest to write in different orders, and measures likelihood,
+answers in each order and in few passes, and whether keys and values can be kept. A study that was stopped goes on; several
+processes, on one machine or on several that share the folder, do it together. With --inspect PATH it trains nothing and
+looks at the attention inside a checkpoint instead.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+QUICK_TASKS, QUICK_SEEDS = ("addition",), 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is studied, and where it is kept."""
+
+    out: pathlib.Path = pathlib.Path("runs/study")
+    """folder of the runs, tables and figures; what is there is not made again"""
+    quick: bool = False
+    """one task, the masks alone, two seeds: a quarter of an hour on two cores"""
+    tasks: tuple[str, ...] = ()
+    """all by default: addition, copy, reversal, sudoku, countdown"""
+    variants: tuple[str, ...] = ()
+    """names of masks and ablations; all by default"""
+    seeds: int = 3
+    """models of each kind"""
+    length: float = 1.0
+    """training steps, as a share of each task's own"""
+    test_rows: int = 256
+    """examples that each model answers"""
+    processes: int = os.cpu_count() or 1
+    """that train at the same time, a core each; 0 makes tables and figures of what is there"""
+    inspect: str | None = None
+    """a checkpoint or preset to look into, instead of training; --out is then where its tables and figures go"""
+    data: str = "sudoku"
+    """test rows for --inspect, as train.py takes them"""
+    rows: int = 32
+    """how many of them"""
+    max_length: int = 512
+    """longest of them, in tokens; longer ones are left out"""
+    seed: int = 0
+    """which positions of them are masked"""
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were made on."""
+    import jax
+
+    model = ""
+    if pathlib.Path("/proc/cpuinfo").is_file():
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    found = {"processor": model or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__}
+    return found | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def spread(settings: Settings, console: Console) -> None:
+    """Starts the workers and waits for them; a worker's failure ends the others."""
+    # Before jax counts the cores: a model as small as this one gains nothing from a second.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = []
+    for number in range(settings.processes):
+        environment = os.environ | {"DREAM_JAX_STUDY_WORKER": "1"}
+        if cores:
+            environment["DREAM_JAX_STUDY_CORE"] = str(cores[number % len(cores)])
+        workers.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+    try:
+        while any(worker.poll() is None for worker in workers):
+            if any(worker.poll() not in (None, 0) for worker in workers):
+                break
+            time.sleep(0.5)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise RuntimeError(f"workers ended with {codes}; what they finished is kept, and the same command goes on")
+    console.print("all runs are there")
+
+
+def table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Accuracy by order, and likelihood, of each mask and task."""
+    from dream_jax.mask_study.measures import ORDERS
+
+    shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
+    found = {(row["task"], row["variant"], row["measure"], row["of"]): row for row in rows}
+
+    def cell(task: str, variant: str, name: str, of: str) -> str:
+        row = found.get((task, variant, name, of))
+        if row is None:
+            return ""
+        half = row["mean"] - row["low"]
+        return f"{row['mean']:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+    for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
+        orders = (cell(task, variant, "accuracy", order) for order in ORDERS)
+        seeds = next(row["seeds"] for row in rows if (row["task"], row["variant"]) == (task, variant))
+        shown.add_row(task, variant, *orders, cell(task, variant, "nll", "all"), str(int(seeds)))
+    console.print(shown)
+
+
+def study(settings: Settings, console: Console) -> None:
+    """Makes the runs that are missing, then the tables and figures."""
+    core = os.environ.get("DREAM_JAX_STUDY_CORE")
+    if core is not None:
+        os.sched_setaffinity(0, {int(core)})
+    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, summarise
+    from dream_jax.mask_study.variants import MASKS
+
+    tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
+    variants = settings.variants or (MASKS if settings.quick else tuple(VARIANTS))
+    seeds = QUICK_SEEDS if settings.quick else settings.seeds
+    plan = Plan(tasks=tasks, variants=variants, seeds=seeds, length=settings.length, test_rows=settings.test_rows)
+    made = Study(settings.out, plan)
+    if "DREAM_JAX_STUDY_WORKER" in os.environ:
+        import jax
+
+        # Seeds and workers share most programs, which take as long to compile as a tenth of a run.
+        jax.config.update("jax_compilation_cache_dir", str(settings.out.resolve() / "compiled"))
+        begun = time.monotonic()
+        made.work(
+            lambda run, seconds: console.print(
+                f"{run.task}, {run.variant}, seed {run.seed}: trained in {seconds:.0f} s; "
+                f"{len(made.missing())} runs to go, {time.monotonic() - begun:.0f} s so far"
+            )
+        )
+        return
+    missing = len(made.missing())
+    console.print(f"{len(plan.runs())} runs, {missing} of them to make, in {settings.out}")
+    if missing and settings.processes:
+        spread(settings, console)
+    rows = list(made.rows())
+    if not rows:
+        raise ValueError(f"{settings.out} has no run yet; give --processes at least 1")
+    paths = [*made.write_tables()]
+    about = settings.out / "hardware.json"
+    about.write_text(json.dumps(hardware(), indent=2) + "\n", encoding="utf-8")
+    summary = summarise(rows)
+    try:
+        from dream_jax.mask_study.figures import draw_all
+
+        paths += draw_all(summary, settings.out)
+    except ModuleNotFoundError as error:
+        console.print(f"no figures: {error}; pip install matplotlib")
+    table(summary, console)
+    console.print("wrote", *map(str, paths))
+
+
+def look(settings: Settings, console: Console) -> None:
+    """Statistics of the attention of one checkpoint."""
+    from dream_jax.config import PRESETS
+    from dream_jax.mask_study.inspection import STATISTICS, draw, inspect, read_rows
+    from dream_jax.mask_study.runs import write_table
+    from dream_jax.pretrained import load
+    from dream_jax.tokenizer import load_tokenizer
+
+    assert settings.inspect is not None
+    table_path, figure_path = settings.out / "attention.csv", settings.out / "attention.png"
+    for path in (table_path, figure_path):
+        if path.exists():
+            raise FileExistsError(f"{path} exists; give another --out")
+    model = load(settings.inspect)
+    if model.tokenizer_dir is None and settings.inspect != "nano":
+        raise ValueError(f"{settings.inspect} has no tokenizer of its own: rows of text cannot be read for it")
+    words = load_tokenizer("bytes" if model.tokenizer_dir is None else model.tokenizer_dir)
+    longest = min(settings.max_length, model.config.max_position_embeddings)
+    rows = read_rows(settings.data, words, settings.rows, longest)
+    kind = "random weights" if settings.inspect in PRESETS else f"trained under the mask {model.trained_mask!r}"
+    console.print(f"{settings.inspect} ({kind}), {len(rows.tokens_BT)} rows of {rows.tokens_BT.shape[1]} tokens")
+    lines = list(inspect(model, rows, settings.seed))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    paths = [write_table(table_path, lines)]
+    try:
+        paths.append(draw(lines, figure_path))
+    except ModuleNotFoundError as error:
+        console.print(f"no figure: {error}; pip install matplotlib")
+    shown = Table("layer", *STATISTICS, title="masked queries at t = 0.5, mean of the heads")
+    for layer in sorted({line["layer"] for line in lines}):
+        here = [one for one in lines if (one["layer"], one["queries"], one["t"]) == (layer, "masked", 0.5)]
+        means = (sum(one[name] for one in here) / len(here) for name in STATISTICS)
+        shown.add_row(str(layer), *(f"{mean:.2f}" for mean in means))
+    console.print(shown)
+    console.print("wrote", *map(str, paths))
+
+
+def main() -> int:
+    """Runs what the command line asks for."""
+    console = Console()
+    settings = tyro.cli(Settings, description=__doc__)
+    try:
+        study(settings, console) if settings.inspect is None else look(settings, console)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

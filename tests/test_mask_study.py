@@ -1,0 +1,286 @@
+"""The study of masks: its tasks and judges, what differs between variants, and that its numbers mean what they say."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dream_jax import masks
+from dream_jax.mask_study import TASKS, VARIANTS, Plan, Variant, inspection, read_rows, summarise, training
+from dream_jax.mask_study.caching import kept_against_computed
+from dream_jax.mask_study.measures import write_in_order
+from dream_jax.mask_study.tasks import END, Example
+from dream_jax.mask_study.variants import MASKS
+from dream_jax.sampler import SamplerConfig, generate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+def test_tasks_answer_themselves(task):
+    train, test = task.examples("train", 3, 300), task.examples("test", 0, 200)
+    for example in train + test:
+        assert len(example.prompt) == task.prompt_width and len(example.answer) == task.answer_width
+        assert task.is_right(example, example.answer)
+    assert task.prompt_width % 4 == task.answer_width % 4 == 0
+    assert not {one.prompt for one in train} & {one.prompt for one in test}
+    assert train == task.examples("train", 3, 300) and train != task.examples("train", 4, 300)
+    assert test == task.examples("test", 9, 200)  # the same for every seed
+    words = training.tokenizer()
+    tokens = training.rows_of(train, words)
+    assert tokens.shape == (300, task.prompt_width + task.answer_width)
+    assert training.decode(tokens[0], words) == "".join(train[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "answer", "right"),
+    [
+        ("addition", "345+678=", "1023", True),
+        ("addition", "345+678=", "1024", False),
+        ("addition", "345+678=", "0123", False),
+        ("addition", "345+678=", "102$", False),
+        ("copy", "abcdefghijk>", "abcdefghijk$", True),
+        ("copy", "abcdefghijk>", "abcdefghijka", False),
+        ("copy", "abcdefghijk>", "abcdefghij$$", False),
+        ("reversal", "abcdefghijk<", "kjihgfedcba$", True),
+        ("reversal", "abcdefghijk<", "abcdefghijk$", False),
+        ("countdown", "352>006:", "3+5=8,8-2=6$$$$$", True),
+        ("countdown", "352>006:", "5-2=3,3+3=6$$$$$", True),  # another way
+        ("countdown", "352>006:", "3+5=8,8-2=6$x9$$", True),  # what follows the end counts for nothing
+        ("countdown", "352>006:", "3+5=8,8-2=7$$$$$", False),  # wrong result
+        ("countdown", "352>007:", "3+5=8,8-2=6$$$$$", False),  # wrong target
+        ("countdown", "352>006:", "3+5=9,9-3=6$$$$$", False),  # a number that is not there
+        ("countdown", "352>006:", "3+3=6,6+0=6$$$$$", False),  # a number twice
+        ("countdown", "352>006:", "8-2=6$$$$$$$$$$$", False),  # one step
+        ("countdown", "352>006:", "3+5=08,08-2=6$$$", False),  # a leading zero
+        ("countdown", "352>006:", "3+5=8,8-2=6,6$$$", False),
+        ("countdown", "352>008:", "3+5=8,2+6=8$$$$$", False),
+        ("countdown", "352>006:", "hello$$$$$$$$$$$", False),
+    ],
+)
+def test_judges(task, prompt, answer, right):
+    known = {"addition": "1023", "copy": "abcdefghijk$", "reversal": "kjihgfedcba$", "countdown": "3+5=8,8-2=6$$$$$"}
+    assert TASKS[task].is_right(Example(prompt, known[task]), answer) == right
+
+
+def test_variants_begin_alike():
+    models = [VARIANTS[name].model(seed=4) for name in ("bidirectional", "causal", "bidirectional, unshifted")]
+    leaves = [jax.tree.leaves(model) for model in models]
+    for other in leaves[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(leaves[0], other, strict=True))
+    with pytest.raises(ValueError, match="triangular"):
+        Variant(name="x", mask="triangular")
+    with pytest.raises(ValueError, match="heavy"):
+        Variant(name="x", weight="heavy")
+
+
+def test_in_place_predicts_from_its_own_state():
+    shifted, in_place = VARIANTS["bidirectional"].model(0), VARIANTS["bidirectional, unshifted"].model(0)
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 12)).astype(np.int32)
+    # What a sampler takes for place i, the logits at i - 1, are those of the plain model at i.
+    np.testing.assert_array_equal(in_place(tokens)[:, :-1], shifted(tokens)[:, 1:])
+
+
+def test_hidden_pads_are_neither_seen_nor_learned():
+    task, words = TASKS["countdown"], training.tokenizer()
+    tokens = training.rows_of([Example("352>006:", "3+5=8,8-2=6$$$$$")], words)
+    maskable, visible = training.learned(tokens, task, VARIANTS["pads hidden"], words)
+    assert visible[0].tolist() == [True] * 20 + [False] * 4  # prompt, answer and its first end
+    assert maskable[0].tolist() == [False] * 8 + [True] * 12 + [False] * 4
+    maskable, visible = training.learned(tokens, task, VARIANTS["bidirectional"], words)
+    assert visible.all() and maskable[0].tolist() == [False] * 8 + [True] * 16
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A few steps, so that logits are no longer even, under each mask."""
+    return {mask: training.train(TASKS["countdown"], VARIANTS[mask], 0, 12, batch=16) for mask in MASKS}
+
+
+def test_training_learns_and_repeats(trained):
+    for found in trained.values():
+        assert found.nll[-1] < found.nll[0] and math.isfinite(found.nll[-1])
+    again = training.train(TASKS["countdown"], VARIANTS["causal"], 0, 12, batch=16)
+    assert again.nll == trained["causal"].nll
+    # The same rows and noise: under another mask only the model differs.
+    assert trained["causal"].nll != trained["bidirectional"].nll
+    assert trained["causal"].nll[0] == pytest.approx(trained["bidirectional"].nll[0], rel=0.05)
+
+
+def test_left_to_right_is_the_samplers(trained):
+    words, task = training.tokenizer(), TASKS["countdown"]
+    prompts = training.rows_of([Example(one.prompt, "") for one in task.examples("test", 0, 8)], words)
+    forward = np.broadcast_to(np.arange(16), (8, 16))
+    for found in trained.values():
+        config = SamplerConfig(
+            max_new_tokens=16, alg="entropy", steps=16, block_length=1, vocab_limit=words.vocab_limit,
+            forbidden_tokens=(words.mask_id,),
+        )  # fmt: skip
+        expected = generate(found.model, prompts, config).tokens
+        np.testing.assert_array_equal(write_in_order(found.model, prompts, forward, words), expected)
+    with pytest.raises(ValueError, match="each of 16 places"):
+        write_in_order(found.model, prompts, forward * 0, words)
+
+
+def test_keys_may_be_kept_where_nothing_later_is_seen(trained):
+    """Equal logits under the masks that look ahead no further than their block, and an error that is seen elsewhere."""
+    task = TASKS["countdown"]
+    rows = training.rows_of(task.examples("test", 0, 16), training.tokenizer())
+    found = {mask: kept_against_computed(one.model, rows, task.prompt_width) for mask, one in trained.items()}
+    for mask in ("causal", "prefix", "block-causal:4"):
+        assert found[mask].largest < 2e-5 and found[mask].agreement == 1.0 and found[mask].divergence < 1e-6
+    for mask in ("bidirectional", "window:4"):
+        assert found[mask].largest > 1e-3
+    assert found["causal"].computed == pytest.approx(8 / 24)
+    with pytest.raises(ValueError, match="whole blocks of 4"):
+        kept_against_computed(trained["causal"].model, rows, 6)
+    with pytest.raises(ValueError, match="in place"):
+        kept_against_computed(VARIANTS["bidirectional, unshifted"].model(0), rows, 8)
+
+
+def test_summary_intervals():
+    base = {"task": "copy", "variant": "causal", "of": "random", "passes": 4.0, "test_rows": 256}
+    rows = [base | {"seed": seed, "measure": "nll", "value": value} for seed, value in enumerate((1.0, 2.0, 3.0))]
+    rows += [base | {"seed": seed, "measure": "accuracy", "value": 1.0} for seed in range(3)]
+    nll, accuracy = summarise(rows)
+    assert nll["mean"] == 2.0 and nll["high"] - 2.0 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert accuracy["high"] == 1.0 and accuracy["low"] == pytest.approx(256 / (256 + 1.96**2), rel=1e-3)
+    (single,) = summarise(rows[:1])
+    assert math.isnan(single["low"]) and single["seeds"] == 1
+
+
+def test_plan_refuses():
+    for options, told in (
+        ({"tasks": ("chess",)}, "chess"),
+        ({"variants": ("diagonal",)}, "diagonal"),
+        ({"seeds": 0}, "nothing to do"),
+        ({"length": 0.0}, "nothing to do"),
+        ({"test_rows": 5000}, "5000"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Plan(**{"tasks": ("copy",), "variants": ("causal",)} | options)
+
+
+@pytest.mark.slow
+def test_command_goes_on_where_it_was_stopped(tmp_path):
+    """Two runs by two processes; one is taken away and made again, the same; the other is not touched."""
+    command = [sys.executable, "study.py", "--out", str(tmp_path), "--tasks", "copy", "--variants", "causal", "prefix"]
+    command += ["--seeds", "1", "--length", "0.02", "--test-rows", "8", "--processes", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+    def run(*more):
+        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
+    code, told = run()
+    assert code == 0, told
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    assert [file.name for file in files] == ["copy-causal-seed-0.json", "copy-prefix-seed-0.json"]
+    first, kept = json.loads(files[0].read_text()), files[1].stat().st_mtime_ns
+    files[0].unlink()
+    code, told = run()
+    assert code == 0 and "1 of them to make" in told, told
+    again = json.loads(files[0].read_text())
+    assert again["measured"] == first["measured"] and again["training_nll"] == first["training_nll"]
+    assert files[1].stat().st_mtime_ns == kept
+    rows = read_rows(tmp_path / "results.csv")
+    assert {row["variant"] for row in rows} == {"causal", "prefix"}
+    accuracies = {row["of"] for row in rows if row["measure"] == "accuracy"}
+    assert {"random", "confidence", "left to right", "right to left", "in 1 passes", "all above 0.9"} <= accuracies
+    code, told = run("--length", "0.04")  # the last one counts
+    assert code == 1 and "give another --out" in told, told
+
+
+# Looking inside
+
+
+def looked_at(model, rows, masked):
+    values = inspection.attention_statistics(model, rows, masked)
+    return {name: values[..., number] for number, name in enumerate(inspection.STATISTICS)}
+
+
+def some_rows(rows=2, length=12, prompt=4, pads=0):
+    tokens = np.random.default_rng(1).integers(0, 200, (rows, length)).astype(np.int32)
+    place = np.broadcast_to(np.arange(length), tokens.shape)
+    return inspection.Rows(tokens, place < prompt, place < length - pads)
+
+
+def test_even_attention():
+    """Queries of zero attend evenly: every statistic is then known."""
+    model = VARIANTS["bidirectional"].model(0)
+    model.layers.attn.q.kernel[...] = jnp.zeros_like(model.layers.attn.q.kernel[...])
+    rows = some_rows()
+    masked = rows.tokens_BT.astype(bool) & (np.arange(12) >= 8)
+    found = looked_at(model, rows, masked)
+    np.testing.assert_allclose(found["entropy"], math.log(12), rtol=1e-5)
+    np.testing.assert_allclose(found["entropy share"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found["prompt"], 4 / 12, rtol=1e-5)
+    np.testing.assert_allclose(found["masked"], 4 / 12, rtol=1e-5)
+    np.testing.assert_allclose(found["first"], 1 / 12, rtol=1e-5)
+    np.testing.assert_allclose(found["itself"], 1 / 12, rtol=1e-5)
+    queries = np.arange(8, 12)
+    ahead = np.arange(12)[None] - queries[:, None]
+    np.testing.assert_allclose(found["distance"][:, :, 1], np.abs(ahead).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["offset"][:, :, 1], ahead.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["right"][:, :, 1], (ahead > 0).mean(), rtol=1e-5)
+
+
+def test_causal_never_looks_right_and_pads_are_not_seen():
+    rows = some_rows(pads=3)
+    masked = rows.visible_BT & (np.arange(12) >= 6)
+    causal = looked_at(VARIANTS["causal"].model(0), rows, masked)
+    assert np.all(causal["right"] == 0.0) and np.all(causal["offset"] <= 0.0)
+    # Other tokens in the padding change nothing.
+    other = inspection.Rows(np.where(rows.visible_BT, rows.tokens_BT, 7), *rows[1:])
+    model = VARIANTS["bidirectional"].model(0)
+    for name, value in looked_at(model, rows, masked).items():
+        np.testing.assert_array_equal(value, looked_at(model, other, masked)[name])
+
+
+def test_hidden_states_are_the_models(monkeypatch):
+    """In chunks of queries too, and against probabilities formed all at once."""
+    monkeypatch.setattr(inspection, "_CHUNK", 5)
+    inspection._statistics.clear_cache()
+    model, rows = VARIANTS["block-causal:4"].model(2), some_rows()
+    masked = np.arange(12) >= rows.tokens_BT[:, :1] % 4 + 5
+    _, counts, hidden = inspection._statistics(model, *rows, masked)
+    assert counts.tolist() == [8, masked.sum(), 16 - masked.sum()]
+    noisy = np.where(masked, model.config.mask_token_id, rows.tokens_BT)
+    positions = jnp.broadcast_to(jnp.arange(12), noisy.shape)
+    np.testing.assert_allclose(hidden, model.hidden(jnp.asarray(noisy), masks.BlockCausal(4), positions), atol=1e-5)
+    chunked = looked_at(model, rows, masked)
+    monkeypatch.undo()
+    inspection._statistics.clear_cache()
+    for name, value in looked_at(model, rows, masked).items():
+        np.testing.assert_allclose(chunked[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_too_long_rows_are_refused():
+    model = VARIANTS["bidirectional"].model(0)
+    rows = some_rows(length=2052)
+    with pytest.raises(ValueError, match="2052"):
+        inspection.attention_statistics(model, rows, np.zeros(rows.tokens_BT.shape, bool))
+
+
+@pytest.mark.slow
+def test_inspect_command(tmp_path):
+    command = [sys.executable, "study.py", "--inspect", "nano", "--rows", "4", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "random weights" in done.stdout, done.stdout + done.stderr
+    lines = (tmp_path / "attention.csv").read_text().splitlines()
+    assert lines[0].startswith("t,layer,head,queries,entropy") and len(lines) > 4 * 4 * 8 * 2
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "give another --out" in done.stderr
+
+
+def test_end_mark_is_no_letter_of_a_task():
+    for task in TASKS.values():
+        assert not any(END in one.prompt for one in task.examples("test", 0, 100))
