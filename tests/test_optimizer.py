@@ -438,8 +438,10 @@ def run(variant, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x2"])
-@pytest.mark.parametrize("variant", SMALLER)
+@pytest.mark.parametrize(
+    ("variant", "mesh"),
+    [("bfloat16", "8x1"), ("bfloat16", "4x2"), ("int8", "8x1"), ("int8", "4x2"), ("adafactor", "4x2")],
+)
 def test_meshes_change_nothing(variant, mesh):
     wanted = run(variant, "1x1")[1]
     assert np.all(np.isfinite(wanted))

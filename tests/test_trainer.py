@@ -256,9 +256,7 @@ def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "accumulation"), [("4x2", 1), ("2x4", 1), ("1x8", 1), ("1x1", 1), ("8x1", 2), ("2x4", 4)]
-)
+@pytest.mark.parametrize(("mesh", "accumulation"), [("4x2", 1), ("8x1", 2), ("2x4", 4)])
 def test_first_losses_of_nano_are_those_of_any_mesh(nano_losses, tmp_path, mesh, accumulation):
     out = tmp_path / "out"
     train(settings(out, **NANO | {"mesh": mesh, "accumulation": accumulation}))
