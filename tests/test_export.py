@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     summary = json.loads((runs / "whole" / "summary.json").read_text())
     for part in (
         "`sudoku`: 1000000 rows were trained on",
-        f"base_model: {json.dumps(str(runs / 'base'))}",
+        "Trained from `base`, which is not on the hub.",
         "| `learning_rate` | 0.001 |",
         f"| exact accuracy | {summary['eval']['exact_accuracy']:.5g} |",
         "stored in float32",
@@ -69,6 +70,12 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     ):
         assert part in card
     assert "rounding the trained weights" not in card
+    # No path of this machine; a hub id is named where the hub looks for it.
+    assert str(runs) not in card and "base_model" not in card
+    settings = json.loads((runs / "whole" / "settings.json").read_text())
+    copy = shutil.copytree(runs / "whole", tmp_path / "copy")
+    (copy / "settings.json").write_text(json.dumps(settings | {"model": "Dream-org/Dream-v0-Instruct-7B"}))
+    assert 'base_model: "Dream-org/Dream-v0-Instruct-7B"' in model_card(copy, name="x", dtype="float32", adapter=False)
 
 
 @pytest.mark.parametrize("layout", ["converted", "published"])

@@ -171,8 +171,10 @@ def test_incidents_survive_a_line_cut_short(tmp_path):
     with (tmp_path / INCIDENTS).open("a") as file:
         file.write('{"time": "2026')
     assert [(one["kind"], one["step"]) for one in read_incidents(tmp_path)] == [("warning", None), ("skipped", 7)]
+    incidents.add("resumed", "three")  # not on the line that was cut
+    assert [one["text"] for one in read_incidents(tmp_path)] == ["one", "two", "three"]
     with pytest.raises(ValueError, match="kind='oops' is not one of"):
-        incidents.add("oops", "three")
+        incidents.add("oops", "four")
     Incidents(None).add("warning", "nobody is told")
 
 
@@ -183,6 +185,10 @@ def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
     text = render_report(read_record(out), drawn=False)
     assert "During the run, on held-out rows" in text
     assert "The best: nll 2.6 after step 40." in text
+    rows = "".join(f"{step},{3 - step / 100},0.5,{8 if step > 30 else 4}\n" for step in (10, 20, 30, 35, 40))
+    (out / "eval.csv").write_text("step,nll,masked_accuracy,rows\n" + rows.replace("20,2.8", "20,1.0"))
+    other = render_report(read_record(out), drawn=False)
+    assert "The best: nll 2.6 after step 40 (3 evaluations on other rows left out)." in other
     assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
 
 

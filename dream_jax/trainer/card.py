@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+from dream_jax.hf import is_hub_id
 from dream_jax.trainer.record import Record, read_record, table
 
 _SETTINGS = (
@@ -61,7 +62,8 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
       FileNotFoundError, ValueError: as `read_record`.
     """
     record = None if run is None else read_record(run)
-    base = [] if record is None else [f"base_model: {json.dumps(str(record.settings['model']))}"]
+    begun = None if record is None else str(record.settings["model"])
+    base = [] if begun is None or not _on_hub(begun) else [f"base_model: {json.dumps(begun)}"]
     front = ["---", "library_name: transformers", "tags:", "- diffusion-language-model", "- dream", *base, "---"]
     made = "a base with a low-rank adapter added to it" if adapter else "weights"
     lines = [
@@ -80,13 +82,23 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
     return "\n".join([*lines, "## What was not checked", "", *(f"- {line}" for line in _unchecked(record, dtype)), ""])
 
 
+def _on_hub(name: str) -> bool:
+    """Whether it names something on the hub: a path of one machine says nothing on another."""
+    return is_hub_id(name) and not pathlib.Path(name).exists() and not pathlib.Path(name).parent.exists()
+
+
+def _named(name: str) -> str:
+    """As a reader elsewhere may know it: of a path the last name."""
+    return f"`{name}`" if _on_hub(name) else f"`{pathlib.Path(name).name}`"
+
+
 _UNKNOWN = ["Not known: the export was made without the folder of a run (`--run DIR`)."]
 
 
 def _data(record: Record | None) -> list[str]:
     if record is None:
         return _UNKNOWN
-    names = ", ".join(f"`{name}`" for name in (record.settings["data"], *record.settings.get("mix", ())))
+    names = ", ".join(_named(str(name)) for name in (record.settings["data"], *record.settings.get("mix", ())))
     if not record.data:
         return [f"{names}; the run left no data.json."]
     rows, batches = record.data["rows"], record.data["batches"]
@@ -108,7 +120,9 @@ def _settings(record: Record | None) -> list[str]:
     known = [(f"`{name}`", value) for name, value in values.items() if value is not None]
     step = f" These are the weights after step {record.summary.get('step')}."
     state = step if record.finished else " The run was not finished."
-    return [f"Trained from `{record.settings['model']}`.{state}", "", *table(("setting", "value"), known)]
+    begun = str(record.settings["model"])
+    where = "" if _on_hub(begun) else ", which is not on the hub"
+    return [f"Trained from {_named(begun)}{where}.{state}", "", *table(("setting", "value"), known)]
 
 
 def _evaluation(record: Record | None) -> list[str]:

@@ -31,15 +31,18 @@ class Incidents:
         if self._path is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now, "kind": kind, "step": step, "text": text}) + "\n")
+        with self._path.open("ab") as file:
+            # A line that a kill cut short must not swallow the next one.
+            begun = file.tell() > 0 and self._path.read_bytes()[-1:] != b"\n"
+            line = json.dumps({"time": now, "kind": kind, "step": step, "text": text})
+            file.write(f"{begun * chr(10)}{line}\n".encode())
 
 
 def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The incidents of a run, oldest first. A last line that was cut short is left out."""
+    """The incidents of a run, oldest first. Lines that were cut short are left out."""
     path = folder / FILE
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -325,7 +325,9 @@ def _steps(
                 report.say(f"evaluation after step {number}: {score.line()}")
                 if log:
                     log.evaluated(number, score.row())
-                due |= _is_best(score, checkpoints)
+                # Skipped steps have changed nothing: these are the weights before them, which are not saved here, and those
+                # that are saved next have another score.
+                due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step did not take that long
             due |= number % settings.save_every == 0
             # In the middle of skipped steps nothing is saved that was not saved before them: what led to them may be in

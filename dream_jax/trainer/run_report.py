@@ -132,11 +132,16 @@ def _evaluation(record: Record) -> list[str]:
         rows = [[int(one["step"]), *(one[name] for name in names)] for one in kept]
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
-        best = min(
-            (one for one in record.evaluations if math.isfinite(one["nll"])), key=lambda one: one["nll"], default=None
-        )
+        # Scores on other rows (a run may go on with other --eval-rows) are no better and no worse.
+        last = record.evaluations[-1]
+        alike = [
+            one for one in record.evaluations if all(one.get(name) == last.get(name) for name in ("rows", "num_masked"))
+        ]
+        best = min((one for one in alike if math.isfinite(one["nll"])), key=lambda one: one["nll"], default=None)
         if best is not None:
-            lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}.", ""]
+            others = len(record.evaluations) - len(alike)
+            left = f" ({others} evaluations on other rows left out)" if others else ""
+            lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}{left}.", ""]
     found = record.summary.get("eval")
     if found:
         rows = [[name.replace("_", " "), value] for name, value in found.items()]
