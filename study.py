@@ -37,6 +37,8 @@ class Settings:
     """names of masks and ablations; all by default"""
     seeds: int = 3
     """models of each kind"""
+    costs: bool = False
+    """also time training steps and sampling under each mask, into costs.csv: on a machine that does nothing else"""
     length: float = 1.0
     """training steps, as a share of each task's own"""
     test_rows: int = 256
@@ -143,11 +145,17 @@ def study(settings: Settings, console: Console) -> None:
     console.print(f"{len(plan.runs())} runs, {missing} of them to make, in {settings.out}")
     if missing and settings.processes:
         spread(settings, console)
+    if settings.costs:
+        from dream_jax.mask_study.costs import costs
+        from dream_jax.mask_study.runs import write_table
+
+        console.print("wrote", str(write_table(settings.out / "costs.csv", list(costs(MASKS)))))
     rows = list(made.rows())
     if not rows:
         raise ValueError(f"{settings.out} has no run yet; give --processes at least 1")
     paths = [*made.write_tables()]
     about = settings.out / "hardware.json"
+    paths.append(about)
     about.write_text(json.dumps(hardware(), indent=2) + "\n", encoding="utf-8")
     summary = summarise(rows)
     try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dream_jax import masks
-from dream_jax.mask_study import TASKS, VARIANTS, Plan, Variant, inspection, read_rows, summarise, training
+from dream_jax.mask_study import TASKS, VARIANTS, Plan, Variant, costs, inspection, read_rows, summarise, training
 from dream_jax.mask_study.caching import kept_against_computed
 from dream_jax.mask_study.measures import write_in_order
 from dream_jax.mask_study.tasks import END, Example
@@ -284,3 +284,16 @@ def test_inspect_command(tmp_path):
 def test_end_mark_is_no_letter_of_a_task():
     for task in TASKS.values():
         assert not any(END in one.prompt for one in task.examples("test", 0, 100))
+
+
+def test_costs(monkeypatch):
+    monkeypatch.setattr(costs, "TOKENS", 16)
+    monkeypatch.setattr(costs, "NEW", 4)
+    monkeypatch.setattr(costs, "BLOCK", 2)
+    monkeypatch.setattr(costs, "_REPEATS", 1)
+    causal, window = costs.costs(["causal", "window:4"])
+    assert causal["pairs"] == pytest.approx(17 / 32) and window["pairs"] == pytest.approx((16 * 9 - 20) / 256)
+    for line in (causal, window):
+        assert (
+            min(line["step_temp_mib"], line["step_seconds"], line["sample_seconds"], line["sample_cached_seconds"]) > 0
+        )
