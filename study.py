@@ -45,6 +45,8 @@ class Settings:
     """examples that each model answers"""
     processes: int = os.cpu_count() or 1
     """that train at the same time, a core each; 0 makes tables and figures of what is there"""
+    fill: tuple[pathlib.Path, ...] = ()
+    """Markdown files whose marked tables are written anew from what is there"""
     inspect: str | None = None
     """a checkpoint or preset to look into, instead of training; --out is then where its tables and figures go"""
     data: str = "sudoku"
@@ -120,7 +122,7 @@ def study(settings: Settings, console: Console) -> None:
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
-    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, summarise
+    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, read_rows, summarise
     from dream_jax.mask_study.variants import MASKS
 
     tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
@@ -164,6 +166,13 @@ def study(settings: Settings, console: Console) -> None:
         paths += draw_all(summary, settings.out)
     except ModuleNotFoundError as error:
         console.print(f"no figures: {error}; pip install matplotlib")
+    for path in settings.fill:
+        from dream_jax.mask_study.tables import fill
+
+        timed = settings.out / "costs.csv"
+        text = fill(path, summary, read_rows(timed) if timed.is_file() else [])
+        path.write_text(text, encoding="utf-8")
+        paths.append(path)
     table(summary, console)
     console.print("wrote", *map(str, paths))
 

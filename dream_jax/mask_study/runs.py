@@ -237,7 +237,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a table that was written here, numbers as numbers."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = {"task", "variant", "measure", "of"}
+    texts = {"task", "variant", "measure", "of", "mask"}
     return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
 
 

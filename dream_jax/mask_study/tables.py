@@ -1,0 +1,142 @@
+"""The tables of a report, from the tables of a study, put between the marks that a Markdown file has for them.
+
+Knows Markdown and the rows of the CSV files. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dream_jax.mask_study.measures import ORDERS, TAU
+from dream_jax.mask_study.variants import MASKS
+
+Rows = Sequence[Mapping[str, Any]]
+
+_MARK = re.compile(r"(<!-- study.py writes: ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(path: pathlib.Path, summary: Rows, costs: Rows) -> str:
+    """The file's text with every table between its marks as these rows have it.
+
+    Raises:
+      ValueError: a mark for a table that there is none of.
+    """
+    made: dict[str, Callable[[], list[str]]] = {
+        "accuracy": lambda: _accuracy(summary),
+        "likelihood": lambda: _likelihood(summary),
+        "passes": lambda: _passes(summary),
+        "ablations": lambda: _ablations(summary),
+        "kept keys": lambda: _kept(summary),
+        "costs": lambda: _costs(costs),
+    }
+
+    def table(found: re.Match[str]) -> str:
+        if found[2] not in made:
+            raise ValueError(f"{path} asks for a table {found[2]!r}; there are {', '.join(made)}")
+        return found[1] + "\n".join(["", *made[found[2]](), "", ""]) + found[4]
+
+    return _MARK.sub(table, path.read_text(encoding="utf-8"))
+
+
+def _find(rows: Rows, **wanted: str) -> Mapping[str, Any] | None:
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def _names(rows: Rows, key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _cell(row: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """A mean and its interval."""
+    if row is None:
+        return ""
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return f"{row['mean']:.{digits}f}{interval}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def _pairs(rows: Rows, among: Sequence[str]) -> list[tuple[str, str]]:
+    """Tasks and variants, in the order of the tasks and then of the variants."""
+    found = {(row["task"], row["variant"]) for row in rows}
+    return [(task, variant) for task in _names(rows, "task") for variant in among if (task, variant) in found]
+
+
+def _accuracy(rows: Rows) -> list[str]:
+    lines = []
+    for task, variant in _pairs(rows, MASKS):
+        cells = (_cell(_find(rows, task=task, variant=variant, measure="accuracy", of=order)) for order in ORDERS)
+        lines.append([task, variant, *cells])
+    return _table(["task", "mask", *ORDERS], lines)
+
+
+def _likelihood(rows: Rows) -> list[str]:
+    levels = sorted({row["of"] for row in rows if row["measure"] == "nll" and row["of"] != "all"})
+    lines = []
+    for task, variant in _pairs(rows, MASKS):
+        cells = (_cell(_find(rows, task=task, variant=variant, measure="nll", of=of), 3) for of in ("all", *levels))
+        lines.append([task, variant, *cells])
+    return _table(["task", "mask", "all", *levels], lines)
+
+
+def _passes(rows: Rows) -> list[str]:
+    counts = sorted({row["of"] for row in rows if row["of"].startswith("in ")}, key=lambda of: int(of.split()[1]))
+    rule = f"all above {TAU}"
+    lines = []
+    for task, variant in _pairs(rows, MASKS):
+        mine = [row for row in rows if (row["task"], row["variant"], row["measure"]) == (task, variant, "accuracy")]
+        cells = [_cell(_find(mine, of=of)) for of in (*counts, "confidence", rule)]
+        threshold = _find(mine, of=rule)
+        lines.append([task, variant, *cells, "" if threshold is None else f"{threshold['passes']:.1f}"])
+    return _table(["task", "mask", *counts, "a token a pass", rule, "its passes"], lines)
+
+
+def _ablations(rows: Rows) -> list[str]:
+    others = [name for name in _names(rows, "variant") if name not in MASKS]
+    lines = []
+    for task in _names(rows, "task"):
+        mine = [name for name in others if _find(rows, task=task, variant=name) is not None]
+        if not mine:
+            continue
+        beside = ["bidirectional", *(["block-causal:4"] if any("block" in name for name in mine) else [])]
+        for variant in (*beside, *mine):
+            one = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
+            orders = (
+                _cell(_find(one, measure="accuracy", of=of)) for of in ("in 1 passes", "confidence", "left to right")
+            )
+            lines.append([task, variant, *orders, _cell(_find(one, measure="nll", of="all"), 3)])
+    return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
+
+
+def _kept(rows: Rows) -> list[str]:
+    lines = []
+    for task, variant in _pairs([row for row in rows if row["measure"] == "kept keys"], MASKS):
+        found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
+        values = (f"{found['largest']['mean']:.2g}", f"{found['divergence']['mean']:.2g}")
+        if found["computed"]["mean"] < 0.6:  # the answer is more than one block
+            lines.append(
+                [task, variant, *values, f"{found['agreement']['mean']:.3f}", f"{found['computed']['mean']:.2f}"]
+            )
+    return _table(["task", "mask", "largest difference of a logit", "KL, nats", "same token", "share computed"], lines)
+
+
+def _costs(rows: Rows) -> list[str]:
+    lines = [
+        [
+            row["mask"],
+            f"{row['pairs']:.2f}",
+            f"{row['step_seconds']:.3f}",
+            f"{row['step_temp_mib']:.0f}",
+            f"{row['sample_seconds']:.2f}",
+            f"{row['sample_cached_seconds']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["mask", "pairs that attend", "step, s", "its temporaries, MiB", "sample, s", "with kept keys, s"]
+    return _table(head, lines)
