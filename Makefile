@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # A worker that dies ends the run: its replacement has been seen to wait for ever.
-PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 0
+# Files go to the workers in the order of tests/conftest.py, long ones first; xdist's own, by their number of tests, ends with
+# one worker at the longest file.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 DEMO := runs/demo
 
 # A puzzle as the nano model learns them: 0 is an empty cell, the last line ends with a newline. Its
