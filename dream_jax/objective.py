@@ -28,8 +28,9 @@ from dream_jax.target import current_target
 # Elements of the [rows, V] block of logits that is formed at once on each device (512 MiB of float32). Each block reads and
 # writes the whole gradient of the projection, so that few large blocks are cheap where arithmetic is fast.
 _LOGIT_ELEMENTS = 1 << 27
-# On a CPU arithmetic is what costs: rows of the last block that are not masked are wasted work.
-_CPU_ROWS = 256
+# On a CPU arithmetic is what costs: rows of the last block that are not masked are wasted work. A device that holds few
+# positions takes fewer at a time, so that the block of a large vocabulary stays small beside the projection.
+_CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
 # Losses are also reported by noise level: of rows with t in [0, 1/4), [1/4, 1/2), and so on.
 TIME_BUCKETS = 4
@@ -427,7 +428,10 @@ def _over_chunks(
 
 def chunk_rows(rows: int, vocab: int, platform: str) -> int:
     """How many rows' logits are formed at once on a device that holds `rows` positions of the batch."""
-    return min(rows, _CPU_ROWS if platform == "cpu" else rows, max(1, _LOGIT_ELEMENTS // vocab))
+    most = rows
+    if platform == "cpu":
+        most = min(_CPU_ROWS, max(_CPU_FEWEST_ROWS, rows // 8, _CPU_SMALL_BLOCK // vocab))
+    return min(rows, most, max(1, _LOGIT_ELEMENTS // vocab))
 
 
 def _focal_value_and_slope(nll: jax.Array, focal: Focal | None) -> tuple[jax.Array, jax.Array]:
