@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 
 from dream_jax import masks
-from dream_jax.mask_study import TASKS, VARIANTS, Plan, Variant, costs, inspection, read_rows, summarise, training
+from dream_jax.mask_study import (
+    TASKS,
+    VARIANTS,
+    Plan,
+    Variant,
+    costs,
+    inspection,
+    read_rows,
+    summarise,
+    tables,
+    training,
+)
 from dream_jax.mask_study.caching import kept_against_computed
 from dream_jax.mask_study.measures import write_in_order
 from dream_jax.mask_study.tasks import END, Example
@@ -297,3 +308,27 @@ def test_costs(monkeypatch):
         assert (
             min(line["step_temp_mib"], line["step_seconds"], line["sample_seconds"], line["sample_cached_seconds"]) > 0
         )
+
+
+@pytest.mark.parametrize("name", ["study.md", "study.zh.md"])
+def test_tables_of_the_report_are_those_of_its_data(name):
+    """Also that the summary is that of the results: each number of the report has its rows."""
+    folder = ROOT / "docs" / "study"
+    summary = read_rows(folder / "summary.csv")
+    path = ROOT / "docs" / name
+    assert tables.fill(path, summary, read_rows(folder / "costs.csv")) == path.read_text(encoding="utf-8")
+    again = summarise(read_rows(folder / "results.csv"))
+    assert len(again) == len(summary)
+    for one, other in zip(again, summary, strict=True):
+        assert {key: one[key] for key in ("task", "variant", "measure", "of")} == {
+            key: other[key] for key in ("task", "variant", "measure", "of")
+        }
+        # A difference of rounding: the results are written to six digits.
+        assert one["mean"] == pytest.approx(other["mean"], rel=1e-4, abs=1e-6)
+
+
+def test_marks_without_a_table_are_refused(tmp_path):
+    path = tmp_path / "report.md"
+    path.write_text("<!-- study.py writes: weather -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="weather"):
+        tables.fill(path, [], [])

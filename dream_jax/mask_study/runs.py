@@ -95,8 +95,8 @@ class Plan:
 
 def _says_something(task: str, variant: str) -> bool:
     # Answers of one width have no pads to hide. The rest is asked where masks were found to differ most.
-    if variant == "pads hidden":
-        return task == "countdown"
+    if variant in ("pads hidden", "block-causal:16"):
+        return task == ("countdown" if variant == "pads hidden" else "sudoku")
     if "unshifted" in variant:
         return task in ("addition", "sudoku")
     return variant in MASKS or task == "addition"

@@ -90,6 +90,8 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         *(Variant(name=mask, mask=mask) for mask in MASKS),
+        # Of sudoku: one block is the prompt, which so sees nothing of the answer, and one the answer.
+        Variant(name="block-causal:16", mask="block-causal:16"),
         Variant(name="bidirectional, unshifted", shift=False),
         Variant(name="block-causal:4, unshifted", mask="block-causal:4", shift=False),
         Variant(name="uniform weight", weight="uniform"),
