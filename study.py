@@ -71,6 +71,13 @@ def hardware() -> dict[str, Any]:
     return found | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
+def write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def spread(settings: Settings, console: Console) -> None:
     """Starts the workers and waits for them; a worker's failure ends the others."""
     # Before jax counts the cores: a model as small as this one gains nothing from a second.
@@ -157,8 +164,9 @@ def study(settings: Settings, console: Console) -> None:
         raise ValueError(f"{settings.out} has no run yet; give --processes at least 1")
     paths = [*made.write_tables()]
     about = settings.out / "hardware.json"
+    if (missing and settings.processes) or not about.exists():  # tables may be made elsewhere than the runs
+        write(about, json.dumps(hardware(), indent=2) + "\n")
     paths.append(about)
-    about.write_text(json.dumps(hardware(), indent=2) + "\n", encoding="utf-8")
     summary = summarise(rows)
     try:
         from dream_jax.mask_study.figures import draw_all
@@ -171,7 +179,7 @@ def study(settings: Settings, console: Console) -> None:
 
         timed = settings.out / "costs.csv"
         text = fill(path, summary, read_rows(timed) if timed.is_file() else [])
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
         paths.append(path)
     table(summary, console)
     console.print("wrote", *map(str, paths))
