@@ -440,7 +440,7 @@ def run(variant, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "mesh"),
-    [("bfloat16", "8x1"), ("bfloat16", "4x2"), ("int8", "8x1"), ("int8", "4x2"), ("adafactor", "4x2")],
+    [("bfloat16", "4x2"), ("int8", "4x2"), ("adafactor", "4x2")],
 )
 def test_meshes_change_nothing(variant, mesh):
     wanted = run(variant, "1x1")[1]
@@ -449,7 +449,7 @@ def test_meshes_change_nothing(variant, mesh):
     np.testing.assert_allclose(run(variant, mesh)[1], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
+@pytest.mark.parametrize("mesh", ["4x2"])
 @pytest.mark.parametrize("variant", ["bfloat16", "int8"])
 def test_moments_lie_where_their_parameters_lie(variant, mesh):
     state = run(variant, mesh)[0]
