@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, strict dtype promotion, checked shapes, no network."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -48,6 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, the others as they come."""
     rank = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))  # stable: within a file nothing moves
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Drops the compiled programs of a file at its end.
+
+    Each holds several memory maps, and Linux allows a process 65530 (vm.max_map_count): a worker that kept the
+    programs of all its files would crash in the compiler, in whichever test came then.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
