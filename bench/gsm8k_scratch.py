@@ -27,7 +27,7 @@ from rich.console import Console
 import dream_jax
 from dream_jax.trainer import TrainSettings, train
 
-KEPT = ("report.md", "curves.png", "eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json")
+KEPT = ("report.md", "curves.png", "eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json", "parts.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

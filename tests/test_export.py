@@ -74,8 +74,14 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     assert str(runs) not in card and "base_model" not in card
     settings = json.loads((runs / "whole" / "settings.json").read_text())
     copy = shutil.copytree(runs / "whole", tmp_path / "copy")
-    (copy / "settings.json").write_text(json.dumps(settings | {"model": "Dream-org/Dream-v0-Instruct-7B"}))
-    assert 'base_model: "Dream-org/Dream-v0-Instruct-7B"' in model_card(copy, name="x", dtype="float32", adapter=False)
+    # The form of a name does not tell: weights/dream-7b may have been a folder where the run was made.
+    hub = "Dream-org/Dream-v0-Instruct-7B"
+    (copy / "settings.json").write_text(json.dumps(settings | {"model": hub}))
+    assert "base_model" not in model_card(copy, name="x", dtype="float32", adapter=False)
+    data = json.loads((copy / "data.json").read_text())
+    assert data["from_hub"] == []
+    (copy / "data.json").write_text(json.dumps(data | {"from_hub": [hub]}))
+    assert f'base_model: "{hub}"' in model_card(copy, name="x", dtype="float32", adapter=False)
 
 
 @pytest.mark.parametrize("layout", ["converted", "published"])

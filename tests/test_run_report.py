@@ -1,5 +1,6 @@
 """What a run leaves for a person: report.md, its curves, samples, incidents; and two runs side by side."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -8,15 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from dream_jax.sharding import make_mesh
-from dream_jax.trainer import Diverged, TrainSettings, compare, train
-from dream_jax.trainer.cost import run_cost
+from dream_jax.trainer import Diverged, TrainSettings, compare, parts, train
+from dream_jax.trainer.cost import begin_part, run_cost
 from dream_jax.trainer.curves import draw_curves
 from dream_jax.trainer.incidents import FILE as INCIDENTS
 from dream_jax.trainer.incidents import Incidents, read_incidents
+from dream_jax.trainer.parts import Part, Parts, read_parts
 from dream_jax.trainer.record import read_record, shown, table
 from dream_jax.trainer.run_report import render_report, write_report
 
@@ -124,6 +127,10 @@ def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, 
     assert kinds == ["stopped", "resumed"]
     text = (out / "report.md").read_text()
     assert "stopped: 1, resumed: 1." in text and "the same command goes on from there" in text
+    first, second = read_parts(out)
+    assert first.ended and second.ended and first.seconds > 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert first.seconds + second.seconds - 5 < summary["seconds"] <= first.seconds + second.seconds
     # The whole run was sampled with the same weights as one that was never stopped.
     assert before["before"] == json.loads((finished / "samples.json").read_text())["before"]
 
@@ -170,9 +177,13 @@ def test_incidents_survive_a_line_cut_short(tmp_path):
     incidents.add("skipped", "two", 7)
     with (tmp_path / INCIDENTS).open("a") as file:
         file.write('{"time": "2026')
-    assert [(one["kind"], one["step"]) for one in read_incidents(tmp_path)] == [("warning", None), ("skipped", 7)]
+    found = [(one["kind"], one["step"]) for one in read_incidents(tmp_path)]
+    assert found == [("warning", None), ("skipped", 7), ("unreadable", None)]
     incidents.add("resumed", "three")  # not on the line that was cut
-    assert [one["text"] for one in read_incidents(tmp_path)] == ["one", "two", "three"]
+    with (tmp_path / INCIDENTS).open("a") as file:
+        file.write('[1]\n{"kind": "warning"}\n')
+    lines = [f"line {number} of incidents.jsonl cannot be read" for number in (3, 5, 6)]
+    assert [one["text"] for one in read_incidents(tmp_path)] == ["one", "two", lines[0], "three", *lines[1:]]
     with pytest.raises(ValueError, match="kind='oops' is not one of"):
         incidents.add("oops", "four")
     Incidents(None).add("warning", "nobody is told")
@@ -185,8 +196,8 @@ def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
     text = render_report(read_record(out), drawn=False)
     assert "During the run, on held-out rows" in text
     assert "The best: nll 2.6 after step 40." in text
-    rows = "".join(f"{step},{3 - step / 100},0.5,{8 if step > 30 else 4}\n" for step in (10, 20, 30, 35, 40))
-    (out / "eval.csv").write_text("step,nll,masked_accuracy,rows\n" + rows.replace("20,2.8", "20,1.0"))
+    rows = "".join(f"{step},{3 - step / 100},0.5,{'e2' if step > 30 else 'ab'}\n" for step in (10, 20, 30, 35, 40))
+    (out / "eval.csv").write_text("step,nll,masked_accuracy,grid\n" + rows.replace("20,2.8", "20,1.0"))
     other = render_report(read_record(out), drawn=False)
     assert "The best: nll 2.6 after step 40 (3 evaluations on other rows left out)." in other
     assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
@@ -216,6 +227,20 @@ def test_two_runs_side_by_side(finished, tmp_path):
     assert "| `learning_rate` | - | 0.01 |" in text and "`out`" not in text
     assert "| +0.25 |" in text and "trained on different tokens" in text
     assert "None." in compare(finished, finished)
+    # Scores on other rows or masks are no better and no worse.
+    head, *rows = (other / "eval.csv").read_text().splitlines()
+    grid = rows[0].rpartition(",")[2]
+    assert head.endswith(",grid") and len(grid) == 12
+    worse = rows[0].split(",")
+    worse[1] = "0.0001"
+    earlier = ",".join(worse).replace(grid, "another")
+    (other / "eval.csv").write_text("\n".join([head, earlier, *rows]) + "\n")
+    best = shown(read_record(finished).best()["nll"])
+    assert f"| best held-out nll during the run | {best} | {best} | +0 |" in compare(finished, other)
+    (other / "eval.csv").write_text("\n".join([head, *rows]).replace(grid, "another") + "\n")
+    text = compare(finished, other)
+    assert f"| best held-out nll during the run | {best} | {best} | taken on other rows |" in text
+    assert text.count("taken on other rows") == 1 + len(summary["eval"])
     (other / "summary.json").unlink()
     assert "| finished | yes | NO |" in compare(finished, other)
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
@@ -261,9 +286,51 @@ def test_cells_of_tables_cannot_break_them():
 
 
 def test_cost_of_a_run_by_hand(tmp_path):
-    cost = run_cost(settings(tmp_path, price_per_chip_hour=2.0, currency="usd"), make_mesh("8x1"), 1800)
+    dollars = settings(tmp_path, price_per_chip_hour=2.0, currency="usd")
+    part = begin_part(dollars, make_mesh("8x1"))
     # However many devices a CPU is made to have, it is one chip.
-    assert (cost.chips, cost.chip_hours, cost.usd) == (1, 0.5, 1.0)
+    assert (part.chips, part.usd_per_chip_hour, part.devices) == (1, 2.0, "8 x cpu")
+    long = dataclasses.replace(part, seconds=1800.0)
+    cost = run_cost(dollars, [long])
+    assert (cost.chips, cost.chip_hours, cost.usd, cost.usd_per_chip_hour) == (1, 0.5, 1.0, 2.0)
     assert cost.rmb == pytest.approx(7.1)
-    free = run_cost(settings(tmp_path), make_mesh("1x1"), 1800)
+    free = run_cost(settings(tmp_path), [dataclasses.replace(long, usd_per_chip_hour=None)])
     assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
+    # Half an hour on eight chips at 6 dollars, and half an hour on one at 2.
+    more = dataclasses.replace(long, chips=8, usd_per_chip_hour=6.0)
+    cost = run_cost(dollars, [more, long])
+    assert (cost.chips, cost.chip_hours, cost.usd) == (1, 4.5, 25.0)
+    assert cost.usd_per_chip_hour == pytest.approx(25 / 4.5)
+    # A price that is given late is that of the parts without one.
+    unknown = dataclasses.replace(more, usd_per_chip_hour=None)
+    assert run_cost(dollars, [unknown, long]).usd == 9.0 and run_cost(settings(tmp_path), [unknown, long]).usd is None
+
+
+def test_the_time_of_a_part_that_was_killed_counts(finished, tmp_path, monkeypatch):
+    assert [part.ended for part in read_parts(finished)] == [True]
+    monkeypatch.setattr(parts, "EVERY", 0.01)
+    present = Part(begun="now", seconds=0.0, devices="8 x chip", chips=8, usd_per_chip_hour=3.0)
+    # A part that is never told to end: what is on the disk is what a kill would leave.
+    killed = Parts(tmp_path, present, time.monotonic() - 100)
+    with killed.kept():
+        time.sleep(0.2)
+        left = read_parts(tmp_path)
+        (tmp_path / "copy").mkdir()
+        shutil.copy(tmp_path / "parts.json", tmp_path / "copy")
+    assert not left[0].ended and 100.05 < left[0].seconds < killed.seconds and read_parts(tmp_path)[0].ended
+    second = Parts(tmp_path / "copy", dataclasses.replace(present, chips=1), time.monotonic() - 7)
+    with second.kept():
+        pass
+    first, last = read_parts(tmp_path / "copy")
+    assert first.seconds == pytest.approx(100, abs=5) and not first.ended and last.ended
+    assert second.seconds == pytest.approx(first.seconds + 7, abs=1)
+    out = copied(finished, tmp_path)
+    shutil.copy(tmp_path / "copy" / "parts.json", out)
+    seconds = f"{first.seconds + last.seconds:.0f}"
+    text = render_report(read_record(out), drawn=False)
+    assert f"| seconds, everything included | {seconds} in 2 parts, 1 of them killed |" in text
+    assert "| devices | 8 x chip |" in text
+    assert Parts(None, present, time.monotonic() - 5).seconds == pytest.approx(5, abs=1)
+    (out / "parts.json").write_text('[{"begun": 1}]')
+    with pytest.raises(ValueError, match=r"parts.json is damaged .*; move it away"):
+        read_record(out)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import signal
@@ -16,9 +17,10 @@ from flax import nnx
 
 import dream_jax
 from dream_jax import pretrained, sharding
+from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import make_batches
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer import Diverged, TrainSettings, answer_text, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, answer_text, loop, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
 from dream_jax.trainer.grid import Grid, encode_held_out
 from dream_jax.trainer.incidents import read_incidents
@@ -213,6 +215,48 @@ def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert saved == [step for step in range(1, 11) if step not in skipped or step == 10]
     assert not (tmp_path / "out" / "skipped").exists()
+
+
+def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
+    """Skipped steps leave the weights as they were evaluated, and what is saved then has that score."""
+    small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=1)
+    model = dream_jax.Dream(small, rngs=nnx.Rngs(0))
+    model.embed.embedding[...] = model.embed.embedding[...].at[ord("Q")].set(np.nan)
+    dream_jax.save(model, tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split, letters in (("train", "Q" * 8), ("test", "abcdefgh")):
+        rows = [json.dumps({"input": one, "output": "yes"}) for one in letters]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows))
+    options = {"data": str(tmp_path / "data"), "model": str(tmp_path / "model"), "tokenizer": "bytes", "samples": 0}
+    options |= {"mesh": "1x1", "batch_size": 2, "eval_every": 2, "save_every": 100, "max_skipped": 9, "steps": 5}
+    options |= {"max_length": 32}
+
+    class Stop:
+        asked = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def requested(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_StopSignal", Stop)
+        with pytest.raises(Stopped):
+            train(settings(tmp_path / "out", **options))
+    with (tmp_path / "out" / "eval.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["step"] == "2" and math.isfinite(float(row["nll"]))
+    chosen = settings(tmp_path / "out", **options)
+    rows = encode_held_out(chosen.source("test"), ByteTokenizer(), chosen, 32)
+    measure = Grid([one for _, one in rows], 2, sharding.make_mesh("1x1")).digest
+    assert row["grid"] == measure[:12]
+    with RunCheckpoints(tmp_path / "out" / "checkpoints", keep=5, measure=measure) as checkpoints:
+        assert checkpoints.latest_step() == 3 and checkpoints.score(3) == float(row["nll"])
 
 
 def test_the_best_state_is_kept_and_can_be_handed_over(tmp_path):

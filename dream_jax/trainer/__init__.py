@@ -8,9 +8,9 @@ an adapter leaves `adapter/`, and `model/` only when asked. For a person it leav
 `settings` says what a run is and `recipes` gives settings names, `weights` says what it trains and what not, `build` makes
 its step (also for devices that are absent), `folder` keeps what the run writes and `loggers` send it elsewhere, `report`
 shows it to a person, `grid` scores it as it goes and `scoring` at the end, `samples` keeps answers from before and after,
-`incidents` what went wrong, `cost` its price, `processes` joins several hosts, and `loop` puts them together. `record`
-reads a folder again, for `run_report`, `curves`, `comparison` and `card`. What a step computes is `train_step`'s; what a
-row is, `data`'s.
+`incidents` what went wrong and `parts` the time it took, also that of parts that were killed; `cost` has its price,
+`processes` joins several hosts, and `loop` puts them together. `record` reads a folder again, for `run_report`, `curves`,
+`comparison` and `card`. What a step computes is `train_step`'s; what a row is, `data`'s.
 """
 
 from dream_jax.trainer.comparison import compare

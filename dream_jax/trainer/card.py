@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pathlib
 
-from dream_jax.hf import is_hub_id
 from dream_jax.trainer.record import Record, read_record, table
 
 _SETTINGS = (
@@ -63,7 +62,7 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
     """
     record = None if run is None else read_record(run)
     begun = None if record is None else str(record.settings["model"])
-    base = [] if begun is None or not _on_hub(begun) else [f"base_model: {json.dumps(begun)}"]
+    base = [] if begun is None or not _on_hub(begun, record) else [f"base_model: {json.dumps(begun)}"]
     front = ["---", "library_name: transformers", "tags:", "- diffusion-language-model", "- dream", *base, "---"]
     made = "a base with a low-rank adapter added to it" if adapter else "weights"
     lines = [
@@ -82,14 +81,14 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
     return "\n".join([*lines, "## What was not checked", "", *(f"- {line}" for line in _unchecked(record, dtype)), ""])
 
 
-def _on_hub(name: str) -> bool:
-    """Whether it names something on the hub: a path of one machine says nothing on another."""
-    return is_hub_id(name) and not pathlib.Path(name).exists() and not pathlib.Path(name).parent.exists()
+def _on_hub(name: str, record: Record | None) -> bool:
+    """Whether the run read it from the hub: a path of one machine says nothing on another."""
+    return record is not None and name in record.data.get("from_hub", ())
 
 
-def _named(name: str) -> str:
+def _named(name: str, record: Record) -> str:
     """As a reader elsewhere may know it: of a path the last name."""
-    return f"`{name}`" if _on_hub(name) else f"`{pathlib.Path(name).name}`"
+    return f"`{name}`" if _on_hub(name, record) else f"`{pathlib.Path(name).name}`"
 
 
 _UNKNOWN = ["Not known: the export was made without the folder of a run (`--run DIR`)."]
@@ -98,7 +97,7 @@ _UNKNOWN = ["Not known: the export was made without the folder of a run (`--run 
 def _data(record: Record | None) -> list[str]:
     if record is None:
         return _UNKNOWN
-    names = ", ".join(_named(str(name)) for name in (record.settings["data"], *record.settings.get("mix", ())))
+    names = ", ".join(_named(str(name), record) for name in (record.settings["data"], *record.settings.get("mix", ())))
     if not record.data:
         return [f"{names}; the run left no data.json."]
     rows, batches = record.data["rows"], record.data["batches"]
@@ -121,8 +120,8 @@ def _settings(record: Record | None) -> list[str]:
     step = f" These are the weights after step {record.summary.get('step')}."
     state = step if record.finished else " The run was not finished."
     begun = str(record.settings["model"])
-    where = "" if _on_hub(begun) else ", which is not on the hub"
-    return [f"Trained from {_named(begun)}{where}.{state}", "", *table(("setting", "value"), known)]
+    where = "" if _on_hub(begun, record) else ", which is not on the hub"
+    return [f"Trained from {_named(begun, record)}{where}.{state}", "", *table(("setting", "value"), known)]
 
 
 def _evaluation(record: Record | None) -> list[str]:

@@ -33,6 +33,11 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def _same_grid(one: Record, other: Record) -> bool:
+    """Whether the two were last evaluated on the same rows with the same masks, as far as that is known."""
+    return not (one.grids and other.grids) or one.grids[-1] == other.grids[-1]
+
+
 def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
     names = list(dict.fromkeys([*one.settings, *other.settings]))
     return [
@@ -50,15 +55,13 @@ def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
     for name in ("loss", "nll", "masked_accuracy", "grad_norm"):
         label = f"{name.replace('_', ' ')}, mean of the last {LAST} steps"
         rows.append(_measured(label, one.last(name), other.last(name)))
+    held_out = _measured if _same_grid(one, other) else _not_comparable
     if one.evaluations or other.evaluations:
-        best = [
-            min((row["nll"] for row in r.evaluations if math.isfinite(row["nll"])), default=math.nan)
-            for r in (one, other)
-        ]
-        rows.append(_measured("best held-out nll during the run", *best))
+        best = [math.nan if (found := record.best()) is None else found["nll"] for record in (one, other)]
+        rows.append(held_out("best held-out nll during the run", *best))
     evaluated = [record.summary.get("eval") or {} for record in (one, other)]
     for name in dict.fromkeys([*evaluated[0], *evaluated[1]]):
-        rows.append(_measured(f"held-out {name.replace('_', ' ')}", *(found.get(name) for found in evaluated)))
+        rows.append(held_out(f"held-out {name.replace('_', ' ')}", *(found.get(name) for found in evaluated)))
     rows.append(_measured("seconds", *(record.summary.get("seconds") for record in (one, other))))
     rows.append(_measured("positions a second, median step", one.tokens_per_second(), other.tokens_per_second()))
     costs = [record.summary.get("cost") or {} for record in (one, other)]
@@ -68,6 +71,10 @@ def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
         counts = [sum(incident["kind"] == kind for incident in record.incidents) for record in (one, other)]
         rows.append((f"incidents: {kind}", *counts, counts[1] - counts[0]))
     return rows
+
+
+def _not_comparable(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:
+    return (label, first, second, "taken on other rows")
 
 
 def _measured(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:

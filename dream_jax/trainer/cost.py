@@ -1,4 +1,4 @@
-"""What chips cost by the hour, and a run by its time.
+"""What chips cost by the hour, and a run by the time of its parts.
 
 Knows prices given and listed. Knows nothing of how long anything takes.
 """
@@ -6,10 +6,13 @@ Knows prices given and listed. Knows nothing of how long anything takes.
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
+from dream_jax.trainer.parts import Part, begun_now
 from dream_jax.trainer.settings import TrainSettings
 
 
@@ -18,9 +21,9 @@ class Cost:
     """Of a run, in chip hours and money.
 
     Attributes:
-      chips: that were held.
-      chip_hours: chips times hours, compilation, saving and evaluation included.
-      usd_per_chip_hour: given, or of the list; None when there is neither.
+      chips: that were held, at last.
+      chip_hours: chips times hours over all parts, with compilation, saving, evaluation, and steps that a kill undid.
+      usd_per_chip_hour: given, or of the list, on average; None when there is neither for one of the parts.
       usd, rmb: None without a price.
     """
 
@@ -39,18 +42,31 @@ def usd_per_chip_hour(settings: TrainSettings, chip: Chip | None) -> float | Non
     return settings.price_per_chip_hour / rate
 
 
-def run_cost(settings: TrainSettings, mesh: Mesh, seconds: float) -> Cost:
-    """What a run of so many seconds on this mesh has cost."""
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+def begin_part(settings: TrainSettings, mesh: Mesh) -> Part:
+    """What of a run begins now on this mesh."""
+    kind = mesh.devices.flat[0].device_kind
+    chip = chip_of(kind)
     chips = max(1, mesh.devices.size // (1 if chip is None else chip.devices_per_chip))
     if mesh.devices.flat[0].platform == "cpu":
         chips = 1  # the devices of a CPU are made up
-    each, hours = usd_per_chip_hour(settings, chip), chips * seconds / 3600
-    usd = None if each is None else each * hours
+    devices = f"{mesh.devices.size} x {kind}"
+    return begun_now(devices=devices, chips=chips, usd_per_chip_hour=usd_per_chip_hour(settings, chip))
+
+
+def run_cost(settings: TrainSettings, parts: Sequence[Part]) -> Cost:
+    """What the parts of a run have cost together.
+
+    A part that no price was known of takes the one that the settings give now, if they give one.
+    """
+    given = usd_per_chip_hour(settings, None)
+    hours = [part.chips * part.seconds / 3600 for part in parts]
+    prices = [given if part.usd_per_chip_hour is None else part.usd_per_chip_hour for part in parts]
+    known = [price for price in prices if price is not None]
+    usd = sum(map(operator.mul, hours, known)) if len(known) == len(prices) else None
     return Cost(
-        chips=chips,
-        chip_hours=hours,
-        usd_per_chip_hour=each,
+        chips=parts[-1].chips,
+        chip_hours=sum(hours),
+        usd_per_chip_hour=None if usd is None else usd / sum(hours),
         usd=usd,
         rmb=None if usd is None else usd * settings.rmb_per_usd,
     )

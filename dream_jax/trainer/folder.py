@@ -29,6 +29,8 @@ METRICS = (
     *(*NLL_BY_TIME, "eos_accuracy", "skipped"),
 )
 EVALUATED = ("nll", "nll_se", *NLL_BY_TIME, "masked_accuracy", "eos_accuracy", "num_masked", "rows")
+GRID = "grid"
+"""The column of `eval.csv` that tells on what a score was taken: the begin of the grid's digest."""
 
 # What a run makes in its folder, and all that --overwrite removes. The settings go last: what is left of a removal that was
 # cut short still shows whose folder it is.
@@ -40,6 +42,7 @@ _MADE = (
     "data.json",
     "samples.json",
     "incidents.jsonl",
+    "parts.json",
     "report.md",
     "curves.png",
     "logged_as.txt",
@@ -173,7 +176,7 @@ class MetricsLog:
     def __init__(self, settings: TrainSettings, done: int):
         folder = settings.out
         self._steps = _Table(folder / "metrics.csv", ("step", *METRICS, "tokens_per_second"), done)
-        self._evaluations = _Table(folder / "eval.csv", ("step", *EVALUATED), done)
+        self._evaluations = _Table(folder / "eval.csv", ("step", *EVALUATED, GRID), done)
         self._loggers = open_loggers(settings.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
@@ -181,9 +184,9 @@ class MetricsLog:
         self._steps.write(step, row)
         self._send(step, row)
 
-    def evaluated(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds the row of one evaluation on held-out data."""
-        self._evaluations.write(step, row)
+    def evaluated(self, step: int, row: Mapping[str, float], grid: str) -> None:
+        """Adds the row of one evaluation on held-out data; `grid` is the digest of what it was taken on."""
+        self._evaluations.write(step, {**row, GRID: grid[:12]})
         self._send(step, {f"held_out/{name}": value for name, value in row.items()})
 
     def _send(self, step: int, row: Mapping[str, float]) -> None:
@@ -220,7 +223,7 @@ class _Table:
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, fields, extrasaction="ignore")
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Mapping[str, float | str]) -> None:
         # repr of a float32 read as float64 is exact, so that runs can be compared to the last bit.
         self._writer.writerow({"step": step, **row})
         self._file.flush()  # also for a run that is killed

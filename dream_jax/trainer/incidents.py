@@ -10,10 +10,10 @@ import json
 import pathlib
 from typing import Any, Literal, get_args
 
-Kind = Literal["warning", "resumed", "stopped", "skipped", "diverged"]
+Kind = Literal["warning", "resumed", "stopped", "skipped", "diverged", "unreadable"]
 """warning: said of the settings or the data before the first step. resumed, stopped: the run went on after, or was asked
 to stop after, the step. skipped: the step changed nothing, its loss or gradient being no number. diverged: the run ended
-there for that reason."""
+there for that reason. unreadable: lines of the file that a kill has cut short, or that somebody has damaged."""
 
 FILE = "incidents.jsonl"
 
@@ -39,12 +39,17 @@ class Incidents:
 
 
 def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The incidents of a run, oldest first. Lines that were cut short are left out."""
+    """The incidents of a run, oldest first. Each line that cannot be read is one of kind `unreadable`."""
     path = folder / FILE
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    return [_incident(line, number) for number, line in enumerate(lines, 1)]
+
+
+def _incident(line: str, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found.keys() >= {"time", "kind", "step", "text"}:
+        return found
+    return {"time": None, "kind": "unreadable", "step": None, "text": f"line {number} of {FILE} cannot be read"}

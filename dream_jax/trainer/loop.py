@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from dream_jax import lora, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import Batches, Source, make_batches
 from dream_jax.flops import FlopCounter
+from dream_jax.hf import is_hub_id
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
@@ -40,7 +42,7 @@ from dream_jax.trainer.build import (
     longest_row,
     open_tokenizer,
 )
-from dream_jax.trainer.cost import run_cost
+from dream_jax.trainer.cost import begin_part, run_cost
 from dream_jax.trainer.folder import (
     MetricsLog,
     check_folder,
@@ -53,6 +55,7 @@ from dream_jax.trainer.folder import (
 )
 from dream_jax.trainer.grid import Grid, GridScore, encode_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
+from dream_jax.trainer.parts import Parts
 from dream_jax.trainer.record import read_record
 from dream_jax.trainer.report import Report
 from dream_jax.trainer.run_report import write_report
@@ -96,17 +99,18 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         claimed_folder(settings),
         report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
         run.batches,
+        _parts(settings, mesh, begun, report) as parts,
         RunCheckpoints(
             settings.out / "checkpoints", keep=settings.keep, measure="" if run.grid is None else run.grid.digest
         ) as checkpoints,
     ):
-        state, done, earlier = _first_state(run, params, frozen, checkpoints)
+        state, done = _first_state(run, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
             report.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         rows, batches = run.batches.report, run.batches.outlook(settings.steps)
-        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
+        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches), "from_hub": _from_hub(settings)}
         if report.leads:
             write_json(settings.out / "data.json", data)
         whole = run.model.config.num_parameters
@@ -114,8 +118,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
         if done == 0:
             _sample(run, merge_params(run.graphdef, joined(frozen.params, state.params)), "before")
-        seconds = lambda: earlier + time.monotonic() - begun
-        state, score = _steps(run, state, frozen, done, checkpoints, report, seconds)
+        state, score = _steps(run, state, frozen, done, checkpoints, report)
         best = checkpoints.best_step()
         if best is not None:
             report.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")
@@ -152,8 +155,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "eval": evaluation,
             "best": None if best is None else {"step": best, "nll": checkpoints.score(best)},
             "step": int(state.step),
-            "seconds": seconds(),
-            "cost": dataclasses.asdict(run_cost(settings, mesh, seconds())),
+            "seconds": parts.seconds,
+            "cost": dataclasses.asdict(run_cost(settings, parts.all())),
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
@@ -166,6 +169,26 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         names = ", ".join(files)
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary
+
+
+@contextlib.contextmanager
+def _parts(settings: TrainSettings, mesh: Mesh, begun: float, report: Report) -> Iterator[Parts]:
+    """The parts of the run, of which this process makes one."""
+    parts = Parts(settings.out if report.leads else None, begin_part(settings, mesh), begun)
+    with parts.kept():
+        yield parts
+
+
+def _from_hub(settings: TrainSettings) -> list[str]:
+    """Which names of the model and the data are ids on the hub, and no paths of this machine.
+
+    As it was when the run began: what stood at a path then may be gone when the run goes on.
+    """
+    before = read_record(settings.out).data.get("from_hub")
+    if before is not None:
+        return list(before)
+    names = (settings.model, settings.data, *settings.mix)
+    return [name for name in names if is_hub_id(name) and not pathlib.Path(name).exists()]
 
 
 def _sample(run: _Run, model: Dream, when: When) -> None:
@@ -245,13 +268,13 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
 
 def _first_state(
     run: _Run, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
-) -> tuple[TrainState, int, float]:
-    """The state to begin with, the steps that are done, and the seconds that these took.
+) -> tuple[TrainState, int]:
+    """The state to begin with, and the steps that are done.
 
     Without `params` the newest checkpoint is read, and the weights that the run once began with are not.
     """
     if params is not None:
-        return init_state(params, run.optimizer, run.mesh, donate=True), 0, 0.0
+        return init_state(params, run.optimizer, run.mesh, donate=True), 0
     shapes = split_params(run.model)[1]
     trained = lora.split(shapes)[0] if run.settings.adapts else shapes
     state, meta = checkpoints.restore(abstract_state(trained, run.optimizer, run.mesh))
@@ -261,7 +284,7 @@ def _first_state(
             f"{meta.get('base')} then), so its adapter does not fit them; put them back, or begin another run (--out)"
         )
     run.batches.set_state(meta["data"])
-    return state, int(state.step), float(meta["seconds"])
+    return state, int(state.step)
 
 
 def _released(state: TrainState) -> TrainState:
@@ -278,7 +301,6 @@ def _steps(
     done: int,
     checkpoints: RunCheckpoints,
     report: Report,
-    seconds: Callable[[], float],
 ) -> tuple[TrainState, GridScore | None]:
     """Takes the steps that are left, logs each, and evaluates and saves now and then.
 
@@ -319,21 +341,22 @@ def _steps(
                 )
             if len(skipped) >= settings.max_skipped:
                 raise _diverged(number, row, skipped, checkpoints, settings)
-            last, stopping, score = number == settings.steps, stop.requested(), None
+            last, stopping = number == settings.steps, stop.requested()
+            if not skipped:
+                score = None  # of the weights before this step; a skipped one leaves them, and what is known of them
             if run.grid is not None and (number % settings.eval_every == 0 or last):
                 score = run.grid.score(merge_params(run.graphdef, joined(frozen.params, state.params)))
                 report.say(f"evaluation after step {number}: {score.line()}")
                 if log:
-                    log.evaluated(number, score.row())
-                # Skipped steps have changed nothing: these are the weights before them, which are not saved here, and those
-                # that are saved next have another score.
+                    log.evaluated(number, score.row(), run.grid.digest)
+                # In the middle of skipped steps no best is saved (see below), and after them the weights are others.
                 due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step did not take that long
             due |= number % settings.save_every == 0
             # In the middle of skipped steps nothing is saved that was not saved before them: what led to them may be in
             # the weights already, and must not crowd out the checkpoints before it.
             if last or stopping or (due and not skipped):
-                meta = {"data": run.batches.get_state(), "seconds": seconds(), "base": frozen.identity}
+                meta = {"data": run.batches.get_state(), "base": frozen.identity}
                 checkpoints.save(number, state, meta, None if score is None else score.nll)
                 due = False
                 if log:

@@ -1,6 +1,6 @@
 """A run's folder as it is read again: what its files say, whole or not, for reports, comparisons and model cards.
 
-Knows the files of `folder`, `incidents` and `samples`. Writes nothing.
+Knows the files of `folder`, `incidents`, `parts` and `samples`. Writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dream_jax.trainer.folder import GRID
 from dream_jax.trainer.incidents import read_incidents
+from dream_jax.trainer.parts import Part, read_parts
 from dream_jax.trainer.samples import read_samples
 from dream_jax.trainer.settings import TrainSettings
 
@@ -35,6 +37,8 @@ class Record:
       data: what `data.json` says: `rows` and `batches`; empty before the first step.
       steps: a row a step, numbers by name; what is no number is NaN.
       evaluations: likewise, a row an evaluation during the run; none where it made none.
+      grids: what each was taken on, in the same order: scores with the same one may be compared.
+      parts: how long each start of the command held the hardware.
       samples, incidents: see their modules.
     """
 
@@ -44,6 +48,8 @@ class Record:
     data: Mapping[str, Any]
     steps: Rows
     evaluations: Rows
+    grids: Sequence[str]
+    parts: Sequence[Part]
     samples: Mapping[str, Any]
     incidents: Sequence[Mapping[str, Any]]
 
@@ -51,6 +57,15 @@ class Record:
     def finished(self) -> bool:
         """Whether all steps were taken and the result was written."""
         return bool(self.summary)
+
+    def best(self) -> Mapping[str, float] | None:
+        """The evaluation with the lowest nll among those taken on what the last was taken on; None without a number."""
+        alike = [
+            row
+            for row, grid in zip(self.evaluations, self.grids, strict=True)
+            if grid == self.grids[-1] and math.isfinite(row["nll"])
+        ]
+        return min(alike, key=lambda row: row["nll"], default=None)
 
     def last(self, name: str) -> float:
         """The mean of a metric over the last steps; NaN where it was never a number."""
@@ -77,13 +92,16 @@ def read_record(folder: pathlib.Path) -> Record:
     """
     if not (folder / "settings.json").is_file():
         raise FileNotFoundError(f"{folder} holds no settings.json: it is not the folder of a run")
+    evaluations = _table(folder / "eval.csv")
     return Record(
         folder=folder,
         settings=_json(folder / "settings.json"),
         summary=_json(folder / "summary.json"),
         data=_json(folder / "data.json"),
-        steps=_table(folder / "metrics.csv"),
-        evaluations=_table(folder / "eval.csv"),
+        steps=[{name: _number(value) for name, value in row.items()} for row in _table(folder / "metrics.csv")],
+        evaluations=[{name: _number(value) for name, value in row.items() if name != GRID} for row in evaluations],
+        grids=[row.get(GRID, "") for row in evaluations],
+        parts=read_parts(folder),
         samples=read_samples(folder),
         incidents=read_incidents(folder),
     )
@@ -101,16 +119,12 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _table(path: pathlib.Path) -> list[dict[str, float]]:
+def _table(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a CSV file; a last line that was cut short is left out."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: _number(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-            if None not in row.values()
-        ]
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def _number(text: str) -> float:

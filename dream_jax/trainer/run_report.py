@@ -6,7 +6,7 @@ Knows records and Markdown. Measures nothing.
 from __future__ import annotations
 
 import collections
-import math
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -133,13 +133,9 @@ def _evaluation(record: Record) -> list[str]:
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
         # Scores on other rows (a run may go on with other --eval-rows) are no better and no worse.
-        last = record.evaluations[-1]
-        alike = [
-            one for one in record.evaluations if all(one.get(name) == last.get(name) for name in ("rows", "num_masked"))
-        ]
-        best = min((one for one in alike if math.isfinite(one["nll"])), key=lambda one: one["nll"], default=None)
+        best = record.best()
         if best is not None:
-            others = len(record.evaluations) - len(alike)
+            others = sum(grid != record.grids[-1] for grid in record.grids)
             left = f" ({others} evaluations on other rows left out)" if others else ""
             lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}{left}.", ""]
     found = record.summary.get("eval")
@@ -193,9 +189,13 @@ def _ticks(text: str) -> list[str]:
 def _time(record: Record) -> list[str]:
     summary = record.summary
     facts: list[tuple[str, Any]] = []
-    if summary:
-        facts.append(("seconds, everything included", f"{summary['seconds']:.0f}"))
-        facts.append(("devices", summary["devices"]))
+    if record.parts:
+        seconds, cut = sum(part.seconds for part in record.parts), sum(not part.ended for part in record.parts[:-1])
+        of = f" in {len(record.parts)} parts, {cut} of them killed" if len(record.parts) > 1 else ""
+        facts.append(("seconds, everything included", f"{seconds:.0f}{of}"))
+        facts.append(
+            ("devices", ", then ".join(name for name, _ in itertools.groupby(p.devices for p in record.parts)))
+        )
     facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
     facts += _money(summary.get("cost"))
     return table(("what", "value"), facts)
