@@ -24,13 +24,12 @@ from rich.progress import Progress
 from rich.text import Text
 
 import dream_jax
-from dream_jax import masks, sharding
+from dream_jax import masks, pretrained, sharding
 from dream_jax.attention import Backend
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.decoding import Alg
-from dream_jax.pretrained import describe, describe_adapter
 from dream_jax.sampler import Preset, Stream
-from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer, load_tokenizer, read_template
+from dream_jax.tokenizer import Template, Tokenizer
 
 MASK_SIGN = "░"
 ANSWER_START = b'{"line": '
@@ -157,10 +156,10 @@ def run(settings: Settings) -> int:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Whatever may be wrong with these shows before minutes of reading weights.
-    abstract = describe(settings.model)
+    abstract = pretrained.describe(settings.model)
     if settings.adapter is not None:
-        describe_adapter(settings.adapter).check_fits(abstract)
-    tokenizer = find_tokenizer(settings, abstract)
+        pretrained.describe_adapter(settings.adapter).check_fits(abstract)
+    tokenizer = pretrained.find_tokenizer(settings.tokenizer, settings.model, abstract)
     template = find_template(settings, abstract, tokenizer)
     sampler = settings.sampler(tokenizer)
     if settings.chat:
@@ -206,28 +205,10 @@ def load(settings: Settings, dtype: str, mesh: jax.sharding.Mesh) -> dream_jax.D
     return dream_jax.merge_adapter(model) if base is None else model
 
 
-def find_tokenizer(settings: Settings, model: dream_jax.Dream) -> Tokenizer:
-    name = settings.tokenizer or model.tokenizer_dir or ("bytes" if settings.model == "nano" else None)
-    if name is None:
-        raise ValueError(f"{settings.model} has no tokenizer files; pass --tokenizer with a directory of some")
-    tokenizer = load_tokenizer(name)
-    if tokenizer.mask_id != model.config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask token is {tokenizer.mask_id}, the model's {model.config.mask_token_id}: "
-            "they do not belong together"
-        )
-    return tokenizer
-
-
 def find_template(settings: Settings, model: dream_jax.Dream, tokenizer: Tokenizer) -> Template:
     if settings.template != "auto":
         return settings.template
-    # A model that was trained here says how its prompts were written, and so does an adapter.
-    for directory in (settings.adapter, model.tokenizer_dir):
-        noted = None if directory is None else read_template(directory)
-        if noted is not None:
-            return noted
-    return "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
+    return pretrained.find_template(settings.adapter, model, tokenizer)
 
 
 def encode(prompt: str | list[dict[str, str]], template: Template, tokenizer: Tokenizer) -> list[int]:

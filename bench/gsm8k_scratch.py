@@ -1,6 +1,6 @@
 """A real run, small enough for two cores: GSM8K's 7,473 questions, the real vocabulary, a nano body, from random weights.
 
-    python bench/gsm8k_scratch.py --assets DIR [--steps 320] [--out docs/runs/gsm8k-nano]
+    python bench/gsm8k_scratch.py --assets DIR [--steps 320] [--weight uniform] [--out docs/runs/gsm8k-nano]
 
 DIR is what `DREAM_JAX_ASSETS` names: it holds `data/gsm8k`, and `dream-v0-instruct-7b` with the tokenizer. Trains by
 `dream_jax.trainer.train` as `train.py` does, evaluates on test questions on the fixed grid of noise levels as it goes, and
@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from typing import Literal
 
 import report
 import tyro
@@ -27,7 +28,16 @@ from rich.console import Console
 import dream_jax
 from dream_jax.trainer import TrainSettings, train
 
-KEPT = ("report.md", "curves.png", "eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json", "parts.json")
+KEPT = (
+    "report.md",
+    "curves.png",
+    "eval.csv",
+    "metrics.csv",
+    "summary.json",
+    "data.json",
+    "settings.json",
+    "parts.json",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,8 @@ class Settings:
     eval_every: int = 40
     eval_rows: int = 64
     learning_rate: float = 1e-3
+    weight: Literal["uniform", "linear", "inverse-time", "cart"] = "uniform"
+    """of the loss; uniform is what the evaluation measures"""
     out: pathlib.Path = report.REPOSITORY / "docs" / "runs" / "gsm8k-nano"
     """Must not be there yet."""
 
@@ -87,6 +99,7 @@ def main(settings: Settings) -> int:
                 max_length=settings.max_length,
                 eos_tail=16,
                 learning_rate=settings.learning_rate,
+                weight=settings.weight,
                 eval_every=settings.eval_every,
                 eval_rows=settings.eval_rows,
                 eval_tokens=0,  # answers of so small a model say nothing; their likelihood does

@@ -100,6 +100,27 @@ def test_the_batch_an_answer_is_in_changes_nothing(tmp_path):
     assert len({row["answer"] for row in one.values()}) > 1
 
 
+def test_another_mask_than_the_trained_one(tmp_path):
+    """Asked for, it is that of answers and likelihoods; a run under one mask does not go on under another."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "a few words more"}) + "\n")
+    given = {"task": "likelihood", "file": path, "samples": 10}
+    nats = {}
+    for mask in (None, "bidirectional", "causal"):
+        quiet(**given, mask=mask, out=tmp_path / str(mask))
+        nats[mask] = rows_of(tmp_path / str(mask))[0]["nats"]
+    assert nats[None] == nats["bidirectional"] != nats["causal"]
+    with pytest.raises(ValueError, match="mask was .causal., now None"):
+        quiet(**given, out=tmp_path / "causal")
+    path.write_text(json.dumps({"question": "xyz", "contains": "y"}) + "\n")
+    given = {"task": "chat", "file": path, "max_new_tokens": 6, "steps": 1}
+    quiet(**given, out=tmp_path / "own")
+    quiet(**given, mask="causal", out=tmp_path / "other")
+    assert rows_of(tmp_path / "own")[0]["answer"] != rows_of(tmp_path / "other")[0]["answer"]
+    with pytest.raises(ValueError, match="sideways"):
+        EvaluateSettings(mask="sideways")
+
+
 def test_answers_end_at_the_end_token(model, monkeypatch):
     tokenizer = ByteTokenizer()
     written = np.array([[*b"ab", *b"42", 256, *b"zz"], [*b"ab", 256, 256, 256, 256, 256], [*b"ab", *b"hello"]])

@@ -27,7 +27,6 @@ from dream_jax import pretrained as models
 from dream_jax.attention import Backend
 from dream_jax.decoding import Alg
 from dream_jax.evaluation import answering, likelihood
-from dream_jax.evaluation.run import find_tokenizer
 from dream_jax.evaluation.scored_texts import passage
 from dream_jax.evaluation.settings import Published, make_sampler
 from dream_jax.sampler import Preset, SamplerConfig
@@ -102,7 +101,7 @@ class DreamHarness(TemplateLM):
         likelihood.check_samples(samples)
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self._tokenizer = find_tokenizer(tokenizer, pretrained, models.describe(pretrained))
+        self._tokenizer = models.find_tokenizer(tokenizer, pretrained, models.describe(pretrained))
         self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
         self._max_new_tokens, self._greedy = max_new_tokens, greedy
         own = {

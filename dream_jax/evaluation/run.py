@@ -27,7 +27,7 @@ from dream_jax.evaluation.tasks import TASKS, Task, read_problems, split_example
 from dream_jax.model import Dream
 from dream_jax.sampler import bucket_length
 from dream_jax.sharding import make_mesh
-from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer, load_tokenizer, read_template
+from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,9 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     abstract = pretrained.describe(settings.model)
     if settings.adapter is not None:
         pretrained.describe_adapter(settings.adapter).check_fits(abstract)
-    tokenizer = find_tokenizer(settings.tokenizer, settings.model, abstract)
+    if settings.mask is not None:
+        abstract.trained_mask = settings.mask
+    tokenizer = pretrained.find_tokenizer(settings.tokenizer, settings.model, abstract)
     template = find_template(settings, abstract, tokenizer)
     work = plan_work(settings, template, abstract, tokenizer)
     plan = [
@@ -86,6 +88,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
         "file": None if settings.file is None else _digest(settings.file),
         "limit": settings.limit,
         "template": template,
+        "mask": settings.mask,
         "batch_size": settings.batch_size,
         **work.recipe,
     }
@@ -109,6 +112,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
         # As one matrix it is faster; codes cannot hold the sum.
         if base is None:
             model = pretrained.merge_adapter(model)
+        if settings.mask is not None:
+            model.trained_mask = settings.mask
         _compute(work, plan, ledger, model, console)
     summary = report.summarize(settings.task, ledger.rows, ledger.seconds)
     write_whole(settings.folder / report.SUMMARY, summary.to_json())
@@ -273,33 +278,15 @@ def _likelihood(settings: EvaluateSettings, model: Dream, tokenizer: Tokenizer) 
     )
 
 
-def find_tokenizer(named: str | None, model: str, abstract: Dream) -> Tokenizer:
-    """The tokenizer that is named, or the model's own. Raises ValueError when there is none or it is another model's."""
-    name = named or abstract.tokenizer_dir or ("bytes" if model == "nano" else None)
-    if name is None:
-        raise ValueError(f"{model} has no tokenizer files; pass --tokenizer with a directory of some")
-    tokenizer = load_tokenizer(name)
-    if tokenizer.mask_id != abstract.config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask token is {tokenizer.mask_id}, the model's {abstract.config.mask_token_id}: "
-            "they do not belong together"
-        )
-    return tokenizer
-
-
 def find_template(settings: EvaluateSettings, model: Dream, tokenizer: Tokenizer) -> Template:
     """How prompts are written: as said, as published, as the model was trained, or by the kind of tokenizer."""
     if settings.template != "auto":
         return settings.template
     if settings.published is not None:
         return PUBLISHED[settings.published][0]
-    for directory in (settings.adapter, model.tokenizer_dir):
-        noted = None if directory is None else read_template(directory)
-        if noted is not None:
-            return noted
     # Planning is published without a chat template, for base and instruct models alike.
-    planning = settings.task in ("sudoku", "countdown")
-    return "raw" if planning or isinstance(tokenizer, ByteTokenizer) else "chat"
+    default = "raw" if settings.task in ("sudoku", "countdown") else pretrained.default_template(tokenizer)
+    return pretrained.noted_template(settings.adapter, model) or default
 
 
 def _digest(path: pathlib.Path) -> str:

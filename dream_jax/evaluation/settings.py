@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dream_jax import masks
 from dream_jax.attention import Backend
 from dream_jax.decoding import Alg
 from dream_jax.evaluation.likelihood import check_samples
@@ -72,6 +73,8 @@ class EvaluateSettings:
     """number of tokens kept"""
     alg_temp: float | None = None
     """softens the order"""
+    mask: str | None = None
+    """who may attend to whom, as in sample.py; by default as the model was trained, which any other mask contradicts"""
     samples: int = 128
     """Monte Carlo samples of each likelihood, even"""
     batch_size: int = 8
@@ -102,6 +105,8 @@ class EvaluateSettings:
             raise ValueError(f"shots={self.shots} must not be negative")
         if self.any_base and self.adapter is None:
             raise ValueError("--any-base speaks of an adapter: give --adapter as well")
+        if self.mask is not None:
+            masks.parse(self.mask)
         check_samples(self.samples)
         if self.task in ("countdown", "gsm8k", "chat", "choice", "likelihood") and not (self.file or self.compare):
             raise ValueError(f"task {self.task} needs --file, a .jsonl file")
