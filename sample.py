@@ -176,12 +176,13 @@ def run(settings: Settings) -> int:
     for one in questions.values():
         check_length(one.ids, sampler, abstract, f"{settings.prompts}:{one.line}: the prompt")
     # What the answers depend on, beside the questions.
-    recipe = {"model": settings.model, "template": template, "dtype": dtype, "seed": settings.seed}
+    recipe = {"model": settings.model, "weights": pretrained.fingerprint(settings.model), "template": template}
+    recipe |= {"dtype": dtype, "seed": settings.seed}
     recipe |= {"samples": settings.samples} | dataclasses.asdict(sampler)
     # With the types of what is kept and of the rule, which `asdict` leaves out.
     recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit), "mask": settings.mask}
     if settings.adapter is not None:
-        recipe["adapter"] = settings.adapter
+        recipe["adapter"] = [settings.adapter, pretrained.fingerprint(settings.adapter)]
     if settings.base != "auto":
         recipe["base"] = settings.base
     done = read_done(settings, questions, recipe)

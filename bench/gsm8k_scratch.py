@@ -84,6 +84,7 @@ def main(settings: Settings) -> int:
     console = Console()
     if settings.out.exists():
         raise FileExistsError(f"{settings.out} is there; remove it, or give another --out")
+    settings = dataclasses.replace(settings, out=settings.out.resolve())
     assets = settings.assets.resolve()
     os.environ["DREAM_JAX_ASSETS"] = str(assets)
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
@@ -93,7 +94,7 @@ def main(settings: Settings) -> int:
             TrainSettings(
                 model="weights",
                 data="gsm8k",
-                out=pathlib.Path(settings.out.name),
+                out=pathlib.Path("run") / settings.out.name,
                 steps=settings.steps,
                 batch_size=settings.batch_size,
                 max_length=settings.max_length,
@@ -114,7 +115,7 @@ def main(settings: Settings) -> int:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         for name in KEPT:
-            if (path := pathlib.Path(settings.out.name) / name).is_file():
+            if (path := pathlib.Path("run") / settings.out.name / name).is_file():
                 shutil.copyfile(path, unfinished / name)
         unfinished.rename(settings.out)
     holds, words = verdict(settings.out / "eval.csv")

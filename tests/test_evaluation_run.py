@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,36 @@ def test_another_mask_than_the_trained_one(tmp_path):
     assert rows_of(tmp_path / "own")[0]["answer"] != rows_of(tmp_path / "other")[0]["answer"]
     with pytest.raises(ValueError, match="sideways"):
         EvaluateSettings(mask="sideways")
+
+
+def test_results_of_other_weights_are_not_gone_on_with(model, tmp_path):
+    """Trained anew into the same directory: what is there speaks of the weights before."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "some words"}) + "\n")
+    given = {"task": "likelihood", "file": path, "samples": 10, "model": str(tmp_path / "m"), "tokenizer": "bytes"}
+    dream_jax.save(model, tmp_path / "m")
+    quiet(**given, out=tmp_path / "out")
+    before = (tmp_path / "out" / "items.jsonl").read_text()
+    # The same weights, copied.
+    (tmp_path / "m").rename(tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / "m")
+    quiet(**given, out=tmp_path / "out")
+    shutil.rmtree(tmp_path / "m")
+    dream_jax.save(dream_jax.Dream(dream_jax.PRESETS["nano"], rngs=nnx.Rngs(4)), tmp_path / "m")
+    with pytest.raises(ValueError, match="weights was"):
+        quiet(**given, out=tmp_path / "out")
+    assert (tmp_path / "out" / "items.jsonl").read_text() == before
+    # Results from before a setting was known are gone on with.
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings.pop("mask") is None
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    shutil.rmtree(tmp_path / "m")
+    shutil.copytree(tmp_path / "kept", tmp_path / "m")
+    quiet(**given, out=tmp_path / "out")
+    # A mask that likelihoods cannot have is refused before anything is made.
+    with pytest.raises(ValueError, match="the mask of this evaluation is 'prefix'"):
+        quiet(**given, mask="prefix", out=tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
 
 
 def test_answers_end_at_the_end_token(model, monkeypatch):

@@ -61,7 +61,7 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     summary = json.loads((runs / "whole" / "summary.json").read_text())
     for part in (
         "`sudoku`: 1000000 rows were trained on",
-        "Trained from `base`, which is not on the hub.",
+        "Trained from `base`, a directory of the machine that the run was made on",
         "| `learning_rate` | 0.001 |",
         f"| exact accuracy | {summary['eval']['exact_accuracy']:.5g} |",
         "stored in float32",
@@ -79,9 +79,11 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     (copy / "settings.json").write_text(json.dumps(settings | {"model": hub}))
     assert "base_model" not in model_card(copy, name="x", dtype="float32", adapter=False)
     data = json.loads((copy / "data.json").read_text())
-    assert data["from_hub"] == []
-    (copy / "data.json").write_text(json.dumps(data | {"from_hub": [hub]}))
-    assert f'base_model: "{hub}"' in model_card(copy, name="x", dtype="float32", adapter=False)
+    assert data["sources"] == {str(runs / "base"): "local", "sudoku": "built in"}
+    assert "whose source is not recorded" in model_card(copy, name="x", dtype="float32", adapter=False)
+    (copy / "data.json").write_text(json.dumps(data | {"sources": {hub: "hub"}}))
+    card = model_card(copy, name="x", dtype="float32", adapter=False)
+    assert f'base_model: "{hub}"' in card and f"Trained from `{hub}` of the Hugging Face hub." in card
 
 
 @pytest.mark.parametrize("layout", ["converted", "published"])

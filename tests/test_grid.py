@@ -10,10 +10,10 @@ from flax import nnx
 
 from dream_jax import sharding
 from dream_jax.config import PRESETS
-from dream_jax.data import Row, encode_row
+from dream_jax.data import BatchOptions, Row, RowList, encode_row, make_batches
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer.grid import LEVELS, Grid
+from dream_jax.trainer.grid import LEVELS, Grid, _laid_out
 
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=1, hidden_size=64, intermediate_size=96)
 LENGTH = 16
@@ -78,6 +78,38 @@ def test_neither_mesh_nor_batch_change_it(mesh, size):
     found = Grid(rows(), size, devices).score(model(devices))
     np.testing.assert_allclose(list(found.row().values()), list(wanted.row().values()), rtol=1e-5)
     assert found.num_masked == wanted.num_masked
+
+
+@pytest.mark.parametrize("eos_tail", [None, 0, 2, 99])
+def test_rows_are_laid_out_as_training_lays_them_out(eos_tail):
+    """Ends that a model is never taught must not be scored: they would drown the rest, and rise as it learns."""
+    texts = [Row(prompt=f"{n}?", response="yes" * (1 + n % 3)) for n in range(5)]
+    options = BatchOptions(eos_tail=eos_tail)
+    given = {"batch_size": 5, "max_length": LENGTH, "seed": 0, "num_threads": 0, "options": options}
+    with make_batches(RowList(texts), ByteTokenizer(), **given) as batches:
+        batch = next(batches)
+    exists = batch.get("attention_mask", np.ones(batch["tokens"].shape, bool))
+    wanted = {
+        tuple(map(bytes, row)) for row in zip(batch["tokens"], batch["maskable"], exists.astype(bool), strict=True)
+    }
+    found = {tuple(map(bytes, _laid_out(one, eos_tail))) for one in rows()}
+    assert found == wanted and len(found) == 5
+
+
+def test_a_tail_of_ends_is_scored_as_far_as_it_is_taught():
+    """What is hidden before a row changes nothing of it."""
+    mesh = sharding.make_mesh("1x1")
+    one = rows(1)[0]
+    whole = dataclasses.replace(one, tokens=one.tokens[: one.length + 1], maskable=one.maskable[: one.length + 1])
+    limited, alone = (Grid([row], 1, mesh, tail) for row, tail in ((one, 1), (whole, None)))
+    assert limited.digest != alone.digest != Grid([one], 1, mesh).digest
+    for grid in (limited, alone):  # the same tokens hidden in both
+        grid._masked = [np.zeros(grid._tokens_RT.shape, bool) for _ in LEVELS]
+        for masked in grid._masked:
+            masked[:, -4:] = True
+    scores = [grid.score(model(mesh)) for grid in (limited, alone)]
+    assert scores[0].num_masked == scores[1].num_masked == 4 * len(LEVELS)
+    np.testing.assert_allclose(scores[0].nll, scores[1].nll, rtol=1e-5)
 
 
 def test_a_digest_tells_grids_apart():

@@ -199,7 +199,8 @@ def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
     rows = "".join(f"{step},{3 - step / 100},0.5,{'e2' if step > 30 else 'ab'}\n" for step in (10, 20, 30, 35, 40))
     (out / "eval.csv").write_text("step,nll,masked_accuracy,grid\n" + rows.replace("20,2.8", "20,1.0"))
     other = render_report(read_record(out), drawn=False)
-    assert "The best: nll 2.6 after step 40 (3 evaluations on other rows left out)." in other
+    assert "The best: nll 2.6 after step 40." in other and "| 20 | 1 |" not in other
+    assert "3 evaluations on other rows are in eval.csv and not here." in other
     assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
 
 
@@ -240,7 +241,15 @@ def test_two_runs_side_by_side(finished, tmp_path):
     (other / "eval.csv").write_text("\n".join([head, *rows]).replace(grid, "another") + "\n")
     text = compare(finished, other)
     assert f"| best held-out nll during the run | {best} | {best} | taken on other rows |" in text
-    assert text.count("taken on other rows") == 1 + len(summary["eval"])
+    assert text.count("taken on other rows") == 1  # the last evaluation of both was on the same rows still
+    for name, count in (("grid", 5), ("answered", 6)):
+        changed = json.loads((other / "summary.json").read_text())
+        changed["eval"][name] = "another"
+        (other / "summary.json").write_text(json.dumps(changed))
+        assert compare(finished, other).count("taken on other rows") == count
+    changed["eval"] = {name: value for name, value in changed["eval"].items() if name not in ("grid", "answered")}
+    (other / "summary.json").write_text(json.dumps(changed))
+    assert compare(finished, other).count("not known to be on the same rows") == 5
     (other / "summary.json").unlink()
     assert "| finished | yes | NO |" in compare(finished, other)
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
@@ -287,50 +296,85 @@ def test_cells_of_tables_cannot_break_them():
 
 def test_cost_of_a_run_by_hand(tmp_path):
     dollars = settings(tmp_path, price_per_chip_hour=2.0, currency="usd")
-    part = begin_part(dollars, make_mesh("8x1"))
+    part = begin_part(dollars, make_mesh("8x1"), time.monotonic())
     # However many devices a CPU is made to have, it is one chip.
     assert (part.chips, part.usd_per_chip_hour, part.devices) == (1, 2.0, "8 x cpu")
     long = dataclasses.replace(part, seconds=1800.0)
-    cost = run_cost(dollars, [long])
+    cost = run_cost([long], dollars)
     assert (cost.chips, cost.chip_hours, cost.usd, cost.usd_per_chip_hour) == (1, 0.5, 1.0, 2.0)
     assert cost.rmb == pytest.approx(7.1)
-    free = run_cost(settings(tmp_path), [dataclasses.replace(long, usd_per_chip_hour=None)])
+    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path))
     assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
     # Half an hour on eight chips at 6 dollars, and half an hour on one at 2.
     more = dataclasses.replace(long, chips=8, usd_per_chip_hour=6.0)
-    cost = run_cost(dollars, [more, long])
+    cost = run_cost([more, long])
     assert (cost.chips, cost.chip_hours, cost.usd) == (1, 4.5, 25.0)
     assert cost.usd_per_chip_hour == pytest.approx(25 / 4.5)
     # A price that is given late is that of the parts without one.
     unknown = dataclasses.replace(more, usd_per_chip_hour=None)
-    assert run_cost(dollars, [unknown, long]).usd == 9.0 and run_cost(settings(tmp_path), [unknown, long]).usd is None
+    assert run_cost([unknown, long], dollars).usd == 9.0 and run_cost([unknown, long]).usd is None
+    # Each part was paid at the rate of its time.
+    later = dataclasses.replace(long, rmb_per_usd=7.3)
+    assert run_cost([long, later]).rmb == pytest.approx(7.1 + 7.3)
+
+
+PART = Part(begun="now", seconds=0.0, devices="8 x chip", chips=8, usd_per_chip_hour=3.0, rmb_per_usd=7.0)
 
 
 def test_the_time_of_a_part_that_was_killed_counts(finished, tmp_path, monkeypatch):
     assert [part.ended for part in read_parts(finished)] == [True]
     monkeypatch.setattr(parts, "EVERY", 0.01)
-    present = Part(begun="now", seconds=0.0, devices="8 x chip", chips=8, usd_per_chip_hour=3.0)
-    # A part that is never told to end: what is on the disk is what a kill would leave.
-    killed = Parts(tmp_path, present, time.monotonic() - 100)
+    # What is on the disk while it runs is what a kill would leave.
+    killed = Parts(tmp_path, PART, time.monotonic() - 100, print)
     with killed.kept():
         time.sleep(0.2)
-        left = read_parts(tmp_path)
+        (left,) = read_parts(tmp_path)
         (tmp_path / "copy").mkdir()
         shutil.copy(tmp_path / "parts.json", tmp_path / "copy")
-    assert not left[0].ended and 100.05 < left[0].seconds < killed.seconds and read_parts(tmp_path)[0].ended
-    second = Parts(tmp_path / "copy", dataclasses.replace(present, chips=1), time.monotonic() - 7)
-    with second.kept():
+    assert not left.ended and left.seconds > 100.05
+    (whole,) = read_parts(tmp_path)
+    assert whole.ended and whole.seconds >= left.seconds
+    with Parts(tmp_path / "copy", dataclasses.replace(PART, chips=1), time.monotonic() - 7, print).kept():
         pass
     first, last = read_parts(tmp_path / "copy")
-    assert first.seconds == pytest.approx(100, abs=5) and not first.ended and last.ended
-    assert second.seconds == pytest.approx(first.seconds + 7, abs=1)
+    assert first.seconds == pytest.approx(100, abs=5) and not first.ended
+    assert last.seconds == pytest.approx(7, abs=2) and last.ended
     out = copied(finished, tmp_path)
     shutil.copy(tmp_path / "copy" / "parts.json", out)
-    seconds = f"{first.seconds + last.seconds:.0f}"
     text = render_report(read_record(out), drawn=False)
+    seconds = f"{first.seconds + last.seconds:.0f}"
     assert f"| seconds, everything included | {seconds} in 2 parts, 1 of them killed |" in text
     assert "| devices | 8 x chip |" in text
-    assert Parts(None, present, time.monotonic() - 5).seconds == pytest.approx(5, abs=1)
-    (out / "parts.json").write_text('[{"begun": 1}]')
-    with pytest.raises(ValueError, match=r"parts.json is damaged .*; move it away"):
-        read_record(out)
+    # Of a run without an end too: what it has cost so far.
+    (out / "summary.json").unlink()
+    shutil.copy(tmp_path / "copy" / "parts.json", out)
+    (out / "parts.json").write_text((out / "parts.json").read_text().replace("true", "false"))
+    text = render_report(read_record(out), drawn=False)
+    assert "1 of them killed; the last still runs, or was killed |" in text
+    cost = run_cost([first, last])
+    assert f"| cost | {cost.rmb:.2f} RMB, {cost.usd:.2f} USD, at 3.00 USD a chip and hour |" in text
+
+
+def test_a_run_does_not_end_for_the_file_of_its_parts(tmp_path, monkeypatch):
+    """A disk that is full for a while, and a file that a loss of power left empty."""
+    said = []
+    (tmp_path / "parts.json").write_text("")
+    kept = Parts(tmp_path, PART, time.monotonic(), said.append)
+    assert not (tmp_path / "parts.json").exists() and (tmp_path / "parts.json.damaged").exists()
+    assert "is damaged" in said.pop() and not said
+    monkeypatch.setattr(parts, "EVERY", 0.01)
+    with kept.kept():
+        with monkeypatch.context() as full:
+            full.setattr(parts.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            time.sleep(0.1)
+        before = read_parts(tmp_path)[0].seconds
+        time.sleep(0.1)
+        assert read_parts(tmp_path)[0].seconds > before  # it goes on when it can
+    assert said and all("No space left on device" in one for one in said)
+    none = Parts(None, PART, time.monotonic() - 5, said.append)
+    assert none.now()[0].seconds == pytest.approx(5, abs=1)
+    with none.kept():
+        none.write(none.now())
+    (tmp_path / "parts.json").write_text('[{"begun": 1}]')
+    with pytest.raises(ValueError, match=r"parts.json is damaged"):
+        read_parts(tmp_path)

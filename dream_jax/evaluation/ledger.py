@@ -97,13 +97,12 @@ class Ledger:
             write_whole(path, json.dumps(recipe, indent=2) + "\n")
             return
         before = read_json(path)
-        if before != recipe:
-            names = sorted(set(before) | set(recipe))
-            changed = [
-                f"{name} was {before.get(name)!r:.80}, now {recipe.get(name)!r:.80}"
-                for name in names
-                if before.get(name) != recipe.get(name)
-            ]
+        changed = [
+            f"{name} was {before.get(name)!r:.80}, now {recipe.get(name)!r:.80}"
+            for name in sorted(set(before) | set(recipe))
+            if before.get(name) != recipe.get(name)
+        ]
+        if changed:
             raise ValueError(
                 f"{self._folder} holds a run with other settings ({'; '.join(changed)}); repeat them, give another --out, "
                 "or --overwrite"

@@ -170,6 +170,21 @@ def total(parts: Sequence[Bound]) -> Bound:
     )
 
 
+def check_mask(model: Dream) -> masks.Mask:
+    """The mask of the model's likelihoods.
+
+    Raises:
+      ValueError: it goes by the prompt, which rows without one do not tell.
+    """
+    attends = masks.parse(model.trained_mask)
+    if isinstance(attends, masks.Prefix):
+        raise ValueError(
+            "a likelihood is of rows that do not say where their prompts end, and the mask of this evaluation is "
+            f"{model.trained_mask!r}; evaluate by sampling, or under another --mask"
+        )
+    return attends
+
+
 def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
     """The model as a function of rows, under the mask that it was trained under.
 
@@ -178,12 +193,7 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
     Raises:
       ValueError: a mask that goes by the prompt, which such rows do not tell.
     """
-    attends = masks.parse(model.trained_mask)
-    if isinstance(attends, masks.Prefix):
-        raise ValueError(
-            "a likelihood is of rows that do not say where their prompts end, and this model was trained under the mask "
-            f"{model.trained_mask!r}; evaluate it by sampling"
-        )
+    attends = check_mask(model)
     longest = model.config.max_position_embeddings
 
     def nll(rows: Rows) -> np.ndarray:

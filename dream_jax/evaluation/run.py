@@ -81,7 +81,9 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     ]
     recipe = {
         "model": settings.model,
+        "weights": pretrained.fingerprint(settings.model),
         "adapter": settings.adapter,
+        "adapter_weights": None if settings.adapter is None else pretrained.fingerprint(settings.adapter),
         "base": settings.base,
         "dtype": dtype,
         "task": settings.task,
@@ -208,6 +210,7 @@ def _sampled(settings: EvaluateSettings, task: Task, template: Template, model: 
 
 def _choices(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
     assert settings.file is not None
+    likelihood.check_mask(model)
     choices = read_choices(settings.file)[: settings.limit]
     for one in choices:
         for passage in one.passages(tokenizer, template):
@@ -247,6 +250,7 @@ def _choices(settings: EvaluateSettings, template: Template, model: Dream, token
 
 def _likelihood(settings: EvaluateSettings, model: Dream, tokenizer: Tokenizer) -> Work:
     assert settings.file is not None
+    likelihood.check_mask(model)
     texts = read_texts(settings.file)[: settings.limit]
     for one in texts:
         answering.check_length(one.passage(tokenizer).tokens.tolist(), 0, model, one.where)

@@ -18,7 +18,7 @@ from dream_jax.pretrained.adapter import (
 )
 from dream_jax.pretrained.autoregressive import MaskRow, adapt_qwen2, dream_config
 from dream_jax.pretrained.conversion import Conversion, convert_from_hf, convert_to_hf
-from dream_jax.pretrained.directories import DTYPES, DtypeName
+from dream_jax.pretrained.directories import DTYPES, DtypeName, fingerprint
 from dream_jax.pretrained.models import describe, export_hf, load, save
 from dream_jax.pretrained.prompting import default_template, find_template, find_tokenizer, noted_template
 
@@ -40,6 +40,7 @@ __all__ = [
     "export_hf",
     "find_template",
     "find_tokenizer",
+    "fingerprint",
     "load",
     "merge_adapter",
     "noted_template",

@@ -5,6 +5,7 @@ Knows both kinds, and the hub. Knows nothing of weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dream_jax import hf
-from dream_jax.config import DreamConfig
+from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.tokenizer import TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
+
+_MIB = 1 << 20
 
 # Keys of a published config.json that say nothing about the weights, and go where the weights go.
 _CARRIED_KEYS = (
@@ -80,6 +83,31 @@ def find_directory(
     if directory.exists():
         raise FileNotFoundError(f"{path} is a file; give the directory of a checkpoint")
     raise FileNotFoundError(f"{path} is {otherwise}")
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Tells what lies at a path from what lay there before: of results that are gone on with later.
+
+    Of a directory: a digest of the names and sizes of its files, and of the first and last MiB of each, which other weights
+    change. Of a hub id: the snapshot. Of a preset: its name.
+
+    Raises:
+      FileNotFoundError, ConnectionError: there is nothing.
+    """
+    directory = pathlib.Path(path).expanduser()
+    if not directory.is_dir():
+        if str(path) in PRESETS:
+            return str(path)
+        return find_directory(path, "neither a directory nor a preset", weights=False).name
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(one.relative_to(directory) for one in directory.rglob("*") if one.is_file()):
+        with (directory / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            found.update(f"{name} {size} ".encode())
+            for start in sorted({0, max(0, size - _MIB)}):
+                file.seek(start)
+                found.update(file.read(_MIB))
+    return found.hexdigest()
 
 
 def write_companions(

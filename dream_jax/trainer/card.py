@@ -83,13 +83,19 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
 
 def _on_hub(name: str, record: Record | None) -> bool:
     """Whether the run read it from the hub: a path of one machine says nothing on another."""
-    return record is not None and name in record.data.get("from_hub", ())
+    return record is not None and record.data.get("sources", {}).get(name) == "hub"
 
 
 def _named(name: str, record: Record) -> str:
     """As a reader elsewhere may know it: of a path the last name."""
     return f"`{name}`" if _on_hub(name, record) else f"`{pathlib.Path(name).name}`"
 
+
+_SOURCES = {
+    "hub": " of the Hugging Face hub",
+    "local": ", a directory of the machine that the run was made on: what it held is not recorded here",
+    "built in": ", a preset of dream_jax: random weights",
+}
 
 _UNKNOWN = ["Not known: the export was made without the folder of a run (`--run DIR`)."]
 
@@ -120,7 +126,7 @@ def _settings(record: Record | None) -> list[str]:
     step = f" These are the weights after step {record.summary.get('step')}."
     state = step if record.finished else " The run was not finished."
     begun = str(record.settings["model"])
-    where = "" if _on_hub(begun, record) else ", which is not on the hub"
+    where = _SOURCES.get(record.data.get("sources", {}).get(begun), ", whose source is not recorded")
     return [f"Trained from {_named(begun, record)}{where}.{state}", "", *table(("setting", "value"), known)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from dream_jax.trainer.record import LAST, Record, read_record, table
@@ -33,11 +34,6 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def _same_grid(one: Record, other: Record) -> bool:
-    """Whether the two were last evaluated on the same rows with the same masks, as far as that is known."""
-    return not (one.grids and other.grids) or one.grids[-1] == other.grids[-1]
-
-
 def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
     names = list(dict.fromkeys([*one.settings, *other.settings]))
     return [
@@ -55,13 +51,19 @@ def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
     for name in ("loss", "nll", "masked_accuracy", "grad_norm"):
         label = f"{name.replace('_', ' ')}, mean of the last {LAST} steps"
         rows.append(_measured(label, one.last(name), other.last(name)))
-    held_out = _measured if _same_grid(one, other) else _not_comparable
     if one.evaluations or other.evaluations:
-        best = [math.nan if (found := record.best()) is None else found["nll"] for record in (one, other)]
-        rows.append(held_out("best held-out nll during the run", *best))
+        best = [None if (found := record.best()) is None else found["nll"] for record in (one, other)]
+        grids = [record.grids[-1] if record.grids else None for record in (one, other)]
+        rows.append(_held_out("best held-out nll during the run", best, grids))
     evaluated = [record.summary.get("eval") or {} for record in (one, other)]
     for name in dict.fromkeys([*evaluated[0], *evaluated[1]]):
-        rows.append(held_out(f"held-out {name.replace('_', ' ')}", *(found.get(name) for found in evaluated)))
+        label, values = f"held-out {name.replace('_', ' ')}", [found.get(name) for found in evaluated]
+        on = _TAKEN_ON.get(name)
+        rows.append(
+            _measured(label, *values)
+            if on is None
+            else _held_out(label, values, [found.get(on) for found in evaluated])
+        )
     rows.append(_measured("seconds", *(record.summary.get("seconds") for record in (one, other))))
     rows.append(_measured("positions a second, median step", one.tokens_per_second(), other.tokens_per_second()))
     costs = [record.summary.get("cost") or {} for record in (one, other)]
@@ -73,8 +75,18 @@ def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _not_comparable(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:
-    return (label, first, second, "taken on other rows")
+# Which rows a number of the final evaluation was taken on. The others are counts.
+_TAKEN_ON = dict.fromkeys(("nll", "nll_se", "masked_accuracy", "eos_accuracy"), "grid")
+_TAKEN_ON["exact_accuracy"] = "answered"
+
+
+def _held_out(label: str, values: Sequence[float | None], taken_on: Sequence[str | None]) -> tuple[Any, ...]:
+    """A row with a difference only where both numbers were taken on the same rows."""
+    if None not in values and not all(taken_on):
+        return (label, *values, "not known to be on the same rows")
+    if None not in values and taken_on[0] != taken_on[1]:
+        return (label, *values, "taken on other rows")
+    return _measured(label, *values)
 
 
 def _measured(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:

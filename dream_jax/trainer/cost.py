@@ -6,13 +6,12 @@ Knows prices given and listed. Knows nothing of how long anything takes.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
-from dream_jax.trainer.parts import Part, begun_now
+from dream_jax.trainer.parts import Part, begun_at
 from dream_jax.trainer.settings import TrainSettings
 
 
@@ -42,31 +41,39 @@ def usd_per_chip_hour(settings: TrainSettings, chip: Chip | None) -> float | Non
     return settings.price_per_chip_hour / rate
 
 
-def begin_part(settings: TrainSettings, mesh: Mesh) -> Part:
-    """What of a run begins now on this mesh."""
+def begin_part(settings: TrainSettings, mesh: Mesh, began: float) -> Part:
+    """What of a run began on this mesh, at a time of `time.monotonic()`."""
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
     chips = max(1, mesh.devices.size // (1 if chip is None else chip.devices_per_chip))
     if mesh.devices.flat[0].platform == "cpu":
         chips = 1  # the devices of a CPU are made up
-    devices = f"{mesh.devices.size} x {kind}"
-    return begun_now(devices=devices, chips=chips, usd_per_chip_hour=usd_per_chip_hour(settings, chip))
+    return begun_at(
+        began,
+        devices=f"{mesh.devices.size} x {kind}",
+        chips=chips,
+        usd_per_chip_hour=usd_per_chip_hour(settings, chip),
+        rmb_per_usd=settings.rmb_per_usd,
+    )
 
 
-def run_cost(settings: TrainSettings, parts: Sequence[Part]) -> Cost:
-    """What the parts of a run have cost together.
+def run_cost(parts: Sequence[Part], settings: TrainSettings | None = None) -> Cost:
+    """What the parts of a run, at least one, have cost together.
 
-    A part that no price was known of takes the one that the settings give now, if they give one.
+    A part that no price was known of takes the one that the settings give, if they give one.
     """
-    given = usd_per_chip_hour(settings, None)
+    given = None if settings is None else usd_per_chip_hour(settings, None)
     hours = [part.chips * part.seconds / 3600 for part in parts]
     prices = [given if part.usd_per_chip_hour is None else part.usd_per_chip_hour for part in parts]
-    known = [price for price in prices if price is not None]
-    usd = sum(map(operator.mul, hours, known)) if len(known) == len(prices) else None
+    known = [price * hour for price, hour in zip(prices, hours, strict=True) if price is not None]
+    chip_hours = sum(hours)
+    whole = len(known) == len(prices)
+    usd = sum(known)
+    rmb = sum(part.rmb_per_usd * cost for part, cost in zip(parts, known, strict=False))
     return Cost(
         chips=parts[-1].chips,
-        chip_hours=sum(hours),
-        usd_per_chip_hour=None if usd is None else usd / sum(hours),
-        usd=usd,
-        rmb=None if usd is None else usd * settings.rmb_per_usd,
+        chip_hours=chip_hours,
+        usd_per_chip_hour=usd / chip_hours if whole and chip_hours > 0 else None,
+        usd=usd if whole else None,
+        rmb=rmb if whole else None,
     )

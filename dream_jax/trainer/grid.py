@@ -72,19 +72,27 @@ class GridScore:
 class Grid:
     """Rows with fixed masks, and the compiled function that scores a model on them."""
 
-    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh):
-        """`rows` is not empty; `size` of them are computed at once, a multiple of the mesh's fsdp."""
-        self._tokens_RT = np.stack([one.tokens for one in rows])
-        self._maskable_RT = maskable_RT = np.stack([one.maskable for one in rows])
+    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh, eos_tail: int | None = None):
+        """Rows as training would lay them out.
+
+        Args:
+          rows: not empty.
+          size: how many are computed at once, a multiple of the mesh's fsdp.
+          mesh: where the models lie.
+          eos_tail: as in `BatchOptions`. Ends that training never shows would be scored as what it teaches.
+        """
+        laid_out = [_laid_out(one, eos_tail) for one in rows]
+        self._tokens_RT, self._maskable_RT, self._exist_RT = (np.stack(part) for part in zip(*laid_out, strict=True))
+        maskable_RT = self._maskable_RT
         generator = np.random.default_rng(0)  # the same masks for every model
         self._masked = [maskable_RT & (generator.random(maskable_RT.shape) < level) for level in LEVELS]
         self._size = size
         self._mesh = mesh
 
         def sums(
-            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, mask: Mask
+            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, exist_BT: jax.Array, mask: Mask
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), mask=mask)
+            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), exist_BT, mask=mask)
             ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
             return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
 
@@ -94,7 +102,7 @@ class Grid:
     @property
     def digest(self) -> str:
         """Of tokens and masks: scores of grids with the same one may be compared."""
-        found = hashlib.sha256(self._tokens_RT.tobytes())
+        found = hashlib.sha256(self._tokens_RT.tobytes() + self._exist_RT.tobytes())
         for masked_RT in self._masked:
             found.update(masked_RT.tobytes())
         return found.hexdigest()
@@ -111,10 +119,12 @@ class Grid:
                 filling = ((0, max(0, start + self._size - rows)), (0, 0))
                 tokens_BT, masked_BT = np.pad(self._tokens_RT[part], filling), np.pad(masked_RT[part], filling)
                 maskable_BT = np.pad(self._maskable_RT[part], filling)
+                exist_BT = np.pad(self._exist_RT[part], filling, constant_values=True)
                 # As numpy: every process has the whole of it, as it has of the rows.
-                mask = jax.tree.map(np.asarray, attends.placed(np.ones(maskable_BT.shape, bool), maskable_BT))
+                mask = jax.tree.map(np.asarray, attends.placed(exist_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
-                    found = self._sums(model, tokens_BT, masked_BT, np.full(self._size, level, np.float32), mask)
+                    t_B = np.full(self._size, level, np.float32)
+                    found = self._sums(model, tokens_BT, masked_BT, t_B, exist_BT, mask)
                 for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
                     target[number, part] = np.asarray(sums_B)[: rows - start]
         count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)
@@ -132,6 +142,17 @@ class Grid:
             num_masked=int(count_LR.sum()),
             rows=rows,
         )
+
+
+def _laid_out(row: EncodedRow, eos_tail: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, what may be masked and what exists; what a short tail of ends leaves over is hidden before the row."""
+    width = len(row.tokens)
+    kept = width if eos_tail is None else min(width, row.length + eos_tail)
+    before = width - kept
+    # The last tokens are pads, and so serve where nothing exists.
+    tokens, maskable = (np.roll(column, before) for column in (row.tokens, row.maskable))
+    exists = np.arange(width) >= before
+    return tokens, maskable & exists, exists
 
 
 def encode_held_out(held_out: Source, tokenizer: Tokenizer, settings: TrainSettings, max_length: int) -> list[Pair]:

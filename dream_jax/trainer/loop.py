@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -92,9 +93,11 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     report = Report(settings, origins)
     report.settings(mesh)
     run = _prepare(settings, mesh)
-    # Weights that cannot be read must show before --overwrite throws anything away.
     begins = not holds_checkpoint(settings)
-    params, frozen = weights.read(settings, mesh, compute_dtype(settings, mesh), begins=begins)
+    read = functools.partial(weights.read, settings, mesh, compute_dtype(settings, mesh), begins=begins)
+    # Weights that cannot be read must show before --overwrite throws anything away. A run that goes on throws nothing away,
+    # and the time that reading its base takes is time of the run.
+    params, frozen = read() if begins else (None, None)
     with (
         claimed_folder(settings),
         report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
@@ -104,15 +107,17 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             settings.out / "checkpoints", keep=settings.keep, measure="" if run.grid is None else run.grid.digest
         ) as checkpoints,
     ):
+        if frozen is None:
+            params, frozen = read()
         state, done = _first_state(run, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
             report.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         rows, batches = run.batches.report, run.batches.outlook(settings.steps)
-        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches), "from_hub": _from_hub(settings)}
+        data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
         if report.leads:
-            write_json(settings.out / "data.json", data)
+            write_json(settings.out / "data.json", data | {"sources": _sources(settings)})
         whole = run.model.config.num_parameters
         lines = [*rows.lines(), *batches.lines()]
         report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
@@ -142,6 +147,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             report.say(
                 f"held-out {name.replace('_', ' ')}: {value:g}" if isinstance(value, float) else f"{name}: {value}"
             )
+        spent = parts.now()
         summary = {
             "settings": settings.plain(),
             "parameters": whole,
@@ -155,8 +161,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "eval": evaluation,
             "best": None if best is None else {"step": best, "nll": checkpoints.score(best)},
             "step": int(state.step),
-            "seconds": parts.seconds,
-            "cost": dataclasses.asdict(run_cost(settings, parts.all())),
+            "seconds": sum(part.seconds for part in spent),
+            "cost": dataclasses.asdict(run_cost(spent, settings)),
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
@@ -164,6 +170,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         if report.leads:
             # With it the run is finished, whatever becomes of a picture.
             write_json(settings.out / "summary.json", summary)
+            parts.write(spent)  # for the report
             reports = [path.name for path in write_report(read_record(settings.out))]
         files = ["metrics.csv", "eval.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)]
         names = ", ".join(files)
@@ -174,21 +181,27 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
 @contextlib.contextmanager
 def _parts(settings: TrainSettings, mesh: Mesh, begun: float, report: Report) -> Iterator[Parts]:
     """The parts of the run, of which this process makes one."""
-    parts = Parts(settings.out if report.leads else None, begin_part(settings, mesh), begun)
+    parts = Parts(settings.out if report.leads else None, begin_part(settings, mesh, begun), begun, report.say)
     with parts.kept():
         yield parts
 
 
-def _from_hub(settings: TrainSettings) -> list[str]:
-    """Which names of the model and the data are ids on the hub, and no paths of this machine.
+def _sources(settings: TrainSettings) -> dict[str, str]:
+    """Where the model and the data were read: names of the hub, of this machine, or of this project.
 
     As it was when the run began: what stood at a path then may be gone when the run goes on.
     """
-    before = read_record(settings.out).data.get("from_hub")
-    if before is not None:
-        return list(before)
-    names = (settings.model, settings.data, *settings.mix)
-    return [name for name in names if is_hub_id(name) and not pathlib.Path(name).exists()]
+    try:
+        before = json.loads((settings.out / "data.json").read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None  # of a run that begins now, or a file that is written anew
+    if isinstance(before, dict):
+        return before
+    found = {}
+    for name in (settings.model, settings.data, *settings.mix):
+        local = pathlib.Path(name).expanduser().exists()
+        found[name] = "local" if local else "hub" if is_hub_id(name) else "built in"
+    return found
 
 
 def _sample(run: _Run, model: Dream, when: When) -> None:
@@ -261,7 +274,9 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             options=settings.batch_options(),
         ),
         held_out=held_out,
-        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh) if rows else None,
+        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.eos_tail)
+        if rows
+        else None,
         optimizer=built.optimizer,
     )
 

@@ -1,7 +1,7 @@
 """The parts that a run was made in, a part from one start of the command to its end: how long each held the hardware.
 
 A run that was killed has paid for steps that it takes again, perhaps on another mesh and at another price: only what is
-written while it runs knows of them.
+written while it runs knows of them. A start that fails before there is a folder of the run is none of its parts.
 
 Knows a file and a clock. Knows no prices.
 """
@@ -12,11 +12,11 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 FILE = "parts.json"
 EVERY = 10.0
@@ -33,6 +33,7 @@ class Part:
       devices: as in "8 x TPU v6 lite".
       chips: that were held.
       usd_per_chip_hour: None where no price is known.
+      rmb_per_usd: the rate at which that is paid in RMB.
       ended: whether it came to an end of its own; False for one that runs, or was killed.
     """
 
@@ -41,6 +42,7 @@ class Part:
     devices: str
     chips: int
     usd_per_chip_hour: float | None
+    rmb_per_usd: float
     ended: bool = False
 
 
@@ -64,29 +66,30 @@ def read_parts(folder: pathlib.Path) -> list[Part]:
 class Parts:
     """The earlier parts of a run, and the present one, which is written down as it goes on."""
 
-    def __init__(self, folder: pathlib.Path | None, present: Part, began: float):
+    def __init__(self, folder: pathlib.Path | None, present: Part, began: float, told: Callable[[str], None]):
         """Without a folder (on processes that do not lead) nothing is read or written.
 
         Args:
-          folder: of the run.
+          folder: of the run. A damaged file in it is put aside.
           present: this part; its seconds do not count.
           began: `time.monotonic()` at its begin, which may be before the run had a folder.
-
-        Raises:
-          ValueError: as `read_parts`.
+          told: what cannot be read or written; a run does not end for that.
         """
-        self._folder, self._present, self._began = folder, present, began
-        self._earlier = [] if folder is None else read_parts(folder)
+        self._folder, self._present, self._began, self._told = folder, present, began, told
+        self._writing = threading.Lock()
+        self._earlier: list[Part] = []
+        if folder is not None:
+            try:
+                self._earlier = read_parts(folder)
+            except ValueError as error:
+                aside = folder / f"{FILE}.damaged"
+                (folder / FILE).replace(aside)
+                told(f"warning: {error}; it is {aside.name} now, and the cost of earlier parts is not known")
 
-    def all(self, *, ended: bool = False) -> list[Part]:
+    def now(self, *, ended: bool = False) -> list[Part]:
         """As they are now."""
         seconds = time.monotonic() - self._began
         return [*self._earlier, dataclasses.replace(self._present, seconds=seconds, ended=ended)]
-
-    @property
-    def seconds(self) -> float:
-        """Of all of them until now."""
-        return sum(part.seconds for part in self.all())
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -98,9 +101,9 @@ class Parts:
 
         def keep() -> None:
             while not over.wait(EVERY):
-                self._write(ended=False)
+                self.write(self.now())
 
-        self._write(ended=False)
+        self.write(self.now())
         keeper = threading.Thread(target=keep, name="parts", daemon=True)
         keeper.start()
         try:
@@ -108,18 +111,34 @@ class Parts:
         finally:
             over.set()
             keeper.join()
-            self._write(ended=True)
+            self.write(self.now(ended=True))
 
-    def _write(self, *, ended: bool) -> None:
-        assert self._folder is not None
-        content: list[dict[str, Any]] = [dataclasses.asdict(part) for part in self.all(ended=ended)]
-        # Not `folder.write_json`: that module knows the training, this one a clock.
+    def write(self, parts: Sequence[Part]) -> None:
+        """Puts them on the disk; says so where it cannot, and the next time may."""
+        if self._folder is None:
+            return
         temporary = self._folder / f".{FILE}.incomplete"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self._folder / FILE)
+        try:
+            with self._writing, temporary.open("w", encoding="utf-8") as file:
+                json.dump([dataclasses.asdict(part) for part in parts], file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())  # rewritten so often, it would be the file that a loss of power leaves empty
+                temporary.replace(self._folder / FILE)
+        except OSError as error:
+            self._told(
+                f"warning: {self._folder / FILE} was not written ({error}): the cost of the run may miss this part"
+            )
 
 
-def begun_now(*, devices: str, chips: int, usd_per_chip_hour: float | None) -> Part:
-    """A part that begins now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Part(begun=now, seconds=0.0, devices=devices, chips=chips, usd_per_chip_hour=usd_per_chip_hour)
+def begun_at(began: float, *, devices: str, chips: int, usd_per_chip_hour: float | None, rmb_per_usd: float) -> Part:
+    """A part that began at a time of `time.monotonic()`."""
+    begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=time.monotonic() - began)
+    return Part(
+        begun=begun.isoformat(timespec="seconds"),
+        seconds=0.0,
+        devices=devices,
+        chips=chips,
+        usd_per_chip_hour=usd_per_chip_hour,
+        rmb_per_usd=rmb_per_usd,
+    )

@@ -58,14 +58,15 @@ class Record:
         """Whether all steps were taken and the result was written."""
         return bool(self.summary)
 
+    @property
+    def alike(self) -> Rows:
+        """The evaluations that were taken on what the last was taken on."""
+        return [row for row, grid in zip(self.evaluations, self.grids, strict=True) if grid == self.grids[-1]]
+
     def best(self) -> Mapping[str, float] | None:
-        """The evaluation with the lowest nll among those taken on what the last was taken on; None without a number."""
-        alike = [
-            row
-            for row, grid in zip(self.evaluations, self.grids, strict=True)
-            if grid == self.grids[-1] and math.isfinite(row["nll"])
-        ]
-        return min(alike, key=lambda row: row["nll"], default=None)
+        """Of those that are alike the one with the lowest nll; None without a number."""
+        rows = [row for row in self.alike if math.isfinite(row["nll"])]
+        return min(rows, key=lambda row: row["nll"], default=None)
 
     def last(self, name: str) -> float:
         """The mean of a metric over the last steps; NaN where it was never a number."""

@@ -6,11 +6,13 @@ Knows records and Markdown. Measures nothing.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.curves import can_draw, draw_curves
 from dream_jax.trainer.record import LAST, Record, shown, table
 
@@ -128,16 +130,18 @@ def _evaluation(record: Record) -> list[str]:
     lines = []
     if record.evaluations:
         names = [name for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy") if name in record.evaluations[0]]
-        kept = [record.evaluations[place] for place in _spread(len(record.evaluations))]
+        # Scores on other rows (a run may go on with other --eval-rows) are no better and no worse.
+        alike = record.alike
+        others = len(record.evaluations) - len(alike)
+        kept = [alike[place] for place in _spread(len(alike))]
         rows = [[int(one["step"]), *(one[name] for name in names)] for one in kept]
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
-        # Scores on other rows (a run may go on with other --eval-rows) are no better and no worse.
+        if others:
+            lines += [f"{others} evaluations on other rows are in eval.csv and not here.", ""]
         best = record.best()
         if best is not None:
-            others = sum(grid != record.grids[-1] for grid in record.grids)
-            left = f" ({others} evaluations on other rows left out)" if others else ""
-            lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}{left}.", ""]
+            lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}.", ""]
     found = record.summary.get("eval")
     if found:
         rows = [[name.replace("_", " "), value] for name, value in found.items()]
@@ -192,12 +196,15 @@ def _time(record: Record) -> list[str]:
     if record.parts:
         seconds, cut = sum(part.seconds for part in record.parts), sum(not part.ended for part in record.parts[:-1])
         of = f" in {len(record.parts)} parts, {cut} of them killed" if len(record.parts) > 1 else ""
+        if not record.finished and not record.parts[-1].ended:
+            of += "; the last still runs, or was killed"
         facts.append(("seconds, everything included", f"{seconds:.0f}{of}"))
         facts.append(
             ("devices", ", then ".join(name for name, _ in itertools.groupby(p.devices for p in record.parts)))
         )
     facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
-    facts += _money(summary.get("cost"))
+    cost = dataclasses.asdict(run_cost(record.parts)) if record.parts and not summary else summary.get("cost")
+    facts += _money(cost)
     return table(("what", "value"), facts)
 
 

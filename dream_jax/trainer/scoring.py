@@ -5,6 +5,7 @@ Knows rows, the sampler and the grid of noise levels. Knows nothing of the loop.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -52,8 +53,9 @@ def evaluate(
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)
         correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
         forwards = max(forwards, used)
+    grid = Grid([one for _, one in encoded], size, mesh, settings.eos_tail)
     if score is None:
-        score = Grid([one for _, one in encoded], size, mesh).score(model)
+        score = grid.score(model)
     measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}
     found: dict[str, Any] = {"exact_accuracy": correct / len(short)} if short else {}
     return found | {
@@ -62,7 +64,17 @@ def evaluate(
         "forwards": forwards,
         "nll": score.nll,
         **{name: None if math.isnan(value) else value for name, value in measured.items()},
+        "grid": grid.digest[:12],
+        "answered": _digest(short),
     }
+
+
+def _digest(pairs: Sequence[Pair]) -> str | None:
+    """Of rows: accuracies on the same ones may be compared."""
+    found = hashlib.sha256()
+    for _, one in pairs:
+        found.update(np.asarray(one.tokens[: one.length], np.int64).tobytes() + b"end")
+    return found.hexdigest()[:12] if pairs else None
 
 
 def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pair]]:
