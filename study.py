@@ -32,7 +32,7 @@ class Settings:
     quick: bool = False
     """one task, the masks alone, two seeds: a quarter of an hour on two cores"""
     tasks: tuple[str, ...] = ()
-    """all by default: addition, copy, reversal, sudoku, countdown"""
+    """all by default: addition, copy, reversal, sudoku, scattered sudoku, countdown"""
     variants: tuple[str, ...] = ()
     """names of masks and ablations; all by default"""
     seeds: int = 3
@@ -129,7 +129,7 @@ def study(settings: Settings, console: Console) -> None:
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
-    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, read_rows, summarise
+    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, differences, read_rows, summarise
     from dream_jax.mask_study.variants import MASKS
 
     tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
@@ -178,7 +178,7 @@ def study(settings: Settings, console: Console) -> None:
         from dream_jax.mask_study.tables import fill
 
         timed = settings.out / "costs.csv"
-        text = fill(path, summary, read_rows(timed) if timed.is_file() else [])
+        text = fill(path, summary, read_rows(timed) if timed.is_file() else [], differences(rows))
         write(path, text)
         paths.append(path)
     table(summary, console)

@@ -19,10 +19,12 @@ from dream_jax.mask_study import (
     Plan,
     Variant,
     costs,
+    differences,
     inspection,
     read_rows,
     summarise,
     tables,
+    tasks,
     training,
 )
 from dream_jax.mask_study.caching import kept_against_computed
@@ -306,6 +308,40 @@ def test_inspect_command(tmp_path):
     assert done.returncode == 1 and "give another --out" in done.stderr
 
 
+def test_scattered_cells_share_nothing():
+    """Blocks of four cells have one of each row, column and box; the puzzles are the others'."""
+    plain, scattered = (TASKS[name].examples("test", 0, 20) for name in ("sudoku", "scattered sudoku"))
+    cells = tasks._SCATTERED
+    for block in range(0, 16, 4):
+        here = cells[block : block + 4]
+        for unit in (lambda cell: cell // 4, lambda cell: cell % 4, lambda cell: cell // 8 * 2 + cell % 4 // 2):
+            assert {unit(cell) for cell in here} == {0, 1, 2, 3}
+    for one, other in zip(plain, scattered, strict=True):
+        for text, moved in zip(one, other, strict=True):
+            assert [text[cell] for cell in cells] == list(moved) and sorted(cells) == list(range(16))
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Two variants that go up and down together differ by little, however far their seeds are apart."""
+    shared = {"task": "t", "measure": "nll", "of": "all", "test_rows": 9, "passes": 0}
+    values = {"bidirectional": (1.0, 5.0, 3.0), "causal": (1.1, 5.2, 3.3), "prefix": (2.0,)}
+    rows = [
+        shared | {"variant": name, "seed": seed, "value": value}
+        for name, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+    (back, found) = differences(
+        [*rows, shared | {"measure": "kept keys", "variant": "causal", "seed": 0, "value": 1.0}]
+    )
+    assert (back["variant"], back["minus"], back["mean"]) == ("bidirectional", "causal", -found["mean"])
+    assert (found["variant"], found["minus"], found["seeds"]) == ("causal", "bidirectional", 3) and found[
+        "mean"
+    ] == pytest.approx(0.2)
+    # Student's t: 4.303 * 0.1 / sqrt(3).
+    assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
+
+
 def test_end_mark_is_no_letter_of_a_task():
     for task in TASKS.values():
         assert not any(END in one.prompt for one in task.examples("test", 0, 100))
@@ -329,7 +365,14 @@ def test_tables_of_the_report_are_those_of_its_data(name):
     folder = ROOT / "docs" / "study"
     summary = read_rows(folder / "summary.csv")
     path = ROOT / "docs" / name
-    assert tables.fill(path, summary, read_rows(folder / "costs.csv")) == path.read_text(encoding="utf-8")
+    made = [summary, read_rows(folder / "costs.csv"), read_rows(folder / "differences.csv")]
+    assert tables.fill(path, *made) == path.read_text(encoding="utf-8")
+    by_seed = differences(read_rows(folder / "results.csv"))
+    for one, other in zip(by_seed, made[2], strict=True):
+        assert [one[key] for key in ("task", "variant", "of", "minus")] == [
+            other[key] for key in ("task", "variant", "of", "minus")
+        ]
+        assert one["mean"] == pytest.approx(other["mean"], rel=1e-4, abs=2e-6)
     again = summarise(read_rows(folder / "results.csv"))
     assert len(again) == len(summary)
     for one, other in zip(again, summary, strict=True):
@@ -344,4 +387,4 @@ def test_marks_without_a_table_are_refused(tmp_path):
     path = tmp_path / "report.md"
     path.write_text("<!-- study.py writes: weather -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="weather"):
-        tables.fill(path, [], [])
+        tables.fill(path, [], [], [])

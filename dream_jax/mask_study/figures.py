@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dream_jax.mask_study.measures import ORDERS
+from dream_jax.mask_study.measures import ORDERS, TAU
 from dream_jax.mask_study.variants import MASKS
 
 Rows = Sequence[dict[str, Any]]
@@ -52,6 +52,26 @@ def _figure(columns: int, width: float, height: float, lines: int = 1) -> tuple[
     return figure, [axes for line in grid for axes in line]
 
 
+def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """A panel a task, three in a line, so that they can be read on a page."""
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure, panels = _figure(columns, 3.4 * columns + 0.6, 3.1 * lines + 0.8, lines)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    return figure, dict(zip(tasks, panels, strict=False))
+
+
+def _finish(figure: Any, panels: dict[str, Any], label: str, columns: int, title: str | None = None) -> None:
+    """Says what is shown, and by which marks."""
+    figure.supylabel(label, fontsize=10)
+    marks: dict[str, Any] = {}
+    for axes in panels.values():
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(name, handle)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=columns, title=title)
+
+
 def _style(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
 
@@ -73,9 +93,15 @@ def _points(axes: Any, places: Sequence[float], rows: Rows, number: int, label: 
 
 
 def _errors(rows: Rows) -> list[list[float]]:
-    """How far each interval reaches below and above its mean; nowhere for a single seed."""
+    """How far each interval reaches below and above its mean; nowhere for a single seed.
+
+    Of what cannot be negative not below a hundredth of the mean, which a logarithmic axis could not show.
+    """
     ends = [
-        (0.0, 0.0) if math.isnan(row["low"]) else (row["mean"] - row["low"], row["high"] - row["mean"]) for row in rows
+        (0.0, 0.0)
+        if math.isnan(row["low"])
+        else (row["mean"] - max(row["low"], row["mean"] / 100), row["high"] - row["mean"])
+        for row in rows
     ]
     return [[max(0.0, end[side]) for end in ends] for side in (0, 1)]
 
@@ -86,8 +112,8 @@ def _orders(rows: Rows) -> Any:
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
         return None
-    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.9)
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, panels = _panels(tasks)
+    for task, axes in panels.items():
         for number, order in enumerate(ORDERS):
             found = [_only(rows, task=task, variant=variant, of=order) for variant in variants]
             here = [(place, one[0]) for place, one in enumerate(found) if one]
@@ -96,8 +122,7 @@ def _orders(rows: Rows) -> Any:
         axes.set(title=task, ylim=(-0.03, 1.03))
         axes.set_xticks(range(len(variants)), variants, rotation=35, ha="right")
         axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("share of answers that are right")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="order of writing")
+    _finish(figure, panels, "share of answers that are right", 4, "order of writing")
     return figure
 
 
@@ -107,17 +132,17 @@ def _likelihood(rows: Rows) -> Any:
     tasks, variants, levels = _names(rows, "task"), _names(rows, "variant", MASKS), _names(rows, "of")
     if not variants:
         return None
-    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.6)
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, panels = _panels(tasks)
+    for task, axes in panels.items():
         for number, variant in enumerate(variants):
             here = [row for level in levels for row in _only(rows, task=task, variant=variant, of=level)]
             if here:
-                _points(axes, [(levels.index(row["of"]) + 0.5) / len(levels) for row in here], here, number, variant)
-        axes.set(title=task, xlabel="noise level t", xlim=(0, 1))
-        axes.set_ylim(bottom=0)
+                aside = 0.015 * (number - (len(variants) - 1) / 2)  # so that no mark hides another
+                places = [(levels.index(row["of"]) + 0.5) / len(levels) + aside for row in here]
+                _points(axes, places, here, number, variant)
+        axes.set(title=task, xlabel="noise level t", xlim=(0, 1), yscale="log")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("nats per masked token")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    _finish(figure, panels, "nats per masked token, on a logarithmic axis", 5)
     return figure
 
 
@@ -127,8 +152,8 @@ def _passes(rows: Rows) -> Any:
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
         return None
-    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.7)
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, panels = _panels(tasks)
+    for task, axes in panels.items():
         for number, variant in enumerate(variants):
             mine = _only(rows, task=task, variant=variant)
             few = [row for row in mine if row["of"].startswith("in ")] + _only(mine, of="confidence")
@@ -140,8 +165,9 @@ def _passes(rows: Rows) -> Any:
         axes.set(title=task, xlabel="forward passes", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("share of answers that are right")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    _finish(
+        figure, panels, "share of answers that are right", 5, f"hollow: all tokens above a probability of {TAU} at once"
+    )
     return figure
 
 
@@ -151,16 +177,16 @@ def _written_at(rows: Rows) -> Any:
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
         return None
-    figure, panels = _figure(len(tasks), 3.1 * len(tasks) + 0.6, 3.6)
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, panels = _panels(tasks)
+    for task, axes in panels.items():
         for number, variant in enumerate(variants):
             here = sorted(_only(rows, task=task, variant=variant), key=lambda row: int(row["of"]))
             if here:
                 _points(axes, [int(row["of"]) for row in here], here, number, variant)
-        axes.set(title=task, xlabel="position in the answer")
+        last = max(int(row["of"]) for row in _only(rows, task=task))
+        axes.set(title=task, xlabel="position in the answer", ylim=(-0.5, last + 0.5))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mean step at which it is written")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    _finish(figure, panels, "mean step at which it is written", 5)
     return figure
 
 
@@ -170,8 +196,12 @@ def _ablations(rows: Rows) -> Any:
     if not others:
         return None
     tasks = [task for task in _names(rows, "task") if any(row["variant"] in others for row in _only(rows, task=task))]
-    figure, panels = _figure(len(tasks), 4.2 * len(tasks) + 0.6, 4.2, lines=2)
-    asked = (("accuracy", "confidence", "right answers, by confidence"), ("nll", "all", "nats per masked token"))
+    figure, panels = _figure(len(tasks), 4.2 * len(tasks) + 0.6, 6.3, lines=3)
+    asked = (
+        ("accuracy", "in 1 passes", "right answers, in one pass"),
+        ("accuracy", "confidence", "right answers, by confidence"),
+        ("nll", "all", "nats per masked token"),
+    )
     for line, (name, of, label) in enumerate(asked):
         for column, task in enumerate(tasks):
             axes = panels[line * len(tasks) + column]
@@ -182,6 +212,8 @@ def _ablations(rows: Rows) -> Any:
                 axes.errorbar([row["mean"]], [place], xerr=_errors([row]), capsize=2, linestyle="none", **style)
             axes.set_yticks(range(len(here)), [row["variant"] for row in here])
             axes.invert_yaxis()
+            axes.margins(y=0.1)
             axes.set(title=task if line == 0 else "", xlabel=label)
             axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("circles: masks as they are; squares: with something else changed", fontsize=9)
     return figure

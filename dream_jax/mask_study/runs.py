@@ -23,7 +23,8 @@ from dream_jax.mask_study.tasks import TASKS
 from dream_jax.mask_study.training import BATCH, rows_of, tokenizer, train
 from dream_jax.mask_study.variants import MASKS, VARIANTS
 
-RESULTS, SUMMARY = "results.csv", "summary.csv"
+RESULTS, SUMMARY, DIFFERENCES = "results.csv", "summary.csv", "differences.csv"
+BASELINES = ("bidirectional", "causal")
 _CACHED_ROWS = 64
 
 # Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom: with few seeds the normal one is far too small.
@@ -95,8 +96,12 @@ class Plan:
 
 def _says_something(task: str, variant: str) -> bool:
     # Answers of one width have no pads to hide. The rest is asked where masks were found to differ most.
-    if variant in ("pads hidden", "block-causal:16"):
-        return task == ("countdown" if variant == "pads hidden" else "sudoku")
+    if task == "scattered sudoku":
+        return variant in ("bidirectional", "block-causal:4")
+    if variant == "pads hidden":
+        return task == "countdown"
+    if variant.startswith("block-causal:16"):
+        return task == "sudoku"
     if "unshifted" in variant:
         return task in ("addition", "sudoku")
     return variant in MASKS or task == "addition"
@@ -191,12 +196,18 @@ class Study:
                 numbers = {"measure": name, "of": of, "passes": passes, "value": value, "test_rows": rows}
                 yield dataclasses.asdict(run) | numbers
 
-    def write_tables(self) -> tuple[pathlib.Path, pathlib.Path]:
-        """`results.csv`, a line a number and seed, and `summary.csv`, over the seeds. Raises ValueError without runs."""
+    def write_tables(self) -> list[pathlib.Path]:
+        """`results.csv`, a line a number and seed; `summary.csv`, over the seeds; `differences.csv`, by seed.
+
+        Raises:
+          ValueError: there are no runs.
+        """
         rows = list(self.rows())
         if not rows:
             raise ValueError(f"{self.folder} has no run of this plan yet")
-        return write_table(self.folder / RESULTS, rows), write_table(self.folder / SUMMARY, summarise(rows))
+        written = [write_table(self.folder / RESULTS, rows), write_table(self.folder / SUMMARY, summarise(rows))]
+        different = differences(rows)
+        return [*written, write_table(self.folder / DIFFERENCES, different)] if different else written
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,8 +225,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = sum(values) / len(values)
         low = high = math.nan
         if 1 < len(values) <= len(_STUDENT) + 1:
-            spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-            half = _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
+            half = _half_width(values)
             low, high = mean - half, mean + half
             if name == "accuracy":
                 rows_low, rows_high = _wilson(mean, float(members[0]["test_rows"]))
@@ -224,6 +234,41 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         numbers = {"passes": passes, "seeds": len(values), "mean": mean, "low": low, "high": high}
         found.append({"task": task, "variant": variant, "measure": name, "of": of} | numbers)
     return found
+
+
+def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By seed: of each variant from the bidirectional and from the causal one, of each order from that by confidence.
+
+    Mean, and a 95 % interval by Student's t. A seed stands for weights, rows, order and noise that all variants share, and
+    all answer the same test rows: what they share does not widen these intervals, as it does those of two means. Only seeds
+    that both have; at least two. `minus` names what is taken away.
+    """
+    at: dict[tuple[Any, ...], float] = {
+        (row["task"], row["variant"], row["measure"], row["of"], row["seed"]): float(row["value"])
+        for row in rows
+        if row["measure"] in ("accuracy", "nll")
+    }
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for (task, variant, name, of, seed), value in at.items():
+        beside = [(baseline, (task, baseline, name, of, seed)) for baseline in BASELINES]
+        beside.append((f"{variant}, by confidence", (task, variant, name, "confidence", seed)))
+        for label, other in beside:
+            if other != (task, variant, name, of, seed) and other in at:
+                groups[task, variant, name, of, label].append(value - at[other])
+    found = []
+    for (task, variant, name, of, label), values in groups.items():
+        if 1 < len(values) <= len(_STUDENT) + 1:
+            mean, half = sum(values) / len(values), _half_width(values)
+            numbers = {"seeds": len(values), "mean": mean, "low": mean - half, "high": mean + half}
+            found.append({"task": task, "variant": variant, "measure": name, "of": of, "minus": label} | numbers)
+    return found
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Of a 95 % interval of the mean of a few numbers."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
 
 
 def _wilson(share: float, rows: float) -> tuple[float, float]:
@@ -237,7 +282,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a table that was written here, numbers as numbers."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = {"task", "variant", "measure", "of", "mask"}
+    texts = {"task", "variant", "measure", "of", "minus", "mask"}
     return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
 
 

@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 _MARK = re.compile(r"(<!-- study.py writes: ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def fill(path: pathlib.Path, summary: Rows, costs: Rows) -> str:
+def fill(path: pathlib.Path, summary: Rows, costs: Rows, differences: Rows) -> str:
     """The file's text with every table between its marks as these rows have it.
 
     Raises:
@@ -30,6 +30,7 @@ def fill(path: pathlib.Path, summary: Rows, costs: Rows) -> str:
         "likelihood": lambda: _likelihood(summary),
         "passes": lambda: _passes(summary),
         "ablations": lambda: _ablations(summary),
+        "differences": lambda: _differences(differences),
         "kept keys": lambda: _kept(summary),
         "costs": lambda: _costs(costs),
     }
@@ -111,6 +112,24 @@ def _ablations(rows: Rows) -> list[str]:
                 _cell(_find(one, measure="accuracy", of=of)) for of in ("in 1 passes", "confidence", "left to right")
             )
             lines.append([task, variant, *orders, _cell(_find(one, measure="nll", of="all"), 3)])
+    return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
+
+
+def _differences(rows: Rows) -> list[str]:
+    """From the bidirectional model, signed; those whose interval holds no zero in bold."""
+    rows = [row for row in rows if row["minus"] == MASKS[0]]
+    asked = (("accuracy", "in 1 passes", 2), ("accuracy", "confidence", 2), ("accuracy", "left to right", 2))
+    lines = []
+    for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
+        cells = []
+        for name, of, digits in (*asked, ("nll", "all", 3)):
+            row = _find(rows, task=task, variant=variant, measure=name, of=of)
+            if row is None:
+                cells.append("")
+                continue
+            text = f"{row['mean']:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+            cells.append(f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text)
+        lines.append([task, variant, *cells])
     return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
 
 

@@ -92,6 +92,8 @@ VARIANTS = {
         *(Variant(name=mask, mask=mask) for mask in MASKS),
         # Of sudoku: one block is the prompt, which so sees nothing of the answer, and one the answer.
         Variant(name="block-causal:16", mask="block-causal:16"),
+        # Under the shift the answer's first cell is read at the prompt's last place, and so sees no answer either.
+        Variant(name="block-causal:16, unshifted", mask="block-causal:16", shift=False),
         Variant(name="bidirectional, unshifted", shift=False),
         Variant(name="block-causal:4, unshifted", mask="block-causal:4", shift=False),
         Variant(name="uniform weight", weight="uniform"),
