@@ -27,17 +27,10 @@ from rich.console import Console
 
 import dream_jax
 from dream_jax.trainer import TrainSettings, train
+from dream_jax.trainer.record import read_record
+from dream_jax.trainer.run_report import write_report
 
-KEPT = (
-    "report.md",
-    "curves.png",
-    "eval.csv",
-    "metrics.csv",
-    "summary.json",
-    "data.json",
-    "settings.json",
-    "parts.json",
-)
+KEPT = ("eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json", "parts.json", "incidents.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +111,8 @@ def main(settings: Settings) -> int:
             if (path := pathlib.Path("run") / settings.out.name / name).is_file():
                 shutil.copyfile(path, unfinished / name)
         unfinished.rename(settings.out)
+    # From what is kept: without the samples, which are text of the data set.
+    write_report(read_record(settings.out))
     holds, words = verdict(settings.out / "eval.csv")
     console.print(words)
     return 0 if holds else 1

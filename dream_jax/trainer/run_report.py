@@ -154,7 +154,8 @@ def _samples(record: Record) -> list[str]:
     samples = record.samples
     if not samples:
         return [
-            "None: the run has no held-out rows to ask, was told not to (`--samples 0`), or none of its prompts fit."
+            "None: the run has no held-out rows to ask, was told not to (`--samples 0`), none of its prompts fit, or its "
+            "samples.json is not here."
         ]
     lines = [
         f"Held-out prompts, answered with {samples['tokens']} tokens at temperature {samples['temperature']}, seed "
