@@ -181,6 +181,8 @@ def run(settings: Settings) -> int:
     recipe |= {"samples": settings.samples} | dataclasses.asdict(sampler)
     # With the types of what is kept and of the rule, which `asdict` leaves out.
     recipe |= {"cache": repr(sampler.cache), "commit": repr(sampler.commit), "mask": settings.mask}
+    if settings.tokenizer not in (None, "bytes"):
+        recipe["tokenizer"] = pretrained.fingerprint(settings.tokenizer)
     if settings.adapter is not None:
         recipe["adapter"] = [settings.adapter, pretrained.fingerprint(settings.adapter)]
     if settings.base != "auto":

@@ -17,12 +17,13 @@ from flax import nnx
 from rich.console import Console
 
 import dream_jax
-from dream_jax import lora
+from dream_jax import lora, pretrained
 from dream_jax.evaluation import EvaluateSettings, evaluate
 from dream_jax.evaluation.answering import answer, batches, check_length, encode_prompt
 from dream_jax.evaluation.likelihood import model_nll
 from dream_jax.evaluation.progress import clock, watch
-from dream_jax.pretrained import save_adapter
+from dream_jax.model import merge_params, split_params
+from dream_jax.pretrained import directories, save_adapter
 from dream_jax.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -150,6 +151,30 @@ def test_results_of_other_weights_are_not_gone_on_with(model, tmp_path):
     with pytest.raises(ValueError, match="the mask of this evaluation is 'prefix'"):
         quiet(**given, mask="prefix", out=tmp_path / "prefix")
     assert not (tmp_path / "prefix").exists()
+
+
+@pytest.mark.parametrize("layout", ["converted", "published"])
+def test_a_fingerprint_is_of_the_model_alone(model, tmp_path, monkeypatch, layout):
+    """Of large files by pieces: one kind of matrix changed is seen wherever it lies; what is added beside it is not."""
+    monkeypatch.setattr(directories, "_PIECE", 1 << 10)
+    monkeypatch.setattr(directories, "_SAMPLES", 128)  # 0.13 of 3.4 MB
+    graphdef, params = split_params(model)
+    other = jax.tree.map(lambda leaf: leaf, params)
+    other["layers"]["mlp"]["down"]["kernel"] = other["layers"]["mlp"]["down"]["kernel"] * 1.5
+    write = dream_jax.save if layout == "converted" else dream_jax.export_hf
+    found = []
+    for name, tree in (("a", params), ("b", other)):
+        write(merge_params(graphdef, tree), tmp_path / name)
+        found.append(pretrained.fingerprint(tmp_path / name))
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert found[0] == pretrained.fingerprint(tmp_path / "moved") != found[1]
+    (tmp_path / "a" / "eval").mkdir()
+    (tmp_path / "a" / "eval" / "items.jsonl").write_text("{}\n")
+    (tmp_path / "a" / "README.md").write_text("words")
+    assert pretrained.fingerprint(tmp_path / "a") == found[0]
+    assert pretrained.fingerprint("nano") == "nano"
+    with pytest.raises(FileNotFoundError):
+        pretrained.fingerprint(tmp_path / "none")
 
 
 def test_answers_end_at_the_end_token(model, monkeypatch):

@@ -92,8 +92,23 @@ def test_rows_are_laid_out_as_training_lays_them_out(eos_tail):
     wanted = {
         tuple(map(bytes, row)) for row in zip(batch["tokens"], batch["maskable"], exists.astype(bool), strict=True)
     }
-    found = {tuple(map(bytes, _laid_out(one, eos_tail))) for one in rows()}
+    found = {tuple(map(bytes, _laid_out(one, options))) for one in rows()}
     assert found == wanted and len(found) == 5
+
+
+def test_no_more_ends_are_scored_than_batches_of_like_rows_show():
+    options = BatchOptions(width_step=4)
+    for one in rows():
+        copies = RowList([Row(prompt="1?", response="x" * (one.length - 3))] * 4)  # of the row's length
+        given = {"batch_size": 4, "max_length": LENGTH, "seed": 0, "num_threads": 0, "options": options}
+        with make_batches(copies, ByteTokenizer(), **given) as batches:
+            batch = next(batches)
+        _, maskable, exists = _laid_out(one, options)
+        assert batch["maskable"].sum(1).tolist() == [maskable.sum()] * 4
+        assert batch["tokens"].shape[1] == exists.sum()
+        # Where responses are cut to the length of one of them, a row shows at most its own end, and then pads of others.
+        _, _, exists = _laid_out(one, BatchOptions(cut_responses=True))
+        assert exists.sum() == one.length
 
 
 def test_a_tail_of_ends_is_scored_as_far_as_it_is_taught():
@@ -101,7 +116,7 @@ def test_a_tail_of_ends_is_scored_as_far_as_it_is_taught():
     mesh = sharding.make_mesh("1x1")
     one = rows(1)[0]
     whole = dataclasses.replace(one, tokens=one.tokens[: one.length + 1], maskable=one.maskable[: one.length + 1])
-    limited, alone = (Grid([row], 1, mesh, tail) for row, tail in ((one, 1), (whole, None)))
+    limited, alone = (Grid([row], 1, mesh, BatchOptions(eos_tail=tail)) for row, tail in ((one, 1), (whole, None)))
     assert limited.digest != alone.digest != Grid([one], 1, mesh).digest
     for grid in (limited, alone):  # the same tokens hidden in both
         grid._masked = [np.zeros(grid._tokens_RT.shape, bool) for _ in LEVELS]

@@ -21,6 +21,7 @@ from dream_jax.trainer.incidents import FILE as INCIDENTS
 from dream_jax.trainer.incidents import Incidents, read_incidents
 from dream_jax.trainer.parts import Part, Parts, read_parts
 from dream_jax.trainer.record import read_record, shown, table
+from dream_jax.trainer.report import Report
 from dream_jax.trainer.run_report import render_report, write_report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -355,6 +356,22 @@ def test_the_time_of_a_part_that_was_killed_counts(finished, tmp_path, monkeypat
     assert f"| cost | {cost.rmb:.2f} RMB, {cost.usd:.2f} USD, at 3.00 USD a chip and hour |" in text
 
 
+def test_a_price_that_is_given_late_is_in_every_report(finished, tmp_path):
+    out = copied(finished, tmp_path)
+    summary = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    free = dataclasses.asdict(dataclasses.replace(PART, usd_per_chip_hour=None, seconds=450.0))
+    (out / "parts.json").write_text(json.dumps([free]))
+    given = json.loads((out / "settings.json").read_text()) | {"price_per_chip_hour": 2.0, "currency": "usd"}
+    (out / "settings.json").write_text(json.dumps(given))
+    assert "2.00 USD, at 2.00 USD a chip and hour |" in render_report(read_record(out), drawn=False)
+    # Of a run that did not keep its parts: what its summary says.
+    (out / "parts.json").unlink()
+    (out / "summary.json").write_text(json.dumps(summary))
+    text = render_report(read_record(out), drawn=False)
+    assert f"| seconds, everything included | {summary['seconds']:.0f} |" in text and "| devices | " in text
+
+
 def test_a_run_does_not_end_for_the_file_of_its_parts(tmp_path, monkeypatch):
     """A disk that is full for a while, and a file that a loss of power left empty."""
     said = []
@@ -371,6 +388,17 @@ def test_a_run_does_not_end_for_the_file_of_its_parts(tmp_path, monkeypatch):
         time.sleep(0.1)
         assert read_parts(tmp_path)[0].seconds > before  # it goes on when it can
     assert said and all("No space left on device" in one for one in said)
+    # What is said of it goes to the same disk.
+    report = Report(settings(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    report._incidents = Incidents(tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(Incidents, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        report.say("warning: the disk is full")
+    assert not read_incidents(tmp_path / "run")
+    report.say("and goes on")
+    report.say("warning: more")
+    assert [one["text"] for one in read_incidents(tmp_path / "run")] == ["the disk is full", "more"]
     none = Parts(None, PART, time.monotonic() - 5, said.append)
     assert none.now()[0].seconds == pytest.approx(5, abs=1)
     with none.kept():

@@ -89,6 +89,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
         "task": settings.task,
         "file": None if settings.file is None else _digest(settings.file),
         "limit": settings.limit,
+        "tokenizer": None if settings.tokenizer in (None, "bytes") else pretrained.fingerprint(settings.tokenizer),
         "template": template,
         "mask": settings.mask,
         "batch_size": settings.batch_size,

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dream_jax.evaluation.statistics import student_95
 from dream_jax.mask_study.caching import kept_against_computed
 from dream_jax.mask_study.measures import Measured, measure
 from dream_jax.mask_study.tasks import TASKS
@@ -207,7 +208,10 @@ class Study:
             raise ValueError(f"{self.folder} has no run of this plan yet")
         written = [write_table(self.folder / RESULTS, rows), write_table(self.folder / SUMMARY, summarise(rows))]
         different = differences(rows)
-        return [*written, write_table(self.folder / DIFFERENCES, different)] if different else written
+        if different:
+            return [*written, write_table(self.folder / DIFFERENCES, different)]
+        (self.folder / DIFFERENCES).unlink(missing_ok=True)  # of other runs
+        return written
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,7 +228,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         values = [float(member["value"]) for member in members]
         mean = sum(values) / len(values)
         low = high = math.nan
-        if 1 < len(values) <= len(_STUDENT) + 1:
+        if len(values) > 1:
             half = _half_width(values)
             low, high = mean - half, mean + half
             if name == "accuracy":
@@ -257,7 +261,7 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 groups[task, variant, name, of, label].append(value - at[other])
     found = []
     for (task, variant, name, of, label), values in groups.items():
-        if 1 < len(values) <= len(_STUDENT) + 1:
+        if len(values) > 1:
             mean, half = sum(values) / len(values), _half_width(values)
             numbers = {"seeds": len(values), "mean": mean, "low": mean - half, "high": mean + half}
             found.append({"task": task, "variant": variant, "measure": name, "of": of, "minus": label} | numbers)
@@ -268,7 +272,9 @@ def _half_width(values: Sequence[float]) -> float:
     """Of a 95 % interval of the mean of a few numbers."""
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
+    freedom = len(values) - 1
+    point = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else student_95(freedom)
+    return point * spread / math.sqrt(len(values))
 
 
 def _wilson(share: float, rows: float) -> tuple[float, float]:

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dream_jax import hf
+from dream_jax import checkpoint, hf
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.tokenizer import TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 
-_MIB = 1 << 20
+# Of files by which a directory is told from another: so small that 15 GB are looked at in a second, so many that any layer
+# of a trained model lies under some of them.
+_PIECE, _SAMPLES = 1 << 16, 512
+_SUFFIXES = (".safetensors", ".json")
 
 # Keys of a published config.json that say nothing about the weights, and go where the weights go.
 _CARRIED_KEYS = (
@@ -88,8 +91,8 @@ def find_directory(
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """Tells what lies at a path from what lay there before: of results that are gone on with later.
 
-    Of a directory: a digest of the names and sizes of its files, and of the first and last MiB of each, which other weights
-    change. Of a hub id: the snapshot. Of a preset: its name.
+    Of a directory: a digest of the weights, the configuration and the tokenizer in it, of large files by `_SAMPLES` pieces
+    that are spread evenly; whatever else lies there does not count. Of a hub id: the snapshot. Of a preset: its name.
 
     Raises:
       FileNotFoundError, ConnectionError: there is nothing.
@@ -99,14 +102,17 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         if str(path) in PRESETS:
             return str(path)
         return find_directory(path, "neither a directory nor a preset", weights=False).name
+    beside = (one for one in directory.iterdir() if one.suffix in _SUFFIXES or one.name in TOKENIZER_FILES)
+    inside = (directory / checkpoint.WEIGHTS).rglob("*")
     found = hashlib.blake2b(digest_size=16)
-    for name in sorted(one.relative_to(directory) for one in directory.rglob("*") if one.is_file()):
-        with (directory / name).open("rb") as file:
+    for one in sorted(one for one in (*beside, *inside) if one.is_file() and not one.name.startswith(".")):
+        with one.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            found.update(f"{name} {size} ".encode())
-            for start in sorted({0, max(0, size - _MIB)}):
-                file.seek(start)
-                found.update(file.read(_MIB))
+            found.update(f"{one.relative_to(directory)} {size} ".encode())
+            pieces = -(-size // _PIECE)
+            for piece in sorted({round(place * (pieces - 1) / (_SAMPLES - 1)) for place in range(_SAMPLES)}):
+                file.seek(max(0, piece) * _PIECE)
+                found.update(file.read(_PIECE))
     return found.hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dream_jax import masks, sharding
-from dream_jax.data import EncodedRow, Row, Source, encode_row, first_rows
+from dream_jax.data import BatchOptions, EncodedRow, Row, Source, encode_row, first_rows
 from dream_jax.masks import Mask
 from dream_jax.model import Dream
 from dream_jax.objective import TIME_BUCKETS, UniformWeight, masked_diffusion_loss
@@ -72,16 +72,16 @@ class GridScore:
 class Grid:
     """Rows with fixed masks, and the compiled function that scores a model on them."""
 
-    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh, eos_tail: int | None = None):
+    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh, options: BatchOptions | None = None):
         """Rows as training would lay them out.
 
         Args:
           rows: not empty.
           size: how many are computed at once, a multiple of the mesh's fsdp.
           mesh: where the models lie.
-          eos_tail: as in `BatchOptions`. Ends that training never shows would be scored as what it teaches.
+          options: of the batches. Ends that training never shows would be scored as what it teaches.
         """
-        laid_out = [_laid_out(one, eos_tail) for one in rows]
+        laid_out = [_laid_out(one, BatchOptions() if options is None else options) for one in rows]
         self._tokens_RT, self._maskable_RT, self._exist_RT = (np.stack(part) for part in zip(*laid_out, strict=True))
         maskable_RT = self._maskable_RT
         generator = np.random.default_rng(0)  # the same masks for every model
@@ -144,11 +144,19 @@ class Grid:
         )
 
 
-def _laid_out(row: EncodedRow, eos_tail: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, what may be masked and what exists; what a short tail of ends leaves over is hidden before the row."""
-    width = len(row.tokens)
-    kept = width if eos_tail is None else min(width, row.length + eos_tail)
-    before = width - kept
+def _laid_out(row: EncodedRow, options: BatchOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, what may be masked and what exists; what is left over is hidden before the row.
+
+    Where a batch decides how far its rows are filled, a row here is filled as in a batch of rows of its own length.
+    """
+    width = kept = len(row.tokens)
+    if options.eos_tail is not None:
+        kept = row.length + options.eos_tail
+    elif options.cut_responses:
+        kept = row.length
+    elif options.width_step is not None:
+        kept = -(-row.length // options.width_step) * options.width_step
+    before = max(0, width - kept)
     # The last tokens are pads, and so serve where nothing exists.
     tokens, maskable = (np.roll(column, before) for column in (row.tokens, row.maskable))
     exists = np.arange(width) >= before

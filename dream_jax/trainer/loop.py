@@ -274,7 +274,7 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
             options=settings.batch_options(),
         ),
         held_out=held_out,
-        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.eos_tail)
+        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.batch_options())
         if rows
         else None,
         optimizer=built.optimizer,

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -35,6 +36,7 @@ class Report:
         self._incidents: Incidents | None = None
         self._unkept: list[tuple[Kind, str, int | None]] = []
         self._warned: set[str] = set()
+        self._keeping = threading.Lock()
         self.leads = jax.process_index() == 0
         self._console = Console(highlight=False, soft_wrap=True, quiet=not self.leads)
         self._progress: Progress | None = None
@@ -48,11 +50,17 @@ class Report:
             self._keep()
 
     def _keep(self) -> None:
-        while self._incidents is not None and self._unkept:
-            kind, warning, step = self._unkept.pop(0)
-            if warning not in self._warned:  # a run that goes on warns of its settings again, and skips the same steps
-                self._warned.add(warning)
-                self._incidents.add(kind, warning, step)
+        with self._keeping:  # also called by the thread that keeps the time
+            while self._incidents is not None and self._unkept:
+                kind, warning, step = self._unkept[0]
+                # A run that goes on warns of its settings again, and skips the same steps.
+                if warning not in self._warned:
+                    try:
+                        self._incidents.add(kind, warning, step)
+                    except OSError:
+                        return  # a full disk, perhaps: it was said, and is kept when it can be
+                    self._warned.add(warning)
+                self._unkept.pop(0)
 
     @contextlib.contextmanager
     def kept(self, folder: pathlib.Path, ends: Mapping[type[Exception], Kind]) -> Iterator[None]:

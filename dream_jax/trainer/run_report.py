@@ -15,6 +15,7 @@ from typing import Any
 from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.curves import can_draw, draw_curves
 from dream_jax.trainer.record import LAST, Record, shown, table
+from dream_jax.trainer.settings import TrainSettings
 
 FILE = "report.md"
 _POINTS = 12
@@ -138,7 +139,8 @@ def _evaluation(record: Record) -> list[str]:
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
         if others:
-            lines += [f"{others} evaluations on other rows are in eval.csv and not here.", ""]
+            known = "on other rows" if all(record.grids) else "on rows that are others or not recorded"
+            lines += [f"{others} evaluations {known} are in eval.csv and not here.", ""]
         best = record.best()
         if best is not None:
             lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}.", ""]
@@ -203,8 +205,15 @@ def _time(record: Record) -> list[str]:
         facts.append(
             ("devices", ", then ".join(name for name, _ in itertools.groupby(p.devices for p in record.parts)))
         )
+    elif summary:
+        facts.append(("seconds, everything included", f"{summary['seconds']:.0f}"))
+        facts.append(("devices", summary["devices"]))
     facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
-    cost = dataclasses.asdict(run_cost(record.parts)) if record.parts and not summary else summary.get("cost")
+    cost = summary.get("cost")
+    if record.parts and not summary:
+        priced = {name: record.settings.get(name) for name in ("price_per_chip_hour", "currency", "rmb_per_usd")}
+        given = TrainSettings(**{name: value for name, value in priced.items() if value is not None})
+        cost = dataclasses.asdict(run_cost(record.parts, given))
     facts += _money(cost)
     return table(("what", "value"), facts)
 

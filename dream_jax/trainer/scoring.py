@@ -53,7 +53,7 @@ def evaluate(
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)
         correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
         forwards = max(forwards, used)
-    grid = Grid([one for _, one in encoded], size, mesh, settings.eos_tail)
+    grid = Grid([one for _, one in encoded], size, mesh, settings.batch_options())
     if score is None:
         score = grid.score(model)
     measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}
