@@ -178,6 +178,7 @@ def test_plan_refuses():
         ({"tasks": ("chess",)}, "chess"),
         ({"variants": ("diagonal",)}, "diagonal"),
         ({"seeds": 0}, "nothing to do"),
+        ({"seeds": 11}, "self.seeds=11 is more than the 10"),
         ({"length": 0.0}, "nothing to do"),
         ({"test_rows": 5000}, "5000"),
     ):

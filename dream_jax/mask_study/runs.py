@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dream_jax.evaluation.statistics import student_95
 from dream_jax.mask_study.caching import kept_against_computed
 from dream_jax.mask_study.measures import Measured, measure
 from dream_jax.mask_study.tasks import TASKS
@@ -75,6 +74,8 @@ class Plan:
                     raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
         if not self.tasks or not self.variants or self.seeds < 1 or not self.length > 0:
             raise ValueError(f"nothing to do: {self}")
+        if self.seeds > len(_STUDENT) + 1:
+            raise ValueError(f"{self.seeds=} is more than the {len(_STUDENT) + 1} that intervals are known for")
         if not 1 <= self.test_rows <= 1024:
             raise ValueError(f"{self.test_rows=} must be between 1 and 1024")
 
@@ -272,9 +273,7 @@ def _half_width(values: Sequence[float]) -> float:
     """Of a 95 % interval of the mean of a few numbers."""
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    freedom = len(values) - 1
-    point = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else student_95(freedom)
-    return point * spread / math.sqrt(len(values))
+    return _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
 
 
 def _wilson(share: float, rows: float) -> tuple[float, float]:
