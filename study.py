@@ -108,6 +108,7 @@ def table(rows: list[dict[str, Any]], console: Console) -> None:
     from dream_jax.mask_study.measures import ORDERS
 
     shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
+    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # names first: numbers can be broken
     found = {(row["task"], row["variant"], row["measure"], row["of"]): row for row in rows}
 
     def cell(task: str, variant: str, name: str, of: str) -> str:
