@@ -144,6 +144,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         if run.held_out is not None:
             evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh, score)
         for name, value in evaluation.items():
+            if name in ("grid", "answered"):
+                continue  # for comparisons, not for a person
             report.say(
                 f"held-out {name.replace('_', ' ')}: {value:g}" if isinstance(value, float) else f"{name}: {value}"
             )
