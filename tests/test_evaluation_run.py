@@ -171,6 +171,7 @@ def test_a_fingerprint_is_of_the_model_alone(model, tmp_path, monkeypatch, layou
     (tmp_path / "a" / "eval").mkdir()
     (tmp_path / "a" / "eval" / "items.jsonl").write_text("{}\n")
     (tmp_path / "a" / "README.md").write_text("words")
+    (tmp_path / "a" / "summary.json").write_text("{}")
     assert pretrained.fingerprint(tmp_path / "a") == found[0]
     assert pretrained.fingerprint("nano") == "nano"
     with pytest.raises(FileNotFoundError):

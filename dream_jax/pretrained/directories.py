@@ -18,7 +18,7 @@ import numpy as np
 
 from dream_jax import checkpoint, hf
 from dream_jax.config import PRESETS, DreamConfig
-from dream_jax.tokenizer import TOKENIZER_FILES
+from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
@@ -26,7 +26,8 @@ DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 # Of files by which a directory is told from another: so small that 15 GB are looked at in a second, so many that any layer
 # of a trained model lies under some of them.
 _PIECE, _SAMPLES = 1 << 16, 512
-_SUFFIXES = (".safetensors", ".json")
+# Beside the weights and the tokenizer. Not all JSON: results may be kept in a directory of a model.
+_DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", PROMPT_FORMAT_FILE)
 
 # Keys of a published config.json that say nothing about the weights, and go where the weights go.
 _CARRIED_KEYS = (
@@ -102,7 +103,8 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         if str(path) in PRESETS:
             return str(path)
         return find_directory(path, "neither a directory nor a preset", weights=False).name
-    beside = (one for one in directory.iterdir() if one.suffix in _SUFFIXES or one.name in TOKENIZER_FILES)
+    named = (*_DESCRIBING, *TOKENIZER_FILES)
+    beside = (one for one in directory.iterdir() if one.suffix == ".safetensors" or one.name in named)
     inside = (directory / checkpoint.WEIGHTS).rglob("*")
     found = hashlib.blake2b(digest_size=16)
     for one in sorted(one for one in (*beside, *inside) if one.is_file() and not one.name.startswith(".")):

@@ -58,9 +58,7 @@ def read_parts(folder: pathlib.Path) -> list[Part]:
     try:
         return [Part(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); move it away to go on without the cost of earlier parts"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}); move it away, and with it the time of earlier parts") from error
 
 
 class Parts:
@@ -81,10 +79,10 @@ class Parts:
         if folder is not None:
             try:
                 self._earlier = read_parts(folder)
-            except ValueError as error:
+            except ValueError:
                 aside = folder / f"{FILE}.damaged"
                 (folder / FILE).replace(aside)
-                told(f"warning: {error}; it is {aside.name} now, and the cost of earlier parts is not known")
+                told(f"warning: {FILE} is damaged and is {aside.name} now: the time of earlier parts is not known")
 
     def now(self, *, ended: bool = False) -> list[Part]:
         """As they are now."""
