@@ -68,6 +68,7 @@ def measure(model: Dream, task: Task, variant: Variant, examples: Sequence[Examp
 
     def sampled(**options: object) -> Sample:
         shared = {"max_new_tokens": width, "vocab_limit": words.vocab_limit, "forbidden_tokens": (words.mask_id,)}
+        # Options of several types in one dict, which mypy takes for one type; SamplerConfig checks each.
         return generate(model, prompts, SamplerConfig(**shared | options), jax.random.key(seed))  # type: ignore[arg-type]
 
     # The bound of nothing writes the surest token alone; the published clock now and then writes none, and then two.
