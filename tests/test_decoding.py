@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from dream_jax import decoding
+from dream_jax.decoding import choosing, filters
 
 ALGS = ["origin", "maskgit_plus", "topk_margin", "entropy"]
 ROWS, VOCAB = 1000, 97  # of most tests: one shape, so that programs are compiled once
@@ -101,7 +102,7 @@ def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
     logits[3::50] = np.round(logits[3::50])
     logits[4::100] = 0.25
     uniform = np.random.default_rng(3).random(rows, np.float32)
-    monkeypatch.setattr(decoding, "_ROWS_TOGETHER", {"cpu": 5000})
+    monkeypatch.setattr(choosing, "_ROWS_TOGETHER", {"cpu": 5000})
     choose_by_all.clear_cache()
     check(logits, uniform, 0.7, top_p, top_k)
     choose_by_all.clear_cache()
@@ -111,17 +112,15 @@ def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
 @pytest.mark.parametrize(("top_p", "top_k"), FILTERS[2:])
 def test_several_thresholds_a_pass(monkeypatch, probes, top_p, top_k):
     """As accelerators do it, and all rows at once; the last group of rows is a short one elsewhere, here there is none."""
-    monkeypatch.setattr(decoding, "_PROBES", {"cpu": probes})
-    monkeypatch.setattr(decoding, "_ROWS_TOGETHER", {})
+    monkeypatch.setattr(filters, "_PROBES", {"cpu": probes})
+    monkeypatch.setattr(choosing, "_ROWS_TOGETHER", {})
     choose_by_all.clear_cache()
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, 0.7, top_p, top_k)
     choose_by_all.clear_cache()
 
 
-@pytest.mark.parametrize("probes", [1, 15])
-def test_bisection_ends_early_where_one_token_is_left(monkeypatch, probes):
-    """Peaked rows are settled after a few passes, flat ones after one for each bit that tells tokens apart."""
-    monkeypatch.setattr(decoding, "_PROBES", {"cpu": probes})
+def passes_of(mass_RV, top_p, top_k, monkeypatch):
+    """What `keep_likely` keeps, and over how many thresholds it went."""
     passes = []
 
     def counting(condition, body, start):
@@ -130,19 +129,57 @@ def test_bisection_ends_early_where_one_token_is_left(monkeypatch, probes):
             start = body(start)
         return start
 
-    monkeypatch.setattr(jax.lax, "while_loop", counting)
-    rng = np.random.default_rng(0)
-    for spread, most in ((4.0, 16), (0.5, 28)):
-        logits = rng.normal(size=(1, 20_000)).astype(np.float32) * np.float32(spread)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "while_loop", counting)
+        kept = filters.keep_likely(jnp.asarray(mass_RV, jnp.float32), top_p, top_k)
+    return np.asarray(kept) > 0, len(passes)
+
+
+@pytest.mark.parametrize(("probes", "most"), [(1, 14), (15, 8)])
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
+def test_few_thresholds_are_tried(monkeypatch, spread, top_p, probes, most):
+    """Guesses close in on the edge from both sides: halving the bits takes up to 27 passes for these rows."""
+    monkeypatch.setattr(filters, "_PROBES", {"cpu": probes})
+    for seed in range(3):
+        logits = np.random.default_rng(seed).normal(size=20_000).astype(np.float32) * np.float32(spread)
         mass = np.exp(logits - logits.max())
-        passes.clear()
-        kept = np.asarray(decoding._filtered(jnp.asarray(mass), 0.9, None))[0] > 0
-        order = np.argsort(-mass[0], kind="stable")
-        above = np.cumsum(mass[0][order].astype(np.float64)) - mass[0][order]
+        kept, passes = passes_of(mass[None], top_p, None, monkeypatch)
+        order = np.argsort(-mass, kind="stable")
+        above = np.cumsum(mass[order].astype(np.float64)) - mass[order]
         wanted = np.zeros(20_000, bool)
-        wanted[order[above <= 0.9 * mass.astype(np.float64).sum()]] = True
-        np.testing.assert_array_equal(kept, wanted)
-        assert len(passes) <= (most if probes == 1 else -(-most // 4) + 1)
+        wanted[order[above <= top_p * mass.astype(np.float64).sum()]] = True
+        np.testing.assert_array_equal(kept[0], wanted)
+        assert passes <= most
+
+
+@pytest.mark.parametrize("probes", [1, 15])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, None), (0.9995, None), (1e-6, None), (None, 30), (None, 400)])
+def test_rows_that_mislead_a_guess(monkeypatch, probes, top_p, top_k):
+    """Two heights, steps of many equals, masses down to the least float: the search ends all the same, and rightly."""
+    monkeypatch.setattr(filters, "_PROBES", {"cpu": probes})
+    rng = np.random.default_rng(0)
+    rows = [
+        np.r_[1.0, np.full(999, 1e-30)],
+        np.r_[np.ones(500), np.full(500, 0.5)],
+        np.r_[1.0, np.round(rng.random(999), 1)],
+        np.r_[1.0, 2.0 ** -rng.integers(0, 126, 999).astype(np.float64)],
+        np.r_[1.0, np.full(999, np.float32(1) - np.float32(2**-24))],
+        np.r_[1.0, np.zeros(999)],
+    ]
+    for mass in rows:
+        mass = mass.astype(np.float32)
+        kept, passes = passes_of(mass[None], top_p, top_k, monkeypatch)
+        wide = mass.astype(np.float64)
+        order = np.argsort(-mass, kind="stable")
+        wanted = np.zeros(1000, bool)
+        if top_k is None:
+            above = np.cumsum(wide[order]) - wide[order]
+            wanted[order[above <= np.float32(top_p) * wide.sum() * (1 + 1e-7)]] = True
+        else:
+            wanted = mass >= mass[order[top_k - 1]]
+        np.testing.assert_array_equal(kept[0], wanted & (mass > 0))
+        assert passes <= 14 + 31
 
 
 # The last two: a nucleus of about 100,000 tokens; about 1000 ties at the edge of the top 2000.

@@ -179,7 +179,7 @@ def test_one_row_pays_only_for_what_it_needs():
     full = {name for name in found if "layers/while" in name}
     assert full and all(re.match(r"while/body/cond/branch_1_fun/", name) for name in full)
     logits = {name for name in found if "unembed" in name}
-    assert logits and all(re.match(r"while/body/propose/cond/branch_[1-4]_fun/", name) for name in logits)
+    assert logits and all(re.match(r"while/body/propose/cond/branch_[1-9][0-9]*_fun/", name) for name in logits)
 
 
 # Randomness

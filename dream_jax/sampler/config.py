@@ -139,7 +139,7 @@ class SamplerConfig:
 
         Args:
           name: "exact": entropy order, a step a token (or `steps`), everything computed in every pass. "balanced": blocks
-            of 32, all tokens with a probability of 0.99 at once, windows that reach 32 tokens to both sides, a full pass at
+            of 32, all tokens with a probability of 0.998 at once, windows that reach 32 tokens to both sides, a full pass at
             each block and after every fourth pass. "fast": blocks of 32, all tokens with a probability of 0.9, windows of
             the block alone, a full pass at each block. The last two stop at the end of the text.
           max_new_tokens: as in SamplerConfig, like all `options`, which come before what the preset says.
@@ -155,7 +155,7 @@ class SamplerConfig:
         else:
             chosen = {"alg": "maskgit_plus", "block_length": 32, "stop_at_end": True}
             if name == "balanced":
-                chosen |= {"commit": Threshold(0.99), "cache": WindowCache(left=32, right=32, refresh_passes=4)}
+                chosen |= {"commit": Threshold(0.998), "cache": WindowCache(left=32, right=32, refresh_passes=4)}
             else:
                 chosen |= {"commit": Threshold(0.9), "cache": WindowCache()}
         return cls(max_new_tokens=max_new_tokens, **chosen | options)

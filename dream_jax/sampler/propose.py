@@ -21,10 +21,11 @@ from dream_jax.target import current_target
 # Elements of the largest [rows, V] block of logits that is formed at once (256 MiB of float32).
 _LOGIT_ELEMENTS = 1 << 26
 # Rows of that block, at least (over the whole batch): so many that reading the projection for them pays.
-_LOGIT_ROWS = 32
+_LOGIT_ROWS = 64
 # Sizes that the last block may have, as shares of a whole one. A CPU computes for nothing what fills it up; elsewhere it
 # takes as long as reading the projection, whatever its rows.
-_LAST_BLOCKS = {"cpu": 4}
+_LAST_BLOCKS = {"cpu": 16}
+# Each size is compiled on its own, which takes longer than it saves where the vocabulary is smaller.
 _LARGE_VOCABULARY = 1 << 14
 
 
@@ -93,6 +94,8 @@ def propose(
     # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
     chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
+    parts = min(chunk, _LAST_BLOCKS.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1)
+    chunk -= chunk % parts
     padding = -most % chunk
     rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
     if uniform_BM is not None:
@@ -126,9 +129,6 @@ def propose(
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return update(found[0], token.reshape(batch, size)), update(found[1], confidence.reshape(batch, size))
 
-    parts = _LAST_BLOCKS.get(current_target().platform, 1)
-    # Each size is compiled on its own, which takes longer than it saves where blocks are small.
-    parts = parts if chunk % parts == 0 and vocab >= _LARGE_VOCABULARY else 1
     empty = (jnp.zeros((batch, most + padding), jnp.int32), jnp.zeros((batch, most + padding), jnp.float32))
     with jax.named_scope("propose"):
         whole = lambda index, found: decide(chunk, index * chunk, found)
