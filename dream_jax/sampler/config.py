@@ -139,9 +139,9 @@ class SamplerConfig:
 
         Args:
           name: "exact": entropy order, a step a token (or `steps`), everything computed in every pass. "balanced": blocks
-            of 32, all tokens with a probability of 0.998 at once, windows that reach 32 tokens to both sides, a full pass at
-            each block and after every fourth pass. "fast": blocks of 32, all tokens with a probability of 0.9, windows of
-            the block alone, a full pass at each block. The last two stop at the end of the text.
+            of 32, all tokens with a probability of 0.998 at once, windows that reach 32 tokens to both sides, a full pass
+            at each block and after every fourth pass. "fast": blocks of 32, all tokens with a probability of 0.9, windows
+            of the block alone, a full pass at each block. The last two stop at the end of the text.
           max_new_tokens: as in SamplerConfig, like all `options`, which come before what the preset says.
           **options: other fields of SamplerConfig.
 
