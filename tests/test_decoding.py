@@ -304,6 +304,30 @@ def test_a_row_does_not_feel_the_others():
         np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
+def test_a_row_does_not_feel_how_many_there_are():
+    """Of the whole vocabulary, where float32 sums depend on their order: one to three rows, or the same among seven."""
+    rng = np.random.default_rng(0)
+    spread = np.array([[0.3], [0.6], [1.0], [1.5], [2.0], [3.0], [2.5]])
+    logits = (rng.normal(size=(7, 152_064)) * spread).astype(np.float32)
+    logits[1::2] = logits[1::2].astype(jnp.bfloat16)  # many equals
+    uniform = rng.random(7).astype(np.float32)
+    # Numbers that are not known to the compiler, as in the sampler.
+    numbers = jnp.float32(1.0), jnp.float32(0.95)
+    chosen = jax.jit(
+        lambda logits, uniform, temperature, top_p: decoding.choose_tokens(
+            logits, alg="entropy", temperature=temperature, top_p=top_p, top_k=None, uniform_R=uniform
+        )
+    )
+    one = lambda logits, uniform: chosen(logits, uniform, *numbers)
+    token, confidence = one(logits, uniform)
+    for rows in (1, 2, 3):
+        for begin in range(8 - rows):
+            some = slice(begin, begin + rows)
+            some_token, some_confidence = one(logits[some], uniform[some])
+            np.testing.assert_array_equal(some_token, token[some])
+            np.testing.assert_array_equal(some_confidence, confidence[some])
+
+
 def test_sampling_without_numbers_raises():
     with pytest.raises((ValueError, TypeCheckError), match="needs random numbers"):
         decoding.choose_tokens(

@@ -17,7 +17,7 @@ Alg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 # The published sampler adds it inside the logarithm of its entropy.
 _ENTROPY_EPSILON = 1e-10
 
-# Rows that are filtered together: on a CPU few enough that their probabilities stay in its cache, elsewhere all.
+# Rows that are looked at together: on a CPU few enough that their probabilities stay in its cache, elsewhere all.
 _ROWS_TOGETHER = {"cpu": 4}
 
 
@@ -70,8 +70,14 @@ def choose_tokens(
             mass_RV = filters.keep_likely(mass_RV, top_p, top_k)
         return _decide(mass_RV, depth_RV, best_R, alg=alg, uniform_R=uniform_R)
 
-    together = min(_ROWS_TOGETHER.get(current_target().platform, rows), rows)
-    if together == rows:
+    together = _ROWS_TOGETHER.get(current_target().platform, rows)
+    if rows < together:
+        # Sums over one row are formed in another order than those over several: a row's result must not depend on how
+        # many there are.
+        filled = lambda x: jnp.pad(x, ((0, together - rows), *[(0, 0)] * (x.ndim - 1)))
+        token_R, confidence_R = decide(filled(logits_RV), None if uniform_R is None else filled(uniform_R))
+        return token_R[:rows], confidence_R[:rows]
+    if rows == together:
         return decide(logits_RV, uniform_R)
 
     def group(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

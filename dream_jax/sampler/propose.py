@@ -94,8 +94,10 @@ def propose(
     # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
     chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
-    parts = min(chunk, _LAST_BLOCKS.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1)
-    chunk -= chunk % parts
+    parts = _LAST_BLOCKS.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1
+    unit = -(-chunk // parts)
+    parts = -(-chunk // unit)
+    chunk = unit * parts
     padding = -most % chunk
     rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
     if uniform_BM is not None:
