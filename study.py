@@ -105,7 +105,7 @@ def spread(settings: Settings, console: Console) -> None:
 
 def table(rows: list[dict[str, Any]], console: Console) -> None:
     """Accuracy by order, and likelihood, of each mask and task."""
-    from dream_jax.mask_study.measures import ORDERS
+    from mask_study.measures import ORDERS
 
     shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
     shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # names first: numbers can be broken
@@ -130,8 +130,8 @@ def study(settings: Settings, console: Console) -> None:
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
-    from dream_jax.mask_study import TASKS, VARIANTS, Plan, Study, differences, read_rows, summarise
-    from dream_jax.mask_study.variants import MASKS
+    from mask_study import TASKS, VARIANTS, Plan, Study, differences, read_rows, summarise
+    from mask_study.variants import MASKS
 
     tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
     variants = settings.variants or (MASKS if settings.quick else tuple(VARIANTS))
@@ -156,8 +156,8 @@ def study(settings: Settings, console: Console) -> None:
     if missing and settings.processes:
         spread(settings, console)
     if settings.costs:
-        from dream_jax.mask_study.costs import costs
-        from dream_jax.mask_study.runs import write_table
+        from mask_study.costs import costs
+        from mask_study.runs import write_table
 
         console.print("wrote", str(write_table(settings.out / "costs.csv", list(costs(MASKS)))))
     rows = list(made.rows())
@@ -170,13 +170,13 @@ def study(settings: Settings, console: Console) -> None:
     paths.append(about)
     summary = summarise(rows)
     try:
-        from dream_jax.mask_study.figures import draw_all
+        from mask_study.figures import draw_all
 
         paths += draw_all(summary, settings.out)
     except ModuleNotFoundError as error:
         console.print(f"no figures: {error}; pip install matplotlib")
     for path in settings.fill:
-        from dream_jax.mask_study.tables import fill
+        from mask_study.tables import fill
 
         timed = settings.out / "costs.csv"
         text = fill(path, summary, read_rows(timed) if timed.is_file() else [], differences(rows))
@@ -189,10 +189,10 @@ def study(settings: Settings, console: Console) -> None:
 def look(settings: Settings, console: Console) -> None:
     """Statistics of the attention of one checkpoint."""
     from dream_jax.config import PRESETS
-    from dream_jax.mask_study.inspection import STATISTICS, draw, inspect, read_rows
-    from dream_jax.mask_study.runs import write_table
     from dream_jax.pretrained import load
     from dream_jax.tokenizer import load_tokenizer
+    from mask_study.inspection import STATISTICS, draw, inspect, read_rows
+    from mask_study.runs import write_table
 
     assert settings.inspect is not None
     table_path, figure_path = settings.out / "attention.csv", settings.out / "attention.png"

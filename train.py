@@ -11,13 +11,15 @@ import pathlib
 import sys
 from typing import Annotated
 
+import jax
 import tyro
 
 from dream_jax.plan import PlanSettings, make_plan, render
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, compare, leave, train
+from dream_jax.reports.comparison import compare
+from dream_jax.reports.record import read_record
+from dream_jax.reports.run_report import write_report
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, leave, train
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
-from dream_jax.trainer.record import read_record
-from dream_jax.trainer.run_report import write_report
 
 DOES_NOT_FIT = 3
 RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
@@ -139,6 +141,8 @@ def main() -> int:
         if recipe is not None:
             recipe.check_given(given_settings(sys.argv[1:]))
         train(command.training, origins(command.training, recipe))
+        if jax.process_index() == 0:
+            print("wrote", *write_report(read_record(command.training.out)))
     except Stopped as stopped:
         print(stopped)
         return 130

@@ -26,9 +26,9 @@ from flax import nnx
 from rich.console import Console
 
 import dream_jax
+from dream_jax.reports.record import read_record
+from dream_jax.reports.run_report import write_report
 from dream_jax.trainer import TrainSettings, train
-from dream_jax.trainer.record import read_record
-from dream_jax.trainer.run_report import write_report
 
 KEPT = ("eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json", "parts.json", "incidents.jsonl")
 

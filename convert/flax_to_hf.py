@@ -15,7 +15,7 @@ import tyro
 from _console import run
 
 from dream_jax.pretrained import Conversion, convert_to_hf
-from dream_jax.trainer.card import find_run, model_card
+from dream_jax.reports.model_card import find_run, model_card
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,18 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once, with a clear message
 
+# Tests spend most of their time in XLA's compiler: it optimises less here, and what it compiled is kept for the next run.
+# DREAM_JAX_XLA=default (make test-optimised) compiles as users do.
+if os.environ.get("DREAM_JAX_XLA", "fast") == "fast":
+    _fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{_fast} {os.environ.get('XLA_FLAGS', '')}".strip()
+    _worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / f"xla-{_worker}")
+    )
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
 import jax
 import jaxtyping
 import pytest

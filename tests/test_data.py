@@ -23,7 +23,7 @@ from dream_jax.data import (
 )
 from dream_jax.data.chat import read_chat
 from dream_jax.data.gsm8k import read_gsm8k
-from dream_jax.data.planning import read_planning
+from dream_jax.data.puzzles import read_planning
 from dream_jax.data.sources import hold_out
 from dream_jax.data.sudoku import solution_grids, solutions, split_grids
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer

@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import pytest
 
-from dream_jax.evaluation.arithmetic import expected_number, final_number, judge_number, to_number
-from dream_jax.evaluation.planning import judge_countdown, judge_sudoku, parse_countdown
+from dream_jax.evaluation.gsm8k import expected_number, final_number, judge_number, to_number
 from dream_jax.evaluation.probe import Expectation, parse_expectation
+from dream_jax.evaluation.puzzles import judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.evaluation.scored_texts import likeliest
 from dream_jax.evaluation.tasks import TASKS
 

@@ -18,9 +18,9 @@ import dream_jax
 from dream_jax import hf, lora, pretrained
 from dream_jax.lora import LoraConfig
 from dream_jax.model import split_params
+from dream_jax.reports.model_card import find_run, model_card
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 from dream_jax.trainer import TrainSettings, train
-from dream_jax.trainer.card import find_run, model_card
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENS = np.random.default_rng(0).integers(0, 250, (3, 20)).astype(np.int32)

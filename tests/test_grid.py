@@ -13,7 +13,7 @@ from dream_jax.config import PRESETS
 from dream_jax.data import BatchOptions, Row, RowList, encode_row, make_batches
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer.grid import LEVELS, Grid, _laid_out
+from dream_jax.trainer.heldout import LEVELS, Grid, _laid_out
 
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=1, hidden_size=64, intermediate_size=96)
 LENGTH = 16

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dream_jax import masks
-from dream_jax.mask_study import (
+from dream_jax.sampler import SamplerConfig, generate
+from mask_study import (
     TASKS,
     VARIANTS,
     Plan,
@@ -27,11 +28,10 @@ from dream_jax.mask_study import (
     tasks,
     training,
 )
-from dream_jax.mask_study.caching import kept_against_computed
-from dream_jax.mask_study.measures import write_in_order
-from dream_jax.mask_study.tasks import END, Example
-from dream_jax.mask_study.variants import MASKS
-from dream_jax.sampler import SamplerConfig, generate
+from mask_study.caching import kept_against_computed
+from mask_study.measures import write_in_order
+from mask_study.tasks import END, Example
+from mask_study.variants import MASKS
 
 ROOT = Path(__file__).parents[1]
 

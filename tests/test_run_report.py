@@ -13,16 +13,17 @@ import time
 
 import pytest
 
+from dream_jax.reports.comparison import compare
+from dream_jax.reports.curves import draw_curves
+from dream_jax.reports.record import read_record, shown, table
+from dream_jax.reports.run_report import render_report, write_report
 from dream_jax.sharding import make_mesh
-from dream_jax.trainer import Diverged, TrainSettings, compare, parts, train
+from dream_jax.trainer import Diverged, TrainSettings, segments, train
+from dream_jax.trainer.console import Report
 from dream_jax.trainer.cost import begin_part, run_cost
-from dream_jax.trainer.curves import draw_curves
 from dream_jax.trainer.incidents import FILE as INCIDENTS
 from dream_jax.trainer.incidents import Incidents, read_incidents
-from dream_jax.trainer.parts import Part, Parts, read_parts
-from dream_jax.trainer.record import read_record, shown, table
-from dream_jax.trainer.report import Report
-from dream_jax.trainer.run_report import render_report, write_report
+from dream_jax.trainer.segments import Part, Parts, read_parts
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIONS = {"steps": 12, "batch_size": 8, "save_every": 5, "eval_rows": 4, "samples": 2, "sample_tokens": 20}
@@ -324,7 +325,7 @@ PART = Part(begun="now", seconds=0.0, devices="8 x chip", chips=8, usd_per_chip_
 
 def test_the_time_of_a_part_that_was_killed_counts(finished, tmp_path, monkeypatch):
     assert [part.ended for part in read_parts(finished)] == [True]
-    monkeypatch.setattr(parts, "EVERY", 0.01)
+    monkeypatch.setattr(segments, "EVERY", 0.01)
     # What is on the disk while it runs is what a kill would leave.
     killed = Parts(tmp_path, PART, time.monotonic() - 100, print)
     with killed.kept():
@@ -379,10 +380,10 @@ def test_a_run_does_not_end_for_the_file_of_its_parts(tmp_path, monkeypatch):
     kept = Parts(tmp_path, PART, time.monotonic(), said.append)
     assert not (tmp_path / "parts.json").exists() and (tmp_path / "parts.json.damaged").exists()
     assert "is damaged" in said.pop() and not said
-    monkeypatch.setattr(parts, "EVERY", 0.01)
+    monkeypatch.setattr(segments, "EVERY", 0.01)
     with kept.kept():
         with monkeypatch.context() as full:
-            full.setattr(parts.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            full.setattr(segments.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             time.sleep(0.1)
         before = read_parts(tmp_path)[0].seconds
         time.sleep(0.1)

@@ -17,7 +17,7 @@ from dream_jax.sampler import SamplerConfig
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import TrainSettings, train
 from dream_jax.trainer.build import describe_model
-from dream_jax.trainer.grid import Grid, encode_held_out
+from dream_jax.trainer.heldout import Grid, encode_held_out
 
 ROOT = pathlib.Path(__file__).parent.parent
 

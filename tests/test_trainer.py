@@ -22,7 +22,7 @@ from dream_jax.data import make_batches
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import Diverged, Stopped, TrainSettings, answer_text, loop, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
-from dream_jax.trainer.grid import Grid, encode_held_out
+from dream_jax.trainer.heldout import Grid, encode_held_out
 from dream_jax.trainer.incidents import read_incidents
 
 ROOT = pathlib.Path(__file__).parent.parent

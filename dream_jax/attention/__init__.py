@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from dream_jax import masks
 from dream_jax.attention import cudnn, splash, xla
-from dream_jax.attention.kept import KeysValues, Window
+from dream_jax.attention.kv_cache import KeysValues, Window
 from dream_jax.target import current_target, target_platform
 
 __all__ = ["Backend", "KeysValues", "Window", "attention", "choose", "refusal", "target_platform"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dream_jax import masks
-from dream_jax.attention.placement import per_device, splits_queries
+from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
 # The first generation (Ampere) that cuDNN has flash kernels for. jax does not ask, and compiling would fail.

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Float, Int
 
 from dream_jax import masks
-from dream_jax.attention.placement import per_device, splits_queries
+from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
 # Tiles are whole multiples of the TPU's 128 lanes. Larger ones cost less overhead; above 512 they strain the vector memory.

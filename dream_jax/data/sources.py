@@ -18,7 +18,7 @@ from dream_jax.data import documents, records, s1k
 from dream_jax.data.chat import parse_chat
 from dream_jax.data.gsm8k import parse_gsm8k, read_gsm8k
 from dream_jax.data.options import ReadOptions
-from dream_jax.data.planning import parse_planning
+from dream_jax.data.puzzles import parse_planning
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, Source, check_split
 from dream_jax.data.sudoku import SudokuSource
 

@@ -14,7 +14,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from dream_jax.data.planning import planning_row
+from dream_jax.data.puzzles import planning_row
 from dream_jax.data.rows import Intake, Row, check_index, check_split
 
 CELLS = 16

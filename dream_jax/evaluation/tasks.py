@@ -19,10 +19,10 @@ from typing import Any, Literal, get_args
 from dream_jax.data import Source, open_source
 from dream_jax.data.chat import parse_messages
 from dream_jax.data.jsonl import read_json_lines, text_field
-from dream_jax.evaluation.arithmetic import expected_number, judge_number
-from dream_jax.evaluation.planning import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
+from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
 from dream_jax.evaluation.problems import Problem, check_fields, line_number
+from dream_jax.evaluation.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.tokenizer import Message, Template
 
 SampledTask = Literal["sudoku", "countdown", "gsm8k", "chat"]

@@ -13,10 +13,9 @@ shows it to a person, `grid` scores it as it goes and `scoring` at the end, `sam
 `comparison` and `card`. What a step computes is `train_step`'s; what a row is, `data`'s.
 """
 
-from dream_jax.trainer.comparison import compare
 from dream_jax.trainer.loop import Diverged, Stopped, train
 from dream_jax.trainer.processes import leave
 from dream_jax.trainer.scoring import answer_text, evaluate
 from dream_jax.trainer.settings import TrainSettings
 
-__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "compare", "evaluate", "leave", "train"]
+__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "evaluate", "leave", "train"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
-from dream_jax.trainer.parts import Part, begun_at
+from dream_jax.trainer.segments import Part, begun_at
 from dream_jax.trainer.settings import TrainSettings
 
 

@@ -43,6 +43,7 @@ from dream_jax.trainer.build import (
     longest_row,
     open_tokenizer,
 )
+from dream_jax.trainer.console import Report
 from dream_jax.trainer.cost import begin_part, run_cost
 from dream_jax.trainer.folder import (
     MetricsLog,
@@ -54,14 +55,11 @@ from dream_jax.trainer.folder import (
     save_tokenizer,
     write_json,
 )
-from dream_jax.trainer.grid import Grid, GridScore, encode_held_out, rows_at_once
+from dream_jax.trainer.heldout import Grid, GridScore, encode_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
-from dream_jax.trainer.parts import Parts
-from dream_jax.trainer.record import read_record
-from dream_jax.trainer.report import Report
-from dream_jax.trainer.run_report import write_report
 from dream_jax.trainer.samples import When, take_samples
 from dream_jax.trainer.scoring import evaluate
+from dream_jax.trainer.segments import Parts
 from dream_jax.trainer.settings import TrainSettings
 from dream_jax.trainer.weights import Frozen
 
@@ -168,13 +166,11 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
-        reports = []
         if report.leads:
             # With it the run is finished, whatever becomes of a picture.
             write_json(settings.out / "summary.json", summary)
             parts.write(spent)  # for the report
-            reports = [path.name for path in write_report(read_record(settings.out))]
-        files = ["metrics.csv", "eval.csv", *reports, "summary.json", "checkpoints/", *(f"{name}/" for name in made)]
+        files = ["metrics.csv", "eval.csv", "summary.json", "checkpoints/", *(f"{name}/" for name in made)]
         names = ", ".join(files)
         report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
         return summary

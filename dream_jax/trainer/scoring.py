@@ -17,7 +17,7 @@ from dream_jax.data import EncodedRow, Source
 from dream_jax.model import Dream
 from dream_jax.sampler import SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import Tokenizer
-from dream_jax.trainer.grid import Grid, GridScore, Pair, encode_held_out, rows_at_once
+from dream_jax.trainer.heldout import Grid, GridScore, Pair, encode_held_out, rows_at_once
 from dream_jax.trainer.settings import TrainSettings
 
 

@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from dream_jax.reports.curves import can_draw, draw_curves
+from dream_jax.reports.record import LAST, Record, shown, table
 from dream_jax.trainer.cost import run_cost
-from dream_jax.trainer.curves import can_draw, draw_curves
-from dream_jax.trainer.record import LAST, Record, shown, table
 from dream_jax.trainer.settings import TrainSettings
 
 FILE = "report.md"

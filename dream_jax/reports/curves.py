@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dream_jax.trainer.record import Record, Rows
+from dream_jax.reports.record import Record, Rows
 
 FILE = "curves.png"
 

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from dream_jax.trainer.record import LAST, Record, read_record, table
+from dream_jax.reports.record import LAST, Record, read_record, table
 
 # They say where a run happened.
 _PLACES = ("out", "overwrite", "coordinator", "num_processes", "process_id")

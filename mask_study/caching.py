@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dream_jax.attention import Window
-from dream_jax.mask_study.measures import layout
-from dream_jax.mask_study.variants import InPlace
 from dream_jax.model import Dream
+from mask_study.measures import layout
+from mask_study.variants import InPlace
 
 BLOCK = 4
 

@@ -17,11 +17,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dream_jax.mask_study.caching import kept_against_computed
-from dream_jax.mask_study.measures import Measured, measure
-from dream_jax.mask_study.tasks import TASKS
-from dream_jax.mask_study.training import BATCH, rows_of, tokenizer, train
-from dream_jax.mask_study.variants import MASKS, VARIANTS
+from mask_study.caching import kept_against_computed
+from mask_study.measures import Measured, measure
+from mask_study.tasks import TASKS
+from mask_study.training import BATCH, rows_of, tokenizer, train
+from mask_study.variants import MASKS, VARIANTS
 
 RESULTS, SUMMARY, DIFFERENCES = "results.csv", "summary.csv", "differences.csv"
 BASELINES = ("bidirectional", "causal")

@@ -4,8 +4,8 @@ Knows tasks, variants, runs and figures, and how to look inside a checkpoint. De
 that the rooms below do not offer.
 """
 
-from dream_jax.mask_study.runs import Plan, Study, differences, read_rows, summarise
-from dream_jax.mask_study.tasks import TASKS, Task
-from dream_jax.mask_study.variants import VARIANTS, Variant
+from mask_study.runs import Plan, Study, differences, read_rows, summarise
+from mask_study.tasks import TASKS, Task
+from mask_study.variants import VARIANTS, Variant
 
 __all__ = ["TASKS", "VARIANTS", "Plan", "Study", "Task", "Variant", "differences", "read_rows", "summarise"]

@@ -15,13 +15,13 @@ import numpy as np
 
 from dream_jax import masks, sharding
 from dream_jax.data import EncodedRow
-from dream_jax.mask_study.tasks import Example, Task
-from dream_jax.mask_study.training import decode, learned, rows_of, tokenizer
-from dream_jax.mask_study.variants import Variant
 from dream_jax.model import Dream
 from dream_jax.sampler import EntropyBound, Sample, SamplerConfig, Threshold, generate
 from dream_jax.tokenizer import Tokenizer
-from dream_jax.trainer.grid import Grid
+from dream_jax.trainer.heldout import Grid
+from mask_study.tasks import Example, Task
+from mask_study.training import decode, learned, rows_of, tokenizer
+from mask_study.variants import Variant
 
 ORDERS = ("random", "confidence", "left to right", "right to left")
 """In which answers are written, a token a pass."""

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dream_jax.mask_study.measures import ORDERS, TAU
-from dream_jax.mask_study.variants import MASKS
+from mask_study.measures import ORDERS, TAU
+from mask_study.variants import MASKS
 
 Rows = Sequence[Mapping[str, Any]]
 

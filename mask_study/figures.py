@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dream_jax.mask_study.measures import ORDERS, TAU
-from dream_jax.mask_study.variants import MASKS
+from mask_study.measures import ORDERS, TAU
+from mask_study.variants import MASKS
 
 Rows = Sequence[dict[str, Any]]
 

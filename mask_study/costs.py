@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from dream_jax import masks, sharding
-from dream_jax.mask_study.variants import VARIANTS
 from dream_jax.model import split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.sampler import SamplerConfig, WindowCache, generate
 from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
+from mask_study.variants import VARIANTS
 
 ROWS, TOKENS = 4, 512
 NEW, BLOCK = 128, 32

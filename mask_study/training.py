@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from dream_jax import masks, sharding
-from dream_jax.mask_study.tasks import END, Example, Task
-from dream_jax.mask_study.variants import Variant
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
+from mask_study.tasks import END, Example, Task
+from mask_study.variants import Variant
 
 BATCH = 64
 _LEARNING_RATE = 2e-3  # of train.py for random weights

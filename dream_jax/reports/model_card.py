@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from dream_jax.trainer.record import Record, read_record, table
+from dream_jax.reports.record import Record, read_record, table
 
 _SETTINGS = (
     "recipe",

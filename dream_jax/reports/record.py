@@ -16,8 +16,8 @@ from typing import Any
 
 from dream_jax.trainer.folder import GRID
 from dream_jax.trainer.incidents import read_incidents
-from dream_jax.trainer.parts import Part, read_parts
 from dream_jax.trainer.samples import read_samples
+from dream_jax.trainer.segments import Part, read_parts
 from dream_jax.trainer.settings import TrainSettings
 
 LAST = 10
