@@ -33,11 +33,17 @@ def settings(out, **changes):
     return TrainSettings(**(OPTIONS | {"out": out} | changes))
 
 
+def train_and_report(chosen):
+    """As train.py does."""
+    train(chosen)
+    write_report(read_record(chosen.out))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     # A price, and settings that are warned of.
-    train(settings(out, price_per_chip_hour=36.0, weight="inverse-time"))
+    train_and_report(settings(out, price_per_chip_hour=36.0, weight="inverse-time"))
     return out
 
 
@@ -96,21 +102,11 @@ def test_without_matplotlib_the_report_says_so(finished, tmp_path, monkeypatch):
     assert not (out / "curves.png").exists()
 
 
-def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, tmp_path):
+def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
-    command = [
-        sys.executable,
-        "train.py",
-        "--steps",
-        "12",
-        "--batch-size",
-        "8",
-        "--save-every",
-        "5",
-        "--eval-rows",
-        "4",
-    ]
-    command += ["--samples", "2", "--sample-tokens", "20", "--out", str(out), "--log-every", "1"]
+    arguments = ["--steps", "12", "--batch-size", "8", "--save-every", "5", "--eval-rows", "4"]
+    arguments += ["--samples", "2", "--sample-tokens", "20", "--out", str(out), "--log-every", "1"]
+    command = [sys.executable, "train.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 1/"):
@@ -122,7 +118,8 @@ def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, 
     assert "after" not in before
     # A report of what there is can be made at any time.
     assert "NOT finished" in render_report(read_record(out), drawn=False)
-    train(settings(out))
+    code, said, _ = train_py(monkeypatch, capsys, *arguments)
+    assert code == 0 and f"wrote {out / 'report.md'}" in said
     after = json.loads((out / "samples.json").read_text())
     assert {name: after[name] for name in before} == before and len(after["after"]) == 2
     kinds = [one["kind"] for one in read_incidents(out)]
@@ -141,7 +138,7 @@ def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
     """Answers to fewer prompts, or longer ones, are not laid beside those of before."""
     out = copied(finished, tmp_path)
     (out / "summary.json").unlink()
-    train(settings(out, samples=1, weight="inverse-time"))
+    train_and_report(settings(out, samples=1, weight="inverse-time"))
     assert read_record(out).settings["samples"] == 1
     samples = json.loads((out / "samples.json").read_text())
     assert len(samples["prompts"]) == len(samples["after"]) == 1 and "before" not in samples
@@ -166,7 +163,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
 
 def test_overwriting_forgets_the_old_run(finished, tmp_path):
     out = copied(finished, tmp_path)
-    train(settings(out, steps=2, eval_rows=0, overwrite=True))
+    train_and_report(settings(out, steps=2, eval_rows=0, overwrite=True))
     assert not (out / "samples.json").exists() and not read_incidents(out)
     text = (out / "report.md").read_text()
     assert "None: the run has no held-out rows to ask" in text and "2 steps of 8 rows" in text
