@@ -26,6 +26,7 @@ from flax import nnx
 from rich.console import Console
 
 import dream_jax
+from dream_jax.files import new_directory
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
 from dream_jax.trainer import TrainSettings, train
@@ -110,13 +111,10 @@ def main(settings: Settings) -> int:
                 log_every=20,
             )
         )
-        unfinished = settings.out.with_name(f".{settings.out.name}.incomplete")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for name in KEPT:
-            if (path := pathlib.Path("run") / settings.out.name / name).is_file():
-                shutil.copyfile(path, unfinished / name)
-        unfinished.rename(settings.out)
+        with new_directory(settings.out) as unfinished:
+            for name in KEPT:
+                if (path := pathlib.Path("run") / settings.out.name / name).is_file():
+                    shutil.copyfile(path, unfinished / name)
     # From what is kept: without the samples, which are text of the data set.
     write_report(read_record(settings.out))
     holds, words = verdict(settings.out / "eval.csv")

@@ -10,7 +10,6 @@ in docs/memory.md, which --docs alone writes from that file.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import report
 import tyro
 
+from dream_jax.files import read_json
 from dream_jax.plan import Plan, PlanSettings, make_plan
 from dream_jax.plan.report import gib
 from dream_jax.trainer import TrainSettings
@@ -72,8 +72,7 @@ class Settings:
 
 def results() -> dict[str, Any]:
     """What the file has."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    return found
+    return read_json(RESULTS) if RESULTS.is_file() else {}
 
 
 def tables(found: Mapping[str, Any]) -> str:

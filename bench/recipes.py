@@ -16,6 +16,7 @@ from typing import Any
 import report
 import tyro
 
+from dream_jax.files import write_file
 from dream_jax.plan import PlanSettings, make_plan
 from dream_jax.trainer.recipes import Recipe, names, read_recipe
 
@@ -125,9 +126,7 @@ def main(settings: Settings) -> None:
         recipe = read_recipe(name, FOLDER)
         before = recipe.file.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
         text = "\n\n".join([before, MARK, *blocks(recipe, settings)]) + "\n"
-        temporary = recipe.file.with_name(f".{recipe.file.name}.incomplete")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(recipe.file)
+        write_file(recipe.file, text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psutil
+
+from dream_jax import files
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
@@ -92,14 +93,11 @@ def summarize(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes under a temporary name, then renames: a reader never sees half a result."""
+    """Writes a result, and the folder for it where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(unfinished, path)
+    files.write_json(path, value)
 
 
 def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:
-    """Writes a result under its name into a file of several; the others stay."""
-    others = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**others, name: value})
+    """Writes a result under its name into a JSON file of several results; the others stay."""
+    write_json(path, (files.read_json(path) if path.exists() else {}) | {name: value})

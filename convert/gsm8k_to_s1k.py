@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from dream_jax.data.gsm8k import read_gsm8k
+from dream_jax.files import write_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,7 @@ def main(settings: Settings) -> None:
             )
         except ValueError as error:
             raise ValueError(f"{row.meta['where']}: {error}") from error
-    temporary = settings.dst.with_name(f".{settings.dst.name}.incomplete")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(settings.dst)
+    write_file(settings.dst, "".join(f"{line}\n" for line in lines))
     print(f"wrote {count} rows in the schema of {settings.schema} to {settings.dst}")
 
 

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dream_jax import checksums, masks
+from dream_jax import files, masks
 from dream_jax.config import DreamConfig
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
@@ -414,7 +414,7 @@ class RunCheckpoints:
                     folder = pathlib.Path(self.get())
                     score = scores.get(int(step))
                     more = {"score": score, "measure": measure}
-                    await asyncio.to_thread(checksums.write, folder, leave_out=_WRITTEN_LAST, **more)
+                    await asyncio.to_thread(files.write_checksums, folder, leave_out=_WRITTEN_LAST, **more)
                 await super().finalize()
 
         self._manager = ocp.CheckpointManager(
@@ -430,7 +430,7 @@ class RunCheckpoints:
             },
         )
         for step in self.steps():
-            written = checksums.read(self.directory / str(step))
+            written = files.read_checksums(self.directory / str(step))
             score = None if written is None or written.get("measure") != measure else written.get("score")
             self._scores[step] = score if isinstance(score, float) else None
 
@@ -553,7 +553,7 @@ class RunCheckpoints:
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step; each process reads a share of its files, and all agree."""
         count = jax.process_count()
-        problem = checksums.damage(self.directory / str(step), jax.process_index(), count)
+        problem = files.find_damage(self.directory / str(step), jax.process_index(), count)
         if count > 1:
             found = multihost_utils.process_allgather(np.array(problem is not None))
             if found.any() and problem is None:

@@ -21,7 +21,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("config", "shapes", "chips", "target"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "tokenizer", "files",
-        "atomic", "checksums",
     ),
     "model": ("attention", "model"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),

@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from dream_jax import atomic, checkpoint, hf, pretrained
+from dream_jax import checkpoint, files, hf, pretrained
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import merge_params, split_params
@@ -376,7 +376,7 @@ def test_source_is_not_replaced_by_its_conversion(tiny: Path, tmp_path: Path) ->
 
 
 def test_target_that_appears_meanwhile_is_kept(converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="not empty"), atomic.new_directory(tmp_path / "c"):
+    with pytest.raises(OSError, match="not empty"), files.new_directory(tmp_path / "c"):
         shutil.copytree(converted, tmp_path / "c")
     assert checkpoint.is_converted(tmp_path / "c")
     assert leftovers(tmp_path) == []
@@ -455,7 +455,7 @@ def test_full_disk_while_exporting(tiny: Path, tmp_path: Path, monkeypatch: pyte
 
 KILLED = """
 import os, pathlib, signal, sys
-from dream_jax.atomic import new_directory
+from dream_jax.files import new_directory
 with new_directory(sys.argv[1], overwrite=True) as directory:
     (directory / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -473,7 +473,7 @@ def test_killed_run_leaves_no_checkpoint_and_is_tidied_up(
     with pytest.raises(FileNotFoundError):
         pretrained.load(target)
     # Another run that is alive is left in peace.
-    with atomic.new_directory(target) as alive, caplog.at_level(logging.WARNING):
+    with files.new_directory(target) as alive, caplog.at_level(logging.WARNING):
         assert not (tmp_path / stale).exists()
         os.rename(alive, tmp_path / ".c.incomplete-0")
         pretrained.convert_from_hf(tiny, target)
@@ -481,7 +481,7 @@ def test_killed_run_leaves_no_checkpoint_and_is_tidied_up(
         shutil.rmtree(target)
         os.rename(tmp_path / ".c.incomplete-0", alive)
     (tmp_path / ".c.incomplete-1").mkdir()  # killed before it had a lock
-    with caplog.at_level(logging.WARNING), atomic.new_directory(target, overwrite=True):
+    with caplog.at_level(logging.WARNING), files.new_directory(target, overwrite=True):
         assert "c.incomplete-1 was left by another run" in caplog.text
 
 
@@ -697,16 +697,16 @@ def test_without_an_undamaged_step_nothing_is_put_aside(tmp_path: Path) -> None:
 TERMINATED = """
 import os, pathlib, signal, sys, time
 import jax.numpy as jnp
-from dream_jax import checksums
+from dream_jax import files
 from dream_jax.checkpoint import RunCheckpoints
 with RunCheckpoints(sys.argv[1]) as run:
     run.save(1, {"weights": jnp.full((64, 1024), 1.0), "step": jnp.int32(1)}, {})
     run.wait()
-    write = checksums.write
+    write = files.write_checksums
     def slowly(*args, **more):
         print("writing", flush=True)
         time.sleep(60)
-    checksums.write = slowly
+    files.write_checksums = slowly
     run.save(2, {"weights": jnp.full((64, 1024), 2.0), "step": jnp.int32(2)}, {})
     print("returned", flush=True)
     time.sleep(60)

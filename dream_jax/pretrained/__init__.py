@@ -4,7 +4,7 @@
 directory is, `quantised` reads a model into a base of few bits, `adapter` keeps what was trained beside a base, `merged`
 adds the two as they are read, `prompting` finds a model's tokenizer and template, and `autoregressive` makes a Dream to be
 of a Qwen2. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all
-(`atomic`).
+(`files`).
 """
 
 from dream_jax.lora import merge as merge_adapter

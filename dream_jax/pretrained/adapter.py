@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from dream_jax import checkpoint, lora, masks
-from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
+from dream_jax.files import new_directory
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.shapes import ParamTree

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dream_jax import hf
-from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
+from dream_jax.files import new_directory
 from dream_jax.pretrained.directories import find_directory
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 

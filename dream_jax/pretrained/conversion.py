@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dream_jax import checkpoint, hf
-from dream_jax.atomic import new_directory
 from dream_jax.config import DreamConfig
+from dream_jax.files import new_directory
 from dream_jax.model import abstract_model
 from dream_jax.pretrained.adapter import describe_adapter
 from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dream_jax import checkpoint, hf, lora
-from dream_jax.atomic import new_directory
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS, DreamConfig
+from dream_jax.files import new_directory
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
 from dream_jax.pretrained.adapter import describe_adapter, put_on
 from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions

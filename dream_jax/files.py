@@ -1,0 +1,272 @@
+"""Files and directories that are either complete or absent, and checksums that show when one has changed since.
+
+Several processes may write one directory together. The module is not concerned with what the files contain.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import logging
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+CHECKSUMS = "checksums.json"
+_CHUNK_BYTES = 1 << 24
+_THREADS = 8  # reading and zlib both release Python's lock
+_SPARE_BYTES = 64 * 2**20  # for small files and the needs of the file system
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`; the file written there replaces `path` when the block ends without an error.
+
+    A reader therefore sees the old file or the new one, never half of one, even after a loss of power. After an error
+    the temporary file is removed and `path` is as before.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # also on Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes text (as UTF-8) or bytes to a file that is complete or as it was before; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: pathlib.Path, content: Any, *, indent: int = 2) -> None:
+    """Writes JSON and a newline with `write_file`. Raises: ValueError for NaN and infinities, which are not JSON."""
+    write_file(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def read_json(path: pathlib.Path, remedy: str = "remove the file or restore it from a copy") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+      path: the file.
+      remedy: what the user can do about a file that holds something else; it ends the error message.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON in UTF-8, or holds something other than an object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; {remedy}")
+    return found
+
+
+@contextlib.contextmanager
+def new_directory(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    reads: pathlib.Path | None = None,
+    marker: str = "config.json",
+) -> Iterator[pathlib.Path]:
+    """A temporary directory to fill; it is renamed to `path` when the block ends without an error, and removed otherwise.
+
+    Temporary directories that killed runs have left beside `path` are removed first. With several processes all of
+    them must enter the block; process 0 creates and renames the directory.
+
+    Args:
+      path: the final name.
+      overwrite: whether an existing directory of the same kind is replaced at the end.
+      needed_bytes: how much will be written; compared with the free space on the disk.
+      reads: a directory that is read during the block, which must not be `path`.
+      marker: the name of a file that every directory of this kind holds.
+
+    Raises:
+      FileExistsError: `path` exists and `overwrite` is not set, or `path` is a directory of another kind.
+      ValueError: `path` is `reads`.
+      OSError: there is too little space.
+    """
+    target = pathlib.Path(path).expanduser().resolve()
+    leads = jax.process_index() == 0
+    token, refusal = os.getpid(), None
+    if leads:
+        try:
+            _prepare(target, overwrite, needed_bytes, reads, marker)
+        except (OSError, ValueError) as error:
+            token, refusal = 0, error
+    if jax.process_count() > 1:
+        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+    if refusal is not None:
+        raise refusal
+    if not token:
+        raise RuntimeError(f"process 0 refused to make {target}; its message says why")
+    directory = target.parent / f".{target.name}.incomplete-{token}"
+    if not leads:
+        _barrier("made")
+        yield directory
+        _barrier("written")
+        _barrier("named")
+        return
+    directory.mkdir()
+    with open(directory / ".lock", "w") as lock:
+        # The system releases the lock however this process ends, so a directory without a held lock is stale.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            _barrier("made")
+            yield directory
+            _barrier("written")
+            (directory / ".lock").unlink()
+            _give_name(directory, target, overwrite)
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            if error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, f"the disk is full: {target} needs {needed_bytes} bytes") from error
+            raise
+        except BaseException:  # also on Ctrl-C
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    _barrier("named")
+
+
+def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None, marker: str) -> None:
+    if reads is not None and target == reads.resolve():
+        raise ValueError(f"{target} is the source itself; give another directory")
+    _remove_stale(target)
+    if target.exists():
+        if not overwrite:
+            raise FileExistsError(
+                f"{target} exists; pass --overwrite (overwrite=True) to replace it, or give another name"
+            )
+        if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+            raise FileExistsError(
+                f"{target} is not a checkpoint directory (it holds no {marker}), so it is not replaced; give another name"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed_bytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{target} needs {needed_bytes} bytes and {_SPARE_BYTES} to spare, but the disk has only {free}",
+        )
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"dream_jax.new_directory.{name}")
+
+
+def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    if not (overwrite and target.exists()):
+        directory.rename(target)  # raises if the target has been created meanwhile
+        return
+    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
+    target.rename(old)
+    directory.rename(target)
+    shutil.rmtree(old)
+
+
+def _remove_stale(target: pathlib.Path) -> None:
+    for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames of `_give_name`
+            old.rename(target)
+            _log.warning("put %s back: a run that was replacing it was killed", target)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.incomplete-*"):
+        try:
+            with open(stale / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale)
+                _log.warning("removed %s, left by a run that was killed", stale)
+        except BlockingIOError:
+            _log.warning("another run is writing %s now", stale)
+        except FileNotFoundError:
+            _log.warning("%s was left by another run; remove it if none is writing it", stale)
+
+
+def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **more: Any) -> None:
+    """Writes `checksums.json` into a folder that is complete: size and CRC-32 of every file, and the entries `more`.
+
+    Args:
+      folder: a folder to which nothing is written any more.
+      leave_out: names of files (relative to the folder, with "/") that are not listed.
+      more: further entries of the JSON object.
+    """
+    found_names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in found_names if name != CHECKSUMS and name not in leave_out)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda name: _size_and_sum(folder / name), names))
+    write_file(folder / CHECKSUMS, json.dumps(more | {"files": dict(zip(names, found, strict=True))}, indent=1))
+
+
+def read_checksums(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The contents of `checksums.json`; None when the file is missing, unreadable or of another form."""
+    try:
+        found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    files = found.get("files") if isinstance(found, dict) else None
+    # A damaged file may still be valid JSON.
+    return found if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
+
+
+def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str | None:
+    """Compares a folder with its checksums; describes the first difference, or returns None when there is none.
+
+    Args:
+      folder: a folder that was given to `write_checksums`.
+      share: which of the equal shares of the files is read; several processes can divide the reading.
+      shares: how many shares there are.
+    """
+    manifest = read_checksums(folder)
+    if manifest is None:
+        return f"{folder / CHECKSUMS} is missing or cannot be read"
+    files: Mapping[str, Any] = manifest["files"]
+    names = sorted(files, key=lambda name: (-files[name][0], name))[share::shares]  # largest first, in turn
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for line in pool.map(lambda name: _difference(folder / name, files[name]), names):
+            if line is not None:
+                return line
+    return None
+
+
+def _difference(path: pathlib.Path, wanted: Any) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size, checksum = wanted
+    if path.stat().st_size != size:
+        return f"{path} has {path.stat().st_size} bytes, but {size} were written"
+    found = _size_and_sum(path)[1]
+    return None if found == checksum else f"{path} has CRC-32 {found:08x}, but {checksum:08x} was written"
+
+
+def _size_and_sum(path: pathlib.Path) -> tuple[int, int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return size, checksum
