@@ -6,7 +6,8 @@ PY := $(VENV)/bin/python
 # A worker that dies ends the run: its replacement has been seen to wait for ever.
 # Files go to the workers in the order of tests/conftest.py, long ones first; xdist's own, by their number of tests, ends with
 # one worker at the longest file.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST_ARGS ?=
 DEMO := runs/demo
 
 # A puzzle as the nano model learns them: 0 is an empty cell, the last line ends with a newline. Its
@@ -28,10 +29,10 @@ WARM_UP := import jax.numpy, flax.nnx, optax, orbax.checkpoint, grain, datasets,
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-all test-optimised lint bench clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.test-installed  ## .venv with everything the tests need, pinned
 
@@ -40,8 +41,15 @@ demo: $(VENV)/.core-installed  ## train a nano model on sudoku on this CPU (runs
 	$(PY) train.py --mesh 8x1 --model nano --data sudoku --out $(DEMO) --overwrite
 	$(PY) sample.py --model $(DEMO)/model --prompt "$$DEMO_PROMPT" --max-new-tokens 20 --watch
 
-test: setup  ## the whole test suite; PYTEST_ARGS="-k masks -x" narrows it
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: setup  ## the default tests, of every module; PYTEST_ARGS="-k masks -x" narrows them
+	$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup  ## every test
+	$(PY) -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-optimised: export DREAM_JAX_XLA = default
+test-optimised: setup  ## golden numbers, resuming bit for bit, losses and sampler at XLA's default optimisation
+	$(PY) -m pytest $(WORKERS) -m optimised $(PYTEST_ARGS)
 
 lint: setup  ## formatting, lint and types
 	$(PY) -m ruff format --check .

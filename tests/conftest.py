@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,22 +12,24 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once, with a clear message
 
-# Tests spend most of their time in XLA's compiler: it optimises less here, and what it compiled is kept for the next run.
+# Tests spend most of their time in XLA's compiler: it optimises less here, and what it has compiled is kept, for the other
+# workers, for the processes that tests start and for the next run (docs/testing.md).
 # DREAM_JAX_XLA=default (make test-optimised) compiles as users do.
+TESTS = Path(__file__).parent
+PROGRAMS = TESTS.parent / ".pytest_cache" / "programs"
 if os.environ.get("DREAM_JAX_XLA", "fast") == "fast":
     _fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{_fast} {os.environ.get('XLA_FLAGS', '')}".strip()
-    _worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / f"xla-{_worker}")
-    )
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+sys.path.insert(0, str(TESTS / "startup"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS / "startup"), os.environ.get("PYTHONPATH"))))
 
-import jax
-import jaxtyping
-import pytest
-from jaxtyping import install_import_hook
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 # int32 + float32 and the like are errors: a silent promotion doubles the memory of what it touches.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -49,7 +53,13 @@ def pytest_report_header() -> str:
     return f"shapes: {'checked at every call' if CHECKED else 'NOT checked, beartype is not installed'}"
 
 
-TESTS = Path(__file__).parent
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Old programs go when they take too much of the disk: those of code that has changed since are never read again."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and PROGRAMS.is_dir():
+        size = sum(entry.stat().st_size for entry in os.scandir(PROGRAMS))
+        if size > 4e9:
+            shutil.rmtree(PROGRAMS)
+
 
 # Files that take minutes, the longest first: begun last they would hold up the end of a run by several workers.
 LONG = ("interruptions", "trainer", "optimizer", "sampler_blocks", "sampler", "mask_family", "lora", "train_step")

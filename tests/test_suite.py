@@ -1,0 +1,14 @@
+"""What the whole suite rests on: tests/conftest.py and what it sets up."""
+
+import jax
+from jax._src import lru_cache
+
+
+def test_compiled_programs_are_written_whole(tmp_path):
+    """jax's own cache writes straight into the file, and a killed process leaves half a program there."""
+    assert jax.devices()
+    assert lru_cache.LRUCache.put.__module__ == "jax_plugins.whole_cache_files"
+    cache = lru_cache.LRUCache(str(tmp_path), max_size=-1)
+    cache.put("key", b"program")
+    assert cache.get("key") == b"program"
+    assert [path.name for path in tmp_path.iterdir()] == ["key-cache"]
