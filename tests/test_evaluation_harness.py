@@ -71,7 +71,6 @@ def harness(folder, model_args, *arguments):
     command = [sys.executable, "-m", "dream_jax.evaluation.harness", "run", "--model", "dream_jax"]
     command += ["--model_args", model_args, "--include_path", folder, "--output_path", folder / "out", *arguments]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(folder / "home"),

@@ -3,26 +3,23 @@
 import contextlib
 import csv
 import os
-import pathlib
 import random
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from commands import start_script
 
 from dream_jax import sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.trainer import TrainSettings, processes, train
 from dream_jax.trainer.build import abstract_step
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 24
 RUN = {"mesh": "8x1", "steps": STEPS, "batch_size": 16, "save_every": 1, "keep": STEPS, "log_every": 1}
 RUN |= {"eval_rows": 4, "eval_every": 5}
@@ -66,19 +63,9 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of processes that start often: what one has compiled the next ones read."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    kept |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
-    return kept | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 @contextlib.contextmanager
-def started(environment, out, *more):
-    command = [sys.executable, "train.py", *FLAGS, "--out", str(out), *more]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as process:
+def started(out, *more, **variables):
+    with start_script("train.py", *FLAGS, "--out", out, *more, env=os.environ | variables) as process:
         try:
             yield process
         finally:
@@ -94,12 +81,12 @@ def read_steps(process, number):
     return said
 
 
-def test_five_kills_change_no_bit(uninterrupted, environment, tmp_path):
+def test_five_kills_change_no_bit(uninterrupted, tmp_path):
     """At moments nobody has chosen: before the first step, between steps, while a checkpoint is written."""
     out, draw = tmp_path / "killed", random.Random(5)
     wanted = table(uninterrupted / "metrics.csv")
     for attempt in range(5):
-        with started(environment, out) as process:
+        with started(out) as process:
             steps = draw.randint(1, 4) if attempt else 0
             read_steps(process, steps)
             time.sleep(draw.uniform(0, 0.4) if attempt else draw.uniform(1, 6))
@@ -109,7 +96,7 @@ def test_five_kills_change_no_bit(uninterrupted, environment, tmp_path):
             found = table(out / "metrics.csv")
             # What it had written by then was right, but for a row that it may have been writing.
             assert found[:-1] == wanted[: len(found) - 1] and len(found) >= steps
-    with started(environment, out) as process:
+    with started(out) as process:
         said = read_steps(process, 2)
         assert "going on after step" in said
         process.terminate()
@@ -117,7 +104,7 @@ def test_five_kills_change_no_bit(uninterrupted, environment, tmp_path):
     assert process.returncode == 130 and "the same command goes on from there" in said
     with RunCheckpoints(out / "checkpoints", keep=STEPS) as checkpoints:
         assert f"saved after step {checkpoints.latest_step()} of" in said
-    with started(environment, out) as process:
+    with started(out) as process:
         said = process.stdout.read()
     assert process.returncode == 0, said
     assert_same_run(out, uninterrupted)
@@ -164,13 +151,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def pair(environment, out, *of_the_second):
+def pair(out, *of_the_second):
     port = free_port()
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 started(
-                    environment,
                     out,
                     *("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(number)),
                     *(of_the_second if number else ()),
@@ -188,9 +174,9 @@ def finish(running, limit=300):
 
 
 @pytest.fixture(scope="module")
-def two_processes(environment, tmp_path_factory):
+def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "two"
-    with pair(environment, out) as running:
+    with pair(out) as running:
         finish(running)
     return out
 
@@ -201,11 +187,11 @@ def test_two_processes_give_the_losses_of_one(two_processes, uninterrupted):
         np.testing.assert_allclose(*values, rtol=1e-5 if column == "loss" else 1e-4)
 
 
-def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, environment, tmp_path):
+def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, tmp_path):
     """The one that coordinates, then the other; whoever is left says what to do, within a minute."""
     out = tmp_path / "left"
     for victim in (0, 1):
-        with pair(environment, out) as running:
+        with pair(out) as running:
             said = read_steps(running[0], 4)
             assert LINE.search(said), said
             running[victim].kill()
@@ -216,15 +202,15 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, enviro
         last = rest.strip().splitlines()[-1]
         assert last.startswith(f"error: process {1 - victim} of 0..1 ended before the run did."), rest
         assert "start the same command on every host again" in last
-    with pair(environment, out) as running:
+    with pair(out) as running:
         said = finish(running)
     assert "going on after step" in said[0] and "error:" not in "".join(said)
     assert_same_run(out, two_processes)
 
 
-def test_an_error_of_one_process_ends_the_other(environment, tmp_path):
+def test_an_error_of_one_process_ends_the_other(tmp_path):
     """A file that only one host lacks: it says so and ends, and does not wait for the other, which waits for it."""
-    with pair(environment, tmp_path / "out", "--data", "gone.jsonl") as running:
+    with pair(tmp_path / "out", "--data", "gone.jsonl") as running:
         begun = time.monotonic()
         said = running[1].communicate(timeout=120)[0]
         assert "error: no file gone.jsonl" in said and running[1].returncode == 1
@@ -235,7 +221,7 @@ def test_an_error_of_one_process_ends_the_other(environment, tmp_path):
     assert rest.strip().splitlines()[-1].startswith("error: process 0 of 0..1 ended before the run did.")
 
 
-def test_slurm_is_found(environment, tmp_path):
+def test_slurm_is_found(tmp_path):
     """Two tasks of a job step, as srun would start them, without a word on the command line."""
     out, port = tmp_path / "slurm", free_port()
     variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
@@ -245,7 +231,7 @@ def test_slurm_is_found(environment, tmp_path):
         for task in ("0", "1"):
             own = variables | {"SLURM_PROCID": task, "SLURM_LOCALID": task}
             more = ("--steps", "2", "--eval-rows", "0")
-            running.append(stack.enter_context(started(environment | own, out, *more)))
+            running.append(stack.enter_context(started(out, *more, **own)))
         said = finish(running)
     assert "8 x cpu, 2 process(es)" in said[0] and "step 2/2" in said[0]
     assert "step" not in said[1]  # one of them prints

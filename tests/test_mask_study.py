@@ -201,7 +201,7 @@ def test_command_goes_on_where_it_was_stopped(tmp_path):
         "prefix",
     ]
     command += ["--seeds", "1", "--length", "0.02", "--test-rows", "8", "--processes", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = os.environ | {"COLUMNS": "200"}
 
     def run(*more):
         done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -300,7 +300,7 @@ def test_too_long_rows_are_refused():
 @pytest.mark.slow
 def test_inspect_command(tmp_path):
     command = [sys.executable, "study.py", "--inspect", "nano", "--rows", "4", "--out", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "random weights" in done.stdout, done.stdout + done.stderr
     lines = (tmp_path / "attention.csv").read_text().splitlines()
