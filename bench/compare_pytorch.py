@@ -36,6 +36,7 @@ from rich.table import Table
 
 import dream_jax
 from dream_jax import objective, sharding, train_step
+from dream_jax.batch import Batch
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import split_params
 
@@ -213,7 +214,7 @@ def make_jax_training(sides: Sides, settings: Settings, tokens_BT: np.ndarray, n
     state = train_step.init_state(params, optimizer.make(), mesh)
     maskable_BT = np.ones(tokens_BT.shape, bool)
     row_B = np.arange(len(tokens_BT), dtype=np.int32)
-    rows = {"tokens": tokens_BT.astype(np.int32), "maskable": maskable_BT, "row": row_B}
+    rows = Batch(tokens_BT=tokens_BT.astype(np.int32), maskable_BT=maskable_BT, row_B=row_B)
     batch = train_step.put_batch(rows, mesh)
 
     def run() -> float:

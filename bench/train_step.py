@@ -33,6 +33,7 @@ import report
 
 from dream_jax import lora, sharding
 from dream_jax.attention import Backend
+from dream_jax.batch import Batch
 from dream_jax.chips import chip_of
 from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
@@ -102,11 +103,11 @@ def make_model(settings: Settings) -> Dream:
     return model
 
 
-def rows(settings: Settings) -> dict[str, np.ndarray]:
+def rows(settings: Settings) -> Batch[np.ndarray]:
     """Random tokens; every position may be masked."""
     shape = (settings.batch, settings.tokens)
     tokens = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
-    return {"tokens": tokens, "maskable": np.ones(shape, bool), "row": np.arange(settings.batch, dtype=np.int32)}
+    return Batch(tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32))
 
 
 def measure(settings: Settings, trace: pathlib.Path | None) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def measure_torch(settings: Settings) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     optimizer = reference.adamw(model, learning_rate=1e-5)
-    tokens_BT = torch.from_numpy(rows(settings)["tokens"]).long().to(device)
+    tokens_BT = torch.from_numpy(rows(settings).tokens_BT).long().to(device)
     half = settings.compute_dtype == "bfloat16"
     seconds = []
     for number in range(settings.warmup + settings.steps):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.model import Dream, merge_params
 from dream_jax.objective import (
     TIME_BUCKETS,
@@ -34,7 +35,8 @@ from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever ma
 from dream_jax.optimizer import opt_state_shardings, update_if, updates_done
 from dream_jax.shapes import ParamTree, joined
 
-Batch = Mapping[str, jax.Array]
+jax.tree_util.register_dataclass(Batch)
+
 Metrics = dict[str, jax.Array]
 
 # Names of the losses by noise level: nll_t_0_25 is of rows with t in [0, 0.25).
@@ -141,10 +143,13 @@ def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, m
     )
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as the arrays of the global batch."""
-    place = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
+def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
+    """The global batch on the devices of the mesh, of which `batch` holds the rows of this process."""
+    rows_sharding = sharding.batch_sharding(mesh)
+    put: Batch[jax.Array] = jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(rows_sharding, rows), batch
+    )
+    return put
 
 
 class TrainStep:
@@ -171,7 +176,9 @@ class TrainStep:
         self._anneal_steps = config.anneal_steps
         self._jitted: dict[bool, Any] = {}
 
-    def __call__(self, state: TrainState, batch: Batch, frozen: ParamTree | None = None) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
+    ) -> tuple[TrainState, Metrics]:
         """The state after the step, and its metrics; the state is donated, `frozen` is not."""
         # Two programs: once the mask is bidirectional, attention need not form all scores any more.
         annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
@@ -179,7 +186,7 @@ class TrainStep:
             found: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
             return found
 
-    def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: ParamTree | None = None) -> Any:
+    def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
         """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings.
 
         Of the step under the mask itself, which all but the first `anneal_steps` are.
@@ -217,13 +224,11 @@ def make_train_step(
       mesh: fsdp must divide the rows of each accumulated part.
 
     Returns:
-      A function of the state, a batch (`tokens` int32 [B, T], `maskable` bool [B, T], `row` int32 [B]: the index of
-      each row within the global batch; optionally `attention_mask` bool [B, T], false on what is hidden before a row,
-      whose positions count from there) and the parameters that the state leaves out, because they are not trained, to
-      the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`, `num_masked`,
-      `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (at masked end-of-text, which is also padding),
-      the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 where the loss or its gradient was infinite or no number,
-      in which case parameters and optimizer are as they were, else 0. What there was nothing of is NaN.
+      A function of the state, the global `Batch` and the parameters that the state leaves out, because they are not
+      trained, to the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`,
+      `num_masked`, `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (at masked end-of-text, which is also
+      padding), the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 where the loss or its gradient was infinite or
+      no number, in which case parameters and optimizer are as they were, else 0. What there was nothing of is NaN.
 
     Raises:
       ValueError: a batch that the mesh cannot split evenly.
@@ -239,19 +244,18 @@ def _train_step(
     mesh: sharding.AnyMesh,
     annealing: bool,
     state: TrainState,
-    batch: Batch,
+    batch: Batch[jax.Array],
     frozen: ParamTree,
 ) -> tuple[TrainState, Metrics]:
-    tokens_BT, maskable_BT, row_B = batch["tokens"], batch["maskable"], batch["row"]
-    exists_BT = batch.get("attention_mask")  # None: every position does
+    tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
     with jax.named_scope("noise"):
         key = noise_key(config.seed, state.step)
-        t_B, masked_BT = draw_noise(key, row_B, maskable_BT, config.global_batch)
+        t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
         masked_BT = sharding.constrain(masked_BT, "batch", None)
         # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
-    exist_BT = jnp.ones(tokens_BT.shape, bool) if exists_BT is None else exists_BT
-    placed = config.mask.placed(exist_BT, maskable_BT)
+    valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
+    placed = config.mask.placed(valid_BT, maskable_BT)
     drawn = None
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
@@ -259,23 +263,23 @@ def _train_step(
         drawn = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # the same for all rows
 
     def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
-        tokens_BT, masked_BT, t_B, row_B, exists_BT, placed = part
+        batch, masked_BT, t_B, placed = part
         model = merge_params(graphdef, joined(frozen, params))
         value, aux = masked_diffusion_loss(
             model,
-            tokens_BT,
+            batch.tokens_BT,
             masked_BT,
             t_B,
             config.weight,
-            exists_BT,
+            batch.valid_BT,
             mask=placed if drawn is None else drawn,
             focal=config.focal,
             normalizer=normalizer,
             # Unused, and so not computed, without an adapter that drops something.
-            dropout_keys=dropout_keys(config.seed, state.step, row_B),
+            dropout_keys=dropout_keys(config.seed, state.step, batch.row_B),
         )
         nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t_B)
-        ends_BT = masked_BT & (tokens_BT == model.config.pad_token_id)
+        ends_BT = masked_BT & (batch.tokens_BT == model.config.pad_token_id)
         return value, {
             "loss": value,
             "nll_sum": aux["nll"] * jnp.maximum(aux["num_masked"], 1.0),
@@ -287,7 +291,7 @@ def _train_step(
         }
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (tokens_BT, masked_BT, t_B, row_B, exists_BT, placed)
+    whole = (batch, masked_BT, t_B, placed)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:

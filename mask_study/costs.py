@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dream_jax import masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.model import split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.sampler import SamplerConfig, WindowCache, generate
@@ -60,7 +61,8 @@ def _training(name: str) -> tuple[Callable[[], None], int]:
     step = make_train_step(graphdef, optimizer, settings.schedule(), config, mesh)
     tokens = np.random.default_rng(0).integers(0, 200, (ROWS, TOKENS)).astype(np.int32)
     maskable = np.broadcast_to(np.arange(TOKENS) >= TOKENS // 2, tokens.shape)
-    batch = put_batch({"tokens": tokens, "maskable": maskable, "row": np.arange(ROWS, dtype=np.int32)}, mesh)
+    rows = Batch(tokens_BT=tokens, maskable_BT=maskable, row_B=np.arange(ROWS, dtype=np.int32))
+    batch = put_batch(rows, mesh)
     state = [init_state(params, optimizer, mesh)]
     needed = step.lower(state[0], batch).compile().memory_analysis().temp_size_in_bytes
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dream_jax import masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
@@ -98,9 +99,12 @@ def train(task: Task, variant: Variant, seed: int, steps: int, *, batch: int = B
     begun = 0.0
     for number in range(steps):
         part = slice(number * batch, (number + 1) * batch)
-        rows = {"tokens": tokens_RT[part], "maskable": maskable_RT[part], "row": np.arange(batch, dtype=np.int32)}
-        if variant.hide_pads:
-            rows["attention_mask"] = visible_RT[part]
+        rows = Batch(
+            tokens_BT=tokens_RT[part],
+            maskable_BT=maskable_RT[part],
+            row_B=np.arange(batch, dtype=np.int32),
+            valid_BT=visible_RT[part] if variant.hide_pads else None,
+        )
         state, metrics = step(state, put_batch(rows, mesh))
         nll.append(metrics["nll"])
         if number == 0:

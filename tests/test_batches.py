@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dream_jax.batch import Batch
 from dream_jax.data import (
     Batches,
     BatchOptions,
@@ -45,14 +46,14 @@ def batches_of(source: Any, **changes: Any) -> Batches:
     return make_batches(source, BYTES, **settings)
 
 
-def take(source: Any, steps: int, **changes: Any) -> list[dict[str, np.ndarray]]:
+def take(source: Any, steps: int, **changes: Any) -> list[Batch[np.ndarray]]:
     with batches_of(source, **changes) as batches:
         return [next(batches) for _ in range(steps)]
 
 
-def canvas(tokens: np.ndarray, exists: np.ndarray) -> tuple[int, str, int]:
-    """(number of the row, its response as far as there is room, pads after it) of what exists of a row."""
-    ids = tokens[exists].tolist()
+def canvas(tokens: np.ndarray, valid: np.ndarray) -> tuple[int, str, int]:
+    """(number of the row, its response as far as there is room, pads after it) of the valid positions of a row."""
+    ids = tokens[valid].tolist()
     prompt = 1 + (ids[0] - 1) % 3
     response = [one for one in ids[prompt:] if one != PAD]
     pads = len(ids) - prompt - len(response)
@@ -60,13 +61,14 @@ def canvas(tokens: np.ndarray, exists: np.ndarray) -> tuple[int, str, int]:
     return ids[0] - 1, bytes(response).decode(), pads
 
 
-def responses_of(batch: dict[str, np.ndarray]) -> list[tuple[int, str, int]]:
+def responses_of(batch: Batch[np.ndarray]) -> list[tuple[int, str, int]]:
     """`canvas` of each row; also checks that what is hidden lies on the left and that all else fits together."""
     found = []
-    for tokens, maskable, exists in zip(batch["tokens"], batch["maskable"], batch["attention_mask"], strict=True):
-        start = int(exists.argmax())
-        assert exists.tolist() == [False] * start + [True] * (len(exists) - start)
-        number, text, pads = canvas(tokens, exists)
+    assert batch.valid_BT is not None
+    for tokens, maskable, valid in zip(batch.tokens_BT, batch.maskable_BT, batch.valid_BT, strict=True):
+        start = int(valid.argmax())
+        assert valid.tolist() == [False] * start + [True] * (len(valid) - start)
+        number, text, pads = canvas(tokens, valid)
         assert tokens[:start].tolist() == [PAD] * start
         assert maskable.tolist() == [False] * (start + number % 3 + 1) + [True] * (len(text) + pads)
         found.append((number, text, pads))
@@ -82,7 +84,7 @@ def full_text(number: int) -> str:
 
 def test_eos_tail() -> None:
     for batch in take(uneven(), 4, options=BatchOptions(eos_tail=2)):
-        assert batch["tokens"].shape == (5, 16)
+        assert batch.tokens_BT.shape == (5, 16)
         for number, text, pads in responses_of(batch):
             room = 16 - (number % 3 + 1) - len(text)
             assert text == full_text(number) and pads == min(3, room)  # its own end and two more
@@ -92,8 +94,9 @@ def test_eos_tail() -> None:
 
 def test_a_tail_as_long_as_the_row_changes_nothing_but_says_so() -> None:
     for plain, limited in zip(take(uneven(), 4), take(uneven(), 4, options=BatchOptions(eos_tail=99)), strict=True):
-        assert limited.pop("attention_mask").all() and limited.keys() == plain.keys()
-        assert all(np.array_equal(plain[name], limited[name]) for name in plain)
+        assert limited.valid_BT is not None and limited.valid_BT.all() and plain.valid_BT is None
+        for name in ("tokens_BT", "maskable_BT", "row_B"):
+            np.testing.assert_array_equal(getattr(plain, name), getattr(limited, name))
 
 
 # --- Dream's variants ---
@@ -110,32 +113,31 @@ def test_cut_responses_gives_a_batch_the_length_of_one_of_its_rows() -> None:
             assert text == full_text(number)[:region] and pads == max(region - len(full_text(number)), 0)
     assert len(drawn) == 5  # any row of a batch may be the one
     first, again, other = (take(uneven(), 9, seed=seed, options=BatchOptions(cut_responses=True)) for seed in (3, 3, 4))
-    widths = [[int(batch["attention_mask"].sum()) for batch in run] for run in (first, again, other)]
+    widths = [[int(batch.valid_BT.sum()) for batch in run] for run in (first, again, other)]
     assert widths[0] == widths[1] != widths[2]
 
 
 def test_a_long_prompt_limits_its_own_row_only() -> None:
     rows = RowList([Row(prompt="p" * 10, response="r"), Row(prompt="p", response="s" * 12)])
     for batch in take(rows, 20, batch_size=2, options=BatchOptions(cut_responses=True)):
-        regions = sorted(batch["maskable"].sum(axis=1).tolist())
+        regions = sorted(batch.maskable_BT.sum(axis=1).tolist())
         assert regions in ([1, 1], [6, 12])
 
 
 def test_tail_cut_takes_the_same_from_every_row() -> None:
     cuts = []
     for plain, cut in zip(take(uneven(), 60), take(uneven(), 60, options=BatchOptions(tail_cut=0.5)), strict=True):
-        lost = plain["maskable"].sum(axis=1) - cut["maskable"].sum(axis=1)
-        assert len(set(lost.tolist())) == 1 and (cut["maskable"].sum(axis=1) >= 1).all()
+        lost = plain.maskable_BT.sum(axis=1) - cut.maskable_BT.sum(axis=1)
+        assert len(set(lost.tolist())) == 1 and (cut.maskable_BT.sum(axis=1) >= 1).all()
         cuts.append(int(lost[0]))
-        for tokens, (number, text, pads) in zip(plain["tokens"], responses_of(cut), strict=True):
+        for tokens, (number, text, pads) in zip(plain.tokens_BT, responses_of(cut), strict=True):
             before = tokens[number % 3 + 1 :].tolist()
             assert [*text.encode(), *[PAD] * pads] == before[: len(before) - cuts[-1]]
     assert 15 <= cuts.count(0) <= 45 and max(cuts) > 8  # 4 standard deviations
     assert all(
-        int(batch["attention_mask"].all())
-        for batch in take(uneven(), 5, options=BatchOptions(tail_cut=0.0, eos_tail=99))
+        int(batch.valid_BT.all()) for batch in take(uneven(), 5, options=BatchOptions(tail_cut=0.0, eos_tail=99))
     )
-    assert not any(batch["attention_mask"].all() for batch in take(uneven(), 5, options=BatchOptions(tail_cut=1.0)))
+    assert not any(batch.valid_BT.all() for batch in take(uneven(), 5, options=BatchOptions(tail_cut=1.0)))
 
 
 # --- widths ---
@@ -146,14 +148,14 @@ def test_width_step_pads_to_a_multiple_and_keeps_every_row() -> None:
     taken = take(uneven(10), steps, options=BatchOptions(width_step=4))
     seen: Counter[int] = Counter()
     for batch in taken:
-        width = batch["tokens"].shape[1]
-        assert "attention_mask" not in batch and width in (4, 8, 12, 16)
-        rows = [canvas(tokens, np.ones(width, dtype=bool)) for tokens in batch["tokens"]]
+        width = batch.tokens_BT.shape[1]
+        assert batch.valid_BT is None and width in (4, 8, 12, 16)
+        rows = [canvas(tokens, np.ones(width, dtype=bool)) for tokens in batch.tokens_BT]
         assert all(text == full_text(number) and pads >= 1 for number, text, pads in rows)
         assert width - 4 < max(number % 3 + 1 + len(text) + 1 for number, text, _ in rows)
         seen.update(number for number, _, _ in rows)
     assert set(seen.values()) == {steps * 5 // 10}
-    widths = [batch["tokens"].shape[1] for batch in taken]
+    widths = [batch.tokens_BT.shape[1] for batch in taken]
     assert len(set(widths)) > 2 and widths != sorted(widths)  # of like length, but not in their order
     assert np.mean(widths) < 12  # the longest row, 14 tokens, no longer sets the width of all
 
@@ -167,9 +169,11 @@ def test_variants_do_not_depend_on_processes_and_resume_exactly(options: BatchOp
     whole = take(uneven(), 20, **settings)
     parts = [take(uneven(), 20, process_index=p, process_count=3, num_threads=2, **settings) for p in range(3)]
     for step, batch in enumerate(whole):
-        order = np.argsort(np.concatenate([part[step]["row"] for part in parts]))
-        for name in batch:
-            np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts])[order], batch[name])
+        order = np.argsort(np.concatenate([part[step].row_B for part in parts]))
+        for name, array in vars(batch).items():
+            local = [getattr(part[step], name) for part in parts]
+            together = None if array is None else np.concatenate(local)[order]
+            np.testing.assert_array_equal(together, array)
     with batches_of(uneven(), **settings) as batches:
         for _ in range(7):
             next(batches)
@@ -178,7 +182,7 @@ def test_variants_do_not_depend_on_processes_and_resume_exactly(options: BatchOp
         batches.set_state(state)
         for step in range(7, 20):
             found = next(batches)
-            assert all(np.array_equal(found[name], parts[2][step][name]) for name in found)
+            assert all(np.array_equal(array, getattr(parts[2][step], name)) for name, array in vars(found).items())
     with batches_of(uneven(), batch_size=6) as other, pytest.raises(ValueError, match="layout was BatchOptions"):
         other.set_state(state)
 
@@ -226,11 +230,11 @@ def test_shares_of_ten_rows_by_hand() -> None:
     np.testing.assert_allclose(found.eos_share, (70 - 21 - 28) / 70)
     found = outlook_of(BatchOptions(cut_responses=True))
     taken = take(HAND, 2, options=BatchOptions(cut_responses=True))
-    supervised = [int(batch["maskable"].sum()) for batch in taken]
-    ends = [int((batch["maskable"] & (batch["tokens"] == PAD)).sum()) for batch in taken]
+    supervised = [int(batch.maskable_BT.sum()) for batch in taken]
+    ends = [int((batch.maskable_BT & (batch.tokens_BT == PAD)).sum()) for batch in taken]
     assert found.supervised == sum(supervised)
     np.testing.assert_allclose(found.eos_share, sum(ends) / sum(supervised))
-    np.testing.assert_allclose(found.hidden_share, 1 - np.mean([batch["attention_mask"] for batch in taken]))
+    np.testing.assert_allclose(found.hidden_share, 1 - np.mean([batch.valid_BT for batch in taken]))
 
 
 def test_an_outlook_looks_at_part_of_a_long_run() -> None:
@@ -246,13 +250,13 @@ def test_a_mixture_keeps_its_weights_and_the_epochs_of_each_part() -> None:
     few, many = uneven(4), uneven(30, first=11)
     mixture = Mixture([few, many], [1.0, 3.0])
     assert len(mixture) == 34 and mixture[3] == few[3] and mixture[4] == many[0] and mixture[33] == many[29]
-    firsts = [int(tokens[0]) for batch in take(mixture, 24) for tokens in batch["tokens"]]
+    firsts = [int(tokens[0]) for batch in take(mixture, 24) for tokens in batch.tokens_BT]
     assert len(firsts) == 120
     of_few, of_many = [one for one in firsts if one < 11], [one for one in firsts if one >= 11]
     assert len(of_few) == 30 and len(of_many) == 90
     assert all(sorted(of_few[start : start + 4]) == [1, 2, 3, 4] for start in range(0, 28, 4))
     assert all(sorted(of_many[start : start + 30]) == list(range(11, 41)) for start in (0, 30, 60))
-    by_size = [int(tokens[0]) < 11 for batch in take(Mixture([few, many]), 68) for tokens in batch["tokens"]]
+    by_size = [int(tokens[0]) < 11 for batch in take(Mixture([few, many]), 68) for tokens in batch.tokens_BT]
     assert abs(sum(by_size) - 40) <= 1  # 4 of 34
 
 
@@ -261,12 +265,12 @@ def test_a_mixture_drops_by_length_in_each_part_and_measures_a_uniform_part_once
     with batches_of(mixture, max_length=40, batch_size=8) as batches:
         report = batches.report
         assert (report.measured, report.kept, report.dropped) == (11, 1_000_010, 0)
-        prompts = [tokens[0] for _ in range(4) for tokens in next(batches)["tokens"]]
+        prompts = [tokens[0] for _ in range(4) for tokens in next(batches).tokens_BT]
     assert sum(int(token) < 11 for token in prompts) == 16
     long = RowList([Row(prompt="p", response="r" * n) for n in (50, 3, 60, 2)])
     report = length_report(Mixture([long, uneven(3)]), BYTES, 16)
     assert (report.kept, report.dropped, report.shortest, report.longest) == (5, 2, 3, 62)
-    seen = {BYTES.decode(tokens) for batch in take(Mixture([long, uneven(3)]), 9) for tokens in batch["tokens"]}
+    seen = {BYTES.decode(tokens) for batch in take(Mixture([long, uneven(3)]), 9) for tokens in batch.tokens_BT}
     assert len(seen) == 5
     with pytest.raises(ValueError, match="no row of part 2 of the mixture fits"):
         batches_of(Mixture([uneven(3), RowList([long[0]])]))
@@ -323,7 +327,7 @@ def test_all_assistant_turns_or_the_last() -> None:
         RowList([row]), BYTES, batch_size=1, max_length=128, seed=0, encoding=EncodeOptions(learned_turns="all")
     ) as batches:
         found = batches.outlook(1)
-        np.testing.assert_array_equal(next(batches)["maskable"][0], every.maskable)
+        np.testing.assert_array_equal(next(batches).maskable_BT[0], every.maskable)
     assert found.supervised == every.maskable.sum()
 
 

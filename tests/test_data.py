@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dream_jax.batch import Batch
 from dream_jax.data import (
     Batches,
     Row,
@@ -474,33 +475,33 @@ def batches_of(source: Source, **changes: Any) -> Batches:
     return make_batches(source, BYTES, **settings)
 
 
-def take(source: Source, steps: int, **changes: Any) -> list[dict[str, np.ndarray]]:
+def take(source: Source, steps: int, **changes: Any) -> list[Batch[np.ndarray]]:
     with batches_of(source, **changes) as batches:
         return [next(batches) for _ in range(steps)]
 
 
-def first_tokens(batches: list[dict[str, np.ndarray]]) -> list[int]:
-    return np.concatenate([batch["tokens"][:, 0] for batch in batches]).tolist()
+def first_tokens(batches: list[Batch[np.ndarray]]) -> list[int]:
+    return np.concatenate([batch.tokens_BT[:, 0] for batch in batches]).tolist()
 
 
-def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
+def assert_same(left: list[Batch[np.ndarray]], right: list[Batch[np.ndarray]]) -> None:
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+        for name, array in vars(one).items():
+            np.testing.assert_array_equal(array, getattr(other, name))
 
 
 def test_batch_contents() -> None:
     source = ragged(10)
     (batch,) = take(source, 1)
-    assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
-        "tokens": ((8, 8), "int32"),
-        "maskable": ((8, 8), "bool"),
-        "row": ((8,), "int32"),
+    assert batch.valid_BT is None
+    assert {name: (array.shape, str(array.dtype)) for name, array in vars(batch).items() if array is not None} == {
+        "tokens_BT": ((8, 8), "int32"),
+        "maskable_BT": ((8, 8), "bool"),
+        "row_B": ((8,), "int32"),
     }
-    assert batch["row"].tolist() == list(range(8))
-    for tokens, maskable in zip(batch["tokens"], batch["maskable"], strict=True):
+    assert batch.row_B.tolist() == list(range(8))
+    for tokens, maskable in zip(batch.tokens_BT, batch.maskable_BT, strict=True):
         encoded = encode_row(source[int(tokens[0]) - 1], BYTES, 8)
         assert encoded is not None
         np.testing.assert_array_equal(tokens, encoded.tokens)
@@ -522,14 +523,14 @@ def test_global_batches_do_not_depend_on_the_process_count(process_count: int) -
     parts = [take(ragged(), 12, process_index=p, process_count=process_count) for p in range(process_count)]
     for step, batch in enumerate(whole):
         locals_ = [part[step] for part in parts]
-        rows = np.concatenate([local["row"] for local in locals_])
+        rows = np.concatenate([local.row_B for local in locals_])
         assert sorted(rows.tolist()) == list(range(8))
         order = np.argsort(rows)
-        for name in ("tokens", "maskable"):
-            together = np.concatenate([local[name] for local in locals_])[order]
-            np.testing.assert_array_equal(together, batch[name])
+        for name in ("tokens_BT", "maskable_BT"):
+            together = np.concatenate([getattr(local, name) for local in locals_])[order]
+            np.testing.assert_array_equal(together, getattr(batch, name))
     for p, part in enumerate(parts):
-        assert part[0]["row"].tolist() == [j * process_count + p for j in range(8 // process_count)]
+        assert part[0].row_B.tolist() == [j * process_count + p for j in range(8 // process_count)]
 
 
 def test_seed_decides_the_order() -> None:

@@ -53,10 +53,11 @@ def test_batches_of_documents_hide_what_no_document_fills(tmp_path):
     options = BatchOptions(eos_tail=0)
     with make_batches(open_source(file), BYTES, batch_size=8, max_length=16, seed=0, options=options) as batches:
         batch = next(batches)
-    lengths = batch["attention_mask"].sum(axis=1)
+    assert batch.valid_BT is not None
+    lengths = batch.valid_BT.sum(axis=1)
     assert set(lengths.tolist()) <= {5, 8, 11}  # <|beginoftext|>, three bytes once to three times, end-of-text
-    np.testing.assert_array_equal(batch["maskable"].sum(axis=1), lengths - 1)
-    first = batch["tokens"][np.arange(8), 16 - lengths]
+    np.testing.assert_array_equal(batch.maskable_BT.sum(axis=1), lengths - 1)
+    first = batch.tokens_BT[np.arange(8), 16 - lengths]
     assert (first == BYTES.bos_id).all()
 
 

@@ -88,10 +88,8 @@ def test_rows_are_laid_out_as_training_lays_them_out(eos_tail):
     given = {"batch_size": 5, "max_length": LENGTH, "seed": 0, "num_threads": 0, "options": options}
     with make_batches(RowList(texts), ByteTokenizer(), **given) as batches:
         batch = next(batches)
-    exists = batch.get("attention_mask", np.ones(batch["tokens"].shape, bool))
-    wanted = {
-        tuple(map(bytes, row)) for row in zip(batch["tokens"], batch["maskable"], exists.astype(bool), strict=True)
-    }
+    valid = np.ones(batch.tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
+    wanted = {tuple(map(bytes, row)) for row in zip(batch.tokens_BT, batch.maskable_BT, valid, strict=True)}
     found = {tuple(map(bytes, _laid_out(one, options))) for one in rows()}
     assert found == wanted and len(found) == 5
 
@@ -104,8 +102,8 @@ def test_no_more_ends_are_scored_than_batches_of_like_rows_show():
         with make_batches(copies, ByteTokenizer(), **given) as batches:
             batch = next(batches)
         _, maskable, exists = _laid_out(one, options)
-        assert batch["maskable"].sum(1).tolist() == [maskable.sum()] * 4
-        assert batch["tokens"].shape[1] == exists.sum()
+        assert batch.maskable_BT.sum(1).tolist() == [maskable.sum()] * 4
+        assert batch.tokens_BT.shape[1] == exists.sum()
         # Where responses are cut to the length of one of them, a row shows at most its own end, and then pads of others.
         _, _, exists = _laid_out(one, BatchOptions(cut_responses=True))
         assert exists.sum() == one.length

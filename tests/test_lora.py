@@ -12,6 +12,7 @@ from golden_numbers import arrays
 from golden_numbers import model as golden_model
 
 from dream_jax import lora, masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.config import PRESETS
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Linear, abstract_model, merge_params, parameter_count, split_params
@@ -259,7 +260,7 @@ def batch(step, rows=ROWS):
     rng = np.random.default_rng(step)
     text = (rng.integers(0, 256, (rows, 1)) + np.arange(LENGTH)) % 256
     maskable = np.broadcast_to(np.arange(LENGTH) >= 4, text.shape)
-    return {"tokens": text.astype(np.int32), "maskable": maskable, "row": np.arange(rows, dtype=np.int32)}
+    return Batch(tokens_BT=text.astype(np.int32), maskable_BT=maskable, row_B=np.arange(rows, dtype=np.int32))
 
 
 @functools.cache
@@ -297,9 +298,9 @@ def test_only_the_adapter_is_trained_and_kept():
     _, state, rest = trained(kind="nf4")
     graphdef, params = split_params(lora.attach(lora.with_base(base(), "nf4"), CONFIG, jax.random.key(0)))
     data, t = batch(0), np.full(ROWS, 0.5, np.float32)
-    masked = data["maskable"] & (np.random.default_rng(0).random((ROWS, LENGTH)) < 0.5)
+    masked = data.maskable_BT & (np.random.default_rng(0).random((ROWS, LENGTH)) < 0.5)
     before, after = (
-        float(masked_diffusion_loss(merge_params(graphdef, joined(rest, adapter)), data["tokens"], masked, t)[0])
+        float(masked_diffusion_loss(merge_params(graphdef, joined(rest, adapter)), data.tokens_BT, masked, t)[0])
         for adapter in (lora.split(params)[0], state.params)
     )
     assert after < before - 0.02

@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dream_jax import optimizer as optimizers
 from dream_jax import sharding
+from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, split_params
@@ -409,7 +410,7 @@ def batch(step, mesh):
     """Counting from a random byte; the first tokens are the prompt."""
     tokens = (np.random.default_rng(step).integers(0, 256, (ROWS, 1)) + np.arange(LENGTH)) % 256
     maskable = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
-    rows = {"tokens": tokens.astype(np.int32), "maskable": maskable, "row": np.arange(ROWS, dtype=np.int32)}
+    rows = Batch(tokens_BT=tokens.astype(np.int32), maskable_BT=maskable, row_B=np.arange(ROWS, dtype=np.int32))
     return put_batch(rows, sharding.make_mesh(mesh))
 
 

@@ -432,7 +432,7 @@ def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str) -> Non
         ) as batches:
             batch = next(batches)
         print(f"\n--- {policy}: {report}\n{dream.decode(batch['tokens'][0])}")
-        for tokens in batch["tokens"]:
+        for tokens in batch.tokens_BT:
             text = dream.decode(tokens)
             assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
             assert policy == "right" or (

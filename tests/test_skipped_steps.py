@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dream_jax import sharding, train_step
+from dream_jax.batch import Batch
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, split_params
 from dream_jax.objective import draw_noise
@@ -64,7 +65,7 @@ def batch(number, mesh, poisoned):
     if poisoned:
         tokens[3, 0] = POISON  # in a prompt, where it is always seen
     maskable = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
-    rows = {"tokens": tokens, "maskable": maskable, "row": np.arange(ROWS, dtype=np.int32)}
+    rows = Batch(tokens_BT=tokens, maskable_BT=maskable, row_B=np.arange(ROWS, dtype=np.int32))
     return put_batch(rows, sharding.make_mesh(mesh))
 
 
@@ -149,9 +150,9 @@ def test_losses_by_noise_level_and_at_the_end_token():
     tokens = np.full((ROWS, LENGTH), SMALL.pad_token_id, np.int32)
     tokens[:, :8] = 65
     maskable = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
-    data = {"tokens": tokens, "maskable": maskable, "row": np.arange(ROWS, dtype=np.int32)}
+    data = Batch(tokens_BT=tokens, maskable_BT=maskable, row_B=np.arange(ROWS, dtype=np.int32))
     state = first_state("1x1", "adamw")
-    t, masked = draw_noise(noise_key(0, 0), jnp.asarray(data["row"]), jnp.asarray(maskable), ROWS)
+    t, masked = draw_noise(noise_key(0, 0), jnp.asarray(data.row_B), jnp.asarray(maskable), ROWS)
     hidden = np.where(masked, SMALL.mask_token_id, tokens)
     logits = np.asarray(merge_params(GRAPHDEF, state.params)(hidden), np.float64)
     logits = np.concatenate([logits[:, :1], logits[:, :-1]], axis=1)  # position i is predicted at i - 1

@@ -12,6 +12,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from dream_jax import masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, split_params
 from dream_jax.objective import Focal, InverseTimeWeight, draw_noise, masked_diffusion_loss
@@ -54,7 +55,7 @@ def batch(step, rows=ROWS):
     rng = np.random.default_rng(step)
     tokens = (rng.integers(0, 256, (rows, 1)) + np.arange(LENGTH)) % 256
     maskable = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
-    return {"tokens": tokens.astype(np.int32), "maskable": maskable, "row": np.arange(rows, dtype=np.int32)}
+    return Batch(tokens_BT=tokens.astype(np.int32), maskable_BT=maskable, row_B=np.arange(rows, dtype=np.int32))
 
 
 @functools.cache
@@ -101,11 +102,11 @@ def reference_step(params, m, v, step, optimizer, config):
     data = batch(step)
     # 1 << 30: a stream of its own, apart from the random weights of the same seed.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1 << 30), step)
-    t, masked = draw_noise(key, jnp.asarray(data["row"]), jnp.asarray(data["maskable"]), ROWS)
+    t, masked = draw_noise(key, jnp.asarray(data.row_B), jnp.asarray(data.maskable_BT), ROWS)
 
     def loss(params):
         return masked_diffusion_loss(
-            merge_params(GRAPHDEF, params), data["tokens"], masked, t, config.weight, focal=config.focal
+            merge_params(GRAPHDEF, params), data.tokens_BT, masked, t, config.weight, focal=config.focal
         )
 
     (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -157,7 +158,7 @@ def test_step_is_adamw_by_hand():
 
 def test_rows_may_come_in_any_order():
     data, order = batch(0), np.random.default_rng(0).permutation(ROWS)
-    permuted = {name: value[order] for name, value in data.items()}
+    permuted = jax.tree.map(lambda value: value[order], data)
     _, metrics = compiled("8x1", accumulation=1)(first_state("8x1"), put(permuted, "8x1"))
     np.testing.assert_allclose(metrics["loss"], run("8x1")[0][0, 0], rtol=1e-6)
     assert metrics["num_masked"] == run("8x1")[0][0, 3]
@@ -166,10 +167,11 @@ def test_rows_may_come_in_any_order():
 def test_what_is_hidden_before_a_row_changes_nothing():
     """Rows of which the first tokens do not exist; also in parts, and split over rows and tokens."""
     start = np.arange(ROWS)[:, None] % 6
-    exists = np.arange(LENGTH) >= start
-    data = batch(0) | {"maskable": np.arange(LENGTH) >= start + 4, "attention_mask": exists}
-    other = data | {"tokens": np.where(exists, data["tokens"], 7).astype(np.int32)}
-    prompt = data | {"tokens": np.where(np.arange(LENGTH) == start, 7, data["tokens"]).astype(np.int32)}
+    valid = np.arange(LENGTH) >= start
+    data = dataclasses.replace(batch(0), maskable_BT=np.arange(LENGTH) >= start + 4, valid_BT=valid)
+    other = dataclasses.replace(data, tokens_BT=np.where(valid, data.tokens_BT, 7).astype(np.int32))
+    changed = np.where(np.arange(LENGTH) == start, 7, data.tokens_BT).astype(np.int32)
+    prompt = dataclasses.replace(data, tokens_BT=changed)
     found = {
         name: [float(metrics[one]) for one in ("loss", "grad_norm")]
         for name, given, mesh, parts in (
@@ -310,10 +312,10 @@ def test_batch_that_the_mesh_cannot_split_raises(mesh, rows, accumulation):
 def test_annealing_begins_causal_and_ends_bidirectional():
     """The first step hears nothing of later tokens; from `anneal_steps` on the step is the plain one, bit for bit."""
     tokens, plain = batch(0), compiled()
-    changed = dict(tokens, tokens=tokens["tokens"].copy())
-    changed["tokens"][:, -1] = (changed["tokens"][:, -1] + 7) % 256
-    changed["maskable"] = tokens["maskable"] & (np.arange(LENGTH) < LENGTH - 1)
-    same_noise = dict(tokens, maskable=changed["maskable"])
+    maskable = tokens.maskable_BT & (np.arange(LENGTH) < LENGTH - 1)
+    same_noise = dataclasses.replace(tokens, maskable_BT=maskable)
+    changed = dataclasses.replace(same_noise, tokens_BT=tokens.tokens_BT.copy())
+    changed.tokens_BT[:, -1] = (changed.tokens_BT[:, -1] + 7) % 256
 
     def losses(step, number, *batches):
         found = []
@@ -334,8 +336,8 @@ def test_annealing_begins_causal_and_ends_bidirectional():
 
 @pytest.mark.parametrize("mesh", [pytest.param("2x2x2", marks=pytest.mark.slow), "8x1"])
 def test_annealing_does_not_depend_on_the_mesh(mesh):
-    hidden = dict(batch(0), attention_mask=np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4)
-    hidden["maskable"] = hidden["attention_mask"] & hidden["maskable"]
+    valid, data = np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4, batch(0)
+    hidden = dataclasses.replace(data, maskable_BT=valid & data.maskable_BT, valid_BT=valid)
 
     def loss(mesh, **options):
         state = dataclasses.replace(first_state(mesh), step=jnp.int32(2))
@@ -360,16 +362,17 @@ def test_annealing_leads_to_no_other_mask():
 def test_step_under_a_mask_is_the_loss_under_it(mesh, accumulation):
     """Rows begin and answer where the batch says so, however it is split."""
     mask = masks.BlockCausal(5) & (masks.Prefix() | masks.SlidingWindow(0, 3))
-    hidden = dict(batch(0), attention_mask=np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4)
-    hidden["maskable"] = np.arange(LENGTH) >= 4 + np.arange(ROWS)[:, None] % 3
+    valid = np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4
+    maskable = np.arange(LENGTH) >= 4 + np.arange(ROWS)[:, None] % 3
+    hidden = dataclasses.replace(batch(0), maskable_BT=maskable, valid_BT=valid)
     step = compiled(mesh, mask=mask, accumulation=accumulation)
     found = step(first_state(mesh), put(hidden, mesh))[1]
 
-    t, masked = draw_noise(noise_key(0, 0), hidden["row"], hidden["maskable"], ROWS)
-    model, exists = merge_params(GRAPHDEF, parameters()), hidden["attention_mask"]
-    placed = mask.placed(exists, hidden["maskable"])
+    t, masked = draw_noise(noise_key(0, 0), hidden.row_B, maskable, ROWS)
+    model = merge_params(GRAPHDEF, parameters())
+    placed = mask.placed(valid, maskable)
     loss = lambda **options: masked_diffusion_loss(
-        model, hidden["tokens"], masked, t, StepConfig(global_batch=1).weight, exists, **options
+        model, hidden.tokens_BT, masked, t, StepConfig(global_batch=1).weight, valid, **options
     )[0]
     assert float(found["loss"]) == pytest.approx(float(loss(mask=placed)), rel=1e-5)
     assert float(found["loss"]) != pytest.approx(float(loss()), rel=1e-4)

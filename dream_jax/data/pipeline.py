@@ -12,13 +12,12 @@ from typing import Any, Self
 import grain
 import numpy as np
 
+from dream_jax.batch import Batch
 from dream_jax.data.encode import LengthReport, fitting_rows, token_row
 from dream_jax.data.layout import Layout, Outlook
 from dream_jax.data.options import BatchOptions, EncodeOptions
 from dream_jax.data.rows import Mixture, Source
 from dream_jax.tokenizer import Tokenizer
-
-Batch = dict[str, np.ndarray]
 
 # Batches are numbered for ever; grain wants an end.
 _FOR_EVER = 2**62
@@ -32,7 +31,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: grain.IterDataset[Batch],
+        dataset: grain.IterDataset[Batch[np.ndarray]],
         report: LengthReport,
         layout: Layout,
         identity: dict[str, int | str],
@@ -45,7 +44,7 @@ class Batches:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch[np.ndarray]:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -103,11 +102,9 @@ def make_batches(
 ) -> Batches:
     """The batches of one process, for ever.
 
-    Each is a dict of arrays, with b = batch_size / process_count and T = max_length (under options.width_step: a
-    multiple of it, or max_length, of the batch's own): tokens int32 [b, T] and maskable bool [b, T] as in `EncodedRow`;
-    row int32 [b], the number of each row in the global batch, that is j * process_count + process_index for local row
-    j; and, if rows may be shorter than their batch (options.hides), attention_mask bool [b, T], False on what lies
-    before a row. batch_size is the global one.
+    Each holds batch_size / process_count rows, of which local row j is row j * process_count + process_index of the
+    global batch. Its T is max_length; under options.width_step it is the smallest multiple of the step that holds the
+    batch, or max_length. valid_BT is None unless rows may be shorter than their batch (options.hides).
 
     Every epoch is another permutation, drawn from seed (0 <= seed < 2**32), of the rows that fit; a batch may
     straddle two epochs. In a `Mixture` every part has epochs of its own, and the weights say which part is next. Which
@@ -135,7 +132,7 @@ def make_batches(
     )
     local = range(process_index, batch_size, process_count)
 
-    def batch(number: int) -> Batch:
+    def batch(number: int) -> Batch[np.ndarray]:
         plan = layout.plan(number, local)
         laid_out = []
         for position, region in zip(plan.rows.tolist(), plan.regions.tolist(), strict=True):
@@ -148,9 +145,13 @@ def make_batches(
                     "though that promised one length; set its uniform_length to False"
                 )
             laid_out.append(found.lay_out(plan.width, region, tokenizer.pad_id))
-        tokens, maskable, exists = (np.stack(column) for column in zip(*laid_out, strict=True))
-        found_batch = {"tokens": tokens, "maskable": maskable, "row": np.array(local, dtype=np.int32)}
-        return found_batch | ({"attention_mask": exists} if options.hides else {})
+        tokens_BT, maskable_BT, valid_BT = (np.stack(column) for column in zip(*laid_out, strict=True))
+        return Batch(
+            tokens_BT=tokens_BT,
+            maskable_BT=maskable_BT,
+            row_B=np.array(local, dtype=np.int32),
+            valid_BT=valid_BT if options.hides else None,
+        )
 
     # A function of the number of the global batch: grain's position is then that number, whatever the number of
     # processes. Rows are encoded a batch at a time because every transformation costs grain some 10 microseconds.

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from dream_jax import lora, masks, sharding
+from dream_jax.batch import Batch
 from dream_jax.config import DreamConfig
 from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
@@ -57,7 +58,7 @@ class AbstractStep:
     model: Dream
     step: TrainStep
     state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch[jax.ShapeDtypeStruct]
     frozen: ParamTree
 
 
@@ -122,13 +123,12 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
 
-    batch = {
-        "tokens": rows((max_length,), jnp.int32),
-        "maskable": rows((max_length,), jnp.bool_),
-        "row": rows((), jnp.int32),
-    }
-    if settings.batch_options().hides:
-        batch["attention_mask"] = rows((max_length,), jnp.bool_)
+    batch = Batch(
+        tokens_BT=rows((max_length,), jnp.int32),
+        maskable_BT=rows((max_length,), jnp.bool_),
+        row_B=rows((), jnp.int32),
+        valid_BT=rows((max_length,), jnp.bool_) if settings.batch_options().hides else None,
+    )
     return AbstractStep(
         model=model,
         step=built.step,

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dream_jax.batch import Batch
 from dream_jax.tokenizer import Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
@@ -239,8 +240,11 @@ def last_losses(folder: pathlib.Path, number: int = 10) -> list[float | None]:
     return [loss if math.isfinite(loss) else None for loss in found]
 
 
-def save_batches(folder: pathlib.Path, batches: Mapping[int, Mapping[str, np.ndarray]]) -> pathlib.Path:
-    """Keeps this process's rows of the batches of some steps as `skipped/step-N.npz`, for someone to look at."""
+def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]]) -> pathlib.Path:
+    """Keeps this process's rows of the batches of some steps as `skipped/step-N.npz`, to be looked at.
+
+    A file holds `tokens`, `maskable`, `row`, and `attention_mask` where not every position is valid; see `Batch`.
+    """
     target = folder / "skipped"
     target.mkdir(exist_ok=True)
     suffix = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -248,7 +252,10 @@ def save_batches(folder: pathlib.Path, batches: Mapping[int, Mapping[str, np.nda
         path = target / f"step-{step}{suffix}.npz"
         temporary = path.with_name(f".{path.name}.incomplete")
         with temporary.open("wb") as file:
-            np.savez(file, **dict(batch))  # type: ignore[arg-type]  # which takes one of them for its own flag
+            arrays = {"tokens": batch.tokens_BT, "maskable": batch.maskable_BT, "row": batch.row_B}
+            if batch.valid_BT is not None:
+                arrays["attention_mask"] = batch.valid_BT
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for the flag `allow_pickle`
         temporary.replace(path)
     return target
 

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dream_jax import lora, sharding
+from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import Batches, Source, make_batches
 from dream_jax.flops import FlopCounter
@@ -328,13 +329,13 @@ def _steps(
     log = MetricsLog(settings, done) if report.leads else None
     widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = _StopSignal()
-    skipped: dict[int, Mapping[str, np.ndarray]] = {}  # the batches of the steps before this one, if they were skipped
+    skipped: dict[int, Batch[np.ndarray]] = {}  # the batches of the steps before this one, if they were skipped
     due, score = False, None
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
         for number in range(done + 1, settings.steps + 1):
             batch = next(run.batches)
-            width = batch["tokens"].shape[1]
+            width = batch.tokens_BT.shape[1]
             state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             now = time.monotonic()
@@ -395,7 +396,7 @@ def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
 def _diverged(
     number: int,
     row: Mapping[str, float],
-    skipped: Mapping[int, Mapping[str, np.ndarray]],
+    skipped: Mapping[int, Batch[np.ndarray]],
     checkpoints: RunCheckpoints,
     settings: TrainSettings,
 ) -> Diverged:
