@@ -27,10 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dream_jax import files, masks
+from dream_jax import distributed, files, masks
 from dream_jax.config import DreamConfig
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
@@ -543,7 +542,7 @@ class RunCheckpoints:
                 (self.directory / str(bad)).rename(self._aside(bad))
             self._scores.pop(bad, None)
         if self.damaged:
-            multihost_utils.sync_global_devices("dream_jax.checkpoint.aside")
+            distributed.barrier("checkpoint.aside")
             self._manager.reload()
         return step
 
@@ -552,13 +551,9 @@ class RunCheckpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step; each process reads a share of its files, and all agree."""
-        count = jax.process_count()
-        problem = files.find_damage(self.directory / str(step), jax.process_index(), count)
-        if count > 1:
-            found = multihost_utils.process_allgather(np.array(problem is not None))
-            if found.any() and problem is None:
-                problem = f"process {int(np.argmax(found))} says what is wrong with it"
-        return problem
+        problem = files.find_damage(self.directory / str(step), jax.process_index(), jax.process_count())
+        found = distributed.which_say(problem is not None)
+        return f"process {found[0]} says what is wrong with it" if found and problem is None else problem
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong."""

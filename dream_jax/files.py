@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from dream_jax.distributed import barrier, from_first
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 1 << 24
@@ -114,27 +114,26 @@ def new_directory(
             _prepare(target, overwrite, needed_bytes, reads, marker)
         except (OSError, ValueError) as error:
             token, refusal = 0, error
-    if jax.process_count() > 1:
-        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+    token = from_first(token)
     if refusal is not None:
         raise refusal
     if not token:
         raise RuntimeError(f"process 0 refused to make {target}; its message says why")
     directory = target.parent / f".{target.name}.incomplete-{token}"
     if not leads:
-        _barrier("made")
+        barrier("new_directory.made")
         yield directory
-        _barrier("written")
-        _barrier("named")
+        barrier("new_directory.written")
+        barrier("new_directory.named")
         return
     directory.mkdir()
     with open(directory / ".lock", "w") as lock:
         # The system releases the lock however this process ends, so a directory without a held lock is stale.
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            _barrier("made")
+            barrier("new_directory.made")
             yield directory
-            _barrier("written")
+            barrier("new_directory.written")
             (directory / ".lock").unlink()
             _give_name(directory, target, overwrite)
         except OSError as error:
@@ -145,7 +144,7 @@ def new_directory(
         except BaseException:  # also on Ctrl-C
             shutil.rmtree(directory, ignore_errors=True)
             raise
-    _barrier("named")
+    barrier("new_directory.named")
 
 
 def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None, marker: str) -> None:
@@ -168,11 +167,6 @@ def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pa
             errno.ENOSPC,
             f"{target} needs {needed_bytes} bytes and {_SPARE_BYTES} to spare, but the disk has only {free}",
         )
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"dream_jax.new_directory.{name}")
 
 
 def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:

@@ -1,22 +1,22 @@
-"""Where every array lives: two tables, and the mesh they speak of.
+"""The sharding of every array: two tables, and the device mesh that they refer to.
 
-The first table names the axes of each parameter, the second sends an axis name to a mesh axis; changing the strategy
-means changing one dict. Knows devices, shapes and parameter paths. Knows nothing of what the parameters compute.
+The first table names the axes of each parameter, the second maps a name of an axis to mesh axes; changing the strategy
+means changing one dict.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dream_jax.distributed import provide_cpu_devices
 from dream_jax.shapes import ParamTree
 
 MESH_AXES = ("fsdp", "tensor", "sequence")
@@ -108,7 +108,7 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
         return _adopt(shape)
     sizes = parse_mesh_shape(shape if isinstance(shape, str) else "x".join(map(str, shape)))
     needed = math.prod(sizes)
-    if not jax.distributed.is_initialized():  # else `join_processes` has done it
+    if not jax.distributed.is_initialized():  # otherwise `distributed.join` has done it
         provide_cpu_devices(needed)
     devices = jax.devices()
     if len(devices) < needed:
@@ -153,67 +153,6 @@ def _adopt(mesh: Mesh) -> Mesh:
     devices = mesh.devices.reshape((*mesh.devices.shape, 1)[:3])
     parse_mesh_shape("x".join(map(str, devices.shape)))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def provide_cpu_devices(count: int) -> None:
-    """Makes a CPU backend that has not started yet start with `count` devices in this process.
-
-    Does nothing to accelerators, nor once a backend runs, nor when the user has set JAX_NUM_CPU_DEVICES.
-    """
-    # Devices of one process share a thread pool, by default of one thread each. A step may have two collectives under
-    # way that do not depend on each other (a gather inside the layer loop, a sum outside it); devices that wait for
-    # different ones then hold all threads, and none can finish.
-    if count > 1:
-        os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
-    if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]  # options are defined at run time
-        return
-    with contextlib.suppress(RuntimeError):  # the backend is up; `make_mesh` says what is missing
-        jax.config.update("jax_num_cpu_devices", count)
-
-
-# A process that has been silent for so long is taken for dead, and jax ends the others.
-HEARTBEAT_SECONDS = 40
-
-
-def join_processes(coordinator: str, num_processes: int, process_id: int, mesh: str) -> None:
-    """Joins this process to the others of a run; call it before anything else touches jax.
-
-    Args:
-      coordinator: host:port of process 0.
-      num_processes: how many processes the run has.
-      process_id: which of them this is, from 0.
-      mesh: the mesh of the whole run; on CPUs each process makes its share of the devices.
-
-    Raises:
-      ValueError: no host:port, a process id out of range, or a mesh that the processes cannot share evenly.
-    """
-    if not re.fullmatch(r"\S+:\d+", coordinator):
-        raise ValueError(f"{coordinator=} is not of the form host:port, such as 10.0.0.1:8476")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"{process_id=} is outside 0..{num_processes - 1} ({num_processes=})")
-    _share_cpu_devices(mesh, num_processes)
-    jax.distributed.initialize(
-        coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
-
-
-def join_cluster(kind: Literal["slurm", "tpu"], mesh: str, num_processes: int | None = None) -> None:
-    """As `join_processes`, with what the cluster says of itself to jax; `num_processes` where it is known before."""
-    if num_processes is not None:
-        _share_cpu_devices(mesh, num_processes)
-    # There are several kinds of TPU clusters, and jax looks for those first.
-    method = "slurm" if kind == "slurm" else None
-    jax.distributed.initialize(cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-
-
-def _share_cpu_devices(mesh: str, num_processes: int) -> None:
-    needed = math.prod(parse_mesh_shape(mesh))
-    if needed % num_processes:
-        raise ValueError(f"mesh {mesh!r} has {needed} devices, which {num_processes} processes cannot share evenly")
-    provide_cpu_devices(needed // num_processes)
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:

@@ -43,7 +43,7 @@ CHECKED = importlib.util.find_spec("beartype") is not None
 if CHECKED:
     install_import_hook([f"dream_jax.{room}" for room in SHAPED], "beartype.beartype")
 
-from dream_jax.sharding import provide_cpu_devices  # noqa: E402 - after the hook
+from dream_jax.distributed import provide_cpu_devices  # noqa: E402 - after the hook
 
 provide_cpu_devices(8)  # before the first device is asked for, which fixes their number
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from commands import start_script
 
-from dream_jax import sharding
+from dream_jax import distributed, sharding
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.trainer import TrainSettings, processes, train
+from dream_jax.trainer import TrainSettings, train
 from dream_jax.trainer.build import abstract_step
 
 STEPS = 24
@@ -242,7 +242,7 @@ def test_which_cluster(tmp_path, monkeypatch):
     slurm["SLURM_LOCALID"] = "0"
 
     def find(wanted, environment, devices=tmp_path / "none"):
-        return processes.find_cluster(wanted, environment, devices)
+        return distributed.find_cluster(wanted, environment, devices)
 
     assert find("auto", {}) is None
     assert find("auto", slurm) == find("slurm", slurm) == "slurm"
@@ -255,7 +255,7 @@ def test_which_cluster(tmp_path, monkeypatch):
         find("tpu", {})
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").touch()  # there on any Linux
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
     assert find("auto", {}, tmp_path) is None
     (tmp_path / "vfio" / "0").touch()
     assert find("auto", {}, tmp_path) == find("tpu", {}, tmp_path) == "tpu"
@@ -263,5 +263,5 @@ def test_which_cluster(tmp_path, monkeypatch):
     (tmp_path / "accel0").touch()
     shutil.rmtree(tmp_path / "vfio")
     assert find("auto", {}, tmp_path) == "tpu"
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert find("auto", {}, tmp_path) is None

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from dream_jax import lora, sharding
+from dream_jax import distributed, lora, sharding
 from dream_jax.config import PRESETS
 from dream_jax.lora import LoraConfig
 from dream_jax.model import abstract_model, split_params
@@ -93,16 +93,19 @@ def test_cpu_devices_are_made_for_the_mesh():
 
 
 @pytest.mark.parametrize(
-    ("processes", "number", "mesh", "message"),
+    ("coordinator", "num_processes", "process_id", "message"),
     [
-        (2, 2, "8x1", "process_id=2 is outside 0..1"),
-        (2, -1, "8x1", "process_id=-1"),
-        (3, 0, "8x1", "cannot share evenly"),
+        ("localhost:1", 2, 2, "process_id=2 is outside 0..1"),
+        ("localhost:1", 2, -1, "process_id=-1"),
+        ("localhost:1", 3, 0, "8 devices, which 3 processes cannot share evenly"),
+        ("localhost", 2, 0, "not of the form host:port"),
     ],
 )
-def test_processes_that_do_not_fit_raise(processes, number, mesh, message):
+def test_processes_that_do_not_fit_raise(coordinator, num_processes, process_id, message):
     with pytest.raises(ValueError, match=message):
-        sharding.join_processes("localhost:1", processes, number, mesh)
+        distributed.join(
+            num_devices=8, coordinator=coordinator, num_processes=num_processes, process_id=process_id, cluster="off"
+        )
 
 
 def test_logical_axes_go_to_mesh_axes_or_nowhere():

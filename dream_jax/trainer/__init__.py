@@ -9,12 +9,12 @@ an adapter leaves `adapter/`, and `model/` only when asked. For a person it leav
 its step (also for devices that are absent), `folder` keeps what the run writes and `loggers` send it elsewhere, `report`
 shows it to a person, `grid` scores it as it goes and `scoring` at the end, `samples` keeps answers from before and after,
 `incidents` what went wrong and `parts` the time it took, also that of parts that were killed; `cost` has its price,
-`processes` joins several hosts, and `loop` puts them together. `record` reads a folder again, for `run_report`, `curves`,
+and `loop` puts them together. `record` reads a folder again, for `run_report`, `curves`,
 `comparison` and `card`. What a step computes is `train_step`'s; what a row is, `data`'s.
 """
 
+from dream_jax.distributed import leave
 from dream_jax.trainer.loop import Diverged, Stopped, train
-from dream_jax.trainer.processes import leave
 from dream_jax.trainer.scoring import answer_text, evaluate
 from dream_jax.trainer.settings import TrainSettings
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dream_jax import lora, sharding
+from dream_jax import distributed, lora, sharding
 from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import Batches, Source, make_batches
@@ -34,7 +34,7 @@ from dream_jax.model import Dream, merge_params, parameter_count, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
 from dream_jax.train_step import TrainState, TrainStep, abstract_state, init_state, put_batch
-from dream_jax.trainer import processes, weights
+from dream_jax.trainer import weights
 from dream_jax.trainer.build import (
     build_step,
     check_length,
@@ -86,7 +86,13 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
       Stopped: after SIGINT or SIGTERM; everything up to that step is saved.
       Diverged: the loss or its gradient was infinite or no number in too many steps in a row.
     """
-    processes.join(settings)
+    distributed.join(
+        num_devices=math.prod(sharding.parse_mesh_shape(settings.mesh)),
+        coordinator=settings.coordinator,
+        num_processes=settings.num_processes,
+        process_id=settings.process_id,
+        cluster=settings.cluster,
+    )
     begun = time.monotonic()
     mesh = sharding.make_mesh(settings.mesh)
     report = Report(settings, origins)
