@@ -29,7 +29,7 @@ WARM_UP := import jax.numpy, flax.nnx, optax, orbax.checkpoint, grain, datasets,
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all test-optimised lint bench clean
+.PHONY: help setup demo test test-all test-optimised lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ lint: setup  ## formatting, lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs-installed  ## the pages of docs/ and the API reference as a site in build/site; a warning is an error
+	$(PY) -m mkdocs build --strict
+
 bench: $(VENV)/.bench-installed  ## time and memory against the published PyTorch code
 	$(PY) bench/compare_pytorch.py
 
@@ -71,6 +75,10 @@ $(VENV)/.core-installed: pyproject.toml constraints.txt
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt
 	$(call install,.[test])
+	@touch $(VENV)/.core-installed $@
+
+$(VENV)/.docs-installed: pyproject.toml constraints.txt
+	$(call install,.[docs])
 	@touch $(VENV)/.core-installed $@
 
 $(VENV)/.bench-installed: pyproject.toml constraints.txt

@@ -1,0 +1,231 @@
+"""Writes the tables of figures in the README and the docs from `bench/results/`, so that none is copied by hand.
+
+    python docs/write_tables.py [--check]
+
+A table stands between two comments, `<!-- docs/write_tables.py: NAME -->` and `<!-- end -->`. With --check nothing is
+written, and the exit status is 1 when a file differs from the data; tests/test_docs.py does the same.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = ("README.md", "README.zh.md", "docs/index.md", "docs/benchmarks.md", "docs/sample.md")
+BLOCK = re.compile(r"(<!-- docs/write_tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> Any:
+    """The content of a file of `bench/results/`."""
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; None becomes an empty cell."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def find(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    """The one row that has these values."""
+    (found,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return found
+
+
+def _h200_figures() -> dict[str, str]:
+    """The figures of the Status box, as they are written there."""
+    data = read("h200")
+    full = find(data["train_step"], model="dream-7b", moments="float32", lora_rank=None)
+    adapter = find(data["train_step"], lora_rank=32)
+    sampler = data["sampler"]["rows"]
+    cached = "`WindowCache()`, blocks of 32, 4 tokens a pass"
+    return {
+        "date": data["date"],
+        "full_speed": f"{full['tokens_per_s']:,}",
+        "full_mfu": f"{full['mfu']:.1%}".replace("%", " %"),
+        "full_peak": f"{full['peak_gib']:g}",
+        "adapter_speed": f"{adapter['tokens_per_s']:,}",
+        "adapter_peak": f"{adapter['peak_gib']:g}",
+        "exact": f"{find(sampler, mode='exact, a token a pass', batch=1)['tokens_per_s']:g}",
+        "torch": f"{find(sampler, mode='the published loop in PyTorch, logits of masked rows')['tokens_per_s']:g}",
+        "cached": f"{find(sampler, mode=cached, batch=1)['tokens_per_s']:g}",
+        "cached_16": f"{find(sampler, mode=cached, batch=16)['tokens_per_s']:g}",
+    }
+
+
+def status() -> str:
+    """What was verified on which hardware."""
+    f = _h200_figures()
+    return table(
+        ("Status", "verified on", "result"),
+        [
+            (
+                "published logits, losses, gradients, every token of the sampler",
+                "CPU, float32, two tiny checkpoints",
+                "reproduced: logits to 1e-4, losses to 1e-5, tokens exactly (`make test`)",
+            ),
+            (
+                "training step of `dream-7b`, 4 x 4096 tokens",
+                f"one H200, {f['date']}",
+                f"all weights: {f['full_speed']} tokens/s, {f['full_mfu']} MFU, {f['full_peak']} GiB; "
+                f"LoRA of rank 32: {f['adapter_speed']} tokens/s, {f['adapter_peak']} GiB",
+            ),
+            (
+                "sampling from `dream-7b`, 512 + 512 tokens",
+                f"one H200, {f['date']}",
+                f"exact {f['exact']} tokens/s (published PyTorch loop {f['torch']}); cached blocks, 4 tokens a pass, "
+                f"{f['cached']}, at batch 16 {f['cached_16']}",
+            ),
+            ("several devices", "eight CPU devices, two processes", "NCCL and TPU slices have not been tried"),
+            ("TPU v5e, v5p, v6e", "compiled only", "memory and collectives planned, nothing has run"),
+            ("Dream-7B's own weights", "not run here", "speeds are of its shapes; no benchmark score was reproduced"),
+        ],
+    )
+
+
+def status_zh() -> str:
+    """The same in Chinese."""
+    f = _h200_figures()
+    return table(
+        ("现状", "验证环境", "结果"),
+        [
+            (
+                "官方实现的 logits、损失、梯度、采样的每个 token",
+                "CPU、float32、两个微型检查点",
+                "已复现：logits 误差 1e-4 以内，损失相对误差 1e-5 以内，token 完全一致（`make test`）",
+            ),
+            (
+                "`dream-7b` 训练步，4 x 4096 个 token",
+                f"一块 H200，{f['date']}",
+                f"全参数：{f['full_speed']} tokens/s，MFU {f['full_mfu']}，{f['full_peak']} GiB；"
+                f"秩 32 的 LoRA：{f['adapter_speed']} tokens/s，{f['adapter_peak']} GiB",
+            ),
+            (
+                "`dream-7b` 采样，512 + 512 个 token",
+                f"一块 H200，{f['date']}",
+                f"精确模式 {f['exact']} tokens/s（官方 PyTorch 循环 {f['torch']}）；分块缓存、每次前向写 4 个 token："
+                f"{f['cached']}，批大小 16 时 {f['cached_16']}",
+            ),
+            ("多设备", "8 个 CPU 设备、2 个进程", "NCCL 与 TPU 切片尚未试过"),
+            ("TPU v5e、v5p、v6e", "仅编译", "给出了内存与通信量的规划，没有实际运行"),
+            ("Dream-7B 官方权重", "未在此运行", "速度只针对其形状；未复现任何基准分数"),
+        ],
+    )
+
+
+def h200_train_step() -> str:
+    """Speed and memory of the training step on one H200."""
+    rows = []
+    for row in read("h200")["train_step"]:
+        settings = [f"{row['rows']} x {row['tokens']}", f"remat {row['remat']}"]
+        settings += [f"{row['moments']} moments"] if row["moments"] else []
+        settings += [f"LoRA rank {row['lora_rank']}, bfloat16 base"] if row["lora_rank"] else []
+        notes = [f"planned {row['planned_gib']} GiB"] if row["planned_gib"] else []
+        notes += [f"`XLA_PYTHON_CLIENT_MEM_FRACTION={row['memory_fraction']:g}`"] if row["memory_fraction"] else []
+        if "pytorch_seconds" in row:
+            ratio = row["pytorch_seconds"] / row["seconds"]
+            notes.append(f"plain PyTorch {row['pytorch_seconds']} s: {ratio:.2f} times ours")
+        speed = (f"{row['seconds']:.3f}", f"{row['tokens_per_s']:,}", f"{row['mfu']:.1%}".replace("%", " %"))
+        rows.append((row["model"], ", ".join(settings), *speed, row["peak_gib"], "; ".join(notes)))
+    return table(("model", "settings", "s a step", "tokens/s", "MFU", "peak GiB", "notes"), rows)
+
+
+def h200_sampler() -> str:
+    """Speed of the sampler on one H200."""
+    rows = [
+        (row["mode"], row["batch"], row["ms_per_pass"], row["tokens_per_s"], row["least_ms_per_pass"])
+        for row in read("h200")["sampler"]["rows"]
+    ]
+    return table(("mode", "batch", "ms a pass", "tokens/s", "least ms by arithmetic"), rows)
+
+
+def h200_layers_apart() -> str:
+    """Speed of a sampler whose layers are not stacked."""
+    rows = [
+        (row["mode"], row["batch"], row["ms_per_pass"], row["tokens_per_s"])
+        for row in read("h200")["sampler_layers_apart"]["rows"]
+    ]
+    return table(("mode", "batch", "ms a pass", "tokens/s"), rows)
+
+
+def h200_attention() -> str:
+    """Time of one layer's attention on one H200."""
+    rows = [
+        (row["mask"], row["backend"], row["forward_ms"], row["with_backward_ms"], row["temporaries_mib"])
+        for row in read("h200")["attention"]["rows"]
+    ]
+    header = ("mask", "backend", "forward, ms", "forward and backward, ms", "temporaries, MiB")
+    return table(header, rows)
+
+
+def pytorch_cpu() -> str:
+    """Times on two CPU cores against the published PyTorch code."""
+    rows = []
+    for name, label in (("forward", "forward pass"), ("train", "training step"), ("sampler", "sampler")):
+        data = read(f"pytorch_cpu_{name}")
+        found = data["results"][name]
+        masked = found.get("torch_masked_rows_over_jax")
+        times = (f"{found['torch']['median_s']:.2f}", f"{found['jax']['median_s']:.2f}")
+        ratio = f"{found['torch_over_jax']:.2f}"
+        rows.append((label, data["date"][:10], *times, ratio, f"{masked:.2f}" if masked else None))
+    header = (
+        "`small`, float32",
+        "date",
+        "PyTorch, s",
+        "ours, s",
+        "PyTorch / ours",
+        "PyTorch with logits of masked rows only / ours",
+    )
+    return table(header, rows)
+
+
+def sampler_quality() -> str:
+    """Sudokus solved under each mode of the sampler, by two models."""
+    first, second = read("sampler_quality")["rows"], read("sampler_quality_seed1")["rows"]
+    rows = []
+    for one, other in zip(first, second, strict=True):
+        shares = [f"{100 * row['solved'] / row['puzzles']:.1f} %" for row in (one, other)]
+        rows.append((one["mode"], *shares, f"{one['passes_per_row']:.1f}", f"{one['seconds']:.1f}"))
+    header = ("mode", "solved, seed 0", "solved, seed 1", "passes a row (seed 0)", "seconds for 1600 (seed 0)")
+    return table(header, rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "status": status,
+    "status-zh": status_zh,
+    "h200-train-step": h200_train_step,
+    "h200-sampler": h200_sampler,
+    "h200-layers-apart": h200_layers_apart,
+    "h200-attention": h200_attention,
+    "pytorch-cpu": pytorch_cpu,
+    "sampler-quality": sampler_quality,
+}
+
+
+def filled(text: str) -> str:
+    """The text of a file with all its tables written from the data. Raises KeyError for a table of an unknown name."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Writes the tables, or says which files differ."""
+    stale = []
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    print(f"{'differ from the data' if '--check' in sys.argv else 'written'}: {', '.join(stale) or 'none'}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
