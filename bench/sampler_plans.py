@@ -29,7 +29,7 @@ from dream_jax.plan.hardware import find_hardware
 from dream_jax.plan.report import gib
 from dream_jax.sampler import SamplerConfig, WindowCache
 from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import Numbers, Plan
+from dream_jax.sampler.state import DynamicSettings, StaticSettings
 
 PLACES = ("v6e:2x4/1x8", "v6e:2x4/2x4", "v5p:2x2x1/1x4")
 PROMPT, NEW, BLOCK = 512, 512, 32
@@ -74,10 +74,12 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict
     canvas = jax.ShapeDtypeStruct((batch, PROMPT + NEW), jnp.int32, sharding=everywhere)
     visible = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
     keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
-    numbers = jax.tree.map(shape, Numbers.of(config))
+    dynamic = jax.tree.map(shape, DynamicSettings.of(config))
     begun = time.monotonic()
     with sharding.mesh_context(model):
-        program = denoise.lower(model, canvas, visible, keys, numbers, None, plan=Plan.of(config, NEW)).compile()
+        program = denoise.lower(
+            model, canvas, visible, keys, dynamic, None, static=StaticSettings.of(config, NEW)
+        ).compile()
     memory = program.memory_analysis()
     found = {
         "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Key
 
 from dream_jax import masks
-from dream_jax.attention import Backend, KeysValues, Window, attention
+from dream_jax.attention import Backend, KVCache, Window, attention
 from dream_jax.config import DreamConfig
 from dream_jax.quantisation import product
 from dream_jax.shapes import Array, ParamTree
@@ -166,17 +166,17 @@ class Attention(nnx.Module):
         backend: Backend,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
         """Attends within each row under the mask (with a window: of its queries and all keys).
 
         Also returns the keys and values of these tokens.
         """
-        keys = _own_keys(dropout_keys, 4)
+        keys = _split_keys(dropout_keys, 4)
         q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
         k_BSKH = constrain(rotate(self.k(x_BTD, keys[1]), rotation), "batch", None, "kv_heads", None)
         v_BSKH = constrain(self.v(x_BTD, keys[2]), "batch", None, "kv_heads", None)
-        own = KeysValues(k_BSKH, v_BSKH)
-        seen = own if window is None else window.with_own(own)
+        own = KVCache(k_BSKH, v_BSKH)
+        seen = own if window is None else window.updated(own)
         return self.o(attention(q_BTNH, seen.k, seen.v, mask, backend), keys[3]), own
 
 
@@ -191,11 +191,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[jax.Array, "B T D"], dropout_keys: DropoutKeys = None) -> Float[jax.Array, "B T D"]:
         """Position-wise."""
-        keys = _own_keys(dropout_keys, 3)
+        keys = _split_keys(dropout_keys, 3)
         return self.down(jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1]), keys[2])
 
 
-def _own_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
+def _split_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
     """For each of `count` draws, keys of its own: each row's follow from the row's key alone."""
     if keys is None:
         return [None] * count
@@ -219,9 +219,9 @@ class Layer(nnx.Module):
         backend: Backend,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
         """One block; also the keys and values of its tokens."""
-        keys = _own_keys(dropout_keys, 2)
+        keys = _split_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
             attended_BTD, own = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
             x_BTD = x_BTD + attended_BTD
@@ -341,9 +341,9 @@ class Dream(nnx.Module):
         """
         return self._hidden(tokens_BT, mask, positions_BT, keep=False, dropout_keys=dropout_keys)[0]
 
-    def hidden_and_keys(
+    def hidden_and_kv_cache(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
-    ) -> tuple[Float[jax.Array, "B T D"], KeysValues]:
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
         """As `hidden`, and what later passes over a window of these tokens need: keys and values of all layers."""
         hidden_BTD, own = self._hidden(tokens_BT, mask, positions_BT, keep=True)
         assert own is not None
@@ -355,14 +355,14 @@ class Dream(nnx.Module):
         mask: masks.Mask,
         positions_BW: Int[jax.Array, "B W"],
         window: Window,
-    ) -> tuple[Float[jax.Array, "B W D"], KeysValues]:
+    ) -> tuple[Float[jax.Array, "B W D"], KVCache]:
         """Hidden states of a few tokens of each row, which attend to the keys that were kept for the whole row.
 
         Args:
           tokens_BW: the tokens.
           mask: who may attend to whom, W queries and S keys.
           positions_BW: their rotary positions.
-          window: what was kept (by `hidden_and_keys` or from here), and where these tokens belong in it.
+          window: what was kept (by `hidden_and_kv_cache` or from here), and where these tokens belong in it.
 
         Returns:
           Hidden states as from `hidden`, and what was kept with the new keys and values.
@@ -370,7 +370,7 @@ class Dream(nnx.Module):
         hidden_BWD, own = self._hidden(tokens_BW, mask, positions_BW, keep=True, window=window)
         assert own is not None
         # Here and not layer by layer: what the scan returned would be a second copy of everything that was kept.
-        return hidden_BWD, window.with_own(own)
+        return hidden_BWD, window.updated(own)
 
     def _hidden(
         self,
@@ -381,7 +381,7 @@ class Dream(nnx.Module):
         keep: bool,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KeysValues | None]:
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache | None]:
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
@@ -389,8 +389,8 @@ class Dream(nnx.Module):
             turn = rotation(positions_BT, config.head_dim, config.rope_theta)
 
         def block(
-            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KeysValues | None]
-        ) -> tuple[jax.Array, KeysValues | None]:
+            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KVCache | None]
+        ) -> tuple[jax.Array, KVCache | None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
             layer, number, kept = inputs
             layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
@@ -414,7 +414,7 @@ class Dream(nnx.Module):
             )
             block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
-            kept = None if window is None else window.kept
+            kept = None if window is None else window.kv_cache
             x_BTD, own = jax.lax.scan(block, x_BTD, (self.layers, jnp.arange(config.num_hidden_layers), kept))
         with jax.named_scope("final_norm"):
             return self.norm(x_BTD).astype(self.compute_dtype), own

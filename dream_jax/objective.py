@@ -176,7 +176,7 @@ def masked_diffusion_loss(
       weight: CartWeight(p) | InverseTimeWeight() | LinearWeight() | UniformWeight().
       attention_mask: nonzero at real tokens; for left-padded batches. Right pads are attended and learned: that is how
         the model learns to stop, so they do not belong in this mask. Or a mask value, which says all there is to say.
-      mask: what holds beside `attention_mask`, for training under another mask than the bidirectional; see `Mask.placed`.
+      mask: what holds beside `attention_mask`, for training under another mask than the bidirectional; see `Mask.for_rows`.
       focal: optional focal term.
       normalizer: the denominator; by default the number of masked positions in the (global) batch, at least 1. Parts of
         a batch are given the whole batch's, so that their losses add up.

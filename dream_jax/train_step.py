@@ -255,7 +255,7 @@ def _train_step(
         # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
     valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
-    placed = config.mask.placed(valid_BT, maskable_BT)
+    placed = config.mask.for_rows(valid_BT, maskable_BT)
     drawn = None
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps

@@ -71,17 +71,17 @@ def _compare(
     rows, length = tokens_BT.shape
     mask, positions_BT = layout(model, tokens_BT.shape, prompt_width)
     written_at = lambda start: jnp.where(jnp.arange(length) < start, tokens_BT, model.config.mask_token_id)
-    _, cache = model.hidden_and_keys(written_at(prompt_width), mask, positions_BT)
+    _, cache = model.hidden_and_kv_cache(written_at(prompt_width), mask, positions_BT)
     largest, divergence, agreement = [], [], []
     for start in range(prompt_width, length, block):
         canvas_BT = written_at(start)
         source = slice(start - 1, start + block - 1)  # the right shift
         exact = model.unembed(model.hidden(canvas_BT, mask, positions_BT)[:, source])
         begin = start - block
-        place_BW = jnp.broadcast_to(jnp.arange(begin, start + block, dtype=jnp.int32), (rows, 2 * block))
+        position_BW = jnp.broadcast_to(jnp.arange(begin, start + block, dtype=jnp.int32), (rows, 2 * block))
         window = slice(begin, start + block)
         hidden_BWD, cache = model.hidden_window(
-            canvas_BT[:, window], mask.at(place_BW), positions_BT[:, window], Window(cache, place_BW)
+            canvas_BT[:, window], mask.at(position_BW), positions_BT[:, window], Window(cache, position_BW)
         )
         kept = model.unembed(hidden_BWD[:, block - 1 : 2 * block - 1])
         log_exact, log_kept = jax.nn.log_softmax(exact), jax.nn.log_softmax(kept)

@@ -45,7 +45,7 @@ def costs(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 seconds.setdefault((kind, name), []).append(time.perf_counter() - begun)
     for name in names:
         place = np.arange(TOKENS)[None]
-        mask = masks.parse(name).placed(np.ones((1, TOKENS), bool), place >= TOKENS // 2)
+        mask = masks.parse(name).for_rows(np.ones((1, TOKENS), bool), place >= TOKENS // 2)
         seen = np.broadcast_to(np.asarray(mask.dense(TOKENS, TOKENS)), (1, TOKENS, TOKENS)).mean()
         line = {"mask": name, "tokens": TOKENS, "pairs": float(seen), "step_temp_mib": steps[name][1] / 2**20}
         yield line | {f"{kind}_seconds": statistics.median(seconds[kind, name]) for kind in kinds}

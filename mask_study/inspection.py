@@ -86,7 +86,7 @@ def _statistics(
     batch, length = tokens_BT.shape
     noisy_BT = jnp.where(masked_BT, config.mask_token_id, tokens_BT)
     positions_BT = jnp.maximum(jnp.cumsum(visible_BT, axis=1, dtype=jnp.int32) - 1, 0)
-    mask = masks.parse(model.trained_mask).placed(visible_BT, visible_BT & ~prompt_BT) & masks.KeyPadding(visible_BT)
+    mask = masks.parse(model.trained_mask).for_rows(visible_BT, visible_BT & ~prompt_BT) & masks.KeyPadding(visible_BT)
     seen_bTS = mask.dense(length, length)
     kinds_BTQ = jnp.stack([prompt_BT, masked_BT, ~prompt_BT & ~masked_BT], axis=-1) & visible_BT[..., None]
     counts_Q = jnp.sum(kinds_BTQ, axis=(0, 1), dtype=jnp.float32)

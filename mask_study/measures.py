@@ -156,5 +156,5 @@ def _written(
 def layout(model: Dream, shape: tuple[int, ...], prompt_width: int) -> tuple[masks.Mask, jax.Array]:
     """The model's mask for rows without padding that answer from `prompt_width` on, and their positions [B, T]."""
     answer_BT = jnp.broadcast_to(jnp.arange(shape[1]) >= prompt_width, shape)
-    mask = masks.parse(model.trained_mask).placed(jnp.ones(shape, bool), answer_BT)
+    mask = masks.parse(model.trained_mask).for_rows(jnp.ones(shape, bool), answer_BT)
     return mask, jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

@@ -359,7 +359,7 @@ def test_commit_writes_the_surest(data):
 
 @jax.jit
 def commit(confidence_BM, candidate_BM, count_B):
-    return decoding.commit(decoding.surest_first(confidence_BM, candidate_BM), candidate_BM, count_B)
+    return decoding.commit(decoding.most_confident_first(confidence_BM, candidate_BM), candidate_BM, count_B)
 
 
 def test_commit_takes_the_first_of_equals():

@@ -15,7 +15,7 @@ from dream_jax.model import abstract_model, merge_params, padded_positions, spli
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
 from dream_jax.sampler import FastDLLMCache, SamplerConfig, Stream, Threshold, WindowCache, generate
 from dream_jax.sampler.loop import lay_text
-from dream_jax.sampler.state import Plan
+from dream_jax.sampler.state import StaticSettings
 
 NAMES = ["bidirectional", "causal", "prefix", "block-causal:4", "window:3", "window:4:0"]
 CONFIG = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
@@ -53,7 +53,7 @@ def laid(rows, width=None):
 
 def logits(name, rows, width=None):
     tokens, valid, answer = laid(rows, width)
-    mask = masks.parse(name).placed(valid, answer) & masks.KeyPadding(valid)
+    mask = masks.parse(name).for_rows(valid, answer) & masks.KeyPadding(valid)
     found = np.asarray(model()(tokens, mask, padded_positions(jnp.asarray(valid))))
     return [found[line, left : left + len(one)] for line, (one, left, _) in enumerate(rows)]
 
@@ -81,7 +81,7 @@ def test_loss_does_not_feel_padding(name):
     def nll(left):
         batch, valid, answer = laid([(tokens, left, 4)])
         masked = answer & (np.arange(batch.shape[1]) % 2 == left % 2)
-        placed = mask.placed(valid, answer)
+        placed = mask.for_rows(valid, answer)
         time = np.full(1, 0.5, np.float32)
         return masked_diffusion_loss(model(), batch, masked, time, UniformWeight(), valid, mask=placed)[0]
 
@@ -98,9 +98,9 @@ def test_window_of_queries_attends_as_the_whole_does(name):
     """With what was kept of the same tokens, a window computes what the pass over all of them does."""
     rows = [(text(12), 2, 5), (text(9, 1), 5, 2)]
     tokens, valid, answer = laid(rows)
-    mask = masks.parse(name).placed(valid, answer) & masks.KeyPadding(valid)
+    mask = masks.parse(name).for_rows(valid, answer) & masks.KeyPadding(valid)
     positions = padded_positions(jnp.asarray(valid))
-    hidden, own = jax.jit(lambda model: model.hidden_and_keys(jnp.asarray(tokens), mask, positions))(model())
+    hidden, own = jax.jit(lambda model: model.hidden_and_kv_cache(jnp.asarray(tokens), mask, positions))(model())
     place = jnp.array([[6, 7, 8, 9], [9, 10, 11, 12]])
     at = lambda x: jnp.take_along_axis(jnp.asarray(x), place, axis=1)
     window = Window(own, place)
@@ -119,9 +119,9 @@ def cached_error(name):
     """Largest error of the logits of a block when what is outside it is kept from the pass before it was written."""
     canvas = jnp.full((1, TOTAL), CONFIG.mask_token_id, jnp.int32).at[0, :PROMPT].set(text(PROMPT))
     valid, answer = np.ones((1, TOTAL), bool), np.arange(TOTAL)[None] >= PROMPT
-    mask, positions = masks.parse(name).placed(valid, answer), jnp.arange(TOTAL)[None]
+    mask, positions = masks.parse(name).for_rows(valid, answer), jnp.arange(TOTAL)[None]
     begin, end = PROMPT, PROMPT + BLOCK
-    run = jax.jit(lambda model, canvas: model.hidden_and_keys(canvas, mask, positions))
+    run = jax.jit(lambda model, canvas: model.hidden_and_kv_cache(canvas, mask, positions))
     _, kept = run(model(), canvas)
     canvas = canvas.at[0, begin:end:2].set(text(2, 3))  # half of the block is written
     wanted, _ = run(model(), canvas)
@@ -230,7 +230,7 @@ def test_full_passes_are_those_without_a_cache():
 def test_bidirectional_costs_nothing():
     """The sampler hands the model padding alone, and the loss is the program that it is without any mask."""
     visible = jnp.ones((2, 8), bool)
-    laid_out = lay_text(model(), visible, Plan.of(config(), 4))
+    laid_out = lay_text(model(), visible, StaticSettings.of(config(), 4))
     assert isinstance(laid_out.mask, masks.KeyPadding)
     tokens, time = text(8)[None], np.full(1, 0.5, np.float32)
 
@@ -238,7 +238,7 @@ def test_bidirectional_costs_nothing():
         run = lambda model: masked_diffusion_loss(model, tokens, tokens > 99, time, UniformWeight(), **options)[0]
         return jax.jit(run).lower(model()).as_text()
 
-    assert program() == program(mask=masks.parse("bidirectional").placed(visible, visible))
+    assert program() == program(mask=masks.parse("bidirectional").for_rows(visible, visible))
     assert program() != program(mask=masks.Causal())
 
 

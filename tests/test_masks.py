@@ -249,7 +249,7 @@ PLACED += [masks.Prefix() & masks.SlidingWindow(4, 4), masks.BlockCausal(3) | ma
 def test_mask_counts_from_the_first_real_token(mask):
     """Padding on either side moves a row's mask with the row."""
     length, prompt = 7, 3
-    alone = mask.placed(np.ones((1, length), bool), np.arange(length)[None] >= prompt)
+    alone = mask.for_rows(np.ones((1, length), bool), np.arange(length)[None] >= prompt)
     wanted = np.broadcast_to(alone.dense(length, length), (1, length, length))[0]
     if isinstance(mask, masks.Prefix):
         assert wanted[0].sum() == prompt
@@ -257,14 +257,14 @@ def test_mask_counts_from_the_first_real_token(mask):
         total = left + length + right
         valid = (np.arange(total) >= left) & (np.arange(total) < left + length)
         answer = np.arange(total) >= left + prompt
-        whole = mask.placed(valid[None], answer[None]) & masks.KeyPadding(valid[None])
+        whole = mask.for_rows(valid[None], answer[None]) & masks.KeyPadding(valid[None])
         found = np.broadcast_to(whole.dense(total, total), (1, total, total))[0]
         np.testing.assert_array_equal(found[left : left + length, left : left + length], wanted)
         assert not found[:, ~valid].any()
 
 
 def test_row_without_an_answer_is_all_prompt():
-    mask = masks.Prefix().placed(np.ones((2, 3), bool), np.array([[False] * 3, [True] * 3]))
+    mask = masks.Prefix().for_rows(np.ones((2, 3), bool), np.array([[False] * 3, [True] * 3]))
     assert mask.draw(3, row=0) == "###\n###\n###"
     assert mask.draw(3, row=1) == masks.Causal().draw(3)
     with pytest.raises(ValueError, match="must be told where the prompts end"):

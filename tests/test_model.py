@@ -111,7 +111,7 @@ def test_a_window_sees_what_was_kept():
     positions = jnp.broadcast_to(jnp.arange(12), text.shape)
     valid = jnp.asarray(np.arange(12) >= [[0], [3]])
     mask = masks.KeyPadding(valid)
-    whole, kept = dream.hidden_and_keys(text, mask, positions)
+    whole, kept = dream.hidden_and_kv_cache(text, mask, positions)
     np.testing.assert_array_equal(whole, dream.hidden(text, mask, positions))
     assert kept.k.shape == kept.v.shape == (2, 2, 12, 4, 8)  # [L, B, S, K, H]
 
@@ -125,7 +125,7 @@ def test_a_window_sees_what_was_kept():
     # Another token inside the window: the first layer sees it as a full pass does; what was kept outside stays.
     other = text.at[rows, place[:, 1:2]].add(1)
     found, after = look(other, kept, place)
-    _, fresh = dream.hidden_and_keys(other, mask, positions)
+    _, fresh = dream.hidden_and_kv_cache(other, mask, positions)
     np.testing.assert_allclose(after.k[0], fresh.k[0], rtol=0, atol=1e-5)
     outside = np.ones((2, 12), bool)
     outside[rows, place] = False

@@ -116,17 +116,17 @@ def test_driver_is_a_python_loop_over_the_step(config):
     canvas[0, 4] = mask_id  # and an infilling
     visible = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
     keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(visible))
-    plan, numbers = state.Plan.of(config, capacity=12), state.Numbers.of(config)
+    static, dynamic = state.StaticSettings.of(config, capacity=12), state.DynamicSettings.of(config)
     canvas = jnp.asarray(canvas, jnp.int32)
-    wanted = loop.denoise(dream, canvas, visible, keys, numbers, None, plan=plan)
+    wanted = loop.denoise(dream, canvas, visible, keys, dynamic, None, static=static)
 
     text = passes.Text(jnp.asarray(visible), positions, masks.KeyPadding(jnp.asarray(visible)))
-    step = jax.jit(functools.partial(loop.step, plan=plan))
-    carry = state.begin(dream, canvas, plan)
+    step = jax.jit(functools.partial(loop.step, static=static))
+    carry = state.begin(dream, canvas, static)
     while np.any(state.active(carry)):
-        carry = step(dream, text, keys, numbers, None, carry)
+        carry = step(dream, text, keys, dynamic, None, carry)
     for name, found, value in zip(carry._fields, carry, wanted, strict=True):
-        if name != "kept":
+        if name != "kv_cache":
             np.testing.assert_array_equal(found, value, err_msg=name)
     assert not np.any(carry.canvas_BT == mask_id)
 
@@ -155,8 +155,8 @@ def test_all_logits_never_exist():
         shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
         canvas, visible = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
-        plan, numbers = state.Plan.of(one, capacity=768), state.Numbers.of(one)
-        compiled = loop.denoise.lower(dream, canvas, visible, keys, numbers, None, plan=plan).compile()
+        static, dynamic = state.StaticSettings.of(one, capacity=768), state.DynamicSettings.of(one)
+        compiled = loop.denoise.lower(dream, canvas, visible, keys, dynamic, None, static=static).compile()
         sizes = [
             np.prod([int(size) for size in match.split(",")], dtype=np.int64)
             for match in set(re.findall(r"\b(?:pred|[a-z]+[0-9]+)\[([0-9,]+)\]", compiled.as_text()))
@@ -171,10 +171,10 @@ def test_one_row_pays_only_for_what_it_needs():
     options = SamplerConfig(max_new_tokens=64, steps=64, alg="entropy", block_length=32, cache=WindowCache())
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    plan, numbers = state.Plan.of(options, capacity=32), state.Numbers.of(options)
-    arrays = abstract_model(config), shape(jnp.int32, 1, 128), shape(jnp.bool, 1, 128), keys, numbers, None
+    static, dynamic = state.StaticSettings.of(options, capacity=32), state.DynamicSettings.of(options)
+    arrays = abstract_model(config), shape(jnp.int32, 1, 128), shape(jnp.bool, 1, 128), keys, dynamic, None
     found = set(
-        re.findall(r'op_name="jit\(denoise\)/([^"]*)"', loop.denoise.lower(*arrays, plan=plan).compile().as_text())
+        re.findall(r'op_name="jit\(denoise\)/([^"]*)"', loop.denoise.lower(*arrays, static=static).compile().as_text())
     )
     full = {name for name in found if "layers/while" in name}
     assert full and all(re.match(r"while/body/cond/branch_1_fun/", name) for name in full)

@@ -27,9 +27,9 @@ def prompt(*lengths, seed=0):
 # Hooks
 
 
-def even_at_even_positions(moment, place, logits):
+def even_at_even_positions(moment, position, logits):
     """Parity of the token is that of its position in the text: a rule that needs places, positions and logits."""
-    odd = jnp.take_along_axis(moment.positions_BT, place, axis=1) % 2 == 1
+    odd = jnp.take_along_axis(moment.positions_BT, position, axis=1) % 2 == 1
     return jnp.where((jnp.arange(logits.shape[-1]) % 2 == 1) == odd[:, :, None], logits, -jnp.inf)
 
 

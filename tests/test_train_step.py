@@ -370,7 +370,7 @@ def test_step_under_a_mask_is_the_loss_under_it(mesh, accumulation):
 
     t, masked = draw_noise(noise_key(0, 0), hidden.row_B, maskable, ROWS)
     model = merge_params(GRAPHDEF, parameters())
-    placed = mask.placed(valid, maskable)
+    placed = mask.for_rows(valid, maskable)
     loss = lambda **options: masked_diffusion_loss(
         model, hidden.tokens_BT, masked, t, StepConfig(global_batch=1).weight, valid, **options
     )[0]

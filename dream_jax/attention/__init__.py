@@ -13,10 +13,10 @@ from jaxtyping import Float
 
 from dream_jax import masks
 from dream_jax.attention import cudnn, splash, xla
-from dream_jax.attention.kv_cache import KeysValues, Window
+from dream_jax.attention.kv_cache import KVCache, Window
 from dream_jax.target import current_target, target_platform
 
-__all__ = ["Backend", "KeysValues", "Window", "attention", "choose", "refusal", "target_platform"]
+__all__ = ["Backend", "KVCache", "Window", "attention", "choose", "refusal", "target_platform"]
 
 Backend = Literal["auto", "cudnn", "splash", "xla"]
 

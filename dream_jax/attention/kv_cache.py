@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeysValues:
+class KVCache:
     """What queries attend to: keys (already rotated) and values, one a token and key/value head; never repeated.
 
     Attributes:
@@ -31,19 +31,19 @@ class Window:
 
     Attributes:
       kept: keys and values of all positions; of all layers, or of one.
-      place_BW: where in `kept` those of each query belong. At S, past the end, they are not used.
+      position_BW: where in `kept` those of each query belong. At S, past the end, they are not used.
     """
 
-    kept: KeysValues
-    place_BW: Int[jax.Array, "B W"]
+    kv_cache: KVCache
+    position_BW: Int[jax.Array, "B W"]
 
-    def layer(self, kept: KeysValues) -> Window:
+    def layer(self, kv_cache: KVCache) -> Window:
         """The same places in one layer's keys and values."""
-        return Window(kept, self.place_BW)
+        return Window(kv_cache, self.position_BW)
 
-    def with_own(self, own: KeysValues) -> KeysValues:
+    def updated(self, own: KVCache) -> KVCache:
         """`kept` with the queries' own keys and values, [..., B, W, K, H], in their places."""
         put = jax.vmap(lambda kept, own, place: kept.at[place].set(own, mode="drop"))  # over rows
-        if self.kept.k.ndim == 5:
+        if self.kv_cache.k.ndim == 5:
             put = jax.vmap(put, in_axes=(0, 0, None))  # over layers
-        return KeysValues(put(self.kept.k, own.k, self.place_BW), put(self.kept.v, own.v, self.place_BW))
+        return KVCache(put(self.kv_cache.k, own.k, self.position_BW), put(self.kv_cache.v, own.v, self.position_BW))

@@ -37,20 +37,20 @@ def per_device(
     if _is_whole():
         return kernel(*arrays)
     batch, num_queries, num_heads, _ = q_BTNH.shape
-    heads = _place("heads", num_heads)
-    if _place("kv_heads", k_BSKH.shape[2]) != heads:
+    heads = _mesh_axis("heads", num_heads)
+    if _mesh_axis("kv_heads", k_BSKH.shape[2]) != heads:
         heads = None
-    places = {"batch": _place("batch", batch), "tokens": _place("tokens", num_queries), None: None}
-    q_spec = PartitionSpec(places["batch"], places["tokens"], heads)
-    kv_spec = PartitionSpec(places["batch"], None, heads)
-    specs = (q_spec, kv_spec, kv_spec, *(PartitionSpec(*(places[axis] for axis in axes)) for _, axes in rest))
+    mesh_axes = {"batch": _mesh_axis("batch", batch), "tokens": _mesh_axis("tokens", num_queries), None: None}
+    q_spec = PartitionSpec(mesh_axes["batch"], mesh_axes["tokens"], heads)
+    kv_spec = PartitionSpec(mesh_axes["batch"], None, heads)
+    specs = (q_spec, kv_spec, kv_spec, *(PartitionSpec(*(mesh_axes[axis] for axis in axes)) for _, axes in rest))
     # check_vma: the kernels do not declare over which mesh axes their results vary.
     return jax.shard_map(kernel, in_specs=specs, out_specs=q_spec, check_vma=False)(*arrays)
 
 
 def splits_queries(num_queries: int) -> bool:
-    """Whether a device holds only some of the queries here, so that their places are not those of its own array."""
-    return not _is_whole() and _place("tokens", num_queries) is not None
+    """Whether a device holds only some of the queries here, so that their positions are not those of its own array."""
+    return not _is_whole() and _mesh_axis("tokens", num_queries) is not None
 
 
 def _is_whole() -> bool:
@@ -59,6 +59,6 @@ def _is_whole() -> bool:
     return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
 
 
-def _place(axis: str, size: int) -> str | None:
+def _mesh_axis(axis: str, size: int) -> str | None:
     spec = partition_spec((axis,), (size,), dict(jax.sharding.get_abstract_mesh().shape))
     return spec[0] if spec else None

@@ -151,10 +151,10 @@ class _Compiled(splash_attention_mask.Mask):
 
 @functools.lru_cache(maxsize=2)  # the tiles of a row of tiles are asked for one after the other
 def _seen_by(compiled: _Compiled, *queries: int) -> np.ndarray:
-    place_T = np.minimum(np.arange(*queries, dtype=np.int32), compiled.num_queries - 1)
+    position_T = np.minimum(np.arange(*queries, dtype=np.int32), compiled.num_queries - 1)
     with jax.ensure_compile_time_eval():
-        seen = np.asarray(compiled.mask.seen(place_T[None], compiled.num_keys))[0]
-    seen = np.broadcast_to(seen, (len(place_T), compiled.num_keys))
+        seen = np.asarray(compiled.mask.allowed(position_T[None], compiled.num_keys))[0]
+    seen = np.broadcast_to(seen, (len(position_T), compiled.num_keys))
     return np.pad(seen, ((0, 0), (0, compiled.padded[1] - compiled.num_keys)))
 
 

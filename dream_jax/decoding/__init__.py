@@ -5,6 +5,6 @@ top_p and top_k keep what lies above a threshold, which is searched for.
 """
 
 from dream_jax.decoding.choosing import Alg, choose_tokens
-from dream_jax.decoding.order import commit, surest_first
+from dream_jax.decoding.order import commit, most_confident_first
 
-__all__ = ["Alg", "choose_tokens", "commit", "surest_first"]
+__all__ = ["Alg", "choose_tokens", "commit", "most_confident_first"]

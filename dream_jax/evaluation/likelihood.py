@@ -212,7 +212,7 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
                 masked[line, width - len(row) :] = mask
                 real[line, width - len(row) :] = True
             level = np.full(batch_size, 0.5, np.float32)  # read by no uniform weight
-            placed = attends.placed(real, masked)
+            placed = attends.for_rows(real, masked)
             _, aux = masked_diffusion_loss(model, tokens, masked, level, UniformWeight(), real, mask=placed)
             out[part] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(part)]
         return out

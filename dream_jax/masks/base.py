@@ -17,11 +17,11 @@ class Mask(abc.ABC):
     """Which query may attend to which key."""
 
     @abc.abstractmethod
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """What queries that stand at these places among the keys see: booleans that broadcast to [B, T, S].
 
         Args:
-          place_bT: a place of the first axis 1 is that of all rows.
+          position_bT: a place of the first axis 1 is that of all rows.
           num_keys: S.
         """
 
@@ -37,13 +37,13 @@ class Mask(abc.ABC):
                 f"{type(self).__name__} of {num_queries} queries and {num_keys} keys: they must be the same tokens; say "
                 "with `at` where the queries stand"
             )
-        return self.seen(jnp.arange(num_queries, dtype=jnp.int32)[None], num_keys)
+        return self.allowed(jnp.arange(num_queries, dtype=jnp.int32)[None], num_keys)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """The same mask for queries that are not all tokens, but stand at these places among the keys."""
-        return Queries(self, place_BT)
+        return Queries(self, position_BT)
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """The same mask for rows that begin and answer at places of their own; itself where it goes by neither.
 
         Args:
@@ -89,7 +89,7 @@ class Bidirectional(Mask):
         ###
     """
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """All true, [1, 1, S]."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
@@ -97,7 +97,7 @@ class Bidirectional(Mask):
         """All true, [1, 1, S], for any numbers."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """Itself."""
         return self
 
@@ -117,21 +117,21 @@ class And(Mask):
     left: Mask
     right: Mask
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Both."""
-        return self.left.seen(place_bT, num_keys) & self.right.seen(place_bT, num_keys)
+        return self.left.allowed(position_bT, num_keys) & self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
         """Both."""
         return self.left.dense(num_queries, num_keys) & self.right.dense(num_queries, num_keys)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """Both."""
-        return self.left.at(place_BT) & self.right.at(place_BT)
+        return self.left.at(position_BT) & self.right.at(position_BT)
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Both."""
-        return self.left.placed(valid_BT, answer_BT) & self.right.placed(valid_BT, answer_BT)
+        return self.left.for_rows(valid_BT, answer_BT) & self.right.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -149,21 +149,21 @@ class Or(Mask):
     left: Mask
     right: Mask
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Either."""
-        return self.left.seen(place_bT, num_keys) | self.right.seen(place_bT, num_keys)
+        return self.left.allowed(position_bT, num_keys) | self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
         """Either."""
         return self.left.dense(num_queries, num_keys) | self.right.dense(num_queries, num_keys)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """Either."""
-        return self.left.at(place_BT) | self.right.at(place_BT)
+        return self.left.at(position_BT) | self.right.at(position_BT)
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Either."""
-        return self.left.placed(valid_BT, answer_BT) | self.right.placed(valid_BT, answer_BT)
+        return self.left.for_rows(valid_BT, answer_BT) | self.right.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -180,21 +180,21 @@ class Not(Mask):
 
     mask: Mask
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """The opposite."""
-        return ~self.mask.seen(place_bT, num_keys)
+        return ~self.mask.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
         """The opposite."""
         return ~self.mask.dense(num_queries, num_keys)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """The opposite."""
-        return ~self.mask.at(place_BT)
+        return ~self.mask.at(position_BT)
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """The opposite."""
-        return ~self.mask.placed(valid_BT, answer_BT)
+        return ~self.mask.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -210,20 +210,20 @@ class Queries(Mask):
     """
 
     mask: Mask
-    place_BT: Int[Array, "B T"]
+    position_BT: Int[Array, "B T"]
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Of the queries with these numbers."""
-        rows = max(place_bT.shape[0], self.place_BT.shape[0])
-        place_BT = jnp.broadcast_to(jnp.asarray(self.place_BT), (rows, self.place_BT.shape[1]))
-        number_BT = jnp.broadcast_to(place_bT, (rows, place_bT.shape[1]))
-        return self.mask.seen(jnp.take_along_axis(place_BT, number_BT, axis=1), num_keys)
+        rows = max(position_bT.shape[0], self.position_BT.shape[0])
+        position_BT = jnp.broadcast_to(jnp.asarray(self.position_BT), (rows, self.position_BT.shape[1]))
+        number_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
+        return self.mask.allowed(jnp.take_along_axis(position_BT, number_BT, axis=1), num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
         """[B, T, S]. Raises ValueError for another number of queries than there are places."""
-        if self.place_BT.shape[1] != num_queries:
-            raise ValueError(f"a mask for {self.place_BT.shape[1]} queries was given to {num_queries} queries")
-        return self.mask.seen(jnp.asarray(self.place_BT), num_keys)
+        if self.position_BT.shape[1] != num_queries:
+            raise ValueError(f"a mask for {self.position_BT.shape[1]} queries was given to {num_queries} queries")
+        return self.mask.allowed(jnp.asarray(self.position_BT), num_keys)
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:

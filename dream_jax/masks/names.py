@@ -9,7 +9,7 @@ NAMES = "bidirectional, causal, prefix, block-causal:SIZE, window:REACH or windo
 
 
 def parse(name: str) -> Mask:
-    """The mask of a name such as `block-causal:8`; where its rows begin and answer is for `placed` to say.
+    """The mask of a name such as `block-causal:8`; where its rows begin and answer is for `for_rows` to say.
 
     Raises:
       ValueError: an unknown name, or numbers that it does not take.

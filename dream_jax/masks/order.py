@@ -24,9 +24,9 @@ class Causal(Mask):
         ###
     """
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]."""
-        return _keys(num_keys) <= jnp.asarray(place_bT)[:, :, None]
+        return _keys(num_keys) <= jnp.asarray(position_bT)[:, :, None]
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class Prefix(Mask):
     """All tokens see the prompt, both ways; what is answered is causal.
 
     Attributes:
-      end_B: place of each row's first token after the prompt; None until `placed` says it. With a prompt of two tokens:
+      end_B: place of each row's first token after the prompt; None until `for_rows` says it. With a prompt of two tokens:
 
     ::
 
@@ -47,14 +47,14 @@ class Prefix(Mask):
 
     end_B: Int[Array, "B"] | None = None
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]. Raises ValueError where nothing says how long the prompts are."""
         if self.end_B is None:
-            raise ValueError("a prefix mask must be told where the prompts end: Prefix(end), or `placed`")
+            raise ValueError("a prefix mask must be told where the prompts end: Prefix(end), or `for_rows`")
         in_prompt_B1S = _keys(num_keys) < jnp.asarray(self.end_B, jnp.int32)[:, None, None]
-        return in_prompt_B1S | (_keys(num_keys) <= jnp.asarray(place_bT)[:, :, None])
+        return in_prompt_B1S | (_keys(num_keys) <= jnp.asarray(position_bT)[:, :, None])
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """With these rows' prompts."""
         return Prefix(_first(answer_BT))
 
@@ -86,15 +86,15 @@ class BlockCausal(Mask):
         if self.size < 1:
             raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]."""
         start_B11 = jnp.int32(0) if self.start_B is None else jnp.asarray(self.start_B, jnp.int32)[:, None, None]
         block_of_key, block_of_query = (
-            (place - start_B11) // self.size for place in (_keys(num_keys), jnp.asarray(place_bT)[:, :, None])
+            (position - start_B11) // self.size for position in (_keys(num_keys), jnp.asarray(position_bT)[:, :, None])
         )
         return block_of_key <= block_of_query
 
-    def placed(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+    def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """With these rows' first tokens."""
         return BlockCausal(self.size, _first(valid_BT))
 
@@ -124,9 +124,9 @@ class SlidingWindow(Mask):
         if self.left < 0 or self.right < 0:
             raise ValueError(f"a window of {self.left} and {self.right} tokens: neither may be negative")
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]."""
-        ahead_BTS = _keys(num_keys) - jnp.asarray(place_bT)[:, :, None]
+        ahead_BTS = _keys(num_keys) - jnp.asarray(position_bT)[:, :, None]
         return (ahead_BTS >= -self.left) & (ahead_BTS <= self.right)
 
 
@@ -158,12 +158,12 @@ class TwoStream(Mask):
         if self.size < 1:
             raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]. Raises ValueError for keys that are not two halves."""
         half, odd = divmod(num_keys, 2)
         if odd:
             raise ValueError(f"{num_keys} keys are no noised and clean half of one length")
-        key, query = _keys(num_keys), jnp.asarray(place_bT)[:, :, None]
+        key, query = _keys(num_keys), jnp.asarray(position_bT)[:, :, None]
         clean_key, clean_query = key >= half, query >= half
         block_of_key, block_of_query = (key % half) // self.size, (query % half) // self.size
         noised = ~clean_query & ~clean_key & (block_of_key == block_of_query)
@@ -189,11 +189,11 @@ class Annealed(Mask):
 
     drawn_TS: Bool[Array, "T S"]
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]. Raises ValueError when it was drawn for another number of tokens."""
         if self.drawn_TS.shape != (num_keys, num_keys):
             raise ValueError(f"a mask drawn for {self.drawn_TS.shape} was given to {num_keys} tokens")
-        return Causal().seen(place_bT, num_keys) | jnp.asarray(self.drawn_TS)[jnp.asarray(place_bT)]
+        return Causal().allowed(position_bT, num_keys) | jnp.asarray(self.drawn_TS)[jnp.asarray(position_bT)]
 
 
 def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Array, "T S"]:
@@ -210,5 +210,5 @@ def _keys(num_keys: int) -> Int[jax.Array, "S"]:
 
 def _first(x_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B"]:
     """The first true place of each row; T where there is none."""
-    place_BT = jnp.where(jnp.asarray(x_BT), _keys(x_BT.shape[1]), x_BT.shape[1])
-    return jnp.min(place_BT, axis=1, initial=x_BT.shape[1])
+    position_BT = jnp.where(jnp.asarray(x_BT), _keys(x_BT.shape[1]), x_BT.shape[1])
+    return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

@@ -15,11 +15,11 @@ from dream_jax.shapes import Array
 class _OfKeys(Mask):
     """Keys that are hidden whoever asks: `dense` says which."""
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """The same for all queries."""
-        return self.dense(place_bT.shape[1], num_keys)
+        return self.dense(position_bT.shape[1], num_keys)
 
-    def at(self, place_BT: Int[Array, "B T"]) -> Mask:
+    def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """Itself."""
         return self
 
@@ -105,9 +105,11 @@ class Segments(Mask):
             )
         return jnp.asarray(self.query_BT)[:, :, None] == jnp.asarray(self.key_BS)[:, None, :]
 
-    def seen(self, place_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """[B, T, S]."""
-        rows = max(place_bT.shape[0], self.query_BT.shape[0])
+        rows = max(position_bT.shape[0], self.query_BT.shape[0])
         query_BT = jnp.broadcast_to(jnp.asarray(self.query_BT), (rows, self.query_BT.shape[1]))
-        place_BT = jnp.broadcast_to(place_bT, (rows, place_bT.shape[1]))
-        return Segments(jnp.take_along_axis(query_BT, place_BT, axis=1), self.key_BS).dense(place_bT.shape[1], num_keys)
+        position_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
+        return Segments(jnp.take_along_axis(query_BT, position_BT, axis=1), self.key_BS).dense(
+            position_bT.shape[1], num_keys
+        )

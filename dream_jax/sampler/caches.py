@@ -75,5 +75,5 @@ class FastDLLMCache:
         return None if self.variant == "prefix" else 0
 
 
-Keeping = WindowCache | FastDLLMCache
-Cache = NoCache | Keeping
+KVCachePolicy = WindowCache | FastDLLMCache
+CachePolicy = NoCache | KVCachePolicy

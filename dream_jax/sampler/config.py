@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from dream_jax import decoding, masks, schedule
-from dream_jax.sampler.caches import Cache, FastDLLMCache, NoCache, Variant, WindowCache
+from dream_jax.sampler.caches import CachePolicy, FastDLLMCache, NoCache, Variant, WindowCache
 from dream_jax.sampler.hooks import LogitsHook, TokenHook
-from dream_jax.sampler.rules import Count, Rule, Threshold
+from dream_jax.sampler.rules import CommitRule, Count, Threshold
 
 Preset = Literal["exact", "balanced", "fast"]
 
@@ -69,8 +69,8 @@ class SamplerConfig:
     vocab_limit: int | None = None
     forbidden_tokens: Sequence[int] = ()
     block_length: int | None = None
-    cache: Cache = _NO_CACHE
-    commit: Rule = _COUNT
+    cache: CachePolicy = _NO_CACHE
+    commit: CommitRule = _COUNT
     mask: masks.Mask | None = None
     stop_at_end: bool = False
     forced_tokens: Sequence[tuple[int, int]] = ()

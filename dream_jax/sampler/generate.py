@@ -18,7 +18,7 @@ from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import Numbers, Plan
+from dream_jax.sampler.state import DynamicSettings, StaticSettings
 from dream_jax.sampler.watching import listening
 from dream_jax.shapes import Array
 
@@ -79,16 +79,16 @@ def generate(
     """
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
-    valid = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
-    check_prompt(model, prompt, valid, config)
+    valid_BP = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
+    check_prompt(model, prompt, valid_BP, config)
     rows, length = prompt.shape
 
     padding = bucket_length(length) - length
-    canvas, visible = lay_out(model, prompt, valid, config, padding)
-    given = np.pad(np.where(valid, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
+    canvas, valid_BT = lay_out(model, prompt, valid_BP, config, padding)
+    given = np.pad(np.where(valid_BP, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
     most_masked = int(np.max(np.sum(canvas == model.config.mask_token_id, axis=1)))
     if most_masked == 0:
-        tokens = jnp.asarray(np.where(visible, canvas, 0)[:, padding:] + given)
+        tokens = jnp.asarray(np.where(valid_BT, canvas, 0)[:, padding:] + given)
         return Sample(
             tokens=tokens,
             commit_step=jnp.full(tokens.shape, -1, jnp.int32),
@@ -98,22 +98,22 @@ def generate(
         )
     check_key(config, key)
 
-    plan = Plan.of(config, min(bucket_length(most_masked), canvas.shape[1]))
+    static = StaticSettings.of(config, min(bucket_length(most_masked), canvas.shape[1]))
     with sharding.mesh_context(model), listening(on_step, padding) as listener:
         state = denoise(
             model,
             canvas,
-            visible,
+            valid_BT,
             _row_keys(key, rows),
-            Numbers.of(config),
+            DynamicSettings.of(config),
             listener,
-            plan=plan,
+            static=static,
         )
         if on_step is not None:
             jax.effects_barrier()
     return Sample(
         # What stood in the padding was never looked at, but it is the caller's.
-        tokens=jnp.where(visible[:, padding:], state.canvas_BT[:, padding:], given),
+        tokens=jnp.where(valid_BT[:, padding:], state.canvas_BT[:, padding:], given),
         commit_step=state.commit_step_BT[:, padding:],
         forwards=state.forwards,
         passes=state.passes_B,
@@ -122,7 +122,7 @@ def generate(
 
 
 def lay_out(
-    model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig, padding: int
+    model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The canvas before the first step, with more padding on the left: tokens int32 [B, T] and what is no padding."""
     rows, length = prompt.shape
@@ -131,11 +131,11 @@ def lay_out(
     canvas[:, padding : padding + length] = prompt
     for at, token in config.forced_tokens:
         canvas[:, padding + length + at] = token
-    visible = np.ones((rows, total), bool)
-    visible[:, :padding] = False
-    visible[:, padding : padding + length] = valid
-    canvas[~visible] = model.config.pad_token_id
-    return canvas, visible
+    valid_BT = np.ones((rows, total), bool)
+    valid_BT[:, :padding] = False
+    valid_BT[:, padding : padding + length] = valid_BP
+    canvas[~valid_BT] = model.config.pad_token_id
+    return canvas, valid_BT
 
 
 def bucket_length(length: int) -> int:
@@ -150,7 +150,7 @@ def bucket_length(length: int) -> int:
     return power
 
 
-def check_prompt(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: SamplerConfig) -> None:
+def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig) -> None:
     """Raises ValueError for what `generate` cannot work on; see there."""
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
@@ -158,18 +158,18 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid: np.ndarray, config: Sa
         raise ValueError(f"the prompt has shape {prompt.shape}: no rows to denoise")
     if prompt.shape[1] + config.max_new_tokens == 0:
         raise ValueError("the canvas is empty: the prompt has no tokens and max_new_tokens is 0")
-    if valid.shape != prompt.shape:
-        raise ValueError(f"prompt_mask has shape {valid.shape}, but the prompt has {prompt.shape}")
-    if np.any(valid[:, :-1] & ~valid[:, 1:]):
-        row = int(np.argmax(np.any(valid[:, :-1] & ~valid[:, 1:], axis=1)))
+    if valid_BP.shape != prompt.shape:
+        raise ValueError(f"prompt_mask has shape {valid_BP.shape}, but the prompt has {prompt.shape}")
+    if np.any(valid_BP[:, :-1] & ~valid_BP[:, 1:]):
+        row = int(np.argmax(np.any(valid_BP[:, :-1] & ~valid_BP[:, 1:], axis=1)))
         raise ValueError(f"prompt_mask row {row} has padding after a real token; prompts are padded on the left")
-    real = prompt[valid]
+    real = prompt[valid_BP]
     if real.size and (real.min() < 0 or real.max() >= model.config.vocab_size):
         raise ValueError(f"prompt ids span {real.min()}..{real.max()}, outside 0..{model.config.vocab_size - 1}")
     for at, token in config.forced_tokens:
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(f"forced token {token} at offset {at} is outside the vocabulary")
-    total = int(valid.sum(axis=1).max()) + config.max_new_tokens
+    total = int(valid_BP.sum(axis=1).max()) + config.max_new_tokens
     if total > model.config.max_position_embeddings:
         raise ValueError(
             f"prompt and max_new_tokens make {total} tokens, more than {model.config.max_position_embeddings=}"

@@ -18,13 +18,13 @@ class Moment(NamedTuple):
     Attributes:
       step_B: the step that each row takes, as in `Sample.commit_step`.
       canvas_BT: tokens, padding on the left.
-      visible_BT: false at padding.
+      valid_BT: false at padding.
       positions_BT: position of each place in its text, from 0.
     """
 
     step_B: Int[jax.Array, "B"]
     canvas_BT: Int[jax.Array, "B T"]
-    visible_BT: Bool[jax.Array, "B T"]
+    valid_BT: Bool[jax.Array, "B T"]
     positions_BT: Int[jax.Array, "B T"]
 
 

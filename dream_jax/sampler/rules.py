@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from dream_jax import decoding
 
 
-class Rule(abc.ABC):
+class CommitRule(abc.ABC):
     """Of a row's candidates, sorted from the surest on, a rule takes the first few.
 
     Every rule but the clock's takes at least one, so that a loop ends. The rule's one number is handed to `number`
@@ -32,11 +32,11 @@ class Rule(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def number(
+    def count(
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
-        clock_B: Int[jax.Array, "B"],
+        scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
         """How many each row writes.
 
@@ -44,12 +44,12 @@ class Rule(abc.ABC):
           value: the rule's number.
           sorted_BM: confidences, highest first; those past the row's candidates mean nothing.
           candidates_B: number of candidates.
-          clock_B: how many the published clock would write.
+          scheduled_B: how many the published clock would write.
         """
 
 
 @dataclasses.dataclass(frozen=True)
-class Count(Rule):
+class Count(CommitRule):
     """As many as the published clock says: `steps` steps, spaced evenly over the noise levels."""
 
     @property
@@ -58,18 +58,18 @@ class Count(Rule):
         return None
 
     @staticmethod
-    def number(
+    def count(
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
-        clock_B: Int[jax.Array, "B"],
+        scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
         """The clock's number."""
-        return clock_B
+        return scheduled_B
 
 
 @dataclasses.dataclass(frozen=True)
-class Threshold(Rule):
+class Threshold(CommitRule):
     """All whose confidence is at least `tau`, and the surest one always (Fast-dLLM's confidence-aware decoding).
 
     Raises:
@@ -89,11 +89,11 @@ class Threshold(Rule):
         return self.tau
 
     @staticmethod
-    def number(
+    def count(
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
-        clock_B: Int[jax.Array, "B"],
+        scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
         """How many reach the threshold, at least one."""
         assert value is not None
@@ -101,7 +101,7 @@ class Threshold(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Factor(Rule):
+class Factor(CommitRule):
     """The k surest, for the largest k at which even the last is sure enough for so many at once: (k + 1)(1 - c_k) <= f.
 
     The condition under which writing k tokens in parallel agrees with writing them one by one, loosened by the factor
@@ -124,11 +124,11 @@ class Factor(Rule):
         return self.factor
 
     @staticmethod
-    def number(
+    def count(
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
-        clock_B: Int[jax.Array, "B"],
+        scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
         """The length of the unbroken run of c_k >= 1 - f / (k + 1), at least one."""
         assert value is not None
@@ -137,7 +137,7 @@ class Factor(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class EntropyBound(Rule):
+class EntropyBound(CommitRule):
     """The most certain ones while the sum of their entropies, the largest left out, is at most `gamma` nats.
 
     That sum bounds what is lost by writing them independently (entropy-bounded unmasking).
@@ -159,11 +159,11 @@ class EntropyBound(Rule):
         return self.gamma
 
     @staticmethod
-    def number(
+    def count(
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
-        clock_B: Int[jax.Array, "B"],
+        scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
         """The largest prefix within the bound: the first alone always is."""
         assert value is not None
@@ -172,21 +172,21 @@ class EntropyBound(Rule):
 
 
 def choose(
-    rule: type[Rule],
+    rule: type[CommitRule],
     value: jax.Array | None,
     confidence_BM: Float[jax.Array, "B M"],
     candidate_BM: Bool[jax.Array, "B M"],
-    clock_B: Int[jax.Array, "B"],
+    scheduled_B: Int[jax.Array, "B"],
     *,
     score_BM: Float[jax.Array, "B M"] | None = None,
 ) -> Bool[jax.Array, "B M"]:
     """Marks the candidates that a rule writes: those of highest score (by default confidence), of equals the first."""
-    order_BM = decoding.surest_first(confidence_BM, candidate_BM)
+    order_BM = decoding.most_confident_first(confidence_BM, candidate_BM)
     sorted_BM = jnp.take_along_axis(confidence_BM, order_BM, axis=1)
-    number_B = rule.number(value, sorted_BM, jnp.sum(candidate_BM, axis=1, dtype=jnp.int32), clock_B)
+    count_B = rule.count(value, sorted_BM, jnp.sum(candidate_BM, axis=1, dtype=jnp.int32), scheduled_B)
     if score_BM is not None:
-        order_BM = decoding.surest_first(score_BM, candidate_BM)
-    return decoding.commit(order_BM, candidate_BM, number_B)
+        order_BM = decoding.most_confident_first(score_BM, candidate_BM)
+    return decoding.commit(order_BM, candidate_BM, count_B)
 
 
 def _prefix(accepted_BM: Bool[jax.Array, "B M"], candidates_B: Int[jax.Array, "B"]) -> Int[jax.Array, "B"]:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import decoding, masks, schedule
-from dream_jax.attention import KeysValues
+from dream_jax.attention import KVCache
 from dream_jax.model import Dream
 from dream_jax.sampler import passes, propose, rules
-from dream_jax.sampler.caches import Cache, Keeping
+from dream_jax.sampler.caches import CachePolicy, KVCachePolicy
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.hooks import LogitsHook, TokenHook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StaticSettings:
     """What of a configuration a program is compiled for: one program serves all of its numbers.
 
     Attributes:
@@ -39,8 +39,8 @@ class Plan:
     top_k: int | None
     block_length: int | None
     steps: int
-    cache: Cache
-    rule: type[rules.Rule]
+    cache: CachePolicy
+    rule: type[rules.CommitRule]
     stop_at_end: bool
     writable: propose.Writable
     guided: bool
@@ -51,7 +51,7 @@ class Plan:
     capacity: int
 
     @classmethod
-    def of(cls, config: SamplerConfig, capacity: int) -> Plan:
+    def of(cls, config: SamplerConfig, capacity: int) -> StaticSettings:
         """The part of a configuration that is compiled in."""
         return cls(
             alg=config.alg,
@@ -71,17 +71,17 @@ class Plan:
         )
 
     @property
-    def clocked(self) -> bool:
+    def follows_schedule(self) -> bool:
         """Whether the clock says how many positions are written."""
         return self.rule is rules.Count
 
     @property
-    def whole(self) -> bool:
+    def counts_schedule_steps(self) -> bool:
         """Whether a row is one block on the published clock."""
-        return self.block_length is None and self.clocked
+        return self.block_length is None and self.follows_schedule
 
 
-class Numbers(NamedTuple):
+class DynamicSettings(NamedTuple):
     """The rest: numbers that may change without compiling again. None switches off (and is compiled in)."""
 
     filters: propose.Filters
@@ -90,7 +90,7 @@ class Numbers(NamedTuple):
     fractions_S: Float[jax.Array, "steps"]
 
     @classmethod
-    def of(cls, config: SamplerConfig) -> Numbers:
+    def of(cls, config: SamplerConfig) -> DynamicSettings:
         """The part of a configuration that is handed over at each call."""
         return cls(
             filters=propose.Filters(
@@ -116,53 +116,53 @@ class State(NamedTuple):
       canvas_BT: tokens.
       commit_step_BT: step that last wrote each position, -1 for none.
       passes_B: forward passes that each row took part in.
-      start_B: first place of the row's block; T once the row is done.
-      clock_B: the next step of the block's clock.
+      block_start_B: first place of the row's block; T once the row is done.
+      schedule_step_B: the next step of the block's clock.
       block_passes_B: passes made in the block.
-      age_B: passes since, and with, the row's last full one; -1 before the first.
-      blocks_B: blocks begun since the row's last full pass.
-      kept: keys and values, None without a cache.
+      passes_since_full_B: passes since, and with, the row's last full one; -1 before the first.
+      blocks_since_full_B: blocks begun since the row's last full pass.
+      kv_cache: keys and values, None without a cache.
       forwards: forward passes made.
     """
 
     canvas_BT: Int[jax.Array, "B T"]
     commit_step_BT: Int[jax.Array, "B T"]
     passes_B: Int[jax.Array, "B"]
-    start_B: Int[jax.Array, "B"]
-    clock_B: Int[jax.Array, "B"]
+    block_start_B: Int[jax.Array, "B"]
+    schedule_step_B: Int[jax.Array, "B"]
     block_passes_B: Int[jax.Array, "B"]
-    age_B: Int[jax.Array, "B"]
-    blocks_B: Int[jax.Array, "B"]
-    kept: KeysValues | None
+    passes_since_full_B: Int[jax.Array, "B"]
+    blocks_since_full_B: Int[jax.Array, "B"]
+    kv_cache: KVCache | None
     forwards: Int[jax.Array, ""]
 
 
-def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], plan: Plan) -> State:
+def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings) -> State:
     """The state before the first step."""
     zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
     rows, length = canvas_BT.shape
     masked_BT = canvas_BT == model.config.mask_token_id
-    keeps = isinstance(plan.cache, Keeping)
+    keeps = isinstance(static.cache, KVCachePolicy)
     return State(
         canvas_BT=canvas_BT,
         commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
         passes_B=zeros_B,
-        start_B=first(masked_BT),
-        clock_B=zeros_B,
+        block_start_B=first(masked_BT),
+        schedule_step_B=zeros_B,
         block_passes_B=zeros_B,
-        age_B=zeros_B - 1,
-        blocks_B=zeros_B,
-        kept=passes.empty(model, 2 * rows if plan.guided else rows, length) if keeps else None,
+        passes_since_full_B=zeros_B - 1,
+        blocks_since_full_B=zeros_B,
+        kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if keeps else None,
         forwards=jnp.int32(0),
     )
 
 
 def active(state: State) -> Bool[jax.Array, "B"]:
     """Rows that are not done."""
-    return state.start_B < state.canvas_BT.shape[1]
+    return state.block_start_B < state.canvas_BT.shape[1]
 
 
 def first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
     """The first true place of each row; T where there is none."""
-    place_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
-    return jnp.min(place_BT, axis=1, initial=x_BT.shape[1])
+    position_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
+    return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

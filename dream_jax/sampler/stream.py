@@ -18,7 +18,7 @@ from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.generate import bucket_length, check_key, check_prompt, lay_out
 from dream_jax.sampler.loop import idle_batch, resume
-from dream_jax.sampler.state import Numbers, Plan, active
+from dream_jax.sampler.state import DynamicSettings, StaticSettings, active
 
 
 class Answer(NamedTuple):
@@ -97,14 +97,14 @@ class Stream(Iterator[Answer]):
         model, config, size = self._model, self._config, self._batch_size
         total = width + config.max_new_tokens
         masked = max(int(np.sum(self._rows[index] == model.config.mask_token_id)) for index in waiting)
-        plan = Plan.of(config, min(bucket_length(masked + config.max_new_tokens), total))
-        numbers = Numbers.of(config)
+        static = StaticSettings.of(config, min(bucket_length(masked + config.max_new_tokens), total))
+        dynamic = DynamicSettings.of(config)
         before = self.forwards
         with sharding.mesh_context(model):
-            batch = _idle_batch(model, size, total, plan)
+            batch = _idle_batch(model, size, total, static)
             under_way: list[int | None] = [None] * size
             canvas = np.full((size, total), model.config.pad_token_id, np.int32)
-            visible = np.ones((size, total), bool)
+            valid = np.ones((size, total), bool)
             which = np.zeros(size, np.int32)
             while waiting or any(index is not None for index in under_way):
                 new = np.zeros(size, bool)
@@ -113,12 +113,12 @@ class Stream(Iterator[Answer]):
                         under_way[place] = which[place] = waiting.pop(0)
                         row = self._rows[which[place]]
                         one = lay_out(model, row, np.ones(row.shape, bool), config, width - row.shape[1])
-                        canvas[place], visible[place] = one[0][0], one[1][0]
+                        canvas[place], valid[place] = one[0][0], one[1][0]
                         new[place] = True
                 # Nobody waits for long: a quarter of the rows done, and the host looks. At the end, all of them.
                 idle = -(-size // 4) if waiting else size
                 batch = resume(
-                    model, batch, new, canvas, visible, self._keys[which], numbers, jnp.int32(idle), plan=plan
+                    model, batch, new, canvas, valid, self._keys[which], dynamic, jnp.int32(idle), static=static
                 )
                 state = batch.state
                 self.forwards = before + int(state.forwards)
@@ -131,4 +131,4 @@ class Stream(Iterator[Answer]):
                         under_way[place] = None
 
 
-_idle_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "plan"))(idle_batch)
+_idle_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "static"))(idle_batch)

@@ -121,7 +121,7 @@ class Grid:
                 maskable_BT = np.pad(self._maskable_RT[part], filling)
                 exist_BT = np.pad(self._exist_RT[part], filling, constant_values=True)
                 # As numpy: every process has the whole of it, as it has of the rows.
-                mask = jax.tree.map(np.asarray, attends.placed(exist_BT, maskable_BT))
+                mask = jax.tree.map(np.asarray, attends.for_rows(exist_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
                     t_B = np.full(self._size, level, np.float32)
                     found = self._sums(model, tokens_BT, masked_BT, t_B, exist_BT, mask)
