@@ -1,6 +1,6 @@
-"""dream_jax: Dream-7B, a diffusion language model, in JAX: convert, fine-tune, sample, take it back.
+"""dream_jax: Dream-7B, a diffusion language model, in JAX: convert, fine-tune, sample and export it.
 
-The names below are the stable public face; everything else may move between releases.
+The names below are stable; everything else may move between releases.
 """
 
 from __future__ import annotations
@@ -15,10 +15,25 @@ from dream_jax.objective import (
     Focal,
     InverseTimeWeight,
     LinearWeight,
+    LossWeight,
     UniformWeight,
     masked_diffusion_loss,
 )
-from dream_jax.sampler import Sample, SamplerConfig, generate
+from dream_jax.sampler import (
+    Answer,
+    Count,
+    EntropyBound,
+    Factor,
+    FastDLLMCache,
+    Moment,
+    NoCache,
+    Sample,
+    SamplerConfig,
+    Stream,
+    Threshold,
+    WindowCache,
+    generate,
+)
 
 if TYPE_CHECKING:
     from dream_jax.pretrained import export_hf, load, merge_adapter, save, save_adapter
@@ -30,15 +45,26 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree on a b
 
 __all__ = [
     "PRESETS",
+    "Answer",
     "CartWeight",
+    "Count",
     "Dream",
     "DreamConfig",
+    "EntropyBound",
+    "Factor",
+    "FastDLLMCache",
     "Focal",
     "InverseTimeWeight",
     "LinearWeight",
+    "LossWeight",
+    "Moment",
+    "NoCache",
     "Sample",
     "SamplerConfig",
+    "Stream",
+    "Threshold",
     "UniformWeight",
+    "WindowCache",
     "export_hf",
     "generate",
     "load",
@@ -50,7 +76,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: they need Orbax and safetensors, which the compute rooms do without.
+    # Imported on first use: these functions need Orbax and safetensors, which a machine that only computes may lack.
     if name in ("load", "save", "export_hf", "save_adapter", "merge_adapter"):
         from dream_jax import pretrained
 
