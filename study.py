@@ -1,13 +1,12 @@
 """The architecture study of attention masks: `python study.py [--quick] --out runs/study`.
 
 Trains the nano model under each mask, on tasks that are easiest to write in different orders, and measures likelihood,
-answers in each order and in few passes, and whether keys and values can be kept. A study that was stopped goes on; several
-processes, on one machine or on several that share the folder, do it together. With --inspect PATH it trains nothing and
-looks at the attention inside a checkpoint instead.
+answers in each order and in few passes, and whether keys and values can be cached. A study that was stopped resumes;
+several processes, on one machine or on several that share the folder, can work on it together. With --inspect PATH it
+trains nothing and looks at the attention inside a checkpoint instead.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -24,11 +23,11 @@ QUICK_TASKS, QUICK_SEEDS = ("addition",), 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is studied, and where it is kept."""
+class StudySettings:
+    """What is studied, and where the results go."""
 
     out: pathlib.Path = pathlib.Path("runs/study")
-    """folder of the runs, tables and figures; what is there is not made again"""
+    """folder of the runs, tables and figures; runs that are there are not made again"""
     quick: bool = False
     """one task, the masks alone, two seeds: a quarter of an hour on two cores"""
     tasks: tuple[str, ...] = ()
@@ -36,31 +35,33 @@ class Settings:
     variants: tuple[str, ...] = ()
     """names of masks and ablations; all by default"""
     seeds: int = 3
-    """models of each kind"""
+    """models of each task and variant"""
     costs: bool = False
-    """also time training steps and sampling under each mask, into costs.csv: on a machine that does nothing else"""
+    """also time training steps and sampling under each mask, into costs.csv; the machine should do nothing else"""
     length: float = 1.0
-    """training steps, as a share of each task's own"""
+    """training steps, as a share of each task's own number"""
     test_rows: int = 256
     """examples that each model answers"""
     processes: int = os.cpu_count() or 1
-    """that train at the same time, a core each; 0 makes tables and figures of what is there"""
+    """processes that train at the same time, one core each; 0 makes tables and figures of the runs that are there"""
     fill: tuple[pathlib.Path, ...] = ()
-    """Markdown files whose marked tables are written anew from what is there"""
+    """Markdown files whose marked tables are written anew from the runs that are there"""
+    pack: bool = False
+    """put the files of all finished runs together into OUT/runs.jsonl, one line per run, and remove them"""
     inspect: str | None = None
-    """a checkpoint or preset to look into, instead of training; --out is then where its tables and figures go"""
+    """a checkpoint or preset to look into, instead of training; its table and figure go to --out"""
     data: str = "sudoku"
     """test rows for --inspect, as train.py takes them"""
     rows: int = 32
-    """how many of them"""
+    """how many test rows"""
     max_length: int = 512
-    """longest of them, in tokens; longer ones are left out"""
+    """longest row, in tokens; longer rows are left out"""
     seed: int = 0
-    """which positions of them are masked"""
+    """decides which positions are masked"""
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """The machine and the versions that the numbers were made with."""
     import jax
 
     model = ""
@@ -71,16 +72,9 @@ def hardware() -> dict[str, Any]:
     return found | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def spread(settings: Settings, console: Console) -> None:
-    """Starts the workers and waits for them; a worker's failure ends the others."""
-    # Before jax counts the cores: a model as small as this one gains nothing from a second.
+def spread(settings: StudySettings, console: Console) -> None:
+    """Starts the workers and waits for them; when one fails, the others are ended."""
+    # Each worker is bound to one core before jax counts the cores: a model as small as this gains nothing from a second.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = []
     for number in range(settings.processes):
@@ -99,16 +93,18 @@ def spread(settings: Settings, console: Console) -> None:
                 worker.terminate()
         codes = [worker.wait() for worker in workers]
     if any(codes):
-        raise RuntimeError(f"workers ended with {codes}; what they finished is kept, and the same command goes on")
-    console.print("all runs are there")
+        raise RuntimeError(
+            f"workers ended with {codes}; finished runs are kept; start the same command again to resume"
+        )
+    console.print("all runs are finished")
 
 
 def table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Accuracy by order, and likelihood, of each mask and task."""
+    """Prints accuracy by order of writing, and likelihood, of each task and variant."""
     from mask_study.measures import ORDERS
 
     shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
-    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # names first: numbers can be broken
+    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # numbers may be broken over lines, names may not
     found = {(row["task"], row["variant"], row["measure"], row["of"]): row for row in rows}
 
     def cell(task: str, variant: str, name: str, of: str) -> str:
@@ -125,23 +121,27 @@ def table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(shown)
 
 
-def study(settings: Settings, console: Console) -> None:
+def study(settings: StudySettings, console: Console) -> None:
     """Makes the runs that are missing, then the tables and figures."""
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
-    from mask_study import TASKS, VARIANTS, Plan, Study, differences, read_rows, summarise
+    from dream_jax.files import write_file, write_json
+    from mask_study import TASKS, VARIANTS, Study, StudyPlan, differences, read_rows, summarise
+    from mask_study.figures import draw_all
     from mask_study.variants import MASKS
 
     tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
     variants = settings.variants or (MASKS if settings.quick else tuple(VARIANTS))
     seeds = QUICK_SEEDS if settings.quick else settings.seeds
-    plan = Plan(tasks=tasks, variants=variants, seeds=seeds, length=settings.length, test_rows=settings.test_rows)
+    plan = StudyPlan(tasks=tasks, variants=variants, seeds=seeds, length=settings.length, test_rows=settings.test_rows)
     made = Study(settings.out, plan)
+    if settings.pack:
+        console.print("packed into", str(made.pack()))
     if "DREAM_JAX_STUDY_WORKER" in os.environ:
         import jax
 
-        # Seeds and workers share most programs, which take as long to compile as a tenth of a run.
+        # Seeds and workers share most compiled programs; compiling one anew would take a tenth of a run.
         jax.config.update("jax_compilation_cache_dir", str(settings.out.resolve() / "compiled"))
         begun = time.monotonic()
         made.work(
@@ -166,28 +166,23 @@ def study(settings: Settings, console: Console) -> None:
     paths = [*made.write_tables()]
     about = settings.out / "hardware.json"
     if (missing and settings.processes) or not about.exists():  # tables may be made elsewhere than the runs
-        write(about, json.dumps(hardware(), indent=2) + "\n")
+        write_json(about, hardware())
     paths.append(about)
     summary = summarise(rows)
-    try:
-        from mask_study.figures import draw_all
-
-        paths += draw_all(summary, settings.out)
-    except ModuleNotFoundError as error:
-        console.print(f"no figures: {error}; pip install matplotlib")
+    paths += draw_all(summary, settings.out)
     for path in settings.fill:
         from mask_study.tables import fill
 
         timed = settings.out / "costs.csv"
         text = fill(path, summary, read_rows(timed) if timed.is_file() else [], differences(rows))
-        write(path, text)
+        write_file(path, text)
         paths.append(path)
     table(summary, console)
     console.print("wrote", *map(str, paths))
 
 
-def look(settings: Settings, console: Console) -> None:
-    """Statistics of the attention of one checkpoint."""
+def look(settings: StudySettings, console: Console) -> None:
+    """Writes and prints statistics of the attention of one checkpoint."""
     from dream_jax.config import PRESETS
     from dream_jax.pretrained import load
     from dream_jax.tokenizer import load_tokenizer
@@ -209,11 +204,7 @@ def look(settings: Settings, console: Console) -> None:
     console.print(f"{settings.inspect} ({kind}), {len(rows.tokens_BT)} rows of {rows.tokens_BT.shape[1]} tokens")
     lines = list(inspect(model, rows, settings.seed))
     settings.out.mkdir(parents=True, exist_ok=True)
-    paths = [write_table(table_path, lines)]
-    try:
-        paths.append(draw(lines, figure_path))
-    except ModuleNotFoundError as error:
-        console.print(f"no figure: {error}; pip install matplotlib")
+    paths = [write_table(table_path, lines), draw(lines, figure_path)]
     shown = Table("layer", *STATISTICS, title="masked queries at t = 0.5, mean of the heads")
     for layer in sorted({line["layer"] for line in lines}):
         here = [one for one in lines if (one["layer"], one["queries"], one["t"]) == (layer, "masked", 0.5)]
@@ -224,13 +215,13 @@ def look(settings: Settings, console: Console) -> None:
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """The command line; returns the exit code."""
     console = Console()
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(StudySettings, description=__doc__)
     try:
         study(settings, console) if settings.inspect is None else look(settings, console)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; start the same command again to resume", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,11 @@
 """What an attention mask does to a masked-diffusion model: the same small model under each, measured.
 
-Knows tasks, variants, runs and figures, and how to look inside a checkpoint. Decides nothing about training or sampling
-that the rooms below do not offer.
+Responsible for the tasks, the variants, the runs and their tables and figures, and for looking at the attention inside a
+checkpoint. Training and sampling are those of dream_jax.
 """
 
-from mask_study.runs import Plan, Study, differences, read_rows, summarise
-from mask_study.tasks import TASKS, Task
+from mask_study.runs import Study, StudyPlan, differences, read_rows, summarise
+from mask_study.tasks import TASKS, StudyTask
 from mask_study.variants import VARIANTS, Variant
 
-__all__ = ["TASKS", "VARIANTS", "Plan", "Study", "Task", "Variant", "differences", "read_rows", "summarise"]
+__all__ = ["TASKS", "VARIANTS", "Study", "StudyPlan", "StudyTask", "Variant", "differences", "read_rows", "summarise"]

@@ -1,6 +1,6 @@
-"""What a mask costs: time and memory of a training step, and of sampling with and without kept keys.
+"""What a mask costs: time and memory of a training step, and time of sampling with and without a key/value cache.
 
-Knows the step and the sampler. Weights are random: they do not matter here.
+The models have random weights, because the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REPEATS = 5
 
 
 def costs(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One line a mask: share of query-key pairs that may attend, and medians of alternating runs on this machine.
+    """One row per mask: the share of query-key pairs that may attend, and medians of alternating runs on this machine.
 
     Args:
       names: of masks, as in `VARIANTS`.
@@ -44,15 +44,15 @@ def costs(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 run()
                 seconds.setdefault((kind, name), []).append(time.perf_counter() - begun)
     for name in names:
-        place = np.arange(TOKENS)[None]
-        mask = masks.parse(name).for_rows(np.ones((1, TOKENS), bool), place >= TOKENS // 2)
-        seen = np.broadcast_to(np.asarray(mask.dense(TOKENS, TOKENS)), (1, TOKENS, TOKENS)).mean()
-        line = {"mask": name, "tokens": TOKENS, "pairs": float(seen), "step_temp_mib": steps[name][1] / 2**20}
-        yield line | {f"{kind}_seconds": statistics.median(seconds[kind, name]) for kind in kinds}
+        position_1T = np.arange(TOKENS)[None]
+        mask = masks.parse(name).for_rows(np.ones((1, TOKENS), bool), position_1T >= TOKENS // 2)
+        attended = np.broadcast_to(np.asarray(mask.dense(TOKENS, TOKENS)), (1, TOKENS, TOKENS)).mean()
+        row = {"mask": name, "tokens": TOKENS, "pairs": float(attended), "step_temp_mib": steps[name][1] / 2**20}
+        yield row | {f"{kind}_seconds": statistics.median(seconds[kind, name]) for kind in kinds}
 
 
 def _training(name: str) -> tuple[Callable[[], None], int]:
-    """A step to run again and again, and the bytes that it needs beside what it is given."""
+    """A function that runs one training step, and the bytes of temporary memory that the compiled step needs."""
     variant, mesh = VARIANTS[name], sharding.make_mesh("1x1")
     graphdef, params = split_params(variant.model(0))
     settings = OptimizerConfig(learning_rate=1e-3, total_steps=100)

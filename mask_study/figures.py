@@ -1,6 +1,6 @@
-"""The figures of a study, from its summary alone.
+"""Draws the figures of a study from the rows of `summary.csv`.
 
-Knows the rows of `summary.csv` and matplotlib. Colours are Okabe and Ito's, told apart by shape as well.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; series differ in their marker as well.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from dream_jax.files import replacing
 from mask_study.measures import ORDERS, TAU
 from mask_study.variants import MASKS
 
-Rows = Sequence[dict[str, Any]]
+TableRows = Sequence[dict[str, Any]]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def draw_all(rows: Rows, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws what there is data for.
-
-    Raises:
-      ModuleNotFoundError: matplotlib is not installed.
-    """
+def draw_all(rows: TableRows, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws each figure that there is data for, as PNG files in the folder, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[Rows], Any]] = {
+    figures: dict[str, Callable[[TableRows], Any]] = {
         "orders.png": _orders,
         "likelihood.png": _likelihood,
         "passes.png": _passes,
@@ -38,22 +37,20 @@ def draw_all(rows: Rows, folder: pathlib.Path) -> list[pathlib.Path]:
         figure = draw(rows)
         if figure is None:
             continue
-        temporary = folder / f".{name}.incomplete"
-        figure.savefig(temporary, dpi=130, format="png")
-        paths.append(temporary.replace(folder / name))
+        with replacing(folder / name) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+        paths.append(folder / name)
     return paths
 
 
 def _figure(columns: int, width: float, height: float, lines: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     return figure, [axes for line in grid for axes in line]
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """A panel a task, three in a line, so that they can be read on a page."""
+    """One panel per task, three in a line, so that they can be read on a page."""
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     figure, panels = _figure(columns, 3.4 * columns + 0.6, 3.1 * lines + 0.8, lines)
@@ -63,7 +60,7 @@ def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def _finish(figure: Any, panels: dict[str, Any], label: str, columns: int, title: str | None = None) -> None:
-    """Says what is shown, and by which marks."""
+    """Labels the vertical axis and adds one legend for all panels."""
     figure.supylabel(label, fontsize=10)
     marks: dict[str, Any] = {}
     for axes in panels.values():
@@ -76,26 +73,26 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
-def _names(rows: Rows, key: str, among: Sequence[str] | None = None) -> list[str]:
+def _names(rows: TableRows, key: str, among: Sequence[str] | None = None) -> list[str]:
     found = list(dict.fromkeys(row[key] for row in rows))
     return found if among is None else [name for name in among if name in found]
 
 
-def _only(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
+def _only(rows: TableRows, **wanted: str) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def _points(axes: Any, places: Sequence[float], rows: Rows, number: int, label: str, line: str = "-") -> None:
+def _points(axes: Any, xs: Sequence[float], rows: TableRows, number: int, label: str, line: str = "-") -> None:
     heights = [row["mean"] for row in rows]
     axes.errorbar(
-        places, heights, yerr=_errors(rows), label=label, linestyle=line, capsize=2, markersize=5, **_style(number)
+        xs, heights, yerr=_errors(rows), label=label, linestyle=line, capsize=2, markersize=5, **_style(number)
     )
 
 
-def _errors(rows: Rows) -> list[list[float]]:
-    """How far each interval reaches below and above its mean; nowhere for a single seed.
+def _errors(rows: TableRows) -> list[list[float]]:
+    """How far each interval reaches below and above its mean; 0 for a single seed.
 
-    Of what cannot be negative not below a hundredth of the mean, which a logarithmic axis could not show.
+    No error bar reaches below a hundredth of its mean, because a logarithmic axis could not show it.
     """
     ends = [
         (0.0, 0.0)
@@ -106,8 +103,8 @@ def _errors(rows: Rows) -> list[list[float]]:
     return [[max(0.0, end[side]) for end in ends] for side in (0, 1)]
 
 
-def _orders(rows: Rows) -> Any:
-    """Accuracy by order of writing: a panel a task, a point a mask and order."""
+def _orders(rows: TableRows) -> Any:
+    """Accuracy by order of writing: a panel per task, a point per mask and order."""
     rows = _only(rows, measure="accuracy")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -116,9 +113,9 @@ def _orders(rows: Rows) -> Any:
     for task, axes in panels.items():
         for number, order in enumerate(ORDERS):
             found = [_only(rows, task=task, variant=variant, of=order) for variant in variants]
-            here = [(place, one[0]) for place, one in enumerate(found) if one]
-            places = [place + 0.17 * (number - 1.5) for place, _ in here]
-            _points(axes, places, [row for _, row in here], number, order, line="none")
+            here = [(column, one[0]) for column, one in enumerate(found) if one]
+            xs = [column + 0.17 * (number - 1.5) for column, _ in here]
+            _points(axes, xs, [row for _, row in here], number, order, line="none")
         axes.set(title=task, ylim=(-0.03, 1.03))
         axes.set_xticks(range(len(variants)), variants, rotation=35, ha="right")
         axes.grid(axis="y", alpha=0.3)
@@ -126,8 +123,8 @@ def _orders(rows: Rows) -> Any:
     return figure
 
 
-def _likelihood(rows: Rows) -> Any:
-    """Nats per masked token by noise level: a panel a task, a line a mask."""
+def _likelihood(rows: TableRows) -> Any:
+    """Nats per masked token by noise level: a panel per task, a line per mask."""
     rows = [row for row in _only(rows, measure="nll") if row["of"] != "all"]
     tasks, variants, levels = _names(rows, "task"), _names(rows, "variant", MASKS), _names(rows, "of")
     if not variants:
@@ -137,17 +134,17 @@ def _likelihood(rows: Rows) -> Any:
         for number, variant in enumerate(variants):
             here = [row for level in levels for row in _only(rows, task=task, variant=variant, of=level)]
             if here:
-                aside = 0.015 * (number - (len(variants) - 1) / 2)  # so that no mark hides another
-                places = [(levels.index(row["of"]) + 0.5) / len(levels) + aside for row in here]
-                _points(axes, places, here, number, variant)
+                aside = 0.015 * (number - (len(variants) - 1) / 2)  # so that no marker hides another
+                xs = [(levels.index(row["of"]) + 0.5) / len(levels) + aside for row in here]
+                _points(axes, xs, here, number, variant)
         axes.set(title=task, xlabel="noise level t", xlim=(0, 1), yscale="log")
         axes.grid(alpha=0.3)
     _finish(figure, panels, "nats per masked token, on a logarithmic axis", 5)
     return figure
 
 
-def _passes(rows: Rows) -> Any:
-    """Accuracy by forward passes: a panel a task, a line a mask, and a hollow point for the threshold."""
+def _passes(rows: TableRows) -> Any:
+    """Accuracy by forward passes: a panel per task, a line per mask, and a hollow point for the threshold."""
     rows = _only(rows, measure="accuracy")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -171,8 +168,8 @@ def _passes(rows: Rows) -> Any:
     return figure
 
 
-def _written_at(rows: Rows) -> Any:
-    """When the order by confidence writes each position: a panel a task, a line a mask."""
+def _written_at(rows: TableRows) -> Any:
+    """When the order by confidence writes each position: a panel per task, a line per mask."""
     rows = _only(rows, measure="written at")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -190,8 +187,8 @@ def _written_at(rows: Rows) -> Any:
     return figure
 
 
-def _ablations(rows: Rows) -> Any:
-    """Accuracy and likelihood of what is not a mask alone, beside the bidirectional model."""
+def _ablations(rows: TableRows) -> Any:
+    """Accuracy and likelihood of variants that differ in more than the mask, beside the bidirectional model."""
     others = [name for name in _names(rows, "variant") if name not in MASKS]
     if not others:
         return None
@@ -207,9 +204,9 @@ def _ablations(rows: Rows) -> Any:
             axes = panels[line * len(tasks) + column]
             here = [row for row in _only(rows, task=task, measure=name, of=of)]
             here.sort(key=lambda row: (row["variant"] in others, row["variant"]))
-            for place, row in enumerate(here):
+            for line_of_row, row in enumerate(here):
                 style = _style(1 if row["variant"] in others else 0)
-                axes.errorbar([row["mean"]], [place], xerr=_errors([row]), capsize=2, linestyle="none", **style)
+                axes.errorbar([row["mean"]], [line_of_row], xerr=_errors([row]), capsize=2, linestyle="none", **style)
             axes.set_yticks(range(len(here)), [row["variant"] for row in here])
             axes.invert_yaxis()
             axes.margins(y=0.1)

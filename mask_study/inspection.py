@@ -1,7 +1,7 @@
-"""Where a model looks: statistics of its attention, a layer and head at a time.
+"""Where a model looks: statistics of its attention for each layer and head.
 
-The probabilities are formed again from the model's own queries and keys, a few queries at a time, and only their statistics
-are kept. Knows the transformer and masks. Knows nothing of training.
+The probabilities are formed again from the model's own queries and keys, for a chunk of queries at a time, and only their
+statistics are stored.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from dream_jax import masks
 from dream_jax.data import encode_row, first_rows, open_source
+from dream_jax.files import replacing
 from dream_jax.model import Dream, Layer, rotate, rotation
 from dream_jax.tokenizer import Tokenizer
 
@@ -31,12 +33,12 @@ STATISTICS = (
     "masked",
     "first",
 )
-"""Of each query, averaged: entropy in nats, and as a share of that of even attention to all it may see; mean distance and
-mean offset of keys in tokens (positive: to the right); and shares of attention: that looks right, to itself, to the token
-before, to the prompt, to masked tokens, to the first token."""
+"""Averages over queries: entropy in nats, and as a share of the entropy of even attention to all keys that the query may
+see; mean distance and mean offset of keys in tokens (positive: to the right); and the shares of attention on keys to the
+right, on the query itself, on the token before it, on the prompt, on masked tokens, and on the first token."""
 
 QUERIES = ("prompt", "masked", "written")
-"""Kinds of queries that are averaged apart: tokens of the prompt, masked tokens, other tokens of the answer."""
+"""Kinds of queries, averaged separately: tokens of the prompt, masked tokens, other tokens of the answer."""
 
 LEVELS = (0.1, 0.5, 0.9, 1.0)
 """Shares of the answer that are masked."""
@@ -44,27 +46,27 @@ LEVELS = (0.1, 0.5, 0.9, 1.0)
 _CHUNK = 128  # queries at a time: [rows, heads, 128, tokens] of probabilities
 
 
-class Rows(NamedTuple):
-    """What is looked at: token ids [B, T], which of them are the prompt, and which are no padding (bool [B, T])."""
+class InspectedRows(NamedTuple):
+    """The rows that a model reads: token ids [B, T], and bool [B, T]: part of the prompt, and valid (no padding)."""
 
     tokens_BT: np.ndarray
     prompt_BT: np.ndarray
-    visible_BT: np.ndarray
+    valid_BT: np.ndarray
 
 
-def attention_statistics(model: Dream, rows: Rows, masked_BT: np.ndarray) -> np.ndarray:
+def attention_statistics(model: Dream, rows: InspectedRows, masked_BT: np.ndarray) -> np.ndarray:
     """The statistics of each layer and head, under the mask that the model was trained under.
 
     Args:
-      model: any Dream; padding of the rows may stand on the left or the right.
-      rows: clean tokens.
-      masked_BT: true where the model sees the mask token instead.
+      model: any Dream.
+      rows: clean tokens; padding may be on the left or on the right.
+      masked_BT: True where the model sees the mask token instead.
 
     Returns:
       float64 [layers, heads, len(QUERIES), len(STATISTICS)]; NaN where there is no such query.
 
     Raises:
-      ValueError: rows that are longer than the model's positions.
+      ValueError: rows longer than the model's `max_position_embeddings`.
     """
     length = rows.tokens_BT.shape[1]
     if length > model.config.max_position_embeddings:
@@ -79,16 +81,16 @@ def attention_statistics(model: Dream, rows: Rows, masked_BT: np.ndarray) -> np.
 
 @jax.jit
 def _statistics(
-    model: Dream, tokens_BT: jax.Array, prompt_BT: jax.Array, visible_BT: jax.Array, masked_BT: jax.Array
+    model: Dream, tokens_BT: jax.Array, prompt_BT: jax.Array, valid_BT: jax.Array, masked_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over queries [L, N, kinds, statistics], numbers of queries [kinds], and the last hidden states [B, T, D]."""
     config = model.config
     batch, length = tokens_BT.shape
     noisy_BT = jnp.where(masked_BT, config.mask_token_id, tokens_BT)
-    positions_BT = jnp.maximum(jnp.cumsum(visible_BT, axis=1, dtype=jnp.int32) - 1, 0)
-    mask = masks.parse(model.trained_mask).for_rows(visible_BT, visible_BT & ~prompt_BT) & masks.KeyPadding(visible_BT)
-    seen_bTS = mask.dense(length, length)
-    kinds_BTQ = jnp.stack([prompt_BT, masked_BT, ~prompt_BT & ~masked_BT], axis=-1) & visible_BT[..., None]
+    positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
+    mask = masks.parse(model.trained_mask).for_rows(valid_BT, valid_BT & ~prompt_BT) & masks.KeyPadding(valid_BT)
+    attended_bTS = mask.dense(length, length)
+    kinds_BTQ = jnp.stack([prompt_BT, masked_BT, ~prompt_BT & ~masked_BT], axis=-1) & valid_BT[..., None]
     counts_Q = jnp.sum(kinds_BTQ, axis=(0, 1), dtype=jnp.float32)
     first_BS = positions_BT == 0
     turn = rotation(positions_BT, config.head_dim, config.rope_theta)
@@ -101,7 +103,7 @@ def _statistics(
         x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    full_BTS = jnp.broadcast_to(seen_bTS, (batch, length, length))
+    full_BTS = jnp.broadcast_to(attended_bTS, (batch, length, length))
     fixed = tuple(map(cut, (full_BTS, kinds_BTQ, positions_BT)))
 
     def layer_sums(layer: Layer, x_BTD: jax.Array) -> jax.Array:
@@ -109,16 +111,16 @@ def _statistics(
         q_BTKGH = rotate(layer.attn.q(normal_BTD), turn).reshape(batch, length, -1, groups, config.head_dim)
         k_BSKH = rotate(layer.attn.k(normal_BTD), turn)
 
-        def chunk_sums(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            q_BtKGH, seen_BtS, kinds_BtQ, place_Bt = part
+        def chunk_sums(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            q_BtKGH, attended_BtS, kinds_BtQ, position_Bt = chunk
             scores = jnp.einsum("BtKGH,BSKH->BKGtS", q_BtKGH, k_BSKH, preferred_element_type=jnp.float32)
-            seen_B11tS = seen_BtS[:, None, None]
-            p_BKGtS = jax.nn.softmax(jnp.where(seen_B11tS, scores / config.head_dim**0.5, -1e30), axis=-1)
-            # Queries that only fill the chunk see nothing, and count for nothing.
-            p_BKGtS = jnp.where(seen_B11tS, p_BKGtS, 0.0)
-            ahead_BtS = (positions_BT[:, None, :] - place_Bt[:, :, None]).astype(jnp.float32)
+            attended_B11tS = attended_BtS[:, None, None]
+            p_BKGtS = jax.nn.softmax(jnp.where(attended_B11tS, scores / config.head_dim**0.5, -1e30), axis=-1)
+            # Queries that only fill the last chunk may attend to nothing, and add zero.
+            p_BKGtS = jnp.where(attended_B11tS, p_BKGtS, 0.0)
+            ahead_BtS = (positions_BT[:, None, :] - position_Bt[:, :, None]).astype(jnp.float32)
             entropy = -jnp.sum(p_BKGtS * jnp.log(jnp.where(p_BKGtS > 0, p_BKGtS, 1.0)), axis=-1)
-            most = jnp.log(jnp.maximum(jnp.sum(seen_BtS, axis=-1), 2).astype(jnp.float32))[:, None, None]
+            log_most = jnp.log(jnp.maximum(jnp.sum(attended_BtS, axis=-1), 2).astype(jnp.float32))[:, None, None]
             weights = (
                 jnp.abs(ahead_BtS),
                 ahead_BtS,
@@ -130,7 +132,7 @@ def _statistics(
                 jnp.broadcast_to(first_BS[:, None], ahead_BtS.shape),
             )
             means = [jnp.einsum("BKGtS,BtS->BKGt", p_BKGtS, weight.astype(jnp.float32)) for weight in weights]
-            values = jnp.stack([entropy, entropy / most, *means], axis=-1)
+            values = jnp.stack([entropy, entropy / log_most, *means], axis=-1)
             return total + jnp.einsum("BKGtX,BtQ->KGQX", values, kinds_BtQ.astype(jnp.float32)), None
 
         heads = (config.num_key_value_heads, groups)
@@ -147,17 +149,17 @@ def _statistics(
     return sums, counts_Q, model.norm(x_BTD).astype(model.compute_dtype)
 
 
-def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Rows:
-    """The first test rows of a source, those that fit, padded on the right.
+def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> InspectedRows:
+    """Those of the first test rows of a source that fit, padded on the right.
 
     Args:
-      data: as `train.py --data` takes it.
+      data: what `train.py --data` accepts.
       tokenizer: the model's.
-      number: how many.
-      longest: tokens that a row may have.
+      number: how many rows of the source are read.
+      longest: tokens that a row may have; longer rows are left out.
 
     Raises:
-      ValueError: no row that fits; also what `open_source` raises.
+      ValueError: no row fits; also what `open_source` raises.
     """
     found = []
     for row in first_rows(open_source(data, "test"), number):
@@ -168,26 +170,26 @@ def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Row
         raise ValueError(f"{data} has no test row that fits into {longest} tokens; give other data")
     width = max(one.length for one in found)
     tokens = np.stack([one.tokens[:width] for one in found])
-    place = np.arange(width)
-    return Rows(
+    position_T = np.arange(width)
+    return InspectedRows(
         tokens,
-        place < np.array([one.prompt_length for one in found])[:, None],
-        place < np.array([one.length for one in found])[:, None],
+        position_T < np.array([one.prompt_length for one in found])[:, None],
+        position_T < np.array([one.length for one in found])[:, None],
     )
 
 
-def inspect(model: Dream, rows: Rows, seed: int, levels: Sequence[float] = LEVELS) -> Iterator[dict[str, Any]]:
-    """One line a noise level, layer, head and kind of query, for a table: `STATISTICS` and what they are of.
+def inspect(model: Dream, rows: InspectedRows, seed: int, levels: Sequence[float] = LEVELS) -> Iterator[dict[str, Any]]:
+    """Rows of a table: `STATISTICS` for each noise level, layer, head and kind of query.
 
     Args:
       model: any Dream.
-      rows: what it looks at.
-      seed: of what is masked; what is masked at one level is masked at the next as well.
+      rows: what the model reads.
+      seed: decides which positions are masked; a position that is masked at one level is masked at all higher ones.
       levels: shares of the answers that are masked.
     """
     uniform_BT = np.random.default_rng(seed).random(rows.tokens_BT.shape)
     for level in levels:
-        masked_BT = rows.visible_BT & ~rows.prompt_BT & (uniform_BT < level)
+        masked_BT = rows.valid_BT & ~rows.prompt_BT & (uniform_BT < level)
         found = attention_statistics(model, rows, masked_BT)
         for layer, head, kind in np.ndindex(*found.shape[:3]):
             values = found[layer, head, kind]
@@ -197,13 +199,7 @@ def inspect(model: Dream, rows: Rows, seed: int, levels: Sequence[float] = LEVEL
 
 
 def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
-    """Layers by heads, of masked queries at the level nearest one half; and how the means change with the level.
-
-    Raises:
-      ModuleNotFoundError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
+    """Draws heat maps, layers by heads, of masked queries at the level nearest one half, and the means by level."""
     shown = ("entropy share", "distance", "right", "prompt", "masked", "first")
     levels = sorted({line["t"] for line in lines})
     level = min(levels, key=lambda one: abs(one - 0.5))
@@ -240,6 +236,6 @@ def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
         axes.set(title=f"queries that are {kind}", xlabel="noise level t", ylim=(-0.03, 1.03), xlim=(0, 1.03))
         axes.grid(alpha=0.3)
     panels[-1].legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.incomplete")
-    figure.savefig(temporary, dpi=130, format="png")
-    return temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    return path

@@ -1,7 +1,4 @@
-"""What a trained model can do: likelihood by noise level, answers in each order, answers in few passes.
-
-Knows the sampler and the fixed grid. Knows nothing of training or files.
-"""
+"""What a trained model can do: likelihood by noise level, accuracy in each order of writing and in few passes."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from dream_jax.model import Dream
 from dream_jax.sampler import EntropyBound, Sample, SamplerConfig, Threshold, generate
 from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.heldout import Grid
-from mask_study.tasks import Example, Task
+from mask_study.tasks import Example, StudyTask
 from mask_study.training import decode, learned, rows_of, tokenizer
 from mask_study.variants import Variant
 
 ORDERS = ("random", "confidence", "left to right", "right to left")
-"""In which answers are written, a token a pass."""
+"""Orders in which answers are written, one token per pass."""
 
 TAU = 0.9
-"""Probability from which on a token is written, where a pass may write several."""
+"""Where a pass may write several tokens, it writes those whose probability is above this."""
 
 
 class Measured(NamedTuple):
@@ -35,9 +32,10 @@ class Measured(NamedTuple):
 
     Attributes:
       measure: "nll" (nats per masked token), "masked accuracy" (share of masked tokens), "accuracy" (share of answers),
-        "written at" (mean step, from 0, at which the order by confidence writes a position), or "kept keys" (see `Kept`).
-      of: noise levels; the order, or how many passes; the position; the field.
-      passes: forward passes a row that it took, a mean; 0 where it is not about sampling.
+        "written at" (mean step, from 0, at which the order by confidence writes a position), or "kept keys" (a field of
+        `CacheError`).
+      of: what was measured: the noise levels, the order or number of passes, the position, or the field.
+      passes: mean number of forward passes per row; 0 where nothing is sampled.
       value: the number.
     """
 
@@ -47,17 +45,19 @@ class Measured(NamedTuple):
     value: float
 
 
-def measure(model: Dream, task: Task, variant: Variant, examples: Sequence[Example], seed: int) -> Iterator[Measured]:
-    """All that is asked of a model.
+def measure(
+    model: Dream, task: StudyTask, variant: Variant, examples: Sequence[Example], seed: int
+) -> Iterator[Measured]:
+    """All numbers of one model.
 
     Args:
-      model: trained on the task, under the variant.
-      task, variant: which.
+      model: trained on the task, as the variant says.
+      task, variant: what the model was trained on, and how.
       examples: of the test split.
       seed: of the random order.
     """
     words = tokenizer()
-    if not variant.hide_pads:  # it has never seen the pads that the grid shows
+    if not variant.hide_pads:  # that model was never trained to see the padding that the likelihood would show it
         yield from _likelihood(model, task, variant, examples, words)
     width = task.answer_width
     prompts = rows_of([Example(example.prompt, "") for example in examples], words)
@@ -71,7 +71,8 @@ def measure(model: Dream, task: Task, variant: Variant, examples: Sequence[Examp
         # Options of several types in one dict, which mypy takes for one type; SamplerConfig checks each.
         return generate(model, prompts, SamplerConfig(**shared | options), jax.random.key(seed))  # type: ignore[arg-type]
 
-    # The bound of nothing writes the surest token alone; the published clock now and then writes none, and then two.
+    # An entropy bound of 0 writes only the most confident token of each pass; under the published schedule some passes
+    # write none and others two.
     out = sampled(alg="entropy", commit=EntropyBound(0.0))
     yield Measured("accuracy", "confidence", float(np.mean(out.passes)), accuracy(np.asarray(out.tokens)))
     for position, step in enumerate(np.asarray(out.commit_step)[:, task.prompt_width :].mean(axis=0)):
@@ -96,7 +97,7 @@ def measure(model: Dream, task: Task, variant: Variant, examples: Sequence[Examp
 
 
 def _likelihood(
-    model: Dream, task: Task, variant: Variant, examples: Sequence[Example], words: Tokenizer
+    model: Dream, task: StudyTask, variant: Variant, examples: Sequence[Example], words: Tokenizer
 ) -> Iterator[Measured]:
     tokens_RT = rows_of(examples, words)
     maskable_RT, _ = learned(tokens_RT, task, variant, words)
@@ -112,49 +113,49 @@ def _likelihood(
 
 
 def write_in_order(model: Dream, prompts_BP: np.ndarray, order_BN: np.ndarray, words: Tokenizer) -> np.ndarray:
-    """The most probable token at each place of the answers, one place after the other, given what is written by then.
+    """Writes answers one position after the other: each time the most probable token, given what is written by then.
 
     Args:
-      model: under the mask it was trained under.
+      model: runs under the mask that it was trained under.
       prompts_BP: without padding.
-      order_BN: the places, each row a permutation of range(N).
-      words: whose special tokens, but for the end, are never written.
+      order_BN: positions in the answer, each row a permutation of range(N).
+      words: the tokenizer; its special tokens are never written, end-of-text excepted.
 
     Returns:
-      int32 [B, P + N].
+      Prompts and answers, int32 [B, P + N].
 
     Raises:
-      ValueError: an order that leaves places out.
+      ValueError: an order that leaves positions out.
     """
     width = order_BN.shape[1]
     if not np.array_equal(np.sort(order_BN, axis=1), np.broadcast_to(np.arange(width), order_BN.shape)):
-        raise ValueError(f"{order_BN=} does not name each of {width} places once in each row")
+        raise ValueError(f"{order_BN=} does not name each of {width} positions once in each row")
     canvas_BT = np.pad(prompts_BP, ((0, 0), (0, width)), constant_values=model.config.mask_token_id)
     allowed_V = np.arange(model.config.vocab_size) < words.vocab_limit
     allowed_V[words.mask_id] = False
-    places_NB = (order_BN.T + prompts_BP.shape[1]).astype(np.int32)
-    return np.asarray(_written(model, canvas_BT, places_NB, allowed_V, prompt_width=prompts_BP.shape[1]))
+    position_NB = (order_BN.T + prompts_BP.shape[1]).astype(np.int32)
+    return np.asarray(_written(model, canvas_BT, position_NB, allowed_V, prompt_width=prompts_BP.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames="prompt_width")
 def _written(
-    model: Dream, canvas_BT: jax.Array, places_NB: jax.Array, allowed_V: jax.Array, *, prompt_width: int
+    model: Dream, canvas_BT: jax.Array, position_NB: jax.Array, allowed_V: jax.Array, *, prompt_width: int
 ) -> jax.Array:
     mask, positions_BT = layout(model, canvas_BT.shape, prompt_width)
     row_B = jnp.arange(canvas_BT.shape[0])
 
-    def write(canvas_BT: jax.Array, place_B: jax.Array) -> tuple[jax.Array, None]:
+    def write(canvas_BT: jax.Array, position_B: jax.Array) -> tuple[jax.Array, None]:
         hidden_BTD = model.hidden(canvas_BT, mask, positions_BT)
-        logits_BV = model.unembed(hidden_BTD[row_B, place_B - 1])  # the right shift
+        logits_BV = model.unembed(hidden_BTD[row_B, position_B - 1])  # the right shift
         token_B = jnp.argmax(jnp.where(allowed_V, logits_BV, -jnp.inf), axis=-1).astype(jnp.int32)
-        return canvas_BT.at[row_B, place_B].set(token_B), None
+        return canvas_BT.at[row_B, position_B].set(token_B), None
 
-    written_BT: jax.Array = jax.lax.scan(write, jnp.asarray(canvas_BT), places_NB)[0]
+    written_BT: jax.Array = jax.lax.scan(write, jnp.asarray(canvas_BT), position_NB)[0]
     return written_BT
 
 
 def layout(model: Dream, shape: tuple[int, ...], prompt_width: int) -> tuple[masks.Mask, jax.Array]:
-    """The model's mask for rows without padding that answer from `prompt_width` on, and their positions [B, T]."""
+    """The model's mask for rows without padding whose answers begin at `prompt_width`, and the positions, int32 [B, T]."""
     answer_BT = jnp.broadcast_to(jnp.arange(shape[1]) >= prompt_width, shape)
     mask = masks.parse(model.trained_mask).for_rows(jnp.ones(shape, bool), answer_BT)
     return mask, jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

@@ -1,7 +1,8 @@
-"""Many runs, each kept in a file of its own; tables of all of them.
+"""The runs of a study: making those that are missing, and the tables of all of them.
 
-A run that is there is not made again, so a study that was stopped goes on, and a larger one begins with what a smaller one
-has found. Processes share a folder without talking: each takes the runs that nobody has taken.
+A study writes one file per run, so that one that was stopped resumes, and a larger study begins with the runs of a smaller
+one. Several processes may share a folder: each takes the runs that no other process has locked. `Study.pack` puts the
+files of finished runs together into one table, `runs.jsonl`, which is read like the files.
 """
 
 from __future__ import annotations
@@ -11,29 +12,29 @@ import dataclasses
 import fcntl
 import json
 import math
-import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mask_study.caching import kept_against_computed
+from scipy import stats
+
+from dream_jax.files import replacing, write_file
+from mask_study.caching import cached_against_computed
 from mask_study.measures import Measured, measure
 from mask_study.tasks import TASKS
 from mask_study.training import BATCH, rows_of, tokenizer, train
 from mask_study.variants import MASKS, VARIANTS
 
-RESULTS, SUMMARY, DIFFERENCES = "results.csv", "summary.csv", "differences.csv"
+PACKED, RESULTS, SUMMARY, DIFFERENCES = "runs.jsonl", "results.csv", "summary.csv", "differences.csv"
 BASELINES = ("bidirectional", "causal")
 _CACHED_ROWS = 64
 
-# Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom: with few seeds the normal one is far too small.
-Z_95 = 1.959963984540054
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_Z_95 = float(stats.norm.ppf(0.975))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Run:
+class StudyRun:
     """One model: what it learns, how, and from which seed."""
 
     task: str
@@ -42,19 +43,19 @@ class Run:
 
     @property
     def file(self) -> str:
-        """Where its numbers are."""
+        """The name of the file that has its numbers."""
         words = f"{self.task} {self.variant} seed {self.seed}"
         return "".join(letter if letter.isalnum() or letter == "." else "-" for letter in words) + ".json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StudyPlan:
     """Which runs a study consists of.
 
     Attributes:
       tasks, variants: names.
-      seeds: 0, 1, ... so many.
-      length: training steps as a share of the task's own.
+      seeds: number of seeds; they are 0, 1, ...
+      length: training steps, as a share of each task's own number.
       test_rows: examples that each model answers.
 
     Raises:
@@ -74,17 +75,18 @@ class Plan:
                     raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
         if not self.tasks or not self.variants or self.seeds < 1 or not self.length > 0:
             raise ValueError(f"nothing to do: {self}")
-        if self.seeds > len(_STUDENT) + 1:
-            raise ValueError(f"{self.seeds=} is more than the {len(_STUDENT) + 1} that intervals are known for")
         if not 1 <= self.test_rows <= 1024:
             raise ValueError(f"{self.test_rows=} must be between 1 and 1024")
 
     def steps(self, task: str) -> int:
-        """Of each run on the task."""
+        """Training steps of each run on the task."""
         return max(1, round(self.length * TASKS[task].steps))
 
-    def runs(self) -> list[Run]:
-        """All of them, masks first, and of these one seed after the other: a study that is stopped early compares much."""
+    def runs(self) -> list[StudyRun]:
+        """All runs: variants that differ in the mask alone first, and of these all of one seed before the next.
+
+        A study that is stopped early can then already compare the masks.
+        """
         masks_first = sorted(self.variants, key=lambda name: name not in MASKS)
         asked = [
             (variant not in MASKS, seed, task, variant)
@@ -93,11 +95,12 @@ class Plan:
             for task in self.tasks
         ]
         asked.sort(key=lambda one: one[:2])
-        return [Run(task, variant, seed) for _, seed, task, variant in asked if _says_something(task, variant)]
+        return [StudyRun(task, variant, seed) for _, seed, task, variant in asked if _is_informative(task, variant)]
 
 
-def _says_something(task: str, variant: str) -> bool:
-    # Answers of one width have no pads to hide. The rest is asked where masks were found to differ most.
+def _is_informative(task: str, variant: str) -> bool:
+    # Only countdown has answers of several widths, and so padding to hide. The other variants beside the masks run on the
+    # tasks on which masks were found to differ most.
     if task == "scattered sudoku":
         return variant in ("bidirectional", "block-causal:4")
     if variant == "pads hidden":
@@ -109,17 +112,28 @@ def _says_something(task: str, variant: str) -> bool:
     return variant in MASKS or task == "addition"
 
 
+def _read_packed(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _run_of(record: dict[str, Any]) -> StudyRun:
+    return StudyRun(record["task"], record["variant"]["name"], record["seed"])
+
+
 class Study:
-    """The runs of a plan in a folder.
+    """The runs of a plan, kept in a folder.
 
     Attributes:
-      folder: OUT; its `runs` has a file a run.
-      plan: what belongs to it.
+      folder: holds `runs/`, one file per run, or `runs.jsonl`, one line per run, or both.
+      plan: the runs that belong to the study.
     """
 
-    def __init__(self, folder: pathlib.Path, plan: Plan):
+    def __init__(self, folder: pathlib.Path, plan: StudyPlan):
         """Raises FileExistsError where the folder holds runs of another length or number of test rows."""
         self.folder, self.plan = folder, plan
+        self._packed = {_run_of(record): record for record in _read_packed(folder / PACKED)}
         for run in plan.runs():
             found = self._read(run)
             if found is not None and self._settings(run) != found["settings"]:
@@ -127,12 +141,16 @@ class Study:
                     f"{folder} holds {run.file} with {found['settings']}, not {self._settings(run)}; give another --out"
                 )
 
-    def missing(self) -> list[Run]:
+    def missing(self) -> list[StudyRun]:
         """Runs that are not there yet."""
-        return [run for run in self.plan.runs() if not self._path(run).is_file()]
+        return [run for run in self.plan.runs() if run not in self._packed and not self._path(run).is_file()]
 
-    def work(self, told: Callable[[Run, float], None]) -> None:
-        """Makes what is missing and nobody else is making; `told` each run that is done, and its seconds of training."""
+    def work(self, told: Callable[[StudyRun, float], None]) -> None:
+        """Makes the missing runs that no other process is making.
+
+        Args:
+          told: called after each run, with the run and the seconds of its training.
+        """
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         for run in self.missing():
             path = self._path(run)
@@ -140,21 +158,20 @@ class Study:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    continue  # another process is at it
+                    continue  # another process is making it
                 if not path.is_file():
                     told(run, self._make(run))
                 path.with_suffix(".lock").unlink(missing_ok=True)
 
-    def _make(self, run: Run) -> float:
+    def _make(self, run: StudyRun) -> float:
         task, variant = TASKS[run.task], VARIANTS[run.variant]
         trained = train(task, variant, run.seed, self.plan.steps(run.task))
         examples = task.examples("test", 0, self.plan.test_rows)
         found = list(measure(trained.model, task, variant, examples, run.seed))
         if variant.shift and not variant.hide_pads:
-            kept = kept_against_computed(
-                trained.model, rows_of(examples[:_CACHED_ROWS], tokenizer()), task.prompt_width
-            )
-            found += [Measured("kept keys", name, 0.0, value) for name, value in kept._asdict().items()]
+            rows_RT = rows_of(examples[:_CACHED_ROWS], tokenizer())
+            errors = cached_against_computed(trained.model, rows_RT, task.prompt_width)
+            found += [Measured("kept keys", name, 0.0, value) for name, value in errors._asdict().items()]
         text = json.dumps(
             {
                 "task": run.task,
@@ -167,27 +184,44 @@ class Study:
             },
             allow_nan=False,
         )
-        path = self._path(run)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_file(self._path(run), text + "\n")
         return trained.seconds
 
-    def _settings(self, run: Run) -> dict[str, int]:
+    def _settings(self, run: StudyRun) -> dict[str, int]:
         return {"steps": self.plan.steps(run.task), "batch": BATCH, "test_rows": self.plan.test_rows}
 
-    def _path(self, run: Run) -> pathlib.Path:
+    def _path(self, run: StudyRun) -> pathlib.Path:
         return self.folder / "runs" / run.file
 
-    def _read(self, run: Run) -> dict[str, Any] | None:
+    def _read(self, run: StudyRun) -> dict[str, Any] | None:
         path = self._path(run)
         if not path.is_file():
-            return None
+            return self._packed.get(run)
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
+    def pack(self) -> pathlib.Path:
+        """Moves the files of `runs/` into `runs.jsonl`, one line per run, those of other plans included.
+
+        The table is written before the files are removed. A run that is in both keeps the numbers of its file.
+
+        Raises:
+          ValueError: there are no runs.
+        """
+        files = sorted((self.folder / "runs").glob("*.json"))
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        self._packed |= {_run_of(record): record for record in records}
+        if not self._packed:
+            raise ValueError(f"{self.folder} has no run to put into {PACKED}")
+        lines = (json.dumps(self._packed[run], allow_nan=False) + "\n" for run in sorted(self._packed))
+        path = self.folder / PACKED
+        write_file(path, "".join(lines))
+        for file in files:
+            file.unlink()
+        return path
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A line a number of every run that is there."""
+        """One row per number of every run of the plan that is there."""
         for run in self.plan.runs():
             found = self._read(run)
             if found is None:
@@ -199,7 +233,7 @@ class Study:
                 yield dataclasses.asdict(run) | numbers
 
     def write_tables(self) -> list[pathlib.Path]:
-        """`results.csv`, a line a number and seed; `summary.csv`, over the seeds; `differences.csv`, by seed.
+        """Writes `results.csv`, a row per number and seed, `summary.csv`, over the seeds, and `differences.csv`, by seed.
 
         Raises:
           ValueError: there are no runs.
@@ -216,10 +250,11 @@ class Study:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds of each number, with a 95 % interval.
+    """The mean over seeds of each number, with a 95 % interval.
 
-    Student's t over the seeds; of a share of right answers at least Wilson's over the test rows, which are the same for all
-    seeds: three models that are right everywhere have not shown that they always are. Not a number for a single seed.
+    The interval is Student's t over the seeds. For a share of right answers it is at least as wide as Wilson's interval
+    over the test rows, which all seeds share: three models that answer every row have not shown that they are always
+    right. For a single seed the interval is NaN.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -242,11 +277,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By seed: of each variant from the bidirectional and from the causal one, of each order from that by confidence.
+    """Differences seed by seed: variants minus the bidirectional and the causal one, orders minus that by confidence.
 
-    Mean, and a 95 % interval by Student's t. A seed stands for weights, rows, order and noise that all variants share, and
-    all answer the same test rows: what they share does not widen these intervals, as it does those of two means. Only seeds
-    that both have; at least two. `minus` names what is taken away.
+    Each has its mean and a 95 % interval by Student's t. Variants of one seed share initial weights, rows, order and noise,
+    and all answer the same test rows, so what they share does not widen these intervals, as it would widen those of two
+    means. Only seeds that both sides have are used, at least two. The column `minus` names what is subtracted.
     """
     at: dict[tuple[Any, ...], float] = {
         (row["task"], row["variant"], row["measure"], row["of"], row["seed"]): float(row["value"])
@@ -270,21 +305,21 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Of a 95 % interval of the mean of a few numbers."""
+    """Half the width of the 95 % interval of a mean of a few numbers, by Student's t."""
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
 
 
 def _wilson(share: float, rows: float) -> tuple[float, float]:
-    """Wilson's interval, which has a width at 0 and 1 as well."""
-    centre = (share + Z_95**2 / (2 * rows)) / (1 + Z_95**2 / rows)
-    half = Z_95 / (1 + Z_95**2 / rows) * math.sqrt(share * (1 - share) / rows + Z_95**2 / (4 * rows**2))
+    """Wilson's 95 % interval of a share, which has a width at 0 and 1 as well."""
+    centre = (share + _Z_95**2 / (2 * rows)) / (1 + _Z_95**2 / rows)
+    half = _Z_95 / (1 + _Z_95**2 / rows) * math.sqrt(share * (1 - share) / rows + _Z_95**2 / (4 * rows**2))
     return centre - half, centre + half
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a table that was written here, numbers as numbers."""
+    """The rows of a table that `write_table` wrote, with numbers as floats."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = {"task", "variant", "measure", "of", "minus", "mask"}
@@ -292,14 +327,12 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """As CSV, numbers to six digits."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Writes rows as CSV, floats to six significant digits."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             )
-    temporary.replace(path)
     return path

@@ -1,7 +1,4 @@
-"""The tables of a report, from the tables of a study, put between the marks that a Markdown file has for them.
-
-Knows Markdown and the rows of the CSV files. Measures nothing.
-"""
+"""Writes the numbers of a study as Markdown tables, between the marks that a report has for them."""
 
 from __future__ import annotations
 
@@ -14,16 +11,20 @@ from typing import Any
 from mask_study.measures import ORDERS, TAU
 from mask_study.variants import MASKS
 
-Rows = Sequence[Mapping[str, Any]]
+TableRows = Sequence[Mapping[str, Any]]
 
 _MARK = re.compile(r"(<!-- study.py writes: ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def fill(path: pathlib.Path, summary: Rows, costs: Rows, differences: Rows) -> str:
-    """The file's text with every table between its marks as these rows have it.
+def fill(path: pathlib.Path, summary: TableRows, costs: TableRows, differences: TableRows) -> str:
+    """The text of the file, with every marked table written anew from these rows.
+
+    Args:
+      path: a Markdown file; `<!-- study.py writes: NAME -->` begins the place of a table, `<!-- end -->` ends it.
+      summary, costs, differences: rows of the tables of these names.
 
     Raises:
-      ValueError: a mark for a table that there is none of.
+      ValueError: a mark names an unknown table.
     """
     made: dict[str, Callable[[], list[str]]] = {
         "accuracy": lambda: _accuracy(summary),
@@ -43,16 +44,16 @@ def fill(path: pathlib.Path, summary: Rows, costs: Rows, differences: Rows) -> s
     return _MARK.sub(table, path.read_text(encoding="utf-8"))
 
 
-def _find(rows: Rows, **wanted: str) -> Mapping[str, Any] | None:
+def _find(rows: TableRows, **wanted: str) -> Mapping[str, Any] | None:
     return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
 
 
-def _names(rows: Rows, key: str) -> list[str]:
+def _names(rows: TableRows, key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _cell(row: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A mean and its interval."""
+    """A mean and its interval, or nothing where there is no row."""
     if row is None:
         return ""
     interval = "" if math.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
@@ -63,13 +64,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
 
 
-def _pairs(rows: Rows, among: Sequence[str]) -> list[tuple[str, str]]:
-    """Tasks and variants, in the order of the tasks and then of the variants."""
+def _pairs(rows: TableRows, among: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of task and variant that occur, in the order of the tasks and then of `among`."""
     found = {(row["task"], row["variant"]) for row in rows}
     return [(task, variant) for task in _names(rows, "task") for variant in among if (task, variant) in found]
 
 
-def _accuracy(rows: Rows) -> list[str]:
+def _accuracy(rows: TableRows) -> list[str]:
     lines = []
     for task, variant in _pairs(rows, MASKS):
         cells = (_cell(_find(rows, task=task, variant=variant, measure="accuracy", of=order)) for order in ORDERS)
@@ -77,7 +78,7 @@ def _accuracy(rows: Rows) -> list[str]:
     return _table(["task", "mask", *ORDERS], lines)
 
 
-def _likelihood(rows: Rows) -> list[str]:
+def _likelihood(rows: TableRows) -> list[str]:
     levels = sorted({row["of"] for row in rows if row["measure"] == "nll" and row["of"] != "all"})
     lines = []
     for task, variant in _pairs(rows, MASKS):
@@ -86,7 +87,7 @@ def _likelihood(rows: Rows) -> list[str]:
     return _table(["task", "mask", "all", *levels], lines)
 
 
-def _passes(rows: Rows) -> list[str]:
+def _passes(rows: TableRows) -> list[str]:
     counts = sorted({row["of"] for row in rows if row["of"].startswith("in ")}, key=lambda of: int(of.split()[1]))
     rule = f"all above {TAU}"
     lines = []
@@ -98,7 +99,7 @@ def _passes(rows: Rows) -> list[str]:
     return _table(["task", "mask", *counts, "a token a pass", rule, "its passes"], lines)
 
 
-def _ablations(rows: Rows) -> list[str]:
+def _ablations(rows: TableRows) -> list[str]:
     others = [name for name in _names(rows, "variant") if name not in MASKS]
     lines = []
     for task in _names(rows, "task"):
@@ -115,8 +116,8 @@ def _ablations(rows: Rows) -> list[str]:
     return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
 
 
-def _differences(rows: Rows) -> list[str]:
-    """From the bidirectional model, signed; those whose interval holds no zero in bold."""
+def _differences(rows: TableRows) -> list[str]:
+    """Differences from the bidirectional model; those whose interval excludes zero are bold."""
     rows = [row for row in rows if row["minus"] == MASKS[0]]
     asked = (("accuracy", "in 1 passes", 2), ("accuracy", "confidence", 2), ("accuracy", "left to right", 2))
     lines = []
@@ -133,7 +134,7 @@ def _differences(rows: Rows) -> list[str]:
     return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
 
 
-def _kept(rows: Rows) -> list[str]:
+def _kept(rows: TableRows) -> list[str]:
     lines = []
     for task, variant in _pairs([row for row in rows if row["measure"] == "kept keys"], MASKS):
         found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
@@ -145,7 +146,7 @@ def _kept(rows: Rows) -> list[str]:
     return _table(["task", "mask", "largest difference of a logit", "KL, nats", "same token", "share computed"], lines)
 
 
-def _costs(rows: Rows) -> list[str]:
+def _costs(rows: TableRows) -> list[str]:
     lines = [
         [
             row["mask"],

@@ -1,9 +1,7 @@
-"""Small tasks whose answers are easiest to write in different orders.
+"""Small tasks whose answers are easiest to write in different orders, and the judges of their answers.
 
-Prompts and answers are text of fixed width, a byte a token: what differs between two runs is then the mask, and not where
-rows begin and end. Prompts and answers are multiples of four tokens, so that blocks of four never hold some of both.
-
-Knows text and randomness. Knows nothing of tokens or models.
+Prompts and answers are text of a fixed width, one byte a token, so that two runs differ in the mask and not in where rows
+begin and end. All widths are multiples of four tokens, so that a block of four never holds tokens of both.
 """
 
 from __future__ import annotations
@@ -18,25 +16,25 @@ import numpy as np
 from dream_jax.data.sudoku import SudokuSource
 
 END = "$"
-"""Stands for end-of-text, which is also what follows it up to the task's width."""
+"""Stands for the end-of-text token; an answer is filled up to the task's width with it."""
 
 
 class Example(NamedTuple):
-    """A prompt, and an answer that would be right; both of the task's widths."""
+    """A prompt and one right answer, each of the task's width."""
 
     prompt: str
     answer: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(abc.ABC):
-    """What is asked, and what counts as an answer.
+class StudyTask(abc.ABC):
+    """A kind of problem: it draws examples and judges answers.
 
     Attributes:
-      name: in tables.
-      prompt_width, answer_width: tokens.
-      steps: of training. Few on purpose, and chosen once by trials under the bidirectional mask: what is told apart is how
-        soon something is learned.
+      name: as tables show it.
+      prompt_width, answer_width: in tokens.
+      steps: training steps. They are few on purpose, so that masks differ in how soon the task is learned; they were chosen
+        once, by trials under the bidirectional mask.
     """
 
     name: str
@@ -46,23 +44,23 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, generator: np.random.Generator) -> Example:
-        """One example."""
+        """Draws one example."""
 
     def is_right(self, example: Example, answer: str) -> bool:
-        """Whether the text answers the prompt; what follows the first end-of-text counts for nothing."""
+        """Whether the text answers the prompt; what follows the first end-of-text token is ignored."""
         return answer.split(END)[0] == example.answer.split(END)[0]
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
-        """So many examples; those of the test split are the same for every seed, and no prompt of them is in the other.
+        """Draws examples of a split. The test split is the same for every seed and shares no prompt with the train split.
 
         Args:
           split: "train" or "test".
-          seed: of the train split.
-          number: how many.
+          seed: of the train split; the test split ignores it.
+          number: how many examples.
         """
         if split == "test":
             return self._drawn(np.random.default_rng([1, 0]), number, frozenset())
-        # More than any study tests on: how many it does must not change what it trains on.
+        # 1024 is the most that a study may test on, so the train split does not depend on how many it does test on.
         held_out = frozenset(
             example.prompt for example in self._drawn(np.random.default_rng([1, 0]), 1024, frozenset())
         )
@@ -77,17 +75,17 @@ class Task(abc.ABC):
         return found
 
 
-class Addition(Task):
-    """`345+678=` -> `1023`: carries run from the last digit to the first, against the direction of writing."""
+class AdditionTask(StudyTask):
+    """`345+678=` -> `1023`: carries run from the last digit to the first, against the order of reading."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Two numbers of three digits, and their sum with four."""
+        """Two numbers of three digits, and their sum with four digits."""
         first, second = generator.integers(0, 1000, 2)
         return Example(f"{first:03d}+{second:03d}=", f"{first + second:04d}")
 
 
-class Copy(Task):
-    """`kqpaczmvbre>` -> `kqpaczmvbre`: each token has one cause, at the same distance; no order is better than another."""
+class CopyTask(StudyTask):
+    """`kqpaczmvbre>` -> `kqpaczmvbre`: each token is copied from the same distance, so no order of writing is better."""
 
     def draw(self, generator: np.random.Generator) -> Example:
         """Eleven letters, and the same again."""
@@ -95,8 +93,8 @@ class Copy(Task):
         return Example(f"{text}>", f"{text}{END}")
 
 
-class Reversal(Task):
-    """`kqpaczmvbre<` -> `erbvmzcapqk`: as copying, but the first token to write has its cause nearest."""
+class ReversalTask(StudyTask):
+    """`kqpaczmvbre<` -> `erbvmzcapqk`: like copying, but the first token of the answer has its source nearest."""
 
     def draw(self, generator: np.random.Generator) -> Example:
         """Eleven letters, and the same from the last to the first."""
@@ -104,11 +102,11 @@ class Reversal(Task):
         return Example(f"{text}<", f"{text[::-1]}{END}")
 
 
-class Sudoku(Task):
-    """4x4 sudoku, its cells in a row, 0 for an empty one: what is easiest to write differs from puzzle to puzzle."""
+class SudokuTask(StudyTask):
+    """4x4 sudoku, its cells in a row, 0 for an empty cell: the cell that is easiest to write differs between puzzles."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Not drawn here: `examples` takes those of `data.sudoku`, whose grids of the two splits differ."""
+        """Not used: `examples` takes puzzles of `data.sudoku`, which keeps the solutions of its splits apart."""
         raise NotImplementedError
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
@@ -118,26 +116,26 @@ class Sudoku(Task):
         return [Example(flat(row.prompt), flat(row.response)) for row in map(source.__getitem__, range(number))]
 
 
-class ScatteredSudoku(Sudoku):
-    """The same puzzles, the cells in another order: no four that follow each other share a row, a column or a box."""
+class ScatteredSudokuTask(SudokuTask):
+    """The same puzzles with the cells in another order: no block of four holds two cells of one row, column or box."""
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
-        """As `Sudoku.examples`."""
+        """As `SudokuTask.examples`."""
         found = super().examples(split, seed, number)
         moved = lambda text: "".join(text[cell] for cell in _SCATTERED)
         return [Example(moved(prompt), moved(answer)) for prompt, answer in found]
 
 
-# Cells by their value in some solved grid: equal values never share a row, a column or a box.
+# Cells are sorted by their value in a solved grid, because equal values never share a row, a column or a box.
 _SOLVED = "0123230110323210"
 _SCATTERED = sorted(range(16), key=lambda cell: (_SOLVED[cell], cell))
 
 
-class Countdown(Task):
-    """`352>006:` -> `3+5=8,8-2=6`: several answers may be right, and their parts must agree with each other."""
+class CountdownTask(StudyTask):
+    """`352>006:` -> `3+5=8,8-2=6`: several answers may be right, and the steps of one must agree with each other."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Three numbers up to seven, and a way from all of them to the target by sums and differences."""
+        """Three numbers from 1 to 7, and a target that sums and differences of all three reach."""
         while True:
             numbers = generator.integers(1, 8, 3)
             a, b, c = (int(number) for number in generator.permutation(numbers))
@@ -151,7 +149,7 @@ class Countdown(Task):
                 return Example(prompt, answer.ljust(self.answer_width, END))
 
     def is_right(self, example: Example, answer: str) -> bool:
-        """Whether it gets to the target, each number used once, each step right."""
+        """Whether the answer reaches the target, uses each number once and has no wrong step."""
         steps = answer.split(END)[0].split(",")
         at_hand = list(example.prompt[:3])
         if len(steps) != 2:
@@ -178,14 +176,14 @@ def _applied(left: int, sign: str, right: int) -> int:
 
 
 def _step(text: str) -> tuple[str, str, str] | None:
-    """The two numbers and the result of `3+5=8`, if that is what it is and it is right."""
+    """The two numbers and the result of a step like `3+5=8`, or None where the text is no step or is wrong."""
     for sign in "+-":
         left, found, rest = text.partition(sign)
         right, equals, result = rest.partition("=")
         if not (found and equals):
             continue
-        # Written as a person would: no sign, no leading zero.
-        if all(part.isascii() and part.isdigit() and part == str(int(part)) for part in (left, right, result)):
+        # A number has no sign and no leading zero.
+        if all(text.isascii() and text.isdigit() and text == str(int(text)) for text in (left, right, result)):
             return (left, right, result) if _applied(int(left), sign, int(right)) == int(result) else None
     return None
 
@@ -193,11 +191,11 @@ def _step(text: str) -> tuple[str, str, str] | None:
 TASKS = {
     task.name: task
     for task in (
-        Addition("addition", 8, 4, 800),
-        Copy("copy", 12, 12, 300),
-        Reversal("reversal", 12, 12, 300),
-        Sudoku("sudoku", 16, 16, 600),
-        ScatteredSudoku("scattered sudoku", 16, 16, 600),
-        Countdown("countdown", 8, 16, 600),
+        AdditionTask("addition", 8, 4, 800),
+        CopyTask("copy", 12, 12, 300),
+        ReversalTask("reversal", 12, 12, 300),
+        SudokuTask("sudoku", 16, 16, 600),
+        ScatteredSudokuTask("scattered sudoku", 16, 16, 600),
+        CountdownTask("countdown", 8, 16, 600),
     )
 }

@@ -1,7 +1,4 @@
-"""Trains one variant on one task, by the project's own step.
-
-Knows the step, tasks and variants. Knows nothing of files.
-"""
+"""Trains one variant on one task with the train step of dream_jax, and turns examples into tokens and back."""
 
 from __future__ import annotations
 
@@ -18,21 +15,21 @@ from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
-from mask_study.tasks import END, Example, Task
+from mask_study.tasks import END, Example, StudyTask
 from mask_study.variants import Variant
 
 BATCH = 64
-_LEARNING_RATE = 2e-3  # of train.py for random weights
+_LEARNING_RATE = 2e-3  # the default of train.py for random weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model at the end of its run.
+class TrainedModel:
+    """A trained model and how its training went.
 
     Attributes:
-      model: the weights after the last step.
-      nll: of the training rows, nats a masked token, the mean of every twentieth of the run.
-      seconds: of the run, its compilation left out.
+      model: with the weights after the last step.
+      nll: of the training rows, in nats per masked token: the mean of each twentieth of the run.
+      seconds: that the run took, without compilation.
     """
 
     model: Dream
@@ -41,54 +38,56 @@ class Trained:
 
 
 def tokenizer() -> Tokenizer:
-    """The one that all tasks are written in."""
+    """The tokenizer of all tasks: a token per byte."""
     return load_tokenizer("bytes")
 
 
 def encode(text: str, words: Tokenizer) -> list[int]:
-    """A token a character; `END` is the end-of-text token."""
+    """One token per character; trailing `END`s become end-of-text tokens."""
     text, ends = text.rstrip(END), len(text) - len(text.rstrip(END))
     return [*words.encode(text), *[words.eos_id] * ends]
 
 
 def decode(tokens: np.ndarray, words: Tokenizer) -> str:
-    """The inverse; other special tokens are what the tokenizer writes for them, which answers nothing."""
+    """The inverse of `encode`; other special tokens become the tokenizer's names for them, which no judge accepts."""
     return "".join(END if token == words.eos_id else words.decode([token]) for token in map(int, tokens))
 
 
 def rows_of(examples: Sequence[Example], words: Tokenizer) -> np.ndarray:
-    """Prompts and answers, int32 [rows, tokens]."""
+    """The tokens of prompts and answers, int32 [rows, tokens]."""
     return np.array([encode(f"{prompt}{answer}", words) for prompt, answer in examples], np.int32)
 
 
-def learned(tokens_RT: np.ndarray, task: Task, variant: Variant, words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """What may be masked and learned, and what may be seen: bool [rows, tokens] each."""
+def learned(
+    tokens_RT: np.ndarray, task: StudyTask, variant: Variant, words: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens may be masked and learned, and which are valid for attention: bool [rows, tokens] each."""
     answer_RT = np.broadcast_to(np.arange(tokens_RT.shape[1]) >= task.prompt_width, tokens_RT.shape)
-    visible_RT = np.ones(tokens_RT.shape, bool)
+    valid_RT = np.ones(tokens_RT.shape, bool)
     if variant.hide_pads:
         ends_RT = tokens_RT == words.eos_id
-        # The first end belongs to the answer: it is what says that the answer is over.
-        visible_RT = ~(ends_RT & (np.cumsum(ends_RT, axis=1) > 1))
-    return answer_RT & visible_RT, visible_RT
+        # The first end-of-text token belongs to the answer: with it the model says that the answer is over.
+        valid_RT = ~(ends_RT & (np.cumsum(ends_RT, axis=1) > 1))
+    return answer_RT & valid_RT, valid_RT
 
 
-def train(task: Task, variant: Variant, seed: int, steps: int, *, batch: int = BATCH) -> Trained:
-    """A run on one device.
+def train(task: StudyTask, variant: Variant, seed: int, steps: int, *, batch: int = BATCH) -> TrainedModel:
+    """Trains a model with random weights on one device.
 
     Args:
-      task: what is learned.
-      variant: how.
-      seed: of weights, rows, times and masks: the same for all variants.
-      steps: of the optimizer.
-      batch: rows a step.
+      task: whose train split is learned.
+      variant: the mask, the loss weight and the shift.
+      seed: of weights, rows, noise levels and masked positions, which are the same for all variants.
+      steps: optimizer steps.
+      batch: rows per step.
 
     Raises:
-      FloatingPointError: a loss that is no number.
+      FloatingPointError: a loss is not finite.
     """
     words = tokenizer()
     mesh = sharding.make_mesh("1x1")
     tokens_RT = rows_of(task.examples("train", seed, steps * batch), words)
-    maskable_RT, visible_RT = learned(tokens_RT, task, variant, words)
+    maskable_RT, valid_RT = learned(tokens_RT, task, variant, words)
     graphdef, params = split_params(variant.model(seed))
     settings = OptimizerConfig(learning_rate=_LEARNING_RATE, total_steps=steps)
     optimizer = settings.make()
@@ -98,12 +97,12 @@ def train(task: Task, variant: Variant, seed: int, steps: int, *, batch: int = B
     nll: list[jax.Array] = []
     begun = 0.0
     for number in range(steps):
-        part = slice(number * batch, (number + 1) * batch)
+        chosen = slice(number * batch, (number + 1) * batch)
         rows = Batch(
-            tokens_BT=tokens_RT[part],
-            maskable_BT=maskable_RT[part],
+            tokens_BT=tokens_RT[chosen],
+            maskable_BT=maskable_RT[chosen],
             row_B=np.arange(batch, dtype=np.int32),
-            valid_BT=visible_RT[part] if variant.hide_pads else None,
+            valid_BT=valid_RT[chosen] if variant.hide_pads else None,
         )
         state, metrics = step(state, put_batch(rows, mesh))
         nll.append(metrics["nll"])
@@ -117,4 +116,4 @@ def train(task: Task, variant: Variant, seed: int, steps: int, *, batch: int = B
     model = merge_params(graphdef, state.params)
     model.trained_mask = variant.mask
     pieces = np.array_split(found, min(20, steps))
-    return Trained(model, tuple(float(piece.mean()) for piece in pieces), seconds)
+    return TrainedModel(model, tuple(float(piece.mean()) for piece in pieces), seconds)

@@ -1,7 +1,4 @@
-"""What differs between the models that are compared, and the models themselves.
-
-Knows masks, loss weights and the transformer. Knows nothing of tasks.
-"""
+"""The variants that are compared: their masks, loss weights and shifts, and the models built from them."""
 
 from __future__ import annotations
 
@@ -32,12 +29,12 @@ class Variant:
     """One way to build and train the model.
 
     Attributes:
-      name: in tables.
-      mask: as `masks.parse` reads it.
-      shift: whether position i is predicted from the hidden state at i - 1, as Dream does, or from its own.
-      weight: of the loss.
-      hide_pads: whether what follows the first end-of-text token is hidden and not learned, rather than attended and
-        learned as Dream does.
+      name: as tables show it.
+      mask: a name that `masks.parse` reads.
+      shift: whether position i is predicted from the hidden state at i - 1, as Dream does, or from that at i.
+      weight: name of the loss weight.
+      hide_pads: whether tokens after the first end-of-text token are hidden and not learned. Dream attends to them and
+        learns them.
 
     Raises:
       ValueError: an unknown mask or weight.
@@ -55,22 +52,23 @@ class Variant:
             raise ValueError(f"{self.weight=} is not one of {sorted(_WEIGHTS)}")
 
     def loss_weight(self) -> LossWeight:
-        """The weight as the objective takes it."""
+        """The loss weight that the name stands for."""
         return _WEIGHTS[self.weight]
 
     def model(self, seed: int) -> Dream:
-        """Random weights; of one seed the same for all variants."""
-        make = Dream if self.shift else InPlace
+        """A model with random weights, which are the same for all variants of one seed."""
+        make = Dream if self.shift else UnshiftedDream
         model = jax.jit(lambda: make(PRESETS[MODEL], rngs=nnx.Rngs(seed)))()
         model.trained_mask = self.mask
         return model
 
 
-class InPlace(Dream):
-    """Predicts a position from its own hidden state, as LLaDA does.
+class UnshiftedDream(Dream):
+    """Predicts each position from its own hidden state, as LLaDA does.
 
-    Whoever asks takes the hidden state before a position, so each is handed out one place early. That of the first
-    position is lost with it: rows must begin with a prompt. For the exact sampler and the objective only.
+    The objective and the sampler read the hidden state one position before the one they predict, so this model returns
+    each hidden state one position early. That of the first position is lost: rows must begin with a prompt. Cached sampling
+    does not support it.
     """
 
     def hidden(
@@ -80,7 +78,7 @@ class InPlace(Dream):
         positions_BT: Int[jax.Array, "B T"],
         dropout_keys: DropoutKeys = None,
     ) -> Float[jax.Array, "B T D"]:
-        """As `Dream.hidden`, each at the place before its own."""
+        """The hidden states of `Dream.hidden`, each moved one position to the left."""
         return jnp.roll(super().hidden(tokens_BT, mask, positions_BT, dropout_keys), -1, axis=1)
 
 
@@ -90,9 +88,9 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         *(Variant(name=mask, mask=mask) for mask in MASKS),
-        # Of sudoku: one block is the prompt, which so sees nothing of the answer, and one the answer.
+        # On sudoku one block is the prompt, which then sees nothing of the answer, and one block is the answer.
         Variant(name="block-causal:16", mask="block-causal:16"),
-        # Under the shift the answer's first cell is read at the prompt's last place, and so sees no answer either.
+        # With the shift the answer's first cell is predicted at the prompt's last position, which sees no answer either.
         Variant(name="block-causal:16, unshifted", mask="block-causal:16", shift=False),
         Variant(name="bidirectional, unshifted", shift=False),
         Variant(name="block-causal:4, unshifted", mask="block-causal:4", shift=False),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from dream_jax.sampler import SamplerConfig, generate
 from mask_study import (
     TASKS,
     VARIANTS,
-    Plan,
+    Study,
+    StudyPlan,
     Variant,
     costs,
     differences,
@@ -28,7 +30,7 @@ from mask_study import (
     tasks,
     training,
 )
-from mask_study.caching import kept_against_computed
+from mask_study.caching import cached_against_computed
 from mask_study.measures import write_in_order
 from mask_study.tasks import END, Example
 from mask_study.variants import MASKS
@@ -97,18 +99,18 @@ def test_variants_begin_alike():
 def test_in_place_predicts_from_its_own_state():
     shifted, in_place = VARIANTS["bidirectional"].model(0), VARIANTS["bidirectional, unshifted"].model(0)
     tokens = np.random.default_rng(0).integers(0, 200, (2, 12)).astype(np.int32)
-    # What a sampler takes for place i, the logits at i - 1, are those of the plain model at i.
+    # What a sampler takes for position i, the logits at i - 1, are those of the plain model at i.
     np.testing.assert_array_equal(in_place(tokens)[:, :-1], shifted(tokens)[:, 1:])
 
 
 def test_hidden_pads_are_neither_seen_nor_learned():
     task, words = TASKS["countdown"], training.tokenizer()
     tokens = training.rows_of([Example("352>006:", "3+5=8,8-2=6$$$$$")], words)
-    maskable, visible = training.learned(tokens, task, VARIANTS["pads hidden"], words)
-    assert visible[0].tolist() == [True] * 20 + [False] * 4  # prompt, answer and its first end
+    maskable, valid = training.learned(tokens, task, VARIANTS["pads hidden"], words)
+    assert valid[0].tolist() == [True] * 20 + [False] * 4  # prompt, answer and its first end
     assert maskable[0].tolist() == [False] * 8 + [True] * 12 + [False] * 4
-    maskable, visible = training.learned(tokens, task, VARIANTS["bidirectional"], words)
-    assert visible.all() and maskable[0].tolist() == [False] * 8 + [True] * 16
+    maskable, valid = training.learned(tokens, task, VARIANTS["bidirectional"], words)
+    assert valid.all() and maskable[0].tolist() == [False] * 8 + [True] * 16
 
 
 def test_training_learns_and_repeats():
@@ -142,7 +144,7 @@ def test_left_to_right_is_the_samplers(models):
         )  # fmt: skip
         expected = generate(model, prompts, config).tokens
         np.testing.assert_array_equal(write_in_order(model, prompts, forward, words), expected)
-    with pytest.raises(ValueError, match="each of 16 places"):
+    with pytest.raises(ValueError, match="each of 16 positions"):
         write_in_order(model, prompts, forward * 0, words)
 
 
@@ -150,16 +152,16 @@ def test_keys_may_be_kept_where_nothing_later_is_seen(models):
     """Equal logits under the masks that look ahead no further than their block, and an error that is seen elsewhere."""
     task = TASKS["countdown"]
     rows = training.rows_of(task.examples("test", 0, 16), training.tokenizer())
-    found = {mask: kept_against_computed(one, rows, task.prompt_width) for mask, one in models.items()}
+    found = {mask: cached_against_computed(one, rows, task.prompt_width) for mask, one in models.items()}
     for mask in ("causal", "prefix", "block-causal:4"):
         assert found[mask].largest < 2e-5 and found[mask].agreement == 1.0 and found[mask].divergence < 1e-6
     for mask in ("bidirectional", "window:4"):
         assert found[mask].largest > 1e-3
     assert found["causal"].computed == pytest.approx(8 / 24)
     with pytest.raises(ValueError, match="whole blocks of 4"):
-        kept_against_computed(models["causal"], rows, 6)
-    with pytest.raises(ValueError, match="in place"):
-        kept_against_computed(VARIANTS["bidirectional, unshifted"].model(0), rows, 8)
+        cached_against_computed(models["causal"], rows, 6)
+    with pytest.raises(ValueError, match="its own hidden state"):
+        cached_against_computed(VARIANTS["bidirectional, unshifted"].model(0), rows, 8)
 
 
 def test_summary_intervals():
@@ -178,12 +180,11 @@ def test_plan_refuses():
         ({"tasks": ("chess",)}, "chess"),
         ({"variants": ("diagonal",)}, "diagonal"),
         ({"seeds": 0}, "nothing to do"),
-        ({"seeds": 11}, "self.seeds=11 is more than the 10"),
         ({"length": 0.0}, "nothing to do"),
         ({"test_rows": 5000}, "5000"),
     ):
         with pytest.raises(ValueError, match=told):
-            Plan(**{"tasks": ("copy",), "variants": ("causal",)} | options)
+            StudyPlan(**{"tasks": ("copy",), "variants": ("causal",)} | options)
 
 
 @pytest.mark.slow
@@ -236,8 +237,8 @@ def looked_at(model, rows, masked):
 
 def some_rows(rows=2, length=12, prompt=4, pads=0):
     tokens = np.random.default_rng(1).integers(0, 200, (rows, length)).astype(np.int32)
-    place = np.broadcast_to(np.arange(length), tokens.shape)
-    return inspection.Rows(tokens, place < prompt, place < length - pads)
+    position = np.broadcast_to(np.arange(length), tokens.shape)
+    return inspection.InspectedRows(tokens, position < prompt, position < length - pads)
 
 
 def test_even_attention():
@@ -262,11 +263,11 @@ def test_even_attention():
 
 def test_causal_never_looks_right_and_pads_are_not_seen():
     rows = some_rows(pads=3)
-    masked = rows.visible_BT & (np.arange(12) >= 6)
+    masked = rows.valid_BT & (np.arange(12) >= 6)
     causal = looked_at(VARIANTS["causal"].model(0), rows, masked)
     assert np.all(causal["right"] == 0.0) and np.all(causal["offset"] <= 0.0)
     # Other tokens in the padding change nothing.
-    other = inspection.Rows(np.where(rows.visible_BT, rows.tokens_BT, 7), *rows[1:])
+    other = inspection.InspectedRows(np.where(rows.valid_BT, rows.tokens_BT, 7), *rows[1:])
     model = VARIANTS["bidirectional"].model(0)
     for name, value in looked_at(model, rows, masked).items():
         np.testing.assert_array_equal(value, looked_at(model, other, masked)[name])
@@ -362,26 +363,37 @@ def test_costs(monkeypatch):
 
 @pytest.mark.parametrize("name", ["study.md", "study.zh.md"])
 def test_tables_of_the_report_are_those_of_its_data(name):
-    """Also that the summary is that of the results: each number of the report has its rows."""
+    folder, path = ROOT / "docs" / "study", ROOT / "docs" / name
+    rows = (read_rows(folder / f"{table}.csv") for table in ("summary", "costs", "differences"))
+    assert tables.fill(path, *rows) == path.read_text(encoding="utf-8")
+
+
+def test_committed_tables_are_made_from_the_committed_runs(tmp_path):
+    """Every number of the report has its runs: the three tables follow from `runs.jsonl`, to the last digit."""
     folder = ROOT / "docs" / "study"
-    summary = read_rows(folder / "summary.csv")
-    path = ROOT / "docs" / name
-    made = [summary, read_rows(folder / "costs.csv"), read_rows(folder / "differences.csv")]
-    assert tables.fill(path, *made) == path.read_text(encoding="utf-8")
-    by_seed = differences(read_rows(folder / "results.csv"))
-    for one, other in zip(by_seed, made[2], strict=True):
-        assert [one[key] for key in ("task", "variant", "of", "minus")] == [
-            other[key] for key in ("task", "variant", "of", "minus")
-        ]
-        assert one["mean"] == pytest.approx(other["mean"], rel=1e-4, abs=2e-6)
-    again = summarise(read_rows(folder / "results.csv"))
-    assert len(again) == len(summary)
-    for one, other in zip(again, summary, strict=True):
-        assert {key: one[key] for key in ("task", "variant", "measure", "of")} == {
-            key: other[key] for key in ("task", "variant", "measure", "of")
-        }
-        # A difference of rounding: the results are written to six digits.
-        assert one["mean"] == pytest.approx(other["mean"], rel=1e-4, abs=1e-6)
+    shutil.copy(folder / "runs.jsonl", tmp_path)
+    study = Study(tmp_path, StudyPlan(tasks=tuple(TASKS), variants=tuple(VARIANTS)))
+    assert study.missing() == [] and len(study.plan.runs()) == 111
+    for path in study.write_tables():
+        assert path.read_text() == (folder / path.name).read_text(), path.name
+    with pytest.raises(FileExistsError, match="give another --out"):
+        Study(tmp_path, StudyPlan(tasks=("copy",), variants=("causal",), test_rows=8))
+
+
+def test_files_of_runs_are_packed_into_one_table(tmp_path):
+    lines = (ROOT / "docs" / "study" / "runs.jsonl").read_text().splitlines()[:3]
+    plan = StudyPlan(tasks=tuple(TASKS), variants=tuple(VARIANTS))
+    with pytest.raises(ValueError, match="has no run to put"):
+        Study(tmp_path, plan).pack()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs.jsonl").write_text(lines[2].replace('"seconds": ', '"seconds": 9') + "\n" + lines[0] + "\n")
+    for number, line in enumerate(lines[1:]):
+        (tmp_path / "runs" / f"{number}.json").write_text(line)
+    assert Study(tmp_path, plan).pack() == tmp_path / "runs.jsonl"
+    # The run that was in both has the numbers of its file; the lines are sorted by task, variant and seed.
+    assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines
+    assert not list((tmp_path / "runs").iterdir())
+    assert len(Study(tmp_path, plan).missing()) == len(plan.runs()) - 3
 
 
 def test_marks_without_a_table_are_refused(tmp_path):
