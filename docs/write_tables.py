@@ -78,8 +78,8 @@ def status() -> str:
             (
                 "sampling from `dream-7b`, 512 + 512 tokens",
                 f"one H200, {f['date']}",
-                f"exact {f['exact']} tokens/s (published PyTorch loop {f['torch']}); cached blocks, 4 tokens a pass, "
-                f"{f['cached']}, at batch 16 {f['cached_16']}",
+                f"exact {f['exact']} tokens/s (published PyTorch loop {f['torch']}); cached blocks, 4 tokens a pass: "
+                f"{f['cached']}, and {f['cached_16']} at batch 16",
             ),
             ("several devices", "eight CPU devices, two processes", "NCCL and TPU slices have not been tried"),
             ("TPU v5e, v5p, v6e", "compiled only", "memory and collectives planned, nothing has run"),
@@ -122,17 +122,17 @@ def h200_train_step() -> str:
     """Speed and memory of the training step on one H200."""
     rows = []
     for row in read("h200")["train_step"]:
-        settings = [f"{row['rows']} x {row['tokens']}", f"remat {row['remat']}"]
+        settings = [f"{row['model']}, {row['rows']} x {row['tokens']}, remat {row['remat']}"]
         settings += [f"{row['moments']} moments"] if row["moments"] else []
         settings += [f"LoRA rank {row['lora_rank']}, bfloat16 base"] if row["lora_rank"] else []
         notes = [f"planned {row['planned_gib']} GiB"] if row["planned_gib"] else []
-        notes += [f"`XLA_PYTHON_CLIENT_MEM_FRACTION={row['memory_fraction']:g}`"] if row["memory_fraction"] else []
+        notes += [f"needs memory fraction {row['memory_fraction']:g}"] if row["memory_fraction"] else []
         if "pytorch_seconds" in row:
             ratio = row["pytorch_seconds"] / row["seconds"]
             notes.append(f"plain PyTorch {row['pytorch_seconds']} s: {ratio:.2f} times ours")
         speed = (f"{row['seconds']:.3f}", f"{row['tokens_per_s']:,}", f"{row['mfu']:.1%}".replace("%", " %"))
-        rows.append((row["model"], ", ".join(settings), *speed, row["peak_gib"], "; ".join(notes)))
-    return table(("model", "settings", "s a step", "tokens/s", "MFU", "peak GiB", "notes"), rows)
+        rows.append((", ".join(settings), *speed, row["peak_gib"], "; ".join(notes)))
+    return table(("settings", "s a step", "tokens/s", "MFU", "peak GiB", "notes"), rows)
 
 
 def h200_sampler() -> str:
