@@ -27,6 +27,8 @@ RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Looking:
+    """Looking at runs that were, instead of training."""
+
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
     """folders of two runs to lay side by side, instead of training"""
     report: pathlib.Path | None = None
@@ -43,9 +45,10 @@ class Looking:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
+    # Without a name of its own, so that its groups are headed "run options", "network options" and so on.
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainSettings)
-    planning: Annotated[PlanSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PlanSettings)
-    looking: Annotated[Looking, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Looking)
+    planning: PlanSettings = dataclasses.field(default_factory=PlanSettings)
+    looking: Looking = dataclasses.field(default_factory=Looking)
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
@@ -74,14 +77,13 @@ def given_settings(arguments: list[str]) -> set[str]:
 
 def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
     """Where each setting that is no default comes from."""
-    begun = TrainSettings() if recipe is None else recipe.train_settings()
+    begun = (TrainSettings() if recipe is None else recipe.train_settings()).values()
     found = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value != getattr(begun, field.name) or field.name == "recipe":
-            found[field.name] = "given"
-        elif recipe is not None and field.name in {"out", *recipe.settings}:
-            found[field.name] = f"recipe {recipe.name}"
+    for name, value in settings.values().items():
+        if value != begun[name] or name == "recipe":
+            found[name] = "given"
+        elif recipe is not None and name in {"out", *recipe.settings}:
+            found[name] = f"recipe {recipe.name}"
     return found
 
 
@@ -90,9 +92,9 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
     training = command.training
     if recipe is not None and recipe.like is not None:
         left_open = "model" in recipe.required and "model" not in given
-        if left_open or training.model == recipe.settings.get("model"):
+        if left_open or training.network.model == recipe.settings.get("model"):
             # Sizes are all that a plan needs of a model: nothing is fetched for it.
-            training = dataclasses.replace(training, model=recipe.like)
+            training = training.replaced(model=recipe.like)
     made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
@@ -126,7 +128,7 @@ def main() -> int:
             return 0
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
-        command = tyro.cli(Command, description=__doc__, default=begun)
+        command = tyro.cli(Command, description=__doc__, default=begun, config=(tyro.conf.OmitArgPrefixes,))
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
                 "--plan is of a run to come, --report and --compare are of runs that were; give one of them"
@@ -142,7 +144,7 @@ def main() -> int:
             recipe.check_given(given_settings(sys.argv[1:]))
         train(command.training, origins(command.training, recipe))
         if jax.process_index() == 0:
-            print("wrote", *write_report(read_record(command.training.out)))
+            print("wrote", *write_report(read_record(command.training.run.out)))
     except Stopped as stopped:
         print(stopped)
         return 130

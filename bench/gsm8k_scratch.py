@@ -91,7 +91,7 @@ def main(settings: Settings) -> int:
         # In that folder, so that what is kept names no path of this machine.
         make_model(pathlib.Path("weights"), assets / "dream-v0-instruct-7b")
         train(
-            TrainSettings(
+            TrainSettings.flat(
                 model="weights",
                 data="gsm8k",
                 out=pathlib.Path("run") / settings.out.name,

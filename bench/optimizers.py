@@ -71,7 +71,7 @@ class Settings:
 
     def training(self, variant: str, seed: int, out: pathlib.Path) -> TrainSettings:
         """The run of one variant and seed."""
-        return TrainSettings(
+        return TrainSettings.flat(
             mesh=self.mesh,
             model=self.model,
             data=self.data,
@@ -91,8 +91,8 @@ def one_run(settings: Settings, variant: str, seed: int, folder: pathlib.Path) -
     try:
         summary = train(training)
     except Diverged as diverged:
-        return {"seed": seed, "diverged": str(diverged)}, curve(training.out)
-    rows = curve(training.out)
+        return {"seed": seed, "diverged": str(diverged)}, curve(training.run.out)
+    rows = curve(training.run.out)
     last = rows[-LAST:]
     result = {
         "seed": seed,

@@ -132,7 +132,7 @@ def write_tables() -> None:
 
 def one_plan(name: str) -> Plan:
     topology, settings = CASES[name]
-    training = TrainSettings(out=pathlib.Path("unused"), **settings)
+    training = TrainSettings.flat(out=pathlib.Path("unused"), **settings)
     return make_plan(training, PlanSettings(plan=True, topology=topology))
 
 

@@ -235,7 +235,7 @@ def largest(path):
 def settings(weights, out, **changes):
     base = {"mesh": "4x2", "model": str(weights), "steps": 6, "batch_size": 16, "save_every": 2, "eval_rows": 2}
     base |= {"lora_rank": 4, "lora_dropout": 0.1, "base": "nf4", "learning_rate": 1e-2, "out": out}
-    return TrainSettings(**(base | changes))
+    return TrainSettings.flat(**(base | changes))
 
 
 def losses(out):
@@ -399,20 +399,22 @@ def test_prompts_are_written_as_the_adapter_was_trained(finished, weights):
 )
 def test_settings_that_cannot_be(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        TrainSettings(out=tmp_path / "x", **change)
+        TrainSettings.flat(out=tmp_path / "x", **change)
 
 
 def test_defaults_and_warnings():
-    checkpointed = TrainSettings(model="weights", lora_rank=32)
-    assert checkpointed.new_adapter() == LoraConfig(rank=32, alpha=64.0)
-    assert checkpointed.optimizer_config().learning_rate == 10 * TrainSettings(model="weights").default_rate() == 5e-5
+    checkpointed = TrainSettings.flat(model="weights", lora_rank=32)
+    assert checkpointed.lora.new_adapter() == LoraConfig(rank=32, alpha=64.0)
+    assert (
+        checkpointed.optimizer_config().learning_rate == 10 * TrainSettings.flat(model="weights").default_rate() == 5e-5
+    )
     assert checkpointed.warnings() == []
-    some = TrainSettings(model="weights", lora_rank=8, lora_alpha=4.0, lora_targets="q,v", lora_dropout=0.05)
-    assert some.new_adapter() == LoraConfig(rank=8, alpha=4.0, dropout=0.05, targets=("q", "v"))
+    some = TrainSettings.flat(model="weights", lora_rank=8, lora_alpha=4.0, lora_targets="q,v", lora_dropout=0.05)
+    assert some.lora.new_adapter() == LoraConfig(rank=8, alpha=4.0, dropout=0.05, targets=("q", "v"))
 
     def warned(text, **changes):
         return any(
-            text in line for line in TrainSettings(**({"model": "weights", "lora_rank": 8} | changes)).warnings()
+            text in line for line in TrainSettings.flat(**({"model": "weights", "lora_rank": 8} | changes)).warnings()
         )
 
     assert warned("is random", model="nano")
@@ -426,7 +428,7 @@ def test_defaults_and_warnings():
 def test_a_frozen_matrix_costs_no_gradient_of_its_own(base):
     """FLOPs of a token: 4 a frozen weight, 6 a trained one; codes are counted as the weights they mean."""
     whole = FlopCounter(describe(TrainSettings(), "float32"), 40)
-    adapted = FlopCounter(describe(TrainSettings(lora_rank=4, base=base), "float32"), 40)
+    adapted = FlopCounter(describe(TrainSettings.flat(lora_rank=4, base=base), "float32"), 40)
     per_token = [counter.step(1, 0) for counter in (whole, adapted)]
     config = dream_jax.PRESETS["nano"]
     layers = config.num_parameters - 2 * config.vocab_size * config.hidden_size
@@ -436,12 +438,12 @@ def test_a_frozen_matrix_costs_no_gradient_of_its_own(base):
 
 def test_the_base_is_stored_as_it_is_computed_with():
     def stored(**changes):
-        return lora.base_of(describe(TrainSettings(lora_rank=4, **changes), changes.pop("compute_dtype")))
+        return lora.base_of(describe(TrainSettings.flat(lora_rank=4, **changes), changes.pop("compute_dtype")))
 
     assert stored(compute_dtype="bfloat16") == "bfloat16"
     assert stored(compute_dtype="bfloat16", base="float32") == "float32"
     assert stored(compute_dtype="float32", base="int8") == "int8"
-    assert lora.base_of(describe(TrainSettings(compute_dtype="bfloat16"), "bfloat16")) == "float32"  # masters
+    assert lora.base_of(describe(TrainSettings.flat(compute_dtype="bfloat16"), "bfloat16")) == "float32"  # masters
 
 
 def test_rounding_to_the_compute_dtype_changes_nothing():

@@ -127,7 +127,7 @@ def test_training_begins_from_it(qwen2, tmp_path, anneal_steps):
     adapt_qwen2(qwen2, tmp_path / "dream", **TOKENS)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{n % 7} {n % 7} " * 6}) + "\n" for n in range(60)))
-    settings = TrainSettings(
+    settings = TrainSettings.flat(
         model=str(tmp_path / "dream"), tokenizer="bytes", data=str(texts), out=tmp_path / "run", steps=16, batch_size=16,
         learning_rate=3e-3, anneal_steps=anneal_steps, eval_rows=2, eos_tail=0,
     )  # fmt: skip

@@ -35,9 +35,9 @@ def runs(tmp_path_factory):
     base = dream_jax.Dream(small, rngs=nnx.Rngs(0))
     dream_jax.save(base, folder / "base", tokenizer_dir=folder / "tokenizer")
     options = {"steps": 3, "batch_size": 8, "eval_rows": 4, "samples": 0, "model": str(folder / "base")}
-    train(TrainSettings(**options, learning_rate=1e-3, out=folder / "whole"))
+    train(TrainSettings.flat(**options, learning_rate=1e-3, out=folder / "whole"))
     options |= {"model": str(folder / "whole" / "model"), "lora_rank": 4, "lora_targets": "q,o,down"}
-    train(TrainSettings(**options, learning_rate=1e-2, out=folder / "lora"))
+    train(TrainSettings.flat(**options, learning_rate=1e-2, out=folder / "lora"))
     return folder
 
 
@@ -156,7 +156,7 @@ def test_what_was_not_measured_is_not_claimed(runs, tmp_path):
 
 
 def test_a_card_says_what_the_run_took_where_it_was_given_nothing(tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps(TrainSettings(final="best").plain()))
+    (tmp_path / "settings.json").write_text(json.dumps(TrainSettings.flat(final="best").plain()))
     summary = {"learning_rate": 2e-3, "step": 500, "eval": {}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     card = model_card(tmp_path, name="x", dtype="float32", adapter=False)
@@ -202,7 +202,7 @@ def test_real_tokenizer_files_come_out_unchanged(assets, tmp_path):
     rows = "".join(json.dumps({"prompt": f"{n}", "response": "yes"}) + "\n" for n in range(40))
     (tmp_path / "rows.jsonl").write_text(rows)
     options = {"model": str(tmp_path / "model"), "data": str(tmp_path / "rows.jsonl"), "out": tmp_path / "run"}
-    train(TrainSettings(**options, steps=1, batch_size=4, eval_rows=0))
+    train(TrainSettings.flat(**options, steps=1, batch_size=4, eval_rows=0))
     pretrained.convert_to_hf(tmp_path / "run" / "model", tmp_path / "out", dtype="bfloat16")
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     for name in names:

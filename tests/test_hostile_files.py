@@ -136,5 +136,5 @@ def test_hostile_input_is_refused_with_its_place(tmp_path: Path, write: Callable
     (tmp_path / "given").mkdir()
     data, out = write(tmp_path / "given"), tmp_path / "out"
     with pytest.raises((ValueError, OSError), match=message):
-        train(TrainSettings(mesh="1x1", data=str(data), max_length=32, batch_size=2, steps=1, out=out))
+        train(TrainSettings.flat(mesh="1x1", data=str(data), max_length=32, batch_size=2, steps=1, out=out))
     assert not out.exists()

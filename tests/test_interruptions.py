@@ -37,7 +37,7 @@ def table(path):
 
 def final_state(out):
     """All that the run carries from step to step, from its last checkpoint."""
-    settings = TrainSettings(out=out, **RUN)
+    settings = TrainSettings.flat(out=out, **RUN)
     shapes = abstract_step(settings, sharding.make_mesh("8x1"), 40).state
     with RunCheckpoints(out / "checkpoints", keep=STEPS) as checkpoints:
         assert checkpoints.latest_step() == STEPS
@@ -56,7 +56,7 @@ def assert_same_run(out, wanted):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    train(TrainSettings(out=out, **RUN))
+    train(TrainSettings.flat(out=out, **RUN))
     rows = table(out / "metrics.csv")
     assert [row["step"] for row in rows] == [str(step) for step in range(1, STEPS + 1)]
     assert [row["step"] for row in table(out / "eval.csv")] == ["5", "10", "15", "20", "24"]
@@ -121,7 +121,7 @@ def cut(run, out, last):
 
 def test_going_on_with_another_mesh(uninterrupted, tmp_path):
     cut(uninterrupted, tmp_path / "moved", 12)
-    train(TrainSettings(out=tmp_path / "moved", **RUN | {"mesh": "2x4"}))
+    train(TrainSettings.flat(out=tmp_path / "moved", **RUN | {"mesh": "2x4"}))
     found, wanted = table(tmp_path / "moved" / "metrics.csv"), table(uninterrupted / "metrics.csv")
     assert found[:12] == wanted[:12] and found[12:] != wanted[12:]
     losses = [[float(row["loss"]) for row in rows] for rows in (found, wanted)]
@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(uninterrupted, tmp_pat
         files = (path for path in (out / "checkpoints" / str(step)).rglob("*") if path.is_file())
         path = max(files, key=lambda path: path.stat().st_size)
         path.write_bytes(harm(path.read_bytes()))
-    train(TrainSettings(out=out, **RUN))
+    train(TrainSettings.flat(out=out, **RUN))
     said = capsys.readouterr().out
     assert "warning: the checkpoint of step 20 is damaged" in said and "going on after step 18" in said
     assert_same_run(out, uninterrupted)

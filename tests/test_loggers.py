@@ -45,7 +45,7 @@ def missing(monkeypatch, *names):
 
 def settings(out, **changes):
     base = {"steps": 3, "batch_size": 4, "save_every": 2, "eval_rows": 0, "out": out}
-    return TrainSettings(**(base | changes))
+    return TrainSettings.flat(**(base | changes))
 
 
 def test_every_step_goes_to_every_logger(monkeypatch, tmp_path):

@@ -518,7 +518,7 @@ def test_moments_on_host_are_refused_where_devices_cannot_reach_it(tmp_path, mon
     with pytest.raises(ValueError, match=message):
         init_state(parameters(), optimizer.make(), mesh)
     with pytest.raises(ValueError, match=message):
-        train(TrainSettings(out=tmp_path / "run", moments_on_host=True, eval_rows=0))
+        train(TrainSettings.flat(out=tmp_path / "run", moments_on_host=True, eval_rows=0))
     assert not (tmp_path / "run").exists()
     config().check_devices(mesh)
 
@@ -606,17 +606,17 @@ def test_int8_moments_on_the_host_are_refused_for_tpus():
 
 
 def test_settings_name_the_optimizer_and_warn():
-    found = TrainSettings(moments="int8").optimizer_config()
+    found = TrainSettings.flat(moments="int8").optimizer_config()
     assert (found.kind, found.moments, found.moments_on_host) == ("adamw", "int8", False)
-    settings = TrainSettings(moments="bfloat16", moments_on_host=True)
+    settings = TrainSettings.flat(moments="bfloat16", moments_on_host=True)
     found = settings.optimizer_config()
     assert (found.moments, found.moments_on_host) == ("bfloat16", True)
     assert any("over the bus" in line for line in settings.warnings())
-    settings = TrainSettings(optimizer="adafactor")
+    settings = TrainSettings.flat(optimizer="adafactor")
     assert settings.optimizer_config().kind == "adafactor"
     assert any("unstable for masked diffusion" in line for line in settings.warnings())
     with pytest.raises(ValueError, match="Adafactor does not read it"):
-        TrainSettings(optimizer="adafactor", moments="int8")
+        TrainSettings.flat(optimizer="adafactor", moments="int8")
 
 
 # A parameter is updated a part at a time.

@@ -30,7 +30,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def training(**options):
-    return TrainSettings(**{"batch_size": 8, "mesh": "8x1", "max_length": 64, "steps": 100, **options})
+    return TrainSettings.flat(**{"batch_size": 8, "mesh": "8x1", "max_length": 64, "steps": 100, **options})
 
 
 def dream_7b(**options):
@@ -155,7 +155,7 @@ def bench():
 @pytest.mark.parametrize("name", COMPILED)
 def test_arithmetic_is_near_what_was_compiled(bench, name):
     topology, settings = bench["CASES"][name]
-    plan = estimated(TrainSettings(**settings), topology)
+    plan = estimated(TrainSettings.flat(**settings), topology)
     assert plan.memory.peak == pytest.approx(COMPILED[name]["memory"]["peak"], rel=0.15)
 
 
@@ -246,12 +246,12 @@ def test_time_and_price_by_hand():
     assert time.network == pytest.approx((0.4, 0.2))
     assert (time.fast, time.slow) == pytest.approx((2.0, 4.4))
     assert time.mfu == pytest.approx((6 / 8 / 4.4, 6 / 8 / 2.0))
-    settings = TrainSettings(steps=1800, price_per_chip_hour=14.2, currency="rmb", rmb_per_usd=7.1)
+    settings = TrainSettings.flat(steps=1800, price_per_chip_hour=14.2, currency="rmb", rmb_per_usd=7.1)
     price = cost.price(found, time, settings)
     assert price.hours == pytest.approx((1.0, 2.2))
     assert price.usd == pytest.approx((16.0, 35.2))
     assert price.rmb == pytest.approx((113.6, 249.92))
-    dollars = dataclasses.replace(settings, price_per_chip_hour=2.0, currency="usd")
+    dollars = settings.replaced(price_per_chip_hour=2.0, currency="usd")
     assert cost.price(found, time, dollars) == price
     listed = cost.price(found, time, TrainSettings())
     assert listed.usd_per_chip_hour == CHIPS["v6e"].usd_per_chip_hour
@@ -312,7 +312,7 @@ def test_what_the_compiler_says_it_needs(message, needed):
 )
 def test_a_change_that_the_settings_exclude_is_not_suggested(topology, changes):
     """What does not fit is told so, and not refused for what only the planner has tried."""
-    settings = TrainSettings(model="dream-7b", max_length=4096, batch_size=32, **changes)
+    settings = TrainSettings.flat(model="dream-7b", max_length=4096, batch_size=32, **changes)
     plan = make_plan(settings, PlanSettings(plan=True, topology=topology, compile=False))
     assert not plan.fits and plan.advice
     assert not any("--lora-rank" in line for line in plan.advice if "lora_rank" in changes)

@@ -30,13 +30,13 @@ OPTIONS = {"steps": 12, "batch_size": 8, "save_every": 5, "eval_rows": 4, "sampl
 
 
 def settings(out, **changes):
-    return TrainSettings(**(OPTIONS | {"out": out} | changes))
+    return TrainSettings.flat(**(OPTIONS | {"out": out} | changes))
 
 
 def train_and_report(chosen):
     """As train.py does."""
     train(chosen)
-    write_report(read_record(chosen.out))
+    write_report(read_record(chosen.run.out))
 
 
 @pytest.fixture(scope="module")
@@ -295,14 +295,14 @@ def test_cells_of_tables_cannot_break_them():
 
 def test_cost_of_a_run_by_hand(tmp_path):
     dollars = settings(tmp_path, price_per_chip_hour=2.0, currency="usd")
-    part = begin_part(dollars, make_mesh("8x1"), time.monotonic())
+    part = begin_part(dollars.price, make_mesh("8x1"), time.monotonic())
     # However many devices a CPU is made to have, it is one chip.
     assert (part.chips, part.usd_per_chip_hour, part.devices) == (1, 2.0, "8 x cpu")
     long = dataclasses.replace(part, seconds=1800.0)
-    cost = run_cost([long], dollars)
+    cost = run_cost([long], dollars.price)
     assert (cost.chips, cost.chip_hours, cost.usd, cost.usd_per_chip_hour) == (1, 0.5, 1.0, 2.0)
     assert cost.rmb == pytest.approx(7.1)
-    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path))
+    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path).price)
     assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
     # Half an hour on eight chips at 6 dollars, and half an hour on one at 2.
     more = dataclasses.replace(long, chips=8, usd_per_chip_hour=6.0)
@@ -311,7 +311,7 @@ def test_cost_of_a_run_by_hand(tmp_path):
     assert cost.usd_per_chip_hour == pytest.approx(25 / 4.5)
     # A price that is given late is that of the parts without one.
     unknown = dataclasses.replace(more, usd_per_chip_hour=None)
-    assert run_cost([unknown, long], dollars).usd == 9.0 and run_cost([unknown, long]).usd is None
+    assert run_cost([unknown, long], dollars.price).usd == 9.0 and run_cost([unknown, long]).usd is None
     # Each part was paid at the rate of its time.
     later = dataclasses.replace(long, rmb_per_usd=7.3)
     assert run_cost([long, later]).rmb == pytest.approx(7.1 + 7.3)

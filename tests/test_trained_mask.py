@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def settings(out, **changes):
     base = {"steps": 2, "batch_size": 4, "eval_rows": 2, "samples": 0, "eval_tokens": 1, "log_to": (), "max_length": 24}
     base |= {"out": out, "data": str(out.parent / "data"), "model": str(out.parent / "base")}
-    return TrainSettings(**base | changes)
+    return TrainSettings.flat(**base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_training_goes_on_under_it_and_adapters_carry_theirs(run, tmp_path):
     assert dream_jax.load(out / "model", base="int8").trained_mask == "prefix"
     mesh, untold = sharding.make_mesh("1x1"), settings(out.parent / "untold", model=str(out / "model"))
     assert describe_model(untold, mesh).trained_mask == "prefix"
-    untold = dataclasses.replace(untold, adapter=str(adapter))
+    untold = untold.replaced(adapter=str(adapter))
     assert describe_model(untold, mesh).trained_mask == "block-causal:4"
     with pytest.raises(ValueError, match="trained under the mask 'block-causal:4', and the published code"):
         pretrained.convert_to_hf(out / "model", tmp_path / "hf", adapter=adapter)

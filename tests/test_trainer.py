@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def settings(out, **changes):
     base = {"mesh": "8x1", "steps": 12, "batch_size": 16, "save_every": 5, "eval_rows": 4, "out": out}
-    return TrainSettings(**(base | changes))
+    return TrainSettings.flat(**(base | changes))
 
 
 def losses(out):
@@ -381,8 +381,10 @@ def test_home_is_one_folder():
 
 
 def test_unwise_settings_are_named():
-    assert any("1/t^2" in line for line in TrainSettings(weight="inverse-time").warnings())
-    assert any("published recipe" in line for line in TrainSettings(model="weights", learning_rate=1e-3).warnings())
+    assert any("1/t^2" in line for line in TrainSettings.flat(weight="inverse-time").warnings())
+    assert any(
+        "published recipe" in line for line in TrainSettings.flat(model="weights", learning_rate=1e-3).warnings()
+    )
     assert TrainSettings().warnings() == []
 
 

@@ -65,8 +65,8 @@ def step_time(
 
 def price(hardware: Hardware, time: Time, settings: TrainSettings) -> Price:
     """What the run's steps cost, at the price given or else the list's."""
-    hours = (settings.steps * time.fast / 3600, settings.steps * time.slow / 3600)
-    each = usd_per_chip_hour(settings, hardware.chip)
+    hours = (settings.run.steps * time.fast / 3600, settings.run.steps * time.slow / 3600)
+    each = usd_per_chip_hour(settings.price, hardware.chip)
     usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)
-    rmb = None if usd is None else (usd[0] * settings.rmb_per_usd, usd[1] * settings.rmb_per_usd)
+    rmb = None if usd is None else (usd[0] * settings.price.rmb_per_usd, usd[1] * settings.price.rmb_per_usd)
     return Price(hours=hours, chips=hardware.num_chips, usd_per_chip_hour=each, usd=usd, rmb=rmb)

@@ -53,10 +53,10 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
         are needed.
       ModuleNotFoundError: what compiles for such hardware is not installed, with what to install.
     """
-    if settings.coordinator is not None:
+    if settings.devices.coordinator is not None:
         raise ValueError("--coordinator joins processes to a run; a plan is made by one process: leave it out")
     hardware = find_hardware(wanted.topology, compiles=wanted.compile)
-    mesh = hardware.mesh(settings.mesh)
+    mesh = hardware.mesh(settings.devices.mesh)
     rows = _rows(settings, wanted, mesh)
     step = abstract_step(settings, mesh, rows.max_length)
     shape = _shape(settings, mesh, rows)
@@ -102,9 +102,9 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list
     changes: list[dict[str, Any]] = [{"remat": "full"}]
     changes += [{"remat": "full", "accumulation": number} for number in _parts(settings)]
     for change in (*changes, *_CHANGES):
-        if settings.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
+        if settings.optimization.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
             continue  # it has none
-        if settings.adapts:  # an adapter keeps its rank
+        if settings.lora.adapts:  # an adapter keeps its rank
             change = {name: value for name, value in change.items() if name != "lora_rank"}
         if "accumulation" not in change:
             changed = changed | change
@@ -118,20 +118,21 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list
 
 def _parts(settings: TrainSettings) -> list[int]:
     """Accumulations that the batch and the mesh allow, from the next one on."""
-    fsdp = sharding.parse_mesh_shape(settings.mesh)[0]
+    fsdp = sharding.parse_mesh_shape(settings.devices.mesh)[0]
     return [
         parts
-        for parts in range(settings.accumulation + 1, settings.batch_size // fsdp + 1)
-        if settings.batch_size % parts == 0 and settings.batch_size // parts % fsdp == 0
+        for parts in range(settings.batches.accumulation + 1, settings.batches.batch_size // fsdp + 1)
+        if settings.batches.batch_size % parts == 0 and settings.batches.batch_size // parts % fsdp == 0
     ]
 
 
 def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict[str, Any]) -> str | None:
     """The change in words when it would fit; None when it would not, or is none."""
-    if all(getattr(settings, name) == value for name, value in change.items()):
+    values = settings.values()
+    if all(values[name] == value for name, value in change.items()):
         return None
     try:
-        changed = dataclasses.replace(settings, **change)
+        changed = settings.replaced(**change)
         needed = _estimate(changed, dataclasses.replace(hardware, devices=None), rows)
     except ValueError:  # the change and the other settings exclude each other: nobody asked for it
         return None
@@ -140,7 +141,7 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in change.items()
-        if getattr(settings, name) != value
+        if values[name] != value
     ]
     return f"{' '.join(flags)}: about {needed / 2**30:.1f} GiB a device"
 
@@ -148,14 +149,14 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict
 def _more_chips(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list[str]:
     """The fewest devices, by doubling fsdp, and other chips of the same number, on which these very settings would fit."""
     found = []
-    fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.mesh)
+    fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.devices.mesh)
     for times in (2, 4, 8, 16):
-        parts = settings.batch_size // settings.accumulation
+        parts = settings.batches.batch_size // settings.batches.accumulation
         mesh = "x".join(map(str, (fsdp * times, tensor, sequence)[: 3 if sequence > 1 else 2]))
         larger = dataclasses.replace(hardware, num_devices=hardware.num_devices * times, devices=None)
         if parts % (fsdp * times):
             break
-        needed = _estimate(dataclasses.replace(settings, mesh=mesh), larger, rows)
+        needed = _estimate(settings.replaced(mesh=mesh), larger, rows)
         if needed <= _ROOM * hardware.chip.memory:
             found.append(
                 f"{larger.num_devices} devices of {hardware.chip.name}, --mesh {mesh}: about {needed / 2**30:.1f} GiB each"
@@ -173,7 +174,7 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list
 
 
 def _estimate(settings: TrainSettings, hardware: Hardware, rows: Rows) -> int:
-    mesh = hardware.mesh(settings.mesh)
+    mesh = hardware.mesh(settings.devices.mesh)
     step = abstract_step(settings, mesh, rows.max_length)
     found = arithmetic.bytes_on_device(step, _shape(settings, mesh, rows), hardware.chip.platform)
     return found.given + found.working
@@ -181,11 +182,11 @@ def _estimate(settings: TrainSettings, hardware: Hardware, rows: Rows) -> int:
 
 def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: Rows) -> arithmetic.Shape:
     return arithmetic.Shape(
-        batch=settings.batch_size,
-        accumulation=settings.accumulation,
+        batch=settings.batches.batch_size,
+        accumulation=settings.batches.accumulation,
         length=rows.max_length,
         mesh=arithmetic.mesh_sizes(mesh),
-        remat=settings.remat,
+        remat=settings.network.remat,
         masked_share=rows.masked_share,
     )
 
@@ -219,14 +220,14 @@ def _memory(parts: arithmetic.Bytes, found: Compiled | Refusal | None, hardware:
 
 def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> Rows:
     """What the run reads. The data is opened where its longest row decides the length, or where it is asked for."""
-    if settings.max_length is not None and not wanted.read_data:
+    if settings.rows.max_length is not None and not wanted.read_data:
         # Of a row's positions half are masked on average, if all may be: prompts, which may not, make it less.
-        return Rows(max_length=settings.max_length, masked_share=0.5)
-    source, encoding = settings.source("train"), settings.encode_options()
+        return Rows(max_length=settings.rows.max_length, masked_share=0.5)
+    source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     check_tokenizer(model.config, tokenizer)
-    max_length = settings.max_length or longest_row(source, tokenizer, encoding)
+    max_length = settings.rows.max_length or longest_row(source, tokenizer, encoding)
     report = length_report(source, tokenizer, max_length, options=encoding)
     numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
     found = (encode_row(source[int(number)], tokenizer, max_length, encoding) for number in numbers)
@@ -237,7 +238,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
         masked_share=maskable / 2,
         rows=report.kept,
         mean_length=report.mean,
-        epochs=settings.steps * settings.batch_size / report.kept,
+        epochs=settings.run.steps * settings.batches.batch_size / report.kept,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from dream_jax.reports.curves import can_draw, draw_curves
 from dream_jax.reports.record import LAST, Record, shown, table
 from dream_jax.trainer.cost import run_cost
-from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.setting_groups import PriceSettings
 
 FILE = "report.md"
 _POINTS = 12
@@ -211,8 +211,8 @@ def _time(record: Record) -> list[str]:
     facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
     cost = summary.get("cost")
     if record.parts and not summary:
-        priced = {name: record.settings.get(name) for name in ("price_per_chip_hour", "currency", "rmb_per_usd")}
-        given = TrainSettings(**{name: value for name, value in priced.items() if value is not None})
+        priced = {field.name: record.settings.get(field.name) for field in dataclasses.fields(PriceSettings)}
+        given = PriceSettings(**{name: value for name, value in priced.items() if value is not None})
         cost = dataclasses.asdict(run_cost(record.parts, given))
     facts += _money(cost)
     return table(("what", "value"), facts)

@@ -69,9 +69,9 @@ def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
 
 def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
     """The dtype that the settings ask for; what "auto" means is decided by the devices of the mesh, present or not."""
-    if settings.compute_dtype != "auto":
-        return settings.compute_dtype
-    return "float32" if settings.model == "nano" or sharding.platform_of(mesh) == "cpu" else "bfloat16"
+    if settings.network.compute_dtype != "auto":
+        return settings.network.compute_dtype
+    return "float32" if settings.network.model == "nano" or sharding.platform_of(mesh) == "cpu" else "bfloat16"
 
 
 def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) -> Build:
@@ -85,13 +85,13 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
     optimizer.check_devices(mesh)
     transformation = optimizer.make()
     config = StepConfig(
-        global_batch=settings.batch_size,
-        accumulation=settings.accumulation,
-        weight=settings.loss_weight(),
-        focal=Focal() if settings.focal else None,
-        seed=settings.seed,
+        global_batch=settings.batches.batch_size,
+        accumulation=settings.batches.accumulation,
+        weight=settings.loss.loss_weight(),
+        focal=Focal() if settings.loss.focal else None,
+        seed=settings.run.seed,
         mask=masks.parse(model.trained_mask),
-        anneal_steps=settings.anneal_steps,
+        anneal_steps=settings.network.anneal_steps,
     )
     step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
     return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)
@@ -113,7 +113,7 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     built = build_step(settings, model, mesh)
     place = sharding.batch_sharding(mesh)
     params = split_params(model)[1]
-    trained, base = lora.split(params) if settings.adapts else (params, {})
+    trained, base = lora.split(params) if settings.lora.adapts else (params, {})
     base = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         base,
@@ -121,13 +121,13 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     )
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((settings.batches.batch_size, *shape), dtype, sharding=place)
 
     batch = Batch(
         tokens_BT=rows((max_length,), jnp.int32),
         maskable_BT=rows((max_length,), jnp.bool_),
         row_B=rows((), jnp.int32),
-        valid_BT=rows((max_length,), jnp.bool_) if settings.batch_options().hides else None,
+        valid_BT=rows((max_length,), jnp.bool_) if settings.batches.options().hides else None,
     )
     return AbstractStep(
         model=model,
@@ -150,13 +150,15 @@ def open_tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
     Raises:
       ValueError: there is none.
     """
-    if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
+    if settings.network.tokenizer is not None:
+        return load_tokenizer(settings.network.tokenizer)
     if model.tokenizer_dir is not None:
         return load_tokenizer(model.tokenizer_dir)
-    if settings.model == "nano":
+    if settings.network.model == "nano":
         return load_tokenizer("bytes")
-    raise ValueError(f"model {settings.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one")
+    raise ValueError(
+        f"model {settings.network.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one"
+    )
 
 
 def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,6 @@ Knows terminals, and that what it warns of is kept. Knows nothing of files.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import sys
@@ -81,10 +80,10 @@ class Report:
 
     def settings(self, mesh: Mesh) -> None:
         """Prints every setting and where it came from."""
-        for field in dataclasses.fields(self._settings):
-            value = getattr(self._settings, field.name)
-            origin = self._origins.get(field.name, "default" if value == field.default else "given")
-            self.say(f"{field.name:>16}: {value}  ({origin})")
+        defaults = TrainSettings().values()
+        for name, value in self._settings.values().items():
+            origin = self._origins.get(name, "default" if value == defaults[name] else "given")
+            self.say(f"{name:>16}: {value}  ({origin})")
         kind = mesh.devices.flat[0].device_kind
         self.say(
             f"{'devices':>16}: {mesh.devices.size} x {kind}, {jax.process_count()} process(es), jax {jax.__version__}"
@@ -131,7 +130,7 @@ class Report:
             return
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
         with Progress(*columns, console=self._console) as self._progress:
-            self._task = self._progress.add_task("compiling", total=self._settings.steps, completed=self._done)
+            self._task = self._progress.add_task("compiling", total=self._settings.run.steps, completed=self._done)
             yield
 
     def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
@@ -140,12 +139,12 @@ class Report:
         if number == self._done_then + 1:
             self._begun, self._done = time.monotonic(), number
         steps = number - self._done
-        left = (self._settings.steps - number) * (time.monotonic() - self._begun) / steps if steps else math.nan
-        last = number in (self._done_then + 1, self._settings.steps)
-        if self._progress is None and not last and number % self._settings.log_every:
+        left = (self._settings.run.steps - number) * (time.monotonic() - self._begun) / steps if steps else math.nan
+        last = number in (self._done_then + 1, self._settings.run.steps)
+        if self._progress is None and not last and number % self._settings.logs.log_every:
             return
         text = (
-            f"step {number}/{self._settings.steps}  loss {row['loss']:.4f}  masked acc {row['masked_accuracy']:.3f}  "
+            f"step {number}/{self._settings.run.steps}  loss {row['loss']:.4f}  masked acc {row['masked_accuracy']:.3f}  "
             f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s  "
             f"{'' if mfu is None else f'MFU {mfu:.1%}  '}ETA {'-' if math.isnan(left) else _clock(left)}"
         )

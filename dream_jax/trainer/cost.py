@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
 from dream_jax.trainer.segments import Part, begun_at
-from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.setting_groups import PriceSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class Cost:
     rmb: float | None
 
 
-def usd_per_chip_hour(settings: TrainSettings, chip: Chip | None) -> float | None:
+def usd_per_chip_hour(price: PriceSettings, chip: Chip | None) -> float | None:
     """The price that the settings give, or else the chip's list price; None when there is neither."""
-    if settings.price_per_chip_hour is None:
+    if price.price_per_chip_hour is None:
         return None if chip is None else chip.usd_per_chip_hour
-    rate = settings.rmb_per_usd if settings.currency == "rmb" else 1.0
-    return settings.price_per_chip_hour / rate
+    rate = price.rmb_per_usd if price.currency == "rmb" else 1.0
+    return price.price_per_chip_hour / rate
 
 
-def begin_part(settings: TrainSettings, mesh: Mesh, began: float) -> Part:
+def begin_part(price: PriceSettings, mesh: Mesh, began: float) -> Part:
     """What of a run began on this mesh, at a time of `time.monotonic()`."""
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
@@ -52,22 +52,22 @@ def begin_part(settings: TrainSettings, mesh: Mesh, began: float) -> Part:
         began,
         devices=f"{mesh.devices.size} x {kind}",
         chips=chips,
-        usd_per_chip_hour=usd_per_chip_hour(settings, chip),
-        rmb_per_usd=settings.rmb_per_usd,
+        usd_per_chip_hour=usd_per_chip_hour(price, chip),
+        rmb_per_usd=price.rmb_per_usd,
     )
 
 
-def run_cost(parts: Sequence[Part], settings: TrainSettings | None = None) -> Cost:
+def run_cost(parts: Sequence[Part], price: PriceSettings | None = None) -> Cost:
     """What the parts of a run, at least one, have cost together.
 
     A part that no price was known of takes the one that the settings give, if they give one.
     """
-    given = None if settings is None else usd_per_chip_hour(settings, None)
+    given = None if price is None else usd_per_chip_hour(price, None)
     hours = [part.chips * part.seconds / 3600 for part in parts]
-    prices = [given if part.usd_per_chip_hour is None else part.usd_per_chip_hour for part in parts]
-    known = [price * hour for price, hour in zip(prices, hours, strict=True) if price is not None]
+    paid = [given if part.usd_per_chip_hour is None else part.usd_per_chip_hour for part in parts]
+    known = [each * hour for each, hour in zip(paid, hours, strict=True) if each is not None]
     chip_hours = sum(hours)
-    whole = len(known) == len(prices)
+    whole = len(known) == len(paid)
     usd = sum(known)
     rmb = sum(part.rmb_per_usd * cost for part, cost in zip(parts, known, strict=False))
     return Cost(

@@ -64,27 +64,28 @@ def check_folder(settings: TrainSettings) -> bool:
       FileExistsError: it holds something else: a finished run, a run with other settings, or no run at all.
       ValueError: what the run reads lies in the folder that it would overwrite.
     """
-    if not settings.out.exists():
+    if not settings.run.out.exists():
         return False
-    if not settings.out.is_dir():
-        raise FileExistsError(f"{settings.out} is a file; give another --out")
-    if all(path.name == _LOCK for path in settings.out.iterdir()):
+    if not settings.run.out.is_dir():
+        raise FileExistsError(f"{settings.run.out} is a file; give another --out")
+    if all(path.name == _LOCK for path in settings.run.out.iterdir()):
         return False
-    before = _settings_in(settings.out)
+    before = _settings_in(settings.run.out)
     if before is None:
-        raise FileExistsError(f"{settings.out} is not empty and holds no run; give another --out")
+        raise FileExistsError(f"{settings.run.out} is not empty and holds no run; give another --out")
     different = _differences(settings, before)
     if different is None:
         return True
-    if not settings.overwrite:
-        raise FileExistsError(f"{settings.out} holds {different}")
-    out = settings.out.resolve()
-    given_names = [(name, getattr(settings, name)) for name in ("model", "data", "tokenizer", "adapter")]
-    for name, given in [*given_names, *(("mix", path) for path in settings.mix)]:
+    if not settings.run.overwrite:
+        raise FileExistsError(f"{settings.run.out} holds {different}")
+    out = settings.run.out.resolve()
+    values = settings.values()
+    given_names = [(name, values[name]) for name in ("model", "data", "tokenizer", "adapter")]
+    for name, given in [*given_names, *(("mix", path) for path in settings.rows.mix)]:
         read = pathlib.Path(given or "").expanduser().resolve()
         if given and read.exists() and out in (read, *read.parents):
             raise ValueError(
-                f"--{name} {given} lies in {settings.out}, which --overwrite would remove; give another --out"
+                f"--{name} {given} lies in {settings.run.out}, which --overwrite would remove; give another --out"
             )
     return False
 
@@ -100,7 +101,7 @@ def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | None:
     """Why the run in the folder is not the one to go on with, and what to do; None when it is."""
-    if (settings.out / "summary.json").is_file():
+    if (settings.run.out / "summary.json").is_file():
         return "a finished run; pass --overwrite to throw it away, or another --out"
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
@@ -129,24 +130,24 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
         going_on = check_folder(settings)
         together("looked")
         if jax.process_index() == 0:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(settings.out / _LOCK, "w", encoding="utf-8"))
+            settings.run.out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(settings.run.out / _LOCK, "w", encoding="utf-8"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
             except BlockingIOError as error:
                 raise BlockingIOError(
-                    f"another process is writing the run in {settings.out}; wait for it, or give another --out. "
+                    f"another process is writing the run in {settings.run.out}; wait for it, or give another --out. "
                     "Processes of one run are joined by --coordinator"
                 ) from error
             if not going_on:
                 for name in _MADE:
-                    path = settings.out / name
+                    path = settings.run.out / name
                     if path.is_dir():
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
             # Of a run that goes on some may be new: those that are free.
-            write_json(settings.out / "settings.json", settings.plain())
+            write_json(settings.run.out / "settings.json", settings.plain())
         together("claimed")
         yield
 
@@ -156,7 +157,7 @@ def holds_checkpoint(settings: TrainSettings) -> bool:
 
     As the first process sees it: a shared disk may show the others something older.
     """
-    folder = settings.out / "checkpoints"
+    folder = settings.run.out / "checkpoints"
     found = check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
     if jax.process_count() > 1:
         found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
@@ -175,10 +176,10 @@ class MetricsLog:
     """`metrics.csv`, `eval.csv` and the loggers asked for. Rows after the step that a run goes on from are dropped."""
 
     def __init__(self, settings: TrainSettings, done: int):
-        folder = settings.out
+        folder = settings.run.out
         self._steps = _Table(folder / "metrics.csv", ("step", *METRICS, "tokens_per_second"), done)
         self._evaluations = _Table(folder / "eval.csv", ("step", *EVALUATED, GRID), done)
-        self._loggers = open_loggers(settings.log_to, folder, settings.plain(), done)
+        self._loggers = open_loggers(settings.logs.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the row of one step."""
@@ -264,7 +265,7 @@ def save_tokenizer(
     settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template
 ) -> pathlib.Path:
     """Keeps what must travel with the weights beside them: the original may be gone when the run ends."""
-    folder = settings.out / "tokenizer"
+    folder = settings.run.out / "tokenizer"
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)

@@ -165,15 +165,15 @@ def _laid_out(row: EncodedRow, options: BatchOptions) -> tuple[np.ndarray, np.nd
 
 def encode_held_out(held_out: Source, tokenizer: Tokenizer, settings: TrainSettings, max_length: int) -> list[Pair]:
     """The first `eval_rows` held-out rows, without those that do not fit."""
-    encoding = settings.encode_options()
-    rows = first_rows(held_out, settings.eval_rows)
+    encoding = settings.rows.encode_options()
+    rows = first_rows(held_out, settings.evaluation.eval_rows)
     return [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length, encoding)) is not None]
 
 
 def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:
     """As many as a training step holds, or all; a multiple of fsdp."""
     shards = dict(mesh.shape)["fsdp"]
-    return min(max(settings.batch_size // settings.accumulation, 1), -(-rows // shards) * shards)
+    return min(max(settings.batches.batch_size // settings.batches.accumulation, 1), -(-rows // shards) * shards)
 
 
 def _ratio(total: float, count: float) -> float:

@@ -87,14 +87,14 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
       Diverged: the loss or its gradient was infinite or no number in too many steps in a row.
     """
     distributed.join(
-        num_devices=math.prod(sharding.parse_mesh_shape(settings.mesh)),
-        coordinator=settings.coordinator,
-        num_processes=settings.num_processes,
-        process_id=settings.process_id,
-        cluster=settings.cluster,
+        num_devices=math.prod(sharding.parse_mesh_shape(settings.devices.mesh)),
+        coordinator=settings.devices.coordinator,
+        num_processes=settings.devices.num_processes,
+        process_id=settings.devices.process_id,
+        cluster=settings.devices.cluster,
     )
     begun = time.monotonic()
-    mesh = sharding.make_mesh(settings.mesh)
+    mesh = sharding.make_mesh(settings.devices.mesh)
     report = Report(settings, origins)
     report.settings(mesh)
     run = _prepare(settings, mesh)
@@ -105,11 +105,13 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     params, frozen = read() if begins else (None, None)
     with (
         claimed_folder(settings),
-        report.kept(settings.out, {Stopped: "stopped", Diverged: "diverged"}),
+        report.kept(settings.run.out, {Stopped: "stopped", Diverged: "diverged"}),
         run.batches,
         _parts(settings, mesh, begun, report) as parts,
         RunCheckpoints(
-            settings.out / "checkpoints", keep=settings.keep, measure="" if run.grid is None else run.grid.digest
+            settings.run.out / "checkpoints",
+            keep=settings.run.keep,
+            measure="" if run.grid is None else run.grid.digest,
         ) as checkpoints,
     ):
         if frozen is None:
@@ -119,10 +121,10 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             report.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory is the state's now
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
-        rows, batches = run.batches.report, run.batches.outlook(settings.steps)
+        rows, batches = run.batches.report, run.batches.outlook(settings.run.steps)
         data = {"rows": rows.plain(), "batches": dataclasses.asdict(batches)}
         if report.leads:
-            write_json(settings.out / "data.json", data | {"sources": _sources(settings)})
+            write_json(settings.run.out / "data.json", data | {"sources": _sources(settings)})
         whole = run.model.config.num_parameters
         lines = [*rows.lines(), *batches.lines()]
         report.start(state, frozen.params, whole, done, lines, run.max_length, mesh)
@@ -132,7 +134,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         best = checkpoints.best_step()
         if best is not None:
             report.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")
-        if settings.final == "best" and best not in (None, settings.steps):
+        if settings.run.final == "best" and best not in (None, settings.run.steps):
             try:
                 state, score = checkpoints.restore(_released(state), step=best)[0], None
             except ValueError as error:
@@ -164,29 +166,31 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
             "mask": trained.trained_mask,
             "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
             "data": data["rows"],
-            "last_losses": last_losses(settings.out) if report.leads else [],
+            "last_losses": last_losses(settings.run.out) if report.leads else [],
             "eval": evaluation,
             "best": None if best is None else {"step": best, "nll": checkpoints.score(best)},
             "step": int(state.step),
             "seconds": sum(part.seconds for part in spent),
-            "cost": dataclasses.asdict(run_cost(spent, settings)),
+            "cost": dataclasses.asdict(run_cost(spent, settings.price)),
             "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
         if report.leads:
             # With it the run is finished, whatever becomes of a picture.
-            write_json(settings.out / "summary.json", summary)
+            write_json(settings.run.out / "summary.json", summary)
             parts.write(spent)  # for the report
         files = ["metrics.csv", "eval.csv", "summary.json", "checkpoints/", *(f"{name}/" for name in made)]
         names = ", ".join(files)
-        report.say(f"wrote {settings.out}: {names} in {summary['seconds']:.0f} s")
+        report.say(f"wrote {settings.run.out}: {names} in {summary['seconds']:.0f} s")
         return summary
 
 
 @contextlib.contextmanager
 def _parts(settings: TrainSettings, mesh: Mesh, begun: float, report: Report) -> Iterator[Parts]:
     """The parts of the run, of which this process makes one."""
-    parts = Parts(settings.out if report.leads else None, begin_part(settings, mesh, begun), begun, report.say)
+    parts = Parts(
+        settings.run.out if report.leads else None, begin_part(settings.price, mesh, begun), begun, report.say
+    )
     with parts.kept():
         yield parts
 
@@ -197,20 +201,20 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
     As it was when the run began: what stood at a path then may be gone when the run goes on.
     """
     try:
-        before = json.loads((settings.out / "data.json").read_text(encoding="utf-8"))["sources"]
+        before = json.loads((settings.run.out / "data.json").read_text(encoding="utf-8"))["sources"]
     except (OSError, ValueError, KeyError, TypeError):
         before = None  # of a run that begins now, or a file that is written anew
     if isinstance(before, dict):
         return before
     found = {}
-    for name in (settings.model, settings.data, *settings.mix):
+    for name in (settings.network.model, settings.rows.data, *settings.rows.mix):
         local = pathlib.Path(name).expanduser().exists()
         found[name] = "local" if local else "hub" if is_hub_id(name) else "built in"
     return found
 
 
 def _sample(run: _Run, model: Dream, when: When) -> None:
-    if run.held_out is not None and run.settings.samples:
+    if run.held_out is not None and run.settings.evaluation.samples:
         take_samples(model, run.tokenizer, run.held_out, run.settings, run.max_length, run.mesh, when)
 
 
@@ -242,18 +246,19 @@ class _Run:
 
 def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
     """Reads the data and makes the step. Whatever can be wrong with the settings shows here, before any weights."""
-    if dict(mesh.shape)["fsdp"] % jax.process_count():
+    fsdp = dict(mesh.shape)["fsdp"]
+    if fsdp % jax.process_count():
         raise ValueError(
-            f"mesh {settings.mesh} splits the batch {dict(mesh.shape)['fsdp']} ways, but there are {jax.process_count()} "
+            f"mesh {settings.devices.mesh} splits the batch {fsdp} ways, but there are {jax.process_count()} "
             "processes that read rows of their own: fsdp must be a multiple of their number"
         )
-    check_loggers(settings.log_to)
+    check_loggers(settings.logs.log_to)
     source = settings.source("train")
-    held_out = settings.source("test") if settings.eval_rows else None
+    held_out = settings.source("test") if settings.evaluation.eval_rows else None
     check_folder(settings)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    max_length = settings.max_length or longest_row(source, tokenizer, settings.encode_options())
+    max_length = settings.rows.max_length or longest_row(source, tokenizer, settings.rows.encode_options())
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
@@ -270,16 +275,16 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
         batches=make_batches(
             source,
             tokenizer,
-            batch_size=settings.batch_size,
+            batch_size=settings.batches.batch_size,
             max_length=max_length,
-            seed=settings.seed,
+            seed=settings.run.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            encoding=settings.encode_options(),
-            options=settings.batch_options(),
+            encoding=settings.rows.encode_options(),
+            options=settings.batches.options(),
         ),
         held_out=held_out,
-        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.batch_options())
+        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.batches.options())
         if rows
         else None,
         optimizer=built.optimizer,
@@ -296,11 +301,11 @@ def _first_state(
     if params is not None:
         return init_state(params, run.optimizer, run.mesh, donate=True), 0
     shapes = split_params(run.model)[1]
-    trained = lora.split(shapes)[0] if run.settings.adapts else shapes
+    trained = lora.split(shapes)[0] if run.settings.lora.adapts else shapes
     state, meta = checkpoints.restore(abstract_state(trained, run.optimizer, run.mesh))
     if meta.get("base") != frozen.identity:
         raise ValueError(
-            f"the weights in {run.settings.model} are not those that this run began with ({frozen.identity} now, "
+            f"the weights in {run.settings.network.model} are not those that this run began with ({frozen.identity} now, "
             f"{meta.get('base')} then), so its adapter does not fit them; put them back, or begin another run (--out)"
         )
     run.batches.set_state(meta["data"])
@@ -339,14 +344,14 @@ def _steps(
     due, score = False, None
     with stop, report.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
-        for number in range(done + 1, settings.steps + 1):
+        for number in range(done + 1, settings.run.steps + 1):
             batch = next(run.batches)
             width = batch.tokens_BT.shape[1]
             state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             now = time.monotonic()
-            row["tokens_per_second"] = settings.batch_size * width / (now - clock)
-            mfu = widths(width).mfu(settings.batch_size * width, row["num_masked"], now - clock, run.mesh)
+            row["tokens_per_second"] = settings.batches.batch_size * width / (now - clock)
+            mfu = widths(width).mfu(settings.batches.batch_size * width, row["num_masked"], now - clock, run.mesh)
             clock = now
             if log:
                 log.write(number, row)
@@ -359,12 +364,12 @@ def _steps(
                     "skipped",
                     number,
                 )
-            if len(skipped) >= settings.max_skipped:
+            if len(skipped) >= settings.run.max_skipped:
                 raise _diverged(number, row, skipped, checkpoints, settings)
-            last, stopping = number == settings.steps, stop.requested()
+            last, stopping = number == settings.run.steps, stop.requested()
             if not skipped:
                 score = None  # of the weights before this step; a skipped one leaves them, and what is known of them
-            if run.grid is not None and (number % settings.eval_every == 0 or last):
+            if run.grid is not None and (number % settings.evaluation.eval_every == 0 or last):
                 score = run.grid.score(merge_params(run.graphdef, joined(frozen.params, state.params)))
                 report.say(f"evaluation after step {number}: {score.line()}")
                 if log:
@@ -372,7 +377,7 @@ def _steps(
                 # In the middle of skipped steps no best is saved (see below), and after them the weights are others.
                 due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step did not take that long
-            due |= number % settings.save_every == 0
+            due |= number % settings.run.save_every == 0
             # In the middle of skipped steps nothing is saved that was not saved before them: what led to them may be in
             # the weights already, and must not crowd out the checkpoints before it.
             if last or stopping or (due and not skipped):
@@ -384,7 +389,7 @@ def _steps(
             if stopping:
                 checkpoints.wait()
                 raise Stopped(
-                    f"stopped and saved after step {number} of {settings.steps}; the same command goes on from there"
+                    f"stopped and saved after step {number} of {settings.run.steps}; the same command goes on from there"
                 )
     checkpoints.wait()
     return state, score
@@ -412,7 +417,7 @@ def _diverged(
     return Diverged(
         f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}, the last of "
         f"{len(skipped)} in a row that had to be skipped; weights since then are not saved ({newest}). The batches are in "
-        f"{save_batches(settings.out, skipped)}. Try a smaller --learning-rate, and look at the batches"
+        f"{save_batches(settings.run.out, skipped)}. Try a smaller --learning-rate, and look at the batches"
     )
 
 

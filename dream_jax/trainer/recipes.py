@@ -1,13 +1,11 @@
 """Recipes: the settings of whole runs under a name, in TOML files, with where they come from and what they would take.
 
-    about = "one line"
-    source = "paper, repository or reasoning"
-    like = "dream-7b"            # a preset of the model's sizes, to plan with where its files are not here
-    required = ["data"]          # settings that the command line must give
-    [settings]                   # fields of TrainSettings
-    [[planned]]                  # per hardware: what changes there, hours, price, memory; written by bench/recipes.py
-
-Knows the format and the types of the settings. Knows nothing of command lines.
+about = "one line"
+source = "paper, repository or reasoning"
+like = "dream-7b"            # a preset of the model's sizes, to plan with where its files are not here
+required = ["data"]          # settings that the command line must give
+[settings]                   # settings of a run, by the names of their flags
+[[planned]]                  # per hardware: what changes there, hours, price, memory; written by bench/recipes.py
 """
 
 from __future__ import annotations
@@ -15,16 +13,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pathlib
-import tomllib
-import types
+import re
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from dream_jax.config import PRESETS
-from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.settings import SETTING_TYPES, TrainSettings
 
 SUFFIX = ".toml"
+_WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class Planned:
     topology: str
     settings: Mapping[str, Any]
     hours: tuple[float, float]
-    rmb: tuple[float, float] | None
+    rmb: tuple[float, float] | None = None
     peak_gib: float
     fits: bool
     how: Literal["compiled", "arithmetic"]
@@ -59,11 +63,11 @@ class Recipe:
 
     Attributes:
       name: of the file, without its suffix.
-      file: where it lies.
+      file: its path.
       about, source: see the module.
       like: a preset, or None.
       required: settings that a run must be given besides.
-      settings: fields of TrainSettings.
+      settings: by the names of their flags.
       planned: in the order of the file.
     """
 
@@ -71,16 +75,16 @@ class Recipe:
     file: pathlib.Path
     about: str
     source: str
-    like: str | None
-    required: tuple[str, ...]
+    like: str | None = None
+    required: tuple[str, ...] = ()
     settings: Mapping[str, Any]
-    planned: tuple[Planned, ...]
+    planned: tuple[Planned, ...] = ()
 
     def train_settings(self, **changes: Any) -> TrainSettings:
         """The settings of a run by this recipe. Raises ValueError, opening with the file, for a value out of range."""
         given = {"out": pathlib.Path("runs") / self.name, **self.settings}
         try:
-            return TrainSettings(**given | {"recipe": str(self.name)} | changes)
+            return TrainSettings.flat(**given | {"recipe": str(self.name)} | changes)
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from error
 
@@ -109,13 +113,20 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
             f"no recipe {name_or_file!r}{near}: give a {SUFFIX} file, or one of {', '.join(known) or f'none in {folder}'}"
         )
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found = msgspec.toml.decode(file.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not TOML ({error})") from error
     try:
-        return _recipe(found, file)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        # Unset settings are left out.
+        typed = msgspec.to_builtins(msgspec.convert(found, _FILE))
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{file}: {_explained(str(error), found)}") from error
+    typed["settings"] = _in_order(typed["settings"], found)
+    planned = zip(typed["planned"], found.get("planned", ()), strict=True)
+    typed["planned"] = tuple(
+        Planned(**one | {"settings": _in_order(one["settings"], written)}) for one, written in planned
+    )
+    return Recipe(name=file.stem, file=file, **typed)
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -124,125 +135,106 @@ def names(folder: pathlib.Path) -> list[str]:
 
 
 def listing(folder: pathlib.Path) -> str:
-    """All recipes of a folder with what they are and what they would take, as text."""
-    lines = []
-    for name in names(folder):
-        recipe = read_recipe(name, folder)
-        lines.append(f"{name}: {recipe.about}")
+    """All recipes of a folder with what they are and what they would take, as a table that fits 100 columns."""
+    recipes = [read_recipe(name, folder) for name in names(folder)]
+    if not recipes:
+        return f"no recipes in {folder}"
+    widths = {"hardware": 8, "hours": 12, "RMB": 12, "GiB": 4, "flags to add there": 22}
+    table = Table(box=box.SIMPLE, caption="GiB: memory of a device, as compiled (*) or by arithmetic", show_lines=True)
+    table.add_column("recipe")
+    table.add_column("  ".join(f"{title:{width}}" for title, width in widths.items()), width=sum(widths.values()) + 8)
+    for recipe in recipes:
+        planned = Table.grid(padding=(0, 2))
+        for width in widths.values():
+            planned.add_column(width=width)
         for one in recipe.planned:
-            price = "no price" if one.rmb is None else f"{one.rmb[0]:.0f} to {one.rmb[1]:.0f} RMB"
-            fits = f"{one.peak_gib:.0f} GiB" if one.fits else f"DOES NOT FIT: {one.peak_gib:.0f} GiB"
-            hours = f"{one.hours[0]:.2f} to {one.hours[1]:.2f} h"
-            lines.append(f"    {one.topology:8} {hours}, {price}, {fits} ({one.how})  {one.flags()}")
-    return "\n".join(lines) or f"no recipes in {folder}"
+            price = "-" if one.rmb is None else f"{one.rmb[0]:.0f} to {one.rmb[1]:.0f}"
+            memory = f"{one.peak_gib:.0f}{'*' * (one.how == 'compiled')}"
+            flags = one.flags() if one.fits else f"DOES NOT FIT {one.flags()}"
+            planned.add_row(one.topology, " to ".join(map(_hours, one.hours)), price, memory, Text(flags))
+        table.add_row(Text(f"{recipe.name}\n{recipe.about}"), planned)
+    console = Console(width=_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+
+
+def _hours(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-_KEYS = {"about": str, "source": str, "like": str | None, "required": tuple[str, ...]}
-_OPTIONAL = ("like", "required")
 _NOT_HERE = ("recipe", "out", "overwrite", "coordinator", "num_processes", "process_id")
 """Settings that say where a run happens, not what it is."""
+_ALLOWED = tuple(name for name in SETTING_TYPES if name not in _NOT_HERE)
 
 
-def _recipe(found: dict[str, Any], file: pathlib.Path) -> Recipe:
-    settings, planned = found.pop("settings", {}), found.pop("planned", [])
-    _check_names(found, [*_KEYS, "settings", "planned"], "")
-    missing = [key for key in _KEYS if key not in found and key not in _OPTIONAL]
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing)}")
-    top = {name: _value(value, _KEYS[name], name) for name, value in found.items()}
-    hints = typing.get_type_hints(TrainSettings)
-    allowed = [name for name in hints if name not in _NOT_HERE]
-    required = top.get("required", ())
-    _check_names(dict.fromkeys(required), allowed, "required: ")
-    like = top.get("like")
-    if like is not None and like not in PRESETS:
-        raise ValueError(f"like = {like!r} is no preset{_nearest(like, PRESETS)}; presets are {', '.join(PRESETS)}")
-    if not isinstance(settings, dict) or not isinstance(planned, list):
-        raise ValueError("[settings] must be a table, and [[planned]] tables")
-    return Recipe(
-        name=file.stem,
-        file=file,
-        about=top["about"],
-        source=top["source"],
-        like=like,
-        required=required,
-        settings=_settings(settings, "settings", hints, allowed),
-        planned=tuple(_planned(one, number, hints, allowed) for number, one in enumerate(planned, 1)),
+def _typed(kind: type[Any], left_out: Collection[str] = (), **types: Any) -> type[msgspec.Struct]:
+    """A dataclass as msgspec checks it: no other keys, and these types in place of the declared ones."""
+    hints = typing.get_type_hints(kind) | types
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(kind):
+        if field.name == "settings":
+            fields.append((field.name, _SETTINGS, msgspec.field(default_factory=_SETTINGS)))
+        elif field.name not in left_out:
+            default = msgspec.NODEFAULT if field.default is dataclasses.MISSING else field.default
+            fields.append((field.name, hints[field.name], default))
+    return msgspec.defstruct(kind.__name__, fields, kw_only=True, forbid_unknown_fields=True)
+
+
+_SETTINGS = msgspec.defstruct(
+    "Settings",
+    [(name, SETTING_TYPES[name] | msgspec.UnsetType, msgspec.UNSET) for name in _ALLOWED],
+    forbid_unknown_fields=True,
+)
+_PLANNED: Any = _typed(Planned)
+_FILE = _typed(
+    Recipe,
+    left_out=("name", "file"),
+    like=Literal[tuple(PRESETS)] | None,
+    required=tuple[Literal[_ALLOWED], ...],  # type: ignore[valid-type]  # known at run time only
+    planned=tuple[_PLANNED, ...],
+)
+
+
+def _in_order(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the order of the file."""
+    return {name: settings[name] for name in written.get("settings", ())}
+
+
+def _explained(complaint: str, found: Any) -> str:
+    """msgspec's complaint with the key first, the value that stands there, and the nearest of what may stand there."""
+    message, _, path = complaint.rstrip("`").partition(" - at `$")
+    steps = re.findall(r"\w+", path)
+    for step in steps:
+        found = found[int(step) if isinstance(found, list) else step]
+    where, keys = path.lstrip("."), [step for step in steps if not step.isdigit()]
+    unknown = re.search(r"unknown field `(.*)", message)
+    if unknown is not None:
+        name = unknown[1].rstrip("`")
+        if name in _NOT_HERE:
+            return f"{name} does not belong in a recipe: give it on the command line"
+        known = _ALLOWED if keys[-1:] == ["settings"] else (_PLANNED if keys else _FILE).__struct_fields__
+        return f"{where or 'the file'}: {name} is not known{_nearest(name, known)}"
+    if message.startswith("Invalid enum value"):
+        choices = {"like": tuple(PRESETS), "required": _ALLOWED}.get(keys[-1]) or _choices(SETTING_TYPES.get(keys[-1]))
+        return f"{where} = {found!r} is none of {', '.join(choices)}{_nearest(str(found), choices)}"
+    return (
+        f"{where} = {found!r}: {message}" if keys and "missing" not in message else f"{where or 'the file'}: {message}"
     )
 
 
-def _settings(
-    found: Mapping[str, Any], where: str, hints: Mapping[str, Any], allowed: Collection[str]
-) -> dict[str, Any]:
-    _check_names(found, allowed, f"[{where}] ")
-    return {name: _value(value, hints[name], f"[{where}] {name}") for name, value in found.items()}
-
-
-def _planned(found: Any, number: int, hints: Mapping[str, Any], allowed: Collection[str]) -> Planned:
-    where = f"planned {number}"
-    kinds = typing.get_type_hints(Planned)
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must be a table")
-    settings = found.pop("settings", {})
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where}: settings must be a table")
-    _check_names(found, [name for name in kinds if name != "settings"], f"{where}: ")
-    missing = [name for name in kinds if name not in found and name not in ("settings", "rmb")]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    given = {name: _value(value, kinds[name], f"{where}: {name}") for name, value in found.items()}
-    return Planned(**{"rmb": None, **given}, settings=_settings(settings, where, hints, allowed))
-
-
-def _check_names(found: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    for name in found:
-        if name in _NOT_HERE:
-            raise ValueError(f"{where}{name} does not belong in a recipe: give it on the command line")
-        if name not in allowed:
-            raise ValueError(f"{where}{name} is not known{_nearest(name, allowed)}")
+def _choices(hint: Any) -> tuple[str, ...]:
+    """All texts that a type allows, however deep its Literal lies."""
+    if typing.get_origin(hint) is Literal:
+        return tuple(map(str, typing.get_args(hint)))
+    return tuple(choice for one in typing.get_args(hint) for choice in _choices(one))
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """A value of TOML as the type wants it. Raises ValueError, opening with `where`, for another type or choice."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        kind = typing.get_origin(option) or option
-        arguments = typing.get_args(option)
-        if kind is Literal and value in arguments and type(value) in {type(one) for one in arguments}:
-            return value
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if kind in (int, str, bool) and type(value) is kind:
-            return value
-        if kind is pathlib.Path and isinstance(value, str):
-            return pathlib.Path(value)
-        if kind is tuple and isinstance(value, list):
-            return tuple(_value(one, arguments[0], f"{where}[{place}]") for place, one in enumerate(value))
-    choices = [one for option in options if typing.get_origin(option) is Literal for one in typing.get_args(option)]
-    if choices and isinstance(value, str):
-        known = ", ".join(map(str, choices))
-        raise ValueError(f"{where} = {value!r} is none of {known}{_nearest(value, [str(one) for one in choices])}")
-    raise ValueError(f"{where} = {value!r} must be {_said(options)}")
-
-
-def _said(options: tuple[Any, ...]) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", pathlib.Path: "a path"}
-    found = []
-    for option in options:
-        if typing.get_origin(option) is tuple:
-            found.append("a list")
-        elif typing.get_origin(option) is Literal:
-            found.append("one of " + ", ".join(map(str, typing.get_args(option))))
-        elif option is not type(None):
-            found.append(words.get(option, str(option)))
-    return " or ".join(found)
 
 
 def _flag(name: str, value: Any) -> str:

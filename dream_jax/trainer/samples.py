@@ -44,9 +44,9 @@ def take_samples(
       tokenizer, held_out, settings, max_length, mesh: of the run.
       when: under which name the answers are kept; earlier ones of that name, or to other questions, are replaced.
     """
-    rows = first_rows(held_out, settings.samples)
-    encoding = settings.encode_options()
-    longest = model.config.max_position_embeddings - settings.sample_tokens
+    rows = first_rows(held_out, settings.evaluation.samples)
+    encoding = settings.rows.encode_options()
+    longest = model.config.max_position_embeddings - settings.evaluation.sample_tokens
     found = []
     room = 1
     for row in rows:
@@ -57,7 +57,7 @@ def take_samples(
     if not found:
         return
     # More than the held-out answers take would be end-of-text at best.
-    room = min(settings.sample_tokens, bucket_length(room))
+    room = min(settings.evaluation.sample_tokens, bucket_length(room))
     shards = dict(mesh.shape)["fsdp"]
     tokens, mask = left_padded([prompt for _, prompt in found], -(-len(found) // shards) * shards, tokenizer.pad_id)
     config = SamplerConfig(
@@ -68,7 +68,7 @@ def take_samples(
         vocab_limit=tokenizer.vocab_limit,
         forbidden_tokens=(tokenizer.mask_id,),
     )
-    out = generate(model, tokens, config, jax.random.key(settings.seed), prompt_mask=mask)
+    out = generate(model, tokens, config, jax.random.key(settings.run.seed), prompt_mask=mask)
     answers = np.asarray(out.tokens)[:, tokens.shape[1] :]
     if jax.process_index():
         return
@@ -77,13 +77,13 @@ def take_samples(
         "expected": [row.response for row, _ in found],
         "tokens": room,
         "temperature": _TEMPERATURE,
-        "seed": settings.seed,
+        "seed": settings.run.seed,
     }
-    kept = read_samples(settings.out) if when == "after" else {}
+    kept = read_samples(settings.run.out) if when == "after" else {}
     if any(kept.get(name) != value for name, value in asked.items()):
         kept = {}  # answers to something else: the run went on with other --samples, or other held-out rows
     answered = [answer_text(tokenizer, answer) for answer in answers[: len(found)]]
-    write_json(settings.out / FILE, kept | asked | {when: answered})
+    write_json(settings.run.out / FILE, kept | asked | {when: answered})
 
 
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:

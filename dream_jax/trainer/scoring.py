@@ -41,19 +41,19 @@ def evaluate(
       `masked_accuracy` and `eos_accuracy`; of the last three None where there was nothing to measure.
     """
     encoded = encode_held_out(held_out, tokenizer, settings, max_length)
-    asked = min(settings.eval_rows, len(held_out))
+    asked = min(settings.evaluation.eval_rows, len(held_out))
     if not encoded:
         return {"rows": 0, "too_long": asked}
     size = rows_at_once(settings, mesh, len(encoded))
     # A document answers nothing: it has a likelihood only.
     answering = [(row, one) for row, one in encoded if not row.document]
-    short = [(row, one) for row, one in answering if one.length - one.prompt_length <= settings.eval_tokens]
+    short = [(row, one) for row, one in answering if one.length - one.prompt_length <= settings.evaluation.eval_tokens]
     correct, forwards = 0, 0
     for part in _batches(short, size, model.config.max_position_embeddings):
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)
         correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
         forwards = max(forwards, used)
-    grid = Grid([one for _, one in encoded], size, mesh, settings.batch_options())
+    grid = Grid([one for _, one in encoded], size, mesh, settings.batches.options())
     if score is None:
         score = grid.score(model)
     measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}

@@ -1,273 +1,84 @@
-"""What a training run is: every setting with its default, its check and its warning.
-
-Knows the objective's, the optimizer's and the adapter's settings. Knows nothing of files, devices or clocks.
-"""
+"""What a training run is: all groups of settings together, with the checks and warnings that need several of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
-from typing import Any, Literal, get_args
+import typing
+from collections.abc import Mapping
+from typing import Any
 
-from dream_jax import masks, sharding
-from dream_jax.attention import Backend
-from dream_jax.config import PRESETS
-from dream_jax.data import (
-    AnswerFormat,
-    BatchOptions,
-    EncodeOptions,
-    LearnedTurns,
-    LengthPolicy,
-    ReadOptions,
-    Source,
-    open_mixture,
+from dream_jax.data import Source, open_mixture
+from dream_jax.optimizer import OptimizerConfig
+from dream_jax.trainer.setting_groups import (
+    AdapterSettings,
+    BatchSettings,
+    DeviceSettings,
+    HeldOutSettings,
+    LogSettings,
+    LossSettings,
+    NetworkSettings,
+    OptimizationSettings,
+    PriceSettings,
+    RowSettings,
+    RunSettings,
 )
-from dream_jax.lora import LoraConfig, parse_targets
-from dream_jax.model import Remat
-from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
-from dream_jax.optimizer import Kind, Moments, OptimizerConfig
-from dream_jax.quantisation import KINDS
-from dream_jax.trainer.loggers import LoggerName
-
-Currency = Literal["rmb", "usd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Masked-diffusion fine-tuning, or training from scratch, of a Dream model."""
+    """Masked-diffusion fine-tuning, or training from scratch, of a Dream model.
 
-    recipe: str | None = None
-    """settings to begin with: a name (--recipe alone lists them) or a TOML file; any other flag overrides it"""
-    mesh: str = "1x1"
-    """devices, fsdp x tensor (x sequence), such as 8x1 or 2x1x4; on a CPU that has too few, they are made"""
-    model: str = "nano"
-    """a Hugging Face or converted directory, a hub id, or a preset (nano, small, dream-0.5b, dream-7b: random weights)"""
-    tokenizer: str | None = None
-    """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
-    data: str = "sudoku"
-    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file (of chats, prompts with responses, or documents: rows with
-    a text), a directory with train and test files or saved by datasets, or a hub id: organisation/name, which is
-    downloaded"""
-    mix: tuple[str, ...] = ()
-    """further data to mix in"""
-    mix_weights: tuple[float, ...] = ()
-    """how often --data and each of --mix is drawn from, in proportion; by default by their numbers of rows"""
-    answer_format: AnswerFormat = "s1"
-    """how a reasoning trace and an answer become one response (s1K): with s1's think and answer turns, or in d1's tags"""
-    only_correct: bool = False
-    """of s1K-1.1 keep only rows with deepseek_grade "Yes\""""
-    skip_bad_rows: bool = False
-    """leave out rows that cannot be read, and list them; by default the first ends the run"""
-    held_out: float = 0.05
-    """share of the prompts of data without a test split that is kept for evaluation; 0 trains on all, with --eval-rows 0"""
-    length_policy: LengthPolicy = "filter"
-    """for rows longer than --max-length: drop them, cut their right end (answer and end token first), cut the middle
-    out (the end of the trace), or train on answers only, without any trace"""
-    learned_turns: LearnedTurns = "last"
-    """of a chat, learn the last assistant turn or all of them"""
-    eos_tail: int | None = None
-    """most end-of-text tokens after each answer, attended and learned; by default they fill the row"""
-    cut_responses: bool = False
-    """give all responses of a batch the length of one of them, drawn anew in each step; prompts are padded on the left"""
-    tail_cut: float = 0.0
-    """probability that a batch loses a random tail of its responses"""
-    width_step: int | None = None
-    """pad each batch to a multiple of this rather than to --max-length, with rows of like length together; each width that
-    occurs is compiled once"""
-    out: pathlib.Path = pathlib.Path("runs/train")
-    """the run's folder; an unfinished run in it goes on"""
-    overwrite: bool = False
-    """throw away a finished run, or one with other settings, that is in the folder; an unfinished one of these goes on"""
-    steps: int = 1500
-    """optimizer steps"""
-    batch_size: int = 32
-    """rows a step, over all devices and processes"""
-    accumulation: int = 1
-    """parts that each batch is computed in, to save memory; changes no result, up to rounding"""
-    max_length: int | None = None
-    """tokens a row, padded on the right; for longer rows see --length-policy. By default the longest row, up to 2048"""
-    lora_rank: int | None = None
-    """train a low-rank adapter of this rank (16 to 64, say) on frozen weights, and not the weights themselves"""
-    lora_alpha: float | None = None
-    """the adapter is multiplied by alpha / rank; by default alpha is twice the rank"""
-    lora_dropout: float | None = None
-    """share of its inputs that the adapter does not see in a step; 0 by default, or as in --adapter"""
-    lora_targets: str | None = None
-    """projections that have one: all (the default), or some of q,k,v,o,gate,up,down with commas between"""
-    adapter: str | None = None
-    """directory of an adapter to go on training; it says rank, alpha and targets"""
-    base: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
-    """how the frozen weights under an adapter are stored; auto: as they are computed with"""
-    merge: bool = False
-    """at the end also write OUT/model, the weights with the adapter added"""
-    learning_rate: float | None = None
-    """peak; by default 2e-3 for random weights, 5e-6, of the published recipe, for a checkpoint, and 5e-5 for an adapter"""
-    warmup_share: float = 0.1
-    """of the steps, before the cosine decay to zero"""
-    weight_decay: float = 0.01
-    """of matrices; norms and biases have none"""
-    optimizer: Kind = "adamw"
-    """adamw, or adafactor: almost no state, and no first moment"""
-    moments: Moments = "float32"
-    """how AdamW's two moments are stored: 8, 4 or 2.25 bytes a weight"""
-    moments_on_host: bool = False
-    """keep them in the host's memory and move them to the devices and back in every step"""
-    b1: float = 0.9
-    """Adam's first-moment decay"""
-    b2: float = 0.95
-    """Adam's second-moment decay"""
-    clip_norm: float = 1.0
-    """largest global gradient norm; 0 switches clipping off"""
-    weight: Literal["cart", "inverse-time", "linear", "uniform"] = "cart"
-    """of the loss at each masked position"""
-    cart_p: float = 0.1
-    """reach of the cart weight: larger looks less far"""
-    focal: bool = False
-    """focal term (alpha 0.25, gamma 2): easy positions count less"""
-    mask: str | None = None
-    """who may attend to whom: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
-    window:REACH or window:LEFT:RIGHT, in tokens; by default as the model was trained before, bidirectional at first. It
-    goes where the weights go"""
-    anneal_steps: int = 0
-    """first steps under attention that grows from causal to bidirectional: for a start from an autoregressive model"""
-    remat: Remat = "none"
-    """what the backward pass recomputes, to save memory"""
-    attention: Backend = "auto"
-    """auto: the fastest that can serve; cudnn and splash have not run on hardware yet, xla runs everywhere"""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPU and TPU, float32 on a CPU and for nano. Master weights are always float32"""
-    seed: int = 0
-    """of random weights, data order, times and masks"""
-    save_every: int = 500
-    """steps between checkpoints"""
-    keep: int = 3
-    """newest checkpoints kept; the best by evaluation is kept as well"""
-    eval_every: int = 500
-    """steps between evaluations: likelihood of --eval-rows held-out rows on a fixed grid of noise levels, in eval.csv; also
-    after the last step. The best state so far is saved"""
-    final: Literal["last", "best"] = "last"
-    """which state the run hands over at the end: the last, or the best by evaluation"""
-    max_skipped: int = 5
-    """a step whose loss or gradient is no number is skipped; after so many in a row the run ends and keeps their batches"""
-    log_every: int = 50
-    """steps between lines where the output is no terminal"""
-    eval_rows: int = 200
-    """held-out rows to evaluate on, and to answer by sampling at the end; 0 for none"""
-    eval_tokens: int = 512
-    """longest answer that is sampled then; rows with longer ones only count in the likelihood"""
-    samples: int = 3
-    """held-out prompts to answer before the first step and after the last, for report.md; needs --eval-rows"""
-    sample_tokens: int = 128
-    """longest of these answers; no longer than those of the rows themselves need"""
-    log_to: tuple[LoggerName, ...] = ("tensorboard",)
-    """where else each step's numbers go, beside metrics.csv; wandb and trackio must be installed"""
-    price_per_chip_hour: float | None = None
-    """in --currency; by default the chip's list price"""
-    currency: Currency = "rmb"
-    """of --price-per-chip-hour"""
-    rmb_per_usd: float = 7.1
-    """exchange rate"""
-    cluster: Literal["auto", "slurm", "tpu", "off"] = "auto"
-    """where the other processes of the run are found without --coordinator. auto: on a TPU slice, and under Slurm with
-    several tasks; off: this process runs alone"""
-    coordinator: str | None = None
-    """host:port of process 0, to join several processes into one run; with --num-processes and --process-id"""
-    num_processes: int = 1
-    """how many processes the run has"""
-    process_id: int = 0
-    """which of them this is"""
+    `flat` makes one from the names of flags, `replaced` changes some of them, and `values` and `plain` give them all back.
+    """
+
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+    network: NetworkSettings = dataclasses.field(default_factory=NetworkSettings)
+    rows: RowSettings = dataclasses.field(default_factory=RowSettings)
+    batches: BatchSettings = dataclasses.field(default_factory=BatchSettings)
+    lora: AdapterSettings = dataclasses.field(default_factory=AdapterSettings)
+    optimization: OptimizationSettings = dataclasses.field(default_factory=OptimizationSettings)
+    loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    evaluation: HeldOutSettings = dataclasses.field(default_factory=HeldOutSettings)
+    logs: LogSettings = dataclasses.field(default_factory=LogSettings)
+    price: PriceSettings = dataclasses.field(default_factory=PriceSettings)
+    devices: DeviceSettings = dataclasses.field(default_factory=DeviceSettings)
 
     def __post_init__(self) -> None:
-        sharding.parse_mesh_shape(self.mesh)
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "save_every",
-            "keep",
-            "eval_every",
-            "max_skipped",
-            "log_every",
-            "sample_tokens",
-            "num_processes",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("eval_rows", "eval_tokens", "anneal_steps", "samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.price_per_chip_hour is not None and not self.price_per_chip_hour >= 0:
-            raise ValueError(f"{self.price_per_chip_hour=} must not be negative")
-        if not self.rmb_per_usd > 0:
-            raise ValueError(f"{self.rmb_per_usd=} must be positive")
-        unknown = [name for name in self.log_to if name not in get_args(LoggerName)]
-        if unknown:
-            raise ValueError(f"log_to={self.log_to} names {unknown}; known are {', '.join(get_args(LoggerName))}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and an answer")
-        if (self.num_processes > 1 or self.process_id) and self.coordinator is None:
-            raise ValueError(
-                f"num_processes={self.num_processes} and process_id={self.process_id} need --coordinator host:port"
-            )
-        if "://" in str(self.out) or re.match(r"\w{2,}:/", str(self.out)):
-            raise ValueError(f"out={self.out} is an address; runs are written to a local (or mounted) folder")
-        if self.attention not in get_args(Backend):
-            raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
-        # Once and for all, so that every part of a run means the same folder.
-        object.__setattr__(self, "out", self.out.expanduser())
-        if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
-            raise ValueError(f"--anneal-steps leads to bidirectional attention, not to --mask {self.mask}; choose one")
-        self.loss_weight()
         self.optimizer_config()
-        self.read_options()
-        self.encode_options()
-        self.batch_options()
-        if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
-            raise ValueError(
-                f"mix_weights={self.mix_weights} must have a number for --data and one for each of mix={self.mix}"
-            )
-        self._check_adapter()
 
-    def _check_adapter(self) -> None:
-        given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
-        if self.adapter is not None:
-            if self.lora_rank is not None or given:
-                raise ValueError(f"--adapter {self.adapter} says rank, alpha and targets itself; leave --lora-* out")
-            if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
-                raise ValueError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
-        elif self.lora_rank is not None:
-            self.new_adapter()
-        else:
-            given += ["lora_dropout"] if self.lora_dropout is not None else []
-            given += ["base"] if self.base != "auto" else []
-            given += ["merge"] if self.merge else []
+    @classmethod
+    def flat(cls, **values: Any) -> TrainSettings:
+        """Settings from values by the names of their flags, such as `TrainSettings.flat(model="nano", steps=100)`.
+
+        Raises:
+          TypeError: a name that is no setting.
+          ValueError: a value that cannot be.
+        """
+        return cls().replaced(**values)
+
+    def replaced(self, **values: Any) -> TrainSettings:
+        """A copy with other values, by the names of their flags. Raises as `flat`."""
+        unknown = sorted(values.keys() - SETTING_TYPES.keys())
+        if unknown:
+            raise TypeError(f"{', '.join(unknown)}: no such settings of a run; `train.py --help` lists them")
+        changed = {}
+        for group, names in _GROUPS.items():
+            given = {name: values[name] for name in names if name in values}
             if given:
-                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise ValueError(f"{flags} speak(s) of an adapter: give --lora-rank or --adapter as well")
-        if self.merge and self.base in KINDS:
-            raise ValueError(
-                f"--merge cannot add an adapter to a base of {self.base} codes; train without it, then load the float "
-                "weights with the adapter: dream_jax.save(dream_jax.merge_adapter(dream_jax.load(MODEL, adapter=DIR)), OUT)"
-            )
+                changed[group] = dataclasses.replace(getattr(self, group), **given)
+        return dataclasses.replace(self, **changed)
 
-    @property
-    def adapts(self) -> bool:
-        """Whether an adapter is trained, on weights that stay as they are."""
-        return self.lora_rank is not None or self.adapter is not None
+    def values(self) -> dict[str, Any]:
+        """Every setting by the name of its flag."""
+        return {name: getattr(getattr(self, group), name) for group, names in _GROUPS.items() for name in names}
 
-    def new_adapter(self) -> LoraConfig:
-        """The adapter that --lora-rank begins with."""
-        if self.lora_rank is None:
-            raise ValueError("without --lora-rank there is no new adapter")
-        return LoraConfig(
-            rank=self.lora_rank,
-            alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
-            dropout=self.lora_dropout or 0.0,
-            targets=parse_targets("all" if self.lora_targets is None else self.lora_targets),
-        )
+    def plain(self) -> dict[str, Any]:
+        """Every setting as JSON can hold it, as in `settings.json`."""
+        return {
+            name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
+            for name, value in self.values().items()
+        }
 
     def default_rate(self) -> float:
         """Peak learning rate where none is given.
@@ -276,140 +87,104 @@ class TrainSettings:
         over models and ranks. Times alpha / rank it is 1e-4 by default; the QLoRA paper's 2e-4 at alpha / rank = 1/4
         makes 5e-5.
         """
-        if self.starts_at_random:
+        if self.network.starts_at_random:
             return 2e-3
-        return 5e-5 if self.adapts else 5e-6
+        return 5e-5 if self.lora.adapts else 5e-6
 
-    def loss_weight(self) -> LossWeight:
-        """The weight that the settings name."""
-        if self.weight == "cart":
-            return CartWeight(self.cart_p)
-        return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
-
-    def read_options(self) -> ReadOptions:
-        """How files become rows."""
-        return ReadOptions(
-            answer_format=self.answer_format,
-            only_correct=self.only_correct,
-            skip_bad=self.skip_bad_rows,
-            held_out=self.held_out,
-        )
-
-    def encode_options(self) -> EncodeOptions:
-        """How rows become tokens."""
-        return EncodeOptions(length_policy=self.length_policy, learned_turns=self.learned_turns)
-
-    def batch_options(self) -> BatchOptions:
-        """How rows are laid out in a batch."""
-        return BatchOptions(
-            eos_tail=self.eos_tail,
-            cut_responses=self.cut_responses,
-            tail_cut=self.tail_cut,
-            width_step=self.width_step,
+    def optimizer_config(self) -> OptimizerConfig:
+        """The optimizer that the settings describe."""
+        chosen = self.optimization
+        return OptimizerConfig(
+            learning_rate=self.default_rate() if chosen.learning_rate is None else chosen.learning_rate,
+            total_steps=self.run.steps,
+            warmup_share=chosen.warmup_share,
+            kind=chosen.optimizer,
+            moments=chosen.moments,
+            moments_on_host=chosen.moments_on_host,
+            b1=chosen.b1,
+            b2=chosen.b2,
+            weight_decay=chosen.weight_decay,
+            clip_norm=chosen.clip_norm or None,
         )
 
     def source(self, split: str) -> Source:
         """The rows of a split of all data. Raises as `dream_jax.data.open_mixture`."""
-        names = (self.data, *self.mix)
-        return open_mixture(names, self.mix_weights or None, split, self.seed, self.read_options())
-
-    def optimizer_config(self) -> OptimizerConfig:
-        """The optimizer that the settings describe."""
-        rate = self.learning_rate
-        return OptimizerConfig(
-            learning_rate=self.default_rate() if rate is None else rate,
-            total_steps=self.steps,
-            warmup_share=self.warmup_share,
-            kind=self.optimizer,
-            moments=self.moments,
-            moments_on_host=self.moments_on_host,
-            b1=self.b1,
-            b2=self.b2,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm or None,
-        )
-
-    @property
-    def starts_at_random(self) -> bool:
-        """Whether the model is a preset; a directory of that name is preferred, as in `load`."""
-        return self.model in PRESETS and not pathlib.Path(self.model).is_dir()
+        rows = self.rows
+        names = (rows.data, *rows.mix)
+        return open_mixture(names, rows.mix_weights or None, split, self.run.seed, rows.read_options())
 
     def warnings(self) -> list[str]:
         """What a careful colleague would say about these settings."""
-        found = []
-        if self.weight == "inverse-time":
+        network, chosen, found = self.network, self.optimization, []
+        if self.loss.weight == "inverse-time":
             found.append(
                 "--weight inverse-time with the masked-count denominator acts like 1/t^2: steps with a small t dominate"
             )
         rate = self.optimizer_config().learning_rate
-        if self.adapts:
+        if self.lora.adapts:
             found += self._adapter_warnings(rate)
-        elif not self.starts_at_random and rate > 1e-4:
+        elif not network.starts_at_random and rate > 1e-4:
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
-        if self.anneal_steps > self.steps:
-            found.append(f"--anneal-steps {self.anneal_steps} is more than all steps: the model never sees all tokens")
-        if self.optimizer == "adafactor":
+        if network.anneal_steps > self.run.steps:
+            found.append(
+                f"--anneal-steps {network.anneal_steps} is more than all steps: the model never sees all tokens"
+            )
+        if chosen.optimizer == "adafactor":
             found.append(
                 "--optimizer adafactor is reported to be unstable for masked diffusion: watch the loss and the gradient "
                 "norm, or take --moments int8, which needs 2.25 bytes a weight more"
             )
-        if self.moments_on_host:
+        if chosen.moments_on_host:
             found.append(
                 "--moments-on-host moves every moment over the bus twice a step; more rows a step make up for it, and "
                 "--moments bfloat16 makes them smaller"
             )
-        if self.starts_at_random and self.model != "nano":
+        if network.starts_at_random and network.model != "nano":
             found.append(
-                f"preset {self.model!r} starts from random weights; name a directory to start from a checkpoint"
+                f"preset {network.model!r} starts from random weights; name a directory to start from a checkpoint"
             )
         return found
 
     def _adapter_warnings(self, rate: float) -> list[str]:
-        found = []
-        if self.starts_at_random:
+        network, found = self.network, []
+        if network.starts_at_random:
             found.append(
-                f"preset {self.model!r} is random, and an adapter cannot make a model of it: train all weights first"
+                f"preset {network.model!r} is random, and an adapter cannot make a model of it: train all weights first"
             )
         elif rate > 1e-3:
             found.append(f"learning rate {rate:g} is far above the 5e-5 to 2e-4 that adapters are usually trained with")
-        if self.lora_rank is not None:
-            adapter = self.new_adapter()
+        if self.lora.lora_rank is not None:
+            adapter = self.lora.new_adapter()
             if adapter.alpha / adapter.rank > 8:
                 found.append(
                     f"alpha / rank is {adapter.alpha / adapter.rank:g}: the adapter moves that much faster than its "
                     "learning rate says; 1 to 2 is usual"
                 )
-        if self.base == "float32" and self.compute_dtype == "bfloat16":
+        if self.lora.base == "float32" and network.compute_dtype == "bfloat16":
             found.append("--base float32 takes twice the memory of bfloat16, which every layer rounds it to anyway")
-        if self.moments_on_host or self.moments != "float32":
+        if self.optimization.moments_on_host or self.optimization.moments != "float32":
             found.append(
                 "the optimizer's state of an adapter is small: --moments and --moments-on-host save next to nothing"
             )
         return found
 
-    def plain(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
-        return {
-            name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
 
-
-# Settings that may change between the parts of one run: they change what is computed by rounding at most.
-FREE = {
-    "mesh",
-    "out",
-    "overwrite",
-    "save_every",
-    "keep",
-    "eval_every",
-    "final",
-    "max_skipped",
-    "log_every",
-    "cluster",
-    "coordinator",
-    "num_processes",
-    "process_id",
+_TYPES = typing.get_type_hints(TrainSettings)
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    group: tuple(field.name for field in dataclasses.fields(kind)) for group, kind in _TYPES.items()
 }
-FREE |= {"accumulation", "remat", "attention", "eval_rows", "eval_tokens", "merge", "samples", "sample_tokens"}
-FREE |= {"recipe", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"}
+SETTING_TYPES: Mapping[str, Any] = {
+    name: hint for kind in _TYPES.values() for name, hint in typing.get_type_hints(kind).items()
+}
+"""The type of every setting, by the name of its flag."""
+
+FREE = frozenset(
+    {
+        *("recipe", "out", "overwrite", "save_every", "keep", "final", "max_skipped", "merge"),
+        *("accumulation", "remat", "attention"),
+        *("eval_every", "eval_rows", "eval_tokens", "samples", "sample_tokens"),
+        *("log_every", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"),
+        *("mesh", "cluster", "coordinator", "num_processes", "process_id"),
+    }
+)
+"""Settings that may change when a run is resumed: they change what is computed by rounding at most."""

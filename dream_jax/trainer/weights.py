@@ -46,19 +46,19 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
       As `pretrained.describe` and `pretrained.describe_adapter`; ValueError for an adapter of another model.
     """
     model = pretrained.describe(
-        settings.model,
+        settings.network.model,
         _stored(settings, compute_dtype)[0],
         compute_dtype=compute_dtype,
-        attention_backend=settings.attention,
-        remat=settings.remat,
+        attention_backend=settings.network.attention,
+        remat=settings.network.remat,
     )
-    adapter = None if settings.adapter is None else pretrained.describe_adapter(settings.adapter)
+    adapter = None if settings.lora.adapter is None else pretrained.describe_adapter(settings.lora.adapter)
     if adapter is not None:
         adapter.check_fits(model)
         model.trained_mask = adapter.mask
-    if settings.mask is not None:
-        model.trained_mask = settings.mask
-    if not settings.adapts:
+    if settings.network.mask is not None:
+        model.trained_mask = settings.network.mask
+    if not settings.lora.adapts:
         return model
     model = lora.attached_shapes(model, _adapter(settings))
     kind = _stored(settings, compute_dtype)[1]
@@ -67,24 +67,24 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
 
 def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, Kind | None]:
     """The dtype of the weights that are no adapter, and the codes that their kernels become."""
-    if not settings.adapts:
+    if not settings.lora.adapts:
         return "float32", None  # masters
     # As they are computed with: in float32 they would only be rounded in every layer.
-    if settings.base == "auto":
+    if settings.lora.base == "auto":
         return compute_dtype, None
     for kind in KINDS:
-        if settings.base == kind:
+        if settings.lora.base == kind:
             return compute_dtype, kind
-    return settings.base, None
+    return settings.lora.base, None
 
 
 def _adapter(settings: TrainSettings) -> LoraConfig:
-    if settings.adapter is None:
-        return settings.new_adapter()
-    config = pretrained.describe_adapter(settings.adapter).config
-    if settings.lora_dropout is None:
+    if settings.lora.adapter is None:
+        return settings.lora.new_adapter()
+    config = pretrained.describe_adapter(settings.lora.adapter).config
+    if settings.lora.lora_dropout is None:
         return config
-    return dataclasses.replace(config, dropout=settings.lora_dropout)
+    return dataclasses.replace(config, dropout=settings.lora.lora_dropout)
 
 
 def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: bool) -> tuple[ParamTree | None, Frozen]:
@@ -102,31 +102,33 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
     Raises:
       As `pretrained.load`; ValueError for an adapter that was trained on other weights.
     """
-    if not settings.adapts:
+    if not settings.lora.adapts:
         frozen = Frozen(params={}, identity=None)
         return (
-            split_params(pretrained.load(settings.model, mesh=mesh, seed=settings.seed))[1] if begins else None
+            split_params(pretrained.load(settings.network.model, mesh=mesh, seed=settings.run.seed))[1]
+            if begins
+            else None
         ), frozen
     dtype, kind = _stored(settings, compute_dtype)
-    model = pretrained.load(settings.model, dtype, mesh, seed=settings.seed, base=kind)
+    model = pretrained.load(settings.network.model, dtype, mesh, seed=settings.run.seed, base=kind)
     frozen = Frozen(params=split_params(model)[1], identity=lora.identity(model))
     if not begins:
         return None, frozen
-    if settings.adapter is not None:
-        adapter = pretrained.describe_adapter(settings.adapter)
+    if settings.lora.adapter is not None:
+        adapter = pretrained.describe_adapter(settings.lora.adapter)
         adapter.check_identity(lora.identity(model), "give --model those that it was trained on")
         return pretrained.adapter_params(adapter, mesh), frozen
-    key = jax.random.fold_in(jax.random.key(settings.seed), _ADAPTER)
+    key = jax.random.fold_in(jax.random.key(settings.run.seed), _ADAPTER)
     return lora.split(split_params(lora.attach(model, _adapter(settings), key))[1])[0], frozen
 
 
 def save(trained: Dream, settings: TrainSettings) -> dict[Literal["adapter", "model"], pathlib.Path]:
     """Writes what the run has made; under which names."""
     made: dict[Literal["adapter", "model"], pathlib.Path] = {}
-    if settings.adapts:
-        made["adapter"] = settings.out / "adapter"
+    if settings.lora.adapts:
+        made["adapter"] = settings.run.out / "adapter"
         pretrained.save_adapter(trained, made["adapter"], overwrite=True)
-    if settings.merge or not settings.adapts:
-        made["model"] = settings.out / "model"
+    if settings.lora.merge or not settings.lora.adapts:
+        made["model"] = settings.run.out / "model"
         pretrained.save(lora.merge(trained), made["model"], overwrite=True)
     return made
