@@ -377,7 +377,7 @@ def test_weights_that_cannot_be_read_cost_no_earlier_run(finished, tmp_path):
 
 
 def test_home_is_one_folder():
-    assert settings(pathlib.Path("~/run")).out == pathlib.Path.home() / "run"
+    assert settings(pathlib.Path("~/run")).run.out == pathlib.Path.home() / "run"
 
 
 def test_unwise_settings_are_named():

@@ -205,14 +205,14 @@ def _in_order(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[s
 
 def _explained(complaint: str, found: Any) -> str:
     """msgspec's complaint with the key first, the value that stands there, and the nearest of what may stand there."""
-    message, _, path = complaint.rstrip("`").partition(" - at `$")
+    message, _, path = complaint.partition(" - at `$")
     steps = re.findall(r"\w+", path)
     for step in steps:
         found = found[int(step) if isinstance(found, list) else step]
-    where, keys = path.lstrip("."), [step for step in steps if not step.isdigit()]
-    unknown = re.search(r"unknown field `(.*)", message)
+    where, keys = path.strip(".`"), [step for step in steps if not step.isdigit()]
+    unknown = re.search(r"unknown field `(.*)`", message)
     if unknown is not None:
-        name = unknown[1].rstrip("`")
+        name = unknown[1]
         if name in _NOT_HERE:
             return f"{name} does not belong in a recipe: give it on the command line"
         known = _ALLOWED if keys[-1:] == ["settings"] else (_PLANNED if keys else _FILE).__struct_fields__
