@@ -4,9 +4,9 @@
         --model_args pretrained=weights/dream-7b,preset=instruct --tasks mine --include_path tasks --apply_chat_template
 
 takes the arguments of `python -m lm_eval`, whose released versions find no model outside their own package: this makes
-`dream_jax` known and goes on there. In Python, importing this module is enough.
+`dream_jax` known and calls it. In Python, importing this module is enough; no other module of the package imports it.
 
-A log-likelihood is the Monte Carlo bound of `likelihood`; one token is exact. Knows the harness. Nothing here imports it.
+A log-likelihood is the Monte Carlo bound of `likelihood`; one token is exact.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
-import jax
 import lm_eval.utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from dream_jax import pretrained as models
 from dream_jax.attention import Backend
 from dream_jax.decoding import Alg
-from dream_jax.evaluation import answering, likelihood
+from dream_jax.evaluation import likelihood
 from dream_jax.evaluation.scored_texts import passage
-from dream_jax.evaluation.settings import Published, make_sampler
+from dream_jax.evaluation.settings import Published, published_sampler
+from dream_jax.inference import DtypeFlag, ModelSettings, RowName, answer, batches, make_sampler, prepare
 from dream_jax.sampler import Preset, SamplerConfig
 
 _log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class DreamHarness(TemplateLM):
         device: str | None = None,
         seed: int = 0,
         mesh: str = "1x1",
-        dtype: str = "auto",
+        dtype: DtypeFlag = "auto",
         attention: Backend = "auto",
         tokenizer: str | None = None,
     ):
@@ -99,9 +98,12 @@ class DreamHarness(TemplateLM):
         if max_batch_size is not None:
             raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not built")
         likelihood.check_samples(samples)
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self._tokenizer = models.find_tokenizer(tokenizer, pretrained, models.describe(pretrained))
+        prepared = prepare(
+            ModelSettings(
+                model=pretrained, adapter=adapter, mesh=mesh, dtype=dtype, attention=attention, tokenizer=tokenizer
+            )
+        )
+        self._tokenizer = prepared.tokenizer
         self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
         self._max_new_tokens, self._greedy = max_new_tokens, greedy
         own = {
@@ -115,8 +117,7 @@ class DreamHarness(TemplateLM):
         self._given = {name: value for name, value in own.items() if value is not None}
         self._preset, self._published = sampler, preset
         self._config({}, 1)  # raises for settings that cannot be, before the weights are read
-        loaded = models.load(pretrained, dtype=dtype, mesh=mesh, attention_backend=attention, adapter=adapter)
-        self._model = models.merge_adapter(loaded)
+        self._model = prepared.load()
         most = self._model.config.max_position_embeddings
         self._max_length = min(2048, most) if max_length is None else max_length
         if not 1 < self._max_length <= most:
@@ -150,7 +151,7 @@ class DreamHarness(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text. Its tokens are remembered: no content can forge a control token."""
         ids = self._tokenizer.chat(chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # the last turn is to be gone on with
+        if not add_generation_prompt:  # the model is to continue the last turn
             ids = ids[: len(ids) - 1 - ids[::-1].index(self._tokenizer.im_end_id)]
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
@@ -174,26 +175,19 @@ class DreamHarness(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to the first of its stop texts."""
         groups: dict[SamplerConfig, list[int]] = collections.defaultdict(list)
-        for place, request in enumerate(requests):
-            _, options = request.args
-            groups[self._request_config(options)].append(place)
+        for index, request in enumerate(requests):
+            groups[self._request_config(request.args[1])].append(index)
         names = self._names(request.args[0] for request in requests)
         found = [""] * len(requests)
-        for config, places in groups.items():
-            prompts = [self._fit(self.tok_encode(requests[place].args[0]), config.max_new_tokens) for place in places]
-            for part in answering.batches([len(ids) for ids in prompts], self.batch_size):
-                chosen = [places[index] for index in part]
-                answered = answering.answer(
-                    self._model,
-                    self._tokenizer,
-                    [prompts[index] for index in part],
-                    [names[place] for place in chosen],
-                    config,
-                    self.batch_size,
-                )
-                for place, one in zip(chosen, answered, strict=True):
-                    found[place] = _until(one.text, requests[place].args[1].get("until", ()))
-                    self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
+        for config, group in groups.items():
+            prompts = [self._fit(self.tok_encode(requests[index].args[0]), config.max_new_tokens) for index in group]
+            for batch in batches([len(ids) for ids in prompts], self.batch_size):
+                asked, named = [prompts[number] for number in batch], [names[group[number]] for number in batch]
+                answered = answer(self._model, self._tokenizer, asked, named, config, self.batch_size)
+                for number, one in zip(batch, answered, strict=True):
+                    request = requests[group[number]]
+                    found[group[number]] = _until(one.text, request.args[1].get("until", ()))
+                    self.cache_hook.add_partial("generate_until", request.args, found[group[number]])
         return found
 
     def _loglikelihood_tokens(
@@ -206,14 +200,14 @@ class DreamHarness(TemplateLM):
         names = self._names(repr((context, continuation)) for _, context, continuation in requests)
         found: list[tuple[float, bool]] = []
         for start in range(0, len(requests), _GROUP):
-            part = range(start, min(start + _GROUP, len(requests)))
-            fitted = [(self._fit(requests[place][1], len(requests[place][2])), requests[place][2]) for place in part]
+            group = requests[start : start + _GROUP]
+            fitted = [(self._fit(context, len(continuation)), continuation) for _, context, continuation in group]
             passages = [passage(context, continuation, []) for context, continuation in fitted]
-            bounds = likelihood.bounds(passages, self._samples, self._nll, [names[place] for place in part])
-            for place, bound, (context, continuation) in zip(part, bounds, fitted, strict=True):
-                found.append((-bound.nats, self._greedy and self._is_greedy(context, continuation)))
-                if requests[place][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[place][0], found[-1])
+            bounds = likelihood.bounds(passages, self._samples, self._nll, names[start : start + _GROUP])
+            for (texts, _, _), bound, pair in zip(group, bounds, fitted, strict=True):
+                found.append((-bound.nats, self._greedy and self._is_greedy(*pair)))
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, found[-1])
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -234,15 +228,8 @@ class DreamHarness(TemplateLM):
         return found
 
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
-        room = len(continuation)
-        config = SamplerConfig(
-            max_new_tokens=room,
-            steps=room,
-            alg="entropy",
-            vocab_limit=self._tokenizer.vocab_limit,
-            forbidden_tokens=(self._tokenizer.mask_id,),
-        )
-        (one,) = answering.answer(self._model, self._tokenizer, [context], [(0, 0)], config, 1)
+        config = make_sampler(self._tokenizer, len(continuation))
+        (one,) = answer(self._model, self._tokenizer, [context], [(0, 0)], config, 1)
         return one.tokens == tuple(continuation)
 
     def _request_config(self, options: dict[str, Any]) -> SamplerConfig:
@@ -257,7 +244,7 @@ class DreamHarness(TemplateLM):
         return self._config(asked, self._max_new_tokens or int((lengths or [DEFAULT_MAX_NEW_TOKENS])[0]))
 
     def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
-        return make_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
+        return published_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
         """The end of a prompt, as much as fits before `room` tokens; never empty."""
@@ -268,10 +255,10 @@ class DreamHarness(TemplateLM):
             ids = ids[len(ids) + room - self._max_length :]
         return ids or [self.prefix_token_id]
 
-    def _names(self, texts: Iterable[str]) -> list[tuple[int, int]]:
+    def _names(self, texts: Iterable[str]) -> list[RowName]:
         """(seed, number) of each request: by its text and how often it came before, not by what is asked beside it."""
         counted: collections.Counter[str] = collections.Counter()
-        names = []
+        names: list[RowName] = []
         for text in texts:
             digest = hashlib.blake2b(f"{counted[text]}/{text}".encode(), digest_size=4).digest()
             names.append((self._seed, int.from_bytes(digest, "big") >> 1))

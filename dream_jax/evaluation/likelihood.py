@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.stats
 
 from dream_jax import masks
-from dream_jax.evaluation.statistics import student_95
+from dream_jax.inference import batches, left_padded
 from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
-from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import Tokenizer
 
 FEWEST_SAMPLES = 10  # five pairs: fewer give no interval worth the name
@@ -64,14 +64,14 @@ class Bound:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the Monte Carlo mean."""
-        half = student_95(self.freedom) * math.sqrt(self.variance) if self.variance else 0.0
+        half = float(scipy.stats.t.ppf(0.975, self.freedom)) * math.sqrt(self.variance) if self.variance else 0.0
         return self.nats - half, self.nats + half
 
 
-Rows = list[tuple[np.ndarray, np.ndarray]]
+MaskedRows = list[tuple[np.ndarray, np.ndarray]]
 """Pairs (tokens int [T], masked bool [T])."""
 
-NLL = Callable[[Rows], np.ndarray]
+NLL = Callable[[MaskedRows], np.ndarray]
 """Cross entropy in nats summed over the masked tokens of each row: float [rows]."""
 
 
@@ -188,7 +188,7 @@ def check_mask(model: Dream) -> masks.Mask:
 def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
     """The model as a function of rows, under the mask that it was trained under.
 
-    Rows of like length are computed together, padded on the left.
+    Rows whose lengths share a bucket are computed together, padded on the left.
 
     Raises:
       ValueError: a mask that goes by the prompt, which such rows do not tell.
@@ -196,38 +196,22 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
     attends = check_mask(model)
     longest = model.config.max_position_embeddings
 
-    def nll(rows: Rows) -> np.ndarray:
+    def nll(rows: MaskedRows) -> np.ndarray:
         out = np.zeros(len(rows))
-        for part, width in _batches([len(tokens) for tokens, _ in rows], batch_size):
-            tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
-            masked, real = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
-            real[:, -1] = True  # rows that only fill the batch
-            for line, index in enumerate(part):
-                row, mask = rows[index]
-                if len(row) > longest:
-                    raise ValueError(
-                        f"a text of {len(row)} tokens, with what goes before it; the model takes {longest}"
-                    )
-                tokens[line, width - len(row) :] = row
-                masked[line, width - len(row) :] = mask
-                real[line, width - len(row) :] = True
+        for batch in batches([len(tokens) for tokens, _ in rows], batch_size):
+            longest_here = max(len(rows[index][0]) for index in batch)
+            if longest_here > longest:
+                raise ValueError(
+                    f"a text of {longest_here} tokens, with what goes before it; the model takes {longest}"
+                )
+            tokens_BT, valid_BT = left_padded([rows[index][0] for index in batch], batch_size, tokenizer.pad_id)
+            masked_BT = np.zeros_like(valid_BT)
+            for line, index in enumerate(batch):
+                masked_BT[line, -len(rows[index][1]) :] = rows[index][1]
             level = np.full(batch_size, 0.5, np.float32)  # read by no uniform weight
-            placed = attends.for_rows(real, masked)
-            _, aux = masked_diffusion_loss(model, tokens, masked, level, UniformWeight(), real, mask=placed)
-            out[part] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(part)]
+            mask = attends.for_rows(valid_BT, masked_BT)
+            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, level, UniformWeight(), valid_BT, mask=mask)
+            out[list(batch)] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(batch)]
         return out
 
     return nll
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], int]]:
-    """Numbers of rows that share a bucket of lengths, and its length."""
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    part: list[int] = []
-    for index in order:
-        if part and (len(part) == size or bucket_length(lengths[index]) != bucket_length(lengths[part[0]])):
-            yield part, bucket_length(lengths[part[0]])
-            part = []
-        part.append(index)
-    if part:
-        yield part, bucket_length(lengths[part[0]])

@@ -1,7 +1,4 @@
-"""What the rows of a run say: a summary, a table in Markdown, a figure, and the comparison of two runs.
-
-Knows the rows of `run` and the folders of `ledger`. Knows no model.
-"""
+"""What the rows of a run say: a summary, a table in Markdown, a figure, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -15,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dream_jax.evaluation.ledger import ITEMS, SETTINGS, Row, read_json, read_rows
+from dream_jax.evaluation.ledger import ITEMS, SETTINGS
 from dream_jax.evaluation.likelihood import Bound, total
 from dream_jax.evaluation.statistics import Estimate, Paired, agreement, mean_of, mean_score, paired
+from dream_jax.files import read_json
+from dream_jax.row_file import JsonRow, RowFile
 
 SUMMARY, TABLE, FIGURE = "summary.json", "report.md", "figure.png"
 
@@ -56,23 +55,23 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def scores(rows: Sequence[Row], field: str = "correct") -> np.ndarray:
+def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
     """A number of each row as float64 [problems, seeds], problems in the order of the first seed.
 
     Raises: ValueError when a seed lacks problems that another has: the run is not finished.
     """
-    by_seed: dict[int, list[Row]] = collections.defaultdict(list)
+    by_seed: dict[int, list[JsonRow]] = collections.defaultdict(list)
     for row in rows:
         by_seed[row["seed"]].append(row)
     columns = list(by_seed.values())
     if not columns or any(len(column) != len(columns[0]) for column in columns):
         raise ValueError(
-            "not every seed has a row for every problem: the run is not finished; the same command goes on"
+            "not every seed has a row for every problem: the run is not finished; the same command resumes it"
         )
     return np.array([[float(row[field]) for row in column] for column in columns]).T
 
 
-def summarize(task: str, rows: Sequence[Row], seconds: Sequence[Row]) -> Summary:
+def summarize(task: str, rows: Sequence[JsonRow], seconds: Sequence[JsonRow]) -> Summary:
     """The numbers of a finished run; see the README for what each means. Raises ValueError for an unfinished one."""
     if task == "likelihood":
         found = _likelihood(rows)
@@ -92,7 +91,7 @@ def summarize(task: str, rows: Sequence[Row], seconds: Sequence[Row]) -> Summary
     return Summary(task=task, numbers=found | {"seconds": round(sum(one["seconds"] for one in seconds), 3)})
 
 
-def _sampled(rows: Sequence[Row], seconds: Sequence[Row], seeds: int) -> dict[str, Any]:
+def _sampled(rows: Sequence[JsonRow], seconds: Sequence[JsonRow], seeds: int) -> dict[str, Any]:
     ended = [row["tokens_to_end"] for row in rows if row["tokens_to_end"] is not None]
     useful = [row["room"] if row["tokens_to_end"] is None else row["tokens_to_end"] for row in rows]
     texts = collections.defaultdict(set)
@@ -119,7 +118,7 @@ def _sampled(rows: Sequence[Row], seconds: Sequence[Row], seeds: int) -> dict[st
     }
 
 
-def _likelihood(rows: Sequence[Row]) -> dict[str, Any]:
+def _likelihood(rows: Sequence[JsonRow]) -> dict[str, Any]:
     seeds = scores(rows, "nats").shape[1]
     # Seeds are further samples of the same texts.
     bound = total([Bound(nats=row["nats"], variance=row["variance"], freedom=row["freedom"]) for row in rows])
@@ -160,7 +159,7 @@ class Comparison:
     means: tuple[float, float]
     difference: Estimate
     test: Paired | None
-    changes: list[tuple[int, Row, Row]]
+    changes: list[tuple[int, JsonRow, JsonRow]]
 
     def to_markdown(self, first: str, second: str) -> str:
         """A table, then the problems that changed."""
@@ -185,7 +184,7 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
 
-def _judged(row: Row) -> str:
+def _judged(row: JsonRow) -> str:
     answer = row.get("found", row.get("chosen"))
     return f"{'right' if row['correct'] else 'wrong'} {answer!r:.60}"
 
@@ -212,7 +211,7 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
     scores_other = np.array([other[name][0] for name in common])
     means = (float(scores_one.mean()), float(scores_other.mean()))
     test = None
-    changes: list[tuple[int, Row, Row]] = []
+    changes: list[tuple[int, JsonRow, JsonRow]] = []
     if tasks[0] == "likelihood":
         difference = mean_of(scores_other.mean(axis=1) - scores_one.mean(axis=1))
     else:
@@ -233,9 +232,9 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
     )
 
 
-def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple[np.ndarray, Row]]:
+def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple[np.ndarray, JsonRow]]:
     """Scores [seeds] and the first row of each problem, by its identity and, for repeated rows, their count."""
-    rows = [row for row, _ in read_rows(folder / ITEMS)]
+    rows = RowFile(folder / ITEMS).rows
     for number, row in enumerate(rows, 1):
         if not {"seed", "number", "identity", field} <= row.keys():
             raise ValueError(f"{folder / ITEMS}:{number}: a row without seed, number, identity and {field}")
@@ -252,25 +251,20 @@ def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple
 
 
 def draw(folder: pathlib.Path) -> pathlib.Path:
-    """Draws `figure.png` of a run: each seed's accuracy with its interval, or nats a token of each text.
+    """Draws `figure.png` of a run: each seed's accuracy with its interval, or nats a token of each text."""
+    from matplotlib.figure import Figure  # takes half a second
 
-    Raises: ValueError when matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a figure needs matplotlib: pip install matplotlib, or leave --figure out") from error
-    rows = [row for row, _ in read_rows(folder / ITEMS)]
+    rows = RowFile(folder / ITEMS).rows
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     if rows and "correct" in rows[0]:
         table = scores(rows)
-        parts = [mean_score(table[:, seed : seed + 1]) for seed in range(table.shape[1])] + [mean_score(table)]
+        estimates = [mean_score(table[:, seed : seed + 1]) for seed in range(table.shape[1])] + [mean_score(table)]
         labels = [*(f"seed {seed}" for seed in range(table.shape[1])), "all"]
-        for place, part in enumerate(parts):
-            below, above = part.value - part.low, part.high - part.value
-            axes.errorbar(place, part.value, yerr=[[below], [above]], fmt="o", capsize=4, color="black")
-        axes.set_xticks(range(len(parts)), labels)
+        for index, one in enumerate(estimates):
+            below, above = one.value - one.low, one.high - one.value
+            axes.errorbar(index, one.value, yerr=[[below], [above]], fmt="o", capsize=4, color="black")
+        axes.set_xticks(range(len(estimates)), labels)
         axes.set(ylabel="accuracy, 95 % interval", ylim=(0, 1))
     else:
         axes.hist([row["nats"] / row["tokens"] for row in rows], bins=20)

@@ -29,7 +29,7 @@ SampledTask = Literal["sudoku", "countdown", "gsm8k", "chat"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class TaskFormat:
     """How one task is read and asked.
 
     Attributes:
@@ -149,8 +149,8 @@ def _chat(found: Mapping[str, Any], where: str) -> Problem:
     return Problem(number=line_number(where), where=where, question=question, answer="", judge=judge)
 
 
-TASKS: Mapping[SampledTask, Task] = {
-    "sudoku": Task(
+TASKS: Mapping[SampledTask, TaskFormat] = {
+    "sudoku": TaskFormat(
         name="sudoku",
         read=_sudoku,
         instruction=(
@@ -163,7 +163,7 @@ TASKS: Mapping[SampledTask, Task] = {
         max_new_tokens=24,
         shots={"raw": 8, "chat": 8},
     ),
-    "countdown": Task(
+    "countdown": TaskFormat(
         name="countdown",
         read=_countdown,
         instruction=(
@@ -176,7 +176,7 @@ TASKS: Mapping[SampledTask, Task] = {
         max_new_tokens=32,
         shots={"raw": 8, "chat": 8},
     ),
-    "gsm8k": Task(
+    "gsm8k": TaskFormat(
         name="gsm8k",
         read=_gsm8k,
         instruction='Solve the problem step by step. End with a line that holds "#### " and the final number alone.',
@@ -186,7 +186,7 @@ TASKS: Mapping[SampledTask, Task] = {
         max_new_tokens=256,
         shots={"raw": 8, "chat": 0},
     ),
-    "chat": Task(
+    "chat": TaskFormat(
         name="chat",
         read=_chat,
         instruction="",
@@ -200,7 +200,7 @@ TASKS: Mapping[SampledTask, Task] = {
 assert set(TASKS) == set(get_args(SampledTask))
 
 
-def read_problems(task: Task, path: pathlib.Path | None) -> list[Problem]:
+def read_problems(task: TaskFormat, path: pathlib.Path | None) -> list[Problem]:
     """The problems of a file, in its order; without a file, the generated test puzzles of sudoku.
 
     Raises: ValueError naming file and line for a bad row, or for a task that needs a file; FileNotFoundError.
@@ -226,7 +226,7 @@ def _generated(source: Source) -> Iterator[Problem]:
 
 
 def split_examples(
-    task: Task, problems: Sequence[Problem], path: pathlib.Path | None, examples: pathlib.Path | None, shots: int
+    task: TaskFormat, problems: Sequence[Problem], path: pathlib.Path | None, examples: pathlib.Path | None, shots: int
 ) -> tuple[list[Problem], list[Problem]]:
     """The worked examples of the prompt, and the problems that are left to be answered.
 

@@ -15,7 +15,7 @@ and `loop` puts them together. `record` reads a folder again, for `run_report`, 
 
 from dream_jax.distributed import leave
 from dream_jax.trainer.loop import Diverged, Stopped, train
-from dream_jax.trainer.scoring import answer_text, evaluate
+from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.settings import TrainSettings
 
-__all__ = ["Diverged", "Stopped", "TrainSettings", "answer_text", "evaluate", "leave", "train"]
+__all__ = ["Diverged", "Stopped", "TrainSettings", "evaluate", "leave", "train"]

@@ -1,7 +1,4 @@
-"""A handful of held-out prompts, answered before the first step and after the last with the same seed.
-
-Knows rows, the sampler and one file of the run's folder. Judges nothing: a person reads them.
-"""
+"""A few held-out prompts, answered before the first step and after the last with the same seed, for people to read."""
 
 from __future__ import annotations
 
@@ -10,15 +7,14 @@ import pathlib
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dream_jax.data import Source, encode_row, first_rows
+from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
-from dream_jax.sampler import SamplerConfig, bucket_length, generate
+from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.folder import write_json
-from dream_jax.trainer.scoring import answer_text, left_padded
 from dream_jax.trainer.settings import TrainSettings
 
 FILE = "samples.json"
@@ -59,21 +55,13 @@ def take_samples(
     # More than the held-out answers take would be end-of-text at best.
     room = min(settings.evaluation.sample_tokens, bucket_length(room))
     shards = dict(mesh.shape)["fsdp"]
-    tokens, mask = left_padded([prompt for _, prompt in found], -(-len(found) // shards) * shards, tokenizer.pad_id)
-    config = SamplerConfig(
-        max_new_tokens=room,
-        steps=room,
-        alg="entropy",
-        temperature=_TEMPERATURE,
-        vocab_limit=tokenizer.vocab_limit,
-        forbidden_tokens=(tokenizer.mask_id,),
-    )
-    out = generate(model, tokens, config, jax.random.key(settings.run.seed), prompt_mask=mask)
-    answers = np.asarray(out.tokens)[:, tokens.shape[1] :]
+    config = make_sampler(tokenizer, room, temperature=_TEMPERATURE)
+    prompts, names = [prompt for _, prompt in found], [(settings.run.seed, number) for number in range(len(found))]
+    answered = answer(model, tokenizer, prompts, names, config, -(-len(found) // shards) * shards)
     if jax.process_index():
         return
     asked = {
-        "prompts": [tokenizer.decode(prompt) for _, prompt in found],
+        "prompts": [tokenizer.decode(prompt) for prompt in prompts],
         "expected": [row.response for row, _ in found],
         "tokens": room,
         "temperature": _TEMPERATURE,
@@ -81,9 +69,8 @@ def take_samples(
     }
     kept = read_samples(settings.run.out) if when == "after" else {}
     if any(kept.get(name) != value for name, value in asked.items()):
-        kept = {}  # answers to something else: the run went on with other --samples, or other held-out rows
-    answered = [answer_text(tokenizer, answer) for answer in answers[: len(found)]]
-    write_json(settings.run.out / FILE, kept | asked | {when: answered})
+        kept = {}  # answers to something else: the run was resumed with other --samples, or other held-out rows
+    write_json(settings.run.out / FILE, kept | asked | {when: [one.text for one in answered]})
 
 
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dream_jax.data import EncodedRow, Source
+from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
-from dream_jax.sampler import SamplerConfig, bucket_length, generate
+from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.heldout import Grid, GridScore, Pair, encode_held_out, rows_at_once
 from dream_jax.trainer.settings import TrainSettings
@@ -97,37 +98,8 @@ def _answer_length(one: EncodedRow) -> int:
 
 def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[EncodedRow], size: int) -> tuple[list[str], int]:
     """The texts that the model answers with, and the forward passes used. `size` rows are denoised, whatever is given."""
-    room = max(_answer_length(one) for one in rows)
-    prompts, mask = left_padded([one.tokens[: one.prompt_length] for one in rows], size, tokenizer.pad_id)
-    config = SamplerConfig(
-        max_new_tokens=room,
-        steps=room,
-        alg="entropy",
-        vocab_limit=tokenizer.vocab_limit,
-        forbidden_tokens=(tokenizer.mask_id,),
-    )
-    out = generate(model, prompts, config, prompt_mask=mask)
-    answers = np.asarray(out.tokens)[: len(rows), prompts.shape[1] :]
-    return [answer_text(tokenizer, answer) for answer in answers], int(out.forwards)
-
-
-def left_padded(prompts: Sequence[Sequence[int] | np.ndarray], size: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as one batch: int32 [size, P], and bool [size, P], true at their tokens.
-
-    Rows that only fill the batch have one token, a pad.
-    """
-    width = max(map(len, prompts))
-    tokens, mask = np.full((size, width), pad_id, np.int32), np.zeros((size, width), bool)
-    mask[len(prompts) :, -1] = True
-    for line, prompt in enumerate(prompts):
-        tokens[line, width - len(prompt) :] = prompt
-        mask[line, width - len(prompt) :] = True
-    return tokens, mask
-
-
-def answer_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """The text of an answer: up to the first end-of-text token, special tokens left out."""
-    ids = [int(token) for token in tokens]
-    if tokenizer.eos_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_id)]
-    return tokenizer.decode(ids, skip_special=True)
+    prompts = [one.tokens[: one.prompt_length] for one in rows]
+    names = [(0, number) for number in range(len(rows))]  # their keys are not read: nothing is random
+    config = make_sampler(tokenizer, max(_answer_length(one) for one in rows))
+    found = answer(model, tokenizer, prompts, names, config, size)
+    return [one.text for one in found], found[0].forwards
