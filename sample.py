@@ -138,7 +138,7 @@ def answer_one(
         forwards = int(out.forwards)
     seconds = time.monotonic() - begun
     if settings.watch and not console.is_terminal:
-        frames = np.unique(np.linspace(-1, int(np.max(out.commit_step)), 6).astype(int))
+        frames = np.unique(np.linspace(-1, int(np.max(out.commit_step)), 6).astype(int)).tolist()
         for step in frames[:-1]:
             console.print(f"--- canvas {'before the first step' if step < 0 else f'after step {step + 1}'}")
             console.print(canvas_text(np.asarray(out.canvas_at(step))[0, begin:], tokenizer), markup=False)

@@ -77,7 +77,7 @@ def agree_on_settings(path: pathlib.Path, rows: pathlib.Path, settings: Mapping[
     now = json.loads(json.dumps(settings))
     if not path.is_file():
         if rows.exists() and rows.stat().st_size:
-            raise ValueError(f"{rows} is there but no {path}, which would say what its rows follow from; {remedy}")
+            raise ValueError(f"{rows} has no {path.name} beside it to say what its rows follow from; {remedy}")
         write_json(path, now)
         return
     before = read_json(path, remedy)

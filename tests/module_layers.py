@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("config", "shapes", "chips", "target"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "tokenizer", "files",
+        "row_file",
     ),
     "model": ("attention", "model"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),

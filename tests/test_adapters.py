@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import dream_jax
-from dream_jax import checkpoint, hf, lora, pretrained, sharding
+from dream_jax import checkpoint, hf, inference, lora, pretrained, sharding
 from dream_jax.flops import FlopCounter
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, parameter_count, split_params
@@ -356,24 +356,26 @@ def test_sampling_with_an_adapter(finished, weights, capsys):
         ({}, ("float32", None)),
         ({"base": "nf4"}, ("nf4", LoraConfig(rank=4, alpha=8.0, dropout=0.1))),
     ):
-        settings = script["Settings"](**given | changes)
-        model = script["load"](settings, "float32", sharding.make_mesh("1x1"))
+        settings = script["SampleSettings"](**given | changes)
+        model = inference.prepare(settings).load()
         assert (lora.base_of(model), lora.config_of(model)) == kinds
         assert script["run"](settings) == 0
         assert "--- answer" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--any-base"):
-        script["run"](script["Settings"](**given | {"model": "nano"}))
-    assert script["run"](script["Settings"](**given | {"model": "nano", "any_base": True})) == 0
+        script["run"](script["SampleSettings"](**given | {"model": "nano"}))
+    assert script["run"](script["SampleSettings"](**given | {"model": "nano", "any_base": True})) == 0
     with pytest.raises(ValueError, match="give --adapter as well"):
-        script["Settings"](prompt="x", any_base=True)
+        script["SampleSettings"](prompt="x", any_base=True)
 
 
 def test_prompts_are_written_as_the_adapter_was_trained(finished, weights):
-    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
     adapter = finished[0] / "adapter"
     assert json.loads((adapter / "prompt_format.json").read_text()) == {"template": "raw"}
-    model = pretrained.describe(weights)
-    find = lambda **changes: script["find_template"](script["Settings"](prompt="x", **changes), model, None)
+
+    def find(**changes):
+        settings = inference.ModelSettings(model=str(weights), **changes)
+        return inference.prepare(settings, default_template="chat").template
+
     assert find() == "chat" and find(adapter=str(adapter)) == "raw"
 
 

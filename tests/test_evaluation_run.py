@@ -1,9 +1,9 @@
 """`evaluate.py` as a user meets it, on a nano model with random weights."""
 
-import dataclasses
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,7 +19,6 @@ from rich.console import Console
 import dream_jax
 from dream_jax import lora, pretrained
 from dream_jax.evaluation import EvaluateSettings, evaluate
-from dream_jax.evaluation.answering import answer, batches, check_length, encode_prompt
 from dream_jax.evaluation.likelihood import model_nll
 from dream_jax.evaluation.progress import clock, watch
 from dream_jax.model import merge_params, split_params
@@ -178,49 +177,6 @@ def test_a_fingerprint_is_of_the_model_alone(model, tmp_path, monkeypatch, layou
         pretrained.fingerprint(tmp_path / "none")
 
 
-def test_answers_end_at_the_end_token(model, monkeypatch):
-    tokenizer = ByteTokenizer()
-    written = np.array([[*b"ab", *b"42", 256, *b"zz"], [*b"ab", 256, 256, 256, 256, 256], [*b"ab", *b"hello"]])
-
-    def generate(model, prompt, config, keys, prompt_mask):
-        assert prompt.shape == (4, 8) and prompt_mask[:, -2:].tolist() == [[True, True]] * 3 + [[False, True]]
-        tokens = np.concatenate([np.full((3, 6), 256), written], axis=1)
-        return dataclasses.make_dataclass("Sample", ["tokens", "forwards"])(np.pad(tokens, ((0, 1), (0, 0))), 4)
-
-    monkeypatch.setattr("dream_jax.evaluation.answering.generate", generate)
-    config = dream_jax.SamplerConfig(max_new_tokens=5, steps=5)
-    found = answer(model, tokenizer, [list(b"ab")] * 3, [(0, 1), (0, 2), (0, 3)], config, 4)
-    assert [(one.text, one.tokens_to_end) for one in found] == [("42", 2), ("", 0), ("hello", None)]
-    assert [bytes(one.tokens[:2]) for one in found[::2]] == [b"42", b"he"] and {one.forwards for one in found} == {4}
-
-
-def test_each_seed_and_problem_has_a_key_of_its_own(model):
-    tokenizer = ByteTokenizer()
-    config = dream_jax.SamplerConfig(max_new_tokens=6, steps=3, alg="entropy", temperature=1.0, forbidden_tokens=(260,))
-    names = [(0, 1), (0, 2), (1, 1), (0, 1)]
-    texts = [one.text for one in answer(model, tokenizer, [list(b"ab")] * 4, names, config, 4)]
-    assert len(set(texts)) == 3 and texts[0] == texts[3]
-
-
-def test_batches_share_a_bucket():
-    lengths = [8, 30, 7, 31, 29, 8, 100]
-    found = batches(lengths, 2)
-    assert sorted(place for part in found for place in part) == list(range(7))
-    assert found == [(0, 2), (5,), (1, 3), (4,), (6,)]
-
-
-def test_prompts_that_do_not_fit(model):
-    tokenizer = ByteTokenizer()
-    ids = encode_prompt("<|mask|>x", "raw", tokenizer)
-    assert tokenizer.mask_id not in ids  # a file cannot forge a control token
-    assert encode_prompt("x", "chat", tokenizer) == tokenizer.chat([{"role": "user", "content": "x"}])
-    most = model.config.max_position_embeddings
-    check_length([1] * (most - 8), 8, model, "f:1")
-    for wrong in ([], [1] * (most - 7)):
-        with pytest.raises(ValueError, match=f"f:1: a prompt of {len(wrong)} tokens"):
-            check_length(wrong, 8, model, "f:1")
-
-
 def by_hand(model, tokens, masked):
     """Cross entropy of the masked tokens from the public logits, with the right shift."""
     noisy = np.where(masked, model.config.mask_token_id, tokens)
@@ -309,12 +265,13 @@ def test_progress_says_when_it_will_be_done(capsys):
     assert [clock(value) for value in (4.6, 750, 3723)] == ["0:05", "12:30", "1:02:03"]
 
 
-def test_the_command_says_what_is_wrong(tmp_path):
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"input": "86,28,13,31,96", "output": "86+28=114,31-13=18,114-18=96"}\n{"input": "86,28')
-    done = start("--task", "countdown", "--file", path, "--shots", 0, "--out", tmp_path / "out")
-    _, stderr = done.communicate(timeout=300)
-    assert done.returncode == 1 and "rows.jsonl:2: not JSON" in stderr and "Traceback" not in stderr
+    command = ["--model", "nano", "--task", "countdown", "--file", path, "--shots", 0, "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, command)])
+    assert runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")["main"]() == 1
+    assert "rows.jsonl:2: not JSON" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from dream_jax.evaluation.likelihood import Bound, Passage, bounds, check_samples, draw_masks, total
-from dream_jax.evaluation.statistics import agreement, mean_of, mean_score, paired, student_95
+from dream_jax.evaluation.statistics import agreement, mean_of, mean_score, paired
 
 
 def column(right: int, problems: int) -> np.ndarray:
@@ -67,6 +68,8 @@ def test_one_seed_a_run_gives_the_exact_mcnemar_test(gained, lost, same):
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(max(gained, lost), changed + 1)) / 2**changed
     assert found.p_value == pytest.approx(min(1.0, 2 * tail) if gained != lost else 1.0)
+    if changed:
+        assert found.p_value == pytest.approx(scipy.stats.binomtest(gained, changed).pvalue, abs=1e-9)
     assert (found.gained, found.lost) == (gained, lost)
     assert found.difference == pytest.approx((gained - lost) / (changed + same))
     low, high = found.interval
@@ -95,14 +98,39 @@ def test_scores_that_are_none(scores):
         mean_score(scores)
 
 
+@pytest.mark.parametrize(
+    ("right", "problems", "interval"),
+    [  # as they were computed before scipy took part
+        (5, 10, (0.23659309051256396, 0.763406909487436)),
+        (81, 100, (0.7222115462093562, 0.8748524849023126)),
+    ],
+)
+def test_intervals_are_scipys_and_as_before(right, problems, interval):
+    found = mean_score(column(right, problems))
+    exact = scipy.stats.binomtest(right, problems).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-9)
+
+
+def test_several_seeds_give_the_numbers_that_they_gave():
+    """From the hand-written statistics that scipy took the place of."""
+    first, second = np.arange(60).reshape(20, 3) % 5 < 2, np.arange(40).reshape(20, 2) % 7 < 4
+    score, change = mean_score(first), paired(first, second)
+    assert (score.low, score.high) == pytest.approx((0.28569490534882547, 0.5263394650795924), abs=1e-9)
+    assert change.interval == pytest.approx((-0.0403192985662133, 0.40395566220257695), abs=1e-9)
+    assert (change.p_value, change.gained, change.lost) == (pytest.approx(0.08443450927734375, abs=1e-9), 12, 7)
+
+
 @pytest.mark.parametrize(("degrees", "table"), [(5, 2.5706), (8, 2.3060), (16, 2.1199), (64, 1.9977), (1000, 1.9623)])
-def test_student_is_that_of_the_tables(degrees, table):
-    assert student_95(degrees) == pytest.approx(table, rel=2e-3)
+def test_the_interval_of_a_bound_is_students(degrees, table):
+    low, high = Bound(nats=3.0, variance=4.0, freedom=degrees).interval
+    assert (low + high) / 2 == pytest.approx(3.0)
+    assert (high - low) / 4 == pytest.approx(table, rel=3e-5)
 
 
 # A distribution with a closed form: words of N letters A or B. One of two sets of coins is drawn, and with it each letter
-# by the coin of its place. Letters depend on each other through the set alone, so that the chance of any of them given any
-# others is known.
+# by the coin of its position. Letters depend on each other through the set alone, so that the chance of any of them given
+# any others is known.
 COINS = np.array([[0.1, 0.3, 0.7, 0.4, 0.9, 0.2, 0.6], [0.8, 0.6, 0.1, 0.5, 0.3, 0.7, 0.9]]).T
 
 
@@ -201,7 +229,7 @@ def test_masks_are_stratified_and_repeat_themselves():
     assert (draws.masks != draw_masks(scored, 64, (3, 2)).masks).any()
     assert (draws.masks[0::2] != draws.masks[1::2]).any(axis=1)[:-1].all()  # draws of a stratum differ
     chosen = sum(draw_masks(scored, 64, (seed,)).masks[:32].sum(axis=0) for seed in range(60))[scored]
-    assert chosen.std() / chosen.mean() < 0.1  # no place is favoured
+    assert chosen.std() / chosen.mean() < 0.1  # no position is favoured
 
 
 def test_few_samples_of_a_long_text():

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, Unit
+from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
 from dream_jax.evaluation.report import compare, summarize
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
@@ -210,7 +210,7 @@ def test_passages_score_what_they_should(tmp_path):
     assert texts[1].num_bytes == 3
 
 
-PLAN = [Unit(seed=seed, problems=(0,), names=((seed, 1), (seed, 2), (seed, 3))) for seed in range(4)]
+PLAN = [WorkUnit(seed=seed, problems=(0,), names=((seed, 1), (seed, 2), (seed, 3))) for seed in range(4)]
 
 
 def fill(folder, plan=PLAN, recipe=None, **options) -> Ledger:
@@ -251,7 +251,7 @@ def test_a_ledger_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match="a was 1, now 2; b was None, now 3"):
         Ledger(tmp_path, {"a": 2, "b": 3}, PLAN)
     assert Ledger(tmp_path, {"a": 2}, PLAN, overwrite=True).done == 0
-    other = [Unit(seed=0, problems=(0,), names=((0, 5),))]
+    other = [WorkUnit(seed=0, problems=(0,), names=((0, 5),))]
     fill(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"items\.jsonl:1: a row of seed and number \(0, 1\) where \(0, 5\)"):
         Ledger(tmp_path, {"a": 1}, other)
@@ -262,7 +262,7 @@ def test_a_ledger_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"items\.jsonl:1: a list"):
         Ledger(tmp_path, {"a": 1}, PLAN)
     (tmp_path / SETTINGS).write_text("{")
-    with pytest.raises(ValueError, match=r"settings\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"settings\.json is not JSON"):
         Ledger(tmp_path, {"a": 1}, PLAN)
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(ValueError, match=r"no settings\.json"):

@@ -1,8 +1,10 @@
-"""`sample.py` as a user meets it."""
+"""`sample.py` as a user meets it. Called in this process: a child that imports jax takes many seconds."""
 
+import dataclasses
+import importlib.util
+import io
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 import time
@@ -12,9 +14,22 @@ import pytest
 from flax import nnx
 
 import dream_jax
-from dream_jax.tokenizer import ByteTokenizer, write_template
+from dream_jax.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+assert _spec is not None and _spec.loader is not None
+script = sys.modules["sample"] = importlib.util.module_from_spec(_spec)  # tyro looks its types up there
+_spec.loader.exec_module(script)
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +42,25 @@ def weights(tmp_path_factory):
     return folder / "model"
 
 
-def sample(*arguments):
-    command = [sys.executable, "sample.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def sample(monkeypatch, capsys):
+    """Runs `sample.py` with arguments, and text as its input."""
+
+    def call(*arguments, typed=""):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()
+        try:
+            code = script.main()
+        except SystemExit as refused:  # by tyro, while it reads the command line
+            code = refused.code
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return call
 
 
-def test_one_prompt_with_frames(weights):
+def test_one_prompt_with_frames(weights, sample):
     done = sample("--model", weights, "--prompt", "1+1=", "--max-new-tokens", 6, "--watch")
     assert done.returncode == 0, done.stderr
     assert "░░░░░░" in done.stdout  # the canvas before the first step
@@ -40,14 +68,14 @@ def test_one_prompt_with_frames(weights):
     assert "5 forward passes" in done.stdout  # of 6 steps, the first writes nothing
 
 
-def test_filling_in(weights):
+def test_filling_in(weights, sample):
     done = sample("--model", weights, "--prompt", "a<|mask|>b", "--max-new-tokens", 0)
     assert done.returncode == 0, done.stderr
     answer = done.stdout.split("--- answer\n")[1].splitlines()[0]
     assert answer.startswith("a") and "░" not in answer
 
 
-def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
+def test_a_file_of_prompts_resumes_where_it_stopped(weights, tmp_path, sample):
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     rows = [{"prompt": "x" * length} for length in (1, 30, 3)] + [{"messages": [{"role": "user", "content": "hi"}]}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,7 +104,7 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(weights, tmp_path):
     assert answers.read_bytes() == whole
 
 
-def test_two_hundred_prompts_and_a_kill(weights, tmp_path):
+def test_two_hundred_prompts_and_a_kill(weights, tmp_path, sample):
     prompts = tmp_path / "prompts.jsonl"
     lengths = np.random.default_rng(0).integers(1, 60, 200)
     prompts.write_text("".join(json.dumps({"prompt": "x" * int(length)}) + "\n" for length in lengths))
@@ -105,26 +133,14 @@ def test_two_hundred_prompts_and_a_kill(weights, tmp_path):
     assert by_line[0] == by_line[1]
 
 
-def test_chat(weights):
-    command = [
-        sys.executable,
-        "sample.py",
-        "--model",
-        str(weights),
-        "--chat",
-        "--max-new-tokens",
-        "4",
-        "--preset",
-        "fast",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, input="hi\nand then?\n\n", capture_output=True, text=True, timeout=300, check=False
-    )
+def test_chat(weights, sample):
+    arguments = ("--model", weights, "--chat", "--max-new-tokens", 4, "--preset", "fast")
+    done = sample(*arguments, typed="hi\nand then?\n\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("you: ") == 3 and done.stdout.count("you: model: ") == 2
 
 
-def test_several_answers_to_each_prompt(weights, tmp_path):
+def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     """Other samples are other answers; the first is the one that is drawn without them."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n{"prompt": "yy"}\n')
@@ -154,7 +170,7 @@ def test_several_answers_to_each_prompt(weights, tmp_path):
         (("--prompts", "missing.jsonl", "--out", "x.jsonl", "--model", "nano"), "missing.jsonl"),
     ],
 )
-def test_refusals(arguments, message):
+def test_refusals(arguments, message, sample):
     done = sample(*arguments)
     assert done.returncode in (1, 2)  # 2: refused while reading the command line, in a box
     assert message in " ".join(done.stderr.replace("│", " ").split())
@@ -171,32 +187,9 @@ def test_refusals(arguments, message):
         json.dumps({"prompt": "x" * 2050}) + "\n",
     ],
 )
-def test_bad_prompt_files_name_the_line(tmp_path, content):
+def test_bad_prompt_files_name_the_line(tmp_path, content, sample):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n' + content)
     done = sample("--model", "nano", "--prompts", path, "--out", tmp_path / "answers.jsonl")
     assert done.returncode == 1
     assert "prompts.jsonl:2: " in done.stderr
-
-
-def test_prompts_are_written_as_in_training(weights, tmp_path):
-    """A model that was trained on chats is asked in the chat template, and one trained on bare text is not."""
-    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
-    settings = script["Settings"](prompt="hi")
-    tokenizer = ByteTokenizer()
-    model = dream_jax.load(weights)
-    assert script["find_template"](settings, model, tokenizer) == "raw"
-    for template in ("chat", "raw"):
-        write_template(tmp_path, template)
-        model.tokenizer_dir = str(tmp_path)
-        assert script["find_template"](settings, model, tokenizer) == template
-    (tmp_path / "prompt_format.json").write_text('{"template": "poem"}')
-    with pytest.raises(ValueError, match="poem"):
-        script["find_template"](settings, model, tokenizer)
-
-
-def test_frames_hide_what_follows_the_end_token():
-    tokenizer = ByteTokenizer()
-    ids = np.array([*tokenizer.encode("4"), tokenizer.mask_id, *tokenizer.encode("2"), tokenizer.eos_id, 65])
-    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
-    assert script["show"](ids, tokenizer) == "4░2"

@@ -20,7 +20,7 @@ from dream_jax import pretrained, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import make_batches
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, answer_text, loop, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, loop, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
 from dream_jax.trainer.heldout import Grid, encode_held_out
 from dream_jax.trainer.incidents import read_incidents
@@ -386,13 +386,6 @@ def test_unwise_settings_are_named():
         "published recipe" in line for line in TrainSettings.flat(model="weights", learning_rate=1e-3).warnings()
     )
     assert TrainSettings().warnings() == []
-
-
-def test_an_answer_ends_at_the_first_end_token():
-    tokenizer = ByteTokenizer()
-    ids = [*tokenizer.encode("42"), tokenizer.eos_id, *tokenizer.encode("7")]
-    assert answer_text(tokenizer, np.array(ids)) == "42"
-    assert answer_text(tokenizer, np.array(ids[:2])) == "42"
 
 
 def test_losses_fall_in_a_few_steps(finished):

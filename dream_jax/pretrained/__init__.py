@@ -2,9 +2,8 @@
 
 `models` loads, saves and exports whole models, `conversion` turns one layout into the other, `directories` says what such a
 directory is, `quantised` reads a model into a base of few bits, `adapter` keeps what was trained beside a base, `merged`
-adds the two as they are read, `prompting` finds a model's tokenizer and template, and `autoregressive` makes a Dream to be
-of a Qwen2. Nothing here knows names and layouts (`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all
-(`files`).
+adds the two as they are read, and `autoregressive` makes a Dream to be of a Qwen2. Nothing here knows names and layouts
+(`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all (`files`).
 """
 
 from dream_jax.lora import merge as merge_adapter
@@ -20,7 +19,6 @@ from dream_jax.pretrained.autoregressive import MaskRow, adapt_qwen2, dream_conf
 from dream_jax.pretrained.conversion import Conversion, convert_from_hf, convert_to_hf
 from dream_jax.pretrained.directories import DTYPES, DtypeName, fingerprint
 from dream_jax.pretrained.models import describe, export_hf, load, save
-from dream_jax.pretrained.prompting import default_template, find_template, find_tokenizer, noted_template
 
 __all__ = [
     "ADAPTER",
@@ -33,17 +31,13 @@ __all__ = [
     "adapter_params",
     "convert_from_hf",
     "convert_to_hf",
-    "default_template",
     "describe",
     "describe_adapter",
     "dream_config",
     "export_hf",
-    "find_template",
-    "find_tokenizer",
     "fingerprint",
     "load",
     "merge_adapter",
-    "noted_template",
     "put_on",
     "save",
     "save_adapter",
