@@ -27,18 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dream_jax import attention as room
-from dream_jax import masks, sharding
+from dream_jax import attention, masks, sharding
 
-BACKENDS: tuple[room.Backend, ...] = ("xla", "cudnn", "splash")
-PARTS = ("out", "dq", "dk", "dv")
+BACKENDS: tuple[attention.Backend, ...] = ("xla", "cudnn", "splash")
+ARRAYS = ("out", "dq", "dk", "dv")
 
 Step = Callable[[list[jax.Array], masks.Mask], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of one attention call."""
+class AttentionShape:
+    """Sizes of one attention call."""
 
     batch: int
     queries: int
@@ -56,27 +55,33 @@ class Shape:
         return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
     def masks(self) -> Iterator[tuple[str, masks.Mask]]:
-        """One mask of each kind; rows have none, some, more and more padding, or differently long texts."""
+        """One mask of each kind. Padding grows from row to row, and so do the lengths of packed texts."""
         rows, keys = np.arange(self.batch)[:, None], np.arange(self.keys)
         padding_B1 = rows * (self.keys // (2 * self.batch))
         yield "bidirectional", masks.Bidirectional()
         yield "left padding", masks.KeyPadding(keys >= padding_B1)
         yield "lengths", masks.KeyLengths((self.keys - padding_B1[:, 0]).astype(np.int32))
-        # Four texts a row, their borders moved from row to row.
+        # Each row packs four texts, whose borders differ from row to row.
         key_BS = np.minimum((keys + 3 * rows) * 4 // self.keys, 3).astype(np.int32)
         yield "segments", masks.Segments(key_BS[:, : self.queries], key_BS)
 
 
-def forward(backend: room.Backend) -> Step:
-    """Compiled outputs."""
-    return jax.jit(lambda arrays, mask: room.attention(*arrays[:3], mask, backend))
+def forward(backend: attention.Backend) -> Step:
+    """A compiled function that returns the outputs."""
+
+    def step(arrays: list[jax.Array], mask: masks.Mask) -> jax.Array:
+        q_BTNH, k_BSKH, v_BSKH, _ = arrays
+        return attention.attention(q_BTNH, k_BSKH, v_BSKH, mask, backend)
+
+    return jax.jit(step)
 
 
-def backward(backend: room.Backend) -> Step:
-    """Compiled outputs and gradients of q, k and v."""
+def backward(backend: attention.Backend) -> Step:
+    """A compiled function that returns the outputs and the gradients of q, k and v."""
 
     def loss(qkv: list[jax.Array], weight: jax.Array, mask: masks.Mask) -> tuple[jax.Array, jax.Array]:
-        out = room.attention(*qkv, mask, backend)
+        q_BTNH, k_BSKH, v_BSKH = qkv
+        out = attention.attention(q_BTNH, k_BSKH, v_BSKH, mask, backend)
         return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
 
     def step(arrays: list[jax.Array], mask: masks.Mask) -> list[jax.Array]:
@@ -87,9 +92,9 @@ def backward(backend: room.Backend) -> Step:
 
 
 def errors(found: list[jax.Array], wanted: list[np.ndarray]) -> dict[str, float]:
-    """Largest difference over largest value, of outputs and gradients; infinite where something is not finite."""
+    """Largest difference over largest value, of outputs and of each gradient; infinite where one is not finite."""
     result = {}
-    for name, a, b in zip(PARTS, found, wanted, strict=True):
+    for name, a, b in zip(ARRAYS, found, wanted, strict=True):
         error = float(np.max(np.abs(np.asarray(a, np.float32) - b)) / np.max(np.abs(b)))
         result[name] = error if np.isfinite(error) else float("inf")
     return result
@@ -106,22 +111,22 @@ def milliseconds(step: Step, arrays: list[jax.Array], mask: masks.Mask, repeats:
     return 1e3 * statistics.median(times)
 
 
-def check(shape: Shape, dtype: np.dtype, repeats: int) -> bool:
-    """Prints a line for each mask and backend; says whether all were within bounds. Times nothing at 0 repeats."""
+def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
+    """Prints a line for each mask and backend, and returns whether all were within bounds; 0 repeats time nothing."""
     print(f"\n{shape}")
-    print(f"{'mask':<14}{'backend':<15}" + "".join(f"{part:>9}" for part in PARTS) + "   fwd ms  +bwd ms  temp MiB")
+    print(f"{'mask':<14}{'backend':<15}" + "".join(f"{name:>9}" for name in ARRAYS) + "   fwd ms  +bwd ms  temp MiB")
     good = True
     refused: dict[str, list[str]] = {}
     arrays = shape.arrays(dtype)
     for name, mask in shape.masks():
-        # Plain attention in float32: what the numbers, once rounded to the dtype, really give.
+        # The reference is plain attention in float32, on the numbers as the dtype rounds them.
         with jax.default_matmul_precision("highest"):
             exact = backward("xla")([x.astype(jnp.float32) for x in arrays], mask)
         wanted = [np.asarray(x, np.float32) for x in exact]
         bounds: dict[str, float] = {}
-        auto = room.choose("auto", *arrays[:2], mask)
+        auto = attention.choose("auto", arrays[0], arrays[1], mask)
         for backend in BACKENDS:
-            reason = room.refusal(backend, *arrays[:2], mask)
+            reason = attention.refusal(backend, arrays[0], arrays[1], mask)
             label = f"{backend} (auto)" if backend == auto else backend
             if reason is not None:
                 refused.setdefault(f"{backend} cannot serve: {reason}", []).append(name)
@@ -129,15 +134,15 @@ def check(shape: Shape, dtype: np.dtype, repeats: int) -> bool:
             step = backward(backend)
             found = errors(step(arrays, mask), wanted)
             if backend == "xla":
-                bounds = {part: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for part, error in found.items()}
+                bounds = {array: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for array, error in found.items()}
             line = f"{name:<14}{label:<15}" + "".join(f"{error:9.1e}" for error in found.values())
             if repeats:
-                # `backward` says that it returns a function, and what it returns is jitted.
+                # The annotated type is a plain function, but what `backward` returns is jitted and can be lowered.
                 memory = step.lower(arrays, mask).compile().memory_analysis()  # type: ignore[attr-defined]
                 line += f"{milliseconds(forward(backend), arrays, mask, repeats):9.2f}"
                 line += f"{milliseconds(step, arrays, mask, repeats):9.2f}"
                 line += f"{memory.temp_size_in_bytes / 2**20:10.1f}" if memory is not None else f"{'-':>10}"
-            wrong = [part for part, error in found.items() if not error <= bounds[part]]
+            wrong = [array for array, error in found.items() if not error <= bounds[array]]
             good = good and not wrong
             print(line + (f"  WRONG: {', '.join(wrong)}" if wrong else ""), flush=True)
     for reason, names in refused.items():
@@ -158,9 +163,9 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true", help="check the TPU kernel on this CPU")
     args = parser.parse_args()
 
-    whole = Shape(args.batch, args.tokens, args.tokens, args.heads, args.kv_heads, args.head_dim)
+    whole = AttentionShape(args.batch, args.tokens, args.tokens, args.heads, args.kv_heads, args.head_dim)
     odd = dataclasses.replace(whole, queries=args.tokens // 8 - 1, keys=args.tokens // 4 + 1)
-    target = room.target_platform("tpu", interpret=True) if args.interpret else contextlib.nullcontext()
+    target = attention.target_platform("tpu", interpret=True) if args.interpret else contextlib.nullcontext()
     mesh = jax.set_mesh(sharding.make_mesh(args.mesh)) if args.mesh else contextlib.nullcontext()
     device = jax.devices()[0]
     print(f"{len(jax.devices())} x {device.device_kind} ({device.platform}), jax {jax.__version__}, {args.dtype}")

@@ -36,7 +36,7 @@ WEIGHTS: dict[str, reference.WeightFn] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the table: the largest difference found and what is allowed."""
+    """One line of the table: the largest difference that was found, and the largest allowed."""
 
     name: str
     difference: float
@@ -44,13 +44,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Whether the difference is allowed; NaN is not."""
         return self.difference <= self.allowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to compare with."""
+class TorchReferenceCheckSettings:
+    """The golden checkpoints to compare with."""
 
     golden: pathlib.Path = GOLDEN
     """Folder of golden checkpoints."""
@@ -61,7 +61,7 @@ def _largest(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def check_model(model: Any, fields: dict[str, Any], arrays: Any) -> Iterator[Check]:
-    """Logits, direction of attention, its kernel, rotary base."""
+    """Checks the logits, that attention is bidirectional, the fused kernel and the rotary base."""
     tokens = torch.from_numpy(arrays["fwd_tokens"])
     with torch.inference_mode():
         plain = reference.logits(model, tokens)
@@ -109,8 +109,7 @@ def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[d
             wrong += (tokens.numpy() != arrays[f"{case['id']}_sequences"]).sum()
             wrong += (torch.stack(history).numpy() != arrays[f"{case['id']}_history"]).sum()
         yield Check(name=f"wrong tokens in {len(cases)} sampler cases, {head_rows} rows", difference=wrong, allowed=0)
-        # Random draws have no golden numbers; the filters they use do (above). Here: every branch runs and
-        # ends.
+        # Random draws have no golden numbers, though their filters do (above): here each branch only has to run.
         torch.manual_seed(0)
         prompt = torch.from_numpy(arrays["s0_prompt"])
         left = changed = 0
@@ -121,7 +120,7 @@ def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[d
             tokens = reference.diffusion_generate(
                 model, prompt, random, mask_token_id=fields["mask_token_id"], head_rows=head_rows
             )
-            # A random draw may be the mask token itself; at the last step nothing rewrites it, as published.
+            # A random draw may be the mask token itself; at the last step nothing replaces it, as in the published code.
             left += int((tokens[:, prompt.shape[1] :] == fields["mask_token_id"]).sum() > 4)
             changed += int((tokens[:, : prompt.shape[1]] != prompt).sum())
         yield Check(name=f"random runs left masked, {head_rows} rows", difference=left, allowed=0)
@@ -129,7 +128,7 @@ def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[d
 
 
 def check_loss(model: Any, fields: dict[str, Any], arrays: Any, losses: dict[str, Any]) -> Iterator[Check]:
-    """Losses and gradient norms of every weight, and the recorded gradients, relative."""
+    """Relative differences of the losses, of the gradient norm of every weight, and of the recorded gradients."""
     tokens, masked = torch.from_numpy(arrays["loss_tokens"]), torch.from_numpy(arrays["loss_masked"])
     t = torch.from_numpy(arrays["loss_t"])
     for p in ("0.1", "0.3", "0.8"):
@@ -173,8 +172,8 @@ def check_loss(model: Any, fields: dict[str, Any], arrays: Any, losses: dict[str
                 yield Check(name=f"gradients {label} (relative)", difference=off, allowed=1e-4)
 
 
-def main(settings: Settings) -> int:
-    """Runs everything on each checkpoint; returns the exit status."""
+def main(settings: TorchReferenceCheckSettings) -> int:
+    """Runs all checks on each checkpoint and returns the exit status."""
     folders = sorted(path.parent for path in settings.golden.glob("*/golden.json"))
     if not folders:
         raise FileNotFoundError(f"no */golden.json under {settings.golden}")
@@ -200,4 +199,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    sys.exit(main(tyro.cli(TorchReferenceCheckSettings, description=__doc__)))

@@ -45,14 +45,14 @@ LOSS_TOLERANCE = 1e-4  # relative
 CHECKED_TRAIN_STEPS = 3
 MOST_OTHER_WORK = 0.05  # share of the cores
 IDLE_CHECK_SECONDS = 3.0
-SETTLE_SECONDS = 0.05  # lets the other side's worker threads stop spinning
+SETTLE_SECONDS = 0.05  # so that the other framework's worker threads stop spinning
 
 Workload = Literal["forward", "train", "sampler"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Sizes of the workloads, and how often each is run."""
+class PyTorchComparisonSettings:
+    """Sizes of the workloads, and how often each runs."""
 
     only: Workload | None = None
     """One workload; all three when not given."""
@@ -67,7 +67,7 @@ class Settings:
     allow_busy: bool = False
     """Time even while other processes compute; the result then says so and is no evidence."""
     seed: int = 0
-    """Of the weights, tokens and masks."""
+    """Seed of the weights, tokens and masked positions."""
     forward_batch: int = 2
     forward_length: int = 512
     train_batch: int = 4
@@ -94,7 +94,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sides:
-    """The same weights twice."""
+    """The same weights in both frameworks."""
 
     torch: Any
     jax: Any
@@ -104,7 +104,7 @@ class Sides:
 # ------------------------------------------------------------------------------------------- weights and data
 
 
-def make_sides(settings: Settings) -> Sides:
+def make_sides(settings: PyTorchComparisonSettings) -> Sides:
     """Random torch weights, carried over to jax through a Hugging Face directory in the published names."""
     config = PRESETS[settings.preset]
     model = reference.random_model(config.to_dict(), seed=settings.seed)
@@ -114,7 +114,7 @@ def make_sides(settings: Settings) -> Sides:
     return Sides(torch=model, jax=loaded, config=config)
 
 
-def random_tokens(settings: Settings, config: DreamConfig, batch: int, length: int) -> np.ndarray:
+def random_tokens(settings: PyTorchComparisonSettings, config: DreamConfig, batch: int, length: int) -> np.ndarray:
     """Token ids int64 [B, T], none of them special."""
     special = min(config.mask_token_id, config.pad_token_id)
     return np.random.default_rng(settings.seed).integers(0, special, (batch, length))
@@ -133,7 +133,7 @@ def require_equal_logits(sides: Sides, tokens_BT: np.ndarray) -> float:
 # ----------------------------------------------------------------------------------------------------- timing
 
 
-def require_quiet(other_share: float, settings: Settings) -> None:
+def require_quiet(other_share: float, settings: PyTorchComparisonSettings) -> None:
     """Raises RuntimeError when others use the machine: it does not slow both sides alike.
 
     torch's OpenMP threads wait for each other by spinning. With one of two cores taken by another process, a
@@ -146,7 +146,7 @@ def require_quiet(other_share: float, settings: Settings) -> None:
         )
 
 
-def time_alternating(runs: Mapping[str, Callable[[], Any]], settings: Settings) -> dict[str, Any]:
+def time_alternating(runs: Mapping[str, Callable[[], Any]], settings: PyTorchComparisonSettings) -> dict[str, Any]:
     """Runs A B C A B C ..., and returns each one's times and its median over that of "jax"."""
     for _ in range(settings.warmup):
         for run in runs.values():
@@ -173,7 +173,7 @@ def time_alternating(runs: Mapping[str, Callable[[], Any]], settings: Settings) 
 # -------------------------------------------------------------------------------------------------- workloads
 
 
-def compare_forward(sides: Sides, settings: Settings) -> dict[str, Any]:
+def compare_forward(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
     """Logits float32 [B, T, V] of a batch without padding."""
     tokens_BT = random_tokens(settings, sides.config, settings.forward_batch, settings.forward_length)
     agreement = {"logits_max_difference": require_equal_logits(sides, tokens_BT)}
@@ -196,15 +196,17 @@ class JaxTraining:
     """dream_jax's own training step on one batch, and what it will draw, for torch to train on the same."""
 
     step: Callable[[], float]
-    """Makes the next step; returns the loss before it."""
+    """Runs the next step and returns the loss before its update."""
     noise: Callable[[int], tuple[np.ndarray, np.ndarray]]
-    """Masks bool [B, T] and times float32 [B] of the i-th step."""
+    """The masked positions, bool [B, T], and the noise levels, float32 [B], of the i-th step."""
     learning_rate: Callable[[int], float]
-    """Of the i-th step."""
+    """The learning rate of the i-th step."""
 
 
-def make_jax_training(sides: Sides, settings: Settings, tokens_BT: np.ndarray, num_steps: int) -> JaxTraining:
-    """The one place that knows `dream_jax.train_step`."""
+def make_jax_training(
+    sides: Sides, settings: PyTorchComparisonSettings, tokens_BT: np.ndarray, num_steps: int
+) -> JaxTraining:
+    """Builds the step; no other function here uses `dream_jax.train_step`."""
     mesh = sharding.make_mesh("1x1")
     optimizer = train_step.OptimizerConfig(learning_rate=settings.learning_rate, total_steps=num_steps)
     schedule = optimizer.schedule()
@@ -230,7 +232,7 @@ def make_jax_training(sides: Sides, settings: Settings, tokens_BT: np.ndarray, n
     return JaxTraining(step=run, noise=noise, learning_rate=lambda index: float(schedule(index)))
 
 
-def compare_train(sides: Sides, settings: Settings) -> dict[str, Any]:
+def compare_train(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
     """Loss with CART weights, backward, clipping, AdamW; same tokens, masks, times, rates at each step."""
     tokens_BT = random_tokens(settings, sides.config, settings.train_batch, settings.train_length)
     logits_difference = require_equal_logits(sides, tokens_BT)
@@ -269,7 +271,7 @@ def compare_train(sides: Sides, settings: Settings) -> dict[str, Any]:
         "losses_torch_jax": losses,
         "loss_max_relative_difference": difference,
     }
-    # The torch contestants share one model and optimizer: a step takes as long whatever the values.
+    # The torch contestants share one model and optimizer, because the time of a step does not depend on the values.
     runs = {
         "torch": run_torch,
         "torch_masked_rows": make_torch_step("masked", first=CHECKED_TRAIN_STEPS),
@@ -279,7 +281,7 @@ def compare_train(sides: Sides, settings: Settings) -> dict[str, Any]:
     return {"agreement": agreement, "masked_share": masked_share, **time_alternating(runs, settings)}
 
 
-def compare_sampler(sides: Sides, settings: Settings) -> dict[str, Any]:
+def compare_sampler(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
     """One prompt, `alg="entropy"`, temperature and top_p; every jax run gets a fresh key."""
     prompt_BP = random_tokens(settings, sides.config, 1, settings.prompt_length)
     canvas_BT = np.pad(prompt_BP, ((0, 0), (0, settings.new_tokens)), constant_values=sides.config.mask_token_id)
@@ -308,11 +310,11 @@ def compare_sampler(sides: Sides, settings: Settings) -> dict[str, Any]:
         config = dream_jax.SamplerConfig(**{**options, **changes})
         return jax.block_until_ready(dream_jax.generate(sides.jax, prompt_BP, config, key=next(keys)))
 
-    # Told, not required: with random weights two positions may be equally sure to within rounding.
+    # Reported but not required: with random weights two confidences may be equal to within rounding.
     greedy = run_torch("all", temperature=0.0) == np.asarray(run_jax(temperature=0.0).tokens)
     agreement["greedy_equal_new_tokens"] = int(greedy[:, settings.prompt_length :].sum())
     agreement["greedy_new_tokens"] = settings.new_tokens
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         "torch": lambda: run_torch("all"),
         "torch_masked_rows": lambda: run_torch("masked"),
         "jax": run_jax,
@@ -324,7 +326,7 @@ def compare_sampler(sides: Sides, settings: Settings) -> dict[str, Any]:
     }
 
 
-WORKLOADS: Mapping[Workload, Callable[[Sides, Settings], dict[str, Any]]] = {
+WORKLOADS: Mapping[Workload, Callable[[Sides, PyTorchComparisonSettings], dict[str, Any]]] = {
     "forward": compare_forward,
     "sampler": compare_sampler,
     "train": compare_train,  # last: it changes the weights
@@ -347,8 +349,8 @@ def print_table(results: Mapping[str, dict[str, Any]], console: Console) -> None
     console.print(table)
 
 
-def main(settings: Settings) -> None:
-    """Compares, prints the table, writes the result."""
+def main(settings: PyTorchComparisonSettings) -> None:
+    """Runs the comparisons, prints the table and writes the result."""
     console = Console()
     console.print(settings)
     torch.set_num_threads(report.num_cores())  # XLA takes every core it may run on, too
@@ -357,7 +359,7 @@ def main(settings: Settings) -> None:
     require_quiet(other_work.share(), settings)
     console.print("making the weights")
     sides = make_sides(settings)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, compare in WORKLOADS.items():
         if settings.only in (None, name):
             console.print(f"comparing: {name}")
@@ -390,4 +392,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(PyTorchComparisonSettings, description=__doc__))

@@ -44,7 +44,7 @@ KIB = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class ConversionBenchSettings:
     """What to convert and where to work."""
 
     work: pathlib.Path
@@ -93,7 +93,7 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 @dataclasses.dataclass(kw_only=True)
 class Peak:
-    """Largest sums seen over a process and its children, in bytes."""
+    """The largest sums of memory over a process and its children, in bytes."""
 
     rss: int = 0
     pss: int = 0
@@ -101,7 +101,7 @@ class Peak:
     samples: int = 0
 
     def sample(self, pid: int) -> None:
-        """Takes one sample from /proc; a process that ends meanwhile counts as nothing."""
+        """Takes one sample from /proc; a process that ends meanwhile counts as 0."""
         rss = pss = anonymous = 0
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
@@ -174,7 +174,7 @@ def timed_command(command: Sequence[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where a tensor's bytes lie."""
+    """The file and the byte range of a tensor."""
 
     path: pathlib.Path
     dtype: str
@@ -242,11 +242,12 @@ def compare_checkpoints(source: pathlib.Path, back: pathlib.Path) -> int:
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def measure(settings: Settings, folder: pathlib.Path, console: Console) -> dict[str, Any]:
-    """The whole run, in a folder that the caller removes."""
+def measure(settings: ConversionBenchSettings, folder: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Measures everything, in a folder that the caller removes."""
     if settings.source is not None:
         source = settings.source.resolve()
     else:
+        assert settings.config is not None, "the settings ask for --source or --config"
         source = make_synthetic_7b.make_checkpoint(
             settings.config, folder / "source", layers=settings.layers, console=console
         )
@@ -285,7 +286,7 @@ def measure(settings: Settings, folder: pathlib.Path, console: Console) -> dict[
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """One row per way, with `cp -r` beside it."""
+    """One row for each direction, with `cp -r` beside it."""
     table = Table("", "seconds", "times cp -r", "peak RSS, GB", "peak anonymous, GB")
     table.add_row("cp -r", " and ".join(f"{seconds:.1f}" for seconds in result["copy_s"]), "1", "", "")
     for name in ("hf_to_flax", "flax_to_hf"):
@@ -303,8 +304,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
 
 
-def main(settings: Settings) -> None:
-    """Measures, writes the result, prints the table."""
+def main(settings: ConversionBenchSettings) -> None:
+    """Measures, writes the result and prints the table."""
     console = Console()
     console.print(settings)
     with working_folder(settings.work) as folder:
@@ -313,7 +314,7 @@ def main(settings: Settings) -> None:
         "date": report.now(),
         "hardware": report.hardware(),
         "versions": report.versions(["jax", "flax", "orbax-checkpoint", "numpy", "safetensors"]),
-        # No paths: they say nothing to a reader on another machine.
+        # Paths are left out, because they mean nothing on another machine.
         "settings": {"layers": settings.layers, "sample_seconds": SAMPLE_SECONDS},
         **result,
     }
@@ -323,4 +324,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(ConversionBenchSettings, description=__doc__))

@@ -39,8 +39,8 @@ RISE = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The run's size."""
+class Gsm8kScratchSettings:
+    """Size and folders of the run."""
 
     assets: pathlib.Path
     """Folder with data/gsm8k and dream-v0-instruct-7b."""
@@ -53,11 +53,11 @@ class Settings:
     weight: Literal["uniform", "linear", "inverse-time", "cart"] = "uniform"
     """of the loss; uniform is what the evaluation measures"""
     out: pathlib.Path = report.REPOSITORY / "docs" / "runs" / "gsm8k-nano"
-    """Must not be there yet."""
+    """folder of the results; must not exist yet"""
 
 
 def make_model(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
-    """Random weights: the body of nano under the real vocabulary."""
+    """Writes a model with random weights: the layers of nano with the vocabulary of Dream-7B."""
     small, nano = dream_jax.PRESETS["small"], dream_jax.PRESETS["nano"]
     special = {name: getattr(small, name) for name in ("vocab_size", "mask_token_id", "pad_token_id")}
     model = dream_jax.Dream(dataclasses.replace(nano, **special), rngs=nnx.Rngs(0))
@@ -65,7 +65,7 @@ def make_model(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
 
 
 def verdict(path: pathlib.Path) -> tuple[bool, str]:
-    """Whether the nll fell and stayed down, and that in words.
+    """Whether the nll fell and stayed low, and a sentence that says so.
 
     Each score is of the same rows, levels and masks: between two of them far less is chance than their intervals say.
     """
@@ -79,8 +79,8 @@ def verdict(path: pathlib.Path) -> tuple[bool, str]:
     )
 
 
-def main(settings: Settings) -> int:
-    """Trains, keeps, judges; 1 when the nll did not fall or did not stay down."""
+def main(settings: Gsm8kScratchSettings) -> int:
+    """Trains, stores the run and judges it; returns 1 when the nll did not fall or did not stay low."""
     console = Console()
     if settings.out.exists():
         raise FileExistsError(f"{settings.out} is there; remove it, or give another --out")
@@ -88,7 +88,7 @@ def main(settings: Settings) -> int:
     assets = settings.assets.resolve()
     os.environ["DREAM_JAX_ASSETS"] = str(assets)
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        # In that folder, so that what is kept names no path of this machine.
+        # The working directory is that folder, so that the stored files name no path of this machine.
         make_model(pathlib.Path("weights"), assets / "dream-v0-instruct-7b")
         train(
             TrainSettings.flat(
@@ -103,7 +103,7 @@ def main(settings: Settings) -> int:
                 weight=settings.weight,
                 eval_every=settings.eval_every,
                 eval_rows=settings.eval_rows,
-                eval_tokens=0,  # answers of so small a model say nothing; their likelihood does
+                eval_tokens=0,  # a model this small answers nothing right, so only its likelihood is measured
                 samples=2,
                 sample_tokens=48,
                 save_every=settings.steps,
@@ -115,7 +115,7 @@ def main(settings: Settings) -> int:
             for name in KEPT:
                 if (path := pathlib.Path("run") / settings.out.name / name).is_file():
                     shutil.copyfile(path, unfinished / name)
-    # From what is kept: without the samples, which are text of the data set.
+    # The samples are left out, because they are text of the data set.
     write_report(read_record(settings.out))
     holds, words = verdict(settings.out / "eval.csv")
     console.print(words)
@@ -123,4 +123,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    sys.exit(main(tyro.cli(Gsm8kScratchSettings, description=__doc__)))

@@ -31,29 +31,29 @@ MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class LossBenchSettings:
     """Sizes of the comparison."""
 
     batch: int = 1
-    """Rows."""
+    """rows of the batch"""
     tokens: int = 2048
-    """Of a row."""
+    """tokens of a row"""
     width: int = 512
-    """D."""
+    """D, width of the hidden states"""
     vocab: int = 152_064
-    """V."""
+    """V, size of the vocabulary"""
     masked: float = 0.5
-    """Share of positions."""
+    """share of positions that are masked"""
     mesh: str = "1x1"
-    """As in train.py."""
+    """what train.py --mesh accepts"""
     repeats: int = 5
-    """Timed calls of each; 0 leaves time and gradients out."""
+    """timed calls of each; 0 measures memory alone"""
     out: pathlib.Path = report.RESULTS / "loss.json"
-    """Result file; a result of another mesh in it stays."""
+    """result file; results of other meshes in it stay"""
 
 
 def ours(hidden_BTD: jax.Array, kernel_DV: jax.Array, *rest: jax.Array) -> jax.Array:
-    """The loss of training, from hidden states on."""
+    """The loss of training, from the hidden states on."""
     groups = sharding.token_shards(*hidden_BTD.shape[:2])
     return objective._masked_cross_entropy(None, groups, hidden_BTD, kernel_DV, *rest)[0]
 
@@ -61,16 +61,16 @@ def ours(hidden_BTD: jax.Array, kernel_DV: jax.Array, *rest: jax.Array) -> jax.A
 def all_logits(
     hidden_BTD: jax.Array, kernel_DV: jax.Array, tokens_BT: jax.Array, masked_BT: jax.Array, weight_BT: jax.Array
 ) -> jax.Array:
-    """The same number, plainly."""
+    """The same loss, from the logits of all positions."""
     shifted_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
     logits_BTV = sharding.constrain(jnp.einsum("BTD,DV->BTV", shifted_BTD, kernel_DV), "batch", "tokens", "vocab")
-    own_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
-    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - own_BT
+    target_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
+    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
     return jnp.sum(jnp.where(masked_BT, weight_BT * nll_BT, 0.0))
 
 
-def arguments(settings: Settings, mesh: jax.sharding.Mesh) -> Arrays:
-    """Random ones, placed as in training."""
+def arguments(settings: LossBenchSettings, mesh: jax.sharding.Mesh) -> Arrays:
+    """Random arguments with the shardings of training."""
     rng = np.random.default_rng(0)
     shape = (settings.batch, settings.tokens)
     batch = NamedSharding(mesh, sharding.partition_spec(("batch", "tokens"), shape, dict(mesh.shape)))
@@ -84,23 +84,23 @@ def arguments(settings: Settings, mesh: jax.sharding.Mesh) -> Arrays:
         (masked, batch),
         (np.where(masked, rng.random(shape), 0.0).astype(np.float32), batch),
     )
-    return tuple(jax.device_put(array, place) for array, place in arrays)
+    return tuple(jax.device_put(array, array_sharding) for array, array_sharding in arrays)
 
 
-def compiled(function: Callable[..., jax.Array], arrays: Arrays) -> Any:
-    """With both gradients, each where its argument lies."""
-    places = (arrays[0].sharding, arrays[1].sharding)
-    whole = NamedSharding(places[0].mesh, PartitionSpec())
-    program = jax.jit(jax.value_and_grad(function, argnums=(0, 1)), out_shardings=(whole, places))
+def compiled(function: Callable[..., jax.Array], arrays: Arrays, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled loss with both gradients, each with the sharding of its argument."""
+    shardings = (arrays[0].sharding, arrays[1].sharding)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(jax.value_and_grad(function, argnums=(0, 1)), out_shardings=(replicated, shardings))
     return program.lower(*arrays).compile()
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Temporaries, times and differences of both."""
+def measure(settings: LossBenchSettings) -> dict[str, Any]:
+    """Temporary memory and times of both, and how far their results differ."""
     mesh = sharding.make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
         arrays = arguments(settings, mesh)
-        programs = {"ours": compiled(ours, arrays), "all logits": compiled(all_logits, arrays)}
+        programs = {"ours": compiled(ours, arrays, mesh), "all logits": compiled(all_logits, arrays, mesh)}
         memory = {name: one.memory_analysis().temp_size_in_bytes / MIB for name, one in programs.items()}
         found: dict[str, Any] = {
             "temporaries_mib": memory,
@@ -128,7 +128,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def main(settings: Settings) -> None:
+def main(settings: LossBenchSettings) -> None:
     """Measures, prints, and adds the result to the file."""
     sharding.make_mesh(settings.mesh)  # before the backend starts, so that a CPU has the devices
     other_work = report.OtherWork()
@@ -147,4 +147,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(LossBenchSettings, description=__doc__))

@@ -50,8 +50,8 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Where from, where to, how much."""
+class SyntheticCheckpointSettings:
+    """The configuration, the directory to make and the number of layers."""
 
     config: pathlib.Path
     """Directory with a published config.json (and tokenizer files and safetensors index, if at hand)."""
@@ -60,7 +60,7 @@ class Settings:
     layers: int | None = None
     """Number of transformer layers; the configuration's own when not given."""
     seed: int = 0
-    """Same seed, same bytes."""
+    """the same seed makes the same bytes"""
 
 
 def tensor_shapes(fields: Mapping[str, Any]) -> dict[str, Shape]:
@@ -101,7 +101,7 @@ def assign_files(shapes: Mapping[str, Shape], index: Mapping[str, str] | None) -
     total = sum(map(_num_bytes, shapes.values()))
     files, written = {}, 0
     for name, shape in shapes.items():
-        # By the tensor's middle, so that no shard number is passed over by one large tensor at a boundary.
+        # The middle of a tensor decides its shard, so that a large tensor at a boundary leaves no shard empty.
         shard = min(int((written + _num_bytes(shape) / 2) * SHARDS / total), SHARDS - 1)
         files[name] = f"{shard}"
         written += _num_bytes(shape)
@@ -227,16 +227,16 @@ def make_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _write_shards(unfinished, shards, seed, console or Console(quiet=True))
-        unfinished.chmod(0o755)  # mkdtemp made it private
+        unfinished.chmod(0o755)  # mkdtemp makes directories that only their owner can read
         os.rename(unfinished, out)
-    except BaseException:  # also on Ctrl-C: half a checkpoint is worse than none
+    except BaseException:  # also on Ctrl-C: an incomplete checkpoint must not stay
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return out
 
 
-def main(settings: Settings) -> None:
-    """Makes the checkpoint and says what it made."""
+def main(settings: SyntheticCheckpointSettings) -> None:
+    """Makes the checkpoint and prints what it made."""
     console = Console()
     console.print(settings)
     out = make_checkpoint(settings.config, settings.out, layers=settings.layers, seed=settings.seed, console=console)
@@ -246,4 +246,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(SyntheticCheckpointSettings, description=__doc__))

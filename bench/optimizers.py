@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import report
@@ -30,7 +30,7 @@ from dream_jax.model import split_params
 from dream_jax.optimizer import state_bytes
 from dream_jax.trainer import Diverged, TrainSettings, train
 
-Variant = Literal["float32", "bfloat16", "int8", "adafactor"]
+OptimizerVariant = Literal["float32", "bfloat16", "int8", "adafactor"]
 CHOICES: Mapping[str, Mapping[str, str]] = {
     "float32": {},
     "bfloat16": {"moments": "bfloat16"},
@@ -42,17 +42,17 @@ LAST = 50  # steps that a last loss is the mean of: a single one is mostly its n
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Size of the runs."""
+class OptimizerBenchSettings:
+    """Size of the runs, and which variants are compared."""
 
     steps: int = 600
-    """Of each run."""
+    """steps of each run"""
     batch_size: int = 64
-    """Rows a step."""
+    """rows per step"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, data order and noise; each variant runs with each."""
-    variants: tuple[Variant, ...] = get_args(Variant)
-    """Which; float32 is what the others are compared with."""
+    """seeds of weights, data order and noise; each variant runs with each"""
+    variants: tuple[OptimizerVariant, ...] = get_args(OptimizerVariant)
+    """which variants; the others are compared with float32"""
     mesh: str = "1x1"
     """As in train.py."""
     model: str = "nano"
@@ -67,10 +67,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.seeds or not self.variants:
             raise ValueError(f"{self.seeds=} and {self.variants=} must not be empty")
-        self.training("float32", 0, pathlib.Path("unused"))  # whatever is wrong with it shows before any run
+        self.training("float32", 0, pathlib.Path("unused"))  # settings that are wrong are refused before any run
 
     def training(self, variant: str, seed: int, out: pathlib.Path) -> TrainSettings:
-        """The run of one variant and seed."""
+        """The settings of the run of one variant and seed."""
         return TrainSettings.flat(
             mesh=self.mesh,
             model=self.model,
@@ -81,12 +81,14 @@ class Settings:
             save_every=self.steps,
             eval_rows=self.eval_rows,
             seed=seed,
-            **CHOICES[variant],
+            **cast("Any", CHOICES[variant]),
         )
 
 
-def one_run(settings: Settings, variant: str, seed: int, folder: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
-    """What a run came to, and its curve."""
+def one_run(
+    settings: OptimizerBenchSettings, variant: str, seed: int, folder: pathlib.Path
+) -> tuple[dict[str, Any], list[Any]]:
+    """The result of a run, and the rows of its curve."""
     training = settings.training(variant, seed, folder / f"{variant}-{seed}")
     try:
         summary = train(training)
@@ -112,7 +114,7 @@ def curve(run: pathlib.Path) -> list[dict[str, float]]:
 
 
 def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Each variant's last nll less float32's, seed by seed: the mean, and the standard error of that mean."""
+    """The last nll of each variant minus that of float32: the mean over seeds and its standard error."""
     found: dict[str, Any] = {}
     base = {run["seed"]: run["last_nll"] for run in results.get("float32", ()) if "last_nll" in run}
     for variant, runs in results.items():
@@ -128,11 +130,14 @@ def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     return found
 
 
-def main(settings: Settings) -> None:
-    """Runs everything, prints a table, writes both files."""
+def main(settings: OptimizerBenchSettings) -> None:
+    """Runs everything, prints a table and writes both files."""
     console = Console()
     console.print(settings)
-    other_work, results, curves, sizes = report.OtherWork(), {}, [], {}
+    other_work = report.OtherWork()
+    results: dict[str, list[dict[str, Any]]] = {}
+    curves: list[dict[str, Any]] = []
+    sizes: dict[str, int] = {}
     shapes = split_params(pretrained.describe(settings.model))[1]
     with tempfile.TemporaryDirectory() as folder:
         for variant in settings.variants:
@@ -146,11 +151,11 @@ def main(settings: Settings) -> None:
                 curves += [{"variant": variant, "seed": seed, **row} for row in rows]
     differences = compare(results)
     table = Table("variant", "state, bytes", f"nll of the last {LAST} steps, by seed", "less float32's", "exact")
-    for variant, runs in results.items():
-        difference = differences.get(variant)
+    for name, runs in results.items():
+        difference = differences.get(name)
         table.add_row(
-            variant,
-            f"{sizes[variant]:,}",
+            name,
+            f"{sizes[name]:,}",
             " ".join(f"{run['last_nll']:.4f}" if "last_nll" in run else "diverged" for run in runs),
             ""
             if difference is None
@@ -180,4 +185,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(OptimizerBenchSettings, description=__doc__))

@@ -1,4 +1,4 @@
-"""The plans that the documentation speaks of: compiles Dream-7B's train step for each of them, and writes what came out.
+"""Makes the plans of the documentation: compiles Dream-7B's train step for each, and writes memory, time and price.
 
     python bench/plans.py [--only v6e-8x1 h200-1] [--docs]
 
@@ -30,7 +30,7 @@ FULL: Mapping[str, Any] = {"model": "dream-7b", "remat": "full", "steps": 300}
 
 
 def _case(topology: str, mesh: str, batch_size: int, max_length: int, **more: Any) -> tuple[str, dict[str, Any]]:
-    return topology, FULL | {"mesh": mesh, "batch_size": batch_size, "max_length": max_length} | more
+    return topology, {**FULL, "mesh": mesh, "batch_size": batch_size, "max_length": max_length, **more}
 
 
 # Name, topology and settings. Full-parameter fine-tuning with float32 masters and bfloat16 compute, except "-lora" and
@@ -56,8 +56,8 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Which plans."""
+class PlanTableSettings:
+    """Which plans are made."""
 
     only: tuple[str, ...] = ()
     """names; all by default"""
@@ -71,7 +71,7 @@ class Settings:
 
 
 def results() -> dict[str, Any]:
-    """What the file has."""
+    """The plans that the result file has, by name."""
     return read_json(RESULTS) if RESULTS.is_file() else {}
 
 
@@ -136,8 +136,8 @@ def one_plan(name: str) -> Plan:
     return make_plan(training, PlanSettings(plan=True, topology=topology))
 
 
-def main(settings: Settings) -> None:
-    """Compiles, writes, and says what it wrote."""
+def main(settings: PlanTableSettings) -> None:
+    """Compiles the plans and writes the result and the tables."""
     for name in () if settings.docs else settings.only or tuple(CASES):
         plan = one_plan(name)
         memory = plan.memory
@@ -158,4 +158,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(PlanTableSettings, description=__doc__))

@@ -1,4 +1,4 @@
-"""How far the logits of a quantised base are from those of its float weights, and what it weighs.
+"""How far the logits of a quantised base are from those of its float weights, and how much memory it takes.
 
     python bench/quantised_base.py --model PATH|PRESET [--data sudoku] [--rows 16] [--out FILE]
 
@@ -21,22 +21,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dream_jax import lora, pretrained
+from dream_jax import lora, pretrained, quantisation
 from dream_jax.data import encode_row, length_report, open_source
 from dream_jax.model import Dream, parameter_count, split_params
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is compared."""
+class QuantisedBaseSettings:
+    """The model and the rows of the comparison."""
 
     model: str = "runs/demo/model"
     """A directory or a preset; random weights say little about trained ones."""
     tokenizer: str | None = None
     """Directory or "bytes"; by default the model's own."""
     data: str = "sudoku"
-    """As in train.py; held-out rows."""
+    """what train.py --data accepts; its held-out rows are used"""
     rows: int = 16
     """How many rows."""
     out: pathlib.Path = report.RESULTS / "quantised_base.json"
@@ -47,7 +47,7 @@ class Settings:
             raise ValueError(f"rows={self.rows} must be at least 1")
 
 
-def canvases(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def canvases(settings: QuantisedBaseSettings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with half of each response masked, [B, T], and which positions are."""
     source = open_source(settings.data, "test", 0)
     longest = length_report(source, tokenizer, 2048, limit=settings.rows).longest
@@ -61,13 +61,13 @@ def canvases(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.n
 
 
 def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:
-    """Logits that predict the masked positions."""
-    # The right shift: the logits at i - 1 predict token i.
+    """The logits that predict the masked positions, float32 [masked positions, V]."""
+    # With the right shift the logits at i - 1 predict token i.
     return jnp.asarray(np.asarray(model(tokens))[:, :-1][masked[:, 1:]])
 
 
-def main(settings: Settings) -> None:
-    """Compares, prints a table, writes the file."""
+def main(settings: QuantisedBaseSettings) -> None:
+    """Compares all kinds of codes, prints a table and writes the result."""
     console, other_work = Console(), report.OtherWork()
     console.print(settings)
     exact = pretrained.load(settings.model)
@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     tokens, masked = canvases(settings, load_tokenizer(name))
     wanted, weights = at_masks(exact, tokens, masked), parameter_count(exact.layers)
     results: dict[str, Any] = {}
-    for kind in lora.KINDS:
+    for kind in quantisation.KINDS:
         model = pretrained.load(settings.model, base=kind)
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_params(model)[1]["layers"]))
         results[kind] = {
@@ -85,9 +85,9 @@ def main(settings: Settings) -> None:
             "bytes_a_weight": nbytes / weights,
         }
     table = Table("base", "bytes a weight of the layers", "logit error", "KL, nats", "same first choice")
-    for kind, found in results.items():
+    for name_of_kind, found in results.items():
         figures = (found[name] for name in ("bytes_a_weight", "relative", "kl", "same_top"))
-        table.add_row(kind, *(f"{figure:.3g}" for figure in figures))
+        table.add_row(name_of_kind, *(f"{figure:.3g}" for figure in figures))
     console.print(table)
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     report.write_json(
@@ -106,4 +106,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(QuantisedBaseSettings, description=__doc__))

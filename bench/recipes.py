@@ -1,4 +1,4 @@
-"""What the recipes take: plans each for one H100, one H200 and a v6e-8, and writes hours, price and memory into its file.
+"""Plans every recipe for one H100, one H200 and a v6e-8, and writes hours, price and memory into the recipe's file.
 
     python bench/recipes.py [--only s1k-full-4096] [--compile]
 
@@ -62,19 +62,19 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Which recipes, and how."""
+class RecipeCostSettings:
+    """Which recipes are planned, and how."""
 
     only: tuple[str, ...] = ()
     """names; all by default"""
     topology: tuple[str, ...] = ()
-    """of each only these; what the file says of the others stays"""
+    """only these topologies; what the file says of others stays"""
     compile: bool = False
     """compile the steps rather than estimate"""
 
 
-def blocks(recipe: Recipe, settings: Settings) -> list[str]:
-    """A [[planned]] table for each hardware."""
+def blocks(recipe: Recipe, settings: RecipeCostSettings) -> list[str]:
+    """The [[planned]] tables of a recipe, one for each hardware."""
     known = {one.topology: one for one in recipe.planned}
     found = []
     for topology, changes in CASES[recipe.name].items():
@@ -118,7 +118,7 @@ def _toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def main(settings: Settings) -> None:
+def main(settings: RecipeCostSettings) -> None:
     unknown = sorted(set(settings.only) - set(CASES)) + sorted(set(names(FOLDER)) ^ set(CASES))
     if unknown:
         raise ValueError(f"{unknown} have no recipe, or no case here")
@@ -130,4 +130,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(RecipeCostSettings, description=__doc__))

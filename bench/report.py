@@ -1,4 +1,4 @@
-"""What a benchmark's result says beside its numbers (hardware, versions, date) and how it is written."""
+"""Hardware, versions and date that each benchmark's result states, and the functions that write a result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _first_value(path: str, key: str) -> str | None:
 
 
 def num_cores() -> int:
-    """Cores this process may run on, not those of the machine."""
+    """The number of cores that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
@@ -63,7 +63,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 class OtherWork:
-    """Share of the machine's cores that other processes used since this was made."""
+    """Measures the share of the machine's cores that other processes use, from its creation on."""
 
     def __init__(self) -> None:
         self._machine, self._own, self._wall = self._read()
@@ -71,33 +71,33 @@ class OtherWork:
     @staticmethod
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
-        # Stolen time counts: another guest of the same host disturbs just as much. `guest` is part of `user`.
+        # Stolen time counts, because another guest of the same host disturbs just as much. `user` includes `guest`.
         busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
         return busy, time.process_time(), time.perf_counter()
 
     def share(self) -> float:
-        """0 (nobody else) to 1 (every core taken)."""
+        """From 0 (no other process computed) to 1 (others used every core)."""
         machine, own, wall = self._read()
         available = (wall - self._wall) * (os.cpu_count() or 1)
         return max(0.0, (machine - self._machine) - (own - self._own)) / available
 
 
 def now() -> str:
-    """UTC, to the second, ISO 8601."""
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, least and all of some times in seconds."""
+    """The median, the least and all of some times, in seconds."""
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "all_s": list(seconds)}
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes a result, and the folder for it where there is none."""
+    """Writes a result as JSON; makes its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
 
 
 def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:
-    """Writes a result under its name into a JSON file of several results; the others stay."""
+    """Adds a result under its name to a JSON file of several results, or replaces it there."""
     write_json(path, (files.read_json(path) if path.exists() else {}) | {name: value})

@@ -41,12 +41,12 @@ from dream_jax.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Time of each mode."""
+    """Measures the time of each mode."""
 
     preset: str = "small"
     """Architecture."""
     dtype: str = "float32"
-    """Of weights and computation."""
+    """Dtype of weights and computation."""
     batches: tuple[int, ...] = (1, 4)
     lengths: tuple[str, ...] = ("64+64", "64+256")
     """Prompt tokens + new tokens."""
@@ -61,7 +61,7 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Sudokus solved under each mode."""
+    """Measures how many sudokus each mode solves."""
 
     model: str = "runs/demo/model"
     puzzles: int = 1600
@@ -75,13 +75,13 @@ class Quality:
 
 
 def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
-    """Each mode's configuration for so many new tokens."""
+    """The configuration of each mode, for `new` tokens."""
     block = min(block, new)
-    cached = {"max_new_tokens": new, "alg": "entropy", "block_length": block, "cache": WindowCache()}
+    cached = SamplerConfig(max_new_tokens=new, alg="entropy", block_length=block, cache=WindowCache())
     modes = {"exact": SamplerConfig.preset("exact", max_new_tokens=new)}
     for tokens in (1, 2, 4):
         steps = math.ceil(block / tokens) * math.ceil(new / block)
-        modes[f"cached, {tokens} a pass"] = SamplerConfig(steps=steps, **cached)
+        modes[f"cached, {tokens} a pass"] = dataclasses.replace(cached, steps=steps)
     if new % block == 0:
         modes["Fast-dLLM dual"] = SamplerConfig.fast_dllm(
             cache="dual", block_length=block, max_new_tokens=new, steps=new
@@ -90,7 +90,7 @@ def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
 
 
 def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
-    """Operations of the layers for so many query tokens of a row, each attending to so many keys."""
+    """Floating-point operations of all layers for `tokens` queries of a row, each attending to `keys` keys."""
     width, head = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     weights = width * head * (2 * heads + 2 * kv_heads) + 3 * width * config.intermediate_size
@@ -123,7 +123,7 @@ def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps
 
 
 def peak_rate(dtype: str, seconds: float = 1.0) -> float:
-    """Operations a second of a large matrix product, the best of a few."""
+    """Floating-point operations per second of a large matrix product: the best of a few runs."""
     size = 2048
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
@@ -206,7 +206,7 @@ def torch_loop(config: DreamConfig, prompt_length: int, new: int, repeats: int) 
 
 
 def quality_modes(new: int) -> Mapping[str, SamplerConfig]:
-    """From the surest to the fastest."""
+    """The modes, from the most accurate to the fastest."""
     exact = SamplerConfig.preset("exact", max_new_tokens=new)
     balanced = SamplerConfig.preset("balanced", max_new_tokens=new)
     narrow = dataclasses.replace(balanced, cache=WindowCache(left=8, refresh_passes=4))
@@ -240,7 +240,7 @@ def quality(settings: Quality, console: Console) -> None:
     source = SudokuSource("test", size=settings.puzzles, min_givens=SUDOKU_GIVENS)
     puzzles = [source[index] for index in range(len(source))]
     first = min(TEST_SIZE, len(puzzles))
-    prompts = np.array([tokenizer.encode(row.prompt) for row in puzzles], np.int32)
+    prompts = np.array([tokenizer.encode(str(row.prompt)) for row in puzzles], np.int32)
     new = max(len(tokenizer.encode(row.response)) for row in puzzles) + 1
     table = Table("mode", "solved", f"of the first {first}", "passes a row", "forwards", "s")
     rows = []
@@ -249,13 +249,13 @@ def quality(settings: Quality, console: Console) -> None:
         solved: list[bool] = []
         passes, forwards, seconds = 0, 0, 0.0
         for begin in range(0, len(prompts), settings.batch_size):
-            part = prompts[begin : begin + settings.batch_size]
-            jax.block_until_ready(dream_jax.generate(model, part, sampler))
+            batch = prompts[begin : begin + settings.batch_size]
+            jax.block_until_ready(dream_jax.generate(model, batch, sampler))
             start = time.perf_counter()
-            out = jax.block_until_ready(dream_jax.generate(model, part, sampler))
+            out = jax.block_until_ready(dream_jax.generate(model, batch, sampler))
             seconds += time.perf_counter() - start
             passes, forwards = passes + int(np.sum(out.passes)), forwards + int(out.forwards)
-            for tokens, row in zip(np.asarray(out.tokens)[:, part.shape[1] :], puzzles[begin:], strict=False):
+            for tokens, row in zip(np.asarray(out.tokens)[:, batch.shape[1] :], puzzles[begin:], strict=False):
                 ids = [*tokens.tolist(), tokenizer.eos_id]
                 text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)], skip_special=True)
                 solved.append(text.strip() == row.response.strip())
@@ -276,7 +276,9 @@ def quality(settings: Quality, console: Console) -> None:
 def write(settings: Speed | Quality, console: Console, results: dict[str, Any]) -> None:
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     if "model" in plain:
-        plain["model"] = pathlib.Path(plain["model"]).name  # not where it lies on this machine
+        plain["model"] = pathlib.Path(
+            plain["model"]
+        ).name  # the name only: a path of this machine says nothing elsewhere
     about = {
         "date": report.now(),
         "hardware": report.hardware() | {"devices": [str(device) for device in jax.devices()]},

@@ -31,7 +31,7 @@ from dream_jax.sampler import SamplerConfig, WindowCache
 from dream_jax.sampler.loop import denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings
 
-PLACES = ("v6e:2x4/1x8", "v6e:2x4/2x4", "v5p:2x2x1/1x4")
+HARDWARE_AND_MESH = ("v6e:2x4/1x8", "v6e:2x4/2x4", "v5p:2x2x1/1x4")
 PROMPT, NEW, BLOCK = 512, 512, 32
 BATCHES = (1, 16)
 OPTIONS: Mapping[str, Any] = {"max_new_tokens": NEW, "steps": NEW, "alg": "entropy", "temperature": 0.2, "top_p": 0.95}
@@ -42,45 +42,46 @@ MODES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Where to, and for what."""
+class SamplerPlansSettings:
+    """Which programs are compiled, and where the result goes."""
 
-    only: tuple[str, ...] = PLACES
-    """TOPOLOGY/MESH"""
+    only: tuple[str, ...] = HARDWARE_AND_MESH
+    """hardware and mesh, as TOPOLOGY/MESH"""
     out: pathlib.Path = report.RESULTS / "sampler_plans.json"
 
 
-def placed_model(mesh: jax.sharding.Mesh) -> Dream:
-    """Shapes of the 7B in bfloat16, laid out over the mesh."""
+def sharded_shapes(mesh: jax.sharding.Mesh) -> Dream:
+    """The shapes of the 7B in bfloat16, with their shardings over the mesh."""
     graphdef, state = nnx.split(abstract_model(dream_jax.PRESETS["dream-7b"], param_dtype=jnp.bfloat16))
     params = nnx.to_pure_dict(state)
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    sharded = jax.tree.map(
+        lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding),
         params,
         sharding.parameter_shardings(params, mesh),
     )
-    nnx.replace_by_pure_dict(state, placed)
+    nnx.replace_by_pure_dict(state, sharded)
     return nnx.merge(graphdef, state)
 
 
 def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict[str, Any]:
-    """What the compiler says of one program."""
-    model = placed_model(mesh)
+    """Memory in bytes and compile time of one compiled program."""
+    model = sharded_shapes(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def shape(like: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=everywhere)
 
     canvas = jax.ShapeDtypeStruct((batch, PROMPT + NEW), jnp.int32, sharding=everywhere)
-    visible = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
+    valid = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
     keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
     dynamic = jax.tree.map(shape, DynamicSettings.of(config))
     begun = time.monotonic()
     with sharding.mesh_context(model):
         program = denoise.lower(
-            model, canvas, visible, keys, dynamic, None, static=StaticSettings.of(config, NEW)
+            model, canvas, valid, keys, dynamic, None, static=StaticSettings.of(config, NEW)
         ).compile()
     memory = program.memory_analysis()
+    assert memory is not None, "XLA reports the memory of programs for TPUs"
     found = {
         "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         "given": memory.argument_size_in_bytes,
@@ -90,14 +91,15 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict
     return found
 
 
-def main(settings: Settings) -> None:
-    """Compiles, prints the table, writes after each program."""
+def main(settings: SamplerPlansSettings) -> None:
+    """Compiles every program, writes the result after each, and prints a table."""
     console = Console()
     table = Table("hardware", "mesh", "mode", "rows", "peak, GiB", "of", "compiled, s")
-    for place in settings.only:
-        topology, _, shape = place.partition("/")
+    for name in settings.only:
+        topology, _, shape = name.partition("/")
         hardware = find_hardware(topology)
         mesh = hardware.mesh(shape)
+        assert isinstance(mesh, jax.sharding.Mesh), "a named topology has devices to compile for"
         for mode, config in MODES.items():
             for batch in BATCHES:
                 if batch % dict(mesh.shape)["fsdp"]:
@@ -105,12 +107,12 @@ def main(settings: Settings) -> None:
                 found = compiled(mesh, config, batch)
                 found |= {"limit": hardware.chip.memory, "date": report.now()}
                 found |= {"versions": report.versions(["jax", "jaxlib", "libtpu"])}
-                report.add_json(settings.out, f"{place}/{mode}/{batch}", found)
+                report.add_json(settings.out, f"{name}/{mode}/{batch}", found)
                 cells = (gib(found["peak"]), gib(found["limit"]), str(found["compile_seconds"]))
                 table.add_row(topology, shape, mode, str(batch), *cells)
-                console.print(f"{place} {mode} {batch}: {gib(found['peak'])} GiB")
+                console.print(f"{name} {mode} {batch}: {gib(found['peak'])} GiB")
     console.print(table)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(SamplerPlansSettings, description=__doc__))

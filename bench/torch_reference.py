@@ -1,4 +1,4 @@
-"""Dream in PyTorch: the published model, sampler and loss, as the yardstick for `compare_pytorch.py`.
+"""Dream in PyTorch: the published model, sampler and loss, which `compare_pytorch.py` compares with.
 
 The transformer is the stock Qwen2 of `transformers` with its causal mask removed; what Dream adds to it (the
 right shift, `diffusion_generate`, the weighted loss) is written here from its description, in eager PyTorch
@@ -27,8 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 HeadRows = Literal["all", "masked"]
 WeightFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The fields that decide what the weights compute. Read key by key: a library's default must never stand in
-# for one.
+# The fields that decide what the weights compute. They are read key by key, so that no library's default replaces one.
 _COPIED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -151,7 +150,7 @@ def logits(
 
 
 def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """Positions [B, T] that count real tokens from 0; pads get 1."""
+    """Positions [B, T] that count valid tokens from 0; padding gets 1, as in the published code."""
     positions = attention_mask_BT.long().cumsum(-1) - 1
     return positions.masked_fill(attention_mask_BT == 0, 1)
 

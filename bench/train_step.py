@@ -46,8 +46,8 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """One measurement."""
+class TrainStepBenchSettings:
+    """One measurement: the model, the batch and how it is trained."""
 
     model: str = "dream-7b"
     layers: int | None = None
@@ -71,26 +71,30 @@ class Settings:
         return config if self.layers is None else dataclasses.replace(config, num_hidden_layers=self.layers)
 
 
-# What a user with one card would run; int8 moments make the full 7B fit 80 GB.
-PRESETS: Mapping[str, Settings] = {
-    "7b-2048": Settings(batch=8, tokens=2048, moments="int8"),
-    "7b-4096": Settings(batch=4, tokens=4096, moments="int8"),
-    "7b-lora-4096": Settings(batch=4, tokens=4096, lora_rank=32),
-    "0.5b-2048": Settings(model="dream-0.5b", batch=16, tokens=2048),
-    "small-cpu": Settings(model="small", batch=4, tokens=128, remat="none", compute_dtype="float32", warmup=1, steps=5),
-    "nano-cpu": Settings(model="nano", batch=32, tokens=64, remat="none", compute_dtype="float32", warmup=2, steps=10),
+# Runs that fit one accelerator; with int8 moments full fine-tuning of the 7B fits into 80 GB.
+PRESETS: Mapping[str, TrainStepBenchSettings] = {
+    "7b-2048": TrainStepBenchSettings(batch=8, tokens=2048, moments="int8"),
+    "7b-4096": TrainStepBenchSettings(batch=4, tokens=4096, moments="int8"),
+    "7b-lora-4096": TrainStepBenchSettings(batch=4, tokens=4096, lora_rank=32),
+    "0.5b-2048": TrainStepBenchSettings(model="dream-0.5b", batch=16, tokens=2048),
+    "small-cpu": TrainStepBenchSettings(
+        model="small", batch=4, tokens=128, remat="none", compute_dtype="float32", warmup=1, steps=5
+    ),
+    "nano-cpu": TrainStepBenchSettings(
+        model="nano", batch=32, tokens=64, remat="none", compute_dtype="float32", warmup=2, steps=10
+    ),
 }
 
 
-def make_model(settings: Settings) -> Dream:
-    """Random weights; a base that is not trained is stored in its own dtype."""
+def make_model(settings: TrainStepBenchSettings) -> Dream:
+    """A model with random weights; a base that is not trained is stored in the compute dtype."""
     dtype = settings.base_dtype if settings.lora_rank else "float32"
     options = {"compute_dtype": settings.compute_dtype, "remat": settings.remat}
     options |= {"param_dtype": dtype, "attention_backend": settings.attention}
     config, mesh = settings.config(), sharding.make_mesh(settings.mesh)
     graphdef, shapes = split_params(abstract_model(config, **options))
 
-    # Of constants with a little structure, drawn a leaf at a time: what a step costs does not depend on the values.
+    # One leaf at a time, of simple values: the time of a step does not depend on them.
     def draw(leaf: Any, place: Any) -> jax.Array:
         fill = lambda: (0.02 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32))).reshape(leaf.shape).astype(leaf.dtype)
         return jax.jit(fill, out_shardings=place)()
@@ -103,15 +107,15 @@ def make_model(settings: Settings) -> Dream:
     return model
 
 
-def rows(settings: Settings) -> Batch[np.ndarray]:
+def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
     """Random tokens; every position may be masked."""
     shape = (settings.batch, settings.tokens)
     tokens = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
     return Batch(tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32))
 
 
-def measure(settings: Settings, trace: pathlib.Path | None) -> dict[str, Any]:
-    """Seconds of each step, and what follows from them."""
+def measure(settings: TrainStepBenchSettings, trace: pathlib.Path | None) -> dict[str, Any]:
+    """Measures the step: seconds, tokens per second, MFU and memory."""
     mesh = sharding.make_mesh(settings.mesh)
     optimizer = OptimizerConfig(
         learning_rate=1e-5,
@@ -132,7 +136,7 @@ def measure(settings: Settings, trace: pathlib.Path | None) -> dict[str, Any]:
         mesh,
     )
     flops = FlopCounter(model, settings.tokens)
-    numbers = {"parameters": parameter_count(params), "trained": parameter_count(trained)}
+    numbers: dict[str, float] = {"parameters": parameter_count(params), "trained": parameter_count(trained)}
     state = init_state(trained, optimizer.make(), mesh, donate=True)
     del model, params, trained
     batch = put_batch(rows(settings), mesh)
@@ -164,15 +168,15 @@ def measure(settings: Settings, trace: pathlib.Path | None) -> dict[str, Any]:
 def timed(
     step: TrainStep,
     state: Any,
-    batch: Mapping[str, jax.Array],
+    batch: Batch[jax.Array],
     frozen: Any,
-    settings: Settings,
+    settings: TrainStepBenchSettings,
     trace: pathlib.Path | None,
 ) -> tuple[list[float], list[float], float]:
-    """Seconds and losses of the steps after the warm-up, and the masked positions of one on average."""
+    """Seconds and losses of the steps after the warm-up, and the mean number of masked positions per step."""
     seconds, losses, masked = [], [], []
     for number in range(settings.warmup + settings.steps):
-        # The trace holds one step, the second of the warm-up, so that it costs none of the times.
+        # Only the second step of the warm-up is traced, so that tracing slows none of the timed steps.
         profile = jax.profiler.trace(str(trace)) if trace and number == 1 else contextlib.nullcontext()
         with profile:
             begun = time.perf_counter()
@@ -187,13 +191,13 @@ def timed(
 
 
 def peak_bytes(device: jax.Device) -> float | None:
-    """GiB that the allocator has handed out at most; None where it does not count (a CPU)."""
+    """Peak of the memory in use, in GiB; None where the allocator does not count it (on a CPU)."""
     stats = device.memory_stats() or {}
     return stats["peak_bytes_in_use"] / GIB if "peak_bytes_in_use" in stats else None
 
 
-def measure_torch(settings: Settings) -> dict[str, Any]:
-    """The same shape in plain PyTorch, on the first card or the CPU."""
+def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
+    """The same model and batch in plain PyTorch, on the first GPU or on the CPU."""
     import torch
     import torch_reference as reference
 
@@ -210,7 +214,9 @@ def measure_torch(settings: Settings) -> dict[str, Any]:
     seconds = []
     for number in range(settings.warmup + settings.steps):
         generator = torch.Generator(device).manual_seed(number)
-        t_B = (torch.arange(settings.batch, device=device) + 0.5) / settings.batch  # as stratified as ours
+        t_B = (
+            torch.arange(settings.batch, device=device) + 0.5
+        ) / settings.batch  # stratified over the batch, as dream_jax draws it
         masked_BT = torch.rand(tokens_BT.shape, device=device, generator=generator) < t_B[:, None]
         begun = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -235,7 +241,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="compare with plain PyTorch")
     parser.add_argument("--trace", type=pathlib.Path, help="folder for a profile of one step")
     parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS / "train_step.json")
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(TrainStepBenchSettings):
         choices = {"remat": get_args(Remat), "attention": get_args(Backend), "moments": get_args(Moments)}
         flag = "--" + field.name.replace("_", "-")
         if field.type == "bool":
@@ -248,7 +254,7 @@ def main() -> None:
         for name, preset in PRESETS.items():
             print(f"{name}: {preset}")
         return
-    changes = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
+    changes = {field.name: given[field.name] for field in dataclasses.fields(TrainStepBenchSettings)}
     settings = dataclasses.replace(
         PRESETS[given["preset"]], **{name: value for name, value in changes.items() if value is not None}
     )
