@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import report
@@ -81,7 +81,7 @@ class OptimizerBenchSettings:
             save_every=self.steps,
             eval_rows=self.eval_rows,
             seed=seed,
-            **cast("Any", CHOICES[variant]),
+            **CHOICES[variant],
         )
 
 
