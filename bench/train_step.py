@@ -39,7 +39,7 @@ from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
 from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, parameter_count, split_params
-from dream_jax.optimizer import Kind, Moments, OptimizerConfig
+from dream_jax.optimizer import Moments, OptimizerConfig, OptimizerKind
 from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
 
 GIB = 2**30
@@ -58,7 +58,7 @@ class TrainStepBenchSettings:
     remat: Remat = "full"
     attention: Backend = "auto"
     compute_dtype: str = "bfloat16"
-    optimizer: Kind = "adamw"
+    optimizer: OptimizerKind = "adamw"
     moments: Moments = "float32"
     moments_on_host: bool = False
     lora_rank: int = 0

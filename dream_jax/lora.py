@@ -23,7 +23,7 @@ from flax import nnx
 
 from dream_jax import sharding
 from dream_jax.model import Dream, Linear, merge_params, split_params
-from dream_jax.quantisation import KINDS, Kind, Quantised, dequantise, kind_of, quantise
+from dream_jax.quantisation import KINDS, CodeKind, QuantisedKernel, dequantise, kind_of, quantise
 from dream_jax.shapes import ParamTree
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -234,7 +234,7 @@ def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Targ
 def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
     """The kernel of one layer."""
     if linear.kernel is None:
-        kernel = dequantise(Quantised(linear.codes[...], linear.scales[...]), linear.out_shape[-1])
+        kernel = dequantise(QuantisedKernel(linear.codes[...], linear.scales[...]), linear.out_shape[-1])
     else:
         kernel, dtype = linear.kernel[...].astype(jnp.float32), linear.kernel.dtype
     if linear.lora_a is not None:
@@ -250,7 +250,7 @@ def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------ the frozen base
 
 
-def with_base(model: Dream, base: Kind) -> Dream:
+def with_base(model: Dream, base: CodeKind) -> Dream:
     """The same model with the seven kernels of its layers quantised; embedding, norms, biases and head stay.
 
     Args:
@@ -283,7 +283,7 @@ def _quantised(kernels: dict[Target, jax.Array], kind: Kind) -> dict[Target, dic
     return {name: _pinned(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
 
 
-def with_base_shapes(model: Dream, base: Kind) -> Dream:
+def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
     """`with_base` for a model of shapes."""
     return jax.eval_shape(lambda model: with_base(model, base), model)
 

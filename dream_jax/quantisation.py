@@ -25,8 +25,8 @@ from jaxtyping import Float
 
 from dream_jax.shapes import ParamTree
 
-Kind = Literal["int8", "nf4"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+CodeKind = Literal["int8", "nf4"]
+KINDS: tuple[CodeKind, ...] = get_args(CodeKind)
 
 BLOCK = 64  # as in the QLoRA paper
 
@@ -52,7 +52,7 @@ NF4_LEVELS = (
 )
 
 
-class Quantised(NamedTuple):
+class QuantisedKernel(NamedTuple):
     """An array in one byte an element, or half of one.
 
     Attributes:
@@ -79,7 +79,7 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, width)
 
 
-def quantise(x: Float[jax.Array, "*b d"], kind: Kind) -> Quantised:
+def quantise(x: Float[jax.Array, "*b d"], kind: CodeKind) -> QuantisedKernel:
     """The nearest code of every element; deterministic, and independent of how the array is divided over devices.
 
     Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). Infinities and NaN, which no
@@ -95,21 +95,21 @@ def quantise(x: Float[jax.Array, "*b d"], kind: Kind) -> Quantised:
     share = blocks / jnp.where(scales == 0.0, 1.0, scales)[..., None]
     if kind == "int8":
         codes = jnp.round(share * 127.0).astype(jnp.int8)
-        return Quantised(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales)
+        return QuantisedKernel(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales)
     code = jnp.zeros(share.shape, jnp.uint8)
     for low, high in itertools.pairwise(NF4_LEVELS):
         code = code + (share > (low + high) / 2).astype(jnp.uint8)
     first, second = jnp.split(code, 2, axis=-1)
     packed = first | (second << jnp.uint8(4))
-    return Quantised(packed.reshape(*x.shape[:-1], -1), scales)
+    return QuantisedKernel(packed.reshape(*x.shape[:-1], -1), scales)
 
 
-def kind_of(codes: Any) -> Kind:
+def kind_of(codes: Any) -> CodeKind:
     """What codes (or their shape) stand for."""
     return "nf4" if codes.dtype == jnp.uint8 else "int8"
 
 
-def dequantise(x: Quantised, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[jax.Array, "*b d"]:
+def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[jax.Array, "*b d"]:
     """The numbers that codes mean, computed in float32; `size` is that of the array's last axis."""
     width = _width(size)
     if kind_of(x.codes) == "int8":
@@ -141,10 +141,10 @@ def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> 
 
     Args:
       x_RI: rows.
-      codes, scales: as in `Quantised`.
+      codes, scales: as in `QuantisedKernel`.
       size: of the kernel's last axis.
     """
-    return x_RI @ dequantise(Quantised(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
+    return x_RI @ dequantise(QuantisedKernel(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
 
 
 # The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
@@ -153,14 +153,14 @@ def _forward(x_RI, codes, scales, size):  # type: ignore[no-untyped-def]
 
 
 def _backward(size, kept, pull_RO):  # type: ignore[no-untyped-def]
-    kernel_IO = dequantise(Quantised(*kept), size, pull_RO.dtype).reshape(-1, pull_RO.shape[1])
+    kernel_IO = dequantise(QuantisedKernel(*kept), size, pull_RO.dtype).reshape(-1, pull_RO.shape[1])
     return pull_RO @ kernel_IO.T, None, None
 
 
 product.defvjp(_forward, _backward)
 
 
-def quantised_kernels(params: ParamTree, kind: Kind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
+def quantised_kernels(params: ParamTree, kind: CodeKind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
     """A tree with the `codes` and `scales` of every `kernel` in it, and `others` of every other leaf."""
     found: ParamTree = {}
     for name, value in params.items():

@@ -11,20 +11,13 @@ import optax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from dream_jax import optimizer as optimizers
 from dream_jax import sharding
 from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, split_params
-from dream_jax.optimizer import (
-    BLOCK,
-    OptimizerConfig,
-    Quantised,
-    dequantise,
-    quantise,
-    state_bytes,
-)
+from dream_jax.optimizer import OptimizerConfig, adam, shardings, state_bytes
+from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, quantise
 from dream_jax.train_step import StepConfig, TrainState, abstract_state, init_state, make_train_step, put_batch
 from dream_jax.trainer import TrainSettings, train
 
@@ -270,7 +263,7 @@ def decaying(optimizer, steps, moment="nu"):
     for _ in range(steps):
         _, state = step({"norm": {"scale": jnp.where(jnp.arange(32) < 16, ones, 0.0)}}, state, params)
         kept = getattr(moments_of(state), moment)["norm"]["scale"]
-        found.append(np.asarray(dequantise(kept) if isinstance(kept, Quantised) else kept, np.float32))
+        found.append(np.asarray(dequantise(kept) if isinstance(kept, QuantisedMoment) else kept, np.float32))
     return np.array(found)
 
 
@@ -280,7 +273,7 @@ def decaying(optimizer, steps, moment="nu"):
     [("bfloat16", 0.95, 60), ("int8", 0.95, 60), ("int8", 0.999, 1000), ("bfloat16", "bound", 150)],
 )
 def test_moments_do_not_stall(variant, decay, steps, moment):
-    decay = optimizers.BFLOAT16_LARGEST_DECAY if decay == "bound" else decay
+    decay = adam.BFLOAT16_LARGEST_DECAY if decay == "bound" else decay
     changes = {"b1": decay, "b2": max(decay, 0.95)} if moment == "mu" else {"b2": decay}
     found = decaying(config(variant, clip_norm=None, **changes), steps, moment)
     wanted = (1 - decay) * decay ** np.arange(1, steps + 1)
@@ -459,10 +452,10 @@ def test_moments_lie_where_their_parameters_lie(variant, mesh):
     assert len(per_device) == 8 and max(per_device.values()) < 1.1 * whole / 8
     places = jax.tree_util.tree_leaves_with_path(state.params)
     moments = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
-    is_leaf = lambda leaf: isinstance(leaf, Quantised)
+    is_leaf = lambda leaf: isinstance(leaf, QuantisedMoment)
     for stored in (moments.mu, moments.nu):
         for (path, param), leaf in zip(places, jax.tree.leaves(stored, is_leaf=is_leaf), strict=True):
-            leaf = leaf.codes if isinstance(leaf, Quantised) else leaf
+            leaf = leaf.codes if isinstance(leaf, QuantisedMoment) else leaf
             assert leaf.dtype == ("bfloat16" if variant == "bfloat16" else leaf.dtype) and leaf.dtype.itemsize < 4
             assert leaf.shape == param.shape
             assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim), path
@@ -511,7 +504,7 @@ def test_a_restored_run_goes_on_to_the_bit_and_onto_another_mesh(variant, tmp_pa
 def test_moments_on_host_are_refused_where_devices_cannot_reach_it(tmp_path, monkeypatch):
     optimizer, mesh = config(moments_on_host=True), sharding.make_mesh("1x1")
     optimizer.check_devices(mesh)
-    monkeypatch.setattr(optimizers, "_memory_kinds", lambda device: {"device"})
+    monkeypatch.setattr(shardings, "_memory_kinds", lambda device: {"device"})
     message = re.escape("needs the memory 'pinned_host', but cpu devices here have ['device']")
     with pytest.raises(ValueError, match=message):
         optimizer.check_devices(mesh)
@@ -619,15 +612,15 @@ def test_settings_name_the_optimizer_and_warn():
         TrainSettings.flat(optimizer="adafactor", moments="int8")
 
 
-# A parameter is updated a part at a time.
+# A parameter is updated one chunk at a time.
 
 
 @pytest.mark.parametrize("variant", ["bfloat16", "int8"])
-def test_parts_change_nothing(variant, monkeypatch):
+def test_chunks_change_nothing(variant, monkeypatch):
     params, gradients = (tree(np.random.default_rng(seed)) for seed in (0, 1))
     transform, found = config(variant).make(), []
-    for part in (1 << 20, 9 * 64, 1):
-        monkeypatch.setattr(optimizers, "_PART", part)
+    for chunk in (1 << 20, 9 * 64, 1):
+        monkeypatch.setattr(adam, "_CHUNK_ELEMENTS", chunk)
         step, state = update(transform), transform.init(params)
         for _ in range(3):
             updates, state = step(gradients, state, params)
@@ -638,11 +631,11 @@ def test_parts_change_nothing(variant, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, other[1], found[0][1])
 
 
-def test_float32_moments_exist_for_one_part_at_a_time(monkeypatch):
+def test_float32_moments_exist_for_one_chunk_at_a_time(monkeypatch):
     shapes = {"layers": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((32, 256, 512), jnp.float32)}}}}
     transform, temporaries = config("int8").make(), {}
-    for part in (256 * 512, 32 * 256 * 512):
-        monkeypatch.setattr(optimizers, "_PART", part)
+    for chunk in (256 * 512, 32 * 256 * 512):
+        monkeypatch.setattr(adam, "_CHUNK_ELEMENTS", chunk)
         arguments = (shapes, jax.eval_shape(transform.init, shapes), shapes)
 
         def run(gradients, state, params):
@@ -650,6 +643,6 @@ def test_float32_moments_exist_for_one_part_at_a_time(monkeypatch):
                 return transform.update(gradients, state, params)
 
         compiled = jax.jit(run, donate_argnums=(0, 1)).lower(*arguments).compile()
-        temporaries[part] = compiled.memory_analysis().temp_size_in_bytes
+        temporaries[chunk] = compiled.memory_analysis().temp_size_in_bytes
     small, large = temporaries.values()
     assert small < large / 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dream_jax.quantisation import BLOCK, NF4_LEVELS, Quantised, dequantise, product, quantise, quantised_kernels
+from dream_jax.quantisation import BLOCK, NF4_LEVELS, QuantisedKernel, dequantise, product, quantise, quantised_kernels
 
 INT8_LEVELS = np.arange(-127, 128) / 127
 
@@ -102,4 +102,4 @@ def test_trees():
 def test_unknown_kinds_raise():
     with pytest.raises((ValueError, TypeCheckError), match="int4"):
         quantise(jnp.ones((2, 64)), "int4")
-    assert Quantised._fields == ("codes", "scales")  # the names that the sharding tables know
+    assert QuantisedKernel._fields == ("codes", "scales")  # the names that the sharding tables know

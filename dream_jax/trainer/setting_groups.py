@@ -18,7 +18,7 @@ from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTur
 from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
-from dream_jax.optimizer import Kind, Moments
+from dream_jax.optimizer import Moments, OptimizerKind
 from dream_jax.quantisation import KINDS
 from dream_jax.trainer.loggers import LoggerName
 
@@ -250,7 +250,7 @@ class OptimizationSettings:
     """of the steps, before the cosine decay to zero"""
     weight_decay: float = 0.01
     """of matrices; norms and biases have none"""
-    optimizer: Kind = "adamw"
+    optimizer: OptimizerKind = "adamw"
     """adamw, or adafactor: almost no state, and no first moment"""
     moments: Moments = "float32"
     """how AdamW's two moments are stored: 8, 4 or 2.25 bytes a weight"""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dream_jax import lora, pretrained
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, split_params
-from dream_jax.quantisation import KINDS, Kind
+from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
 from dream_jax.trainer.settings import TrainSettings
 
@@ -65,7 +65,7 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     return model if kind is None else lora.with_base_shapes(model, kind)
 
 
-def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, Kind | None]:
+def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, CodeKind | None]:
     """The dtype of the weights that are no adapter, and the codes that their kernels become."""
     if not settings.lora.adapts:
         return "float32", None  # masters

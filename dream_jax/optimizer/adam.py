@@ -1,0 +1,243 @@
+"""Adam's direction, with moments that are stored as float32, bfloat16 or 8-bit codes, on the devices or on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dream_jax import sharding
+from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, is_quantised, quantise
+from dream_jax.optimizer.shardings import path_names
+from dream_jax.shapes import ParamTree
+
+# Separates the keys for rounding moments from all other uses of random numbers.
+_ROUNDING = 1 << 29
+
+# Above this decay a bfloat16 moment may stop more than 13 % away from its target, because a change of less than half a unit
+# in the last place is rounded away in every step.
+BFLOAT16_LARGEST_DECAY = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class _FloatMoments:
+    """Stored in a floating-point dtype, rounded to nearest.
+
+    A bfloat16 moment with decay b that approaches a constant target stops within a relative distance of 2**-8 / (1 - b):
+    4 % at 0.9 and 8 % at 0.95 (4 % in the root), which is little beside the noise of a gradient. At 0.99 it would be 39 %,
+    and at 0.999 a moment would never decay at all; hence `BFLOAT16_LARGEST_DECAY`. Below it rounding need not be random.
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    exact: ClassVar[bool] = True  # storing what was loaded gives the same bits
+
+    def empty(self, param: Any) -> tuple[Any, Any]:
+        zeros = jnp.zeros(param.shape, self.dtype)
+        return zeros, zeros
+
+    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+        return mu.astype(jnp.float32), nu.astype(jnp.float32)
+
+    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
+        return m.astype(self.dtype), v.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Int8Moments:
+    """Stored as 8-bit codes, see `codes.quantise`; the second moment itself and not its root, so that it has no bias."""
+
+    exact: ClassVar[bool] = False  # storing what was loaded rounds at random again
+
+    def empty(self, param: Any) -> tuple[Any, Any]:
+        blocks = -(-param.shape[-1] // min(BLOCK, param.shape[-1]))
+
+        def zeros(dtype: str) -> QuantisedMoment:
+            return QuantisedMoment(jnp.zeros(param.shape, dtype), jnp.zeros((*param.shape[:-1], blocks), jnp.float32))
+
+        return zeros("int8"), zeros("uint8")
+
+    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+        return dequantise(mu), dequantise(nu)
+
+    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
+        # 16 random bits each are enough; they depend on the index of the element and not on the mesh.
+        bits = jax.vmap(lambda key: jax.random.bits(key, m.shape[1:], jnp.uint32))(keys_R)
+
+        def uniform(bits: jax.Array) -> jax.Array:
+            return (bits.astype(jnp.float32) + 0.5) / 2.0**16
+
+        mu = quantise(m, uniform(bits & jnp.uint32(0xFFFF)), "int8")
+        return mu, quantise(v, uniform(bits >> jnp.uint32(16)), "uint8")
+
+
+MomentStorage = _FloatMoments | _Int8Moments
+STORAGES: Mapping[str, MomentStorage] = {
+    "float32": _FloatMoments("float32"),
+    "bfloat16": _FloatMoments("bfloat16"),
+    "int8": _Int8Moments(),
+}
+
+
+class MomentsState(NamedTuple):
+    """The number of updates so far, and the two moments of every parameter as they are stored."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+class OnHost(NamedTuple):
+    """A state with its arrays in the memory of the host; `opt_state_shardings` recognises it by the name of the field."""
+
+    on_host: Any
+
+
+def scale_by_adam(
+    b1: float, b2: float, eps: float, storage: MomentStorage, *, on_host: bool
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` in float32, with moments that are stored in less memory or in the memory of the host.
+
+    The update runs over one chunk of one parameter at a time, and only for that chunk are there float32 moments on the
+    devices: all at once they would take more memory than is saved.
+    """
+
+    def state(count: jax.Array, treedef: Any, pairs: list[tuple[Any, Any]]) -> Any:
+        mu, nu = ([pair[which] for pair in pairs] for which in (0, 1))
+        found = MomentsState(count, jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu))
+        return OnHost(found) if on_host else found
+
+    def init(params: ParamTree) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = [storage.empty(leaf) for leaf in leaves]
+        return state(jnp.int32(0), treedef, _to_host(pairs) if on_host else pairs)
+
+    def update(
+        gradients: ParamTree,
+        before: Any,
+        params: ParamTree | None = None,
+        *,
+        usable: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[ParamTree, Any]:
+        before = before.on_host if on_host else before
+        count = optax.safe_increment(before.count)
+        key = jax.random.fold_in(jax.random.key(_ROUNDING), count)
+        steps = count.astype(jnp.float32)
+
+        def advance(gradient: jax.Array, moments: Any, keys_R: jax.Array) -> tuple[jax.Array, Any]:
+            g = gradient.astype(jnp.float32)
+            moments = _to_device(moments) if on_host else moments
+            before_m, before_v = storage.load(*moments)
+            m = b1 * before_m + (1 - b1) * g
+            v = b2 * before_v + (1 - b2) * jnp.square(g)
+            m, v = select(usable, (m, v), (before_m, before_v))
+            direction = m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
+            after = storage.store(m, v, keys_R)
+            if not storage.exact:
+                after = select(usable, after, moments)
+            # In the dtype of the gradient, so that it can be written over the gradient.
+            return direction.astype(gradient.dtype), _to_host(after) if on_host else after
+
+        leaves, treedef = jax.tree.flatten_with_path(gradients)
+        moments = (jax.tree.leaves(tree, is_leaf=is_quantised) for tree in (before.mu, before.nu))
+        updates, pairs = [], []
+        for index, ((path, gradient), mu, nu) in enumerate(zip(leaves, *moments, strict=True)):
+            keys_R = _row_keys(jax.random.fold_in(key, index), gradient.shape[0])
+            chunks = _num_chunks(path_names(path), gradient.shape)
+            update, pair = _by_chunks(advance, gradient, (mu, nu), keys_R, chunks)
+            updates.append(update)
+            pairs.append(pair)
+        return jax.tree.unflatten(treedef, updates), state(select(usable, count, before.count), treedef, pairs)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_float32_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` to the last bit, with its lines, and a choice between old and new moments added to them."""
+
+    def update(
+        gradients: ParamTree,
+        before: Any,
+        params: ParamTree | None = None,
+        *,
+        usable: jax.Array | None = None,
+        **others: Any,
+    ) -> tuple[ParamTree, Any]:
+        mu = optax.tree.update_moment(gradients, before.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, before.nu, b2, 2)
+        # The choice is made before the moments are used: the direction is then computed from exactly what is stored, and
+        # XLA can write the new moments over the old ones. A later choice would need both in memory at once.
+        mu, nu = select(usable, (mu, nu), (before.mu, before.nu))
+        count = optax.safe_increment(before.count)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v + 0.0) + eps), mu_hat, nu_hat)
+        return updates, optax.ScaleByAdamState(count=select(usable, count, before.count), mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1=b1, b2=b2, eps=eps).init, update)
+
+
+def select(usable: jax.Array | None, new: Any, old: Any) -> Any:
+    """The new tree if `usable` is true or None, otherwise the old tree, bit for bit."""
+    return new if usable is None else jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, old)
+
+
+def _to_host(tree: Any) -> Any:
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
+def _to_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
+# How many elements of a parameter are updated at once (256 MiB in float32): about one matrix of one layer of Dream-7B.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each index of a parameter's first axis, so that random bits do not depend on the chunks."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def _num_chunks(names: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """How many equal chunks the first axis of a parameter is cut into; 1 where the current mesh shards that axis."""
+    if len(shape) < 2:  # the first axis is also the last one, along which the blocks of codes are taken
+        return 1
+    axes = sharding.PARAMETER_AXES.get(".".join(names))
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes is not None and not mesh.empty:
+        spec = sharding.partition_spec(axes, shape, dict(mesh.shape))
+        if spec and spec[0] is not None:
+            return 1
+    enough = (
+        count
+        for count in range(1, shape[0] + 1)
+        if shape[0] % count == 0 and math.prod(shape) <= count * _CHUNK_ELEMENTS
+    )
+    return next(enough, shape[0])
+
+
+def _by_chunks(
+    function: Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]],
+    gradient: jax.Array,
+    moments: Any,
+    keys_R: jax.Array,
+    chunks: int,
+) -> tuple[jax.Array, Any]:
+    """Applies a function of a gradient, its moments and its row keys to one chunk of rows after the other, in place."""
+    if chunks == 1:
+        return function(gradient, moments, keys_R)
+    size = keys_R.shape[0] // chunks
+
+    def visit(number: jax.Array, arrays: Any) -> Any:
+        cut = lambda array: jax.lax.dynamic_slice_in_dim(array, number * size, size)
+        paste = lambda array, chunk: jax.lax.dynamic_update_slice_in_dim(array, chunk, number * size, axis=0)
+        gradient, moments = jax.tree.map(cut, arrays)
+        return jax.tree.map(paste, arrays, function(gradient, moments, cut(keys_R)))
+
+    found: tuple[jax.Array, Any] = jax.lax.fori_loop(0, chunks, visit, (gradient, moments))
+    return found
