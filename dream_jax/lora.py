@@ -277,7 +277,7 @@ def with_base(model: Dream, base: CodeKind) -> Dream:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _quantised(kernels: dict[Target, jax.Array], kind: Kind) -> dict[Target, dict[str, jax.Array]]:
+def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind) -> dict[Target, dict[str, jax.Array]]:
     # A layer at a time: what is formed on the way is in float32.
     one = functools.partial(quantise, kind=kind)
     return {name: _pinned(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}

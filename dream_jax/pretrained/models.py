@@ -22,7 +22,7 @@ from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_pa
 from dream_jax.pretrained.adapter import describe_adapter, put_on
 from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
 from dream_jax.pretrained.quantised import quantised_params
-from dream_jax.quantisation import KINDS, Kind
+from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh, parameter_shardings
 from dream_jax.tokenizer import TOKENIZER_FILES
@@ -38,7 +38,7 @@ def load(
     attention_backend: Backend = "auto",
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
-    base: Kind | None = None,
+    base: CodeKind | None = None,
     adapter: str | os.PathLike[str] | None = None,
     any_base: bool = False,
 ) -> Dream:
@@ -83,7 +83,7 @@ def load(
 
 
 def _weights(
-    path: str | os.PathLike[str], model: Dream, dtype: np.dtype, mesh: Mesh | None, seed: int, base: Kind | None
+    path: str | os.PathLike[str], model: Dream, dtype: np.dtype, mesh: Mesh | None, seed: int, base: CodeKind | None
 ) -> Dream:
     """The model of these shapes with the weights at `path`."""
     graphdef, shapes = split_params(model)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dream_jax import checkpoint, hf, lora
 from dream_jax.config import DreamConfig
-from dream_jax.quantisation import Kind, quantised_kernels
+from dream_jax.quantisation import CodeKind, quantised_kernels
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import parameter_shardings
 
@@ -60,7 +60,7 @@ def unit_reader(
 
 
 def quantised_params(
-    directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, kind: Kind, shapes: ParamTree, mesh: Mesh | None
+    directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, kind: CodeKind, shapes: ParamTree, mesh: Mesh | None
 ) -> tuple[ParamTree, str]:
     """Reads a directory into a quantised base.
 
