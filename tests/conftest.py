@@ -94,6 +94,14 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the nano model (tests/shared_run.py): to be read, or copied."""
+    import shared_run
+
+    return shared_run.make_once(shared_run.session_folder(tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Tiny checkpoints in the published layout, and the numbers the published code gives on them."""
     return TESTS / "golden"

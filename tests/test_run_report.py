@@ -4,33 +4,29 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from commands import run_script, start_script
+from shared_run import FLAGS, settings
 
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.curves import draw_curves
 from dream_jax.reports.record import read_record, shown, table
 from dream_jax.reports.run_report import render_report, write_report
 from dream_jax.sharding import make_mesh
-from dream_jax.trainer import Diverged, TrainSettings, segments, train
+from dream_jax.trainer import Diverged, segments, train
 from dream_jax.trainer.console import Report
 from dream_jax.trainer.cost import begin_part, run_cost
 from dream_jax.trainer.incidents import FILE as INCIDENTS
 from dream_jax.trainer.incidents import Incidents, read_incidents
 from dream_jax.trainer.segments import Part, Parts, read_parts
 
-ROOT = pathlib.Path(__file__).parent.parent
-OPTIONS = {"steps": 12, "batch_size": 8, "save_every": 5, "eval_rows": 4, "samples": 2, "sample_tokens": 20}
 
-
-def settings(out, **changes):
-    return TrainSettings.flat(**(OPTIONS | {"out": out} | changes))
+def losses(out):
+    return [(row["step"], row["loss"]) for row in read_record(out).steps]
 
 
 def train_and_report(chosen):
@@ -40,11 +36,8 @@ def train_and_report(chosen):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    # A price, and settings that are warned of.
-    train_and_report(settings(out, price_per_chip_hour=36.0, weight="inverse-time"))
-    return out
+def finished(nano_run):
+    return nano_run
 
 
 def copied(finished, tmp_path, name="run"):
@@ -102,30 +95,35 @@ def test_without_matplotlib_the_report_says_so(finished, tmp_path, monkeypatch):
     assert not (out / "curves.png").exists()
 
 
-def test_a_stopped_run_keeps_its_samples_and_says_that_it_was_stopped(finished, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_comes_to_the_same_end_and_says_that_it_was_stopped(finished, tmp_path):
+    """Stopped between two steps by SIGINT, then the same command: the same losses, bit for bit."""
     out = tmp_path / "stopped"
-    arguments = ["--steps", "12", "--batch-size", "8", "--save-every", "5", "--eval-rows", "4"]
-    arguments += ["--samples", "2", "--sample-tokens", "20", "--out", str(out), "--log-every", "1"]
-    command = [sys.executable, "train.py", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    arguments = [*FLAGS, "--out", out, "--log-every", 1]
+    with start_script("train.py", *arguments) as process:
         for line in process.stdout:
             if line.startswith("step 1/"):
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stdout.read()
     assert process.returncode == 130, rest
+    assert "the same command goes on from there" in rest
+    assert not (out / "summary.json").exists()
+    assert 1 <= len(losses(out)) < 12
     before = json.loads((out / "samples.json").read_text())
     assert "after" not in before
     # A report of what there is can be made at any time.
     assert "NOT finished" in render_report(read_record(out), drawn=False)
-    code, said, _ = train_py(monkeypatch, capsys, *arguments)
-    assert code == 0 and f"wrote {out / 'report.md'}" in said
+    with pytest.raises(FileExistsError, match="seed was 0, now 1"):
+        train(settings(out, seed=1))
+    again = run_script("train.py", *arguments)
+    assert again.returncode == 0 and f"wrote {out / 'report.md'}" in again.stdout
+    assert losses(out) == losses(finished)
     after = json.loads((out / "samples.json").read_text())
     assert {name: after[name] for name in before} == before and len(after["after"]) == 2
     kinds = [one["kind"] for one in read_incidents(out)]
-    assert kinds == ["stopped", "resumed"]
+    assert kinds == ["warning", "stopped", "resumed", "warning"]
     text = (out / "report.md").read_text()
-    assert "stopped: 1, resumed: 1." in text and "the same command goes on from there" in text
+    assert "stopped: 1, resumed: 1" in text and "the same command goes on from there" in text
     first, second = read_parts(out)
     assert first.ended and second.ended and first.seconds > 1
     summary = json.loads((out / "summary.json").read_text())
@@ -138,7 +136,7 @@ def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
     """Answers to fewer prompts, or longer ones, are not laid beside those of before."""
     out = copied(finished, tmp_path)
     (out / "summary.json").unlink()
-    train_and_report(settings(out, samples=1, weight="inverse-time"))
+    train_and_report(settings(out, samples=1))
     assert read_record(out).settings["samples"] == 1
     samples = json.loads((out / "samples.json").read_text())
     assert len(samples["prompts"]) == len(samples["after"]) == 1 and "before" not in samples
@@ -149,8 +147,7 @@ def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
 def test_only_one_thing_is_asked_for_at_once(tmp_path):
     places = [str(tmp_path / name) for name in ("a", "b")]
     for more, said in ((["--report", places[0]], "give one of them"), (["--plan"], "--plan is of a run to come")):
-        command = [sys.executable, "train.py", "--compare", *places, *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = run_script("train.py", "--compare", *places, *more)
         assert done.returncode != 0 and said in done.stdout + done.stderr
 
 
@@ -258,34 +255,27 @@ def test_two_runs_side_by_side(finished, tmp_path):
         compare(finished, other)
 
 
-def train_py(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    return done.value.code, *capsys.readouterr()
-
-
-def test_the_command_that_compares(finished, tmp_path, monkeypatch, capsys):
+def test_the_command_that_compares(finished, tmp_path):
     target = tmp_path / "side.md"
-    code, text, _ = train_py(monkeypatch, capsys, "--compare", finished, finished, "--compare-out", target)
+    code, text, _ = run_script("train.py", "--compare", finished, finished, "--compare-out", target)
     assert code == 0 and target.read_text() in text and "## What came of them" in text
-    code, _, error = train_py(monkeypatch, capsys, "--compare", finished, finished, "--compare-out", target)
+    code, _, error = run_script("train.py", "--compare", finished, finished, "--compare-out", target)
     assert code == 1 and "exists; give another --compare-out" in error
-    code, _, error = train_py(monkeypatch, capsys, "--compare", finished, tmp_path / "none")
+    code, _, error = run_script("train.py", "--compare", finished, tmp_path / "none")
     assert code == 1 and "not the folder of a run" in error
-    code, _, error = train_py(monkeypatch, capsys, "--compare-out", target)
+    code, _, error = run_script("train.py", "--compare-out", target)
     assert code != 0 and "add --compare" in error
 
 
-def test_the_command_that_writes_a_report_again(finished, tmp_path, monkeypatch, capsys):
+def test_the_command_that_writes_a_report_again(finished, tmp_path):
     out = copied(finished, tmp_path)
     before = (out / "report.md").read_text()
     (out / "report.md").unlink()
     (out / "summary.json").unlink()
-    code, text, _ = train_py(monkeypatch, capsys, "--report", out)
+    code, text, _ = run_script("train.py", "--report", out)
     assert code == 0 and f"wrote {out / 'report.md'}" in text
     assert "NOT finished: 12 steps are done." in (out / "report.md").read_text() and "NOT finished" not in before
-    code, _, error = train_py(monkeypatch, capsys, "--report", tmp_path)
+    code, _, error = run_script("train.py", "--report", tmp_path)
     assert code == 1 and "not the folder of a run" in error
 
 
