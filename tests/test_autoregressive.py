@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -230,11 +228,11 @@ def test_the_tokenizer_gets_the_tokens_of_dreams(assets, tmp_path):
 
 
 def test_the_command(qwen2, tmp_path):
-    command = [sys.executable, "convert/qwen2_to_dream.py", str(qwen2), str(tmp_path / "out"), "--mask-row", "mean"]
-    command += ["--mask-token-id", str(MASK), "--pad-token-id", str(PAD)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["convert/qwen2_to_dream.py", qwen2, tmp_path / "out", "--mask-row", "mean"]
+    command += ["--mask-token-id", MASK, "--pad-token-id", PAD]
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     assert "mask token 260 (the mean of the rows before it)" in done.stdout
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = run_script(*command)
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "Traceback" not in again.stderr
     assert jax.tree.leaves(dream_jax.load(tmp_path / "out"))

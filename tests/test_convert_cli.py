@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_script
 from safetensors.numpy import load_file
 
 from dream_jax import hf, pretrained
@@ -20,6 +21,7 @@ from dream_jax.config import DreamConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # whole files of it need that path (tests/startup)
 
 
 def command(script: str, *arguments: object) -> list[str]:
@@ -67,7 +69,7 @@ def large(tmp_path: Path) -> Iterator[Path]:
 
 def test_there_and_back(golden_dir: Path, tmp_path: Path) -> None:
     source = golden_dir / "tiny_b" / "hf"
-    made = run("hf_to_flax", source, tmp_path / "c", "--dtype", "bfloat16", "--mesh", "8x1")
+    made = run("hf_to_flax", source, tmp_path / "c", "--dtype", "bfloat16", "--mesh", "8x1")  # a process of its own
     assert (made.returncode, made.stderr) == (0, "")
     for line in (
         "dtype: bfloat16",
@@ -78,7 +80,7 @@ def test_there_and_back(golden_dir: Path, tmp_path: Path) -> None:
     ):
         assert line in made.stdout
     assert re.search(r"0\.00 of 0\.00 GB, \d+ MB/s, 0 s left", made.stdout)
-    back = run("flax_to_hf", tmp_path / "c", tmp_path / "h", "--max-shard-size", 40_000)
+    back = run_script("convert/flax_to_hf.py", tmp_path / "c", tmp_path / "h", "--max-shard-size", 40_000)
     assert (back.returncode, back.stderr) == (0, "")
     expected = {n: x for path in source.glob("*.safetensors") for n, x in load_file(path).items()}
     found = {n: x for path in (tmp_path / "h").glob("*.safetensors") for n, x in load_file(path).items()}
@@ -86,7 +88,7 @@ def test_there_and_back(golden_dir: Path, tmp_path: Path) -> None:
     for name, x in found.items():
         np.testing.assert_array_equal(x, expected[name].astype(x.dtype))
 
-    refused = run("flax_to_hf", tmp_path / "c", tmp_path / "h")
+    refused = run_script("convert/flax_to_hf.py", tmp_path / "c", tmp_path / "h")
     assert refused.returncode == 1
     assert refused.stderr.splitlines() == [
         f"error: {tmp_path / 'h'} exists; pass --overwrite (overwrite=True) to replace it, or give another name"
@@ -99,12 +101,24 @@ def test_error_is_one_line(golden_dir: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(fields | {"novelty": 1}))
     content = (source / hf.SINGLE).read_bytes()
     (source / hf.SINGLE).write_bytes(content[:-4])
-    refused = run("hf_to_flax", source, tmp_path / "c", "--ignore-config-key", "novelty")
+    refused = run_script("convert/hf_to_flax.py", source, tmp_path / "c", "--ignore-config-key", "novelty")
     assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
     assert line.startswith(f"error: {source / hf.SINGLE} is not a whole safetensors file")
     assert "model.norm.weight" in line
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", ["convert/flax_to_hf.py", "convert/gsm8k_to_s1k.py", "convert/qwen2_to_dream.py", "study.py", "train.py"]
+)
+def test_scripts_start_by_themselves(script: str) -> None:
+    """In processes of their own, without the paths that tests add; the others run so in the tests of what they do."""
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
 @pytest.mark.slow

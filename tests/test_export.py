@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_script
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -22,7 +20,6 @@ from dream_jax.reports.model_card import find_run, model_card
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 from dream_jax.trainer import TrainSettings, train
 
-ROOT = pathlib.Path(__file__).parent.parent
 TOKENS = np.random.default_rng(0).integers(0, 250, (3, 20)).astype(np.int32)
 
 
@@ -46,8 +43,7 @@ def tensors(directory):
 
 
 def flax_to_hf(*arguments):
-    command = [sys.executable, "convert/flax_to_hf.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script("convert/flax_to_hf.py", *arguments)
 
 
 def test_a_run_is_exported_with_its_card(runs, tmp_path):

@@ -21,7 +21,7 @@ from dream_jax.trainer import TrainSettings, train
 from dream_jax.trainer.build import abstract_step
 
 STEPS = 24
-RUN = {"mesh": "8x1", "steps": STEPS, "batch_size": 16, "save_every": 1, "keep": STEPS, "log_every": 1}
+RUN = {"mesh": "2x1", "steps": STEPS, "batch_size": 8, "save_every": 1, "keep": STEPS, "log_every": 1}
 RUN |= {"eval_rows": 4, "eval_every": 5}
 FLAGS = [word for name, value in RUN.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 LINE = re.compile(r"step (\d+)/")
@@ -38,7 +38,7 @@ def table(path):
 def final_state(out):
     """All that the run carries from step to step, from its last checkpoint."""
     settings = TrainSettings.flat(out=out, **RUN)
-    shapes = abstract_step(settings, sharding.make_mesh("8x1"), 40).state
+    shapes = abstract_step(settings, sharding.make_mesh(RUN["mesh"]), 40).state
     with RunCheckpoints(out / "checkpoints", keep=STEPS) as checkpoints:
         assert checkpoints.latest_step() == STEPS
         state, meta = checkpoints.restore(shapes)
@@ -81,6 +81,21 @@ def read_steps(process, number):
     return said
 
 
+@pytest.mark.optimised
+def test_a_kill_changes_no_bit(uninterrupted, tmp_path):
+    """While it takes a step or writes a checkpoint; this process then trains on from what it finds."""
+    out = tmp_path / "killed"
+    with started(out) as process:
+        read_steps(process, 3)
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    wanted, found = (table(run / "metrics.csv") for run in (uninterrupted, out))
+    assert 3 <= len(found) < STEPS and found[:-1] == wanted[: len(found) - 1]
+    train(TrainSettings.flat(out=out, **RUN))
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.slow
 def test_five_kills_change_no_bit(uninterrupted, tmp_path):
     """At moments nobody has chosen: before the first step, between steps, while a checkpoint is written."""
     out, draw = tmp_path / "killed", random.Random(5)
@@ -119,6 +134,7 @@ def cut(run, out, last):
             shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_going_on_with_another_mesh(uninterrupted, tmp_path):
     cut(uninterrupted, tmp_path / "moved", 12)
     train(TrainSettings.flat(out=tmp_path / "moved", **RUN | {"mesh": "2x4"}))
@@ -187,6 +203,7 @@ def test_two_processes_give_the_losses_of_one(two_processes, uninterrupted):
         np.testing.assert_allclose(*values, rtol=1e-5 if column == "loss" else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, tmp_path):
     """The one that coordinates, then the other; whoever is left says what to do, within a minute."""
     out = tmp_path / "left"
@@ -208,6 +225,7 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, tmp_pa
     assert_same_run(out, two_processes)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_other(tmp_path):
     """A file that only one host lacks: it says so and ends, and does not wait for the other, which waits for it."""
     with pair(tmp_path / "out", "--data", "gone.jsonl") as running:
@@ -221,6 +239,7 @@ def test_an_error_of_one_process_ends_the_other(tmp_path):
     assert rest.strip().splitlines()[-1].startswith("error: process 0 of 0..1 ended before the run did.")
 
 
+@pytest.mark.slow
 def test_slurm_is_found(tmp_path):
     """Two tasks of a job step, as srun would start them, without a word on the command line."""
     out, port = tmp_path / "slurm", free_port()
@@ -233,7 +252,7 @@ def test_slurm_is_found(tmp_path):
             more = ("--steps", "2", "--eval-rows", "0")
             running.append(stack.enter_context(started(out, *more, **own)))
         said = finish(running)
-    assert "8 x cpu, 2 process(es)" in said[0] and "step 2/2" in said[0]
+    assert "2 x cpu, 2 process(es)" in said[0] and "step 2/2" in said[0]
     assert "step" not in said[1]  # one of them prints
 
 

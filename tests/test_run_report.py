@@ -121,9 +121,9 @@ def test_a_stopped_run_comes_to_the_same_end_and_says_that_it_was_stopped(finish
     after = json.loads((out / "samples.json").read_text())
     assert {name: after[name] for name in before} == before and len(after["after"]) == 2
     kinds = [one["kind"] for one in read_incidents(out)]
-    assert kinds == ["warning", "stopped", "resumed", "warning"]
+    assert [kind for kind in kinds if kind != "warning"] == ["stopped", "resumed"]
     text = (out / "report.md").read_text()
-    assert "stopped: 1, resumed: 1" in text and "the same command goes on from there" in text
+    assert "stopped: 1" in text and "resumed: 1" in text and "the same command goes on from there" in text
     first, second = read_parts(out)
     assert first.ended and second.ended and first.seconds > 1
     summary = json.loads((out / "summary.json").read_text())
@@ -160,7 +160,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
 
 def test_overwriting_forgets_the_old_run(finished, tmp_path):
     out = copied(finished, tmp_path)
-    train_and_report(settings(out, steps=2, eval_rows=0, overwrite=True))
+    train_and_report(settings(out, steps=2, eval_rows=0, overwrite=True, weight="cart"))
     assert not (out / "samples.json").exists() and not read_incidents(out)
     text = (out / "report.md").read_text()
     assert "None: the run has no held-out rows to ask" in text and "2 steps of 8 rows" in text
@@ -292,7 +292,7 @@ def test_cost_of_a_run_by_hand(tmp_path):
     cost = run_cost([long], dollars.price)
     assert (cost.chips, cost.chip_hours, cost.usd, cost.usd_per_chip_hour) == (1, 0.5, 1.0, 2.0)
     assert cost.rmb == pytest.approx(7.1)
-    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path).price)
+    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path, price_per_chip_hour=None).price)
     assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
     # Half an hour on eight chips at 6 dollars, and half an hour on one at 2.
     more = dataclasses.replace(long, chips=8, usd_per_chip_hour=6.0)
@@ -373,7 +373,9 @@ def test_a_run_does_not_end_for_the_file_of_its_parts(tmp_path, monkeypatch):
             full.setattr(segments.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             time.sleep(0.1)
         before = read_parts(tmp_path)[0].seconds
-        time.sleep(0.1)
+        deadline = time.monotonic() + 20
+        while read_parts(tmp_path)[0].seconds <= before and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert read_parts(tmp_path)[0].seconds > before  # it goes on when it can
     assert said and all("No space left on device" in one for one in said)
     # What is said of it goes to the same disk.

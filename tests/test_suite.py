@@ -1,5 +1,6 @@
 """What the whole suite rests on: tests/conftest.py and what it sets up."""
 
+import faults
 import jax
 from jax._src import lru_cache
 
@@ -12,3 +13,9 @@ def test_compiled_programs_are_written_whole(tmp_path):
     cache.put("key", b"program")
     assert cache.get("key") == b"program"
     assert [path.name for path in tmp_path.iterdir()] == ["key-cache"]
+
+
+def test_every_deliberate_fault_can_be_made():
+    """Their texts stand exactly once in the files; `python tests/faults.py` then shows that the default tests notice."""
+    assert not faults.wrong_places(faults.ROOT)
+    assert len(faults.FAULTS) >= 20
