@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
+from marking import slow
 
 from dream_jax import PRESETS, Dream, masks, sharding, target
 from dream_jax import attention as room
@@ -132,7 +133,7 @@ def interpreted():
         (3, 5, 5, 6, 2),  # far below one tile
         (2, 128, 256, 4, 4),  # whole tiles, no grouping
         (1, 7, 140, 7, 1),  # a window of queries, one key/value head
-        (2, 300, 1000, 2, 1),  # several blocks of keys, both lengths odd ones
+        slow(2, 300, 1000, 2, 1),  # several blocks of keys, both lengths odd ones
     ],
 )
 def test_splash_is_attention(batch, queries, keys, heads, kv_heads, kind):
@@ -245,8 +246,9 @@ SPLITS = {
 @pytest.mark.parametrize(
     ("split", "kind"),
     [
-        *(("rows and heads", kind) for kind in KINDS),
-        *(("queries too", kind) for kind in KINDS),
+        *(slow("rows and heads", kind) for kind in KINDS),
+        *(slow("queries too", kind) for kind in KINDS if kind != "segments"),
+        ("queries too", "segments"),
         ("nothing divides", "segments"),
         ("key heads do not", "lengths"),
     ],

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from marking import slow
 from safetensors.numpy import load_file, save_file
 
 from dream_jax import checkpoint, files, hf, pretrained
@@ -95,7 +96,7 @@ def test_hf_to_converted_to_hf_keeps_every_bit(
         assert bits(pretrained.load(tmp_path / made_from, dtype)) == bits(model)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+@pytest.mark.parametrize("mesh", [slow("8x1"), "4x2", slow("2x4")])
 def test_converted_loads_on_any_mesh(tiny: Path, tmp_path: Path, mesh: str) -> None:
     pretrained.convert_from_hf(tiny, tmp_path / "converted", mesh="8x1")
     divided = split_params(pretrained.load(tmp_path / "converted", mesh=mesh))[1]

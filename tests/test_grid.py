@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from marking import slow
 
 from dream_jax import sharding
 from dream_jax.config import PRESETS
@@ -71,7 +72,7 @@ def test_score_is_that_of_all_logits():
     assert f"nll {score.nll:.4f} +- {score.nll_se:.4f}" in score.line()
 
 
-@pytest.mark.parametrize(("mesh", "size"), [("1x1", 5), ("2x1", 4), ("8x1", 8), ("2x2x2", 2)])
+@pytest.mark.parametrize(("mesh", "size"), [("1x1", 5), slow("2x1", 4), slow("8x1", 8), ("2x2x2", 2)])
 def test_neither_mesh_nor_batch_change_it(mesh, size):
     wanted = Grid(rows(), 1, sharding.make_mesh("1x1")).score(model(sharding.make_mesh("1x1")))
     devices = sharding.make_mesh(mesh)

@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from marking import slow
 from safetensors.numpy import load_file, save_file
 
 from dream_jax import hf, pretrained
@@ -156,7 +157,7 @@ def test_logits_are_those_of_the_published_code(golden_dir: Path, name: str, mes
         np.testing.assert_allclose(np.asarray(logits)[real], golden["pad_logits"][real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+@pytest.mark.parametrize("mesh", [slow("8x1"), "4x2", slow("2x4")])
 def test_mesh_divides_every_array_and_changes_no_bit(golden_dir: Path, mesh: str) -> None:
     directory = golden_dir / "tiny_a" / "hf"
     whole = split_params(pretrained.load(directory))[1]

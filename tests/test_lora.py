@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from golden_numbers import arrays
 from golden_numbers import model as golden_model
+from marking import slow
 
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch
@@ -283,7 +284,7 @@ def trained(mesh="1x1", accumulation=1, kind=None, dropout=0.2):
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "kind"),
-    [("8x1", 1, None), ("4x2", 2, None), ("2x2x2", 1, "nf4")],
+    [slow("8x1", 1, None), slow("4x2", 2, None), ("2x2x2", 1, "nf4")],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation, kind):
     """With dropout on: what a row does not see follows from seed, step and row alone."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marking import slow
 
 from dream_jax import masks
 from dream_jax.attention import Window
@@ -17,7 +18,7 @@ from dream_jax.sampler import FastDLLMCache, SamplerConfig, Stream, Threshold, W
 from dream_jax.sampler.loop import lay_text
 from dream_jax.sampler.state import StaticSettings
 
-NAMES = ["bidirectional", "causal", "prefix", "block-causal:4", "window:3", "window:4:0"]
+NAMES = ["bidirectional", slow("causal"), "prefix", "block-causal:4", "window:3", slow("window:4:0")]
 CONFIG = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
 
 
@@ -135,11 +136,11 @@ def cached_error(name):
     [
         ("causal", True),
         ("prefix", True),
-        ("window:4:0", True),
+        slow("window:4:0", True),
         ("block-causal:4", True),  # the sampler's blocks are the mask's
-        ("block-causal:2", True),
+        slow("block-causal:2", True),
         ("block-causal:8", False),  # the mask's block goes on beyond the sampler's
-        ("block-causal:3", False),
+        slow("block-causal:3", False),
         ("window:3", False),
         ("bidirectional", False),
     ],

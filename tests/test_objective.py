@@ -12,6 +12,7 @@ from golden_numbers import CHECKPOINTS, LOSSES, arrays, facts, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from marking import slow
 
 from dream_jax import objective, sharding
 from dream_jax.config import PRESETS
@@ -439,7 +440,7 @@ def test_a_second_call_compiles_nothing():
 
 
 @pytest.mark.parametrize("rows", [4, 3])  # rows that the mesh divides, and rows that it does not
-@pytest.mark.parametrize("mesh", ["2x4", "2x2x2", "1x1x8"])
+@pytest.mark.parametrize("mesh", [slow("2x4"), "2x2x2", slow("1x1x8")])
 def test_loss_under_the_mesh_of_the_model(mesh, rows):
     graphdef, params = split_params(make())
     mesh = sharding.make_mesh(mesh)

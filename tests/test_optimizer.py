@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from marking import slow
 
 from dream_jax import sharding
 from dream_jax.batch import Batch
@@ -444,7 +445,7 @@ def test_meshes_change_nothing(variant, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["4x2"])
-@pytest.mark.parametrize("variant", ["bfloat16", "int8"])
+@pytest.mark.parametrize("variant", [slow("bfloat16"), "int8"])
 def test_moments_lie_where_their_parameters_lie(variant, mesh):
     state = run(variant, mesh)[0]
     whole = state_bytes(state.opt_state)
@@ -471,7 +472,8 @@ def bits(state):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.optimised
+@pytest.mark.parametrize("variant", [slow("float32"), slow("bfloat16"), "int8", slow("adafactor")])
 def test_a_restored_run_goes_on_to_the_bit_and_onto_another_mesh(variant, tmp_path):
     half = STEPS // 2
     state, losses = steps(variant, "4x2", first_state(variant, "4x2"), 0, half)
@@ -522,7 +524,7 @@ def kinds(state):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
 
 
-@pytest.mark.parametrize("variant", ["float32", "int8"])
+@pytest.mark.parametrize("variant", [slow("float32"), "int8"])
 def test_moments_on_host_stay_there_and_change_nothing(variant, tmp_path):
     optimizer, mesh = config(variant, total_steps=STEPS, moments_on_host=True), sharding.make_mesh("4x2")
     step = make_train_step(GRAPHDEF, optimizer.make(), optimizer.schedule(), StepConfig(global_batch=ROWS), mesh)

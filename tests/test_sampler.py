@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_numbers import CHECKPOINTS, GOLDEN, arrays, facts, model
+from marking import slow
 
 from dream_jax import masks, schedule
 from dream_jax.config import PRESETS
@@ -108,7 +109,9 @@ def test_skipped_steps():
 # The loop
 
 
-@pytest.mark.parametrize("config", [*RANDOM, BLOCKS], ids=lambda config: config.alg)
+@pytest.mark.parametrize(
+    "config", [RANDOM[1], *map(slow, (RANDOM[0], *RANDOM[2:])), BLOCKS], ids=lambda config: config.alg
+)
 def test_driver_is_a_python_loop_over_the_step(config):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)
     mask_id = dream.config.mask_token_id
@@ -213,7 +216,9 @@ def test_key_is_asked_for_only_when_something_is_random():
     assert SamplerConfig().is_random
 
 
-@pytest.mark.parametrize("config", [SamplerConfig(max_new_tokens=10, steps=6, alg="entropy"), *RANDOM], ids=str)
+@pytest.mark.parametrize(
+    "config", [SamplerConfig(max_new_tokens=10, steps=6, alg="entropy"), RANDOM[0], *map(slow, RANDOM[1:])], ids=str
+)
 def test_rows_do_not_depend_on_the_batch(config):
     """Left-padded beside longer rows, or alone without padding: the same tokens, at the same steps."""
     dream, (start, valid) = model("tiny_b"), prompt(4, 9, 6, 1)
@@ -497,8 +502,8 @@ def test_nothing_to_write_needs_no_key():
     np.testing.assert_array_equal(out.tokens, prompt(4)[0])
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4", "2x2x2"])
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("mesh", [slow("8x1"), slow("2x4"), "2x2x2"])
+@pytest.mark.parametrize("checkpoint", [slow("tiny_a"), "tiny_b"])
 def test_mesh_changes_nothing(checkpoint, mesh):
     spread = load(GOLDEN / checkpoint / "hf", mesh=mesh)
     assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8

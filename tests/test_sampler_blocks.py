@@ -10,6 +10,7 @@ import pytest
 from golden_numbers import CHECKPOINTS, GOLDEN, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marking import slow
 
 from dream_jax.model import merge_params, split_params
 from dream_jax.pretrained import load
@@ -159,12 +160,14 @@ def test_passes_are_counted():
 @pytest.mark.parametrize(
     "config",
     [
-        SURE,
-        CACHED,
-        dataclasses.replace(BASE, cache=WindowCache(), stop_at_end=True),
-        SamplerConfig.fast_dllm(cache="dual", block_length=4, max_new_tokens=12, steps=9, alg="topk_margin"),
+        slow(SURE, id="blocks"),
+        pytest.param(CACHED, id="cached"),
+        slow(dataclasses.replace(BASE, cache=WindowCache(), stop_at_end=True), id="schedule"),
+        slow(
+            SamplerConfig.fast_dllm(cache="dual", block_length=4, max_new_tokens=12, steps=9, alg="topk_margin"),
+            id="fast_dllm",
+        ),
     ],
-    ids=["blocks", "cached", "clock", "fast_dllm"],
 )
 def test_rows_do_not_depend_on_the_batch(config, temperature):
     dream, (start, valid) = model("tiny_b"), prompt(4, 8, 6, 1, 7, 8, 2, 5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marking import slow
 
 from dream_jax import sharding, train_step
 from dream_jax.batch import Batch
@@ -75,8 +76,9 @@ def copied(tree):
 
 @pytest.mark.parametrize(
     ("mesh", "name", "accumulation"),
-    [("1x1", name, 1) for name in OPTIMIZERS]
-    + [("8x1", "adamw", 1), ("2x2x2", "adamw", 1), ("4x2", "int8", 2), ("2x4", "adafactor", 1)],
+    [("1x1", "adamw", 1), ("1x1", "adafactor", 1), ("4x2", "int8", 2)]
+    + [slow("1x1", name, 1) for name in ("bfloat16", "int8", "host", "unclipped")]
+    + [slow("8x1", "adamw", 1), slow("2x2x2", "adamw", 1), slow("2x4", "adafactor", 1)],
 )
 def test_a_poisoned_step_changes_nothing_but_the_step_number(mesh, name, accumulation):
     run, state = step(mesh, name, accumulation), first_state(mesh, name)
@@ -118,7 +120,9 @@ def test_after_a_skip_the_update_is_the_one_it_would_have_been():
 WIDE = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024)
 
 
-@pytest.mark.parametrize(("mesh", "name"), [("1x1", "adamw"), ("1x1", "int8"), ("8x1", "adamw"), ("8x1", "bfloat16")])
+@pytest.mark.parametrize(
+    ("mesh", "name"), [("1x1", "adamw"), slow("1x1", "int8"), slow("8x1", "adamw"), slow("8x1", "bfloat16")]
+)
 def test_the_choice_takes_no_memory(monkeypatch, mesh, name):
     """Old and new arrays are chosen between while they are written, never held side by side."""
     graphdef, shapes = split_params(abstract_model(WIDE))
