@@ -292,7 +292,9 @@ def test_cost_of_a_run_by_hand(tmp_path):
     cost = run_cost([long], dollars.price)
     assert (cost.chips, cost.chip_hours, cost.usd, cost.usd_per_chip_hour) == (1, 0.5, 1.0, 2.0)
     assert cost.rmb == pytest.approx(7.1)
-    free = run_cost([dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path, price_per_chip_hour=None).price)
+    free = run_cost(
+        [dataclasses.replace(long, usd_per_chip_hour=None)], settings(tmp_path, price_per_chip_hour=None).price
+    )
     assert (free.usd_per_chip_hour, free.usd, free.rmb) == (None, None, None)
     # Half an hour on eight chips at 6 dollars, and half an hour on one at 2.
     more = dataclasses.replace(long, chips=8, usd_per_chip_hour=6.0)
