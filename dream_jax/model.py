@@ -1,11 +1,10 @@
 """Dream's transformer: Qwen2.5 with the causal mask removed, in Flax NNX.
 
-All layers live stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with
-depth. The model receives a mask and never chooses one. Knows nothing of the right shift, of noise or of sampling: its
-logits are those of the checkpoint, unshifted.
+All layers are stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with depth.
+The model receives a mask and never chooses one. Its logits are those of the checkpoint: the right shift is not applied.
 
-Parameters (names as in `sharding.PARAMETER_AXES`) may be float32 masters while the computation runs in bfloat16: the
-cast happens layer by layer inside the scan, so no second copy of the whole model exists.
+Parameters (names as in `sharding.PARAMETER_AXES`) may be float32 master weights while the computation runs in bfloat16.
+Each layer is cast inside the scan, so there is never a second copy of the whole model.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from dream_jax.sharding import constrain, mesh_context
 
 Remat = Literal["none", "dots", "full", "offload"]
 
-# What a layer is given, as the backward pass finds it again.
+# Name under which rematerialisation saves the input of each layer.
 _LAYER_INPUT = "layer_input"
 
-# One key a row of the batch; None where nothing is dropped.
+# One key per row of the batch; None means no dropout.
 DropoutKeys = Key[Array, "B"] | None
 
 
@@ -42,7 +41,7 @@ class Linear(nnx.Module):
     """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape].
 
     With an adapter (`lora.attach`) it adds alpha / r times the product of lora_a [*in_shape, r] and lora_b [r, *out_shape].
-    A kernel that is not trained may be held in few bits (`lora.with_base`): codes and scales in its place.
+    A frozen kernel may be quantised (`lora.with_base`): then `kernel` is None and `codes` and `scales` are used instead.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), (*in_shape, *out_shape), jnp.float32) * stddev
         self.kernel: Any = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
-        # nnx.data: no arrays yet, but places for them.
+        # nnx.data declares attributes that may hold arrays later.
         self.codes: Any = nnx.data(None)
         self.scales: Any = nnx.data(None)
         self.lora_a: Any = nnx.data(None)
@@ -70,12 +69,12 @@ class Linear(nnx.Module):
         """Contracts the last axes of x with the first axes of the kernel.
 
         Args:
-          x: rows lead where `dropout_keys` are given.
-          dropout_keys: what to draw from where the adapter's input is dropped; None drops nothing.
+          x: any leading axes; the first one is the batch when `dropout_keys` are given.
+          dropout_keys: for the dropout on the adapter's input.
         """
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        # As one product of two matrices: for the gradient of a product over two axes (B and T) the CPU backend writes a
-        # transposed copy of its operand, recomputing what led to it, and a training step takes twice as long.
+        # Written as a product of two matrices. For the gradient of a contraction over two axes (B and T) the CPU backend
+        # writes a transposed copy of its operand and recomputes it, and a training step takes twice as long.
         x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
         if self.kernel is None:
             y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
@@ -87,21 +86,21 @@ class Linear(nnx.Module):
         return y if self.bias is None else jnp.add(y, self.bias[...])
 
     def _adapted(self, x: jax.Array, dropout_keys: DropoutKeys) -> jax.Array:
-        """What the adapter adds, [rows, outputs]."""
+        """Returns the adapter's contribution to the output, [rows, outputs]."""
         if dropout_keys is not None and self.lora_dropout > 0:
-            kept = 1.0 - self.lora_dropout
-            drawn = jax.vmap(lambda key: jax.random.bernoulli(key, kept, x.shape[1:]))(dropout_keys)
-            x = jnp.where(drawn, x / kept, jnp.zeros_like(x))
+            keep_rate = 1.0 - self.lora_dropout
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, keep_rate, x.shape[1:]))(dropout_keys)
+            x = jnp.where(keep, x / keep_rate, jnp.zeros_like(x))
         rank = self.lora_a.shape[-1]
         x_RI = x.reshape(-1, math.prod(self.in_shape))
-        narrow_Rr = x_RI @ self.lora_a[...].reshape(x_RI.shape[1], rank)
-        # On the narrow side, where it costs least.
-        narrow_Rr = narrow_Rr * (self.lora_alpha / rank)
-        return narrow_Rr @ self.lora_b[...].reshape(rank, -1)
+        hidden_Rr = x_RI @ self.lora_a[...].reshape(x_RI.shape[1], rank)
+        # Scaled here because this is the smallest of the arrays.
+        hidden_Rr = hidden_Rr * (self.lora_alpha / rank)
+        return hidden_Rr @ self.lora_b[...].reshape(rank, -1)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale; the mean square in float32, the scaling in the dtype of x, as published."""
+    """x / rms(x) * scale. The mean square is float32, the scaling is in the dtype of x, as in the published code."""
 
     def __init__(self, width: int, *, epsilon: float, dtype: jax.typing.DTypeLike):
         self.epsilon = epsilon
@@ -117,7 +116,7 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Float[jax.Array, "B T 1 h"]:
-    """Angle of each pair of channels at each position, float32 [B, T, 1, H/2] (the 1 stands for all heads)."""
+    """Angle of each pair of channels at each position, float32 [B, T, 1, H/2] (the 1 broadcasts over heads)."""
     # float32: bfloat16 rounds position 257 to 256, and sin(257) is nothing like sin(256).
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / (theta**exponents)
@@ -127,7 +126,7 @@ def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine of the rotary angles, float32 [B, T, 1, H/2]: computed once, not in every layer."""
+    """Cosine and sine of the rotary angles, float32 [B, T, 1, H/2]; computed once for all layers."""
 
     cos: Float[jax.Array, "B T 1 h"]
     sin: Float[jax.Array, "B T 1 h"]
@@ -140,11 +139,11 @@ def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Ro
 
 
 def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax.Array, "B T N H"]:
-    """Rotary position embedding in the half-split layout: channel i turns with channel i + H/2. Computed in float32."""
+    """Rotary position embedding in the half-split layout: channels i and i + H/2 form a pair. Computed in float32."""
     cos, sin = rotation.cos, rotation.sin
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
 
 
 class Attention(nnx.Module):
@@ -167,17 +166,21 @@ class Attention(nnx.Module):
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """Attends within each row under the mask (with a window: of its queries and all keys).
+        """Attention within each row under the mask.
 
-        Also returns the keys and values of these tokens.
+        With a window, x holds the tokens of the window, the keys are those of the whole row, and the mask is for these
+        queries and keys.
+
+        Returns:
+          The output, and the keys and values of the tokens in x.
         """
         keys = _split_keys(dropout_keys, 4)
         q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
         k_BSKH = constrain(rotate(self.k(x_BTD, keys[1]), rotation), "batch", None, "kv_heads", None)
         v_BSKH = constrain(self.v(x_BTD, keys[2]), "batch", None, "kv_heads", None)
-        own = KVCache(k_BSKH, v_BSKH)
-        seen = own if window is None else window.updated(own)
-        return self.o(attention(q_BTNH, seen.k, seen.v, mask, backend), keys[3]), own
+        new_kv = KVCache(k_BSKH, v_BSKH)
+        kv = new_kv if window is None else window.updated(new_kv)
+        return self.o(attention(q_BTNH, kv.k, kv.v, mask, backend), keys[3]), new_kv
 
 
 class MLP(nnx.Module):
@@ -190,20 +193,20 @@ class MLP(nnx.Module):
         self.down = linear((config.intermediate_size,), (config.hidden_size,))
 
     def __call__(self, x_BTD: Float[jax.Array, "B T D"], dropout_keys: DropoutKeys = None) -> Float[jax.Array, "B T D"]:
-        """Position-wise."""
+        """Applies the MLP to every position."""
         keys = _split_keys(dropout_keys, 3)
         return self.down(jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1]), keys[2])
 
 
 def _split_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
-    """For each of `count` draws, keys of its own: each row's follow from the row's key alone."""
+    """Returns `count` sets of keys, one per draw. The keys of a row depend on that row's key only."""
     if keys is None:
         return [None] * count
     return [jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number) for number in range(count)]
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual block. In a Dream every leaf carries a leading L axis; the scan hands out one layer at a time."""
+    """Pre-norm residual block. In a Dream every leaf has a leading L axis, and the scan slices out one layer at a time."""
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
@@ -220,14 +223,14 @@ class Layer(nnx.Module):
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """One block; also the keys and values of its tokens."""
+        """Applies the block; returns its output, and the keys and values of the tokens in x."""
         keys = _split_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
-            attended_BTD, own = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
+            attended_BTD, new_kv = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
             x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), keys[1])
-        return constrain(x_BTD, "batch", "tokens", "width"), own
+        return constrain(x_BTD, "batch", "tokens", "width"), new_kv
 
 
 class Embedding(nnx.Module):
@@ -239,10 +242,10 @@ class Embedding(nnx.Module):
         self.pad_token_id = config.pad_token_id
 
     def __call__(self, tokens_BT: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
-        """Looks the tokens up.
+        """Returns the embedding of each token.
 
-        The row of the padding (end-of-text) token receives no gradient from here: the published model declares it as its
-        embedding's padding index, and the recorded gradients show it.
+        The embedding of the padding (end-of-text) token receives no gradient from this lookup, because the published model
+        declares it as `padding_idx` of its embedding.
         """
         x_BTD = self.embedding[...][tokens_BT]
         return jnp.where((tokens_BT == self.pad_token_id)[:, :, None], jax.lax.stop_gradient(x_BTD), x_BTD)
@@ -252,17 +255,17 @@ class Dream(nnx.Module):
     """The masked-diffusion transformer.
 
     Attributes:
-      config: its architecture.
-      compute_dtype: dtype of activations and of the weights inside a layer; norms, rotary angles, softmax and logits
-        are float32 whatever it is.
+      config: the architecture.
+      compute_dtype: dtype of activations, and of the weights inside a layer. The mean square of a norm, rotary angles,
+        softmax and logits are always float32.
       attention_backend: passed to `attention.attention`.
-      remat: what the backward pass recomputes. "none" keeps every activation, "dots" keeps matrix products, "full"
-        keeps only each layer's input, "offload" keeps that in the pinned memory of the host.
-      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None; they travel along when the
-        model is saved or exported.
-      base_identity: what `lora.identity` says of the weights that a quantised base came from; else None.
-      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It travels when the model is
-        saved, and whoever chooses a mask for the model begins with it; a call of the model itself does what it is told.
+      remat: what the backward pass recomputes. "none" saves every activation, "dots" saves matrix products, "full" saves
+        only the input of each layer, "offload" saves that input in the pinned memory of the host.
+      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. They are copied when the model
+        is saved or exported.
+      base_identity: for a quantised base, what `lora.identity` gave for the weights before quantisation; else None.
+      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It is saved with the model, and
+        the sampler and the evaluation use it by default; a direct call of the model uses only the mask it is given.
     """
 
     def __init__(
@@ -312,15 +315,15 @@ class Dream(nnx.Module):
 
         Args:
           tokens_BT: token ids in [0, V).
-          attention_mask: nonzero at real tokens ([B, T], hides the other keys), or a mask value; None attends to all.
-          positions: for the rotary embedding; by default 0, 1, ... or, under a [B, T] mask, counted from each row's
-            first real token (pads get 1), as published.
+          attention_mask: [B, T], nonzero at valid tokens (other keys are hidden), or a mask value; None hides nothing.
+          positions: for the rotary embedding; by default 0, 1, ... or, with a [B, T] mask, counted from the first valid
+            token of each row (padding gets 1), as in the published code.
 
         Returns:
           float32 logits [B, T, V], not shifted: those at i predict token i + 1.
 
         Raises:
-          ValueError: shapes that do not fit, or ids outside the vocabulary (which only a trace can hide).
+          ValueError: shapes that do not fit, or ids outside the vocabulary (not checked under a trace).
         """
         check_ids(tokens_BT, self.config.vocab_size)
         tokens_BT = jnp.asarray(tokens_BT)
@@ -335,19 +338,19 @@ class Dream(nnx.Module):
         positions_BT: Int[jax.Array, "B T"],
         dropout_keys: DropoutKeys = None,
     ) -> Float[jax.Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype: what `unembed` turns into logits.
+        """Hidden states after the final norm, in the compute dtype: the input of `unembed`.
 
-        `dropout_keys` are for training adapters: see `Linear`.
+        `dropout_keys` are for training adapters; see `Linear`.
         """
-        return self._hidden(tokens_BT, mask, positions_BT, keep=False, dropout_keys=dropout_keys)[0]
+        return self._hidden(tokens_BT, mask, positions_BT, return_kv=False, dropout_keys=dropout_keys)[0]
 
     def hidden_and_kv_cache(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """As `hidden`, and what later passes over a window of these tokens need: keys and values of all layers."""
-        hidden_BTD, own = self._hidden(tokens_BT, mask, positions_BT, keep=True)
-        assert own is not None
-        return hidden_BTD, own
+        """As `hidden`; also returns the keys and values of all layers, which `hidden_window` needs."""
+        hidden_BTD, new_kv = self._hidden(tokens_BT, mask, positions_BT, return_kv=True)
+        assert new_kv is not None
+        return hidden_BTD, new_kv
 
     def hidden_window(
         self,
@@ -356,21 +359,21 @@ class Dream(nnx.Module):
         positions_BW: Int[jax.Array, "B W"],
         window: Window,
     ) -> tuple[Float[jax.Array, "B W D"], KVCache]:
-        """Hidden states of a few tokens of each row, which attend to the keys that were kept for the whole row.
+        """Hidden states of a few tokens of each row, which attend to the cached keys and values of the whole row.
 
         Args:
-          tokens_BW: the tokens.
-          mask: who may attend to whom, W queries and S keys.
-          positions_BW: their rotary positions.
-          window: what was kept (by `hidden_and_kv_cache` or from here), and where these tokens belong in it.
+          tokens_BW: the W tokens of each row.
+          mask: the mask for W queries and S keys.
+          positions_BW: rotary positions of the tokens.
+          window: the cache (from `hidden_and_kv_cache` or this method), and the positions of the tokens in it.
 
         Returns:
-          Hidden states as from `hidden`, and what was kept with the new keys and values.
+          Hidden states as from `hidden`, and the cache, updated with the keys and values of these tokens.
         """
-        hidden_BWD, own = self._hidden(tokens_BW, mask, positions_BW, keep=True, window=window)
-        assert own is not None
-        # Here and not layer by layer: what the scan returned would be a second copy of everything that was kept.
-        return hidden_BWD, window.updated(own)
+        hidden_BWD, new_kv = self._hidden(tokens_BW, mask, positions_BW, return_kv=True, window=window)
+        assert new_kv is not None
+        # The cache is updated after the scan: an updated cache returned by the scan would be a second copy of it.
+        return hidden_BWD, window.updated(new_kv)
 
     def _hidden(
         self,
@@ -378,7 +381,7 @@ class Dream(nnx.Module):
         mask: masks.Mask,
         positions_BT: Int[jax.Array, "B T"],
         *,
-        keep: bool,
+        return_kv: bool,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache | None]:
@@ -386,20 +389,20 @@ class Dream(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
             x_BTD = constrain(x_BTD, "batch", "tokens", "width")
-            turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+            rotary = rotation(positions_BT, config.head_dim, config.rope_theta)
 
         def block(
             x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KVCache | None]
         ) -> tuple[jax.Array, KVCache | None]:
             x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
-            layer, number, kept = inputs
+            layer, layer_index, layer_cache = inputs
             layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
             keys = None
             if dropout_keys is not None:
-                keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, number)
-            seen = None if kept is None or window is None else window.layer(kept)
-            x_BTD, own = layer(x_BTD, turn, mask, self.attention_backend, keys, seen)
-            return x_BTD, own if keep else None
+                keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, layer_index)
+            layer_window = None if layer_cache is None or window is None else window.layer(layer_cache)
+            x_BTD, new_kv = layer(x_BTD, rotary, mask, self.attention_backend, keys, layer_window)
+            return x_BTD, new_kv if return_kv else None
 
         if self.remat == "full":
             block = jax.checkpoint(block)
@@ -414,28 +417,29 @@ class Dream(nnx.Module):
             )
             block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
-            kept = None if window is None else window.kv_cache
-            x_BTD, own = jax.lax.scan(block, x_BTD, (self.layers, jnp.arange(config.num_hidden_layers), kept))
+            kv_cache = None if window is None else window.kv_cache
+            inputs = (self.layers, jnp.arange(config.num_hidden_layers), kv_cache)
+            x_BTD, new_kv = jax.lax.scan(block, x_BTD, inputs)
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD).astype(self.compute_dtype), own
+            return self.norm(x_BTD).astype(self.compute_dtype), new_kv
 
     def unembedding(self) -> Float[jax.Array, "D V"]:
-        """The output projection [D, V] in its stored dtype; the embedding table transposed when the two are tied."""
+        """The output projection [D, V] in its stored dtype; with tied embeddings, the embedding table transposed."""
         return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def unembed(self, hidden: Float[jax.Array, "*b d"]) -> Float[jax.Array, "*b v"]:
-        """float32 logits of hidden states; the product runs in the compute dtype and accumulates in float32."""
+        """float32 logits of hidden states; the inputs of the product are in the compute dtype, its sums in float32."""
         kernel_DV = self.unembedding().astype(self.compute_dtype)
         with jax.named_scope("unembed"):
             return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
 
 
 def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A leaf of a layer in the compute dtype, but for what stands for a quantised kernel."""
-    if leaf.dtype == dtype or any(getattr(part, "name", None) in ("codes", "scales") for part in path):
-        # As it came, without a barrier: what the backward pass needs of it is then found in the stack of all layers.
+    """Casts a leaf of a layer to the compute dtype, except the codes and scales of a quantised kernel."""
+    if leaf.dtype == dtype or any(getattr(entry, "name", None) in ("codes", "scales") for entry in path):
+        # No barrier: without one the backward pass reads the leaf from the stack of all layers and saves no copy.
         return leaf
-    # The barrier keeps the cast here: XLA would move it out of the loop, and hold all layers' copies at once.
+    # The barrier keeps the cast inside the loop. XLA would move it out and hold the cast copies of all layers at once.
     return jax.lax.optimization_barrier(leaf).astype(dtype)
 
 
@@ -446,9 +450,9 @@ def _logits(model: Dream, tokens_BT: jax.Array, mask: masks.Mask, positions_BT: 
 
 
 def check_ids(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError for ids outside the vocabulary: a lookup would silently take another row of the table.
+    """Raises ValueError for ids outside the vocabulary, for which a lookup would silently return another embedding.
 
-    Looks at nothing under a trace, nor at arrays that lie partly on other hosts.
+    Nothing is checked under a trace, or for arrays that are partly on other hosts.
     """
     if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
         return
@@ -462,7 +466,7 @@ def check_ids(tokens: Any, vocab_size: int) -> None:
 def mask_and_positions(
     shape: tuple[int, ...], attention_mask: Any, positions: Any
 ) -> tuple[masks.Mask, Int[jax.Array, "B T"]]:
-    """The mask value and the rotary positions that `Dream.__call__` means by its arguments; see there.
+    """Converts the arguments of `Dream.__call__` to a mask value and rotary positions; see there.
 
     Raises:
       ValueError: a shape that does not fit the tokens' [B, T].
@@ -491,17 +495,17 @@ def mask_and_positions(
 
 
 def padded_positions(valid_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
-    """Positions counted from each row's first real token; pads get 1, as published (nobody attends to them)."""
+    """Positions counted from the first valid token of each row; padding gets 1, as published (its keys are hidden)."""
     return jnp.where(valid_BT, jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 1)
 
 
 def abstract_model(config: DreamConfig, **options: Any) -> Dream:
-    """A Dream whose parameters are shapes and dtypes only; `options` as for Dream. Costs no memory at any size."""
+    """A Dream whose parameters are shapes and dtypes without arrays; `options` as for Dream."""
     return jax.eval_shape(lambda: Dream(config, rngs=nnx.Rngs(0), **options))
 
 
 def split_params(model: Dream) -> tuple[nnx.GraphDef[Dream], ParamTree]:
-    """The model's static part and its parameters as a nested dict of arrays with string keys."""
+    """Splits a model into its static part, and its parameters as a nested dict of arrays with string keys."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
