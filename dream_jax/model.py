@@ -1,7 +1,8 @@
 """Dream's transformer: Qwen2.5 with the causal mask removed, in Flax NNX.
 
-All layers are stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with depth.
-The model receives a mask and never chooses one. Its logits are those of the checkpoint: the right shift is not applied.
+All layers are stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with
+depth. The model receives a mask and never chooses one. Its logits are those of the checkpoint: the right shift is not
+applied.
 
 Parameters (names as in `sharding.PARAMETER_AXES`) may be float32 master weights while the computation runs in bfloat16.
 Each layer is cast inside the scan, so there is never a second copy of the whole model.
@@ -40,8 +41,9 @@ DropoutKeys = Key[Array, "B"] | None
 class Linear(nnx.Module):
     """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape].
 
-    With an adapter (`lora.attach`) it adds alpha / r times the product of lora_a [*in_shape, r] and lora_b [r, *out_shape].
-    A frozen kernel may be quantised (`lora.with_base`): then `kernel` is None and `codes` and `scales` are used instead.
+    With an adapter (`lora.attach`) it adds alpha / r times the product of lora_a [*in_shape, r] and lora_b [r,
+    *out_shape]. A frozen kernel may be quantised (`lora.with_base`): then `kernel` is None and `codes` and `scales` are
+    used instead.
     """
 
     def __init__(
@@ -73,8 +75,8 @@ class Linear(nnx.Module):
           dropout_keys: for the dropout on the adapter's input.
         """
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        # Written as a product of two matrices. For the gradient of a contraction over two axes (B and T) the CPU backend
-        # writes a transposed copy of its operand and recomputes it, and a training step takes twice as long.
+        # Written as a product of two matrices. For the gradient of a contraction over two axes (B and T) the CPU
+        # backend writes a transposed copy of its operand and recomputes it, and a training step takes twice as long.
         x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
         if self.kernel is None:
             y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
@@ -244,8 +246,8 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
         """Returns the embedding of each token.
 
-        The embedding of the padding (end-of-text) token receives no gradient from this lookup, because the published model
-        declares it as `padding_idx` of its embedding.
+        The embedding of the padding (end-of-text) token receives no gradient from this lookup, because the published
+        model declares it as `padding_idx` of its embedding.
         """
         x_BTD = self.embedding[...][tokens_BT]
         return jnp.where((tokens_BT == self.pad_token_id)[:, :, None], jax.lax.stop_gradient(x_BTD), x_BTD)
@@ -259,13 +261,13 @@ class Dream(nnx.Module):
       compute_dtype: dtype of activations, and of the weights inside a layer. The mean square of a norm, rotary angles,
         softmax and logits are always float32.
       attention_backend: passed to `attention.attention`.
-      remat: what the backward pass recomputes. "none" saves every activation, "dots" saves matrix products, "full" saves
-        only the input of each layer, "offload" saves that input in the pinned memory of the host.
-      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. They are copied when the model
-        is saved or exported.
+      remat: what the backward pass recomputes. "none" saves every activation, "dots" saves matrix products, "full"
+        saves only the input of each layer, "offload" saves that input in the pinned memory of the host.
+      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. They are copied when the
+        model is saved or exported.
       base_identity: for a quantised base, what `lora.identity` gave for the weights before quantisation; else None.
-      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It is saved with the model, and
-        the sampler and the evaluation use it by default; a direct call of the model uses only the mask it is given.
+      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It is saved with the model,
+        and the sampler and the evaluation use it by default; a direct call of the model uses only the mask it is given.
     """
 
     def __init__(

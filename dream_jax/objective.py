@@ -26,8 +26,9 @@ from dream_jax.target import current_target
 # Most elements of the [chunk, V] array of logits on each device (512 MiB of float32). Every chunk reads and writes the
 # whole gradient of the output projection, so an accelerator is fastest with few large chunks.
 _LOGIT_ELEMENTS = 1 << 27
-# A CPU is limited by arithmetic, and unmasked positions in the last chunk are wasted work, so it uses smaller chunks. With
-# few positions and a large vocabulary the chunks get smaller still, so that the logits stay small beside the projection.
+# A CPU is limited by arithmetic, and unmasked positions in the last chunk are wasted work, so it uses smaller chunks.
+# With few positions and a large vocabulary the chunks get smaller still, so that the logits stay small beside the
+# projection.
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
 # Losses are also reported by noise level: for rows with t in [0, 1/4), [1/4, 1/2), and so on.
@@ -134,8 +135,10 @@ def draw_noise(
     """Draws the noise levels and the masked positions of one training step.
 
     They depend on the key and the row index alone, not on how rows are divided over devices or processes. The noise
-    levels are stratified over the global batch: a shuffle of (k + u) / K for k = 0..K-1 with one shared u, so that every
-    batch covers all noise levels and the loss varies less. Each maskable position of a row is masked with probability t.
+    levels are stratified over the global batch: a shuffle of (k + u) / K for k = 0..K-1 with one shared u, so that
+      every
+    batch covers all noise levels and the loss varies less. Each maskable position of a row is masked with probability
+    t.
 
     Args:
       key: the key of the step.
@@ -176,8 +179,8 @@ def masked_diffusion_loss(
       masked_BT: true where the model receives the mask token instead.
       t_B: noise level of each row, in (0, 1).
       weight: CartWeight(p) | InverseTimeWeight() | LinearWeight() | UniformWeight().
-      attention_mask: nonzero at valid tokens, for left-padded batches; or a mask value. Padding on the right is attended
-        to and learned (this is how the model learns to stop), so it counts as valid here.
+      attention_mask: nonzero at valid tokens, for left-padded batches; or a mask value. Padding on the right is
+        attended to and learned (this is how the model learns to stop), so it counts as valid here.
       mask: a further mask, combined with `attention_mask` by `&`, to train under another mask than the bidirectional
         one; see `Mask.for_rows`.
       focal: optional focal term.
@@ -229,7 +232,8 @@ def sums_by_time(
     return nll, masked
 
 
-# Jitted here because the loop bodies inside are new functions at every call: without jit each call would compile them anew.
+# Jitted here because the loop bodies inside are new functions at every call: without jit each call would compile them
+# anew.
 @functools.partial(jax.jit, static_argnames=("weight", "focal"))
 def _loss(
     model: Dream,
@@ -285,7 +289,8 @@ def _masked_cross_entropy(
     """Returns the sum of the weighted cross entropies, and at each masked position its cross entropy and whether the
     most probable token is right, both [B, T].
 
-    `groups` is the number of shards of B and of T. Where T is sharded, the caller has already shifted the hidden states.
+    `groups` is the number of shards of B and of T. Where T is sharded, the caller has already shifted the hidden
+    states.
     """
     outputs, _ = _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, gradients="none")
     return outputs
@@ -303,7 +308,8 @@ def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-
     scale = cotangents[0]
 
     def scaled(gradient: jax.Array) -> jax.Array:
-        # The factor stays float32: its rounding to bfloat16 would bias all gradients of the batch in the same direction.
+        # The factor stays float32: its rounding to bfloat16 would bias all gradients of the batch in the same
+        # direction.
         return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
 
     hidden_gradient, kernel_gradient = gradients
@@ -325,13 +331,14 @@ def _over_chunks(
     *,
     gradients: Literal["none", "hidden", "both"],
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
-    """Computes the loss in one loop over chunks of masked positions, and its gradients while the logits of a chunk exist.
+    """Computes the loss in one loop over chunks of masked positions, and its gradients while the logits of a chunk
+    exist.
 
     The gradients are with respect to the hidden states, or to these and the kernel.
 
-    The B x T positions are divided into S groups of R positions, one for each shard of the batch. Each group is sorted so
-    that masked positions come first. No position leaves its device, and the loop ends when the group with the most masked
-    positions is done. A chunk holds C positions of every group.
+    The B x T positions are divided into S groups of R positions, one for each shard of the batch. Each group is sorted
+    so that masked positions come first. No position leaves its device, and the loop ends when the group with the most
+    masked positions is done. A chunk holds C positions of every group.
     """
     batch, length, width = hidden_BTD.shape
     vocab = kernel_DV.shape[1]
@@ -378,7 +385,8 @@ def _over_chunks(
         total_S, nll_SR, correct_SR, *gradient_sums = carry
         index_SC = jax.lax.dynamic_slice_in_dim(order_SR, chunk_index * chunk, chunk, axis=1)
         is_masked_SC = chunk_index * chunk + jnp.arange(chunk) < count_S[:, None]
-        # The right shift as indices: a token is predicted from the hidden state before it, the first of a row from its own.
+        # The right shift as indices: a token is predicted from the hidden state before it, the first of a row from its
+        # own.
         source_SC = index_SC if groups[1] > 1 else jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
         h_SCD = read(hidden_SRD, source_SC)
         target_SC = read(token_SR, index_SC)
@@ -428,8 +436,9 @@ def _over_chunks(
     if gradients == "hidden":
         return outputs, (hidden_gradient, None)
     kernel_gradient = sharding.constrain(jnp.sum(gradient_sums[1], axis=0), "embed", "vocab")
-    # The barrier makes the compiler finish both gradients now. The kernel's is first needed by the optimizer; without the
-    # barrier its [D, V] float32 partial sums (2 GiB for Dream-7B) may stay in memory during the whole backward pass.
+    # The barrier makes the compiler finish both gradients now. The kernel's is first needed by the optimizer; without
+    # the barrier its [D, V] float32 partial sums (2 GiB for Dream-7B) may stay in memory during the whole backward
+    # pass.
     hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
     # The second barrier keeps the rounding after the sum over devices, and before the backward pass.
     return outputs, jax.lax.optimization_barrier((hidden_gradient, kernel_gradient.astype(kernel_DV.dtype)))

@@ -15,7 +15,7 @@ from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, merge_params, padded_positions, split_params
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
 from dream_jax.sampler import FastDLLMCache, SamplerConfig, Stream, Threshold, WindowCache, generate
-from dream_jax.sampler.loop import lay_text
+from dream_jax.sampler.loop import canvas_layout
 from dream_jax.sampler.state import StaticSettings
 
 NAMES = ["bidirectional", slow("causal"), "prefix", "block-causal:4", "window:3", slow("window:4:0")]
@@ -231,7 +231,7 @@ def test_full_passes_are_those_without_a_cache():
 def test_bidirectional_costs_nothing():
     """The sampler hands the model padding alone, and the loss is the program that it is without any mask."""
     visible = jnp.ones((2, 8), bool)
-    laid_out = lay_text(model(), visible, StaticSettings.of(config(), 4))
+    laid_out = canvas_layout(model(), visible, StaticSettings.of(config(), 4))
     assert isinstance(laid_out.mask, masks.KeyPadding)
     tokens, time = text(8)[None], np.full(1, 0.5, np.float32)
 
@@ -244,5 +244,5 @@ def test_bidirectional_costs_nothing():
 
 
 def test_mask_for_certain_rows_is_no_setting():
-    with pytest.raises(ValueError, match="is made for certain rows"):
+    with pytest.raises(ValueError, match="holds arrays for particular rows"):
         SamplerConfig(mask=masks.Prefix(np.array([3])))

@@ -20,12 +20,12 @@ from dream_jax.sampler import (
     SamplerConfig,
     WindowCache,
     bucket_length,
+    callbacks,
     generate,
     loop,
     passes,
     propose,
     state,
-    watching,
 )
 
 BLOCKS = SamplerConfig(
@@ -123,7 +123,7 @@ def test_driver_is_a_python_loop_over_the_step(config):
     canvas = jnp.asarray(canvas, jnp.int32)
     wanted = loop.denoise(dream, canvas, visible, keys, dynamic, None, static=static)
 
-    text = passes.Text(jnp.asarray(visible), positions, masks.KeyPadding(jnp.asarray(visible)))
+    text = passes.CanvasLayout(jnp.asarray(visible), positions, masks.KeyPadding(jnp.asarray(visible)))
     step = jax.jit(functools.partial(loop.step, static=static))
     carry = state.begin(dream, canvas, static)
     while np.any(state.active(carry)):
@@ -458,10 +458,10 @@ def test_listener_is_forgotten_after_an_error():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="the terminal is gone"):
         generate(dream, start, config, on_step=listen)
-    assert not watching._listeners
+    assert not callbacks._listeners
     seen = []
     generate(dream, start, config, on_step=lambda step, _: seen.append(step))
-    assert len(seen) == 2 and not watching._listeners
+    assert len(seen) == 2 and not callbacks._listeners
 
 
 def test_the_prompt_comes_back_as_it_was_given():

@@ -1,25 +1,23 @@
 """The iterative denoising sampler: the published algorithm, and faster ones, in one compiled loop.
 
-A canvas of prompt and mask tokens is denoised by a `lax.while_loop` that never leaves the device: forward pass ->
-hidden states of the masked positions -> token and confidence -> the surest ones are written.
+The canvas (prompt and mask tokens) is denoised by a `lax.while_loop` that runs entirely on the device. Each step is a
+forward pass, a token and a confidence for every masked position, and the writing of the most confident ones.
 
-| module | what it knows |
+| module | responsible for |
 |---|---|
-| `config`, `caches`, `rules` | settings; what is kept between passes; how many positions a pass writes |
-| `hooks` | functions of the caller that are traced into the loop |
-| `generate` | prompts, padding, length buckets, keys |
-| `stream` | many prompts through one batch: rows that come and go |
-| `state`, `loop`, `watching` | the carry; the step and the compiled drivers; who is shown the canvas |
-| `passes` | full and windowed forward passes |
-| `propose` | hidden states -> token and confidence, a few rows of logits at a time |
-
-Knows the model, the clock and the decision rules. Knows nothing of text.
+| `config` | `SamplerConfig` and the cache settings |
+| `rules` | how many positions a step writes |
+| `callbacks` | functions of the caller: hooks and listeners |
+| `generate` | prompts, padding, length buckets, random keys |
+| `stream` | many prompts through one batch, replacing each row when it is done |
+| `state`, `loop` | the loop's carry; the step and the compiled drivers |
+| `passes` | forward passes over all tokens, or over a window with a KV cache |
+| `propose` | hidden states to token and confidence, a few rows of logits at a time |
 """
 
-from dream_jax.sampler.caches import FastDLLMCache, NoCache, WindowCache
-from dream_jax.sampler.config import Preset, SamplerConfig
+from dream_jax.sampler.callbacks import LogitsHook, Moment, TokenHook
+from dream_jax.sampler.config import FastDLLMCache, NoCache, Preset, SamplerConfig, WindowCache
 from dream_jax.sampler.generate import Sample, bucket_length, generate
-from dream_jax.sampler.hooks import LogitsHook, Moment, TokenHook
 from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
 from dream_jax.sampler.stream import Answer, Stream
 

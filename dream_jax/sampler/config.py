@@ -1,21 +1,89 @@
-"""How a canvas is denoised: one frozen object, checked when it is made.
-
-Knows ranges and which settings go together. Knows nothing of arrays.
-"""
+"""The sampler's settings: frozen dataclasses whose values are checked when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dream_jax import decoding, masks, schedule
-from dream_jax.sampler.caches import CachePolicy, FastDLLMCache, NoCache, Variant, WindowCache
-from dream_jax.sampler.hooks import LogitsHook, TokenHook
+from dream_jax.sampler.callbacks import LogitsHook, TokenHook
 from dream_jax.sampler.rules import CommitRule, Count, Threshold
 
 Preset = Literal["exact", "balanced", "fast"]
+FastDLLMVariant = Literal["prefix", "dual"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCache:
+    """Every pass computes all tokens, which is exact."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowCache:
+    """A KV cache: most passes compute only the current block and a few tokens beside it.
+
+    A pass is either full (all tokens of a row) or a window around the current block, whose queries attend to the keys
+    and values left by the last full pass and the windows since. Full passes come at block starts, and more often if
+    asked for.
+
+    Attributes:
+      left: tokens before the block that are computed with it. At least 1, because the first token of the block is
+        predicted from the hidden state before it.
+      right: tokens after the block that are computed with it; None for all of them.
+      refresh_blocks: a full pass comes at the start of every `refresh_blocks`-th block; None for the first block only.
+      refresh_passes: a row also has a full pass when this many passes have been made since its last one; None for no
+        such passes. 1 makes every pass full, which is exact.
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    left: int = 1
+    right: int | None = 0
+    refresh_blocks: int | None = 1
+    refresh_passes: int | None = None
+    forces_first: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.left < 1:
+            raise ValueError(f"{self.left=} must be at least 1: a block's first token is predicted from its left")
+        for name, least in (("right", 0), ("refresh_blocks", 1), ("refresh_passes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastDLLMCache:
+    """The KV cache of the published Fast-dLLM, for comparison; see `SamplerConfig.fast_dllm`.
+
+    The full pass at the start of each block writes the block's first token, whatever its confidence, and nothing else.
+    The passes after it compute the block ("dual"), or everything from the start of the block ("prefix").
+
+    Raises:
+      ValueError: an unknown variant.
+    """
+
+    variant: FastDLLMVariant
+    left: ClassVar[int] = 0
+    refresh_blocks: ClassVar[int | None] = 1
+    refresh_passes: ClassVar[int | None] = None
+    forces_first: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(FastDLLMVariant):
+            raise ValueError(f"{self.variant=} is not one of {get_args(FastDLLMVariant)}")
+
+    @property
+    def right(self) -> int | None:
+        """All tokens after the block (None), or no tokens."""
+        return None if self.variant == "prefix" else 0
+
+
+KVCachePolicy = WindowCache | FastDLLMCache
+CachePolicy = NoCache | KVCachePolicy
 
 _NO_CACHE, _COUNT = NoCache(), Count()
 
@@ -25,34 +93,36 @@ class SamplerConfig:
     """How a canvas is denoised. The defaults are those of the published `diffusion_generate`.
 
     Attributes:
-      max_new_tokens: mask tokens appended to the prompt.
-      steps: denoising steps; each writes a share of what is still masked, the last one all of it. With blocks, each block
-        takes its share of them: steps * block_length / max_new_tokens, rounded up.
+      max_new_tokens: number of mask tokens appended to the prompt.
+      steps: denoising steps. Each writes a share of the tokens that are still masked, the last one all of them. With
+        blocks, the steps are divided among them: each block takes steps * block_length / max_new_tokens, rounded up.
       alg: order in which positions are written. "origin": at random; "maskgit_plus": highest probability first;
-        "topk_margin": largest gap between the best two first; "entropy": lowest entropy first.
+        "topk_margin": largest gap between the two best tokens first; "entropy": lowest entropy first.
       temperature: of the token distribution; 0 takes the most probable token.
-      top_p: nucleus size in (0, 1], None for all.
-      top_k: number of tokens kept, None for all.
-      alg_temp: softens the order: positions are drawn from softmax(confidence / alg_temp). None or 0 is strict.
-      eps: noise level at the end of the clock, in (0, 1).
-      vocab_limit: ids at or above it are never written. The checkpoint has more logits than the tokenizer has tokens:
-        pass the tokenizer's number.
-      forbidden_tokens: further ids that are never written, such as the mask token.
-      block_length: a row is written in blocks of so many tokens, from its first mask on, each finished before the next
-        begins; None for the whole row at once.
-      cache: what is kept between forward passes.
-      commit: how many positions a pass writes: `Count()`, what the published clock says; `Threshold`, `Factor` and
-        `EntropyBound` go by the confidences instead, and `steps` and `eps` then mean nothing.
-      forced_tokens: pairs (offset, token): the token stands at that offset of the new tokens from the start.
-      end_penalty: subtracted from the logit of the end-of-text token, against answers that end too early (negative: too
+      top_p: nucleus size in (0, 1], None for all tokens.
+      top_k: number of tokens to sample from, None for all tokens.
+      alg_temp: randomises the order: positions are drawn from softmax(confidence / alg_temp). None or 0 is strict.
+      eps: noise level at the end of the schedule, in (0, 1).
+      vocab_limit: token ids at or above it are never written. The checkpoint has more logits than the tokenizer has
+        tokens: pass the tokenizer's number.
+      forbidden_tokens: further token ids that are never written, such as the mask token.
+      block_length: a row is written in blocks of this many tokens, from its first mask on, and each block is finished
+        before the next begins; None writes the whole row as one block.
+      cache: what is reused between forward passes: `NoCache()` or `WindowCache(...)`.
+      commit: how many positions a pass writes. `Count()` follows the published schedule. `Threshold`, `Factor` and
+        `EntropyBound` decide by the confidences, and `steps` and `eps` then have no effect.
+      forced_tokens: pairs (offset, token): the token is written at that offset of the new tokens before the first step.
+      end_penalty: subtracted from the logit of the end-of-text token, for answers that end too early (if negative, too
         late).
-      guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where u are those of the same canvas
-        with everything that was given masked. Doubles the rows of every pass; 0 switches it off.
-      token_hook, logits_hook: see `hooks`; None for none.
-      mask: who may attend to whom, beside padding, as `masks.parse` makes it; None is as the model was trained. Rows begin
-        at their first real token, and the prompt is what `generate` is given, mask tokens in it too.
-      stop_at_end: once a row's first end-of-text token has no mask before it, the masks after it become end-of-text too
-        and the row is done.
+      guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where c are those of the canvas and
+        u those of the canvas with everything masked that was given. It doubles the rows of every pass; 0 switches it
+        off.
+      token_hook, logits_hook: see `callbacks`; None for none.
+      mask: the attention mask besides padding, as `masks.parse` makes it; None is the mask that the model was trained
+        under. Rows begin at their first valid token, and the prompt is everything that `generate` is given, mask tokens
+        included.
+      stop_at_end: when no mask is left before a row's first end-of-text token, the masks after it become end-of-text
+        too and the row is done.
 
     Raises:
       ValueError: a value out of its range, or two that do not go together.
@@ -80,7 +150,7 @@ class SamplerConfig:
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
-        # Any sequence will do; as a tuple the config can be a key of compiled programs.
+        # Tuples, so that the config is hashable.
         object.__setattr__(self, "forbidden_tokens", tuple(int(token) for token in self.forbidden_tokens))
         object.__setattr__(self, "forced_tokens", tuple((int(at), int(token)) for at, token in self.forced_tokens))
         for at, token in self.forced_tokens:
@@ -104,7 +174,7 @@ class SamplerConfig:
         if self.vocab_limit is not None and self.vocab_limit < 1:
             raise ValueError(f"{self.vocab_limit=} leaves no token to write")
         if self.mask is not None and not masks.is_fixed(self.mask):
-            raise ValueError(f"mask {self.mask} is made for certain rows; pass it as `masks.parse` makes it")
+            raise ValueError(f"mask {self.mask} holds arrays for particular rows; pass it as `masks.parse` makes it")
         schedule.timesteps(self.steps, self.eps)  # raises for steps and eps
         self._check_blocks()
 
@@ -112,13 +182,13 @@ class SamplerConfig:
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"{self.block_length=} must be at least 1; pass None to write the whole row at once")
         if not isinstance(self.cache, NoCache) and self.block_length is None:
-            raise ValueError(f"{self.cache=} needs a block_length: what is kept is kept while a block is written")
+            raise ValueError(f"{self.cache=} needs a block_length: keys and values are cached while a block is written")
         if self.alg not in self.commit.algs:
             raise ValueError(f"{self.commit=} needs alg to be one of {self.commit.algs}, not {self.alg!r}")
         if self.alg == "origin" and (self.block_length is not None or not isinstance(self.commit, Count)):
             raise ValueError(
-                'alg="origin" writes each position with the chance that the clock gives: it has neither blocks nor '
-                'commit rules; use "entropy", "maskgit_plus" or "topk_margin"'
+                'alg="origin" writes each position with the probability that the schedule gives, without blocks or commit '
+                'rules; use "entropy", "maskgit_plus" or "topk_margin"'
             )
 
     @property
@@ -128,22 +198,23 @@ class SamplerConfig:
 
     @property
     def block_steps(self) -> int:
-        """Steps of the clock in each block."""
+        """Steps of the schedule in each block."""
         if self.block_length is None or self.max_new_tokens == 0:
             return self.steps
         return max(1, -(-self.steps * min(self.block_length, self.max_new_tokens) // self.max_new_tokens))
 
     @classmethod
     def preset(cls, name: Preset, *, max_new_tokens: int, **options: Any) -> SamplerConfig:
-        """A configuration by what one wants of it.
+        """A configuration chosen by its balance of speed and quality.
 
         Args:
-          name: "exact": entropy order, a step a token (or `steps`), everything computed in every pass. "balanced": blocks
-            of 32, all tokens with a probability of 0.998 at once, windows that reach 32 tokens to both sides, a full pass
-            at each block and after every fourth pass. "fast": blocks of 32, all tokens with a probability of 0.9, windows
-            of the block alone, a full pass at each block. The last two stop at the end of the text.
-          max_new_tokens: as in SamplerConfig, like all `options`, which come before what the preset says.
-          **options: other fields of SamplerConfig.
+          name: "exact": entropy order, one step per token (or `steps`), no cache. "balanced": blocks of 32, every token
+            with a probability of at least 0.998 is written at once, windows that reach 32 tokens to both sides, a full
+            pass at each block start and after every fourth pass. "fast": blocks of 32, a probability of at least 0.9,
+            windows of the block and one token before it, a full pass at each block start. The last two stop at the end
+            of the text.
+          max_new_tokens: as in SamplerConfig.
+          **options: other fields of SamplerConfig; they override the preset.
 
         Raises:
           ValueError: an unknown name.
@@ -164,7 +235,7 @@ class SamplerConfig:
     def fast_dllm(
         cls,
         *,
-        cache: Variant,
+        cache: FastDLLMVariant,
         block_length: int,
         max_new_tokens: int,
         steps: int,
@@ -172,17 +243,18 @@ class SamplerConfig:
         commit: Threshold | None = None,
         **options: Any,
     ) -> SamplerConfig:
-        """The published Fast-dLLM, token for token and pass for pass: for comparisons, `preset` is better and faster.
+        """The published Fast-dLLM, with the same tokens and passes. It is for comparisons: `preset` is better and
+        faster.
 
-        Its "confidence_threshold" is `alg="maskgit_plus", commit=Threshold(tau)`, for which `steps` means nothing.
+        Its "confidence_threshold" is `alg="maskgit_plus", commit=Threshold(tau)`, with which `steps` has no effect.
 
         Args:
           cache: "prefix" or "dual".
           block_length: must divide max_new_tokens.
-          max_new_tokens: as in SamplerConfig, like all `options`.
-          steps: a multiple of the number of blocks, at least two a block (the first writes one token).
+          max_new_tokens: as in SamplerConfig.
+          steps: a multiple of the number of blocks, at least two per block (the first writes one token).
           alg: order of the positions.
-          commit: None writes what the clock says.
+          commit: None writes what the schedule says.
           **options: other fields of SamplerConfig.
 
         Raises:

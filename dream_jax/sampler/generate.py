@@ -1,7 +1,4 @@
-"""`generate`: prompts in, answers out; around the loop, what makes different lengths share compiled programs.
-
-Knows prompts, padding, buckets and keys. Knows nothing of how a canvas is denoised.
-"""
+"""`generate`: checks and pads the prompts, runs the compiled loop on them, and cuts the answers out of the canvas."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ from jaxtyping import Bool, Int
 
 from dream_jax import sharding
 from dream_jax.model import Dream
+from dream_jax.sampler.callbacks import listening
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.loop import denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings
-from dream_jax.sampler.watching import listening
 from dream_jax.shapes import Array
 
 
@@ -29,13 +26,13 @@ class Sample:
     """What `generate` returns.
 
     Attributes:
-      tokens: int32 [B, P + N], the prompt as it was given (padding too) and the answer.
+      tokens: int32 [B, P + N], the prompt as it was given (padding included) and the answer.
       commit_step: int32 [B, P + N], the step that last wrote each position; -1 where the prompt already had a token.
-        Steps are those of the published clock, the skipped ones included; with blocks or another commit rule, a row's
-        forward passes.
-      forwards: forward passes used (an int32 scalar). With a cache, full and window passes count alike.
-      passes: int32 [B], the forward passes that each row took part in: what it would have cost alone.
-      mask_token_id: what an unwritten position holds.
+        Steps are counted by the published schedule, including skipped ones; with blocks or another commit rule, they
+        are the forward passes of the row.
+      forwards: forward passes made (an int32 scalar). With a cache, full passes and window passes both count as one.
+      passes: int32 [B], the forward passes that each row took part in: its cost if it were alone in the batch.
+      mask_token_id: the token at positions that are not yet written.
     """
 
     tokens: Int[jax.Array, "B T"]
@@ -60,19 +57,20 @@ def generate(
 ) -> Sample:
     """Denoises `max_new_tokens` mask tokens after each prompt, and any mask tokens inside the prompt (infilling).
 
-    Prompts are padded on the left to a bucket of lengths, so that different lengths share compiled programs; the
-    padding is masked, positions count from the first real token, and the result is cut back.
+    Prompts are padded on the left to one of a few lengths, so that different lengths share compiled programs. The
+    padding is hidden by the attention mask, positions count from the first valid token, and the result has no padding
+    but the caller's.
 
     Args:
-      model: any Dream. Where its parameters lie on a mesh, the batch is spread over it.
+      model: any Dream. If its parameters are on a mesh, the batch is sharded over it.
       prompt_BP: token ids; rows of different lengths are padded on the left.
       config: see SamplerConfig.
-      key: a `jax.random.key`, or one key a row ([B]); required when anything is random. Row b of a single key uses
-        `fold_in(key, b)`: what a row becomes does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
-        will do.
-      prompt_mask: nonzero at real tokens, zero at left padding; None when there is no padding.
-      on_step: called with (step, canvas [B, P + N]) after every step that wrote something; step is that of the row
-        that is furthest. For watching: each call brings the canvas to the host.
+      key: a `jax.random.key`, or one key per row ([B]); required when anything is random. With a single key, row b uses
+        `fold_in(key, b)`, so that its result does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
+        are accepted.
+      prompt_mask: nonzero at valid tokens, zero at left padding; None when there is no padding.
+      on_step: called with (step, canvas [B, P + N]) after every step that wrote something; `step` is that of the most
+        advanced row. Each call copies the canvas to the host.
 
     Raises:
       ValueError: shapes that do not fit, padding on the right, a missing key, or ids outside the vocabulary.
@@ -99,20 +97,20 @@ def generate(
     check_key(config, key)
 
     static = StaticSettings.of(config, min(bucket_length(most_masked), canvas.shape[1]))
-    with sharding.mesh_context(model), listening(on_step, padding) as listener:
+    with sharding.mesh_context(model), listening(on_step, padding) as listener_id:
         state = denoise(
             model,
             canvas,
             valid_BT,
             _row_keys(key, rows),
             DynamicSettings.of(config),
-            listener,
+            listener_id,
             static=static,
         )
         if on_step is not None:
             jax.effects_barrier()
     return Sample(
-        # What stood in the padding was never looked at, but it is the caller's.
+        # The tokens in the padding were ignored; they are returned as the caller gave them.
         tokens=jnp.where(valid_BT[:, padding:], state.canvas_BT[:, padding:], given),
         commit_step=state.commit_step_BT[:, padding:],
         forwards=state.forwards,
@@ -124,13 +122,13 @@ def generate(
 def lay_out(
     model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The canvas before the first step, with more padding on the left: tokens int32 [B, T] and what is no padding."""
+    """Returns the canvas before the first step (int32 [B, T], with `padding` more columns on the left) and valid_BT."""
     rows, length = prompt.shape
     total = padding + length + config.max_new_tokens
     canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
     canvas[:, padding : padding + length] = prompt
-    for at, token in config.forced_tokens:
-        canvas[:, padding + length + at] = token
+    for offset, token in config.forced_tokens:
+        canvas[:, padding + length + offset] = token
     valid_BT = np.ones((rows, total), bool)
     valid_BT[:, :padding] = False
     valid_BT[:, padding : padding + length] = valid_BP
@@ -139,7 +137,7 @@ def lay_out(
 
 
 def bucket_length(length: int) -> int:
-    """The smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that holds `length`: at most half of it is padding."""
+    """The smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
     if length <= 0:
         return 0
     power = 8
@@ -151,7 +149,7 @@ def bucket_length(length: int) -> int:
 
 
 def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig) -> None:
-    """Raises ValueError for what `generate` cannot work on; see there."""
+    """Raises ValueError for a prompt that `generate` cannot denoise; see there."""
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
     if prompt.shape[0] == 0:
@@ -162,13 +160,13 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config:
         raise ValueError(f"prompt_mask has shape {valid_BP.shape}, but the prompt has {prompt.shape}")
     if np.any(valid_BP[:, :-1] & ~valid_BP[:, 1:]):
         row = int(np.argmax(np.any(valid_BP[:, :-1] & ~valid_BP[:, 1:], axis=1)))
-        raise ValueError(f"prompt_mask row {row} has padding after a real token; prompts are padded on the left")
-    real = prompt[valid_BP]
-    if real.size and (real.min() < 0 or real.max() >= model.config.vocab_size):
-        raise ValueError(f"prompt ids span {real.min()}..{real.max()}, outside 0..{model.config.vocab_size - 1}")
-    for at, token in config.forced_tokens:
+        raise ValueError(f"prompt_mask row {row} has padding after a valid token; prompts are padded on the left")
+    ids = prompt[valid_BP]
+    if ids.size and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
+        raise ValueError(f"prompt ids span {ids.min()}..{ids.max()}, outside 0..{model.config.vocab_size - 1}")
+    for offset, token in config.forced_tokens:
         if not 0 <= token < model.config.vocab_size:
-            raise ValueError(f"forced token {token} at offset {at} is outside the vocabulary")
+            raise ValueError(f"forced token {token} at offset {offset} is outside the vocabulary")
     total = int(valid_BP.sum(axis=1).max()) + config.max_new_tokens
     if total > model.config.max_position_embeddings:
         raise ValueError(
@@ -177,7 +175,7 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config:
 
 
 def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
-    """Raises ValueError where something is random and there is no key."""
+    """Raises ValueError if the configuration is random and there is no key."""
     if config.is_random and key is None:
         raise ValueError(
             f"this sampler is random ({config.alg=}, {config.temperature=}, {config.alg_temp=}): pass key=jax.random.key(0)"
@@ -186,7 +184,7 @@ def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
 
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
     if key is None:
-        key = jax.random.key(0)  # never read: nothing is random
+        key = jax.random.key(0)  # not used, because nothing is random
     if not isinstance(key, jax.Array | np.ndarray):
         raise ValueError(f"{key=} is no random key; pass jax.random.key({key if isinstance(key, int) else 0})")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -1,7 +1,4 @@
-"""Forward passes: the hidden states from which a few positions of each row are predicted, by the least work a cache asks.
-
-Knows the model, places, and what was kept. Knows nothing of confidences, rules or the clock.
-"""
+"""Forward passes that give the hidden states at a few positions of each row: over all tokens, or with a KV cache."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from jaxtyping import Bool, Float, Int
 from dream_jax import masks, sharding
 from dream_jax.attention import KVCache, Window
 from dream_jax.model import Dream
-from dream_jax.sampler.caches import KVCachePolicy
+from dream_jax.sampler.config import KVCachePolicy
 
-# Tokens that a full pass takes where so many wait: enough to keep an accelerator's matrix units busy, few enough that
-# rows which need no full pass do not pay for one.
+# Tokens in one group of full passes, when many rows wait for one: enough to keep the matrix units of an accelerator
+# busy, few enough that rows which need no full pass do not wait long.
 _REFRESH_TOKENS = 512
 
 
-class Text(NamedTuple):
-    """What does not change about a canvas: which places are no padding, their rotary positions, and who sees whom.
+class CanvasLayout(NamedTuple):
+    """What stays the same about a canvas: valid positions (no padding), rotary positions, and the attention mask.
 
-    All arrays of the mask have an axis of rows first.
+    The first axis of every array in the mask is the batch.
     """
 
     valid_BT: Bool[jax.Array, "B T"]
@@ -33,22 +30,21 @@ class Text(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The block that each row writes: places start <= t < end; start is T in a row that is done."""
+    """The block that each row is writing: positions start <= t < end; start is T in a row that is done."""
 
     start_B: Int[jax.Array, "B"]
     end_B: Int[jax.Array, "B"]
 
 
 def full(
-    model: Dream, canvas_BT: Int[jax.Array, "B T"], text: Text, source_BM: Int[jax.Array, "B M"]
+    model: Dream, canvas_BT: Int[jax.Array, "B T"], layout: CanvasLayout, source_BM: Int[jax.Array, "B M"]
 ) -> Float[jax.Array, "B M D"]:
-    """The hidden states at the given places, everything computed."""
-    hidden_BTD = model.hidden(canvas_BT, text.mask, text.positions_BT)
-    return _at(hidden_BTD, source_BM)
+    """The hidden states at the source positions, from a pass over all tokens."""
+    return take(model.hidden(canvas_BT, layout.mask, layout.positions_BT), source_BM)
 
 
 def empty_kv_cache(model: Dream, rows: int, length: int) -> KVCache:
-    """Room for the keys and values of a canvas."""
+    """A KV cache of zeros for a canvas."""
     config = model.config
     shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
     zeros = sharding.constrain(jnp.zeros(shape, model.compute_dtype), None, "batch", None, "kv_heads", None)
@@ -58,117 +54,116 @@ def empty_kv_cache(model: Dream, rows: int, length: int) -> KVCache:
 def cached(
     model: Dream,
     canvas_BT: Int[jax.Array, "B T"],
-    text: Text,
+    layout: CanvasLayout,
     source_BM: Int[jax.Array, "B M"],
     kv_cache: KVCache,
     refresh_B: Bool[jax.Array, "B"],
     block: Block,
     *,
-    settings: KVCachePolicy,
+    policy: KVCachePolicy,
     block_length: int,
 ) -> tuple[Float[jax.Array, "B M D"], KVCache, Int[jax.Array, ""]]:
-    """The hidden states at the given places, by a full pass for the rows that want one and a window for the others.
+    """The hidden states at the source positions: by a full pass in the rows marked `refresh_B`, by a window in the
+    others.
 
     Returns:
-      Hidden states; the keys and values as these passes leave them; the number of passes made.
+      Hidden states; the updated KV cache; the number of passes made.
     """
-    rows_BMD, kv_cache, passes = _refresh(model, canvas_BT, text, source_BM, kv_cache, refresh_B)
-    length = canvas_BT.shape[1]
-    window_B = ~refresh_B & (block.start_B < length)
+    hidden_BMD, kv_cache, passes = _full_passes(model, canvas_BT, layout, source_BM, kv_cache, refresh_B)
+    window_B = ~refresh_B & (block.start_B < canvas_BT.shape[1])
 
-    def look(kv_cache: KVCache) -> tuple[jax.Array, KVCache]:
-        found_BMD, kv_cache = _window(
-            model, canvas_BT, text, source_BM, kv_cache, window_B, block, settings, block_length
+    def window_pass(kv_cache: KVCache) -> tuple[jax.Array, KVCache]:
+        found_BMD, kv_cache = _window_pass(
+            model, canvas_BT, layout, source_BM, kv_cache, window_B, block, policy, block_length
         )
-        return jnp.where(window_B[:, None, None], found_BMD, rows_BMD), kv_cache
+        return jnp.where(window_B[:, None, None], found_BMD, hidden_BMD), kv_cache
 
     any_window = jnp.any(window_B)
-    rows_BMD, kv_cache = jax.lax.cond(any_window, look, lambda kv_cache: (rows_BMD, kv_cache), kv_cache)
-    return rows_BMD, kv_cache, passes + any_window.astype(jnp.int32)
+    hidden_BMD, kv_cache = jax.lax.cond(any_window, window_pass, lambda kv_cache: (hidden_BMD, kv_cache), kv_cache)
+    return hidden_BMD, kv_cache, passes + any_window.astype(jnp.int32)
 
 
-def _window(
+def _window_pass(
     model: Dream,
     canvas_BT: jax.Array,
-    text: Text,
+    layout: CanvasLayout,
     source_BM: jax.Array,
     kv_cache: KVCache,
     window_B: jax.Array,
     block: Block,
-    settings: KVCachePolicy,
+    policy: KVCachePolicy,
     block_length: int,
 ) -> tuple[jax.Array, KVCache]:
     length = canvas_BT.shape[1]
-    right = length if settings.right is None else settings.right
-    width = min(settings.left + block_length + right, length)
-    # At the ends of the canvas the window is moved inwards. What it then covers beyond its bounds is computed for
-    # nothing, and must not be kept: a row's result would depend on how far it is from the end, hence on its padding.
-    begin_B = jnp.clip(block.start_B - settings.left, 0, length - width)
-    position_BW = begin_B[:, None] + jnp.arange(width, dtype=jnp.int32)
-    used_BW = (position_BW >= (block.start_B - settings.left)[:, None]) & (position_BW < (block.end_B + right)[:, None])
-    used_BW &= window_B[:, None] & _at(text.valid_BT, position_BW)
+    right = length if policy.right is None else policy.right
+    width = min(policy.left + block_length + right, length)
+    # Near an end of the canvas the window is moved inwards. The tokens that it then covers beyond its bounds must not
+    # enter the cache: a row's result would depend on its distance from the end, and so on its padding.
+    window_start_B = jnp.clip(block.start_B - policy.left, 0, length - width)
+    position_BW = window_start_B[:, None] + jnp.arange(width, dtype=jnp.int32)
+    cached_BW = (position_BW >= (block.start_B - policy.left)[:, None]) & (position_BW < (block.end_B + right)[:, None])
+    cached_BW &= window_B[:, None] & take(layout.valid_BT, position_BW)
     hidden_BWD, kv_cache = model.hidden_window(
-        _at(canvas_BT, position_BW),
-        text.mask.at(position_BW),
-        _at(text.positions_BT, position_BW),
-        Window(kv_cache, jnp.where(used_BW, position_BW, length)),
+        take(canvas_BT, position_BW),
+        layout.mask.at(position_BW),
+        take(layout.positions_BT, position_BW),
+        Window(kv_cache, jnp.where(cached_BW, position_BW, length)),
     )
-    # A window that starts with the block has nothing that its first token could be predicted from, but itself.
-    source_BM = jnp.maximum(source_BM, (block.start_B - settings.left)[:, None])
-    return _at(hidden_BWD, jnp.clip(source_BM - begin_B[:, None], 0, width - 1)), kv_cache
+    # In a window that starts with the block (Fast-dLLM), the first token is predicted from its own hidden state.
+    source_BM = jnp.maximum(source_BM, (block.start_B - policy.left)[:, None])
+    return take(hidden_BWD, jnp.clip(source_BM - window_start_B[:, None], 0, width - 1)), kv_cache
 
 
-def _refresh(
+def _full_passes(
     model: Dream,
     canvas_BT: jax.Array,
-    text: Text,
+    layout: CanvasLayout,
     source_BM: jax.Array,
     kv_cache: KVCache,
     refresh_B: jax.Array,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Full passes over the rows that want one, a group at a time."""
+    """Full passes over the rows marked `refresh_B`, one group of rows after the other; as `cached`."""
     batch, length = canvas_BT.shape
-    # A group takes rows from every device's share of the batch.
+    # A group takes rows from every device's shard of the batch.
     shards, _ = sharding.token_shards(batch, length)
-    share = batch // shards
-    size = min(share, max(1, -(-_REFRESH_TOKENS // (shards * length))))
-    rows_BMD = jnp.zeros((*source_BM.shape, model.config.hidden_size), model.compute_dtype)
+    shard_rows = batch // shards
+    size = min(shard_rows, max(1, -(-_REFRESH_TOKENS // (shards * length))))
+    hidden_BMD = jnp.zeros((*source_BM.shape, model.config.hidden_size), model.compute_dtype)
 
-    def split(x: jax.Array, share: int = share) -> jax.Array:
-        return x.reshape(shards, share, *x.shape[1:])
+    def split(x: jax.Array, rows: int = shard_rows) -> jax.Array:
+        return x.reshape(shards, rows, *x.shape[1:])
 
     def joined(x: jax.Array) -> jax.Array:
         return sharding.constrain(x.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
 
-    def group(
+    def group_pass(
         state: tuple[jax.Array, jax.Array, KVCache, jax.Array],
     ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:
-        waiting_B, rows_BMD, kv_cache, passes = state
-        # Rows that wait first; of the others, those that fill up the group keep what they have.
+        waiting_B, hidden_BMD, kv_cache, passes = state
+        # Waiting rows come first. Other rows may fill up the group; their results are dropped.
         index_GR = jnp.argsort(~split(waiting_B), axis=1, stable=True)[:, :size].astype(jnp.int32)
-        taken_GR = _at(split(waiting_B), index_GR)
-        target_GR = jnp.where(taken_GR, index_GR, share)
-        pick = lambda x: joined(_at(split(x), index_GR))
-        hidden_RTD, own = model.hidden_and_kv_cache(
-            pick(canvas_BT), jax.tree.map(pick, text.mask), pick(text.positions_BT)
-        )
+        taken_GR = take(split(waiting_B), index_GR)
+        target_GR = jnp.where(taken_GR, index_GR, shard_rows)
+        pick = lambda x: joined(take(split(x), index_GR))
+        tokens_RT, mask, positions_RT = jax.tree.map(pick, (canvas_BT, layout.mask, layout.positions_BT))
+        hidden_RTD, new_kv = model.hidden_and_kv_cache(tokens_RT, mask, positions_RT)
         put = jax.vmap(lambda x, new, target: x.at[target].set(new, mode="drop"))
-        rows_BMD = joined(put(split(rows_BMD), split(_at(hidden_RTD, pick(source_BM)), size), target_GR))
+        hidden_BMD = joined(put(split(hidden_BMD), split(take(hidden_RTD, pick(source_BM)), size), target_GR))
         put_layers = jax.vmap(lambda x, new: joined(put(split(x), split(new, size), target_GR)))
-        kv_cache = KVCache(put_layers(kv_cache.k, own.k), put_layers(kv_cache.v, own.v))
+        kv_cache = KVCache(put_layers(kv_cache.k, new_kv.k), put_layers(kv_cache.v, new_kv.v))
         waiting_B = joined(put(split(waiting_B), jnp.zeros_like(taken_GR), target_GR))
-        return waiting_B, rows_BMD, kv_cache, passes + 1
+        return waiting_B, hidden_BMD, kv_cache, passes + 1
 
-    waiting = (refresh_B, rows_BMD, kv_cache, jnp.int32(0))
-    if size == share:
-        # One group is all rows. A loop would see the same ones each time it runs, and XLA computes such a body before the
-        # loop: a full pass in every step, wanted or not.
-        _, rows_BMD, kv_cache, passes = jax.lax.cond(jnp.any(refresh_B), group, lambda state: state, waiting)
+    state = (refresh_B, hidden_BMD, kv_cache, jnp.int32(0))
+    if size == shard_rows:
+        # One group holds all rows. XLA would move the loop-invariant body out of a while_loop, and so make a full pass
+        # in every step; with `cond` the pass is made only when it is needed.
+        _, hidden_BMD, kv_cache, passes = jax.lax.cond(jnp.any(refresh_B), group_pass, lambda state: state, state)
     else:
-        _, rows_BMD, kv_cache, passes = jax.lax.while_loop(lambda state: jnp.any(state[0]), group, waiting)
-    return rows_BMD, kv_cache, passes
+        _, hidden_BMD, kv_cache, passes = jax.lax.while_loop(lambda state: jnp.any(state[0]), group_pass, state)
+    return hidden_BMD, kv_cache, passes
 
 
-def _at(x: jax.Array, position_BM: jax.Array) -> jax.Array:
-    """x[b, place[b, m], ...] of an array [B, T, ...]."""
+def take(x: jax.Array, position_BM: jax.Array) -> jax.Array:
+    """x[b, position[b, m], ...] of an array [B, T, ...]."""
     return jnp.take_along_axis(x, position_BM.reshape(*position_BM.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,7 +1,4 @@
-"""What each masked position would become: token and confidence, from hidden states, a few rows of logits at a time.
-
-Knows hidden states and the output projection. Knows nothing of canvases or the clock.
-"""
+"""Proposes a token and a confidence for each masked position from its hidden state, a few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -18,19 +15,20 @@ from dream_jax import decoding, sharding
 from dream_jax.model import Dream
 from dream_jax.target import current_target
 
-# Elements of the largest [rows, V] block of logits that is formed at once (256 MiB of float32).
+# Most elements of the [rows, V] array of logits (256 MiB of float32).
 _LOGIT_ELEMENTS = 1 << 26
-# Rows of that block, at least (over the whole batch): so many that reading the projection for them pays.
+# Fewest rows of that array, over the whole batch: with fewer, reading the projection costs more than the product.
 _LOGIT_ROWS = 64
-# Sizes that the last block may have, as shares of a whole one. A CPU computes for nothing what fills it up; elsewhere it
-# takes as long as reading the projection, whatever its rows.
-_LAST_BLOCKS = {"cpu": 16}
-# Each size is compiled on its own, which takes longer than it saves where the vocabulary is smaller.
+# Into how many sizes a chunk is divided, of which the last chunk takes the smallest that suffices. A CPU would spend
+# time on rows that only fill up a chunk; on other devices a chunk takes as long as reading the projection, whatever its
+# rows.
+_CHUNK_SIZES = {"cpu": 16}
+# Below this vocabulary size there is one size only: each is compiled separately, which would take longer than it saves.
 _LARGE_VOCABULARY = 1 << 14
 
 
 class Filters(NamedTuple):
-    """Numbers that shape the token distribution; None switches off."""
+    """Parameters of the token distribution; None switches off."""
 
     temperature: Float[jax.Array, ""] | None
     top_p: Float[jax.Array, ""] | None
@@ -39,13 +37,13 @@ class Filters(NamedTuple):
 
 
 class Writable(NamedTuple):
-    """Which tokens may be written: ids below the limit, less the forbidden ones."""
+    """Which tokens may be written: ids below the limit, except the forbidden ones."""
 
     limit: int | None
     forbidden: tuple[int, ...]
 
     def table(self, vocab: int) -> np.ndarray | None:
-        """bool [V]; None when all may.
+        """Returns bool [V], true at tokens that may be written; None when all may.
 
         Raises:
           ValueError: a forbidden token outside the vocabulary, or no token left.
@@ -64,7 +62,7 @@ class Writable(NamedTuple):
 
 def propose(
     model: Dream,
-    rows_XMD: Float[jax.Array, "X M D"],
+    hidden_XMD: Float[jax.Array, "X M D"],
     needed: Int[jax.Array, ""],
     filters: Filters,
     uniform_BM: Float[jax.Array, "B M"] | None,
@@ -74,44 +72,46 @@ def propose(
     writable: Writable,
     hook: Callable[[Int[jax.Array, "B C"], Float[jax.Array, "B C V"]], Float[jax.Array, "B C V"]] | None = None,
 ) -> tuple[Int[jax.Array, "B M"], Float[jax.Array, "B M"]]:
-    """Token and confidence of the first `needed` of the M rows; the logits exist a chunk of rows at a time.
+    """Token and confidence of the first `needed` of the M hidden states of each row; logits exist for one chunk at a
+    time.
 
     Args:
-      model: whose output projection.
-      rows_XMD: hidden states; X is B, or 2 B under guidance, where each row is followed by its unconditional one.
-      needed: how many of the M rows mean something.
-      filters: numbers.
-      uniform_BM: needed when there is a temperature.
-      alg: whose confidence.
-      top_k: number of tokens kept, None for all.
+      model: gives the output projection.
+      hidden_XMD: hidden states. X is B, or 2 B under guidance, where each row is followed by its unconditional copy.
+      needed: how many of the M hidden states are used; the results of the others have no meaning.
+      filters: parameters of the token distribution.
+      uniform_BM: numbers in [0, 1) to sample with; needed when there is a temperature.
+      alg: the definition of confidence, see `decoding.choose_tokens`.
+      top_k: number of tokens to sample from, None for all.
       writable: which tokens may be written.
-      hook: from the indices (of M) that are looked at and their logits to other logits.
+      hook: maps the indices (into M) of a chunk and its logits to the logits to use.
     """
     guided = filters.guidance is not None
-    batch, most, _ = rows_XMD.shape
+    batch, most, _ = hidden_XMD.shape
     batch = batch // 2 if guided else batch
     vocab = model.config.vocab_size
-    # Small enough that late steps, with few masked rows, do little; large enough that reading the projection pays.
+    # Small enough that late steps, with few masked positions, are cheap; large enough to make reading the projection
+    # pay.
     chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
     chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
-    parts = _LAST_BLOCKS.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1
-    unit = -(-chunk // parts)
-    parts = -(-chunk // unit)
-    chunk = unit * parts
+    sizes = _CHUNK_SIZES.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1
+    smallest = -(-chunk // sizes)
+    sizes = -(-chunk // smallest)
+    chunk = smallest * sizes
     padding = -most % chunk
-    rows_XMD = jnp.pad(rows_XMD, ((0, 0), (0, padding), (0, 0)))
+    hidden_XMD = jnp.pad(hidden_XMD, ((0, 0), (0, padding), (0, 0)))
     if uniform_BM is not None:
         uniform_BM = jnp.pad(uniform_BM, ((0, 0), (0, padding)))
     writable_V = writable.table(vocab)
 
-    Found = tuple[jax.Array, jax.Array]
+    Proposed = tuple[jax.Array, jax.Array]  # tokens and confidences, both [B, M]
 
-    def decide(size: int, start: jax.Array, found: Found) -> Found:
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        logits_BCV = sharding.constrain(model.unembed(part(rows_XMD)), "batch", None, "vocab")
+    def propose_chunk(size: int, start: jax.Array, proposed: Proposed) -> Proposed:
+        in_chunk = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+        logits_BCV = sharding.constrain(model.unembed(in_chunk(hidden_XMD)), "batch", None, "vocab")
         if filters.guidance is not None:
-            given_BCV, free_BCV = logits_BCV[0::2], logits_BCV[1::2]
-            logits_BCV = free_BCV + (1.0 + filters.guidance) * (given_BCV - free_BCV)
+            conditional_BCV, unconditional_BCV = logits_BCV[0::2], logits_BCV[1::2]
+            logits_BCV = unconditional_BCV + (1.0 + filters.guidance) * (conditional_BCV - unconditional_BCV)
         if filters.end_penalty is not None:
             end_V = jnp.arange(vocab) == model.config.pad_token_id
             logits_BCV = jnp.where(end_V, logits_BCV - filters.end_penalty, logits_BCV)
@@ -126,22 +126,24 @@ def propose(
             temperature=0.0 if filters.temperature is None else filters.temperature,
             top_p=filters.top_p,
             top_k=top_k,
-            uniform_R=None if uniform_BM is None else part(uniform_BM).reshape(-1),
+            uniform_R=None if uniform_BM is None else in_chunk(uniform_BM).reshape(-1),
         )
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return update(found[0], token.reshape(batch, size)), update(found[1], confidence.reshape(batch, size))
+        return update(proposed[0], token.reshape(batch, size)), update(proposed[1], confidence.reshape(batch, size))
 
     empty = (jnp.zeros((batch, most + padding), jnp.int32), jnp.zeros((batch, most + padding), jnp.float32))
     with jax.named_scope("propose"):
-        whole = lambda index, found: decide(chunk, index * chunk, found)
-        if parts == 1:
-            token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, whole, empty)
+        whole_chunk = lambda index, proposed: propose_chunk(chunk, index * chunk, proposed)
+        if sizes == 1:
+            token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, whole_chunk, empty)
         else:
-            # A loop over a single block would see the same rows each time it runs: XLA computes such a body before the
-            # loop, wanted or not.
-            done = jnp.int32(0) if most + padding == chunk else needed // chunk
-            found = empty if most + padding == chunk else jax.lax.fori_loop(0, done, whole, empty)
-            last = lambda part: lambda found: decide(chunk * part // parts, done * chunk, found)
-            sizes = [lambda found: found, *map(last, range(1, parts + 1))]
-            token_BM, confidence_BM = jax.lax.switch(-(-(needed - done * chunk) * parts // chunk), sizes, found)
+            # With a single chunk there is no loop: XLA would move its loop-invariant body out of the enclosing
+            # while_loop and compute the whole chunk in every step, needed or not.
+            single = most + padding == chunk
+            done = jnp.int32(0) if single else needed // chunk
+            proposed = empty if single else jax.lax.fori_loop(0, done, whole_chunk, empty)
+            last = lambda size: lambda proposed: propose_chunk(chunk * size // sizes, done * chunk, proposed)
+            branches = [lambda proposed: proposed, *map(last, range(1, sizes + 1))]
+            size = -(-(needed - done * chunk) * sizes // chunk)
+            token_BM, confidence_BM = jax.lax.switch(size, branches, proposed)
     return token_BM[:, :most], confidence_BM[:, :most]

@@ -1,7 +1,4 @@
-"""Commit rules: how many of a row's masked positions one forward pass writes, the surest first.
-
-Knows sorted confidences and what the clock says. Knows nothing of canvases, caches or models.
-"""
+"""Commit rules: how many of the masked positions of a row one step writes, the most confident first."""
 
 from __future__ import annotations
 
@@ -16,131 +13,127 @@ from jaxtyping import Bool, Float, Int
 from dream_jax import decoding
 
 
+@dataclasses.dataclass(frozen=True)
 class CommitRule(abc.ABC):
-    """Of a row's candidates, sorted from the surest on, a rule takes the first few.
+    """Decides how many candidates of a row are written, given their confidences in falling order.
 
-    Every rule but the clock's takes at least one, so that a loop ends. The rule's one number is handed to `number`
-    again, as an array: compiled programs are shared by all its values.
+    A subclass has at most one field, its parameter. The parameter is passed to the compiled loop as an array: one
+    program serves all its values. Every rule except `Count` writes at least one position, so that the loop ends.
     """
 
-    algs: ClassVar[tuple[decoding.Alg, ...]] = ("origin", "maskgit_plus", "topk_margin", "entropy")
+    algs: ClassVar[tuple[decoding.Alg, ...]] = ("maskgit_plus", "topk_margin")  # whose confidences the rule understands
 
     @property
-    @abc.abstractmethod
     def value(self) -> float | None:
-        """The rule's number, None when it has none."""
+        """The rule's parameter; None when it has none."""
+        return next(iter(dataclasses.astuple(self)), None)
 
     @staticmethod
     @abc.abstractmethod
+    def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
+        """Marks confidences that are high enough for their rank. Those after the first that is not are not written.
+
+        Args:
+          value: the rule's parameter.
+          sorted_BM: confidences, highest first; entries after the row's candidates have no meaning.
+        """
+
+    @classmethod
     def count(
+        cls,
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
         scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
-        """How many each row writes.
+        """Returns how many positions each row writes: at least one, and at most the number of candidates.
 
         Args:
-          value: the rule's number.
-          sorted_BM: confidences, highest first; those past the row's candidates mean nothing.
-          candidates_B: number of candidates.
-          scheduled_B: how many the published clock would write.
+          value: the rule's parameter.
+          sorted_BM: as for `accepts`.
+          candidates_B: number of candidates of each row.
+          scheduled_B: the number that the published schedule would write.
         """
+        assert value is not None
+        accepted_BM = cls.accepts(value, sorted_BM)
+        run_B = jnp.sum(jnp.cumprod(accepted_BM.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+        return jnp.minimum(jnp.maximum(run_B, 1), candidates_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class Count(CommitRule):
-    """As many as the published clock says: `steps` steps, spaced evenly over the noise levels."""
+    """Writes the number of the published schedule: `steps` steps, evenly spaced over the noise levels."""
 
-    @property
-    def value(self) -> None:
-        """It has none."""
-        return None
+    algs: ClassVar[tuple[decoding.Alg, ...]] = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
     @staticmethod
+    def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
+        """Accepts every confidence, since this rule goes by the schedule alone."""
+        return jnp.ones(sorted_BM.shape, bool)
+
+    @classmethod
     def count(
+        cls,
         value: jax.Array | None,
         sorted_BM: Float[jax.Array, "B M"],
         candidates_B: Int[jax.Array, "B"],
         scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
-        """The clock's number."""
+        """Returns the scheduled number."""
         return scheduled_B
 
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(CommitRule):
-    """All whose confidence is at least `tau`, and the surest one always (Fast-dLLM's confidence-aware decoding).
+    """Writes every candidate whose confidence is at least `tau`, and always the most confident one.
+
+    This is Fast-dLLM's confidence-aware decoding.
 
     Raises:
       ValueError: tau outside [0, 1].
     """
 
     tau: float
-    algs: ClassVar[tuple[decoding.Alg, ...]] = ("maskgit_plus", "topk_margin")
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"{self.tau=} is outside [0, 1]: it is compared with probabilities")
 
-    @property
-    def value(self) -> float:
-        """The threshold."""
-        return self.tau
-
     @staticmethod
-    def count(
-        value: jax.Array | None,
-        sorted_BM: Float[jax.Array, "B M"],
-        candidates_B: Int[jax.Array, "B"],
-        scheduled_B: Int[jax.Array, "B"],
-    ) -> Int[jax.Array, "B"]:
-        """How many reach the threshold, at least one."""
-        assert value is not None
-        return _prefix(sorted_BM >= value, candidates_B)
+    def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
+        """Accepts confidences of at least the threshold."""
+        return sorted_BM >= value
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor(CommitRule):
-    """The k surest, for the largest k at which even the last is sure enough for so many at once: (k + 1)(1 - c_k) <= f.
+    """Writes the k most confident candidates, for the largest k with (i + 1)(1 - c_i) <= factor for all i <= k.
 
-    The condition under which writing k tokens in parallel agrees with writing them one by one, loosened by the factor
-    (Fast-dLLM).
+    c_i is the i-th highest confidence. With factor 1 this is the condition under which writing k tokens in parallel
+    gives the same tokens as writing them one by one (Fast-dLLM); a larger factor writes more.
 
     Raises:
       ValueError: factor not positive.
     """
 
     factor: float
-    algs: ClassVar[tuple[decoding.Alg, ...]] = ("maskgit_plus", "topk_margin")
 
     def __post_init__(self) -> None:
         if not 0.0 < self.factor < float("inf"):
             raise ValueError(f"{self.factor=} must be a positive number")
 
-    @property
-    def value(self) -> float:
-        """The factor."""
-        return self.factor
-
     @staticmethod
-    def count(
-        value: jax.Array | None,
-        sorted_BM: Float[jax.Array, "B M"],
-        candidates_B: Int[jax.Array, "B"],
-        scheduled_B: Int[jax.Array, "B"],
-    ) -> Int[jax.Array, "B"]:
-        """The length of the unbroken run of c_k >= 1 - f / (k + 1), at least one."""
-        assert value is not None
-        k_M = jnp.arange(1, sorted_BM.shape[1] + 1, dtype=jnp.float32)
-        return _prefix(sorted_BM >= 1.0 - value / (k_M + 1.0), candidates_B)
+    def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
+        """Accepts c_i >= 1 - factor / (i + 1)."""
+        rank_M = jnp.arange(1, sorted_BM.shape[1] + 1, dtype=jnp.float32)
+        return sorted_BM >= 1.0 - value / (rank_M + 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBound(CommitRule):
-    """The most certain ones while the sum of their entropies, the largest left out, is at most `gamma` nats.
+    """Writes candidates of lowest entropy while the sum of all their entropies but the largest is at most `gamma`.
 
-    That sum bounds what is lost by writing them independently (entropy-bounded unmasking).
+    The sum, in nats, bounds the error of sampling these tokens independently (entropy-bounded unmasking).
 
     Raises:
       ValueError: gamma negative.
@@ -153,22 +146,11 @@ class EntropyBound(CommitRule):
         if not 0.0 <= self.gamma < float("inf"):
             raise ValueError(f"{self.gamma=} must not be negative")
 
-    @property
-    def value(self) -> float:
-        """The bound."""
-        return self.gamma
-
     @staticmethod
-    def count(
-        value: jax.Array | None,
-        sorted_BM: Float[jax.Array, "B M"],
-        candidates_B: Int[jax.Array, "B"],
-        scheduled_B: Int[jax.Array, "B"],
-    ) -> Int[jax.Array, "B"]:
-        """The largest prefix within the bound: the first alone always is."""
-        assert value is not None
-        entropy_BM = jnp.maximum(-sorted_BM, 0.0)  # confidences are negative entropies, lowest entropy first
-        return _prefix(jnp.cumsum(entropy_BM, axis=1) - entropy_BM <= value, candidates_B)
+    def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
+        """Accepts confidences (negative entropies, lowest entropy first) while the sum of those before is in the bound."""
+        entropy_BM = jnp.maximum(-sorted_BM, 0.0)
+        return jnp.cumsum(entropy_BM, axis=1) - entropy_BM <= value
 
 
 def choose(
@@ -180,16 +162,14 @@ def choose(
     *,
     score_BM: Float[jax.Array, "B M"] | None = None,
 ) -> Bool[jax.Array, "B M"]:
-    """Marks the candidates that a rule writes: those of highest score (by default confidence), of equals the first."""
+    """Marks the candidates that a rule writes.
+
+    Their number follows from the confidences. Those of highest score (by default the confidence) are marked; of equal
+    ones, the first.
+    """
     order_BM = decoding.most_confident_first(confidence_BM, candidate_BM)
     sorted_BM = jnp.take_along_axis(confidence_BM, order_BM, axis=1)
     count_B = rule.count(value, sorted_BM, jnp.sum(candidate_BM, axis=1, dtype=jnp.int32), scheduled_B)
     if score_BM is not None:
         order_BM = decoding.most_confident_first(score_BM, candidate_BM)
     return decoding.commit(order_BM, candidate_BM, count_B)
-
-
-def _prefix(accepted_BM: Bool[jax.Array, "B M"], candidates_B: Int[jax.Array, "B"]) -> Int[jax.Array, "B"]:
-    # The length of the unbroken run from the surest on, at least one, within the candidates.
-    run_B = jnp.sum(jnp.cumprod(accepted_BM.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-    return jnp.minimum(jnp.maximum(run_B, 1), candidates_B)

@@ -1,7 +1,4 @@
-"""What the loop is compiled for, what it is handed, and what it carries.
-
-Knows configurations and canvases. Knows nothing of how a step is taken.
-"""
+"""The loop's settings, static (compiled in) and dynamic (arguments of the program), and its carry."""
 
 from __future__ import annotations
 
@@ -16,22 +13,21 @@ from dream_jax import decoding, masks, schedule
 from dream_jax.attention import KVCache
 from dream_jax.model import Dream
 from dream_jax.sampler import passes, propose, rules
-from dream_jax.sampler.caches import CachePolicy, KVCachePolicy
-from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.hooks import LogitsHook, TokenHook
+from dream_jax.sampler.callbacks import LogitsHook, TokenHook
+from dream_jax.sampler.config import CachePolicy, KVCachePolicy, SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticSettings:
-    """What of a configuration a program is compiled for: one program serves all of its numbers.
+    """The settings that a program is compiled for. `DynamicSettings` may change without another compilation.
 
     Attributes:
-      capacity: masked positions of a row that a step may look at.
-      steps: of the clock, in each block.
-      rule: kind of commit rule.
+      steps: number of schedule steps in each block.
+      rule: class of the commit rule.
       writable: which tokens may be written, see `propose.Writable`.
-      guided: whether every row has an unconditional one beside it.
-      new_tokens: places at the end of the canvas that are no prompt.
+      guided: whether every row is followed by its unconditional copy (classifier-free guidance).
+      new_tokens: number of positions at the end of the canvas that are not the prompt.
+      capacity: most masked positions of a row for which one step computes logits.
       others: as in SamplerConfig.
     """
 
@@ -52,7 +48,7 @@ class StaticSettings:
 
     @classmethod
     def of(cls, config: SamplerConfig, capacity: int) -> StaticSettings:
-        """The part of a configuration that is compiled in."""
+        """Takes the static settings out of a configuration."""
         return cls(
             alg=config.alg,
             top_k=config.top_k,
@@ -72,17 +68,22 @@ class StaticSettings:
 
     @property
     def follows_schedule(self) -> bool:
-        """Whether the clock says how many positions are written."""
+        """Whether the published schedule says how many positions a step writes."""
         return self.rule is rules.Count
 
     @property
-    def counts_schedule_steps(self) -> bool:
-        """Whether a row is one block on the published clock."""
+    def reports_schedule_steps(self) -> bool:
+        """Whether step ids are those of the published schedule; otherwise they count the forward passes of the row."""
         return self.block_length is None and self.follows_schedule
+
+    @property
+    def forces_first(self) -> bool:
+        """Whether a full pass writes the first token of a block and nothing else, as in Fast-dLLM."""
+        return isinstance(self.cache, KVCachePolicy) and self.cache.forces_first
 
 
 class DynamicSettings(NamedTuple):
-    """The rest: numbers that may change without compiling again. None switches off (and is compiled in)."""
+    """The settings that are arguments of the compiled program. None switches off (and is compiled in)."""
 
     filters: propose.Filters
     alg_temp: Float[jax.Array, ""] | None
@@ -91,38 +92,38 @@ class DynamicSettings(NamedTuple):
 
     @classmethod
     def of(cls, config: SamplerConfig) -> DynamicSettings:
-        """The part of a configuration that is handed over at each call."""
+        """Takes the dynamic settings out of a configuration."""
         return cls(
             filters=propose.Filters(
-                temperature=_number(config.temperature or None),
-                top_p=_number(None if config.top_p == 1.0 else config.top_p),
-                end_penalty=_number(config.end_penalty or None),
-                guidance=_number(config.guidance or None),
+                temperature=_scalar(config.temperature or None),
+                top_p=_scalar(None if config.top_p == 1.0 else config.top_p),
+                end_penalty=_scalar(config.end_penalty or None),
+                guidance=_scalar(config.guidance or None),
             ),
-            alg_temp=_number(config.alg_temp or None),
-            rule=_number(config.commit.value),
+            alg_temp=_scalar(config.alg_temp or None),
+            rule=_scalar(config.commit.value),
             fractions_S=jnp.asarray(schedule.write_fractions(config.block_steps, config.eps)),
         )
 
 
-def _number(value: float | None) -> jax.Array | None:
+def _scalar(value: float | None) -> jax.Array | None:
     return None if value is None else jnp.float32(value)
 
 
 class State(NamedTuple):
-    """The carry.
+    """The carry of the loop.
 
     Attributes:
-      canvas_BT: tokens.
-      commit_step_BT: step that last wrote each position, -1 for none.
+      canvas_BT: token ids.
+      commit_step_BT: id of the step that last wrote each position, -1 for none.
       passes_B: forward passes that each row took part in.
-      block_start_B: first place of the row's block; T once the row is done.
-      schedule_step_B: the next step of the block's clock.
+      block_start_B: first position of the row's current block; T once the row is done.
+      schedule_step_B: index of the block's next step in its schedule.
       block_passes_B: passes made in the block.
-      passes_since_full_B: passes since, and with, the row's last full one; -1 before the first.
+      passes_since_full_B: passes since the row's last full pass, including it; -1 before the first.
       blocks_since_full_B: blocks begun since the row's last full pass.
-      kv_cache: keys and values, None without a cache.
-      forwards: forward passes made.
+      kv_cache: cached keys and values; None without a cache.
+      forwards: forward passes made by the program.
     """
 
     canvas_BT: Int[jax.Array, "B T"]
@@ -142,7 +143,7 @@ def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings
     zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
     rows, length = canvas_BT.shape
     masked_BT = canvas_BT == model.config.mask_token_id
-    keeps = isinstance(static.cache, KVCachePolicy)
+    has_cache = isinstance(static.cache, KVCachePolicy)
     return State(
         canvas_BT=canvas_BT,
         commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
@@ -152,17 +153,17 @@ def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings
         block_passes_B=zeros_B,
         passes_since_full_B=zeros_B - 1,
         blocks_since_full_B=zeros_B,
-        kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if keeps else None,
+        kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if has_cache else None,
         forwards=jnp.int32(0),
     )
 
 
 def active(state: State) -> Bool[jax.Array, "B"]:
-    """Rows that are not done."""
+    """Marks the rows that are not done."""
     return state.block_start_B < state.canvas_BT.shape[1]
 
 
 def first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
-    """The first true place of each row; T where there is none."""
+    """The first true position of each row; T where there is none."""
     position_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
     return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

@@ -1,7 +1,4 @@
-"""`Stream`: many prompts through one batch, in which a row that is done makes room for the next prompt.
-
-Knows prompts, buckets and rows that come and go. Knows nothing of files or text.
-"""
+"""`Stream`: many prompts through one batch, in which each row that is done is replaced by the next prompt."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from dream_jax.sampler.state import DynamicSettings, StaticSettings, active
 
 
 class Answer(NamedTuple):
-    """What one prompt became.
+    """The result of one prompt.
 
     Attributes:
-      prompt: which one, by its number.
+      prompt: index of the prompt.
       tokens: int32 [P + N], the prompt and the answer.
       commit_step: int32 [P + N], as in Sample.
       passes: forward passes that the row took part in.
@@ -38,17 +35,17 @@ class Answer(NamedTuple):
 
 
 class Stream(Iterator[Answer]):
-    """Answers as they come, each what `generate` makes of its prompt alone with its key.
+    """Iterates over the answers as they are finished, each equal to that of `generate` for its prompt and key alone.
 
-    Prompts of one bucket of lengths run together; buckets follow each other, shortest first. A bucket compiles one
-    program, whatever the number of prompts.
+    Prompts are grouped by their bucket of lengths, and the groups run one after the other, shortest first. Each group
+    compiles one program, whatever its number of prompts.
 
     Args:
-      model: any Dream. Where its parameters lie on a mesh, the batch is spread over it.
-      prompts: token ids, one sequence a prompt.
+      model: any Dream. If its parameters are on a mesh, the batch is sharded over it.
+      prompts: one sequence of token ids per prompt.
       config: see SamplerConfig.
-      keys: one key a prompt ([len(prompts)]), required when anything is random.
-      batch_size: rows that are under way at a time.
+      keys: one key per prompt ([len(prompts)]); required when anything is random.
+      batch_size: number of rows denoised at the same time.
 
     Attributes:
       forwards: forward passes made so far.
@@ -70,7 +67,7 @@ class Stream(Iterator[Answer]):
             raise ValueError(f"{batch_size=} must be at least 1")
         check_key(config, keys)
         if keys is not None and keys.shape[:1] != (len(prompts),):
-            raise ValueError(f"got keys of shape {keys.shape} for {len(prompts)} prompts; pass one a prompt")
+            raise ValueError(f"got keys of shape {keys.shape} for {len(prompts)} prompts; pass one per prompt")
         self.forwards = 0
         self._model, self._config, self._batch_size = model, config, batch_size
         self._rows = [np.asarray(prompt, np.int32).reshape(1, -1) for prompt in prompts]
@@ -83,7 +80,7 @@ class Stream(Iterator[Answer]):
         self._answers = self._run()
 
     def __next__(self) -> Answer:
-        """The next answer; not in the order of the prompts."""
+        """Returns the next finished answer; answers are not in the order of the prompts."""
         return next(self._answers)
 
     def _run(self) -> Iterator[Answer]:
@@ -102,33 +99,34 @@ class Stream(Iterator[Answer]):
         before = self.forwards
         with sharding.mesh_context(model):
             batch = _idle_batch(model, size, total, static)
-            under_way: list[int | None] = [None] * size
+            prompt_of_row: list[int | None] = [None] * size
             canvas = np.full((size, total), model.config.pad_token_id, np.int32)
             valid = np.ones((size, total), bool)
-            which = np.zeros(size, np.int32)
-            while waiting or any(index is not None for index in under_way):
+            key_index = np.zeros(size, np.int32)
+            while waiting or any(index is not None for index in prompt_of_row):
                 new = np.zeros(size, bool)
-                for place, index in enumerate(under_way):
+                for row, index in enumerate(prompt_of_row):
                     if index is None and waiting:
-                        under_way[place] = which[place] = waiting.pop(0)
-                        row = self._rows[which[place]]
-                        one = lay_out(model, row, np.ones(row.shape, bool), config, width - row.shape[1])
-                        canvas[place], valid[place] = one[0][0], one[1][0]
-                        new[place] = True
-                # Nobody waits for long: a quarter of the rows done, and the host looks. At the end, all of them.
+                        prompt_of_row[row] = key_index[row] = waiting.pop(0)
+                        prompt = self._rows[key_index[row]]
+                        one = lay_out(model, prompt, np.ones(prompt.shape, bool), config, width - prompt.shape[1])
+                        canvas[row], valid[row] = one[0][0], one[1][0]
+                        new[row] = True
+                # The program returns when a quarter of the rows are done, so that new prompts start soon. When no
+                # prompt waits it returns when all rows are done.
                 idle = -(-size // 4) if waiting else size
                 batch = resume(
-                    model, batch, new, canvas, valid, self._keys[which], dynamic, jnp.int32(idle), static=static
+                    model, batch, new, canvas, valid, self._keys[key_index], dynamic, jnp.int32(idle), static=static
                 )
                 state = batch.state
                 self.forwards = before + int(state.forwards)
                 found = jax.device_get((active(state), state.canvas_BT, state.commit_step_BT, state.passes_B))
-                for place, (busy, tokens, commit_step, passes) in enumerate(zip(*found, strict=True)):
-                    index = under_way[place]
+                for row, (busy, tokens, commit_step, passes) in enumerate(zip(*found, strict=True)):
+                    index = prompt_of_row[row]
                     if index is not None and not busy:
                         begin = width - self._rows[index].shape[1]
                         yield Answer(index, tokens[begin:], commit_step[begin:], int(passes))
-                        under_way[place] = None
+                        prompt_of_row[row] = None
 
 
 _idle_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "static"))(idle_batch)
