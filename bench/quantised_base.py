@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dream_jax import lora, pretrained, quantisation
-from dream_jax.data import encode_row, length_report, open_source
+from dream_jax.data import TokenizedRows, lay_out, length_report, open_source
 from dream_jax.model import Dream, parameter_count, split_params
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,15 +49,14 @@ class QuantisedBaseSettings:
 
 def canvases(settings: QuantisedBaseSettings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with half of each response masked, [B, T], and which positions are."""
-    source = open_source(settings.data, "test", 0)
-    longest = length_report(source, tokenizer, 2048, limit=settings.rows).longest
-    encoded = [encode_row(source[index], tokenizer, longest) for index in range(min(settings.rows, len(source)))]
-    found = [one for one in encoded if one is not None]
+    rows = TokenizedRows(open_source(settings.data, "test", 0), tokenizer)
+    longest = length_report(rows, 2048, limit=settings.rows).longest
+    found = [row for _, row in rows.first(settings.rows, longest)]
     if not found:
         raise ValueError(f"no row of {settings.data} fits in 2048 tokens")
-    tokens, maskable = (np.stack([getattr(one, name) for one in found]) for name in ("tokens", "maskable"))
-    masked = maskable & (np.random.default_rng(0).random(maskable.shape) < 0.5)
-    return np.where(masked, tokenizer.mask_id, tokens).astype(np.int32), masked
+    batch = lay_out(found, [longest - row.prompt_length for row in found], longest, tokenizer.pad_id)
+    masked = batch.maskable_BT & (np.random.default_rng(0).random(batch.maskable_BT.shape) < 0.5)
+    return np.where(masked, tokenizer.mask_id, batch.tokens_BT).astype(np.int32), masked
 
 
 def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:

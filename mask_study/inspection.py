@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dream_jax import masks
-from dream_jax.data import encode_row, first_rows, open_source
+from dream_jax.data import TokenizedRows, lay_out, open_source
 from dream_jax.files import replacing
 from dream_jax.model import Dream, Layer, rotate, rotation
 from dream_jax.tokenizer import Tokenizer
@@ -161,15 +161,12 @@ def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Ins
     Raises:
       ValueError: no row fits; also what `open_source` raises.
     """
-    found = []
-    for row in first_rows(open_source(data, "test"), number):
-        one = encode_row(row, tokenizer, longest)
-        if one is not None:
-            found.append(one)
+    found = [one for _, one in TokenizedRows(open_source(data, "test"), tokenizer).first(number, longest)]
     if not found:
         raise ValueError(f"{data} has no test row that fits into {longest} tokens; give other data")
     width = max(one.length for one in found)
-    tokens = np.stack([one.tokens[:width] for one in found])
+    regions = [width - one.prompt_length for one in found]
+    tokens = lay_out(found, regions, width, tokenizer.pad_id).tokens_BT
     position_T = np.arange(width)
     return InspectedRows(
         tokens,

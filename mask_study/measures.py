@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dream_jax import masks, sharding
-from dream_jax.data import EncodedRow
+from dream_jax.batch import Batch
 from dream_jax.model import Dream
 from dream_jax.sampler import EntropyBound, Sample, SamplerConfig, Threshold, generate
 from dream_jax.tokenizer import Tokenizer
@@ -101,11 +101,8 @@ def _likelihood(
 ) -> Iterator[Measured]:
     tokens_RT = rows_of(examples, words)
     maskable_RT, _ = learned(tokens_RT, task, variant, words)
-    rows = [
-        EncodedRow(tokens=tokens, maskable=maskable, prompt_length=task.prompt_width, length=len(tokens))
-        for tokens, maskable in zip(tokens_RT, maskable_RT, strict=True)
-    ]
-    score = Grid(rows, min(len(rows), 256), sharding.make_mesh("1x1")).score(model)
+    rows = Batch(tokens_BT=tokens_RT, maskable_BT=maskable_RT, row_B=np.arange(len(tokens_RT), dtype=np.int32))
+    score = Grid(rows, min(len(tokens_RT), 256), sharding.make_mesh("1x1")).score(model)
     yield Measured("nll", "all", 0.0, score.nll)
     for number, value in enumerate(score.nll_by_time):
         yield Measured("nll", f"{number / 4} <= t < {(number + 1) / 4}", 0.0, value)

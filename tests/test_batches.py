@@ -17,9 +17,11 @@ from dream_jax.data import (
     Row,
     RowList,
     SudokuSource,
+    TokenizedRows,
     encode_row,
-    first_rows,
+    first_numbers,
     length_report,
+    longest_row,
     make_batches,
     open_mixture,
 )
@@ -41,9 +43,9 @@ def uneven(count: int = 60, first: int = 1) -> RowList:
     )
 
 
-def batches_of(source: Any, **changes: Any) -> Batches:
+def batches_of(source: Any, encoding: EncodeOptions = EncodeOptions(), **changes: Any) -> Batches:
     settings: dict[str, Any] = {"batch_size": 5, "max_length": 16, "seed": 0, "num_threads": 0, **changes}
-    return make_batches(source, BYTES, **settings)
+    return make_batches(TokenizedRows(source, BYTES, encoding), **settings)
 
 
 def take(source: Any, steps: int, **changes: Any) -> list[Batch[np.ndarray]]:
@@ -73,6 +75,16 @@ def responses_of(batch: Batch[np.ndarray]) -> list[tuple[int, str, int]]:
         assert maskable.tolist() == [False] * (start + number % 3 + 1) + [True] * (len(text) + pads)
         found.append((number, text, pads))
     return found
+
+
+def ids(row: Row) -> list[int]:
+    """The tokens of a row of `uneven`."""
+    assert isinstance(row.prompt, str)
+    return [*row.prompt.encode(), *row.response.encode(), BYTES.eos_id]
+
+
+def fits(row: Row, length: int) -> bool:
+    return len(ids(row)) <= length
 
 
 def full_text(number: int) -> str:
@@ -243,6 +255,42 @@ def test_an_outlook_looks_at_part_of_a_long_run() -> None:
     assert found.batches == 8 and found.lines()[0] == "1000 steps, 500.00 epochs, over the first 8 steps:"
 
 
+# --- tokens ---
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Counts how often each text is tokenised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def encode(self, text: str, *options: Any) -> list[int]:
+        self.asked[text] += 1
+        return super().encode(text, *options)
+
+
+@pytest.mark.parametrize("policy", ["filter", "right"])
+def test_rows_are_tokenised_once(policy: Any) -> None:
+    """However often they are measured and read; the rows of a source of one length when they are read."""
+    texts = [Row(prompt=f"p{n}", response=f"r{n}" * (1 + n % 5)) for n in range(20)]
+    counting = CountingTokenizer()
+    rows = TokenizedRows(RowList(texts), counting, EncodeOptions(length_policy=policy))
+    assert longest_row(rows) == length_report(rows, 9).longest == 19
+    assert length_report(rows, 9, limit=3).measured == 3
+    for _ in range(2):
+        with make_batches(rows, batch_size=4, max_length=9, seed=0, options=BatchOptions(width_step=4)) as batches:
+            for _ in range(15):
+                next(batches)
+        assert len(rows.first(7, 9)) == (7 if policy == "right" else 5)
+    assert len(counting.asked) == 40 and set(counting.asked.values()) == {1}
+    generated = TokenizedRows(SudokuSource("train"), CountingTokenizer())
+    with make_batches(generated, batch_size=8, max_length=40, seed=0, num_threads=0) as batches:
+        for _ in range(3):
+            next(batches)
+    assert generated.tokenizer.asked.total() == 2 * (1 + 3 * 8)  # the first row is measured
+
+
 # --- mixtures ---
 
 
@@ -268,7 +316,7 @@ def test_a_mixture_drops_by_length_in_each_part_and_measures_a_uniform_part_once
         prompts = [tokens[0] for _ in range(4) for tokens in next(batches).tokens_BT]
     assert sum(int(token) < 11 for token in prompts) == 16
     long = RowList([Row(prompt="p", response="r" * n) for n in (50, 3, 60, 2)])
-    report = length_report(Mixture([long, uneven(3)]), BYTES, 16)
+    report = length_report(TokenizedRows(Mixture([long, uneven(3)]), BYTES), 16)
     assert (report.kept, report.dropped, report.shortest, report.longest) == (5, 2, 3, 62)
     seen = {BYTES.decode(tokens) for batch in take(Mixture([long, uneven(3)]), 9) for tokens in batch.tokens_BT}
     assert len(seen) == 5
@@ -276,12 +324,15 @@ def test_a_mixture_drops_by_length_in_each_part_and_measures_a_uniform_part_once
         batches_of(Mixture([uneven(3), RowList([long[0]])]))
 
 
-def test_first_rows_are_of_every_part() -> None:
+def test_the_first_rows_are_of_every_part() -> None:
     few, many = uneven(4), uneven(30, first=11)
-    assert first_rows(many, 3) == [many[0], many[1], many[2]] and len(first_rows(few, 9)) == 4
+    assert first_numbers(many, 3) == [0, 1, 2] and first_numbers(few, 9) == [0, 1, 2, 3]
     mixture = Mixture([few, many])
-    assert first_rows(mixture, 12) == [mixture[number] for number in (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33)]
-    assert first_rows(mixture, 1) == [mixture[0]] and first_rows(mixture, 99) == [*map(mixture.__getitem__, range(34))]
+    assert first_numbers(mixture, 12) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33]
+    assert first_numbers(mixture, 1) == [0] and first_numbers(mixture, 99) == list(range(34))
+    first = TokenizedRows(mixture, BYTES).first(12, 10)  # of those with 3 to 14 tokens
+    assert [row for row, _ in first] == [mixture[n] for n in first_numbers(mixture, 12) if fits(mixture[n], 10)]
+    assert 0 < len(first) < 12 and all(found.tolist() == ids(row) for row, found in ((r, t.tokens) for r, t in first))
 
 
 def test_refused_mixtures(tmp_path: Path) -> None:
@@ -320,15 +371,14 @@ def test_all_assistant_turns_or_the_last() -> None:
     assert last is not None and every is not None
     np.testing.assert_array_equal(last.tokens, every.tokens)  # with bytes no token could straddle anything
     assert last.prompt_length == every.prompt_length
-    learned = BYTES.decode(every.tokens[: every.length][every.maskable[: every.length]])
-    assert learned == "firstsecond<|endoftext|>"
-    assert BYTES.decode(last.tokens[: last.length][last.maskable[: last.length]]) == "second<|endoftext|>"
-    with make_batches(
-        RowList([row]), BYTES, batch_size=1, max_length=128, seed=0, encoding=EncodeOptions(learned_turns="all")
-    ) as batches:
+    assert BYTES.decode(every.tokens[every.learned]) == "firstsecond<|endoftext|>"
+    assert BYTES.decode(last.tokens[last.learned]) == "second<|endoftext|>"
+    encoding = EncodeOptions(learned_turns="all")
+    with batches_of(RowList([row]), encoding, batch_size=1, max_length=128) as batches:
         found = batches.outlook(1)
-        np.testing.assert_array_equal(next(batches).maskable_BT[0], every.maskable)
-    assert found.supervised == every.maskable.sum()
+        maskable = next(batches).maskable_BT[0]
+    assert maskable.tolist() == [*every.learned.tolist(), *[True] * (128 - every.length)]
+    assert found.supervised == maskable.sum()
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int<|mask|>"}}}]
@@ -350,14 +400,13 @@ def test_tools_as_the_published_template_has_them(assets: Path) -> None:
     row = parse_chat({"messages": WITH_TOOLS, "tools": TOOLS}, "here:1")
     encoded = encode_row(row, dream, 400, EncodeOptions(learned_turns="all"))
     assert encoded is not None
-    text = dream.decode(encoded.tokens[: encoded.length])
+    text = dream.decode(encoded.tokens)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.\n\n# Tools\n")
     assert '\n<tools>\n{"type": "function", "function": {"name": "add", "parameters": {"a": "int<|mask|>"}}}\n' in text
     call = '<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call>'
     assert f"<|im_start|>assistant\n{call}<|im_end|>\n<|im_start|>user\n<tool_response>\n3<|im_end|>\n" in text
     assert "\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n7<|end" in text
-    learned = dream.decode(encoded.tokens[: encoded.length][encoded.maskable[: encoded.length]])
-    assert learned == f"{call}7<|endoftext|>"
+    assert dream.decode(encoded.tokens[encoded.learned]) == f"{call}7<|endoftext|>"
     # The mark inside a tool's answer is text, and the only mask token's name is spelled out as well.
     assert dream.mask_id not in encoded.tokens
     assert (encoded.tokens == dream.im_end_id).sum() == 4  # system, user, call and answers

@@ -14,10 +14,12 @@ from dream_jax.data import (
     Batches,
     Row,
     RowList,
-    Source,
+    RowSource,
     SudokuSource,
+    TokenizedRows,
     encode_row,
     is_solution,
+    lay_out,
     length_report,
     make_batches,
     open_source,
@@ -355,7 +357,7 @@ def test_open_refusals(tmp_path: Path) -> None:
         open_source(file)
 
 
-def responses(source: Source) -> list[str]:
+def responses(source: RowSource) -> list[str]:
     return [source[index].response for index in range(len(source))]
 
 
@@ -390,10 +392,12 @@ def test_hold_out_of_small_files() -> None:
 def test_encode_raw_row() -> None:
     encoded = encode_row(Row(prompt="ab", response="é"), BYTES, 8)
     assert encoded is not None
-    assert encoded.tokens.tolist() == [97, 98, 0xC3, 0xA9, 256, 256, 256, 256]
-    assert encoded.maskable.tolist() == [False] * 2 + [True] * 6
-    assert (encoded.prompt_length, encoded.length) == (2, 5)
-    assert encoded.tokens.dtype == np.int32 and encoded.maskable.dtype == np.bool_
+    assert encoded.tokens.tolist() == [97, 98, 0xC3, 0xA9, 256]
+    assert (encoded.prompt_length, encoded.length, encoded.text_length, encoded.whole) == (2, 5, 2, True)
+    batch = lay_out([encoded], [6], 8, BYTES.pad_id)
+    assert batch.tokens_BT.tolist() == [[97, 98, 0xC3, 0xA9, 256, 256, 256, 256]]
+    assert batch.maskable_BT.tolist() == [[False] * 2 + [True] * 6]
+    assert batch.tokens_BT.dtype == np.int32 and batch.maskable_BT.dtype == np.bool_
 
 
 def test_encode_fits_exactly_or_not_at_all() -> None:
@@ -409,7 +413,7 @@ def test_encode_chat_row() -> None:
     assert encoded is not None
     prompt = BYTES.chat(messages)
     assert encoded.prompt_length == len(prompt) and encoded.tokens[: len(prompt)].tolist() == prompt
-    assert encoded.tokens[len(prompt) : encoded.length].tolist() == [*b"<|mask|>", 256]
+    assert encoded.tokens[len(prompt) :].tolist() == [*b"<|mask|>", 256]
 
 
 def test_encode_refuses_an_empty_prompt() -> None:
@@ -421,11 +425,12 @@ def test_encode_with_the_real_tokenizer(assets: Path) -> None:
     dream = load_tokenizer(assets / "dream-v0-instruct-7b")
     encoded = encode_row(open_source("gsm8k")[0], dream, 512)
     assert encoded is not None
-    text = dream.decode(encoded.tokens[: encoded.length])
+    text = dream.decode(encoded.tokens)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nNatalia")
     assert text.endswith("#### 72<|endoftext|>") and "<|im_start|>assistant\nNatalia sold 48/2" in text
-    assert encoded.maskable.sum() == 512 - encoded.prompt_length
-    assert (encoded.tokens[encoded.length :] == 151643).all()
+    batch = lay_out([encoded], [512 - encoded.prompt_length], 512, dream.pad_id)
+    assert batch.maskable_BT.sum() == 512 - encoded.prompt_length
+    assert (batch.tokens_BT[0, encoded.length :] == 151643).all()
     # The source promises one length; with this tokenizer too, every digit and newline is one token.
     source = SudokuSource("train", size=300)
     rows = [encode_row(source[index], dream, 64) for index in range(300)]
@@ -438,44 +443,44 @@ def ragged(count: int = 50) -> RowList:
 
 
 def test_length_report() -> None:
-    report = length_report(ragged(), BYTES, 8)
+    report = length_report(TokenizedRows(ragged(), BYTES), 8)
     assert (report.total, report.measured, report.kept, report.dropped) == (50, 50, 30, 20)
     assert (report.shortest, report.longest, report.mean) == (3, 12, 7.5)
     assert str(report) == (
         "30 rows kept, 20 dropped (50 in all) at max_length 8; tokens: shortest 3, mean 7.5, longest 12"
     )
-    part = length_report(ragged(), BYTES, 8, limit=10)
+    part = length_report(TokenizedRows(ragged(), BYTES), 8, limit=10)
     assert (part.total, part.measured, part.kept + part.dropped) == (50, 10, 10)
     assert "of 10 measured (50 in all)" in str(part)
-    assert length_report(ragged(), BYTES, 8, limit=99) == report
+    assert length_report(TokenizedRows(ragged(), BYTES), 8, limit=99) == report
 
 
 def test_length_report_of_a_uniform_source_measures_one() -> None:
-    report = length_report(SudokuSource("train"), BYTES, 40)
+    report = length_report(TokenizedRows(SudokuSource("train"), BYTES), 40)
     assert (report.total, report.measured, report.kept, report.dropped) == (1_000_000, 1, 1_000_000, 0)
     assert report.shortest == report.longest == 40
 
 
 def test_length_report_refusals() -> None:
     with pytest.raises(ValueError, match=r"no row fits into max_length=2.*shortest has 3.*longest 12"):
-        length_report(ragged(), BYTES, 2)
+        length_report(TokenizedRows(ragged(), BYTES), 2)
     with pytest.raises(ValueError, match="no row fits"):
-        length_report(SudokuSource("train"), BYTES, 39)
+        length_report(TokenizedRows(SudokuSource("train"), BYTES), 39)
     with pytest.raises(ValueError, match="no rows"):
-        length_report(RowList([]), BYTES, 8)
+        length_report(TokenizedRows(RowList([]), BYTES), 8)
     with pytest.raises(ValueError, match="limit=0"):
-        length_report(ragged(), BYTES, 8, limit=0)
+        length_report(TokenizedRows(ragged(), BYTES), 8, limit=0)
 
 
 # --- batches ---
 
 
-def batches_of(source: Source, **changes: Any) -> Batches:
+def batches_of(source: RowSource, **changes: Any) -> Batches:
     settings: dict[str, Any] = {"batch_size": 8, "max_length": 8, "seed": 0, **changes}
-    return make_batches(source, BYTES, **settings)
+    return make_batches(TokenizedRows(source, BYTES), **settings)
 
 
-def take(source: Source, steps: int, **changes: Any) -> list[Batch[np.ndarray]]:
+def take(source: RowSource, steps: int, **changes: Any) -> list[Batch[np.ndarray]]:
     with batches_of(source, **changes) as batches:
         return [next(batches) for _ in range(steps)]
 
@@ -504,8 +509,8 @@ def test_batch_contents() -> None:
     for tokens, maskable in zip(batch.tokens_BT, batch.maskable_BT, strict=True):
         encoded = encode_row(source[int(tokens[0]) - 1], BYTES, 8)
         assert encoded is not None
-        np.testing.assert_array_equal(tokens, encoded.tokens)
-        np.testing.assert_array_equal(maskable, encoded.maskable)
+        assert tokens.tolist() == [*encoded.tokens, *[BYTES.pad_id] * (8 - encoded.length)]
+        assert maskable.tolist() == [False] + [True] * 7
 
 
 def test_each_epoch_is_another_permutation_of_what_fits() -> None:
@@ -643,7 +648,7 @@ def run_python(code: str) -> str:
 
 
 def test_an_open_iterator_does_not_hold_up_the_exit() -> None:
-    source = "make_batches(SudokuSource('train'), ByteTokenizer(), batch_size=8, max_length=40, seed=0)"
+    source = "make_batches(TokenizedRows(SudokuSource('train'), ByteTokenizer()), batch_size=8, max_length=40, seed=0)"
     assert run_python(f"batches = {source}\nnext(batches)\nprint('done')") == "done\n"
 
 
@@ -651,8 +656,8 @@ def test_sudoku_batches_are_fast_enough() -> None:
     """CPU time a row, from drawing to batch: about 40 microseconds; the limit is for a busy machine."""
     code = """
 times = []
-source, settings = SudokuSource("train"), {"batch_size": 128, "max_length": 48, "seed": 0}
-with make_batches(source, ByteTokenizer(), num_threads=0, **settings) as batches:
+rows, settings = TokenizedRows(SudokuSource("train"), ByteTokenizer()), {"batch_size": 128, "max_length": 48, "seed": 0}
+with make_batches(rows, num_threads=0, **settings) as batches:
     for _ in range(30):
         start = time.thread_time()
         next(batches)

@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from dream_jax.data import BatchOptions, EncodeOptions, ReadOptions, Row, encode_row, make_batches, open_source
+from dream_jax.data import (
+    BatchOptions,
+    EncodeOptions,
+    ReadOptions,
+    Row,
+    TokenizedRows,
+    encode_row,
+    make_batches,
+    open_source,
+)
 from dream_jax.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -21,10 +30,9 @@ def test_every_token_of_a_document_is_learned(tmp_path):
     source = open_source(file, "train")
     (row,) = [source[index] for index in range(len(source))]
     encoded = encode_row(row, BYTES, 8)
-    text = [*row.response.encode(), BYTES.eos_id]
-    assert encoded.tokens.tolist() == [BYTES.bos_id, *text] + [BYTES.pad_id] * (7 - len(text))
+    assert encoded.tokens.tolist() == [BYTES.bos_id, *row.response.encode(), BYTES.eos_id]
     # The first token has the left neighbour that it is predicted from, and nothing else is given.
-    assert encoded.maskable.tolist() == [False] + [True] * 7
+    assert encoded.learned.tolist() == [False] + [True] * (len(row.response) + 1)
     (held_out,) = [one.response for one in open_source(file, "test")]
     assert {held_out, row.response} == {"abc", "de"}
 
@@ -51,7 +59,8 @@ def test_long_documents_are_cut_or_dropped(tmp_path):
 def test_batches_of_documents_hide_what_no_document_fills(tmp_path):
     file = documents(tmp_path / "texts.jsonl", [f"{number:03}" * (1 + number % 3) for number in range(40)])
     options = BatchOptions(eos_tail=0)
-    with make_batches(open_source(file), BYTES, batch_size=8, max_length=16, seed=0, options=options) as batches:
+    rows = TokenizedRows(open_source(file), BYTES)
+    with make_batches(rows, batch_size=8, max_length=16, seed=0, options=options) as batches:
         batch = next(batches)
     assert batch.valid_BT is not None
     lengths = batch.valid_BT.sum(axis=1)

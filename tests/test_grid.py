@@ -11,19 +11,28 @@ from marking import slow
 
 from dream_jax import sharding
 from dream_jax.config import PRESETS
-from dream_jax.data import BatchOptions, Row, RowList, encode_row, make_batches
+from dream_jax.data import BatchOptions, Row, RowList, TokenizedRows, make_batches, token_row
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer.heldout import LEVELS, Grid, _laid_out
+from dream_jax.trainer.heldout import LEVELS, Grid, lay_out_held_out
 
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=1, hidden_size=64, intermediate_size=96)
 LENGTH = 16
 
 
-def rows(count=5):
-    tokenizer = ByteTokenizer()
-    made = [Row(prompt=f"{n}?", response="yes" * (1 + n % 3)) for n in range(count)]
-    return [encode_row(row, tokenizer, LENGTH) for row in made]
+TEXTS = [Row(prompt=f"{n}?", response="yes" * (1 + n % 3)) for n in range(5)]
+ROWS = [token_row(row, ByteTokenizer()) for row in TEXTS]
+PAD = ByteTokenizer().pad_id
+
+
+def laid_out(tokens_of=ROWS, options=None, length=LENGTH):
+    return lay_out_held_out(tokens_of, length, PAD, options)
+
+
+def made_batches(rows, **changes):
+    return make_batches(
+        TokenizedRows(RowList(rows), ByteTokenizer()), max_length=LENGTH, seed=0, num_threads=0, **changes
+    )
 
 
 def model(mesh=None):
@@ -34,10 +43,9 @@ def model(mesh=None):
     return merge_params(graphdef, jax.device_put(params, sharding.parameter_shardings(params, mesh)))
 
 
-def by_hand(encoded):
+def by_hand(batch):
     """nll [levels, rows, T] and what of it is right, from all logits, in float64."""
-    tokens = np.stack([one.tokens for one in encoded])
-    maskable = np.stack([one.maskable for one in encoded])
+    tokens, maskable = batch.tokens_BT, batch.maskable_BT
     generator = np.random.default_rng(0)
     masked = np.stack([maskable & (generator.random(maskable.shape) < level) for level in LEVELS])
     nll, right = np.zeros(masked.shape), np.zeros(masked.shape, bool)
@@ -51,10 +59,9 @@ def by_hand(encoded):
 
 
 def test_score_is_that_of_all_logits():
-    encoded = rows()
-    tokens, masked, nll, right = by_hand(encoded)
+    tokens, masked, nll, right = by_hand(laid_out())
     mesh = sharding.make_mesh("1x1")
-    score = Grid(encoded, 2, mesh).score(model(mesh))  # three batches, of which the last is half empty
+    score = Grid(laid_out(), 2, mesh).score(model(mesh))  # three batches, of which the last is half empty
     assert (score.rows, score.num_masked) == (5, masked.sum())
     np.testing.assert_allclose(score.nll, nll.sum() / masked.sum(), rtol=1e-5)
     quarters = [nll[2 * k : 2 * k + 2].sum() / masked[2 * k : 2 * k + 2].sum() for k in range(4)]
@@ -74,9 +81,9 @@ def test_score_is_that_of_all_logits():
 
 @pytest.mark.parametrize(("mesh", "size"), [("1x1", 5), slow("2x1", 4), slow("8x1", 8), ("2x2x2", 2)])
 def test_neither_mesh_nor_batch_change_it(mesh, size):
-    wanted = Grid(rows(), 1, sharding.make_mesh("1x1")).score(model(sharding.make_mesh("1x1")))
+    wanted = Grid(laid_out(), 1, sharding.make_mesh("1x1")).score(model(sharding.make_mesh("1x1")))
     devices = sharding.make_mesh(mesh)
-    found = Grid(rows(), size, devices).score(model(devices))
+    found = Grid(laid_out(), size, devices).score(model(devices))
     np.testing.assert_allclose(list(found.row().values()), list(wanted.row().values()), rtol=1e-5)
     assert found.num_masked == wanted.num_masked
 
@@ -84,39 +91,36 @@ def test_neither_mesh_nor_batch_change_it(mesh, size):
 @pytest.mark.parametrize("eos_tail", [None, 0, 2, 99])
 def test_rows_are_laid_out_as_training_lays_them_out(eos_tail):
     """Ends that a model is never taught must not be scored: they would drown the rest, and rise as it learns."""
-    texts = [Row(prompt=f"{n}?", response="yes" * (1 + n % 3)) for n in range(5)]
     options = BatchOptions(eos_tail=eos_tail)
-    given = {"batch_size": 5, "max_length": LENGTH, "seed": 0, "num_threads": 0, "options": options}
-    with make_batches(RowList(texts), ByteTokenizer(), **given) as batches:
+    with made_batches(TEXTS, batch_size=5, options=options) as batches:
         batch = next(batches)
     valid = np.ones(batch.tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
     wanted = {tuple(map(bytes, row)) for row in zip(batch.tokens_BT, batch.maskable_BT, valid, strict=True)}
-    found = {tuple(map(bytes, _laid_out(one, options))) for one in rows()}
+    batch = laid_out(options=options)
+    found = {tuple(map(bytes, row)) for row in zip(batch.tokens_BT, batch.maskable_BT, batch.valid_BT, strict=True)}
     assert found == wanted and len(found) == 5
 
 
 def test_no_more_ends_are_scored_than_batches_of_like_rows_show():
     options = BatchOptions(width_step=4)
-    for one in rows():
-        copies = RowList([Row(prompt="1?", response="x" * (one.length - 3))] * 4)  # of the row's length
-        given = {"batch_size": 4, "max_length": LENGTH, "seed": 0, "num_threads": 0, "options": options}
-        with make_batches(copies, ByteTokenizer(), **given) as batches:
+    for one in ROWS:
+        copies = [Row(prompt="1?", response="x" * (one.length - 3))] * 4  # of the row's length
+        with made_batches(copies, batch_size=4, options=options) as batches:
             batch = next(batches)
-        _, maskable, exists = _laid_out(one, options)
-        assert batch.maskable_BT.sum(1).tolist() == [maskable.sum()] * 4
-        assert batch.tokens_BT.shape[1] == exists.sum()
+        alone = laid_out([one], options)
+        assert batch.maskable_BT.sum(1).tolist() == [alone.maskable_BT.sum()] * 4
+        assert batch.tokens_BT.shape[1] == alone.valid_BT.sum()
         # Where responses are cut to the length of one of them, a row shows at most its own end, and then pads of others.
-        _, _, exists = _laid_out(one, BatchOptions(cut_responses=True))
-        assert exists.sum() == one.length
+        assert laid_out([one], BatchOptions(cut_responses=True)).valid_BT.sum() == one.length
 
 
 def test_a_tail_of_ends_is_scored_as_far_as_it_is_taught():
     """What is hidden before a row changes nothing of it."""
     mesh = sharding.make_mesh("1x1")
-    one = rows(1)[0]
-    whole = dataclasses.replace(one, tokens=one.tokens[: one.length + 1], maskable=one.maskable[: one.length + 1])
-    limited, alone = (Grid([row], 1, mesh, BatchOptions(eos_tail=tail)) for row, tail in ((one, 1), (whole, None)))
-    assert limited.digest != alone.digest != Grid([one], 1, mesh).digest
+    one = ROWS[0]
+    limited = Grid(laid_out([one], BatchOptions(eos_tail=1)), 1, mesh)
+    alone = Grid(laid_out([one], length=one.length + 1), 1, mesh)
+    assert limited.digest != alone.digest != Grid(laid_out([one]), 1, mesh).digest
     for grid in (limited, alone):  # the same tokens hidden in both
         grid._masked = [np.zeros(grid._tokens_RT.shape, bool) for _ in LEVELS]
         for masked in grid._masked:
@@ -128,12 +132,16 @@ def test_a_tail_of_ends_is_scored_as_far_as_it_is_taught():
 
 def test_a_digest_tells_grids_apart():
     mesh = sharding.make_mesh("1x1")
-    assert Grid(rows(), 1, mesh).digest == Grid(rows(), 2, mesh).digest != Grid(rows()[:-1], 1, mesh).digest
+    assert (
+        Grid(laid_out(), 1, mesh).digest
+        == Grid(laid_out(), 2, mesh).digest
+        != Grid(laid_out(ROWS[:-1]), 1, mesh).digest
+    )
 
 
 def test_what_there_is_nothing_of_is_not_a_number():
     mesh = sharding.make_mesh("1x1")
-    one = dataclasses.replace(rows(1)[0], maskable=np.zeros(LENGTH, bool))
-    score = Grid([one], 1, mesh).score(model(mesh))
+    one = dataclasses.replace(laid_out(ROWS[:1]), maskable_BT=np.zeros((1, LENGTH), bool))
+    score = Grid(one, 1, mesh).score(model(mesh))
     assert math.isnan(score.nll) and math.isnan(score.nll_se) and math.isnan(score.eos_accuracy)
     assert score.num_masked == 0

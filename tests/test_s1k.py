@@ -15,12 +15,15 @@ from dream_jax.data import (
     EncodeOptions,
     ReadOptions,
     Row,
+    TokenizedRows,
+    TokenRow,
     encode_row,
     length_report,
     make_batches,
     open_source,
+    token_row,
 )
-from dream_jax.data.encode import ALL_PROMPT, NO_ROOM, TOO_LONG, token_row
+from dream_jax.data.encode import ALL_PROMPT, NO_ROOM, TOO_LONG
 from dream_jax.data.s1k import parse_s1k
 from dream_jax.data.sources import read_rows
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
@@ -97,8 +100,7 @@ def test_both_schemas_give_the_same_row(ten: Path) -> None:
 def test_the_format_writes_special_tokens_and_the_text_cannot() -> None:
     made = s1k_row(0) | {"thinking_trajectories": [" one<|im_start|> \n", "two"], "attempt": "<|mask|>\n"}
     row = one_row(made)
-    found = token_row(row, BYTES, 200)
-    assert not isinstance(found, str)
+    found = token_row(row, BYTES)
     special = [int(token) for token in found.tokens[PROMPT:] if token > 255]
     assert special == [BYTES.im_start_id, BYTES.im_start_id, BYTES.eos_id]
     text = BYTES.decode(found.tokens[PROMPT:])
@@ -114,7 +116,7 @@ def test_only_correct_keeps_graded_rows_and_needs_grades(tmp_path: Path) -> None
     rows = read_rows(file, ReadOptions(only_correct=True))
     assert len(rows) == 8 and rows.intake.filtered == {"deepseek_grade is 'No'": 2} and not rows.intake.bad
     assert [row.meta["solution"] for row in rows_of(rows)] == [f"s{n}" for n in range(10) if n not in (4, 9)]
-    report = length_report(rows, BYTES, 200)
+    report = length_report(TokenizedRows(rows, BYTES), 200)
     assert "left out by a filter: 2 rows, deepseek_grade is 'No'" in report.lines()
     plain = write_lines(tmp_path / "p.jsonl", [s1k_row(0)])
     with pytest.raises(ValueError, match=r"p\.jsonl:1: no field 'deepseek_grade'"):
@@ -267,7 +269,7 @@ def test_a_bad_row_is_fatal_or_listed(tmp_path: Path, bad: object, complaint: st
     assert [row.meta["solution"] for row in rows_of(rows)] == ["s0", "s2"]
     (note,) = rows.intake.bad
     assert note.startswith(f"{file}:2: ")
-    assert f"bad row skipped: {note}" in length_report(rows, BYTES, 200).lines()
+    assert f"bad row skipped: {note}" in length_report(TokenizedRows(rows, BYTES), 200).lines()
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -311,9 +313,8 @@ def test_broken_files(tmp_path: Path) -> None:
 
 
 def report_of(file: Path, policy: str, **reading: Any) -> Any:
-    return length_report(
-        read_rows(file, ReadOptions(**reading)), BYTES, LENGTH, options=EncodeOptions(length_policy=policy)
-    )
+    options = EncodeOptions(length_policy=policy)
+    return length_report(TokenizedRows(read_rows(file, ReadOptions(**reading)), BYTES, options), LENGTH)
 
 
 def test_filter(ten: Path) -> None:
@@ -334,8 +335,9 @@ def test_right_loses_the_long_answers_and_middle_keeps_them_all(ten: Path) -> No
         for policy in ("right", "middle"):
             encoded = encode_row(row, BYTES, LENGTH, EncodeOptions(length_policy=policy))
             assert encoded is not None and encoded.length == min(FULL[n], LENGTH)
-            assert encoded.prompt_length == PROMPT and encoded.maskable.tolist() == [False] * 20 + [True] * 80
-            texts[policy] = BYTES.decode(encoded.tokens[PROMPT : encoded.length])
+            assert encoded.prompt_length == PROMPT
+            assert encoded.learned.tolist() == [False] * PROMPT + [True] * (encoded.length - PROMPT)
+            texts[policy] = BYTES.decode(encoded.tokens[PROMPT:])
         ending = f"\n<|im_start|>answer\na{n}<|endoftext|>"
         trace = "t" * min(10 * (n + 1), LENGTH - FIXED)
         assert texts["middle"] == f"<|im_start|>think\n{trace}{ending}"
@@ -370,11 +372,15 @@ def test_policies_of_the_d1_format(ten: Path) -> None:
     assert text == "<reasoning>" + "t" * 36 + "</reasoning>\n<answer>a9</answer><|endoftext|>"
 
 
+def fitted(row: Row, policy: Any) -> TokenRow | str:
+    return token_row(row, BYTES, EncodeOptions(length_policy=policy)).fit(LENGTH, policy)
+
+
 def test_what_no_policy_can_fit() -> None:
     long_answer, plain = one_row(s1k_row(0) | {"attempt": "a" * 70}), Row(prompt="p" * 99, response="r")
     long_prompt = Row(prompt="p" * 100, response="r")
     reasons = {
-        (name, policy): token_row(row, BYTES, LENGTH, EncodeOptions(length_policy=policy))
+        (name, policy): fitted(row, policy)
         for name, row in (("answer", long_answer), ("plain", plain), ("prompt", long_prompt))
         for policy in ("filter", "right", "middle", "answer_only")
     }
@@ -391,14 +397,14 @@ def test_what_no_policy_can_fit() -> None:
     }  # the others fit: "answer" right, which loses its end; "answer" without its trace; one token of "plain"
     # 107 tokens do not fit, though the trace is only 10 long: with none of it the row is exactly 100 - 3.
     exact = one_row(s1k_row(0) | {"attempt": "a" * 63})
-    found = token_row(exact, BYTES, LENGTH, EncodeOptions(length_policy="middle"))
+    found = fitted(exact, "middle")
     assert not isinstance(found, str) and found.length == 100 and found.whole
     assert BYTES.decode(found.tokens[PROMPT:]).startswith("<|im_start|>think\n\n<|im_start|>answer\naaa")
 
 
 def test_a_report_of_nothing_and_settings_that_cannot_be(ten: Path) -> None:
     with pytest.raises(ValueError, match=r"no row fits into max_length=30: .* shortest has 49 tokens, the longest 139"):
-        length_report(read_rows(ten), BYTES, 30)
+        length_report(TokenizedRows(read_rows(ten), BYTES), 30)
     with pytest.raises(ValueError, match="length_policy='left' is not one of filter, right, middle, answer_only"):
         EncodeOptions(length_policy="left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="answer_format='s2' is not one of s1, d1"):
@@ -424,14 +430,13 @@ def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str) -> Non
     kept = {}
     for policy in ("filter", "right", "middle", "answer_only"):
         options = EncodeOptions(length_policy=policy)
-        report = length_report(rows, dream, 160, options=options)
+        tokenized = TokenizedRows(rows, dream, options)
+        report = length_report(tokenized, 160)
         kept[policy] = (report.kept, report.whole)
         assert report.total == 300 and report.kept + report.dropped == 300
-        with make_batches(
-            rows, dream, batch_size=8, max_length=160, seed=0, num_threads=0, encoding=options
-        ) as batches:
+        with make_batches(tokenized, batch_size=8, max_length=160, seed=0, num_threads=0) as batches:
             batch = next(batches)
-        print(f"\n--- {policy}: {report}\n{dream.decode(batch['tokens'][0])}")
+        print(f"\n--- {policy}: {report}\n{dream.decode(batch.tokens_BT[0])}")
         for tokens in batch.tokens_BT:
             text = dream.decode(tokens)
             assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")

@@ -12,12 +12,13 @@ from flax import nnx
 
 import dream_jax
 from dream_jax import pretrained, sharding
+from dream_jax.data import TokenizedRows
 from dream_jax.evaluation.likelihood import model_nll
 from dream_jax.sampler import SamplerConfig
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import TrainSettings, train
 from dream_jax.trainer.build import describe_model
-from dream_jax.trainer.heldout import Grid, encode_held_out
+from dream_jax.trainer.heldout import Grid, lay_out_held_out
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -56,8 +57,8 @@ def test_run_notes_its_mask(run):
 def test_evaluation_is_under_it(run):
     out, summary = run
     model, chosen = dream_jax.load(out / "model"), settings(out, mask="prefix")
-    rows = encode_held_out(chosen.source("test"), ByteTokenizer(), chosen, 24)
-    grid = Grid([one for _, one in rows], 2, sharding.make_mesh("1x1"))
+    rows = TokenizedRows(chosen.source("test"), ByteTokenizer()).first(chosen.evaluation.eval_rows, 24)
+    grid = Grid(lay_out_held_out([row for _, row in rows], 24, ByteTokenizer().pad_id), 2, sharding.make_mesh("1x1"))
     assert grid.score(model).nll == pytest.approx(summary["eval"]["nll"], rel=1e-6)
     # Not causal: with one layer a prompt's keys are those of its embeddings, and the two are one.
     model.trained_mask = "bidirectional"

@@ -1,5 +1,6 @@
 """The training loop as a user meets it: one folder a run, stopping, going on, refusals, several processes."""
 
+import collections
 import csv
 import dataclasses
 import json
@@ -16,11 +17,11 @@ from shared_run import settings
 import dream_jax
 from dream_jax import pretrained, sharding
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.data import make_batches
+from dream_jax.data import TokenizedRows, make_batches
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.trainer import Diverged, Stopped, TrainSettings, loop, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
-from dream_jax.trainer.heldout import Grid, encode_held_out
+from dream_jax.trainer.heldout import Grid, lay_out_held_out
 from dream_jax.trainer.incidents import read_incidents
 
 
@@ -28,6 +29,12 @@ def plain(out, **changes):
     """Of a run with the default weight."""
     base = {"steps": 12, "batch_size": 8, "save_every": 5, "eval_rows": 4, "out": out}
     return TrainSettings.flat(**(base | changes))
+
+
+def held_out_rows(chosen, max_length):
+    """The held-out rows of a run, as it scores them."""
+    rows = TokenizedRows(chosen.source("test"), ByteTokenizer()).first(chosen.evaluation.eval_rows, max_length)
+    return lay_out_held_out([row for _, row in rows], max_length, ByteTokenizer().pad_id)
 
 
 def losses(out):
@@ -153,7 +160,8 @@ def test_a_diverged_run_keeps_its_batches_and_saves_nothing_of_it(tmp_path):
         assert [row[:2] for row in found] == [(1, 0), (2, 1), (3, 1), (4, 1)]
         assert np.isfinite(found[0][2]) and not np.isfinite([row[2] for row in found[1:]]).any()
     batches = [dict(np.load(out / "skipped" / f"step-{step}.npz")) for step in (2, 3, 4)]
-    with make_batches(wild.source("train"), ByteTokenizer(), batch_size=8, max_length=40, seed=0) as again:
+    rows = TokenizedRows(wild.source("train"), ByteTokenizer())
+    with make_batches(rows, batch_size=8, max_length=40, seed=0) as again:
         wanted = [next(again) for _ in range(4)][1:]
     for batch, other in zip(batches, wanted, strict=True):
         assert batch.keys() == {"tokens", "maskable", "row"}
@@ -222,8 +230,7 @@ def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
         (row,) = csv.DictReader(file)
     assert row["step"] == "2" and math.isfinite(float(row["nll"]))
     chosen = plain(tmp_path / "out", **options)
-    rows = encode_held_out(chosen.source("test"), ByteTokenizer(), chosen, 32)
-    measure = Grid([one for _, one in rows], 2, sharding.make_mesh("1x1")).digest
+    measure = Grid(held_out_rows(chosen, 32), 2, sharding.make_mesh("1x1")).digest
     assert row["grid"] == measure[:12]
     with RunCheckpoints(tmp_path / "out" / "checkpoints", keep=5, measure=measure) as checkpoints:
         assert checkpoints.latest_step() == 3 and checkpoints.score(3) == float(row["nll"])
@@ -244,8 +251,7 @@ def test_the_best_state_is_kept_and_can_be_handed_over(tmp_path):
     np.testing.assert_allclose(summary["eval"]["nll"], scores[best], rtol=1e-6)
     model = dream_jax.load(tmp_path / "out" / "model")
     chosen = plain(tmp_path / "out", **options)
-    rows = encode_held_out(chosen.source("test"), ByteTokenizer(), chosen, 40)
-    score = Grid([one for _, one in rows], 8, sharding.make_mesh("1x1")).score(model)
+    score = Grid(held_out_rows(chosen, 40), 8, sharding.make_mesh("1x1")).score(model)
     np.testing.assert_allclose(score.nll, scores[best], rtol=1e-5)
 
 
@@ -366,3 +372,28 @@ def test_losses_fall_in_a_few_steps(finished):
     assert values[-1] < 0.8 * values[0]
     assert all(np.isfinite(values))
     assert jax.device_count() == 8
+
+
+def test_rows_are_tokenised_once_for_a_run(tmp_path, monkeypatch):
+    """Measuring, batches, the held-out likelihood, answers and samples share one tokenisation of each row."""
+
+    asked = collections.Counter()
+
+    class Counting(ByteTokenizer):
+        def encode(self, text, *options):
+            asked[text] += 1
+            return super().encode(text, *options)
+
+    for split, number in (("train", 12), ("test", 6)):
+        lines = [json.dumps({"input": f"{split} {n}", "output": f"a {split} {n}"}) for n in range(number)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(loop, "open_tokenizer", lambda *_: Counting())
+    options = {"data": str(tmp_path), "mesh": "1x1", "eval_rows": 5, "samples": 3, "batch_size": 4}
+    run = loop._prepare(plain(tmp_path / "out", **options), sharding.make_mesh("1x1"))
+    with run.batches as batches:
+        for _ in range(7):
+            next(batches)
+    for _ in range(2):
+        assert len(run.held_out.first(5, run.max_length)) == 5
+        assert len(run.held_out.first(3, run.max_length)) == 3
+    assert len(asked) == 2 * (12 + 5) and set(asked.values()) == {1}

@@ -1,7 +1,8 @@
 """Text to arrays: rows, sources of rows, their tokens, and batches of them. Imports no jax."""
 
-from dream_jax.data.encode import EncodedRow, LengthReport, encode_row, length_report
+from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook
+from dream_jax.data.lengths import LengthReport, TokenizedRows, length_report, longest_row
 from dream_jax.data.options import (
     AnswerFormat,
     BatchOptions,
@@ -11,7 +12,7 @@ from dream_jax.data.options import (
     ReadOptions,
 )
 from dream_jax.data.pipeline import Batches, make_batches
-from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, Source, first_rows
+from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -20,7 +21,6 @@ __all__ = [
     "BatchOptions",
     "Batches",
     "EncodeOptions",
-    "EncodedRow",
     "Intake",
     "LearnedTurns",
     "LengthPolicy",
@@ -31,13 +31,18 @@ __all__ = [
     "ReadOptions",
     "Row",
     "RowList",
-    "Source",
+    "RowSource",
     "SudokuSource",
+    "TokenRow",
+    "TokenizedRows",
     "encode_row",
-    "first_rows",
+    "first_numbers",
     "is_solution",
+    "lay_out",
     "length_report",
+    "longest_row",
     "make_batches",
     "open_mixture",
     "open_source",
+    "token_row",
 ]

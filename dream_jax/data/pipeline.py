@@ -1,8 +1,8 @@
-"""Batches for training: shuffled, sharded over processes, resumable.
+"""Batches for training: shuffled, divided among processes, resumable.
 
-Knows grain. The stream of rows is one for all processes: shuffled anew every epoch, without an end, and row
-k*batch_size + r of it is row r of global batch k (rows of like length may change places within a few batches, see
-`dream_jax.data.layout`). Process p of P reads every P-th row from p on, so the global batches do not depend on P.
+The stream of rows is one for all processes: shuffled anew every epoch, without an end, and row k*batch_size + r of it is
+row r of global batch k (rows of like length may change their order within a few batches, see `dream_jax.data.layout`).
+Process p of P reads every P-th row from p on, so the global batches do not depend on P.
 """
 
 import bisect
@@ -13,13 +13,13 @@ import grain
 import numpy as np
 
 from dream_jax.batch import Batch
-from dream_jax.data.encode import LengthReport, fitting_rows, token_row
-from dream_jax.data.layout import Layout, Outlook
-from dream_jax.data.options import BatchOptions, EncodeOptions
-from dream_jax.data.rows import Mixture, Source
-from dream_jax.tokenizer import Tokenizer
+from dream_jax.data.encode import lay_out
+from dream_jax.data.layout import BatchPlanner, Outlook
+from dream_jax.data.lengths import LengthReport, TokenizedRows, fitting_rows
+from dream_jax.data.options import BatchOptions
+from dream_jax.data.rows import Mixture, RowSource
 
-# Batches are numbered for ever; grain wants an end.
+# The stream of batches has no end, but grain needs one.
 _FOR_EVER = 2**62
 
 
@@ -33,11 +33,11 @@ class Batches:
         self,
         dataset: grain.IterDataset[Batch[np.ndarray]],
         report: LengthReport,
-        layout: Layout,
+        planner: BatchPlanner,
         identity: dict[str, int | str],
     ):
         self.report = report
-        self._layout = layout
+        self._planner = planner
         self._identity = identity
         self._iterator = iter(dataset)
 
@@ -48,14 +48,14 @@ class Batches:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """What is needed to go on with the next batch, as JSON.
+        """The position in the stream, from which the next batch follows, as JSON.
 
         It is the same on every process, and serves another number of processes as well.
         """
         return {"grain": self._iterator.get_state(), "of": dict(self._identity)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was taken. Raises ValueError, with what differs, for another stream."""
+        """Moves to the position of `state`. Raises ValueError, with what differs, for another stream."""
         if state["of"] != self._identity:
             names = sorted(state["of"].keys() | self._identity.keys())
             differences = [
@@ -65,16 +65,16 @@ class Batches:
             ]
             raise ValueError(
                 f"the saved position is in another stream of data: {'; '.join(differences)}. "
-                "Go on with the old settings, text and tokenizer"
+                "Resume with the old settings, text and tokenizer"
             )
         self._iterator.set_state(state["grain"])
 
     def outlook(self, steps: int) -> Outlook:
         """What a run of so many steps from the beginning will see: shares of padding and of end tokens, epochs."""
-        return self._layout.outlook(steps)
+        return self._planner.outlook(steps)
 
     def close(self) -> None:
-        """Stop the reading threads. Safe to call twice; `next` raises ValueError afterwards."""
+        """Stops the reading threads. It may be called twice; `next` raises ValueError afterwards."""
         self._iterator.close()
 
     def __enter__(self) -> Self:
@@ -87,8 +87,7 @@ class Batches:
 
 
 def make_batches(
-    source: Source,
-    tokenizer: Tokenizer,
+    rows: TokenizedRows,
     *,
     batch_size: int,
     max_length: int,
@@ -97,7 +96,6 @@ def make_batches(
     process_count: int = 1,
     num_threads: int = 1,
     prefetch: int = 4,
-    encoding: EncodeOptions = EncodeOptions(),
     options: BatchOptions = BatchOptions(),
 ) -> Batches:
     """The batches of one process, for ever.
@@ -108,7 +106,7 @@ def make_batches(
 
     Every epoch is another permutation, drawn from seed (0 <= seed < 2**32), of the rows that fit; a batch may
     straddle two epochs. In a `Mixture` every part has epochs of its own, and the weights say which part is next. Which
-    rows fit is decided here, before sharding, by tokenising the source once (`Batches.report` says the outcome).
+    rows fit is decided here, before the rows are divided among the processes; `Batches.report` says the outcome.
     num_threads read ahead by `prefetch` batches; with 0 the caller's thread does the work. Order and states
     depend on neither.
     Raises: ValueError for sizes that do not divide or are out of range, for a part of a mixture without a row that
@@ -125,59 +123,53 @@ def make_batches(
         raise ValueError(f"{seed=} is outside 0..2**32-1, which is what the shuffle takes")
     if num_threads < 0 or prefetch < 0:
         raise ValueError(f"{num_threads=} and {prefetch=} must not be negative")
-    rows, lengths, report = fitting_rows(source, tokenizer, max_length, encoding)
-    stream = _stream(source, rows, seed)
-    layout = Layout(
+    numbers, lengths, report = fitting_rows(rows, max_length)
+    stream = _stream(rows.source, numbers, seed)
+    planner = BatchPlanner(
         lengths, stream.__getitem__, batch_size=batch_size, max_length=max_length, seed=seed, options=options
     )
     local = range(process_index, batch_size, process_count)
+    row_B = np.array(local, dtype=np.int32)
 
     def batch(number: int) -> Batch[np.ndarray]:
-        plan = layout.plan(number, local)
-        laid_out = []
-        for position, region in zip(plan.rows.tolist(), plan.regions.tolist(), strict=True):
-            source_row = int(rows[position])
-            found = token_row(source[source_row], tokenizer, max_length, encoding)
+        plan = planner.plan(number, local)
+        fitted = []
+        for index in plan.rows.tolist():
+            row = rows.fit(rows[int(numbers[index])], max_length)
             # Dropping it here would shift the stream differently on different processes.
-            if isinstance(found, str) or found.prompt_length != lengths.prompt[position]:
+            if isinstance(row, str) or row.prompt_length != lengths.prompt[index]:
                 raise ValueError(
-                    f"row {source_row} has another length than when the source was measured (max_length={max_length}), "
+                    f"row {numbers[index]} has another length than when the source was measured ({max_length=}), "
                     "though that promised one length; set its uniform_length to False"
                 )
-            laid_out.append(found.lay_out(plan.width, region, tokenizer.pad_id))
-        tokens_BT, maskable_BT, valid_BT = (np.stack(column) for column in zip(*laid_out, strict=True))
-        return Batch(
-            tokens_BT=tokens_BT,
-            maskable_BT=maskable_BT,
-            row_B=np.array(local, dtype=np.int32),
-            valid_BT=valid_BT if options.hides else None,
-        )
+            fitted.append(row)
+        return lay_out(fitted, plan.regions, plan.width, rows.tokenizer.pad_id, row_B=row_B, hides=options.hides)
 
     # A function of the number of the global batch: grain's position is then that number, whatever the number of
     # processes. Rows are encoded a batch at a time because every transformation costs grain some 10 microseconds.
     batches = grain.MapDataset.range(_FOR_EVER).map(batch)
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     identity: dict[str, int | str] = {"seed": seed, "batch_size": batch_size, "max_length": max_length}
-    identity |= {"rows": len(rows), "digest of the rows": report.digest}
-    identity |= {"encoding": str(encoding), "layout": str(options)}
-    if isinstance(source, Mixture):
-        identity["weights of the mixture"] = str(source.weights)
-    return Batches(batches.to_iter_dataset(reading), report, layout, identity)
+    identity |= {"rows": len(numbers), "digest of the rows": report.digest}
+    identity |= {"encoding": str(rows.options), "layout": str(options)}
+    if isinstance(rows.source, Mixture):
+        identity["weights of the mixture"] = str(rows.source.weights)
+    return Batches(batches.to_iter_dataset(reading), report, planner, identity)
 
 
-def _stream(source: Source, rows: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
-    """Position -> place in `rows`: shuffled anew every epoch, without an end."""
+def _stream(source: RowSource, numbers: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
+    """Position in the stream -> index into `numbers`: shuffled anew every epoch, without an end."""
     if not isinstance(source, Mixture):
-        return grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(None)
+        return grain.MapDataset.range(len(numbers)).seed(seed).shuffle().repeat(None)
     parts = []
     for number, (start, stop) in enumerate(zip(source.starts, source.starts[1:], strict=False)):
-        first, last = bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop)
+        first, last = bisect.bisect_left(numbers, start), bisect.bisect_left(numbers, stop)
         if first == last:
             raise ValueError(
                 f"no row of part {number + 1} of the mixture fits; raise max_length, or leave the part out"
             )
-        # Seeds of their own, and far apart: grain shuffles epoch e with the seed plus e.
-        own = (seed + 0x9E3779B1 * number) % 2**32
-        parts.append(grain.MapDataset.range(first, last).seed(own).shuffle().repeat(None))
+        # Each part has its own seed, far from the others: grain shuffles epoch e with the seed plus e.
+        part_seed = (seed + 0x9E3779B1 * number) % 2**32
+        parts.append(grain.MapDataset.range(first, last).seed(part_seed).shuffle().repeat(None))
     total = sum(source.weights)
     return grain.MapDataset.mix(parts, [weight / total for weight in source.weights])

@@ -73,7 +73,7 @@ class Intake:
         return len(self.bad) + sum(self.filtered.values())
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows by number: `source[i]` is the same row every time; IndexError outside 0 <= i < len(source)."""
 
     uniform_length: bool
@@ -112,7 +112,7 @@ class Mixture:
 
     uniform_length = False
 
-    def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None):
+    def __init__(self, parts: Sequence[RowSource], weights: Sequence[float] | None = None):
         if not parts or any(len(part) == 0 for part in parts):
             raise ValueError(f"a mixture needs sources with rows; they have {[len(part) for part in parts]}")
         weights = tuple(weights) if weights is not None else tuple(float(len(part)) for part in parts)
@@ -136,12 +136,12 @@ class Mixture:
         return self.parts[part][number - self.starts[part]]
 
 
-def first_rows(source: Source, count: int) -> list[Row]:
-    """The first rows, at most `count`; of a mixture as many spread evenly, for its parts lie one after the other."""
+def first_numbers(source: RowSource, count: int) -> list[int]:
+    """Numbers of the first rows, at most `count`; of a mixture as many spread evenly, for its parts follow each other."""
     count = min(count, len(source))
     if isinstance(source, Mixture) and count > 1:
-        return [source[number * (len(source) - 1) // (count - 1)] for number in range(count)]
-    return [source[number] for number in range(count)]
+        return [number * (len(source) - 1) // (count - 1) for number in range(count)]
+    return list(range(count))
 
 
 def check_index(index: SupportsIndex, length: int) -> int:

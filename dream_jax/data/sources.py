@@ -19,7 +19,7 @@ from dream_jax.data.chat import parse_chat
 from dream_jax.data.gsm8k import parse_gsm8k, read_gsm8k
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.puzzles import parse_planning
-from dream_jax.data.rows import Intake, Mixture, Row, RowList, Source, check_split
+from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.sudoku import SudokuSource
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
@@ -37,7 +37,7 @@ SUPPORTED = (
 
 def open_source(
     name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0, options: ReadOptions = ReadOptions()
-) -> Source:
+) -> RowSource:
     """The rows of one split.
 
     "sudoku": generated puzzles with 6 to 12 givens; seed draws them (only this source reads it), the split is
@@ -76,7 +76,7 @@ def open_mixture(
     split: str = "train",
     seed: int = 0,
     options: ReadOptions = ReadOptions(),
-) -> Source:
+) -> RowSource:
     """Several sources as one, or the only one; weights: see `Mixture`. Raises as `open_source` and `Mixture` do."""
     parts = [open_source(name, split, seed, options) for name in names_or_paths]
     return parts[0] if len(parts) == 1 and not weights else Mixture(parts, weights)

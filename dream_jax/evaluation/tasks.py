@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from dream_jax.data import Source, open_source
+from dream_jax.data import RowSource, open_source
 from dream_jax.data.chat import parse_messages
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
@@ -217,7 +217,7 @@ def generated_examples(count: int) -> list[Problem]:
     return [problem for problem, _ in zip(_generated(open_source("sudoku", "train")), range(count), strict=False)]
 
 
-def _generated(source: Source) -> Iterator[Problem]:
+def _generated(source: RowSource) -> Iterator[Problem]:
     for index in range(len(source)):
         row = source[index]
         assert isinstance(row.prompt, str)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dream_jax import sharding
 from dream_jax.chips import CHIPS
-from dream_jax.data import encode_row, length_report
+from dream_jax.data import TokenizedRows, TokenRow, length_report, longest_row
 from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
@@ -24,7 +24,6 @@ from dream_jax.trainer.build import (
     abstract_step,
     check_tokenizer,
     describe_model,
-    longest_row,
     open_tokenizer,
 )
 from dream_jax.trainer.settings import TrainSettings
@@ -227,12 +226,13 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     check_tokenizer(model.config, tokenizer)
-    max_length = settings.rows.max_length or longest_row(source, tokenizer, encoding)
-    report = length_report(source, tokenizer, max_length, options=encoding)
+    rows = TokenizedRows(source, tokenizer, encoding)
+    max_length = settings.rows.max_length or longest_row(rows)
+    report = length_report(rows, max_length)
     numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
-    found = (encode_row(source[int(number)], tokenizer, max_length, encoding) for number in numbers)
-    encoded = [one for one in found if one is not None]
-    maskable = float(np.mean([one.maskable.mean() for one in encoded])) if encoded else 1.0
+    fitted = (rows.fit(rows.keep(number), max_length) for number in numbers.tolist())
+    given = [row.length - int(row.learned.sum()) for row in fitted if isinstance(row, TokenRow)]
+    maskable = 1.0 - float(np.mean(given)) / max_length if given else 1.0
     return Rows(
         max_length=max_length,
         masked_share=maskable / 2,

@@ -16,7 +16,6 @@ from flax import nnx
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch
 from dream_jax.config import DreamConfig
-from dream_jax.data import EncodeOptions, Source, length_report
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
@@ -174,9 +173,3 @@ def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:
             )
     if tokenizer.vocab_limit > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
-
-
-def longest_row(source: Source, tokenizer: Tokenizer, encoding: EncodeOptions = EncodeOptions()) -> int:
-    """Tokens of the longest row, up to 2048; a source of uniform length is measured on its first row."""
-    limit = 1 if source.uniform_length else None
-    return min(length_report(source, tokenizer, 2048, limit=limit, options=encoding).longest, 2048)

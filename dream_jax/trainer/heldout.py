@@ -19,15 +19,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dream_jax import masks, sharding
-from dream_jax.data import BatchOptions, EncodedRow, Row, Source, encode_row, first_rows
+from dream_jax.batch import Batch
+from dream_jax.data import BatchOptions, Row, TokenRow, lay_out
 from dream_jax.masks import Mask
 from dream_jax.model import Dream
 from dream_jax.objective import TIME_BUCKETS, UniformWeight, masked_diffusion_loss
-from dream_jax.tokenizer import Tokenizer
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.settings import TrainSettings
 
-Pair = tuple[Row, EncodedRow]
+Pair = tuple[Row, TokenRow]
 LEVELS = tuple((number + 0.5) / 8 for number in range(8))
 
 
@@ -72,17 +72,16 @@ class GridScore:
 class Grid:
     """Rows with fixed masks, and the compiled function that scores a model on them."""
 
-    def __init__(self, rows: Sequence[EncodedRow], size: int, mesh: Mesh, options: BatchOptions | None = None):
-        """Rows as training would lay them out.
+    def __init__(self, rows: Batch[np.ndarray], size: int, mesh: Mesh):
+        """Draws the masks of the rows.
 
         Args:
-          rows: not empty.
+          rows: all of them, at least one, as `lay_out_held_out` makes them.
           size: how many are computed at once, a multiple of the mesh's fsdp.
           mesh: where the models lie.
-          options: of the batches. Ends that training never shows would be scored as what it teaches.
         """
-        laid_out = [_laid_out(one, BatchOptions() if options is None else options) for one in rows]
-        self._tokens_RT, self._maskable_RT, self._exist_RT = (np.stack(part) for part in zip(*laid_out, strict=True))
+        self._tokens_RT, self._maskable_RT = rows.tokens_BT, rows.maskable_BT
+        self._valid_RT = np.ones(rows.tokens_BT.shape, bool) if rows.valid_BT is None else rows.valid_BT
         maskable_RT = self._maskable_RT
         generator = np.random.default_rng(0)  # the same masks for every model
         self._masked = [maskable_RT & (generator.random(maskable_RT.shape) < level) for level in LEVELS]
@@ -90,9 +89,9 @@ class Grid:
         self._mesh = mesh
 
         def sums(
-            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, exist_BT: jax.Array, mask: Mask
+            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, valid_BT: jax.Array, mask: Mask
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), exist_BT, mask=mask)
+            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), valid_BT, mask=mask)
             ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
             return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
 
@@ -102,7 +101,7 @@ class Grid:
     @property
     def digest(self) -> str:
         """Of tokens and masks: scores of grids with the same one may be compared."""
-        found = hashlib.sha256(self._tokens_RT.tobytes() + self._exist_RT.tobytes())
+        found = hashlib.sha256(self._tokens_RT.tobytes() + self._valid_RT.tobytes())
         for masked_RT in self._masked:
             found.update(masked_RT.tobytes())
         return found.hexdigest()
@@ -119,12 +118,12 @@ class Grid:
                 filling = ((0, max(0, start + self._size - rows)), (0, 0))
                 tokens_BT, masked_BT = np.pad(self._tokens_RT[part], filling), np.pad(masked_RT[part], filling)
                 maskable_BT = np.pad(self._maskable_RT[part], filling)
-                exist_BT = np.pad(self._exist_RT[part], filling, constant_values=True)
+                valid_BT = np.pad(self._valid_RT[part], filling, constant_values=True)
                 # As numpy: every process has the whole of it, as it has of the rows.
-                mask = jax.tree.map(np.asarray, attends.for_rows(exist_BT, maskable_BT))
+                mask = jax.tree.map(np.asarray, attends.for_rows(valid_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
                     t_B = np.full(self._size, level, np.float32)
-                    found = self._sums(model, tokens_BT, masked_BT, t_B, exist_BT, mask)
+                    found = self._sums(model, tokens_BT, masked_BT, t_B, valid_BT, mask)
                 for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
                     target[number, part] = np.asarray(sums_B)[: rows - start]
         count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)
@@ -144,30 +143,25 @@ class Grid:
         )
 
 
-def _laid_out(row: EncodedRow, options: BatchOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, what may be masked and what exists; what is left over is hidden before the row.
+def lay_out_held_out(
+    rows: Sequence[TokenRow], max_length: int, pad_id: int, options: BatchOptions | None = None
+) -> Batch[np.ndarray]:
+    """All rows as one batch, each padded as training would pad it, and what is left over hidden before the row.
 
-    Where a batch decides how far its rows are filled, a row here is filled as in a batch of rows of its own length.
+    Where a batch decides how far its rows are filled, a row here is filled as in a batch of rows of its own length: end
+    tokens that training never shows would be scored as what it teaches.
     """
-    width = kept = len(row.tokens)
+    options = BatchOptions() if options is None else options
+    lengths = np.array([row.length for row in rows])
+    filled = np.full(len(rows), max_length)
     if options.eos_tail is not None:
-        kept = row.length + options.eos_tail
+        filled = np.minimum(filled, lengths + options.eos_tail)
     elif options.cut_responses:
-        kept = row.length
+        filled = lengths
     elif options.width_step is not None:
-        kept = -(-row.length // options.width_step) * options.width_step
-    before = max(0, width - kept)
-    # The last tokens are pads, and so serve where nothing exists.
-    tokens, maskable = (np.roll(column, before) for column in (row.tokens, row.maskable))
-    exists = np.arange(width) >= before
-    return tokens, maskable & exists, exists
-
-
-def encode_held_out(held_out: Source, tokenizer: Tokenizer, settings: TrainSettings, max_length: int) -> list[Pair]:
-    """The first `eval_rows` held-out rows, without those that do not fit."""
-    encoding = settings.rows.encode_options()
-    rows = first_rows(held_out, settings.evaluation.eval_rows)
-    return [(row, one) for row in rows if (one := encode_row(row, tokenizer, max_length, encoding)) is not None]
+        filled = np.minimum(filled, -(-lengths // options.width_step) * options.width_step)
+    regions = filled - np.array([row.prompt_length for row in rows])
+    return lay_out(rows, regions, max_length, pad_id)
 
 
 def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from dream_jax import distributed, lora, sharding
 from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
-from dream_jax.data import Batches, Source, make_batches
+from dream_jax.data import Batches, TokenizedRows, longest_row, make_batches
 from dream_jax.flops import FlopCounter
 from dream_jax.hf import is_hub_id
 from dream_jax.model import Dream, merge_params, parameter_count, split_params
@@ -41,7 +41,6 @@ from dream_jax.trainer.build import (
     check_tokenizer,
     compute_dtype,
     describe_model,
-    longest_row,
     open_tokenizer,
 )
 from dream_jax.trainer.console import Report
@@ -56,7 +55,7 @@ from dream_jax.trainer.folder import (
     save_tokenizer,
     write_json,
 )
-from dream_jax.trainer.heldout import Grid, GridScore, encode_held_out, rows_at_once
+from dream_jax.trainer.heldout import Grid, GridScore, lay_out_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
 from dream_jax.trainer.samples import When, take_samples
 from dream_jax.trainer.scoring import evaluate
@@ -149,7 +148,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         _sample(run, trained, "after")
         evaluation = {}
         if run.held_out is not None:
-            evaluation = evaluate(trained, run.tokenizer, run.held_out, settings, run.max_length, mesh, score)
+            evaluation = evaluate(trained, run.held_out, settings, run.max_length, mesh, score)
         for name, value in evaluation.items():
             if name in ("grid", "answered"):
                 continue  # for comparisons, not for a person
@@ -215,7 +214,7 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
 
 def _sample(run: _Run, model: Dream, when: When) -> None:
     if run.held_out is not None and run.settings.evaluation.samples:
-        take_samples(model, run.tokenizer, run.held_out, run.settings, run.max_length, run.mesh, when)
+        take_samples(model, run.held_out, run.settings, run.max_length, run.mesh, when)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +237,7 @@ class _Run:
     template: Template
     max_length: int
     batches: Batches
-    held_out: Source | None
+    held_out: TokenizedRows | None
     grid: Grid | None
     optimizer: optax.GradientTransformation
     step: TrainStep
@@ -254,15 +253,23 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
         )
     check_loggers(settings.logs.log_to)
     source = settings.source("train")
-    held_out = settings.source("test") if settings.evaluation.eval_rows else None
+    test_source = settings.source("test") if settings.evaluation.eval_rows else None
     check_folder(settings)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    max_length = settings.rows.max_length or longest_row(source, tokenizer, settings.rows.encode_options())
+    rows = TokenizedRows(source, tokenizer, settings.rows.encode_options())
+    held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, settings.rows.encode_options())
+    max_length = settings.rows.max_length or longest_row(rows)
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
-    rows = [] if held_out is None else encode_held_out(held_out, tokenizer, settings, max_length)
+    evaluated = (
+        [] if held_out is None else [row for _, row in held_out.first(settings.evaluation.eval_rows, max_length)]
+    )
+    grid = None
+    if evaluated:
+        laid_out = lay_out_held_out(evaluated, max_length, tokenizer.pad_id, settings.batches.options())
+        grid = Grid(laid_out, rows_at_once(settings, mesh, len(evaluated)), mesh)
     return _Run(
         settings=settings,
         mesh=mesh,
@@ -273,20 +280,16 @@ def _prepare(settings: TrainSettings, mesh: Mesh) -> _Run:
         max_length=max_length,
         step=built.step,
         batches=make_batches(
-            source,
-            tokenizer,
+            rows,
             batch_size=settings.batches.batch_size,
             max_length=max_length,
             seed=settings.run.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            encoding=settings.rows.encode_options(),
             options=settings.batches.options(),
         ),
         held_out=held_out,
-        grid=Grid([one for _, one in rows], rows_at_once(settings, mesh, len(rows)), mesh, settings.batches.options())
-        if rows
-        else None,
+        grid=grid,
         optimizer=built.optimizer,
     )
 

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from dream_jax.data import Source, encode_row, first_rows
+from dream_jax.data import TokenizedRows
 from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
 from dream_jax.sampler import bucket_length
-from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.folder import write_json
 from dream_jax.trainer.settings import TrainSettings
 
@@ -26,8 +25,7 @@ _TEMPERATURE = 0.2
 
 def take_samples(
     model: Dream,
-    tokenizer: Tokenizer,
-    held_out: Source,
+    held_out: TokenizedRows,
     settings: TrainSettings,
     max_length: int,
     mesh: Mesh,
@@ -37,17 +35,15 @@ def take_samples(
 
     Args:
       model: as it is now.
-      tokenizer, held_out, settings, max_length, mesh: of the run.
+      held_out, settings, max_length, mesh: of the run.
       when: under which name the answers are kept; earlier ones of that name, or to other questions, are replaced.
     """
-    rows = first_rows(held_out, settings.evaluation.samples)
-    encoding = settings.rows.encode_options()
+    tokenizer = held_out.tokenizer
     longest = model.config.max_position_embeddings - settings.evaluation.sample_tokens
     found = []
     room = 1
-    for row in rows:
-        one = encode_row(row, tokenizer, max_length, encoding)
-        if one is not None and one.prompt_length <= longest:
+    for row, one in held_out.first(settings.evaluation.samples, max_length):
+        if one.prompt_length <= longest:
             found.append((row, one.tokens[: one.prompt_length].tolist()))
             room = max(room, one.length - one.prompt_length)
     if not found:

@@ -13,19 +13,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax.data import EncodedRow, Source
+from dream_jax.data import TokenizedRows, TokenRow
 from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
 from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import Tokenizer
-from dream_jax.trainer.heldout import Grid, GridScore, Pair, encode_held_out, rows_at_once
+from dream_jax.trainer.heldout import Grid, GridScore, Pair, lay_out_held_out, rows_at_once
 from dream_jax.trainer.settings import TrainSettings
 
 
 def evaluate(
     model: Dream,
-    tokenizer: Tokenizer,
-    held_out: Source,
+    held_out: TokenizedRows,
     settings: TrainSettings,
     max_length: int,
     mesh: Mesh,
@@ -41,7 +40,7 @@ def evaluate(
       (the most that a batch took), and of the fixed grid of noise levels `nll` (nats per masked token), `nll_se`,
       `masked_accuracy` and `eos_accuracy`; of the last three None where there was nothing to measure.
     """
-    encoded = encode_held_out(held_out, tokenizer, settings, max_length)
+    encoded, tokenizer = held_out.first(settings.evaluation.eval_rows, max_length), held_out.tokenizer
     asked = min(settings.evaluation.eval_rows, len(held_out))
     if not encoded:
         return {"rows": 0, "too_long": asked}
@@ -54,7 +53,8 @@ def evaluate(
         texts, used = _answers(model, tokenizer, [one for _, one in part], size)
         correct += sum(text.strip() == row.response.strip() for text, (row, _) in zip(texts, part, strict=True))
         forwards = max(forwards, used)
-    grid = Grid([one for _, one in encoded], size, mesh, settings.batches.options())
+    rows = lay_out_held_out([one for _, one in encoded], max_length, tokenizer.pad_id, settings.batches.options())
+    grid = Grid(rows, size, mesh)
     if score is None:
         score = grid.score(model)
     measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}
@@ -74,7 +74,7 @@ def _digest(pairs: Sequence[Pair]) -> str | None:
     """Of rows: accuracies on the same ones may be compared."""
     found = hashlib.sha256()
     for _, one in pairs:
-        found.update(np.asarray(one.tokens[: one.length], np.int64).tobytes() + b"end")
+        found.update(np.asarray(one.tokens, np.int64).tobytes() + b"end")
     return found.hexdigest()[:12] if pairs else None
 
 
@@ -92,11 +92,11 @@ def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pa
         yield part
 
 
-def _answer_length(one: EncodedRow) -> int:
+def _answer_length(one: TokenRow) -> int:
     return one.length - one.prompt_length
 
 
-def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[EncodedRow], size: int) -> tuple[list[str], int]:
+def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[TokenRow], size: int) -> tuple[list[str], int]:
     """The texts that the model answers with, and the forward passes used. `size` rows are denoised, whatever is given."""
     prompts = [one.tokens[: one.prompt_length] for one in rows]
     names = [(0, number) for number in range(len(rows))]  # their keys are not read: nothing is random

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dream_jax.data import Source, open_mixture
+from dream_jax.data import RowSource, open_mixture
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.trainer.setting_groups import (
     AdapterSettings,
@@ -107,7 +107,7 @@ class TrainSettings:
             clip_norm=chosen.clip_norm or None,
         )
 
-    def source(self, split: str) -> Source:
+    def source(self, split: str) -> RowSource:
         """The rows of a split of all data. Raises as `dream_jax.data.open_mixture`."""
         rows = self.rows
         names = (rows.data, *rows.mix)

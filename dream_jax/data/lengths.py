@@ -1,0 +1,234 @@
+"""The tokens of the rows of a source, each row tokenised once, and how many rows fit into a given length."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dream_jax.data.encode import TokenRow, token_row
+from dream_jax.data.options import EncodeOptions
+from dream_jax.data.rows import Mixture, Row, RowSource, first_numbers
+from dream_jax.tokenizer import Tokenizer
+
+
+class TokenizedRows:
+    """The rows of a source as uncut tokens, by number.
+
+    A row that was measured or handed out by `keep` stays in memory (4 bytes a token) and is not tokenised again. Other
+    rows are those of a source that promises one length, such as generated puzzles: they are tokenised when asked for.
+    """
+
+    def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
+        self.source, self.tokenizer, self.options = source, tokenizer, options
+        self._kept: dict[int, TokenRow] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> TokenRow:
+        kept = self._kept.get(number)
+        return token_row(self.source[number], self.tokenizer, self.options) if kept is None else kept
+
+    def keep(self, number: int) -> TokenRow:
+        """Row `number`, which is kept from now on."""
+        self._kept[number] = self[number]
+        return self._kept[number]
+
+    def fit(self, row: TokenRow, max_length: int) -> TokenRow | str:
+        """The row under the length policy of the options; see `TokenRow.fit`."""
+        return row.fit(max_length, self.options.length_policy)
+
+    def first(self, count: int, max_length: int) -> list[tuple[Row, TokenRow]]:
+        """Text and tokens of the rows of `first_numbers`, without those that the length policy drops."""
+        fitted = [(number, self.fit(self.keep(number), max_length)) for number in first_numbers(self.source, count)]
+        return [(self.source[number], row) for number, row in fitted if isinstance(row, TokenRow)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthReport:
+    """How the rows of a source fit into max_length tokens. Lengths are those before any cut, end token included.
+
+    total: rows of the source. measured: rows that were tokenised to learn this; the other numbers are about the
+    `measured` rows only, unless the source promises that all its rows have one length.
+    reasons: why rows were dropped. cut: rows that were kept but shortened. whole: rows kept with their whole answer and
+    its end token.
+    bad, filtered: rows that never became part of the source; see `Intake`.
+    histogram: rows by tokens, from each power of two up to the next.
+    digest: of the tokens of the measured rows, in order; another text or tokenizer has another.
+    """
+
+    max_length: int
+    total: int
+    measured: int
+    kept: int
+    dropped: int
+    shortest: int
+    longest: int
+    mean: float
+    digest: str
+    cut: int = 0
+    whole: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    histogram: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        of = "" if self.kept + self.dropped == self.total else f" of {self.measured} measured"
+        return (
+            f"{self.kept} rows kept, {self.dropped} dropped{of} ({self.total} in all) "
+            f"at max_length {self.max_length}; "
+            f"tokens: shortest {self.shortest}, mean {self.mean:.1f}, longest {self.longest}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {**asdict(self), "bad": list(self.bad)}
+
+    def lines(self, shown: int = 5) -> list[str]:
+        """The report as text; at most `shown` of the bad rows are listed."""
+        found = [str(self)]
+        found += [f"dropped: {count} rows {reason}" for reason, count in self.reasons.items()]
+        found += [f"left out by a filter: {count} rows, {reason}" for reason, count in self.filtered.items()]
+        found += [f"bad row skipped: {complaint}" for complaint in self.bad[:shown]]
+        if len(self.bad) > shown:
+            found.append(f"bad rows skipped: {len(self.bad)} in all")
+        share = self.whole / self.kept
+        found.append(f"answers kept whole, with their end token: {self.whole} of {self.kept} ({share:.1%})")
+        if self.cut:
+            found.append(f"rows that were shortened: {self.cut} of {self.kept} ({self.cut / self.kept:.1%})")
+        if len(self.histogram) > 1:
+            found.append("rows by tokens: " + ", ".join(f"{name}: {count}" for name, count in self.histogram.items()))
+        return found
+
+
+class RowLengths(NamedTuple):
+    """Numbers of tokens of each row that is kept: int64 [n] each.
+
+    prompt: before the response. response: what is kept of it, end token included. text: the response without its end
+    token. learned: of the prompt, those of earlier turns that are learned. whole: 1 where the end token is there.
+    """
+
+    prompt: np.ndarray
+    response: np.ndarray
+    text: np.ndarray
+    learned: np.ndarray
+    whole: np.ndarray
+
+
+def length_report(rows: TokenizedRows, max_length: int, limit: int | None = None) -> LengthReport:
+    """Tokenises the rows, or `limit` of them evenly spread, and says how many fit.
+
+    Where the source promises one length, only the first row is tokenised.
+    Raises: ValueError when no row fits, with the shortest, the longest and what to do; or for no rows.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit=} must be at least 1, or None for all rows")
+    numbers, stands_for = _to_measure(rows.source)
+    if limit is not None and limit < len(rows) and not rows.source.uniform_length:
+        numbers, stands_for = np.linspace(0, len(rows) - 1, limit).astype(int), np.ones(limit, dtype=np.int64)
+    return _measure(rows, numbers, stands_for, max_length)[2]
+
+
+def longest_row(rows: TokenizedRows) -> int:
+    """Tokens of the longest row, up to 2048. Raises as `length_report` does."""
+    return min(length_report(rows, 2048).longest, 2048)
+
+
+def fitting_rows(rows: TokenizedRows, max_length: int) -> tuple[np.ndarray | range, RowLengths, LengthReport]:
+    """Numbers of the rows that the length policy keeps, ascending, their lengths, and the report.
+
+    All rows are tokenised, but of a source, or a part of a mixture, that promises one length only the first.
+    Raises: as `length_report` does.
+    """
+    numbers, stands_for = _to_measure(rows.source)
+    kept, lengths, report = _measure(rows, numbers, stands_for, max_length)
+    if len(numbers) == 1:  # neither a range nor these take the memory that a million numbers would
+        every = range(len(rows))
+        return every, RowLengths(*(np.broadcast_to(column, len(rows)) for column in lengths)), report
+    counts = stands_for[kept]
+    lengths = RowLengths(*(np.repeat(column, counts) for column in lengths))
+    if report.dropped == 0:
+        return range(len(rows)), lengths, report
+    # Where a measured row stands for several, those that follow it are numbered on from it.
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(numbers[kept], counts) + np.arange(len(first)) - first, lengths, report
+
+
+def _to_measure(source: RowSource) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to tokenise, and for how many rows, from itself on, each of them stands: int64 [n] both."""
+    if len(source) == 0:
+        raise ValueError("the source has no rows")
+    if isinstance(source, Mixture):
+        each = [_to_measure(part) for part in source.parts]
+        numbers = [part + start for (part, _), start in zip(each, source.starts, strict=False)]
+        return np.concatenate(numbers), np.concatenate([stands_for for _, stands_for in each])
+    if source.uniform_length:
+        return np.zeros(1, dtype=np.int64), np.array([len(source)])
+    return np.arange(len(source)), np.ones(len(source), dtype=np.int64)
+
+
+def _measure(
+    rows: TokenizedRows, numbers: np.ndarray, stands_for: np.ndarray, max_length: int
+) -> tuple[np.ndarray, RowLengths, LengthReport]:
+    """Measures the rows of these numbers, each of which counts for as many rows as it stands for.
+
+    Returns the indices into `numbers` of the rows that are kept, their lengths, and the report.
+    """
+    full = np.empty(len(numbers), dtype=np.int64)
+    digest, reasons, cut, whole = hashlib.blake2b(digest_size=8), Counter[str](), 0, 0
+    kept, lengths = list[int](), list[tuple[int, ...]]()
+    for index, (number, count) in enumerate(zip(numbers.tolist(), stands_for.tolist(), strict=True)):
+        uncut = rows.keep(number)
+        full[index] = uncut.length
+        start = 0
+        for piece in uncut.pieces:
+            digest.update(np.int32(piece.length).tobytes() + uncut.tokens[start : start + piece.length].tobytes())
+            start += piece.length
+        fitted = rows.fit(uncut, max_length)
+        if isinstance(fitted, str):
+            reasons[fitted] += count
+            continue
+        kept.append(index)
+        cut += count * (fitted.length < uncut.length)
+        whole += count * fitted.whole
+        prompt = fitted.prompt_length
+        learned = sum(piece.length for piece in fitted.pieces if piece.kind == "learned")
+        lengths.append((prompt, fitted.length - prompt, fitted.text_length, learned, fitted.whole))
+    shortest, longest = int(full.min()), int(full.max())
+    if not kept:
+        raise ValueError(
+            f"no row fits into {max_length=}: of {len(numbers)} measured the shortest has {shortest} tokens, "
+            f"the longest {longest}; raise max_length to {shortest} at the least, {longest} to keep all"
+        )
+    intake = rows.source.intake
+    report = LengthReport(
+        max_length=max_length,
+        total=len(rows),
+        measured=len(numbers),
+        kept=int(stands_for[kept].sum()),
+        dropped=reasons.total(),
+        shortest=shortest,
+        longest=longest,
+        mean=float(np.average(full, weights=stands_for)),
+        digest=digest.hexdigest(),
+        cut=cut,
+        whole=whole,
+        reasons=dict(reasons),
+        bad=intake.bad,
+        filtered=dict(intake.filtered),
+        histogram=_histogram(full, stands_for),
+    )
+    return np.array(kept), RowLengths(*np.array(lengths, dtype=np.int64).T), report
+
+
+def _histogram(lengths: np.ndarray, stands_for: np.ndarray) -> dict[str, int]:
+    """Number of rows from each power of two of tokens up to the next."""
+    powers = np.floor(np.log2(lengths)).astype(int)
+    return {
+        f"{2**power} to {2 ** (power + 1) - 1}": int(stands_for[powers == power].sum())
+        for power in range(int(powers.min()), int(powers.max()) + 1)
+    }
