@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from marking import slow
@@ -426,7 +427,7 @@ def test_full_disk_while_orbax_writes(
     def save(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
     with pytest.raises(OSError, match=r"the disk is full: .*c needs 584960 bytes") as raised:
         pretrained.convert_from_hf(tiny, tmp_path / "c")
     assert raised.value.errno == errno.ENOSPC
@@ -437,7 +438,7 @@ def test_other_errors_of_orbax_pass(tiny: Path, tmp_path: Path, monkeypatch: pyt
     def save(*_: object, **__: object) -> None:
         raise ValueError("something else")
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
     with pytest.raises(ValueError, match="something else"):
         pretrained.save(pretrained.load(tiny), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
@@ -672,7 +673,7 @@ def test_a_damaged_newest_step_falls_back_loudly(tmp_path: Path, caplog: pytest.
         assert meta["step"] == 2
         assert run.steps() == [1, 2] and list(run.damaged) == [3] and run.best_step() == 2
         assert str(path) in run.damaged[3] and str(path) in caplog.text
-        assert "going on from step 2 instead; step 3 is now 3.damaged" in caplog.text
+        assert "resuming from step 2 instead; step 3 is now 3.damaged" in caplog.text
         # The run comes by that step again, and may save it.
         run.save(3, big_state(3), {"step": 3})
     with RunCheckpoints(tmp_path) as run:

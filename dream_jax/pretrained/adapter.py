@@ -103,9 +103,9 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
             (directory / ADAPTER).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
-def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Unit:
+def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.WeightUnit:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return checkpoint.Unit("adapter", None, shapes, {} if mesh is None else parameter_specs(shapes, mesh))
+    return checkpoint.WeightUnit("adapter", None, shapes, {} if mesh is None else parameter_specs(shapes, mesh))
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> Adapter:

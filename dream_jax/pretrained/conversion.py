@@ -165,7 +165,7 @@ def convert_to_hf(
         started(conversion)
         units = checkpoint.units(config, stored)
 
-        def write(read: Callable[[checkpoint.Unit], Named]) -> None:
+        def write(read: Callable[[checkpoint.WeightUnit], Named]) -> None:
             with ThreadPoolExecutor(1) as pool:
                 hf.export_from(_fetch_ahead(read, units, pool), config, stored, made, max_shard_size, progress)
 
@@ -192,12 +192,12 @@ def _stored_dtype(directory: pathlib.Path, config: DreamConfig) -> np.dtype:
         return opened.dtype
 
 
-def _read_named(directory: pathlib.Path, unit: checkpoint.Unit) -> Named:
+def _read_named(directory: pathlib.Path, unit: checkpoint.WeightUnit) -> Named:
     return {(name, unit.layer): array for name, array in hf.flat(checkpoint.read_unit(directory, unit)).items()}
 
 
 def _fetch_ahead(
-    read: Callable[[checkpoint.Unit], Named], units: list[checkpoint.Unit], pool: ThreadPoolExecutor
+    read: Callable[[checkpoint.WeightUnit], Named], units: list[checkpoint.WeightUnit], pool: ThreadPoolExecutor
 ) -> Callable[[str, int | None], np.ndarray]:
     """A function that hands out parameters in the order of the units, reading one unit ahead."""
     pending = iter(units)

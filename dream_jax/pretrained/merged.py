@@ -25,14 +25,17 @@ class MergedUnits:
     """Reads the parts of a base with an adapter added, each once; made by `merged_units`."""
 
     def __init__(
-        self, units: dict[str, checkpoint.Unit], read: Callable[[checkpoint.Unit], ParamTree], adapter: Adapter
+        self,
+        units: dict[str, checkpoint.WeightUnit],
+        read: Callable[[checkpoint.WeightUnit], ParamTree],
+        adapter: Adapter,
     ):
         self._units, self._read, self._adapter = units, read, adapter
         self._prints: list[lora.Print] = []
         stacked = hf.flat(adapter_params(adapter, None))
         self._added = {name: np.asarray(leaf, np.float32) for name, leaf in stacked.items()}
 
-    def __call__(self, unit: checkpoint.Unit) -> Named:
+    def __call__(self, unit: checkpoint.WeightUnit) -> Named:
         """One part in the dtype of its shapes. The sum is formed in float32 and rounded once."""
         exact = self._read(self._units[unit.name])
         self._prints += lora.prints(exact, unit.layer)

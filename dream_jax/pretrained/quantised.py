@@ -26,7 +26,7 @@ from dream_jax.sharding import parameter_shardings
 def start_unit(
     source: hf.Source,
     config: DreamConfig,
-    unit: checkpoint.Unit,
+    unit: checkpoint.WeightUnit,
     *,
     mesh: Mesh | None,
     pool: Executor,
@@ -45,7 +45,7 @@ def start_unit(
 @contextlib.contextmanager
 def unit_reader(
     directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
-) -> Iterator[Callable[[checkpoint.Unit], ParamTree]]:
+) -> Iterator[Callable[[checkpoint.WeightUnit], ParamTree]]:
     """A function that reads one part of the model in a directory of either kind, which is checked first."""
     if checkpoint.is_converted(directory):
         checkpoint.read_description(directory, config)

@@ -1,0 +1,41 @@
+"""What Orbax stores: the converted directory of a model, and the checkpoints of a training run.
+
+A converted directory has `config.json`, tokenizer files, `dream_jax.json` (what the weights are, and the size of each of
+their files) and `weights/`: one small Orbax checkpoint for the embedding, one for each layer and one for the rest, so that
+a model can be written and read unit by unit (`weights`, `description`, `params`). `runs` has the checkpoints of a run.
+"""
+
+from dream_jax.checkpoint.description import (
+    DESCRIPTION,
+    WeightsDescription,
+    check_files,
+    is_converted,
+    read_description,
+    read_mask,
+    write_description,
+    written_files,
+)
+from dream_jax.checkpoint.params import load_params, save_params, set_layer
+from dream_jax.checkpoint.runs import RunCheckpoints
+from dream_jax.checkpoint.weights import WEIGHTS, WeightUnit, read_unit, unit_shardings, units, write_unit
+
+__all__ = [
+    "DESCRIPTION",
+    "WEIGHTS",
+    "RunCheckpoints",
+    "WeightUnit",
+    "WeightsDescription",
+    "check_files",
+    "is_converted",
+    "load_params",
+    "read_description",
+    "read_mask",
+    "read_unit",
+    "save_params",
+    "set_layer",
+    "unit_shardings",
+    "units",
+    "write_description",
+    "write_unit",
+    "written_files",
+]

@@ -1,0 +1,91 @@
+"""All parameters of a model to a converted directory and back."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dream_jax.checkpoint.description import read_description
+from dream_jax.checkpoint.trees import tree_differences
+from dream_jax.checkpoint.weights import WeightUnit, map_specs, only, read_unit, stacked_shapes, units, write_unit
+from dream_jax.config import DreamConfig
+from dream_jax.shapes import ParamTree
+
+
+def load_params(
+    directory: str | pathlib.Path, config: DreamConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
+) -> ParamTree:
+    """Reads a converted directory into stacked parameters, on any mesh and in any dtype.
+
+    The largest memory use is that of the result and one unit.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_description`.
+    """
+    directory = pathlib.Path(directory)
+    read_description(directory, config)
+    first, *layers, last = units(config, dtype, mesh)
+    params: ParamTree = {}
+    for unit in (first, last):  # the largest units first, while there is still room
+        params |= jax.tree.map(jnp.asarray, read_unit(directory, unit, mesh))
+        jax.block_until_ready(params)
+    params["layers"] = _zeros(stacked_shapes(config, jnp.dtype(dtype).name)["layers"], layers[0], mesh)
+    for unit in layers:
+        layer = read_unit(directory, unit, mesh)["layers"]
+        params["layers"] = set_layer(params["layers"], layer, unit.layer)
+        jax.block_until_ready(params)  # otherwise the following layers accumulate in memory
+    return params
+
+
+def _zeros(shapes: ParamTree, layer: WeightUnit, mesh: Mesh | None) -> ParamTree:
+    shardings = None
+    if mesh is not None:
+        shardings = map_specs(lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec)), layer.specs["layers"])
+    make = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.jit(make, out_shardings=shardings)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_layer(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
+    """Writes one layer into stacked parameters, bit for bit; the stacked parameters are donated."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        # XLA's CPU backend would convert bfloat16 through float32, which changes the payload of NaN.
+        return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+    def set_one(whole: jax.Array, one: jax.Array) -> jax.Array:
+        updated = jax.lax.dynamic_update_index_in_dim(bits(whole), bits(one), index, 0)
+        return jax.lax.bitcast_convert_type(updated, whole.dtype)
+
+    return jax.tree.map(set_one, stacked, layer)
+
+
+def save_params(
+    directory: pathlib.Path,
+    params: ParamTree,
+    config: DreamConfig,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Writes parameters from memory into a converted directory; each process writes the shards on its own devices.
+
+    Raises:
+      ValueError: these are not the parameters of the configuration, or they have several dtypes.
+      OSError: the disk is full.
+    """
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+    if len(dtypes) > 1:
+        raise ValueError(f"the parameters have several dtypes, {' and '.join(dtypes)}; cast them to one before saving")
+    expected = stacked_shapes(config, dtypes[0])
+    if differences := tree_differences(expected, params):
+        raise ValueError(f"these parameters are not those of the configuration: {'; '.join(differences)}")
+    for unit in units(config, dtypes[0]):
+        found = only(params, unit.shapes)
+        if unit.layer is not None:
+            found = jax.tree.map(lambda leaf, layer=unit.layer: leaf[layer], found)
+        write_unit(directory, unit, found)
+        progress(unit.nbytes)

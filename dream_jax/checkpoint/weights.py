@@ -1,0 +1,160 @@
+"""A converted directory is written and read unit by unit, each a small Orbax checkpoint in `weights/`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dream_jax.checkpoint.trees import tree_differences
+from dream_jax.config import DreamConfig
+from dream_jax.model import abstract_model, split_params
+from dream_jax.shapes import ParamTree
+from dream_jax.sharding import parameter_specs
+
+WEIGHTS = "weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightUnit:
+    """The weights that are written and read at once: those of one layer, the embedding or the rest.
+
+    Attributes:
+      name: the name of its folder.
+      layer: the number of the layer, or None.
+      shapes: the parameters as shapes and dtypes; those of a layer have no layer axis, but their keys begin with "layers".
+      specs: the PartitionSpec of each parameter (empty without a mesh).
+    """
+
+    name: str
+    layer: int | None
+    shapes: ParamTree
+    specs: ParamTree
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the weights in bytes."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes))
+
+
+def units(config: DreamConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> list[WeightUnit]:
+    """The units of a model of this configuration: the embedding, each layer, the rest."""
+    shapes = stacked_shapes(config, jnp.dtype(dtype).name)
+    specs = {} if mesh is None else parameter_specs(shapes, mesh)
+    rest = [key for key in shapes if key not in ("embed", "layers")]
+    outside = [("embed", ["embed"]), ("head", rest)]
+    first, last = (WeightUnit(name, None, only(shapes, keys), specs and only(specs, keys)) for name, keys in outside)
+    layer_shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes["layers"])
+    layer_specs = specs and map_specs(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
+    middle = [
+        WeightUnit(f"layer_{layer:03d}", layer, {"layers": layer_shapes}, specs and {"layers": layer_specs})
+        for layer in range(config.num_hidden_layers)
+    ]
+    return [first, *middle, last]
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes a tenth of a second
+def stacked_shapes(config: DreamConfig, dtype: str) -> ParamTree:
+    """The shapes of all parameters, with the layers stacked."""
+    return split_params(abstract_model(config, param_dtype=dtype))[1]
+
+
+def only(tree: ParamTree, keys: Iterable[str]) -> ParamTree:
+    """The branches of a tree with these keys."""
+    return {key: tree[key] for key in keys}
+
+
+def map_specs(function: Callable[[PartitionSpec], Any], specs: ParamTree) -> ParamTree:
+    """Applies a function to every PartitionSpec of a tree."""
+    return jax.tree.map(function, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def unit_shardings(unit: WeightUnit, mesh: Mesh) -> ParamTree:
+    """The sharding of each parameter of a unit that was made for this mesh."""
+    return map_specs(lambda spec: NamedSharding(mesh, spec), unit.specs)
+
+
+# By default Orbax splits arrays that are replicated over several devices and lets each device write a piece: that gives
+# more files than shards, and a compilation for every shape.
+HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    *((kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)),
+)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Plain zarr with one file per shard is written twice as fast as the OCDBT database. Weights do not compress.
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=HANDLERS)
+    )
+
+
+# Without OCDBT, Orbax warns at every save that there is no OCDBT to merge; and it prints the stack of an error in one of
+# its threads besides raising it in the calling thread.
+_NOISE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception")
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    def keep(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _NOISE)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def write_unit(directory: pathlib.Path, unit: WeightUnit, params: ParamTree) -> None:
+    """Writes one unit of a converted directory, one file per shard; returns when it is on disk.
+
+    Raises:
+      ValueError: the parameters are not those of the unit.
+      OSError: the disk is full.
+    """
+    if differences := tree_differences(unit.shapes, params):
+        raise ValueError(f"{unit.name} cannot be written: {'; '.join(differences)}")
+    path = directory.resolve() / WEIGHTS / unit.name
+    try:
+        with _checkpointer() as checkpointer, _without_noise():
+            checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports errors of the system as ValueError
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, f"the disk is full: {path} needs {unit.nbytes} bytes") from error
+        raise
+
+
+def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = None) -> ParamTree:
+    """Reads the parameters of one unit in the dtype of its shapes: numpy arrays, or sharded jax arrays on the mesh.
+
+    Raises:
+      ValueError: the folder holds parameters with other names or shapes.
+    """
+    path = directory.resolve() / WEIGHTS / unit.name
+    target = unit.shapes
+    if mesh is not None:
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            unit.shapes,
+            unit_shardings(unit, mesh),
+        )
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    with _checkpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+        if differences := tree_differences(stored, target, dtypes=False):
+            raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}")
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
