@@ -69,12 +69,12 @@ def read_json(path: pathlib.Path, remedy: str = "remove the file or restore it f
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not JSON in UTF-8, or holds something other than an object.
+      ValueError: the file is not valid JSON in UTF-8, or holds something other than an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); {remedy}") from error
+        raise ValueError(f"{path} is not valid JSON in UTF-8 ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object; {remedy}")
     return found

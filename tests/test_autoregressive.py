@@ -56,7 +56,7 @@ def qwen2_checkpoint(folder, **fields):
     random = np.random.default_rng(0)
     tensors = {
         name: (random.normal(0, 0.08, place.source_shape) + (1.0 if "norm" in name else 0.0)).astype(np.float32)
-        for name, place in hf.places(config).items()
+        for name, place in hf.destinations(config).items()
     }
     save_file(tensors, folder / hf.SINGLE, metadata={"format": "pt"})
     return folder

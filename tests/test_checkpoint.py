@@ -292,7 +292,7 @@ def test_format_of_another_version(converted: Path) -> None:
     with pytest.raises(ValueError, match="lacks parameters, files"):
         pretrained.load(converted)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="has format"):
+    with pytest.raises(ValueError, match="holds a list, not an object"):
         pretrained.load(converted)
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

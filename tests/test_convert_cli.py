@@ -54,7 +54,7 @@ def large(tmp_path: Path) -> Iterator[Path]:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(fields))
     config = DreamConfig.from_file(directory)
-    shapes = {(place.rule.target, place.layer): place.shape for place in hf.places(config).values()}
+    shapes = {(place.rule.target, place.layer): place.shape for place in hf.destinations(config).values()}
     rng = np.random.default_rng(0)
     hf.export_from(
         lambda target, layer: rng.random(shapes[target, layer], np.float32),

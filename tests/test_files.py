@@ -36,8 +36,8 @@ def test_json_is_written_readably_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"x\.json is not JSON in UTF-8 \(.*\); save it"),
-        (b"\xff", "not JSON in UTF-8"),
+        (b"{", r"x\.json is not valid JSON in UTF-8 \(.*\); save it"),
+        (b"\xff", "not valid JSON in UTF-8"),
         (b"[]", "holds a list, not"),
     ],
 )

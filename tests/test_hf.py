@@ -73,14 +73,14 @@ def test_table_is_one_to_one_with_the_published_index(assets: Path) -> None:
     config = PRESETS["dream-7b"]
     names = index["weight_map"]
     assert len(names) == 339
-    assert set(hf.places(config)) == set(names)
+    assert set(hf.destinations(config)) == set(names)
     hf.check_names(names, config)
     assert index["metadata"]["total_size"] == 2 * config.num_parameters
 
 
 def test_every_weight_of_the_7b_tree_is_written_once() -> None:
     config = PRESETS["dream-7b"]
-    places = hf.places(config)
+    places = hf.destinations(config)
     assert len(places) == 339
     targets = [(place.rule.target, place.layer) for place in places.values()]
     assert len(set(targets)) == len(targets)
@@ -100,7 +100,7 @@ def test_rule_that_is_missing_or_double_is_named(monkeypatch: pytest.MonkeyPatch
     config = dataclasses.replace(PRESETS["nano"], num_hidden_layers=7)
     monkeypatch.setattr(table, "RULES", (*hf.RULES[:-1], hf.RULES[1]))
     with pytest.raises(ValueError, match=r"layers\.attn_norm\.scale.*lm_head\.kernel"):
-        hf.places(config)
+        hf.destinations(config)
 
 
 LAYOUTS = [
@@ -114,7 +114,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("layout", "shape", "source_shape"), LAYOUTS)
-def test_layout_and_its_inverse(layout: hf.Layout, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> None:
+def test_layout_and_its_inverse(layout: hf.TensorLayout, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> None:
     assert layout.source_shape(shape) == source_shape
     source = np.arange(np.prod(shape)).reshape(source_shape)
     target = layout.forward(source, shape)
@@ -173,7 +173,7 @@ def test_mesh_divides_every_array_and_changes_no_bit(golden_dir: Path, mesh: str
 def test_perturbing_any_tensor_moves_the_logits(golden_dir: Path, sharded: Path) -> None:
     golden = np.load(golden_dir / "tiny_b" / "golden.npz")
     original = read_tensors(sharded)
-    assert set(original) == set(hf.places(DreamConfig.from_file(sharded)))
+    assert set(original) == set(hf.destinations(DreamConfig.from_file(sharded)))
     rng = np.random.default_rng(0)
     before = np.asarray(pretrained.load(sharded)(golden["fwd_tokens"]))
     for name, x in original.items():  # from here on a single file, which is looked for first
@@ -194,7 +194,7 @@ def test_loads_any_dtype_as_any_other(tiny: Path, stored: str, wanted: str) -> N
     tensors = read_tensors(tiny)
     config = DreamConfig.from_file(tiny)
     params = hf.flat(hf.load_params(tiny, config, wanted))
-    for name, place in hf.places(config).items():
+    for name, place in hf.destinations(config).items():
         array = params[place.rule.target]
         found = np.asarray(array if place.layer is None else array[place.layer])
         expected = place.rule.layout.forward(tensors[name].astype(wanted_dtype), place.shape)
@@ -230,15 +230,15 @@ def test_reads_only_the_rows_and_columns_that_are_wanted(tiny: Path, monkeypatch
     config = DreamConfig.from_file(tiny)
     tensors = read_tensors(tiny)
     seen: list[int] = []
-    read = hf_source.Source._read
+    read = hf_source.SafetensorsSource._read
 
-    def counting(self: hf.Source, tensor: hf.Tensor, offset: int, out: np.ndarray) -> None:
+    def counting(self: hf.SafetensorsSource, tensor: hf.Tensor, offset: int, out: np.ndarray) -> None:
         seen.append(out.nbytes)
         read(self, tensor, offset, out)
 
-    monkeypatch.setattr(hf_source.Source, "_read", counting)
+    monkeypatch.setattr(hf_source.SafetensorsSource, "_read", counting)
     name = "model.layers.1.mlp.down_proj.weight"  # [64, 160] in the file, [160, 64] here
-    place = hf.places(config)[name]
+    place = hf.destinations(config)[name]
     with hf.open_source(tiny) as opened:
         for slices in (
             (slice(0, 160), slice(8, 16)),
@@ -255,18 +255,18 @@ def test_reads_only_the_rows_and_columns_that_are_wanted(tiny: Path, monkeypatch
         scattered = np.empty((16, 4, 64), np.float32).T
         with pytest.raises(ValueError, match=f"{name}: the array to fill must be contiguous"):
             whole = (slice(0, 64), slice(0, 4), slice(0, 16))
-            list(opened.fill_jobs(name, hf.places(config)[name], [(whole, scattered)]))
+            list(opened.fill_jobs(name, hf.destinations(config)[name], [(whole, scattered)]))
 
 
 def test_replicas_share_one_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    read = hf_source.Source._read
+    read = hf_source.SafetensorsSource._read
 
-    def counting(self: hf.Source, tensor: hf.Tensor, offset: int, out: np.ndarray) -> None:
+    def counting(self: hf.SafetensorsSource, tensor: hf.Tensor, offset: int, out: np.ndarray) -> None:
         seen.append(out.nbytes)
         read(self, tensor, offset, out)
 
-    monkeypatch.setattr(hf_source.Source, "_read", counting)
+    monkeypatch.setattr(hf_source.SafetensorsSource, "_read", counting)
     config = DreamConfig.from_file(tiny)
     hf.load_params(tiny, config, "float32", make_mesh("8x1"))
     assert sum(seen) == 4 * config.num_parameters

@@ -1,8 +1,7 @@
-"""The Hugging Face side: published names and layouts, safetensors in, safetensors out.
+"""Checkpoints in the layout of Hugging Face: published names and shapes, safetensors in and out.
 
-`table` holds the one table of names and layouts, `source` opens and reads files, `load` makes jax arrays of
-them and `export` goes back. Nothing here executes code that comes with a checkpoint, and only `fetch` touches
-a network.
+`table` has the one table of names and layouts, `source` opens and reads files, `load` turns them into jax arrays, and
+`export` writes files. No code that comes with a checkpoint is executed, and only `fetch` uses a network.
 """
 
 from dream_jax.hf.export import MAX_SHARD_SIZE, export, export_from
@@ -16,8 +15,16 @@ from dream_jax.hf.load import (
     reading_threads,
     start_reading,
 )
-from dream_jax.hf.source import INDEX, SINGLE, Source, Tensor, fetch, is_hub_id, open_source
-from dream_jax.hf.table import RULES, Layout, Place, Rule, check_names, parameter_shapes, places
+from dream_jax.hf.source import INDEX, SINGLE, SafetensorsSource, Tensor, fetch, is_hub_id, open_source
+from dream_jax.hf.table import (
+    RULES,
+    ConversionRule,
+    Destination,
+    TensorLayout,
+    check_names,
+    destinations,
+    parameter_shapes,
+)
 
 __all__ = [
     "INDEX",
@@ -25,13 +32,14 @@ __all__ = [
     "RULES",
     "SINGLE",
     "Buffers",
-    "Layout",
-    "Place",
+    "ConversionRule",
+    "Destination",
     "Reading",
-    "Rule",
-    "Source",
+    "SafetensorsSource",
     "Tensor",
+    "TensorLayout",
     "check_names",
+    "destinations",
     "export",
     "export_from",
     "fetch",
@@ -42,7 +50,6 @@ __all__ = [
     "nested",
     "open_source",
     "parameter_shapes",
-    "places",
     "reading_threads",
     "start_reading",
 ]

@@ -1,8 +1,4 @@
-"""Writing a checkpoint in the published layout, piece by piece: memory does not grow with the model.
-
-Knows the safetensors format and the index. Knows nothing of where parameters come from: it asks for one at a
-time.
-"""
+"""Writing a checkpoint in the published layout, one tensor at a time, so that memory use does not grow with the model."""
 
 from __future__ import annotations
 
@@ -16,19 +12,20 @@ import jax
 import numpy as np
 
 from dream_jax.config import DreamConfig
+from dream_jax.files import write_json
 from dream_jax.hf import table
 from dream_jax.hf.load import flat, reading_threads
 from dream_jax.hf.source import DTYPES, INDEX, SINGLE, copy_cast
-from dream_jax.hf.table import Place, Shape
+from dream_jax.hf.table import Destination, Shape
 from dream_jax.shapes import ParamTree
 
 MAX_SHARD_SIZE = 5_000_000_000
-"""Bytes of a shard, as in published checkpoints."""
+"""The size of a shard in bytes, as in published checkpoints."""
 
 _BLOCK_BYTES = 8 * 2**20
 
-# Called once for every source tensor, in the order of `table.places`: a parameter's path and layer -> its
-# values.
+# A function from the path and layer of a parameter to its values, called once for every tensor in the order of
+# `table.destinations`.
 Fetch = Callable[[str, int | None], np.ndarray]
 
 
@@ -42,8 +39,7 @@ def export(
     """Writes parameters held in memory; see `export_from`.
 
     Raises:
-      ValueError: the parameters are not those of the configuration, have several dtypes, or lie partly on
-        other hosts.
+      ValueError: the parameters are not those of the configuration, have several dtypes, or are partly on other hosts.
     """
     arrays: dict[str, jax.Array] = flat(params)
     shapes = table.parameter_shapes(config)
@@ -60,7 +56,7 @@ def export(
             f"the parameters have several dtypes, {' and '.join(dtypes)}; cast them to one before exporting"
         )
     if not all(array.is_fully_addressable for array in arrays.values()):
-        raise ValueError("parts of these parameters lie on other hosts; save the model, then run convert/flax_to_hf.py")
+        raise ValueError("some of these parameters are on other hosts; save the model, then run convert/flax_to_hf.py")
 
     def fetch(target: str, layer: int | None) -> np.ndarray:
         return np.asarray(arrays[target] if layer is None else arrays[target][layer])
@@ -78,14 +74,13 @@ def export_from(
 ) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes of weights and their index.
 
-    A tensor larger than that gets a shard of its own. With tied embeddings there is no `lm_head.weight`.
+    A tensor that is larger gets a shard to itself. With tied embeddings there is no `lm_head.weight`.
 
     Args:
-      fetch: gives each parameter (or one layer of a stacked one) when asked; not called again for the same
-        one.
-      config: whose tensors to write.
-      dtype: that `fetch` gives and the files get.
-      directory: where; must exist.
+      fetch: returns one parameter, or one layer of a stacked one; it is called once for each.
+      config: the configuration whose tensors are written.
+      dtype: of the arrays from `fetch` and of the files.
+      directory: an existing directory.
       max_shard_size: in bytes.
       progress: called with the number of bytes written, from several threads.
 
@@ -99,14 +94,14 @@ def export_from(
         raise ValueError(f"{dtype=} is not one of {', '.join(map(str, DTYPES.values()))}")
     if max_shard_size < 1:
         raise ValueError(f"{max_shard_size=} must be at least 1 byte")
-    places = table.places(config)
-    sizes = {name: int(np.prod(place.shape)) * dtype.itemsize for name, place in places.items()}
+    destinations = table.destinations(config)
+    sizes = {name: int(np.prod(destination.shape)) * dtype.itemsize for name, destination in destinations.items()}
     shards = list(_shards(sizes, max_shard_size))
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        shard = {name: places[name] for name in names}
+        shard = {name: destinations[name] for name in names}
         _write_shard(directory / file, shard, fetch, dtype, code, progress)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -115,7 +110,7 @@ def export_from(
             "metadata": {"total_parameters": total // dtype.itemsize, "total_size": total},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX, index)
 
 
 def _shards(sizes: Mapping[str, int], max_shard_size: int) -> Iterator[list[str]]:
@@ -132,7 +127,7 @@ def _shards(sizes: Mapping[str, int], max_shard_size: int) -> Iterator[list[str]
 
 def _write_shard(
     path: pathlib.Path,
-    places: Mapping[str, Place],
+    destinations: Mapping[str, Destination],
     fetch: Fetch,
     dtype: np.dtype,
     code: str,
@@ -140,10 +135,10 @@ def _write_shard(
 ) -> None:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for name in sorted(places):  # as published: by name inside a file
+    for name in sorted(destinations):  # as published: by name inside a file
         offsets[name] = end
-        end += int(np.prod(places[name].shape)) * dtype.itemsize
-        shape = list(places[name].source_shape)
+        end += int(np.prod(destinations[name].shape)) * dtype.itemsize
+        shape = list(destinations[name].source_shape)
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [offsets[name], end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8 bytes
@@ -152,8 +147,8 @@ def _write_shard(
         file.write(len(header).to_bytes(8, "little") + header)
         file.flush()
         os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk shows here, before the work
-        for name, place in places.items():
-            source = _as_source(fetch(place.rule.target, place.layer), place, dtype)
+        for name, destination in destinations.items():
+            source = _as_source(fetch(destination.rule.target, destination.layer), destination, dtype)
             jobs = _row_blocks(source.shape)
 
             def write(rows: slice, source: np.ndarray = source, offset: int = start + offsets[name]) -> None:
@@ -166,12 +161,12 @@ def _write_shard(
         os.fsync(file.fileno())
 
 
-def _as_source(array: np.ndarray, place: Place, dtype: np.dtype) -> np.ndarray:
-    if array.shape != place.shape or array.dtype != dtype:
+def _as_source(array: np.ndarray, destination: Destination, dtype: np.dtype) -> np.ndarray:
+    if array.shape != destination.shape or array.dtype != dtype:
         raise ValueError(
-            f"{place.rule.target}: got {array.dtype}{list(array.shape)}, expected {dtype}{list(place.shape)}"
+            f"{destination.rule.target}: got {array.dtype}{list(array.shape)}, expected {dtype}{list(destination.shape)}"
         )
-    source = place.rule.layout.inverse(array)
+    source = destination.rule.layout.inverse(array)
     return source if source.ndim == 2 else source[None]
 
 

@@ -1,7 +1,4 @@
-"""From an opened checkpoint to jax arrays, each shard filled on the host once and straight from the file.
-
-Knows how parameters are stacked and divided. Knows nothing of where they go next.
-"""
+"""From an opened checkpoint to jax arrays: each shard is filled once on the host, directly from the file."""
 
 from __future__ import annotations
 
@@ -17,24 +14,24 @@ from jax.sharding import Mesh, Sharding
 
 from dream_jax.config import DreamConfig
 from dream_jax.hf import table
-from dream_jax.hf.source import Part, Source, open_source
-from dream_jax.hf.table import Place, Shape, Slices
+from dream_jax.hf.source import Region, SafetensorsSource, open_source
+from dream_jax.hf.table import Destination, Shape, Slices
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import parameter_shardings
 
-_ALIGNMENT = 64  # bytes; jax on a CPU takes such memory over without a copy
+_ALIGNMENT = 64  # bytes; on a CPU jax uses memory with this alignment without a copy
 
 _Bounds = tuple[tuple[int, int], ...]  # slices, in a form that can be a dictionary's key
 
 
 class Buffers:
-    """Host memory for shards, used again when given back: fresh pages cost as much as reading into them."""
+    """Host memory for shards, reused when it is given back: allocating new pages takes as long as reading into them."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = collections.defaultdict(list)
 
     def take(self, nbytes: int) -> np.ndarray:
-        """`nbytes` aligned bytes, holding anything."""
+        """`nbytes` aligned bytes with undefined contents."""
         if self._free[nbytes]:
             return self._free[nbytes].pop()
         padded = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -42,24 +39,23 @@ class Buffers:
         return padded[start : start + nbytes]
 
     def give_back(self, buffers: Sequence[np.ndarray]) -> None:
-        """Keeps buffers for the next `take` of their size; nobody may look at them any more."""
+        """Keeps buffers for the next `take` of their size; the caller must not use them any more."""
         for buffer in buffers:
             self._free[buffer.nbytes].append(buffer)
 
 
 class HostShards:
-    """One array's distinct shards on this host, waiting to be filled.
+    """The distinct shards of one array on this host, to be filled.
 
-    A shard that several devices hold alike exists once. `sharding` None means one device, not committed to
-    it.
+    A shard that is replicated over several devices is held once. `sharding` None means an uncommitted array on one device.
     """
 
     def __init__(self, shape: Shape, dtype: np.dtype, sharding: Sharding | None, buffers: Buffers):
         self._shape, self._sharding = shape, sharding
         self._devices: list[tuple[jax.Device | None, _Bounds]] = [(None, tuple((0, size) for size in shape))]
         if sharding is not None:
-            places = sharding.addressable_devices_indices_map(shape)
-            self._devices = [(device, _bounds(index, shape)) for device, index in places.items()]
+            indices = sharding.addressable_devices_indices_map(shape)
+            self._devices = [(device, _bounds(index, shape)) for device, index in indices.items()]
         self.buffers: list[np.ndarray] = []
         self._arrays: dict[_Bounds, np.ndarray] = {}
         for bounds in dict.fromkeys(bounds for _, bounds in self._devices):
@@ -67,8 +63,8 @@ class HostShards:
             self.buffers.append(buffers.take(int(np.prod(shard_shape)) * dtype.itemsize))
             self._arrays[bounds] = self.buffers[-1].view(dtype).reshape(shard_shape)
 
-    def parts(self, layer: int | None) -> list[Part]:
-        """The shards to fill; of a stacked array, those of one layer, without the layer axis."""
+    def regions(self, layer: int | None) -> list[Region]:
+        """The shards to fill; for a stacked array, those of one layer, without the layer axis."""
         if layer is None:
             return [(_slices(bounds), array) for bounds, array in self._arrays.items()]
         return [
@@ -86,7 +82,7 @@ class HostShards:
 
 
 def _bounds(index: Slices | None, shape: Shape) -> _Bounds:
-    ranges = [part.indices(size) for part, size in zip(index or (), shape, strict=True)]
+    ranges = [one.indices(size) for one, size in zip(index or (), shape, strict=True)]
     return tuple((start, stop) for start, stop, _ in ranges)
 
 
@@ -95,26 +91,26 @@ def _slices(bounds: _Bounds) -> Slices:
 
 
 class Reading:
-    """Some parameters on their way from the files, in the threads of a pool."""
+    """Parameters that the threads of a pool are reading."""
 
     def __init__(self, shards: Mapping[str, HostShards], work: Sequence[Future[int]]):
         self._shards, self._work = shards, work
 
     @property
     def buffers(self) -> list[np.ndarray]:
-        """The memory that the arrays lie in (on a CPU), to be given back when nobody needs them any more."""
+        """The memory of the arrays (on a CPU), to be given back when the arrays are no longer needed."""
         return [buffer for shards in self._shards.values() for buffer in shards.buffers]
 
     def wait(self) -> dict[str, jax.Array]:
-        """The parameters by dotted path, when all is read."""
+        """Waits until everything is read; returns the parameters by dotted path."""
         for future in self._work:
             future.result()
         return {target: shards.to_array() for target, shards in self._shards.items()}
 
 
 def start_reading(
-    source: Source,
-    wanted: Mapping[str, Sequence[tuple[str, Place]]],
+    source: SafetensorsSource,
+    wanted: Mapping[str, Sequence[tuple[str, Destination]]],
     shapes: Mapping[str, Shape],
     shardings: Mapping[str, Sharding] | None,
     dtype: np.dtype,
@@ -126,14 +122,13 @@ def start_reading(
 
     Args:
       source: the checkpoint, checked.
-      wanted: for every parameter by dotted path, its source tensors: one, or with a stacked shape one a
-        layer.
-      shapes: shape of each parameter; with a layer axis it is read stacked.
-      shardings: where each parameter goes; None for one device.
+      wanted: the source tensors of every parameter, by dotted path: one tensor, or one per layer for a stacked shape.
+      shapes: the shape of each parameter; one with a layer axis is read stacked.
+      shardings: the sharding of each parameter; None for one device.
       dtype: of the parameters.
-      pool: runs the work.
+      pool: runs the jobs.
       buffers: where host memory comes from.
-      progress: called with the number of source bytes dealt with, from any thread.
+      progress: called with the number of source bytes that were processed, from any thread.
     """
     shards = {
         target: HostShards(shapes[target], dtype, None if shardings is None else shardings[target], buffers)
@@ -142,11 +137,11 @@ def start_reading(
 
     def jobs() -> Iterator[Callable[[], int]]:
         for target, tensors in wanted.items():
-            for name, place in tensors:
-                stacked = len(shapes[target]) > len(place.shape)
-                parts = shards[target].parts(place.layer if stacked else None)
-                if parts:  # with several hosts, another one's layer
-                    yield from source.fill_jobs(name, place, parts)
+            for name, destination in tensors:
+                stacked = len(shapes[target]) > len(destination.shape)
+                regions = shards[target].regions(destination.layer if stacked else None)
+                if regions:  # with several hosts this layer may be on another one
+                    yield from source.fill_jobs(name, destination, regions)
 
     def run(job: Callable[[], int]) -> int:
         done = job()
@@ -157,35 +152,35 @@ def start_reading(
 
 
 def load_params(
-    source_dir: str | pathlib.Path | Source,
+    source_dir: str | pathlib.Path | SafetensorsSource,
     config: DreamConfig,
     dtype: jax.typing.DTypeLike,
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ParamTree:
-    """Reads a published checkpoint into stacked parameters, each device's shard straight from the files.
+    """Reads a published checkpoint into stacked parameters; the shard of each device comes directly from the files.
 
-    Above the result, the host holds at most one stacked parameter.
+    Besides the result, the host holds at most one stacked parameter.
 
     Args:
       source_dir: directory with safetensors, or an opened source.
       config: what the checkpoint must hold.
       dtype: of the parameters.
-      mesh: where they go; None for one device.
-      progress: called with the number of source bytes dealt with, from several threads.
+      mesh: the devices of the parameters; None for one device.
+      progress: called with the number of source bytes that were processed, from several threads.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_source` and `Source.check`.
+      FileNotFoundError, ValueError: as `open_source` and `SafetensorsSource.check`.
     """
-    if not isinstance(source_dir, Source):
+    if not isinstance(source_dir, SafetensorsSource):
         with open_source(source_dir) as source:
             return load_params(source, config, dtype, mesh, progress)
     source_dir.check(config)
     shapes = table.parameter_shapes(config)
     shardings = None if mesh is None else flat_shardings(shapes, mesh)
-    tensors: dict[str, list[tuple[str, Place]]] = collections.defaultdict(list)
-    for name, place in table.places(config).items():
-        tensors[place.rule.target].append((name, place))
+    tensors: dict[str, list[tuple[str, Destination]]] = collections.defaultdict(list)
+    for name, destination in table.destinations(config).items():
+        tensors[destination.rule.target].append((name, destination))
     params: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(reading_threads()) as pool:
         for target, wanted in tensors.items():
@@ -199,7 +194,7 @@ def load_params(
 
 
 def reading_threads() -> int:
-    """How many threads read and turn tensors: more than a few only wait for the same memory."""
+    """How many threads read and transpose tensors: more than a few only wait for the same memory."""
     return min(8, max(2, os.cpu_count() or 1))
 
 

@@ -1,7 +1,6 @@
-"""Opening and reading a published checkpoint: safetensors files, checked before the first weight is used.
+"""Opening and reading a published checkpoint: safetensors files that are checked before the first weight is used.
 
-Knows the files' headers, the index and how to read a part of a tensor. Knows nothing of models beyond the
-table, and executes nothing: only numbers are read.
+Only numbers are read, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -22,22 +21,23 @@ from safetensors import SafetensorError, safe_open
 
 from dream_jax.config import DreamConfig
 from dream_jax.hf import table
-from dream_jax.hf.table import Place, Shape, Slices
+from dream_jax.hf.table import Destination, Shape, Slices
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 _PIECE_BYTES = 32 * 2**20  # about one job for the thread pool
-_BLOCK_ROWS = 512  # read, cast and turned at once; fewer make the rows that are written too short (half the speed)
+# How many rows are read, cast and transposed at once. With fewer, the rows that are written are too short (half the speed).
+_BLOCK_ROWS = 512
 
-# A part of a parameter (without its layer axis), and the array of that part's shape that is to be filled.
-Part = tuple[Slices, np.ndarray]
+# A region of a parameter (without its layer axis), and the array of the same shape that is to be filled with it.
+Region = tuple[Slices, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: `nbytes` from `offset` of the file at `path`."""
+    """The location of one tensor: `nbytes` bytes from `offset` of the file at `path`."""
 
     name: str
     path: pathlib.Path
@@ -51,8 +51,8 @@ class Tensor:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-class Source:
-    """An opened checkpoint: every tensor by name. A context manager; closes its files at the end."""
+class SafetensorsSource:
+    """An opened checkpoint with every tensor by name; a context manager that closes the files at the end."""
 
     def __init__(self, directory: pathlib.Path, tensors: Mapping[str, Tensor]):
         self.directory = directory
@@ -60,7 +60,7 @@ class Source:
         self._files = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors.values()}}
         self._local = threading.local()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> SafetensorsSource:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -69,11 +69,7 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of all tensors.
-
-        Raises:
-          ValueError: they have several.
-        """
+        """The dtype of all tensors. Raises ValueError when there are several."""
         found = sorted({str(tensor.dtype) for tensor in self.tensors.values()})
         if len(found) > 1:
             raise ValueError(
@@ -91,12 +87,12 @@ class Source:
             table.check_names(self.tensors, config)
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
-        for name, place in table.places(config).items():
+        for name, destination in table.destinations(config).items():
             tensor = self.tensors[name]
-            if tensor.shape != place.source_shape:
+            if tensor.shape != destination.source_shape:
                 raise ValueError(
                     f"{tensor.path}: {name} has shape {list(tensor.shape)}, but config.json asks for "
-                    f"{list(place.source_shape)}"
+                    f"{list(destination.source_shape)}"
                 )
         if config.tie_word_embeddings and table.TIED_NAMES[1] in self.tensors:
             self._check_tied(*(self.tensors[name] for name in table.TIED_NAMES))
@@ -115,18 +111,18 @@ class Source:
                 f"{embedding.name}; set tie_word_embeddings to false there if the two are separate weights"
             )
 
-    def fill_jobs(self, name: str, place: Place, parts: Sequence[Part]) -> Iterator[Callable[[], int]]:
-        """Jobs that together read one tensor into `parts`, each returning the source bytes it dealt with.
+    def fill_jobs(self, name: str, destination: Destination, regions: Sequence[Region]) -> Iterator[Callable[[], int]]:
+        """Jobs that together read one tensor into `regions`, each returning how many bytes of the source it processed.
 
-        Each job can run in a thread of its own. Reads only the rows that the parts need, each once, and casts
-        to the dtype of the parts (bit for bit when it is the source's).
+        Each job can run in its own thread. Only the rows that the regions need are read, each once, and cast to the dtype
+        of the regions (bit for bit when the dtypes are the same).
         """
         tensor = self.tensors[name]
         views = []
-        for slices, out in parts:
-            rows, columns = [*place.rule.layout.source_slices(slices, place.shape), slice(0, 1)][:2]
-            flat = out.reshape(place.rule.layout.flat_shape(out.shape))
-            view = flat.T if place.rule.layout.transposed else flat
+        for slices, out in regions:
+            rows, columns = [*destination.rule.layout.source_slices(slices, destination.shape), slice(0, 1)][:2]
+            flat = out.reshape(destination.rule.layout.flat_shape(out.shape))
+            view = flat.T if destination.rule.layout.transposed else flat
             if flat.size and not np.shares_memory(flat, out):
                 raise ValueError(f"{name}: the array to fill must be contiguous")
             views.append((rows, columns, view.reshape(-1, 1) if view.ndim == 1 else view))
@@ -155,7 +151,7 @@ class Source:
         """Rows [start, stop) and columns [low, high) of a tensor; valid until this thread's next call."""
         size = tensor.dtype.itemsize
         width = tensor.nbytes // tensor.shape[0] // size
-        # Seeking costs about as much as reading a few kilobytes: skip columns only when most are not wanted.
+        # Seeking takes as long as reading a few kilobytes, so columns are skipped only when most of them are not needed.
         if (high - low) * 4 > width:
             block = self._scratch((stop - start) * width, tensor.dtype)
             self._read(tensor, start * width * size, block)
@@ -183,8 +179,8 @@ class Source:
 def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
     """Copies one matrix into another, whatever their strides, casting when the dtypes differ.
 
-    Goes block by block: element-wise copies between rows and columns of a large matrix miss the cache on
-    every element (about six times slower).
+    It works block by block: an element-wise copy from rows to columns of a large matrix misses the cache at every element,
+    which is about six times slower.
     """
     if target.dtype == source.dtype:  # as integers: exact for every NaN, and faster than 16-bit floats
         target, source = target.view(f"u{target.itemsize}"), source.view(f"u{source.itemsize}")
@@ -205,17 +201,17 @@ def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
             target[block] = source[block]
 
 
-def open_source(directory: str | pathlib.Path) -> Source:
-    """Opens `model.safetensors` or the shards that the index names, and checks that they are whole.
+def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
+    """Opens `model.safetensors`, or the shards that the index names, and checks that they are complete.
 
     Raises:
-      FileNotFoundError: neither file, or a shard, is there.
-      ValueError: a shard is cut off or no safetensors file, holds a dtype other than float32, bfloat16 or
-        float16, or does not hold what the index says; the message names file and tensor.
+      FileNotFoundError: both files are missing, or a shard is.
+      ValueError: a shard is truncated or not a safetensors file, has a dtype other than float32, bfloat16 or float16, or
+        its tensors are not those of the index; the message names file and tensor.
     """
     directory = pathlib.Path(directory)
     if (directory / SINGLE).is_file():
-        return Source(directory, _read_header(directory / SINGLE))
+        return SafetensorsSource(directory, _read_header(directory / SINGLE))
     if not (directory / INDEX).is_file():
         raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
     weight_map = _read_index(directory / INDEX)
@@ -231,11 +227,11 @@ def open_source(directory: str | pathlib.Path) -> Source:
             if weight_map.get(name) != file:
                 said = f"puts it in {weight_map[name]}" if name in weight_map else "does not name it"
                 raise ValueError(f"{directory / file} holds tensor {name}, but {INDEX} {said}")
-        absent = [name for name, place in weight_map.items() if place == file and name not in found]
+        absent = [name for name, wanted in weight_map.items() if wanted == file and name not in found]
         if absent:
             raise ValueError(f"{directory / file} lacks tensors that {INDEX} puts there: {', '.join(sorted(absent))}")
         tensors |= found
-    return Source(directory, tensors)
+    return SafetensorsSource(directory, tensors)
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
@@ -261,7 +257,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="numpy"):  # validates: lengths, offsets, nothing uncovered, nothing twice
+        with safe_open(path, framework="numpy"):  # validates lengths and offsets: no gap, no overlap
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {_what_is_cut(path) or error}") from error
@@ -284,7 +280,7 @@ def _raw_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
 
 
 def _what_is_cut(path: pathlib.Path) -> str | None:
-    """The first tensor that an invalid file does not hold, if its header can be read."""
+    """Names the first tensor that a truncated file lacks, if its header can be read."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -302,7 +298,7 @@ def _what_is_cut(path: pathlib.Path) -> str | None:
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Numbers and text only. No *.py: nothing that is downloaded could be executed.
+# Only numbers and text, no *.py: no downloaded file can be executed.
 _HUB_TEXT = ("*.json", "*.txt", "*.jinja")
 
 
@@ -316,10 +312,10 @@ def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
 
     Args:
       hub_id: organisation/name.
-      weights: whether the safetensors are wanted too, or only what is read before them.
+      weights: whether to download the safetensors too, or only the small files.
 
     Raises:
-      ConnectionError: it is neither in the cache nor reachable, or the hub refuses it.
+      ConnectionError: the checkpoint is not in the cache, and the hub cannot be reached or refuses it.
     """
     patterns = [*_HUB_TEXT, *(["*.safetensors"] if weights else [])]
     from huggingface_hub import snapshot_download
@@ -329,6 +325,6 @@ def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
         return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ConnectionError(
-            f"there is no local directory {hub_id}, and it could not be had from the Hugging Face hub: "
+            f"there is no local directory {hub_id}, and it could not be downloaded from the Hugging Face hub: "
             f"{str(error).strip().splitlines()[0]}; download it elsewhere and give the directory"
         ) from error

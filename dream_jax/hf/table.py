@@ -1,7 +1,4 @@
-"""The one table between published tensor names and this project's parameters, total in both directions.
-
-Knows names, shapes and layouts. Knows nothing of files, dtypes, devices or values.
-"""
+"""The one table between published tensor names and this project's parameters, complete in both directions."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ Slices = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How one parameter lies in the source: neighbouring axes merged, then perhaps transposed.
+class TensorLayout:
+    """How a parameter is stored in the source: neighbouring axes are merged, and the result may be transposed.
 
     Attributes:
-      groups: the target's axes that make up each axis of the flat (one or two dimensional) tensor, in order.
-      transposed: whether the source is the flat tensor's transpose.
+      groups: for each axis of the flat tensor (one or two dimensions), the axes of the parameter that it merges, in order.
+      transposed: whether the source is the transpose of the flat tensor.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -44,7 +41,7 @@ class Layout:
         return flat[::-1] if self.transposed else flat
 
     def forward(self, source: np.ndarray, shape: Shape) -> np.ndarray:
-        """Source tensor -> target of the given shape (a view where numpy can)."""
+        """SafetensorsSource tensor -> target of the given shape (a view where numpy can)."""
         return (source.T if self.transposed else source).reshape(shape)
 
     def inverse(self, target: np.ndarray) -> np.ndarray:
@@ -53,11 +50,10 @@ class Layout:
         return flat.T if self.transposed else flat
 
     def source_slices(self, slices: Slices, shape: Shape) -> Slices:
-        """The part of the source that a part of the target comes from.
+        """The region of the source that a region of the target comes from.
 
         Raises:
-          ValueError: the part cuts the inner axis of a merged group (a head), so it is no slice of the
-            source.
+          ValueError: the region cuts the inner axis of a merged group (a head), so it is not a slice of the source.
         """
         flat = []
         for group in self.groups:
@@ -65,31 +61,30 @@ class Layout:
             for position, axis in enumerate(group):
                 first, last, step = slices[axis].indices(shape[axis])
                 if step != 1 or (position and (first, last) != (0, shape[axis])):
-                    raise ValueError(f"part {slices} of shape {shape} cuts axis {axis} inside the group {group}")
+                    raise ValueError(f"region {slices} of shape {shape} cuts axis {axis} inside the group {group}")
                 start, stop = (first, last) if not position else (start * shape[axis], stop * shape[axis])
             flat.append(slice(start, stop))
         return tuple(flat[::-1] if self.transposed else flat)
 
 
-VECTOR = Layout(groups=((0,),), transposed=False)  # [D]
-TABLE = Layout(groups=((0,), (1,)), transposed=False)  # [V, D]
-LINEAR = Layout(groups=((0,), (1,)), transposed=True)  # [in, out] <- [out, in]
-TO_HEADS = Layout(groups=((0,), (1, 2)), transposed=True)  # [D, N, H] <- [N * H, D]
-HEADS = Layout(groups=((0, 1),), transposed=False)  # [N, H] <- [N * H]
-FROM_HEADS = Layout(groups=((0, 1), (2,)), transposed=True)  # [N, H, D] <- [D, N * H]
+VECTOR = TensorLayout(groups=((0,),), transposed=False)  # [D]
+TABLE = TensorLayout(groups=((0,), (1,)), transposed=False)  # [V, D]
+LINEAR = TensorLayout(groups=((0,), (1,)), transposed=True)  # [in, out] <- [out, in]
+TO_HEADS = TensorLayout(groups=((0,), (1, 2)), transposed=True)  # [D, N, H] <- [N * H, D]
+HEADS = TensorLayout(groups=((0, 1),), transposed=False)  # [N, H] <- [N * H]
+FROM_HEADS = TensorLayout(groups=((0, 1), (2,)), transposed=True)  # [N, H, D] <- [D, N * H]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """One row: the source names that match `pattern` go to the parameter `target`, laid out as `layout` says.
+class ConversionRule:
+    """One row of the table: tensors whose names match `pattern` become the parameter `target`, through `layout`.
 
-    The only pattern syntax used is an escaped dot and `(\\d+)` for the layer, so that the name can be built
-    back.
+    The patterns use only escaped dots and `(\\d+)` for the layer, so that the name can be constructed from them.
     """
 
     pattern: str
     target: str
-    layout: Layout
+    layout: TensorLayout
 
     @property
     def layered(self) -> bool:
@@ -104,38 +99,38 @@ class Rule:
 
 
 RULES = (
-    Rule(r"model\.embed_tokens\.weight", "embed.embedding", TABLE),
-    Rule(r"model\.layers\.(\d+)\.input_layernorm\.weight", "layers.attn_norm.scale", VECTOR),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight", "layers.attn.q.kernel", TO_HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.q_proj\.bias", "layers.attn.q.bias", HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.k_proj\.weight", "layers.attn.k.kernel", TO_HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.k_proj\.bias", "layers.attn.k.bias", HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.v_proj\.weight", "layers.attn.v.kernel", TO_HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.v_proj\.bias", "layers.attn.v.bias", HEADS),
-    Rule(r"model\.layers\.(\d+)\.self_attn\.o_proj\.weight", "layers.attn.o.kernel", FROM_HEADS),
-    Rule(r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", "layers.mlp_norm.scale", VECTOR),
-    Rule(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight", "layers.mlp.gate.kernel", LINEAR),
-    Rule(r"model\.layers\.(\d+)\.mlp\.up_proj\.weight", "layers.mlp.up.kernel", LINEAR),
-    Rule(r"model\.layers\.(\d+)\.mlp\.down_proj\.weight", "layers.mlp.down.kernel", LINEAR),
-    Rule(r"model\.norm\.weight", "norm.scale", VECTOR),
-    Rule(r"lm_head\.weight", "lm_head.kernel", LINEAR),
+    ConversionRule(r"model\.embed_tokens\.weight", "embed.embedding", TABLE),
+    ConversionRule(r"model\.layers\.(\d+)\.input_layernorm\.weight", "layers.attn_norm.scale", VECTOR),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight", "layers.attn.q.kernel", TO_HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.q_proj\.bias", "layers.attn.q.bias", HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.k_proj\.weight", "layers.attn.k.kernel", TO_HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.k_proj\.bias", "layers.attn.k.bias", HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.v_proj\.weight", "layers.attn.v.kernel", TO_HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.v_proj\.bias", "layers.attn.v.bias", HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.self_attn\.o_proj\.weight", "layers.attn.o.kernel", FROM_HEADS),
+    ConversionRule(r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", "layers.mlp_norm.scale", VECTOR),
+    ConversionRule(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight", "layers.mlp.gate.kernel", LINEAR),
+    ConversionRule(r"model\.layers\.(\d+)\.mlp\.up_proj\.weight", "layers.mlp.up.kernel", LINEAR),
+    ConversionRule(r"model\.layers\.(\d+)\.mlp\.down_proj\.weight", "layers.mlp.down.kernel", LINEAR),
+    ConversionRule(r"model\.norm\.weight", "norm.scale", VECTOR),
+    ConversionRule(r"lm_head\.weight", "lm_head.kernel", LINEAR),
 )
 
 TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
-"""With tied embeddings a checkpoint may still hold the second; it must then equal the first."""
+"""With tied embeddings a checkpoint may still hold the second one, which must then equal the first."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where one source tensor goes: a parameter, or one layer of a stacked parameter.
+class Destination:
+    """What one source tensor becomes: a parameter, or one layer of a stacked parameter.
 
     Attributes:
       rule: its row in the table.
       layer: index on the stacked parameter's first axis, or None.
-      shape: shape of the parameter, the layer axis aside.
+      shape: shape of the parameter without the layer axis.
     """
 
-    rule: Rule
+    rule: ConversionRule
     layer: int | None
     shape: Shape
 
@@ -156,12 +151,11 @@ def parameter_shapes(config: DreamConfig) -> Mapping[str, Shape]:
 
 
 @functools.lru_cache(maxsize=8)
-def places(config: DreamConfig) -> Mapping[str, Place]:
+def destinations(config: DreamConfig) -> Mapping[str, Destination]:
     """Every source tensor of a checkpoint with this configuration, by name and in the order of the model.
 
     Raises:
-      ValueError: the table and the model's parameters are not one to one; the message names what is left
-        over.
+      ValueError: the table and the parameters of the model are not one to one; the message names the difference.
     """
     shapes = parameter_shapes(config)
     rules = [rule for rule in RULES if rule.target in shapes]
@@ -170,7 +164,7 @@ def places(config: DreamConfig) -> Mapping[str, Place]:
     outside = [rule for rule in rules if not rule.layered]
     layered = [rule for rule in rules if rule.layered]
     first, last = outside[:1], outside[1:]
-    table: dict[str, Place] = {}
+    table: dict[str, Destination] = {}
     for layer, group in [
         (None, first),
         *((layer, layered) for layer in range(config.num_hidden_layers)),
@@ -178,24 +172,24 @@ def places(config: DreamConfig) -> Mapping[str, Place]:
     ]:
         for rule in group:
             shape = shapes[rule.target][1:] if rule.layered else shapes[rule.target]
-            table[rule.source_name(layer)] = Place(rule, layer, shape)
+            table[rule.source_name(layer)] = Destination(rule, layer, shape)
     return table
 
 
-def _odd(rules: Iterable[Rule], shapes: Collection[str]) -> list[str]:
+def _odd(rules: Iterable[ConversionRule], shapes: Collection[str]) -> list[str]:
     targets = [rule.target for rule in rules]
     return [name for name in shapes if targets.count(name) != 1]
 
 
 def check_names(names: Collection[str], config: DreamConfig) -> None:
-    """Checks that a checkpoint holds exactly the tensors that the configuration asks for.
+    """Checks that a checkpoint has exactly the tensors of the configuration.
 
-    With tied embeddings an `lm_head.weight` may be there.
+    With tied embeddings an `lm_head.weight` is allowed.
 
     Raises:
       ValueError: tensors are missing or left over; the message names them.
     """
-    wanted = places(config)
+    wanted = destinations(config)
     extra = set(names) - set(wanted) - (set(TIED_NAMES) if config.tie_word_embeddings else set())
     missing = set(wanted) - set(names)
     problems = []

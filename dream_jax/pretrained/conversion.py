@@ -95,7 +95,7 @@ def convert_from_hf(
 
 
 def _stream_from_hf(
-    source: hf.Source,
+    source: hf.SafetensorsSource,
     directory: pathlib.Path,
     config: DreamConfig,
     dtype: np.dtype,
@@ -226,7 +226,7 @@ def _conversion(source: pathlib.Path, target: pathlib.Path, config: DreamConfig,
         source=source,
         target=target,
         dtype=dtype,
-        tensors=len(hf.places(config)),
+        tensors=len(hf.destinations(config)),
         parameters=config.num_parameters,
         nbytes=config.num_parameters * dtype.itemsize,
     )

@@ -24,7 +24,7 @@ from dream_jax.sharding import parameter_shardings
 
 
 def start_unit(
-    source: hf.Source,
+    source: hf.SafetensorsSource,
     config: DreamConfig,
     unit: checkpoint.WeightUnit,
     *,
@@ -33,7 +33,7 @@ def start_unit(
     buffers: hf.Buffers,
 ) -> hf.Reading:
     """Starts to read one part of a published checkpoint, in the dtype of its shapes."""
-    tensors = {(place.rule.target, place.layer): (name, place) for name, place in hf.places(config).items()}
+    tensors = {(one.rule.target, one.layer): (name, one) for name, one in hf.destinations(config).items()}
     leaves = hf.flat(unit.shapes)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     shardings = None if mesh is None else hf.flat(checkpoint.unit_shardings(unit, mesh))
