@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ import pytest
 import tyro
 
 import dream_jax
+from dream_jax.evaluation.probe import parse_expectation
 from dream_jax.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,3 +277,38 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "fine-tune-on-your-chats/" in front
     assert "fonts.googleapis.com" not in front and "cdn" not in front
     assert "masked_diffusion_loss" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_file_tree_of_the_readmes_is_that_of_the_project() -> None:
+    for readme in READMES:
+        (tree,) = [block for block in blocks(readme) if block.text.startswith("train.py")]
+        inside = False
+        for line in tree.text.splitlines():
+            folder = ROOT / "dream_jax" if inside and line[0] in "├└" else ROOT
+            inside = line.startswith("dream_jax/") or folder != ROOT
+            names = re.split(r"\s{3,}", line.lstrip("├└─ "))[0].split()
+            for name in names:
+                found = [folder / name, folder / f"{name}.py"]
+                assert any(path.exists() for path in found), f"{readme.name}: {line!r} names {name}, which does not exist"
+                assert not name.endswith("/") or (folder / name).is_dir(), f"{readme.name}: {name} is no folder"
+
+
+PATH = re.compile(r"`((?:[\w-]+/)+[\w.-]*)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
+        path.name for path in (ROOT / "dream_jax").iterdir() if path.is_dir()
+    }
+    for name in PATH.findall(page.read_text(encoding="utf-8")):
+        if name.split("/")[0] in ours - {"runs", "build"}:
+            assert (ROOT / name).exists() or (ROOT / "dream_jax" / name).exists(), f"{page.name} names {name}"
+
+
+def test_rows_of_data_are_what_the_code_reads() -> None:
+    (chats,) = [block for block in blocks(ROOT / "docs" / "fine-tune-on-your-chats.md") if block.language == "json"]
+    for line in chats.text.splitlines():
+        assert json.loads(line).keys() in ({"messages"}, {"prompt", "response"})
+    (row,) = [block for block in blocks(ROOT / "docs" / "evaluate.md") if block.language == "json"]
+    assert parse_expectation(json.loads(row.text), "the row")("In Paris.").correct
