@@ -289,7 +289,9 @@ def test_the_file_tree_of_the_readmes_is_that_of_the_project() -> None:
             names = re.split(r"\s{3,}", line.lstrip("├└─ "))[0].split()
             for name in names:
                 found = [folder / name, folder / f"{name}.py"]
-                assert any(path.exists() for path in found), f"{readme.name}: {line!r} names {name}, which does not exist"
+                assert any(path.exists() for path in found), (
+                    f"{readme.name}: {line!r} names {name}, which does not exist"
+                )
                 assert not name.endswith("/") or (folder / name).is_dir(), f"{readme.name}: {name} is no folder"
 
 
