@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
+from dream_jax.evaluation.likelihood import Bound
 from dream_jax.evaluation.report import compare, summarize
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
@@ -204,10 +205,11 @@ def test_passages_score_what_they_should(tmp_path):
         assert tokenizer.decode(passage.tokens[passage.scored]) == f" {'34'[index]}"
     assert tokenizer.decode(choice.passages(tokenizer, "chat")[1].tokens).endswith("assistant\n4")
     texts = read("likelihood", write(tmp_path / "t.jsonl", [GOOD["likelihood"], {"text": "né"}]))
-    assert tokenizer.decode(texts[0].passage(tokenizer).tokens) == "bac"
-    assert texts[0].passage(tokenizer).scored.tolist() == [False, True, False]
-    assert texts[1].passage(tokenizer).tokens.tolist() == [tokenizer.bos_id, *"né".encode()]
-    assert texts[1].num_bytes == 3
+    assert tokenizer.decode(texts[0].passages(tokenizer, "raw")[0].tokens) == "bac"
+    assert texts[0].passages(tokenizer, "raw")[0].scored.tolist() == [False, True, False]
+    assert texts[1].passages(tokenizer, "raw")[0].tokens.tolist() == [tokenizer.bos_id, *"né".encode()]
+    bound = Bound(nats=1.0, variance=0.0, freedom=0.0)
+    assert texts[1].row(texts[1].passages(tokenizer, "raw"), [bound])["bytes"] == 3
 
 
 PLAN = [WorkUnit(seed=seed, problems=(0,), names=((seed, 1), (seed, 2), (seed, 3))) for seed in range(4)]
@@ -221,7 +223,7 @@ def fill(folder, plan=PLAN, recipe=None, **options) -> Ledger:
     return ledger
 
 
-def test_a_ledger_cut_anywhere_goes_on_to_the_same_file(tmp_path):
+def test_a_ledger_cut_anywhere_resumes_to_the_same_file(tmp_path):
     fill(tmp_path / "whole")
     whole, times = (tmp_path / "whole" / ITEMS).read_bytes(), (tmp_path / "whole" / SECONDS).read_bytes()
     assert len(whole.splitlines()) == 12

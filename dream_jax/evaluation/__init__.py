@@ -1,17 +1,16 @@
 """How good a model is: tasks with answers that are judged, likelihoods, intervals, and comparisons of two runs.
 
-| module | what it knows |
+| module | what it is about |
 |---|---|
 | `problems` | what a problem, a judge and a verdict are |
-| `planning`, `arithmetic`, `probe` | judges: sudoku and countdown; numbers in words; expected texts |
+| `puzzles`, `gsm8k`, `probe` | judges: sudoku and countdown; numbers in words; expected texts |
 | `tasks` | the sampled tasks: their files and prompts |
 | `scored_texts` | the tasks that are scored by likelihood: choices and texts |
 | `likelihood` | the Monte Carlo bound on log p(text) |
-| `answering` | prompts in, answers out |
 | `statistics` | intervals and paired tests |
-| `ledger` | the folder of a run, and going on after a kill |
+| `ledger` | the folder of a run, which resumes after a kill |
 | `settings`, `run`, `progress`, `report` | one evaluation from settings to tables |
-| `harness` | the adapter to lm-evaluation-harness; imported by nobody here |
+| `harness` | the adapter to lm-evaluation-harness |
 """
 
 from dream_jax.evaluation.report import compare

@@ -1,7 +1,4 @@
-"""The number that an answer in words arrives at, and whether it is the right one.
-
-Knows how people and models write numbers and announce results. Knows no file.
-"""
+"""The number that an answer in words arrives at, and whether it is the right one: the judge of GSM8K."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A Monte Carlo bound on log p(text): how surely a masked diffusion model would have written it.
+"""A Monte Carlo bound on log p(text): how probable a text is to a masked diffusion model.
 
 For N tokens to be scored, -log p(x) <= mean over m = 1..N, and over the sets of m of them, of N / m times the cross
 entropy at the set when it alone is masked. It is the continuous-time bound with weight 1 / t, with the number of masked
-tokens put in place of its mean: the same expectation, less noise. For a model whose predictions fit together, whatever
+tokens instead of its mean: the same expectation, less noise. For a model whose predictions fit together, whatever
 the order, it is no bound but the likelihood itself.
 
 Samples are stratified. Where there are enough, each number m is a stratum of its own; else t runs over (0, 1] in strata of
@@ -76,7 +76,7 @@ NLL = Callable[[MaskedRows], np.ndarray]
 
 
 def check_samples(samples: int) -> None:
-    """Raises ValueError unless `samples` makes pairs, and enough of them."""
+    """Raises ValueError unless `samples` is even and large enough for an interval."""
     if samples < FEWEST_SAMPLES or samples % 2:
         raise ValueError(f"{samples=} must be even and at least {FEWEST_SAMPLES}: two draws in each stratum")
 
@@ -100,21 +100,21 @@ def draw_masks(scored: np.ndarray, samples: int, seed: Sequence[int]) -> Draws:
       seed: whole numbers from 0 on; the same seed gives the same sets for passages of equal shape.
     """
     check_samples(samples)
-    places = np.flatnonzero(scored)
-    if len(places) == 1:
+    positions = np.flatnonzero(scored)
+    if len(positions) == 1:
         return Draws(masks=scored[None, :].copy(), stratum=np.zeros(1, int))
     generator = np.random.default_rng(list(seed))
-    if 2 * len(places) <= samples:
+    if 2 * len(positions) <= samples:
         # What is left over goes to the small sets, whose weight N / m makes them vary most.
-        stratum = np.sort(np.arange(samples) % len(places))
+        stratum = np.sort(np.arange(samples) % len(positions))
         counts = stratum + 1
     else:
         stratum = np.arange(samples) // 2
         t = (stratum + 1.0 - generator.random(samples)) / (samples // 2)  # in (0, 1]
-        counts = np.ceil(t * len(places)).astype(int)
+        counts = np.ceil(t * len(positions)).astype(int)
     masks = np.zeros((samples, len(scored)), bool)
     for row, count in enumerate(counts):
-        masks[row, generator.choice(places, min(count, len(places)), replace=False)] = True
+        masks[row, generator.choice(positions, min(count, len(positions)), replace=False)] = True
     return Draws(masks=masks, stratum=stratum)
 
 

@@ -2,7 +2,7 @@
 
 A row has `question` (or `messages`) and one or more of: `contains`, texts that all must occur; `any_of`, texts of which
 one must; `excludes`, texts that must not; `matches`, a regular expression that must be found. Texts are compared
-without regard to case and to runs of space. Knows no tokens.
+without regard to case and to runs of space.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a problem of an evaluation is: a question, perhaps a model answer, and a judge of answers.
-
-Knows no task, no tokens and no arrays.
-"""
+"""What a problem of an evaluation is: a question, perhaps a model answer, and a judge of answers."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class Problem:
     """One row of a task.
 
     Attributes:
-      number: its line in the file (or its place in a generated set), from 1.
+      number: its line in the file (or its index in a generated set), from 1.
       where: what complaints about it begin with.
       question: text, or the messages of a chat.
       answer: a right answer as text, for examples in a prompt; empty where there is none.

@@ -1,7 +1,7 @@
 """Judges of Dream's two planning games: 4x4 sudoku and countdown.
 
 An answer is right only when it is a solution from its first character to its last, the space around it aside. Which
-solution does not matter. Knows nothing of prompts: what a model writes after its answer is cut off before.
+solution does not matter. What a model writes after its answer has been cut off before (`TaskFormat.cut`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def parse_countdown(problem: str, where: str = "countdown") -> tuple[list[int], 
 def judge_countdown(problem: str, answer: str) -> Verdict:
     """Whether `answer` is a chain of steps such as "86+28=114,31-13=18,114-18=96" that reaches the target.
 
-    Each step is true, takes two numbers that are there, and puts its result in their place. At the end every number has
+    Each step is true, takes two numbers that are there, and leaves its result instead. At the end every number has
     been used and the target alone is left. Numbers are natural and written without space, as published.
     """
     numbers, target = parse_countdown(problem)

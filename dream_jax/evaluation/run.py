@@ -1,4 +1,4 @@
-"""One evaluation from settings to results: read everything, plan the batches, compute, report.
+"""One evaluation from settings to results: it reads all files, plans the batches, computes their rows and reports.
 
 The work of a task is a `Work`: which problems are computed together, and how. Whatever can be wrong with files shows before
 the weights are read.
@@ -18,9 +18,8 @@ from rich.console import Console
 from dream_jax import pretrained
 from dream_jax.evaluation import likelihood, report
 from dream_jax.evaluation.ledger import Ledger, WorkUnit
-from dream_jax.evaluation.problems import identify
 from dream_jax.evaluation.progress import watch
-from dream_jax.evaluation.scored_texts import likeliest, read_choices, read_texts
+from dream_jax.evaluation.scored_texts import Choice, ScoredText, read_choices, read_texts
 from dream_jax.evaluation.settings import PUBLISHED, EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, TaskFormat, read_problems, split_examples
 from dream_jax.files import write_file
@@ -121,10 +120,8 @@ def _compute(work: Work, plan: Sequence[WorkUnit], ledger: Ledger, model: Dream,
 
 def plan_work(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
     """The work of the settings' task, its files read and checked; `model` needs no weights."""
-    if settings.task == "choice":
-        return _choices(settings, template, model, tokenizer)
-    if settings.task == "likelihood":
-        return _likelihood(settings, model, tokenizer)
+    if settings.task == "choice" or settings.task == "likelihood":
+        return _scored(settings, template, model, tokenizer)
     return _sampled(settings, TASKS[settings.task], template, model, tokenizer)
 
 
@@ -133,7 +130,7 @@ def _sampled(
 ) -> Work:
     shots = settings.shots
     if shots is None:
-        # Byte-level models are trained on bare rows, and a byte a token leaves little room.
+        # Byte-level models are trained on bare rows, and examples of a token a byte would fill their context.
         shots = 0 if isinstance(tokenizer, ByteTokenizer) else task.shots[template]
     examples, problems = split_examples(
         task, read_problems(task, settings.file), settings.file, settings.examples, shots
@@ -187,75 +184,31 @@ def _sampled(
     )
 
 
-def _choices(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
+def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
     assert settings.file is not None
     likelihood.check_mask(model)
-    choices = read_choices(settings.file)[: settings.limit]
-    for one in choices:
-        for passage in one.passages(tokenizer, template):
+    problems: Sequence[Choice | ScoredText]
+    problems = read_choices(settings.file) if settings.task == "choice" else read_texts(settings.file)
+    problems = problems[: settings.limit]
+    passages = [one.passages(tokenizer, template) for one in problems]
+    for one, found in zip(problems, passages, strict=True):
+        for passage in found:
             check_length(passage.tokens.tolist(), 0, model, one.where)
 
     def compute(model: Dream, unit: WorkUnit) -> list[JsonRow]:
-        one = choices[unit.problems[0]]
-        passages = one.passages(tokenizer, template)
+        (index,) = unit.problems
+        one, found = problems[index], passages[index]
         nll = likelihood.model_nll(model, tokenizer, settings.batch_size)
-        seeds = [(unit.seed, one.number, index) for index in range(len(passages))]
-        found = likelihood.bounds(passages, settings.samples, nll, seeds)
-        nats = [bound.nats for bound in found]
-        chosen, chosen_by_byte = likeliest(nats, one.choices)
-        return [
-            {
-                "seed": unit.seed,
-                "number": one.number,
-                "identity": identify(one.question, one.choices, one.answer),
-                "correct": chosen == one.answer,
-                "correct_by_byte": chosen_by_byte == one.answer,
-                "chosen": chosen,
-                "nats": [round(value, 6) for value in nats],
-                "standard_errors": [round(bound.variance**0.5, 6) for bound in found],
-            }
-        ]
+        bounds = likelihood.bounds(found, settings.samples, nll, one.seeds(unit.seed))
+        return [{"seed": unit.seed, "number": one.number, **one.row(found, bounds)}]
 
     return Work(
-        numbers=[one.number for one in choices],
-        batches=[(index,) for index in range(len(choices))],
-        shapes=[max(bucket_length(len(p.tokens)) for p in one.passages(tokenizer, template)) for one in choices],
+        numbers=[one.number for one in problems],
+        batches=[(index,) for index in range(len(problems))],
+        shapes=[max(bucket_length(len(passage.tokens)) for passage in found) for found in passages],
         compute=compute,
         recipe={"samples": settings.samples},
-        note=f"{settings.samples} samples a choice",
-    )
-
-
-def _likelihood(settings: EvaluateSettings, model: Dream, tokenizer: Tokenizer) -> Work:
-    assert settings.file is not None
-    likelihood.check_mask(model)
-    texts = read_texts(settings.file)[: settings.limit]
-    for one in texts:
-        check_length(one.passage(tokenizer).tokens.tolist(), 0, model, one.where)
-
-    def compute(model: Dream, unit: WorkUnit) -> list[JsonRow]:
-        one = texts[unit.problems[0]]
-        passage = one.passage(tokenizer)
-        nll = likelihood.model_nll(model, tokenizer, settings.batch_size)
-        (bound,) = likelihood.bounds([passage], settings.samples, nll, [(unit.seed, one.number)])
-        return [
-            {
-                "seed": unit.seed,
-                "number": one.number,
-                "identity": identify(one.text, one.before, one.after),
-                **dataclasses.asdict(bound),
-                "tokens": passage.num_scored,
-                "bytes": one.num_bytes,
-            }
-        ]
-
-    return Work(
-        numbers=[one.number for one in texts],
-        batches=[(index,) for index in range(len(texts))],
-        shapes=[bucket_length(len(one.passage(tokenizer).tokens)) for one in texts],
-        compute=compute,
-        recipe={"samples": settings.samples},
-        note=f"{settings.samples} samples a text",
+        note=f"{settings.samples} samples a {'choice' if settings.task == 'choice' else 'text'}",
     )
 
 

@@ -3,7 +3,10 @@ are reported.
 
 A row of task `choice` has `question`, `choices` (texts, at least two) and `answer` (the number of the right one, from 0).
 A row of task `likelihood` has `text`, and may have `before` and `after`: what stands around it, always seen and not scored.
-With `after` it is the likelihood of an infilling. Knows no model.
+With `after` it is the likelihood of an infilling.
+
+lm-evaluation-harness asks both kinds of questions too, through `harness`. What it cannot do, and these tasks are for: the
+Monte Carlo error of every likelihood, several seeds, resuming after a kill, and the paired comparison of two runs.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from dream_jax.data.jsonl import read_json_lines, text_field
-from dream_jax.evaluation.likelihood import Passage
-from dream_jax.evaluation.problems import check_fields, line_number
+from dream_jax.evaluation.likelihood import Bound, Passage
+from dream_jax.evaluation.problems import check_fields, identify, line_number
+from dream_jax.row_file import JsonRow
 from dream_jax.tokenizer import Template, Tokenizer
 
 
@@ -40,6 +44,23 @@ class Choice:
         before = tokenizer.encode(f"Question: {self.question}\nAnswer:")
         return [passage(before, tokenizer.encode(f" {choice}"), []) for choice in self.choices]
 
+    def seeds(self, seed: int) -> list[tuple[int, ...]]:
+        """What the masks of each choice are drawn from."""
+        return [(seed, self.number, index) for index in range(len(self.choices))]
+
+    def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
+        """The row of the ledger, without seed and number."""
+        nats = [bound.nats for bound in bounds]
+        chosen, chosen_by_byte = likeliest(nats, self.choices)
+        return {
+            "identity": identify(self.question, self.choices, self.answer),
+            "correct": chosen == self.answer,
+            "correct_by_byte": chosen_by_byte == self.answer,
+            "chosen": chosen,
+            "nats": [round(value, 6) for value in nats],
+            "standard_errors": [round(bound.variance**0.5, 6) for bound in bounds],
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredText:
@@ -51,16 +72,24 @@ class ScoredText:
     before: str = ""
     after: str = ""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the text in UTF-8."""
-        return len(self.text.encode("utf-8"))
-
-    def passage(self, tokenizer: Tokenizer) -> Passage:
-        """Its tokens. Where nothing stands before it, the beginning-of-text token does: a first token is predicted from
-        what is before it."""
+    def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
+        """Its tokens, under either template as they are. Where nothing stands before it, the beginning-of-text token does:
+        a first token is predicted from what is before it."""
         before = tokenizer.encode(self.before) or [tokenizer.bos_id]
-        return passage(before, tokenizer.encode(self.text), tokenizer.encode(self.after))
+        return [passage(before, tokenizer.encode(self.text), tokenizer.encode(self.after))]
+
+    def seeds(self, seed: int) -> list[tuple[int, ...]]:
+        """What its masks are drawn from."""
+        return [(seed, self.number)]
+
+    def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
+        """The row of the ledger, without seed and number."""
+        return {
+            "identity": identify(self.text, self.before, self.after),
+            **dataclasses.asdict(bounds[0]),
+            "tokens": passages[0].num_scored,
+            "bytes": len(self.text.encode("utf-8")),
+        }
 
 
 def passage(before: list[int], scored: list[int], after: list[int]) -> Passage:

@@ -1,11 +1,15 @@
 """The tasks whose answers are sampled: what their files hold, how they are asked, how long answers may be.
 
-Prompts come in two ways. "raw": an instruction, worked examples and the question as one text that the model goes on
-with, as base models are evaluated; what it writes after its answer is cut off. "chat": the question as a user turn, worked
-examples as turns before it. Without examples, a planning problem is the bare question, as `train.py` trains on it.
+Prompts come in two ways. "raw": an instruction, worked examples and the question as one text that the model continues, as
+base models are evaluated; what it writes after its answer is cut off. "chat": the question as a user turn, worked examples
+as turns before it. Without examples, a planning problem is the bare question, as `train.py` trains on it.
 
 The layout is Dream's own (examples from the top of the file, "Input:" and "Output:"); the instructions are in our words,
-so give the published ones with `instruction` when the published numbers are to be met. Knows no model.
+so give the published ones with `instruction` when the published numbers are to be met.
+
+GSM8K is a task of lm-evaluation-harness as well, which `harness` gives access to. It has a task here for what the harness
+cannot do: a local file in the prompts that the model was trained on, several seeds with a key for each problem, resuming
+after a kill to the same answers, and the paired comparison of two runs. Sudoku and countdown it does not have.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from dream_jax.data.chat import parse_messages
 from dream_jax.data.jsonl import read_json_lines, text_field
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
-from dream_jax.evaluation.problems import Problem, check_fields, line_number
+from dream_jax.evaluation.problems import Problem, Verdict, check_fields, line_number
 from dream_jax.evaluation.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.tokenizer import Message, Template
 
@@ -94,28 +98,26 @@ class TaskFormat:
         return answer
 
 
-def _sudoku(found: Mapping[str, Any], where: str) -> Problem:
+def _planning(
+    check: Callable[[str, str], object], judge: Callable[[str, str], Verdict], found: Mapping[str, Any], where: str
+) -> Problem:
     check_fields(found, ("input", "output"), where)
-    puzzle, solution = text_field(found, "input", where), text_field(found, "output", where)
-    check_puzzle(puzzle, where)
-    verdict = judge_sudoku(puzzle, solution)
+    problem, solution = text_field(found, "input", where).strip(), text_field(found, "output", where).strip()
+    check(problem, where)
+    verdict = judge(problem, solution)
     if not verdict.correct:
         raise ValueError(f"{where}: 'output' is no solution of 'input': {verdict.reason}")
-    judge = functools.partial(judge_sudoku, puzzle)
     return Problem(
-        number=line_number(where), where=where, question=puzzle.strip(), answer=solution.strip(), judge=judge
+        number=line_number(where),
+        where=where,
+        question=problem,
+        answer=solution,
+        judge=functools.partial(judge, problem),
     )
 
 
-def _countdown(found: Mapping[str, Any], where: str) -> Problem:
-    check_fields(found, ("input", "output"), where)
-    problem, solution = text_field(found, "input", where).strip(), text_field(found, "output", where).strip()
-    parse_countdown(problem, where)
-    verdict = judge_countdown(problem, solution)
-    if not verdict.correct:
-        raise ValueError(f"{where}: 'output' is no solution of 'input': {verdict.reason}")
-    judge = functools.partial(judge_countdown, problem)
-    return Problem(number=line_number(where), where=where, question=problem, answer=solution, judge=judge)
+_sudoku = functools.partial(_planning, check_puzzle, judge_sudoku)
+_countdown = functools.partial(_planning, parse_countdown, judge_countdown)
 
 
 def _gsm8k(found: Mapping[str, Any], where: str) -> Problem:
