@@ -53,13 +53,13 @@ class DreamHarness(TemplateLM):
       adapter: directory of one, which is added to the weights.
       alg, temperature, top_p, top_k, alg_temp, steps: of the sampler; they come before the preset, and the preset before
         what a task asks for: the temperature 0 that most tasks state would otherwise undo it.
-      max_new_tokens: room for answers, whatever a task asks for.
+      max_new_tokens: length of answers, whatever a task asks for.
       max_length: tokens of prompt and answer; longer prompts lose their beginning. By default 2048, what Dream was trained
         at, or the model's own where that is less.
       samples: Monte Carlo samples of each log-likelihood.
-      greedy: whether to find out if greedy decoding gives the continuation, which some metrics ask; else the answer is no.
+      greedy: whether to compute if greedy decoding gives the continuation, which some metrics need; else it reads False.
       batch_size, seed, mesh, dtype, attention, tokenizer: as in `evaluate.py`.
-      device: what the harness always passes on; not read, for jax has found the devices and `mesh` says how many.
+      device: the harness always passes it; it is not read, because `mesh` says how many of jax's devices are used.
 
     Raises: ValueError for an argument that cannot be; as `dream_jax.load`.
     """
@@ -94,9 +94,9 @@ class DreamHarness(TemplateLM):
         if preset is not None and preset not in get_args(Published):
             raise ValueError(f"{preset=} is not one of {get_args(Published)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"{batch_size=} must be a number; nothing here finds one automatically")
+            raise ValueError(f"{batch_size=} must be a positive number; it is not found automatically")
         if max_batch_size is not None:
-            raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not built")
+            raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not supported")
         likelihood.check_samples(samples)
         prepared = prepare(
             ModelSettings(
@@ -246,13 +246,13 @@ class DreamHarness(TemplateLM):
     def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
         return published_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
 
-    def _fit(self, ids: list[int], room: int) -> list[int]:
-        """The end of a prompt, as much as fits before `room` tokens; never empty."""
-        if room >= self._max_length:
-            raise ValueError(f"{room} tokens after a prompt do not fit max_length={self._max_length}")
-        if len(ids) + room > self._max_length:
+    def _fit(self, ids: list[int], new_tokens: int) -> list[int]:
+        """The end of a prompt, as much as fits before `new_tokens` tokens; never empty."""
+        if new_tokens >= self._max_length:
+            raise ValueError(f"{new_tokens} tokens after a prompt do not fit max_length={self._max_length}")
+        if len(ids) + new_tokens > self._max_length:
             self._warn(f"prompts longer than max_length={self._max_length} lose their beginning")
-            ids = ids[len(ids) + room - self._max_length :]
+            ids = ids[len(ids) + new_tokens - self._max_length :]
         return ids or [self.prefix_token_id]
 
     def _names(self, texts: Iterable[str]) -> list[RowName]:
