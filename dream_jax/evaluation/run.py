@@ -187,9 +187,9 @@ def _sampled(
 def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
     assert settings.file is not None
     likelihood.check_mask(model)
-    read: Callable[[pathlib.Path], Sequence[Choice | ScoredText]]
-    read = read_choices if settings.task == "choice" else read_texts
-    problems = read(settings.file)[: settings.limit]
+    problems: list[Choice | ScoredText] = []
+    problems += read_choices(settings.file) if settings.task == "choice" else read_texts(settings.file)
+    problems = problems[: settings.limit]
     passages = [one.passages(tokenizer, template) for one in problems]
     for one, found in zip(problems, passages, strict=True):
         for passage in found:
