@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra eval (lm-eval)")
@@ -105,37 +106,53 @@ def test_local_tasks_end_to_end_without_network(tasks):
     assert "<|im_start|>user\n0+0=<|im_end|>" in json.loads(json.dumps(rows[0]))["arguments"]["gen_args_0"]["arg_0"]
 
 
-def test_arguments_that_cannot_be(tasks):
-    done = harness(tasks, "pretrained=nano,preset=fastest", "--tasks", "local_choice")
-    assert done.returncode != 0 and "preset='fastest' is not one of" in done.stderr
+def test_arguments_that_cannot_be():
+    from dream_jax.evaluation.harness import DreamHarness
+
+    with pytest.raises(ValueError, match="preset='fastest' is not one of"):
+        DreamHarness("nano", preset="fastest")
+    with pytest.raises(ValueError, match="batch_size='auto' must be a positive number"):
+        DreamHarness("nano", batch_size="auto")
+    with pytest.raises(ValueError, match="max_length=1 is outside"):
+        DreamHarness("nano", max_length=1)
+
+
+def test_the_command_says_what_is_wrong(monkeypatch):
+    from dream_jax.evaluation import harness
+
+    def refuse():
+        raise ValueError("no such preset")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refuse)
+    with pytest.raises(SystemExit, match="error: no such preset"):
+        harness.main()
 
 
 def test_the_sampler_of_a_request():
     """The model's arguments come before the preset, and the preset before what a task asks for."""
-    code = """
-import numpy as np
-from dream_jax.evaluation.harness import DreamHarness, _until
-lm = DreamHarness("nano", preset="instruct", top_p=0.5, samples=16, greedy=True)
-config = lm._request_config({"until": ["x"], "do_sample": False, "temperature": 0.0, "top_k": 7, "max_gen_toks": 12})
-assert (config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.steps) == (0.1, 0.5, 7, 12, 12)
-plain = DreamHarness("nano", samples=16)
-assert plain._request_config({"do_sample": False}).temperature == 0 and plain._request_config({}).max_new_tokens == 256
-assert plain._request_config({"temperature": 0.7}).temperature == 0.7
-assert _until("a b c", ["c", "b"]) == "a " and _until("a b c", "b") == "a " and _until("a", [""]) == "a"
-assert plain._names(["a", "b", "a"])[::2] == [plain._names(["a"])[0], plain._names(["a", "a"])[1]]
-ids = plain._tokenizer.encode("ab")
-assert plain._fit(list(range(3000)), 48) == list(range(3000 - 2000, 3000)) and plain._fit([], 1) == [plain.prefix_token_id]
-text = plain.apply_chat_template([{"role": "user", "content": "<|mask|>"}])
-assert plain._tokenizer.mask_id not in plain.tok_encode(text)
-room = plain.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
-assert room.endswith("assistant\\nb")
-logits = np.asarray(lm._model(np.array([[*ids, lm._tokenizer.mask_id]])))[0, len(ids) - 1]
-best, nats = int(logits[:260].argmax()), np.log(np.exp(np.float64(logits)).sum()) - logits
-for token, expected in ((best, True), ((best + 1) % 256, False)):
-    ((value, greedy),) = lm._loglikelihood_tokens([(None, ids, [token])])
-    assert greedy == expected and abs(value + nats[token]) < 1e-4
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    from dream_jax.evaluation.harness import DreamHarness, _until
+
+    lm = DreamHarness("nano", preset="instruct", top_p=0.5, samples=16, greedy=True)
+    config = lm._request_config(
+        {"until": ["x"], "do_sample": False, "temperature": 0.0, "top_k": 7, "max_gen_toks": 12}
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (config.temperature, config.top_p, config.top_k) == (0.1, 0.5, 7)
+    assert (config.max_new_tokens, config.steps) == (12, 12)
+    plain = DreamHarness("nano", samples=16)
+    assert plain._request_config({"do_sample": False}).temperature == 0
+    assert plain._request_config({}).max_new_tokens == 256
+    assert plain._request_config({"temperature": 0.7}).temperature == 0.7
+    assert _until("a b c", ["c", "b"]) == "a " and _until("a b c", "b") == "a " and _until("a", [""]) == "a"
+    assert plain._names(["a", "b", "a"])[::2] == [plain._names(["a"])[0], plain._names(["a", "a"])[1]]
+    ids = plain._tokenizer.encode("ab")
+    assert plain._fit(list(range(3000)), 48) == list(range(3000 - 2000, 3000))
+    assert plain._fit([], 1) == [plain.prefix_token_id]
+    text = plain.apply_chat_template([{"role": "user", "content": "<|mask|>"}])
+    assert plain._tokenizer.mask_id not in plain.tok_encode(text)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert plain.apply_chat_template(turns, False).endswith("assistant\nb")
+    logits = np.asarray(lm._model(np.array([[*ids, lm._tokenizer.mask_id]])))[0, len(ids) - 1]
+    best, nats = int(logits[:260].argmax()), np.log(np.exp(np.float64(logits)).sum()) - logits
+    for token, expected in ((best, True), ((best + 1) % 256, False)):
+        ((value, greedy),) = lm._loglikelihood_tokens([(None, ids, [token])])
+        assert greedy == expected and abs(value + nats[token]) < 1e-4
