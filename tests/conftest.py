@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -29,6 +30,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS / "startup"),
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # int32 + float32 and the like are errors: a silent promotion doubles the memory of what it touches.
@@ -62,9 +64,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 # Files that take minutes, the longest first: begun last they would hold up the end of a run by several workers.
-LONG = ("interruptions", "trainer", "optimizer", "sampler_blocks", "sampler", "mask_family", "lora", "train_step")
-LONG += ("adapters", "run_report", "mask_study", "sampler_stream", "trained_mask", "export", "sample_cli")
-LONG += ("evaluation_run", "checkpoint")
+LONG = ("sampler", "interruptions", "trainer", "sampler_blocks", "mask_family", "adapters", "run_report", "optimizer")
+LONG += ("train_step", "lora", "mask_study", "docs", "examples", "evaluation_run", "inference", "sampler_stream")
+LONG += ("sampler_control", "export", "sample_cli", "attention_backends", "trained_mask", "skipped_steps", "objective")
+LONG += ("model", "checkpoint", "autoregressive", "hf", "plan", "evaluation_harness", "convert_cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,16 +76,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))  # stable: within a file nothing moves
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_of_one_file() -> Iterator[None]:
-    """Drops the compiled programs of a file at its end.
+# Linux allows a process 65530 memory maps (vm.max_map_count), and a compiled program holds five to several hundred.
+# A worker that kept all of its programs would crash in the compiler, in whichever test came then.
+MOST_MAPS = 40_000
 
-    Each holds several memory maps, and Linux allows a process 65530 (vm.max_map_count): a worker that kept the
-    programs of all its files would crash in the compiler, in whichever test came then.
-    """
-    yield
+
+def forget_programs() -> None:
+    """Drops the compiled programs of this process; the cache on the disk keeps them."""
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Drops the programs of a file at its end: hardly one of them serves another file."""
+    yield
+    forget_programs()
+
+
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def enough_maps() -> Iterator[None]:
+    """Drops them amid a file too, should there be very many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests_done) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        forget_programs()
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """For tests of how long compiling takes: nothing is read from the cache, nor written to it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

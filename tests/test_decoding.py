@@ -288,6 +288,7 @@ def test_any_row(row, temperature, filters):
         check(logits, UNIFORM, temperature, *filters)
 
 
+@pytest.mark.optimised
 def test_a_row_does_not_feel_the_others():
     """Rows that take many passes beside rows that take few: each as if it were alone, to the last bit."""
     rng = np.random.default_rng(0)
@@ -304,6 +305,7 @@ def test_a_row_does_not_feel_the_others():
         np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
+@pytest.mark.optimised
 def test_a_row_does_not_feel_how_many_there_are():
     """Of the whole vocabulary, where float32 sums depend on their order: one to three rows, or the same among seven."""
     rng = np.random.default_rng(0)

@@ -147,6 +147,7 @@ def test_layer_of_a_rule_must_fit() -> None:
 
 
 @pytest.mark.parametrize(("name", "mesh"), [("tiny_a", None), ("tiny_b", None), ("tiny_a", "4x2"), ("tiny_b", "8x1")])
+@pytest.mark.optimised
 def test_logits_are_those_of_the_published_code(golden_dir: Path, name: str, mesh: str | None) -> None:
     golden = np.load(golden_dir / name / "golden.npz")
     model = pretrained.load(golden_dir / name / "hf", mesh=mesh)

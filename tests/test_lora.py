@@ -357,6 +357,7 @@ def grown(kind, remat):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.optimised
 def test_no_second_copy_of_the_base_exists(remat):
     """Kernels are dequantised layer by layer, in the backward pass again: temporaries do not grow with depth by them."""
     size, kernels = grown("nf4", remat)
@@ -365,6 +366,7 @@ def test_no_second_copy_of_the_base_exists(remat):
     assert size < 4 * 2 * activations + 0.25 * kernels, (size, kernels)
 
 
+@pytest.mark.optimised
 def test_no_second_copy_of_the_codes_exists():
     """They are found in the stack of all layers; one of int8 would be half a byte a weight larger than one of nf4."""
     assert grown("int8", "none") == grown("nf4", "none")

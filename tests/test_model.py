@@ -56,6 +56,7 @@ def tokens(batch=2, length=12, config=SMALL, seed=0):
 # Published numbers
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", CHECKPOINTS)
 class TestPublished:
     def test_logits(self, name):
@@ -304,6 +305,7 @@ def loss_gradient(dream, text):
     return jax.jit(jax.grad(loss)).lower(params, text), params
 
 
+@pytest.mark.optimised
 def test_remat_changes_memory_and_nothing_else():
     dream = make(dataclasses.replace(SMALL, num_hidden_layers=4))
     text, gradients, temporary = tokens(4, 32), {}, {}
@@ -353,6 +355,8 @@ def test_pad_row_learns_nothing_from_the_lookup(config):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.usefixtures("compiled_anew")
 def test_compile_time_does_not_grow_with_depth():
     def seconds(layers):
         jax.clear_caches()

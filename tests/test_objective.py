@@ -85,6 +85,7 @@ def published_run(checkpoint, name):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 class TestPublished:
     @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.optimised
     def test_loss(self, checkpoint, name):
         golden, wanted = arrays(checkpoint), facts(checkpoint)["losses"][name]
         value, aux, gradient = published_run(checkpoint, name)
@@ -100,6 +101,7 @@ class TestPublished:
         np.testing.assert_allclose(aux["nll"], golden["loss_token_nll"][masked].mean(), rtol=1e-5)
 
     @pytest.mark.parametrize("name", ["original", "cart:0.3"])
+    @pytest.mark.optimised
     def test_gradients(self, checkpoint, name):
         golden, dream = arrays(checkpoint), model(checkpoint)
         gradient = published_run(checkpoint, name)[2]
@@ -117,6 +119,7 @@ class TestPublished:
         assert not np.any(found["embed"][dream.config.pad_token_id])
 
     @pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("cart")])
+    @pytest.mark.optimised
     def test_weights(self, checkpoint, name):
         golden = arrays(checkpoint)
         masked = golden["loss_masked"]
@@ -231,6 +234,7 @@ TIED = dataclasses.replace(SMALL, tie_word_embeddings=True)
         (999, SMALL, None),
     ],
 )
+@pytest.mark.optimised
 def test_chunks_change_nothing(monkeypatch, chunk, config, focal):
     monkeypatch.setattr(objective, "_LOGIT_ELEMENTS", chunk * config.vocab_size)
     tokens, masked, t = batch()
@@ -276,6 +280,7 @@ def test_everything_masked():
     assert value == 0  # no context, no weight
 
 
+@pytest.mark.optimised
 def test_extreme_logits_stay_finite():
     """A softmax without its peak subtracted would overflow."""
     dream = make()

@@ -66,6 +66,7 @@ def tree(rng, scale=1.0):
 # -------------------------------------------------------------------------------------------------- the transformation
 
 
+@pytest.mark.optimised
 def test_float32_is_adamw_of_optax_to_the_bit():
     ours = config(weight_decay=0.1, clip_norm=0.5, b1=0.8, b2=0.99, eps=1e-6)
     decayed = {"norm": {"scale": False}, "lm_head": {"kernel": True}, "layers": {"mlp": {"up": {"kernel": True}}}}

@@ -95,6 +95,7 @@ def test_without_matplotlib_the_report_says_so(finished, tmp_path, monkeypatch):
     assert not (out / "curves.png").exists()
 
 
+@pytest.mark.optimised
 def test_a_stopped_run_comes_to_the_same_end_and_says_that_it_was_stopped(finished, tmp_path):
     """Stopped between two steps by SIGINT, then the same command: the same losses, bit for bit."""
     out = tmp_path / "stopped"

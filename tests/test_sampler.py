@@ -71,6 +71,7 @@ def counts(masked, config):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.optimised
 def test_published_trajectory(checkpoint, name):
     golden, case = arrays(checkpoint), case_of(checkpoint, name)
     config = config_of(case)
@@ -93,6 +94,7 @@ def test_published_trajectory(checkpoint, name):
     assert int(out.forwards) == sum(np.any((a != b)[real]) for a, b in zip(previous, history, strict=True))
 
 
+@pytest.mark.optimised
 def test_skipped_steps():
     golden = arrays("tiny_a")
     for name, forwards in [("s4", 15), ("s11", 1), ("s12", 8)]:  # steps = length; 1 step; 32 steps for 8 tokens
@@ -112,6 +114,7 @@ def test_skipped_steps():
 @pytest.mark.parametrize(
     "config", [RANDOM[1], *map(slow, (RANDOM[0], *RANDOM[2:])), BLOCKS], ids=lambda config: config.alg
 )
+@pytest.mark.optimised
 def test_driver_is_a_python_loop_over_the_step(config):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)
     mask_id = dream.config.mask_token_id
@@ -147,6 +150,7 @@ def test_logits_in_chunks(monkeypatch):
         np.testing.assert_array_equal(chunked.commit_step, whole.commit_step)
 
 
+@pytest.mark.optimised
 def test_all_logits_never_exist():
     """Compiled for B=4, T=1024, V=152,064: no array has as many elements, and all temporary memory is less than theirs."""
     config = dataclasses.replace(PRESETS["nano"], vocab_size=152_064, mask_token_id=151_666, pad_token_id=151_643)
@@ -168,6 +172,7 @@ def test_all_logits_never_exist():
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * all_logits / 2
 
 
+@pytest.mark.optimised
 def test_one_row_pays_only_for_what_it_needs():
     """XLA moves the body of a loop that sees the same rows each time out of it, where it runs in every step."""
     config = dataclasses.replace(PRESETS["nano"], vocab_size=20_000)
@@ -219,6 +224,7 @@ def test_key_is_asked_for_only_when_something_is_random():
 @pytest.mark.parametrize(
     "config", [SamplerConfig(max_new_tokens=10, steps=6, alg="entropy"), RANDOM[0], *map(slow, RANDOM[1:])], ids=str
 )
+@pytest.mark.optimised
 def test_rows_do_not_depend_on_the_batch(config):
     """Left-padded beside longer rows, or alone without padding: the same tokens, at the same steps."""
     dream, (start, valid) = model("tiny_b"), prompt(4, 9, 6, 1)

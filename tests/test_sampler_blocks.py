@@ -69,6 +69,7 @@ def fast_config(case):
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("first", range(0, 16, 2))
+@pytest.mark.optimised
 def test_published_fast_dllm(checkpoint, first):
     """Tokens and forward passes. Both recorded prompts in one left-padded batch, which the published code cannot do."""
     cases = fast_cases(checkpoint)
@@ -88,6 +89,7 @@ def test_published_fast_dllm(checkpoint, first):
 
 
 @pytest.mark.parametrize("number", [2, 11])
+@pytest.mark.optimised
 def test_published_fast_dllm_alone(number):
     """One row: as many forward passes in all as the published code."""
     case = fast_cases("tiny_b")[number]
@@ -101,6 +103,7 @@ def test_published_fast_dllm_alone(number):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.optimised
 def test_a_full_pass_every_time_is_exact(temperature):
     dream, (start, valid) = model("tiny_a"), prompt(4, 8)
     start[1, 2] = dream.config.mask_token_id  # and a gap to fill in
@@ -169,6 +172,7 @@ def test_passes_are_counted():
         ),
     ],
 )
+@pytest.mark.optimised
 def test_rows_do_not_depend_on_the_batch(config, temperature):
     dream, (start, valid) = model("tiny_b"), prompt(4, 8, 6, 1, 7, 8, 2, 5)
     config = dataclasses.replace(config, temperature=temperature)

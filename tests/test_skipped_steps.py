@@ -103,6 +103,7 @@ def test_a_poisoned_step_changes_nothing_but_the_step_number(mesh, name, accumul
     assert all(jax.tree.leaves(finite))
 
 
+@pytest.mark.optimised
 def test_after_a_skip_the_update_is_the_one_it_would_have_been():
     """The same batch and noise with and without two skipped steps before: the same weights, bit for bit."""
     run = step("1x1", "adamw")
@@ -123,6 +124,7 @@ WIDE = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024)
 @pytest.mark.parametrize(
     ("mesh", "name"), [("1x1", "adamw"), slow("1x1", "int8"), slow("8x1", "adamw"), slow("8x1", "bfloat16")]
 )
+@pytest.mark.optimised
 def test_the_choice_takes_no_memory(monkeypatch, mesh, name):
     """Old and new arrays are chosen between while they are written, never held side by side."""
     graphdef, shapes = split_params(abstract_model(WIDE))

@@ -137,6 +137,7 @@ def reference_step(params, m, v, step, optimizer, config):
     return jax.tree.unflatten(jax.tree.structure(params), updated.values()), metrics
 
 
+@pytest.mark.optimised
 def test_step_is_adamw_by_hand():
     # A large epsilon: without it the update of a tiny gradient is all rounding. Clipping and decay that show.
     optimizer = OptimizerConfig(
@@ -190,6 +191,7 @@ def test_what_is_hidden_before_a_row_changes_nothing():
     np.testing.assert_allclose(found["split"], found["plain"], rtol=1e-4)
 
 
+@pytest.mark.optimised
 def test_same_seed_same_run():
     _, metrics = compiled("1x1", accumulation=1)(first_state(), put(batch(0)))
     assert float(metrics["loss"]) == run("1x1")[0][0, 0]
