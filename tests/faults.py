@@ -262,6 +262,12 @@ def wrong_places(root: pathlib.Path) -> list[str]:
     return found
 
 
+def table() -> str:
+    """The table of docs/testing.md."""
+    rows = [f"| {fault.name} | `{fault.path}` | `{fault.tests}` |" for fault in FAULTS]
+    return "\n".join(["| fault | in | noticed by |", "| --- | --- | --- |", *rows]) + "\n"
+
+
 def copy_tree(target: pathlib.Path) -> None:
     """The tracked files, as they are on the disk."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -293,7 +299,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of names; without any, all faults")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--table", action="store_true", help="only print the table of docs/testing.md")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(), end="")
+        return 0
     chosen = [one for one in FAULTS if not arguments.names or any(name in one.name for name in arguments.names)]
     if wrong := wrong_places(ROOT):
         print("\n".join(wrong))

@@ -19,3 +19,8 @@ def test_every_deliberate_fault_can_be_made():
     """Their texts stand exactly once in the files; `python tests/faults.py` then shows that the default tests notice."""
     assert not faults.wrong_places(faults.ROOT)
     assert len(faults.FAULTS) >= 20
+
+
+def test_faults_are_listed():
+    page = (faults.ROOT / "docs" / "testing.md").read_text()
+    assert faults.table() in page, "put what `python tests/faults.py --table` prints into docs/testing.md"
