@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_script
 
 from dream_jax import masks
 from dream_jax.sampler import SamplerConfig, generate
@@ -298,15 +299,14 @@ def test_too_long_rows_are_refused():
         inspection.attention_statistics(model, rows, np.zeros(rows.tokens_BT.shape, bool))
 
 
-@pytest.mark.slow
-def test_inspect_command(tmp_path):
-    command = [sys.executable, "study.py", "--inspect", "nano", "--rows", "4", "--out", str(tmp_path)]
-    environment = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def test_inspect_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ("study.py", "--inspect", "nano", "--rows", "4", "--out", tmp_path)
+    done = run_script(*command)
     assert done.returncode == 0 and "random weights" in done.stdout, done.stdout + done.stderr
     lines = (tmp_path / "attention.csv").read_text().splitlines()
     assert lines[0].startswith("t,layer,head,queries,entropy") and len(lines) > 4 * 4 * 8 * 2
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_script(*command)
     assert done.returncode == 1 and "give another --out" in done.stderr
 
 
