@@ -25,6 +25,8 @@ def run_script(script: str, *arguments: object) -> Finished:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(unittest.mock.patch.object(sys, "argv", [script, *map(str, arguments)]))
+        # As Python does for a script, whose neighbours may be imported.
+        stack.enter_context(unittest.mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import run_script
 from safetensors.numpy import load_file, save_file
 
 import dream_jax
