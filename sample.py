@@ -22,7 +22,7 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import inference, pretrained
-from dream_jax.data.jsonl import read_json_lines, text_field
+from dream_jax.data import read_json_lines, text_field
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.row_file import RowFile, agree_on_settings

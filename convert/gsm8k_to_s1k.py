@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import tyro
 
-from dream_jax.data.gsm8k import read_gsm8k
+from dream_jax.data.schemas import parse_gsm8k
+from dream_jax.data.sources import parse_lines
 from dream_jax.files import write_file
 
 
@@ -51,7 +52,7 @@ def main(settings: Settings) -> None:
     source = settings.src / "train.jsonl" if settings.src.is_dir() else settings.src
     if settings.dst.exists():
         raise FileExistsError(f"{settings.dst} exists; remove it, or give another name")
-    rows = read_gsm8k(source)
+    rows = parse_lines(source, parse_gsm8k)
     count = len(rows) if settings.rows is None else min(settings.rows, len(rows))
     lines = []
     for row in map(rows.__getitem__, range(count)):

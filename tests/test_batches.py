@@ -25,8 +25,8 @@ from dream_jax.data import (
     make_batches,
     open_mixture,
 )
-from dream_jax.data.chat import parse_chat
 from dream_jax.data.layout import WINDOW
+from dream_jax.data.schemas import parse_chat
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer, turn_text
 
 BYTES = ByteTokenizer()

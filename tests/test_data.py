@@ -24,10 +24,8 @@ from dream_jax.data import (
     make_batches,
     open_source,
 )
-from dream_jax.data.chat import read_chat
-from dream_jax.data.gsm8k import read_gsm8k
-from dream_jax.data.puzzles import read_planning
-from dream_jax.data.sources import hold_out
+from dream_jax.data.schemas import parse_chat, parse_gsm8k, parse_puzzle
+from dream_jax.data.sources import hold_out, parse_lines
 from dream_jax.data.sudoku import solution_grids, solutions, split_grids
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -226,7 +224,7 @@ TURNS = [
 
 def test_chat_rows(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "c.jsonl", {"messages": TURNS}, {"prompt": "p\u2028", "response": "r", "id": 3})
-    rows = read_chat(file)
+    rows = parse_lines(file, parse_chat)
     assert len(rows) == 2
     assert rows[0].prompt == tuple(TURNS[:2]) and rows[0].response == "a"
     assert rows[1].prompt == ({"role": "user", "content": "p\u2028"},) and rows[1].response == "r"
@@ -238,7 +236,7 @@ def test_chat_rows(tmp_path: Path) -> None:
 def test_chat_file_may_have_a_mark_and_blank_lines(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "\xc3\xa9", "response": "r"}\r\n\r\n  \n')
-    assert read_chat(file)[0].prompt == ({"role": "user", "content": "é"},)
+    assert parse_lines(file, parse_chat)[0].prompt == ({"role": "user", "content": "é"},)
 
 
 BAD_LINES = {
@@ -270,26 +268,26 @@ def test_bad_chat_lines(tmp_path: Path, line: str | bytes, complaint: str) -> No
     raw = line.encode() if isinstance(line, str) else line
     file.write_bytes(b'{"prompt": "p", "response": "r"}\n' + raw + b"\n")
     with pytest.raises(ValueError, match=rf"bad\.jsonl:2: .*{complaint}"):
-        read_chat(file)
+        parse_lines(file, parse_chat)
 
 
 def test_files_without_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
-        read_chat(tmp_path / "empty.jsonl")
+        parse_lines(tmp_path / "empty.jsonl", parse_chat)
     with pytest.raises(FileNotFoundError, match="no file"):
-        read_chat(tmp_path / "none.jsonl")
+        parse_lines(tmp_path / "none.jsonl", parse_chat)
 
 
-def test_gsm8k_and_planning_rows(tmp_path: Path) -> None:
-    row = read_gsm8k(write_lines(tmp_path / "g.jsonl", {"question": "q", "answer": "#### 1"}))[0]
+def test_gsm8k_and_puzzle_rows(tmp_path: Path) -> None:
+    row = parse_lines(write_lines(tmp_path / "g.jsonl", {"question": "q", "answer": "#### 1"}), parse_gsm8k)[0]
     assert row.prompt == ({"role": "user", "content": "q"},) and row.response == "#### 1"
-    row = read_planning(write_lines(tmp_path / "p.jsonl", {"input": PUZZLE, "output": ANSWER}))[0]
+    row = parse_lines(write_lines(tmp_path / "p.jsonl", {"input": PUZZLE, "output": ANSWER}), parse_puzzle)[0]
     assert row.prompt == PUZZLE + "\n" and row.response == ANSWER
     with pytest.raises(ValueError, match=r"g\.jsonl:1: no field 'input'"):
-        read_planning(tmp_path / "g.jsonl")
+        parse_lines(tmp_path / "g.jsonl", parse_puzzle)
     with pytest.raises(ValueError, match=r"p\.jsonl:1: no field 'question'"):
-        read_gsm8k(tmp_path / "p.jsonl")
+        parse_lines(tmp_path / "p.jsonl", parse_gsm8k)
 
 
 # --- open_source ---

@@ -24,7 +24,7 @@ from dream_jax.data import (
     token_row,
 )
 from dream_jax.data.encode import ALL_PROMPT, NO_ROOM, TOO_LONG
-from dream_jax.data.s1k import parse_s1k
+from dream_jax.data.schemas import parse_s1k
 from dream_jax.data.sources import read_rows
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Text to arrays: rows, sources of rows, their tokens, and batches of them. Imports no jax."""
+"""From text to arrays: rows, sources of rows, their tokens, and batches of them. Nothing here imports jax."""
 
 from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook
@@ -12,7 +12,9 @@ from dream_jax.data.options import (
     ReadOptions,
 )
 from dream_jax.data.pipeline import Batches, make_batches
+from dream_jax.data.records import read_json_lines, text_field
 from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers
+from dream_jax.data.schemas import parse_messages
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -44,5 +46,8 @@ __all__ = [
     "make_batches",
     "open_mixture",
     "open_source",
+    "parse_messages",
+    "read_json_lines",
+    "text_field",
     "token_row",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 AnswerFormat = Literal["s1", "d1"]
-"""How a trace and an answer become one response; see `dream_jax.data.s1k`."""
+"""How a trace and an answer become one response; see `dream_jax.data.schemas.reasoning`."""
 
 LengthPolicy = Literal["filter", "right", "middle", "answer_only"]
 """What is done with a row of more tokens than there is room for.

@@ -1,7 +1,7 @@
-"""Records: objects with named fields, out of JSON lines, JSON, parquet, a `datasets` directory or the hub.
+"""Records: objects with named fields, from JSON lines, JSON, parquet, a directory that `datasets` saved, or the hub.
 
-Every record comes with the place it was found at, "FILE:LINE" or "FILE:row N". Knows no row schema.
-`datasets` and pyarrow are imported only by those who need them.
+Every record comes with where it was found, "FILE:LINE" or "FILE:row N". `datasets` and pyarrow are imported only when
+they are needed.
 """
 
 import json
@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dream_jax.data.jsonl import read_json_lines
-
 Record = tuple[str, dict[str, Any]]
-"""Where it was found, and what."""
+"""Where it was found, and its fields."""
+
+OnBad = Callable[[ValueError], None] | None
+"""Is given the complaint about a record that cannot be read, and reading continues; None raises the complaint."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -22,13 +23,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves in a directory
 
 
-def read_records(path: Path, on_bad: Callable[[ValueError], None] | None = None) -> Iterator[Record]:
+def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
     """The records of one file, in order, in the format that its name ends in; .json may hold a list or lines.
 
     Fields that hold null are left out: a parquet file has every column in every row.
-    on_bad: is given the complaint about a record that cannot be read; by default it is raised.
-    Raises: FileNotFoundError; ValueError naming file and line; always for a file that breaks off, for what
-    follows in it cannot be read.
+    Raises: FileNotFoundError; ValueError naming file and line. A file that breaks off always raises, since what follows
+    the break cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -36,13 +36,61 @@ def read_records(path: Path, on_bad: Callable[[ValueError], None] | None = None)
         return _read_parquet(path)
     if path.suffix == ".json" and path.read_bytes()[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         return _read_json_list(path, on_bad)
-    return ((where, _given(found)) for where, found in read_json_lines(path, on_bad))
+    return ((where, _without_nulls(found)) for where, found in read_json_lines(path, on_bad))
+
+
+def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
+    """The object of every line of a UTF-8 file that is not blank.
+
+    Raises: FileNotFoundError; ValueError naming file and line for bytes that are not UTF-8, for a line that is not JSON
+    or no object, and for a file without any line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; it should hold one JSON object a line")
+    empty = True
+    with path.open("rb") as file:
+        # As bytes, so that lines end at \n only and a complaint about the encoding knows its line.
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else None):
+                continue
+            empty, where = False, f"{path}:{number}"
+            try:
+                found = _parse_line(raw, where, first=number == 1)
+            except ValueError as complaint:
+                if on_bad is None:
+                    raise
+                on_bad(complaint)
+            else:
+                yield where, found
+    if empty:
+        raise ValueError(f"{path}: no rows; it should hold one JSON object a line")
+
+
+def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
+    """The string `found[name]`.
+
+    Raises: ValueError, beginning with `where`, if it is missing, no string, blank, or not encodable.
+    """
+    if name not in found:
+        raise ValueError(f"{where}: no field {name!r}; it has {sorted(found)}")
+    value = found[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name!r} must be a string, not {type(value).__name__} {value!r:.60}")
+    if not value.strip():
+        raise ValueError(f"{where}: {name!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {name!r} has half of a surrogate pair ({error}), which is no text; repair the row"
+        ) from error
+    return value
 
 
 def split_files(directory: Path, split: str) -> list[Path]:
     """The data files of a split in a directory: SPLIT.jsonl, .json or .parquet, or its parquet shards; [] for none.
 
-    Also in its folder `data`, where a copy of a hub repository has them. Raises ValueError for two formats.
+    They may also be in its folder `data`, as in a copy of a hub repository. Raises ValueError for two formats.
     """
     for folder in (directory, directory / "data"):
         whole = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -98,13 +146,27 @@ def _by_split(found: Any, name: str) -> dict[str, Iterable[Record]]:
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]], name: str, start: int = 1) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=start):
-        yield f"{name}:row {number}", _given(row)
+    return ((f"{name}:row {number}", _without_nulls(row)) for number, row in enumerate(rows, start=start))
 
 
-def _given(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that hold something."""
+def _without_nulls(found: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _parse_line(raw: bytes, where: str, *, first: bool) -> dict[str, Any]:
+    try:
+        line = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 ({error}); save the file as UTF-8 text, one JSON object a line"
+        ) from error
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: a {type(found).__name__}, but each line must be one JSON object")
+    return found
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -123,7 +185,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path}: no rows")
 
 
-def _read_json_list(path: Path, on_bad: Callable[[ValueError], None] | None) -> Iterator[Record]:
+def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
+    """Entry by entry rather than as a whole, so that a complaint knows its line."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -146,7 +209,7 @@ def _read_json_list(path: Path, on_bad: Callable[[ValueError], None] | None) -> 
             raise ValueError(f"{where}: not JSON ({error}); the file must be one list of objects") from error
         rows += 1
         if isinstance(found, dict):
-            yield where, _given(found)
+            yield where, _without_nulls(found)
         else:
             complaint = ValueError(f"{where}: a {type(found).__name__}, but each entry must be one JSON object")
             if on_bad is None:

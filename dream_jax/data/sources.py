@@ -1,10 +1,5 @@
-"""Names and paths to sources of rows.
+"""Names and paths to sources of rows, and how data without a test split is divided."""
 
-Knows where data lies, which fields mean which schema, and how data without a test split is divided. Does not
-tokenise.
-"""
-
-import functools
 import hashlib
 import json
 import os
@@ -14,12 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dream_jax.data import documents, records, s1k
-from dream_jax.data.chat import parse_chat
-from dream_jax.data.gsm8k import parse_gsm8k, read_gsm8k
+from dream_jax.data import records
 from dream_jax.data.options import ReadOptions
-from dream_jax.data.puzzles import parse_planning
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
+from dream_jax.data.schemas import Parser, find_parser, parse_gsm8k
 from dream_jax.data.sudoku import SudokuSource
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
@@ -40,8 +33,7 @@ def open_source(
 ) -> RowSource:
     """The rows of one split.
 
-    "sudoku": generated puzzles with 6 to 12 givens; seed draws them (only this source reads it), the split is
-    fixed.
+    "sudoku": generated puzzles with 6 to 12 givens, drawn from the seed, which no other source reads; the split is fixed.
     "gsm8k": $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
     "s1k": $DREAM_JAX_ASSETS/data/s1k, a directory as below, or s1k.jsonl, .json or .parquet there. Nothing is
     downloaded for this name.
@@ -57,14 +49,14 @@ def open_source(
     if name == "sudoku":
         return SudokuSource(split, seed=seed, min_givens=SUDOKU_GIVENS)
     if name == "gsm8k":
-        return read_gsm8k(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]))
+        return parse_lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k)
     if name == "s1k":
         return _open_path(_asset("s1k", ["s1k", *(f"s1k{suffix}" for suffix in records.SUFFIXES)]), split, options)
     if path.exists():
         return _open_path(path, split, options)
     if path.suffix in records.SUFFIXES:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
-    # A folder of that name makes it a path with a slip of the pen, for which nothing is to be downloaded.
+    # Where a folder has the name of the organisation, a path was mistyped, and nothing is to be downloaded for it.
     if records.HUB_ID.fullmatch(name) and not path.parent.exists():
         return _one_split(records.hub_splits(name), split, name, options)
     raise ValueError(f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}")
@@ -92,8 +84,13 @@ def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
     return _rows(records.read_records(path, bad), options, bad, str(path))
 
 
+def parse_lines(path: Path, parser: Callable[[Mapping[str, Any], str], Row]) -> RowList:
+    """All rows of a file of JSON lines that have one schema. Raises as `read_json_lines` and the parser do."""
+    return RowList([parser(found, where) for where, found in records.read_json_lines(path)])
+
+
 class _BadRows:
-    """Raises the first complaint, or notes them all."""
+    """Raises the first complaint, or notes all of them."""
 
     def __init__(self, skip: bool):
         self._skip, self.notes = skip, list[str]()
@@ -104,47 +101,21 @@ class _BadRows:
         self.notes.append(str(complaint))
 
 
-Parser = Callable[[Mapping[str, Any], str], Row]
-
-
-def _schema(found: Mapping[str, Any], where: str, options: ReadOptions) -> tuple[Parser, bool]:
-    """What parses such rows, and whether the options' filter is about them."""
-    for fields, parser in (
-        ({"messages"}, parse_chat),
-        ({"prompt", "response"}, parse_chat),
-        (s1k.FIELDS_1_1, functools.partial(s1k.parse_s1k, options=options)),
-        (s1k.FIELDS, functools.partial(s1k.parse_s1k, options=options)),
-        ({"question", "answer"}, parse_gsm8k),
-        ({"input", "output"}, parse_planning),
-        (documents.FIELDS, documents.parse_document),  # last: rows of the other kinds may carry a text as well
-    ):
-        if fields <= found.keys():
-            return parser, fields in (s1k.FIELDS, s1k.FIELDS_1_1)
-    raise ValueError(
-        f"{where}: fields {sorted(found)} are no known schema; a row has 'messages', "
-        "'prompt' and 'response', 'question' and 'answer', 'input' and 'output', 'text' (a whole document), "
-        "or 'question' and either "
-        "'thinking_trajectories' and 'attempt' (s1K) or 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
-    )
-
-
 def _rows(found: Iterable[records.Record], options: ReadOptions, bad: _BadRows, name: str) -> RowList:
+    """The records as rows; the fields of the first that has those of a known schema choose it, for all of them."""
     rows, left_out = list[Row](), Counter[str]()
-    schema: tuple[Parser, bool] | None = None
+    parse: Parser | None = None
     for where, record in found:
         try:
-            if schema is None:
-                schema = _schema(record, where, options)
-            parse, graded = schema
+            parse = parse or find_parser(record, where, options)
             row = parse(record, where)
-            reason = s1k.filtered(record, where, options) if graded else None
         except ValueError as complaint:
             bad(complaint)
             continue
-        if reason is None:
+        if isinstance(row, Row):
             rows.append(row)
         else:
-            left_out[reason] += 1
+            left_out[row] += 1
     if not rows:
         first = f"; the first bad row: {bad.notes[0]}" if bad.notes else ""
         raise ValueError(
@@ -160,7 +131,7 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
         return _one_split(records.saved_splits(path), split, str(path), options)
     files = records.split_files(path, split)
     train = records.split_files(path, "train")
-    # Of lines that somebody wrote, a missing test file is a slip; published shards often come without one.
+    # A missing test file of lines is an error of whoever wrote the lines; published shards often come without one.
     sharded = [file for file in train if file.suffix == ".parquet"]
     if not files and not sharded:
         raise FileNotFoundError(
@@ -184,10 +155,10 @@ def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name:
 
 
 def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:
-    """One side of rows without a test split: it is the prompts (at least one) with a hash in the lowest `share`.
+    """One split of rows that come without a test split. Prompts (at least one) with a hash in the lowest `share` are test.
 
-    The choice depends on the prompts alone, not on a seed or on their order, and rows with one prompt stay
-    together: nothing seen in training is tested on. Rows with one prompt only, or a share of 0, are all train.
+    The choice depends on the prompts alone, not on a seed or on their order, and rows with one prompt stay together:
+    nothing seen in training is tested on. If all rows have one prompt, or the share is 0, all are for training.
     Raises: ValueError when the test split of such rows is asked for; `name` is what the message calls them.
     """
     by_prompt = [_prompt_hash(rows[index]) for index in range(len(rows))]
@@ -206,7 +177,7 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
 
 def _prompt_hash(row: Row) -> int:
     prompt: Any = row.prompt if isinstance(row.prompt, str) else [_turn(turn) for turn in row.prompt]
-    if row.document:  # it is its text that must not be seen
+    if row.document:  # a document has no prompt, and its text must not be seen in training
         prompt = row.response
     return int.from_bytes(hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest(), "big")
 
@@ -215,15 +186,15 @@ def _turn(turn: Mapping[str, Any]) -> list[Any]:
     return [turn["role"], turn["content"], *turn.get("tool_calls", ())]
 
 
-def _asset(name: str, places: Sequence[str]) -> Path:
-    """The first of these places under the folder of files that stay outside the project."""
+def _asset(name: str, candidates: Sequence[str]) -> Path:
+    """The first of these paths that is there, under the folder of files that stay outside the project."""
     assets = os.environ.get(ASSETS_VARIABLE)
     remedy = f"set {ASSETS_VARIABLE} to the folder that holds data/{name}, or give the data as a path"
     if name == "s1k":
         remedy += ", or name a hub data set, simplescaling/s1K-1.1, to have it downloaded"
     if not assets:
         raise FileNotFoundError(f"{name} needs its files: {remedy}")
-    paths = [Path(assets) / "data" / place for place in places]
+    paths = [Path(assets) / "data" / candidate for candidate in candidates]
     for path in paths:
         if path.exists():
             return path

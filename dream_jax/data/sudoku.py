@@ -3,7 +3,7 @@
 A puzzle is text: four lines of four digits, 0 for an empty cell, no newline at the end. Rows, columns and the
 four 2x2 boxes hold 1..4 once.
 There are only 288 solved grids, so a puzzle is a grid and a set of cells shown (a 16-bit number, bit
-4*row+column), and its solutions are the grids that agree with it on those cells. Knows nothing of tokens.
+4*row+column), and its solutions are the grids that agree with it on those cells.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from dream_jax.data.puzzles import planning_row
 from dream_jax.data.rows import Intake, Row, check_index, check_split
+from dream_jax.data.schemas import puzzle_row
 
 CELLS = 16
 FEWEST_GIVENS = 4  # no 4x4 puzzle with three givens has one solution
@@ -135,7 +135,7 @@ class SudokuSource:
         a, b, c, d = _row_texts()[grid]
         puzzle = f"{a[shown & 15]}\n{b[shown >> 4 & 15]}\n{c[shown >> 8 & 15]}\n{d[shown >> 12]}"
         solution = f"{a[15]}\n{b[15]}\n{c[15]}\n{d[15]}"
-        return planning_row(puzzle, solution, {"givens": shown.bit_count(), "grid": grid})
+        return puzzle_row(puzzle, solution, {"givens": shown.bit_count(), "grid": grid})
 
     def _draw(self, index: int, attempt: int = 0) -> tuple[int, int]:
         """(grid, shown cells), from one 128-bit number: far more bits than the three draws use up."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dream_jax.data.jsonl import read_json_lines, text_field
+from dream_jax.data import read_json_lines, text_field
 from dream_jax.evaluation.likelihood import Bound, Passage
 from dream_jax.evaluation.problems import check_fields, identify, line_number
 from dream_jax.row_file import JsonRow

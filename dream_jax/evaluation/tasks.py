@@ -20,9 +20,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from dream_jax.data import RowSource, open_source
-from dream_jax.data.chat import parse_messages
-from dream_jax.data.jsonl import read_json_lines, text_field
+from dream_jax.data import RowSource, open_source, parse_messages, read_json_lines, text_field
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
 from dream_jax.evaluation.problems import Problem, Verdict, check_fields, line_number
