@@ -6,7 +6,6 @@ and with --report it writes the report of one.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Annotated
@@ -14,6 +13,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from dream_jax.files import write_file, write_json
 from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.record import read_record
@@ -58,13 +58,13 @@ def asked_recipe(arguments: list[str]) -> str | None:
       ValueError: it is there twice.
     """
     asked = None
-    for place, argument in enumerate(arguments):
+    for position, argument in enumerate(arguments):
         name, sign, value = argument.partition("=")
         if name != "--recipe":
             continue
         if asked is not None:
             raise ValueError("--recipe is given twice; a run has one")
-        following = arguments[place + 1 : place + 2]
+        following = arguments[position + 1 : position + 2]
         asked = value if sign else "".join(one for one in following if not one.startswith("-"))
     return asked
 
@@ -98,9 +98,8 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
     made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
-        text = json.dumps(made.plain(), indent=2, allow_nan=False) + "\n"
         command.planning.plan_out.parent.mkdir(parents=True, exist_ok=True)
-        command.planning.plan_out.write_text(text, encoding="utf-8")
+        write_json(command.planning.plan_out, made.plain())
         print(f"wrote {command.planning.plan_out}")
     return 0 if made.fits else DOES_NOT_FIT
 
@@ -113,9 +112,7 @@ def lay_side_by_side(asked: Looking) -> int:
     text = compare(*asked.compare)
     print(text, end="")
     if asked.compare_out is not None:
-        temporary = asked.compare_out.with_name(f".{asked.compare_out.name}.incomplete")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(asked.compare_out)
+        write_file(asked.compare_out, text)
         print(f"wrote {asked.compare_out}")
     return 0
 
@@ -149,7 +146,7 @@ def main() -> int:
         print(stopped)
         return 130
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     except (Diverged, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import report
 import tyro
 
 from dream_jax.files import read_json
-from dream_jax.plan import Plan, PlanSettings, make_plan
+from dream_jax.plan import PlanSettings, RunPlan, make_plan
 from dream_jax.plan.report import gib
 from dream_jax.trainer import TrainSettings
 
@@ -130,7 +130,7 @@ def write_tables() -> None:
     DOCS.write_text(f"{before}{BEGIN}\n\n{tables(results())}\n\n{END}{after}", encoding="utf-8")
 
 
-def one_plan(name: str) -> Plan:
+def one_plan(name: str) -> RunPlan:
     topology, settings = CASES[name]
     training = TrainSettings.flat(out=pathlib.Path("unused"), **settings)
     return make_plan(training, PlanSettings(plan=True, topology=topology))

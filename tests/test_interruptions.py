@@ -113,10 +113,10 @@ def test_five_kills_change_no_bit(uninterrupted, tmp_path):
             assert found[:-1] == wanted[: len(found) - 1] and len(found) >= steps
     with started(out) as process:
         said = read_steps(process, 2)
-        assert "going on after step" in said
+        assert "resuming after step" in said
         process.terminate()
         said += process.stdout.read()
-    assert process.returncode == 130 and "the same command goes on from there" in said
+    assert process.returncode == 130 and "the same command resumes from there" in said
     with RunCheckpoints(out / "checkpoints", keep=STEPS) as checkpoints:
         assert f"saved after step {checkpoints.latest_step()} of" in said
     with started(out) as process:
@@ -155,7 +155,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(uninterrupted, tmp_pat
         path.write_bytes(harm(path.read_bytes()))
     train(TrainSettings.flat(out=out, **RUN))
     said = capsys.readouterr().out
-    assert "warning: the checkpoint of step 20 is damaged" in said and "going on after step 18" in said
+    assert "warning: the checkpoint of step 20 is damaged" in said and "resuming after step 18" in said
     assert_same_run(out, uninterrupted)
     assert (out / "checkpoints" / "19.damaged").is_dir()
 
@@ -221,7 +221,7 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(two_processes, tmp_pa
         assert "start the same command on every host again" in last
     with pair(out) as running:
         said = finish(running)
-    assert "going on after step" in said[0] and "error:" not in "".join(said)
+    assert "resuming after step" in said[0] and "error:" not in "".join(said)
     assert_same_run(out, two_processes)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dream_jax import sharding
 from dream_jax.chips import CHIPS, chip_of
-from dream_jax.plan import Plan, PlanSettings, arithmetic, cost, hardware, make_plan, planner, render
+from dream_jax.plan import PlanSettings, RunPlan, arithmetic, cost, hardware, make_plan, planner, render
 from dream_jax.plan.compile import Compiled, compile_step, refusal
 from dream_jax.plan.hardware import find_hardware
 from dream_jax.plan.hlo import Collective
@@ -110,7 +110,7 @@ def test_what_a_step_is_given_is_exact():
 
 
 def rows_of(length):
-    return planner.Rows(max_length=length, masked_share=0.5)
+    return planner.PlannedRows(max_length=length, masked_share=0.5)
 
 
 def test_sizes_without_devices_say_the_same_as_devices():
@@ -471,7 +471,7 @@ def test_train_py_says_what_is_wrong_with_a_plan(monkeypatch, capsys):
 @needs_libtpu
 def test_plan_compiled_for_a_tpu():
     plan = make_plan(training(), PlanSettings(plan=True, topology="v5e:2x4"))
-    assert isinstance(plan, Plan) and plan.fits
+    assert isinstance(plan, RunPlan) and plan.fits
     assert plan.memory.compiled and plan.compile_seconds > 0
     assert "libtpu" in plan.versions
     given = plan.memory.parameters + plan.memory.optimizer + plan.memory.batch

@@ -19,7 +19,7 @@ from dream_jax import pretrained, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import TokenizedRows, make_batches
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, loop, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, steps, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
 from dream_jax.trainer.heldout import Grid, lay_out_held_out
 from dream_jax.trainer.incidents import read_incidents
@@ -223,7 +223,7 @@ def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
             return self.asked == 3
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_StopSignal", Stop)
+        patch.setattr(steps, "StopSignal", Stop)
         with pytest.raises(Stopped):
             train(plain(tmp_path / "out", **options))
     with (tmp_path / "out" / "eval.csv").open() as file:

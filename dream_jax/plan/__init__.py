@@ -8,6 +8,6 @@ together from the trainer's settings, `report` says it.
 
 from dream_jax.plan.planner import make_plan
 from dream_jax.plan.report import render
-from dream_jax.plan.settings import Plan, PlanSettings
+from dream_jax.plan.settings import PlanSettings, RunPlan
 
-__all__ = ["Plan", "PlanSettings", "make_plan", "render"]
+__all__ = ["PlanSettings", "RunPlan", "make_plan", "render"]

@@ -25,7 +25,7 @@ _FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
+class StepShape:
     """What a step's cost depends on besides the model.
 
     Attributes:
@@ -56,8 +56,8 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """Bytes on one device; see `plan.settings.Memory`."""
+class DeviceBytes:
+    """Bytes on one device; see `plan.settings.MemoryPlan`."""
 
     parameters: int
     optimizer: int
@@ -79,7 +79,7 @@ class Bytes:
         return max(self.kept + self.loss, self.kept + self.gradients + self.layer)
 
 
-def bytes_on_device(step: AbstractStep, shape: Shape, platform: str) -> Bytes:
+def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> DeviceBytes:
     """The arithmetic of memory.
 
     What a step is given follows exactly from shapes and shardings. The rest is what the step's code asks for: gradients in
@@ -126,7 +126,7 @@ def bytes_on_device(step: AbstractStep, shape: Shape, platform: str) -> Bytes:
     parameters, host = _resident([step.state.params, step.frozen])
     optimizer, optimizer_host = _resident([step.state.opt_state, step.state.step])
     gradients = _resident([step.state.params])[0]
-    return Bytes(
+    return DeviceBytes(
         parameters=parameters,
         optimizer=optimizer,
         batch=_resident([step.batch])[0],
@@ -163,7 +163,7 @@ def _resident(trees: Iterable[Any]) -> tuple[int, int]:
 # ----------------------------------------------------------------------------------------------- floating-point operations
 
 
-def loss_chunks(shape: Shape, vocab: int, platform: str) -> int:
+def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
     """How often the loss goes round its loop, on the device group that has most masked positions, in expectation.
 
     The times of a batch are strata 1/2K, 3/2K, ... in random order; each group of devices has the mean of some of them.
@@ -179,7 +179,7 @@ def loss_chunks(shape: Shape, vocab: int, platform: str) -> int:
     return max(1, math.ceil(most / chunk_rows(shape.tokens, vocab, platform)))
 
 
-def model_flops(step: AbstractStep, shape: Shape) -> float:
+def model_flops(step: AbstractStep, shape: StepShape) -> float:
     """Of one step over all devices: products forward and backward, attention in full, the head at masked positions.
 
     A frozen weight has no gradient of its own: 4 a token, not 6.
@@ -192,7 +192,7 @@ def model_flops(step: AbstractStep, shape: Shape) -> float:
     return shape.batch * shape.length * (products + attention + head)
 
 
-def remat_flops(step: AbstractStep, shape: Shape) -> float:
+def remat_flops(step: AbstractStep, shape: StepShape) -> float:
     """Of what the backward pass computes again: each layer's forward pass, or with "dots" its attention."""
     if shape.remat == "none":
         return 0.0
@@ -216,7 +216,7 @@ def _adapter_count(step: AbstractStep) -> int:
 # --------------------------------------------------------------------------------------------------------------- traffic
 
 
-def collectives(step: AbstractStep, shape: Shape) -> tuple[Collective, ...]:
+def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
     """What moves between devices where no compiler says it: weights gathered for each pass, gradients scattered.
 
     Left out: what tensor and context parallelism move of activations, when these split anything it is stated too low.
@@ -255,7 +255,7 @@ def collectives(step: AbstractStep, shape: Shape) -> tuple[Collective, ...]:
     return tuple(found)
 
 
-def memory_traffic(step: AbstractStep, shape: Shape, found: Bytes, chunks: int) -> float:
+def memory_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes, chunks: int) -> float:
     """The least that a device must read and write in its memory in a step, bytes.
 
     Parameters, moments and gradients once each way; the gathered weights of each pass written and read; what is kept, each

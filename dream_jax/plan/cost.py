@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from dream_jax.plan.hardware import Hardware
 from dream_jax.plan.hlo import Collective
-from dream_jax.plan.settings import Price, Time
+from dream_jax.plan.settings import RunPrice, StepTime
 from dream_jax.trainer.cost import usd_per_chip_hour
 from dream_jax.trainer.settings import TrainSettings
 
@@ -26,7 +26,7 @@ def step_time(
     remat_flops: float,
     traffic: float,
     collectives: Iterable[Collective],
-) -> Time:
+) -> StepTime:
     """Seconds of one step.
 
     Args:
@@ -51,7 +51,7 @@ def step_time(
         best, worst = chip.network_bandwidth, _SURE_SHARE * chip.network_bandwidth
     network = (sent / worst, sent / best)
     slow, fast = max(compute[0] + network[0], memory), max(compute[1], memory, network[1])
-    return Time(
+    return StepTime(
         model_flops=model_flops,
         remat_flops=remat_flops,
         compute=compute,
@@ -63,10 +63,10 @@ def step_time(
     )
 
 
-def price(hardware: Hardware, time: Time, settings: TrainSettings) -> Price:
+def price(hardware: Hardware, time: StepTime, settings: TrainSettings) -> RunPrice:
     """What the run's steps cost, at the price given or else the list's."""
     hours = (settings.run.steps * time.fast / 3600, settings.run.steps * time.slow / 3600)
     each = usd_per_chip_hour(settings.price, hardware.chip)
     usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)
     rmb = None if usd is None else (usd[0] * settings.price.rmb_per_usd, usd[1] * settings.price.rmb_per_usd)
-    return Price(hours=hours, chips=hardware.num_chips, usd_per_chip_hour=each, usd=usd, rmb=rmb)
+    return RunPrice(hours=hours, chips=hardware.num_chips, usd_per_chip_hour=each, usd=usd, rmb=rmb)

@@ -19,7 +19,7 @@ from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
 from dream_jax.plan.hardware import Hardware, find_hardware
-from dream_jax.plan.settings import Memory, Plan, PlanSettings, Rows
+from dream_jax.plan.settings import MemoryPlan, PlannedRows, PlanSettings, RunPlan
 from dream_jax.trainer.build import (
     abstract_step,
     check_tokenizer,
@@ -44,7 +44,7 @@ _SUGGESTIONS = 4
 _MEASURED_ROWS = 1000
 
 
-def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
+def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
     """What the run of these settings would take.
 
     Raises:
@@ -76,7 +76,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
     advice = [] if hardware.missing is None else [f"an estimate, not compiled: {hardware.missing}"]
     if not memory.fits:
         advice += suggestions(settings, hardware, rows)
-    return Plan(
+    return RunPlan(
         hardware=hardware.name,
         chip=hardware.chip.name,
         devices=hardware.num_devices,
@@ -94,7 +94,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> Plan:
     )
 
 
-def suggestions(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list[str]:
+def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
     """What would make it fit, each tried in arithmetic with some room to spare; the last is more chips."""
     found: list[str] = []
     changed: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def _parts(settings: TrainSettings) -> list[int]:
     ]
 
 
-def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict[str, Any]) -> str | None:
+def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, change: dict[str, Any]) -> str | None:
     """The change in words when it would fit; None when it would not, or is none."""
     values = settings.values()
     if all(values[name] == value for name, value in change.items()):
@@ -145,7 +145,7 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: Rows, change: dict
     return f"{' '.join(flags)}: about {needed / 2**30:.1f} GiB a device"
 
 
-def _more_chips(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list[str]:
+def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
     """The fewest devices, by doubling fsdp, and other chips of the same number, on which these very settings would fit."""
     found = []
     fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.devices.mesh)
@@ -172,15 +172,15 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: Rows) -> list
     return found
 
 
-def _estimate(settings: TrainSettings, hardware: Hardware, rows: Rows) -> int:
+def _estimate(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> int:
     mesh = hardware.mesh(settings.devices.mesh)
     step = abstract_step(settings, mesh, rows.max_length)
     found = arithmetic.bytes_on_device(step, _shape(settings, mesh, rows), hardware.chip.platform)
     return found.given + found.working
 
 
-def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: Rows) -> arithmetic.Shape:
-    return arithmetic.Shape(
+def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: PlannedRows) -> arithmetic.StepShape:
+    return arithmetic.StepShape(
         batch=settings.batches.batch_size,
         accumulation=settings.batches.accumulation,
         length=rows.max_length,
@@ -190,7 +190,7 @@ def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: Rows) -> arith
     )
 
 
-def _memory(parts: arithmetic.Bytes, found: Compiled | Refusal | None, hardware: Hardware) -> Memory:
+def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, hardware: Hardware) -> MemoryPlan:
     estimate = parts.given + parts.working
     if isinstance(found, Compiled):
         peak, working, refused = found.peak, found.peak - found.given, None
@@ -199,7 +199,7 @@ def _memory(parts: arithmetic.Bytes, found: Compiled | Refusal | None, hardware:
         working = peak - parts.given
     else:
         peak, working, refused = estimate, parts.working, None
-    return Memory(
+    return MemoryPlan(
         parameters=parts.parameters,
         optimizer=parts.optimizer,
         batch=parts.batch,
@@ -217,11 +217,11 @@ def _memory(parts: arithmetic.Bytes, found: Compiled | Refusal | None, hardware:
     )
 
 
-def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> Rows:
+def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> PlannedRows:
     """What the run reads. The data is opened where its longest row decides the length, or where it is asked for."""
     if settings.rows.max_length is not None and not wanted.read_data:
         # Of a row's positions half are masked on average, if all may be: prompts, which may not, make it less.
-        return Rows(max_length=settings.rows.max_length, masked_share=0.5)
+        return PlannedRows(max_length=settings.rows.max_length, masked_share=0.5)
     source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
@@ -233,7 +233,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     fitted = (rows.fit(rows.keep(number), max_length) for number in numbers.tolist())
     given = [row.length - int(row.learned.sum()) for row in fitted if isinstance(row, TokenRow)]
     maskable = 1.0 - float(np.mean(given)) / max_length if given else 1.0
-    return Rows(
+    return PlannedRows(
         max_length=max_length,
         masked_share=maskable / 2,
         rows=report.kept,

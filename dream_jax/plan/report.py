@@ -5,18 +5,18 @@ Knows units. Decides nothing.
 
 from __future__ import annotations
 
-from dream_jax.plan.settings import Memory, Plan
+from dream_jax.plan.settings import MemoryPlan, RunPlan
 
 # Of what a program can have: beyond, a plan that fits is no promise.
 _TIGHT = 0.97
 
 
-def render(plan: Plan) -> str:
+def render(plan: RunPlan) -> str:
     """The plan as text, the verdict last."""
     return "\n".join([*_run(plan), "", *_memory(plan), "", *_work(plan), "", *_cost(plan), "", *_verdict(plan)])
 
 
-def _run(plan: Plan) -> list[str]:
+def _run(plan: RunPlan) -> list[str]:
     settings, rows = plan.settings, plan.rows
     how = "arithmetic only" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
     lines = [
@@ -37,7 +37,7 @@ def _run(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
     memory = plan.memory
     parts = [
         ("parameters", memory.parameters),
@@ -62,13 +62,13 @@ def _memory(plan: Plan) -> list[str]:
     return lines
 
 
-def _source(memory: Memory) -> str:
+def _source(memory: MemoryPlan) -> str:
     if memory.compiled:
         return "the compiler's"
     return "an estimate" if memory.refused is None else "at least this, the compiler gave up"
 
 
-def _work(plan: Plan) -> list[str]:
+def _work(plan: RunPlan) -> list[str]:
     time = plan.time
     lines = [
         "one step, all devices together",
@@ -83,7 +83,7 @@ def _work(plan: Plan) -> list[str]:
     return lines
 
 
-def _cost(plan: Plan) -> list[str]:
+def _cost(plan: RunPlan) -> list[str]:
     time, price = plan.time, plan.price
     low, high = plan.time.compute
     lines = [
@@ -104,7 +104,7 @@ def _cost(plan: Plan) -> list[str]:
     return lines
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: RunPlan) -> list[str]:
     memory = plan.memory
     notes = [f"  {line}" for line in plan.advice]
     if memory.fits:

@@ -42,7 +42,7 @@ class PlanSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryPlan:
     """Bytes on one device.
 
     Attributes:
@@ -80,7 +80,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Time:
+class StepTime:
     """Seconds of a step on the roofline, and what they rest on.
 
     Attributes:
@@ -106,7 +106,7 @@ class Time:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Price:
+class RunPrice:
     """What the run costs.
 
     Attributes:
@@ -124,7 +124,7 @@ class Price:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class PlannedRows:
     """What the run reads.
 
     Attributes:
@@ -142,7 +142,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """The answer.
 
     Attributes:
@@ -162,11 +162,11 @@ class Plan:
     settings: dict[str, Any]
     trained: int
     frozen: int
-    rows: Rows
-    memory: Memory
+    rows: PlannedRows
+    memory: MemoryPlan
     collectives: tuple[Collective, ...]
-    time: Time
-    price: Price
+    time: StepTime
+    price: RunPrice
     advice: tuple[str, ...]
     versions: dict[str, str]
     compile_seconds: float | None

@@ -1,7 +1,4 @@
-"""Two runs side by side: the settings that differ, and what came of each.
-
-Knows records. Judges nothing: two runs are two samples.
-"""
+"""Two runs side by side: the settings that differ and what came of each, without a verdict, since they are two samples."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from typing import Any
 
 from dream_jax.reports.record import LAST, Record, read_record, table
 
-# They say where a run happened.
-_PLACES = ("out", "overwrite", "coordinator", "num_processes", "process_id")
+# Settings that only say where a run happened.
+_WHERE = ("out", "overwrite", "coordinator", "num_processes", "process_id")
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> str:
@@ -39,7 +36,7 @@ def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
     return [
         (f"`{name}`", one.settings.get(name), other.settings.get(name))
         for name in names
-        if name not in _PLACES and one.settings.get(name) != other.settings.get(name)
+        if name not in _WHERE and one.settings.get(name) != other.settings.get(name)
     ]
 
 

@@ -1,34 +1,22 @@
-"""The curves of a run as a picture: loss, held-out loss, learning rate, gradient norm.
-
-Knows matplotlib, when it is there.
-"""
+"""The curves of a run as a picture: loss, held-out loss, learning rate, gradient norm."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from dream_jax.reports.record import Record, Rows
+from dream_jax.files import replacing
+from dream_jax.reports.record import MetricRows, Record
 
 FILE = "curves.png"
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw_curves(record: Record) -> pathlib.Path:
-    """Draws `curves.png` in the run's folder.
-
-    Raises:
-      ModuleNotFoundError: matplotlib is not installed (see `can_draw`).
-    """
-    from matplotlib.figure import Figure
+    """Draws `curves.png` in the run's folder, and returns its path."""
+    from matplotlib.figure import Figure  # here, because it takes half a second that a training run should not wait for
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     (loss, accuracy), (rate, norm) = figure.subplots(2, 2)
@@ -51,14 +39,13 @@ def draw_curves(record: Record) -> pathlib.Path:
         if incident["step"] is not None and incident["kind"] != "warning":
             loss.axvline(incident["step"], color="grey", linestyle=":", linewidth=1)
     path = record.folder / FILE
-    temporary = path.with_name(f".{FILE}.incomplete")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return path
 
 
 def _curve(
-    axes: Any, rows: Rows, name: str, *, label: str | None = None, smooth: bool = False, marker: str = ""
+    axes: Any, rows: MetricRows, name: str, *, label: str | None = None, smooth: bool = False, marker: str = ""
 ) -> None:
     points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
     if not points:
@@ -67,7 +54,7 @@ def _curve(
     if smooth and len(values) > 40:
         width = len(values) // 20
         axes.plot(steps, values, alpha=0.25, linewidth=0.8)
-        # Each point is the mean of those around it, of fewer at the ends.
+        # Each point is the mean of the points around it, of which there are fewer at the ends.
         weights = np.ones(width)
         means = np.convolve(values, weights, "same") / np.convolve(np.ones_like(values), weights, "same")
         axes.plot(steps, means, label=label or name, color=axes.lines[-1].get_color())

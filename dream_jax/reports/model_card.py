@@ -1,7 +1,4 @@
-"""The model card of what a run has made: README.md of an exported checkpoint.
-
-Says what the run's files say, and what nobody has checked. Knows records and Markdown; reads no weights.
-"""
+"""The model card of an exported checkpoint, its README.md: what the run's files say, and what nobody has checked."""
 
 from __future__ import annotations
 
@@ -40,11 +37,11 @@ _SETTINGS = (
 )
 
 
-def find_run(*places: pathlib.Path | None) -> pathlib.Path | None:
-    """The folder of the run that made one of these directories (its `model` or `adapter`), if it lies where it was made."""
-    for place in places:
-        if place is not None and (place.parent / "settings.json").is_file() and place.name in ("model", "adapter"):
-            return place.parent
+def find_run(*directories: pathlib.Path | None) -> pathlib.Path | None:
+    """The folder of the run that made one of these directories as its `model` or `adapter`; None if they were moved."""
+    for path in directories:
+        if path is not None and (path.parent / "settings.json").is_file() and path.name in ("model", "adapter"):
+            return path.parent
     return None
 
 
@@ -75,9 +72,9 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
         "as a causal Qwen2 it computes something else.",
         "",
     ]
-    parts = {"Data": _data(record), "Settings": _settings(record), "Evaluation": _evaluation(record)}
-    for title, part in parts.items():
-        lines += [f"## {title}", "", *part, ""]
+    sections = {"Data": _data(record), "Settings": _settings(record), "Evaluation": _evaluation(record)}
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""]
     return "\n".join([*lines, "## What was not checked", "", *(f"- {line}" for line in _unchecked(record, dtype)), ""])
 
 

@@ -1,7 +1,4 @@
-"""A run's folder as it is read again: what its files say, whole or not, for reports, comparisons and model cards.
-
-Knows the files of `folder`, `incidents`, `parts` and `samples`. Writes nothing.
-"""
+"""A run's folder read back, whether the run is finished or not: the input of reports, comparisons and model cards."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from typing import Any
 from dream_jax.trainer.folder import GRID
 from dream_jax.trainer.incidents import read_incidents
 from dream_jax.trainer.samples import read_samples
-from dream_jax.trainer.segments import Part, read_parts
+from dream_jax.trainer.segments import RunSegment, read_segments
 from dream_jax.trainer.settings import TrainSettings
 
 LAST = 10
-"""Steps that a final number is the mean of."""
+"""How many of the last steps a final number is the mean of."""
 
-Rows = Sequence[Mapping[str, float]]
+MetricRows = Sequence[Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +28,14 @@ class Record:
     """What is known of a run.
 
     Attributes:
-      folder: where.
-      settings: every one, as JSON holds them.
-      summary: of a finished run; empty for one that is not.
-      data: what `data.json` says: `rows` and `batches`; empty before the first step.
-      steps: a row a step, numbers by name; what is no number is NaN.
-      evaluations: likewise, a row an evaluation during the run; none where it made none.
-      grids: what each was taken on, in the same order: scores with the same one may be compared.
-      parts: how long each start of the command held the hardware.
+      folder: of the run.
+      settings: all of them, as JSON holds them.
+      summary: the contents of `summary.json`; empty for a run that is not finished.
+      data: the contents of `data.json`: `rows` and `batches`; empty before the first step.
+      steps: one row for each step, numbers by name; NaN where the file holds no number.
+      evaluations: the same for each evaluation during the run.
+      grids: for each evaluation what it was taken on; only scores with equal entries may be compared.
+      segments: how long each start of the command held the hardware.
       samples, incidents: see their modules.
     """
 
@@ -46,10 +43,10 @@ class Record:
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
     data: Mapping[str, Any]
-    steps: Rows
-    evaluations: Rows
+    steps: MetricRows
+    evaluations: MetricRows
     grids: Sequence[str]
-    parts: Sequence[Part]
+    segments: Sequence[RunSegment]
     samples: Mapping[str, Any]
     incidents: Sequence[Mapping[str, Any]]
 
@@ -59,12 +56,12 @@ class Record:
         return bool(self.summary)
 
     @property
-    def alike(self) -> Rows:
-        """The evaluations that were taken on what the last was taken on."""
+    def alike(self) -> MetricRows:
+        """The evaluations that were taken on the same rows and masks as the last one."""
         return [row for row, grid in zip(self.evaluations, self.grids, strict=True) if grid == self.grids[-1]]
 
     def best(self) -> Mapping[str, float] | None:
-        """Of those that are alike the one with the lowest nll; None without a number."""
+        """The evaluation with the lowest nll among those of `alike`; None where none has a finite nll."""
         rows = [row for row in self.alike if math.isfinite(row["nll"])]
         return min(rows, key=lambda row: row["nll"], default=None)
 
@@ -74,12 +71,12 @@ class Record:
         return statistics.fmean(found) if found else math.nan
 
     def tokens_per_second(self) -> float:
-        """Of the median step, positions a second; the first step compiled, and does not count. NaN for fewer steps."""
+        """Positions a second in the median step, without the first, which compiles; NaN for fewer than two steps."""
         found = [row["tokens_per_second"] for row in self.steps[1:] if "tokens_per_second" in row]
         return statistics.median(found) if found else math.nan
 
     def changed(self) -> dict[str, Any]:
-        """The settings that are not the defaults."""
+        """The settings that differ from their defaults."""
         defaults = TrainSettings().plain()
         return {name: value for name, value in self.settings.items() if name not in defaults or value != defaults[name]}
 
@@ -102,7 +99,7 @@ def read_record(folder: pathlib.Path) -> Record:
         steps=[{name: _number(value) for name, value in row.items()} for row in _table(folder / "metrics.csv")],
         evaluations=[{name: _number(value) for name, value in row.items() if name != GRID} for row in evaluations],
         grids=[row.get(GRID, "") for row in evaluations],
-        parts=read_parts(folder),
+        segments=read_segments(folder),
         samples=read_samples(folder),
         incidents=read_incidents(folder),
     )

@@ -1,7 +1,4 @@
-"""What a run was and what came of it, for a person: `report.md` and `curves.png` in its folder.
-
-Knows records and Markdown. Measures nothing.
-"""
+"""The report of a run: what it was and what came of it, as `report.md` and `curves.png` in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dream_jax.reports.curves import can_draw, draw_curves
+from dream_jax.files import write_file
+from dream_jax.reports.curves import draw_curves
 from dream_jax.reports.record import LAST, Record, shown, table
 from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.setting_groups import PriceSettings
@@ -24,17 +22,14 @@ _SHOWN_INCIDENTS = 40
 
 
 def write_report(record: Record) -> list[pathlib.Path]:
-    """Writes `report.md`, and `curves.png` when matplotlib is there (the report says when not); what it wrote."""
-    drawn = draw_curves(record) if can_draw() else None
-    path = record.folder / FILE
-    temporary = path.with_name(f".{FILE}.incomplete")
-    temporary.write_text(render_report(record, drawn is not None), encoding="utf-8")
-    temporary.replace(path)
-    return [path] if drawn is None else [path, drawn]
+    """Writes `report.md` and `curves.png`, and returns their paths."""
+    path, drawn = record.folder / FILE, draw_curves(record)
+    write_file(path, render_report(record))
+    return [path, drawn]
 
 
-def render_report(record: Record, drawn: bool) -> str:
-    """The report as Markdown; `drawn` is whether `curves.png` lies beside it."""
+def render_report(record: Record) -> str:
+    """The report as Markdown, which shows `curves.png` beside it."""
     settings, summary = record.settings, record.summary
     recipe = f", recipe `{settings['recipe']}`" if settings.get("recipe") else ""
     lines = [
@@ -44,17 +39,17 @@ def render_report(record: Record, drawn: bool) -> str:
         f"{settings['batch_size']} rows. {_state(record)}",
         "",
     ]
-    parts = {
+    sections = {
         "Settings": _settings(record),
         "Data": _data(record),
-        "Losses": _losses(record, drawn),
+        "Losses": _losses(record),
         "Evaluation": _evaluation(record),
         "Samples": _samples(record),
         "Time and cost": _time(record),
         "What went wrong": _incidents(record),
     }
-    for title, part in parts.items():
-        lines += [f"## {title}", "", *part, ""]
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""]
     if summary:
         lines += [f"jax {summary.get('jax')} on {summary.get('devices')}.", ""]
     return "\n".join(lines)
@@ -99,22 +94,19 @@ def _data(record: Record) -> list[str]:
     return [*table(("what", "value"), facts), *(["", "Bad rows, the first:", "", *listed] if listed else [])]
 
 
-def _losses(record: Record, drawn: bool) -> list[str]:
+def _losses(record: Record) -> list[str]:
     if not record.steps:
         return ["No step was taken."]
     names = [
         name for name in ("loss", "nll", "masked_accuracy", "grad_norm", "learning_rate") if name in record.steps[0]
     ]
     rows = [
-        [int(record.steps[place]["step"]), *(record.steps[place][name] for name in names)]
-        for place in _spread(len(record.steps))
+        [int(record.steps[index]["step"]), *(record.steps[index][name] for name in names)]
+        for index in _spread(len(record.steps))
     ]
     last = ", ".join(f"{name} {shown(record.last(name))}" for name in ("loss", "nll", "masked_accuracy"))
-    picture = (
-        ["![curves](curves.png)"] if drawn else ["No curves: matplotlib is not installed (`pip install matplotlib`)."]
-    )
     return [
-        *picture,
+        "![curves](curves.png)",
         "",
         *table(("step", *names), rows),
         "",
@@ -123,18 +115,18 @@ def _losses(record: Record, drawn: bool) -> list[str]:
 
 
 def _spread(count: int) -> list[int]:
-    """Numbers of a few of so many rows, the first and the last among them."""
-    return sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
+    """The indices of a few of `count` rows, evenly spread, with the first and the last among them."""
+    return sorted({round(point * (count - 1) / (_POINTS - 1)) for point in range(_POINTS)})
 
 
 def _evaluation(record: Record) -> list[str]:
     lines = []
     if record.evaluations:
         names = [name for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy") if name in record.evaluations[0]]
-        # Scores on other rows (a run may go on with other --eval-rows) are no better and no worse.
+        # Scores on other rows (a run may be resumed with other --eval-rows) cannot be compared with these.
         alike = record.alike
         others = len(record.evaluations) - len(alike)
-        kept = [alike[place] for place in _spread(len(alike))]
+        kept = [alike[index] for index in _spread(len(alike))]
         rows = [[int(one["step"]), *(one[name] for name in names)] for one in kept]
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
@@ -196,24 +188,27 @@ def _ticks(text: str) -> list[str]:
 def _time(record: Record) -> list[str]:
     summary = record.summary
     facts: list[tuple[str, Any]] = []
-    if record.parts:
-        seconds, cut = sum(part.seconds for part in record.parts), sum(not part.ended for part in record.parts[:-1])
-        of = f" in {len(record.parts)} parts, {cut} of them killed" if len(record.parts) > 1 else ""
-        if not record.finished and not record.parts[-1].ended:
-            of += "; the last still runs, or was killed"
+    if record.segments:
+        seconds, cut = (
+            sum(segment.seconds for segment in record.segments),
+            sum(not segment.ended for segment in record.segments[:-1]),
+        )
+        of = f" in {len(record.segments)} segments, {cut} of them killed" if len(record.segments) > 1 else ""
+        if not record.finished and not record.segments[-1].ended:
+            of += "; the last one still runs, or was killed"
         facts.append(("seconds, everything included", f"{seconds:.0f}{of}"))
         facts.append(
-            ("devices", ", then ".join(name for name, _ in itertools.groupby(p.devices for p in record.parts)))
+            ("devices", ", then ".join(name for name, _ in itertools.groupby(one.devices for one in record.segments)))
         )
     elif summary:
         facts.append(("seconds, everything included", f"{summary['seconds']:.0f}"))
         facts.append(("devices", summary["devices"]))
     facts.append(("positions a second, median step", f"{record.tokens_per_second():,.0f}"))
     cost = summary.get("cost")
-    if record.parts and not summary:
+    if record.segments and not summary:
         priced = {field.name: record.settings.get(field.name) for field in dataclasses.fields(PriceSettings)}
         given = PriceSettings(**{name: value for name, value in priced.items() if value is not None})
-        cost = dataclasses.asdict(run_cost(record.parts, given))
+        cost = dataclasses.asdict(run_cost(record.segments, given))
     facts += _money(cost)
     return table(("what", "value"), facts)
 

@@ -1,7 +1,4 @@
-"""What a person sees of a run: its settings, a live line, and how near the hardware's limit a step is.
-
-Knows terminals, and that what it warns of is kept. Knows nothing of files.
-"""
+"""What a run prints: its settings, a live line with the speed of each step, and warnings, which are kept as incidents."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,11 +24,11 @@ from dream_jax.trainer.incidents import Incidents, Kind, read_incidents
 from dream_jax.trainer.settings import TrainSettings
 
 
-class Report:
-    """What a person sees: settings, a live line on a terminal, a line now and then elsewhere."""
+class RunConsole:
+    """Prints the settings, a live line on a terminal, and a line every so many steps elsewhere."""
 
     def __init__(self, settings: TrainSettings, origins: Mapping[str, str] | None = None):
-        """Of a run; `origins` says of settings where they come from, if more is known than that they are no defaults."""
+        """For a run with these settings; `origins` says where a setting comes from, if more is known than "given"."""
         self._settings, self._origins = settings, origins or {}
         self._incidents: Incidents | None = None
         self._unkept: list[tuple[Kind, str, int | None]] = []
@@ -49,15 +47,15 @@ class Report:
             self._keep()
 
     def _keep(self) -> None:
-        with self._keeping:  # also called by the thread that keeps the time
+        with self._keeping:  # the thread of `RunSegments` also warns
             while self._incidents is not None and self._unkept:
                 kind, warning, step = self._unkept[0]
-                # A run that goes on warns of its settings again, and skips the same steps.
+                # A run that is resumed warns of its settings again, and skips the same steps.
                 if warning not in self._warned:
                     try:
                         self._incidents.add(kind, warning, step)
                     except OSError:
-                        return  # a full disk, perhaps: it was said, and is kept when it can be
+                        return  # a full disk, perhaps: the warning was printed, and is kept when it can be
                     self._warned.add(warning)
                 self._unkept.pop(0)
 
@@ -99,11 +97,10 @@ class Report:
         done: int,
         data: Sequence[str],
         max_length: int,
-        mesh: Mesh,
     ) -> None:
-        """Prints what is about to be trained, on what, and where it lies.
+        """Prints what is about to be trained, on what data, and how many bytes each device holds.
 
-        `whole` is the number of the model's weights; `data` is what is known of the rows, in lines.
+        `whole` is the number of the model's weights, and `data` describes the rows in lines.
         """
         for line in data:
             self.say(f"data: {line}")
@@ -117,9 +114,9 @@ class Report:
             whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
         if done:
-            self.say(f"going on after step {done}")
+            self.say(f"resuming after step {done}")
             if self._incidents is not None:
-                self._incidents.add("resumed", f"going on after step {done}", done)
+                self._incidents.add("resumed", f"resuming after step {done}", done)
         self._done, self._begun, self._done_then = done, time.monotonic(), done
 
     @contextlib.contextmanager
@@ -132,6 +129,14 @@ class Report:
         with Progress(*columns, console=self._console) as self._progress:
             self._task = self._progress.add_task("compiling", total=self._settings.run.steps, completed=self._done)
             yield
+
+    def evaluation(self, found: Mapping[str, Any]) -> None:
+        """Prints what `scoring.evaluate` found, without the digests, which only serve comparisons."""
+        for name, value in found.items():
+            if isinstance(value, float):
+                self.say(f"held-out {name.replace('_', ' ')}: {value:g}")
+            elif name not in ("grid", "answered"):
+                self.say(f"{name}: {value}")
 
     def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
         """Shows one step: in the live line, or as a line of its own every so often."""

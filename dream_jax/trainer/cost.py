@@ -1,7 +1,4 @@
-"""What chips cost by the hour, and a run by the time of its parts.
-
-Knows prices given and listed. Knows nothing of how long anything takes.
-"""
+"""What chips cost by the hour, and what a run has cost by the time of its segments."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
-from dream_jax.trainer.segments import Part, begun_at
+from dream_jax.trainer.segments import RunSegment, segment_since
 from dream_jax.trainer.setting_groups import PriceSettings
 
 
@@ -21,8 +18,8 @@ class Cost:
 
     Attributes:
       chips: that were held, at last.
-      chip_hours: chips times hours over all parts, with compilation, saving, evaluation, and steps that a kill undid.
-      usd_per_chip_hour: given, or of the list, on average; None when there is neither for one of the parts.
+      chip_hours: chips times hours over all segments, with compilation, saving, evaluation, and steps that a kill undid.
+      usd_per_chip_hour: given, or of the list, on average; None when there is neither for one of the segments.
       usd, rmb: None without a price.
     """
 
@@ -41,14 +38,14 @@ def usd_per_chip_hour(price: PriceSettings, chip: Chip | None) -> float | None:
     return price.price_per_chip_hour / rate
 
 
-def begin_part(price: PriceSettings, mesh: Mesh, began: float) -> Part:
-    """What of a run began on this mesh, at a time of `time.monotonic()`."""
+def begin_segment(price: PriceSettings, mesh: Mesh, began: float) -> RunSegment:
+    """The segment of a run that began on this mesh at a time of `time.monotonic()`."""
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
     chips = max(1, mesh.devices.size // (1 if chip is None else chip.devices_per_chip))
     if mesh.devices.flat[0].platform == "cpu":
-        chips = 1  # the devices of a CPU are made up
-    return begun_at(
+        chips = 1  # a CPU is one chip, however many devices jax divides it into
+    return segment_since(
         began,
         devices=f"{mesh.devices.size} x {kind}",
         chips=chips,
@@ -57,21 +54,21 @@ def begin_part(price: PriceSettings, mesh: Mesh, began: float) -> Part:
     )
 
 
-def run_cost(parts: Sequence[Part], price: PriceSettings | None = None) -> Cost:
-    """What the parts of a run, at least one, have cost together.
+def run_cost(segments: Sequence[RunSegment], price: PriceSettings | None = None) -> Cost:
+    """What the segments of a run, at least one, have cost together.
 
-    A part that no price was known of takes the one that the settings give, if they give one.
+    A segment that no price was known of takes the one that the settings give, if they give one.
     """
     given = None if price is None else usd_per_chip_hour(price, None)
-    hours = [part.chips * part.seconds / 3600 for part in parts]
-    paid = [given if part.usd_per_chip_hour is None else part.usd_per_chip_hour for part in parts]
+    hours = [segment.chips * segment.seconds / 3600 for segment in segments]
+    paid = [given if segment.usd_per_chip_hour is None else segment.usd_per_chip_hour for segment in segments]
     known = [each * hour for each, hour in zip(paid, hours, strict=True) if each is not None]
     chip_hours = sum(hours)
     whole = len(known) == len(paid)
     usd = sum(known)
-    rmb = sum(part.rmb_per_usd * cost for part, cost in zip(parts, known, strict=False))
+    rmb = sum(segment.rmb_per_usd * cost for segment, cost in zip(segments, known, strict=False))
     return Cost(
-        chips=parts[-1].chips,
+        chips=segments[-1].chips,
         chip_hours=chip_hours,
         usd_per_chip_hour=usd / chip_hours if whole and chip_hours > 0 else None,
         usd=usd if whole else None,

@@ -1,7 +1,4 @@
-"""The folder of a run: who may write it, and what is in it.
-
-Knows files. Knows nothing of steps or models.
-"""
+"""The folder of a run: which process may write it, which run it holds, and the files that are written while it runs."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dream_jax.batch import Batch
+from dream_jax.distributed import barrier, from_first
+from dream_jax.files import replacing, write_json
 from dream_jax.tokenizer import Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
@@ -31,10 +29,10 @@ METRICS = (
 )
 EVALUATED = ("nll", "nll_se", *NLL_BY_TIME, "masked_accuracy", "eos_accuracy", "num_masked", "rows")
 GRID = "grid"
-"""The column of `eval.csv` that tells on what a score was taken: the begin of the grid's digest."""
+"""The column of `eval.csv` that says which rows and masks a score was taken on: the first characters of the digest."""
 
-# What a run makes in its folder, and all that --overwrite removes. The settings go last: what is left of a removal that was
-# cut short still shows whose folder it is.
+# What a run makes in its folder, and all that --overwrite removes. The settings are removed last, so that a removal that
+# was cut short leaves the folder of a run.
 _MADE = (
     "metrics.csv",
     "eval.csv",
@@ -58,7 +56,7 @@ _MADE = (
 
 
 def check_folder(settings: TrainSettings) -> bool:
-    """Whether the run's folder holds the run to go on with. Changes nothing.
+    """Whether the run's folder holds this very run, which can be resumed. Changes nothing.
 
     Raises:
       FileExistsError: it holds something else: a finished run, a run with other settings, or no run at all.
@@ -95,12 +93,14 @@ def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}), so this run cannot go on; give another --out") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}), so this run cannot be resumed; give another --out"
+        ) from error
     return found if isinstance(found, dict) and {"mesh", "model", "data", "steps"} <= found.keys() else None
 
 
 def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | None:
-    """Why the run in the folder is not the one to go on with, and what to do; None when it is."""
+    """Why the run in the folder cannot be resumed with these settings, and what to do; None when it can."""
     if (settings.run.out / "summary.json").is_file():
         return "a finished run; pass --overwrite to throw it away, or another --out"
     changed = [
@@ -112,7 +112,7 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         return None
     return (
         f"a run with other settings ({'; '.join(changed)}); "
-        "repeat its settings to go on, pass --overwrite to throw it away, or give another --out"
+        "repeat its settings to resume it, pass --overwrite to throw it away, or give another --out"
     )
 
 
@@ -121,59 +121,49 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def claimed_folder(settings: TrainSettings) -> Iterator[None]:
-    """Makes the run's folder, unless it holds the run to go on with; while the block runs no other run can have it.
+    """Makes the run's folder anew, unless it holds the run to resume; while the block runs no other run can have it.
 
     Raises:
       As `check_folder`; BlockingIOError when another run has the folder.
     """
     with contextlib.ExitStack() as stack:
-        going_on = check_folder(settings)
-        together("looked")
+        resumes = check_folder(settings)
+        barrier("trainer.looked")
         if jax.process_index() == 0:
             settings.run.out.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(settings.run.out / _LOCK, "w", encoding="utf-8"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however this process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however this process ends
             except BlockingIOError as error:
                 raise BlockingIOError(
                     f"another process is writing the run in {settings.run.out}; wait for it, or give another --out. "
                     "Processes of one run are joined by --coordinator"
                 ) from error
-            if not going_on:
+            if not resumes:
                 for name in _MADE:
                     path = settings.run.out / name
                     if path.is_dir():
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-            # Of a run that goes on some may be new: those that are free.
+            # Some settings of a run that is resumed may be new: those of `FREE`.
             write_json(settings.run.out / "settings.json", settings.plain())
-        together("claimed")
+        barrier("trainer.claimed")
         yield
 
 
 def holds_checkpoint(settings: TrainSettings) -> bool:
-    """Whether the run's folder holds this very run, with a checkpoint to go on from. Raises as `check_folder`.
+    """Whether the run's folder holds this very run, with a checkpoint to resume from. Raises as `check_folder`.
 
     As the first process sees it: a shared disk may show the others something older.
     """
     folder = settings.run.out / "checkpoints"
     found = check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-    if jax.process_count() > 1:
-        found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
-    return found
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a JSON file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    # Not NaN and the like, which are no JSON: whoever writes them here has missed something.
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    return bool(from_first(found))
 
 
 class MetricsLog:
-    """`metrics.csv`, `eval.csv` and the loggers asked for. Rows after the step that a run goes on from are dropped."""
+    """`metrics.csv`, `eval.csv` and the loggers asked for. Rows after the step that a run resumes from are dropped."""
 
     def __init__(self, settings: TrainSettings, done: int):
         folder = settings.run.out
@@ -216,12 +206,10 @@ class _Table:
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
-        temporary = path.with_name(f".{path.name}.incomplete")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fields, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, fields, extrasaction="ignore")
 
@@ -251,20 +239,18 @@ def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]])
     suffix = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
     for step, batch in batches.items():
         path = target / f"step-{step}{suffix}.npz"
-        temporary = path.with_name(f".{path.name}.incomplete")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             arrays = {"tokens": batch.tokens_BT, "maskable": batch.maskable_BT, "row": batch.row_B}
             if batch.valid_BT is not None:
                 arrays["attention_mask"] = batch.valid_BT
             np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for the flag `allow_pickle`
-        temporary.replace(path)
     return target
 
 
 def save_tokenizer(
     settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template
 ) -> pathlib.Path:
-    """Keeps what must travel with the weights beside them: the original may be gone when the run ends."""
+    """Copies what belongs with the weights into the run's folder, since the original may be gone when the run ends."""
     folder = settings.run.out / "tokenizer"
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)
@@ -274,11 +260,5 @@ def save_tokenizer(
         for path in (beside / "config.json", beside / "generation_config.json", *beside.glob("*.py")):
             if path.is_file() and beside != folder:
                 shutil.copyfile(path, folder / path.name)
-    together("tokenizer")
+    barrier("trainer.tokenizer")
     return folder
-
-
-def together(what: str) -> None:
-    """Waits until every process of the run is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"dream_jax.trainer.{what}")

@@ -10,10 +10,10 @@ import jax
 from jax.sharding import Mesh
 
 from dream_jax.data import TokenizedRows
+from dream_jax.files import write_json
 from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
 from dream_jax.sampler import bucket_length
-from dream_jax.trainer.folder import write_json
 from dream_jax.trainer.settings import TrainSettings
 
 FILE = "samples.json"

@@ -1,9 +1,7 @@
-"""The parts that a run was made in, a part from one start of the command to its end: how long each held the hardware.
+"""The segments of a run, one from each start of the command to its end: how long each held the hardware, in `parts.json`.
 
-A run that was killed has paid for steps that it takes again, perhaps on another mesh and at another price: only what is
-written while it runs knows of them. A start that fails before there is a folder of the run is none of its parts.
-
-Knows a file and a clock. Knows no prices.
+A run that was killed has paid for steps that it takes again, perhaps on another mesh and at another price; only what is
+written while it runs tells of them. A start that fails before the run has a folder is not a segment.
 """
 
 from __future__ import annotations
@@ -12,29 +10,30 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from dream_jax.files import write_json
+
 FILE = "parts.json"
 EVERY = 10.0
-"""Seconds between two looks at the clock: at most so much of a part that is killed is not counted."""
+"""Seconds between two writes: at most so much of a segment that is killed is not counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One of them.
+class RunSegment:
+    """One start of the command.
 
     Attributes:
       begun: when, in UTC (ISO 8601).
-      seconds: that it lasted, or had lasted when it was last written down.
-      devices: as in "8 x TPU v6 lite".
+      seconds: how long it lasted, or had lasted when it was last written.
+      devices: such as "8 x TPU v6 lite".
       chips: that were held.
       usd_per_chip_hour: None where no price is known.
       rmb_per_usd: the rate at which that is paid in RMB.
-      ended: whether it came to an end of its own; False for one that runs, or was killed.
+      ended: whether the command came to an end; False while it runs, and after it was killed.
     """
 
     begun: str
@@ -46,8 +45,8 @@ class Part:
     ended: bool = False
 
 
-def read_parts(folder: pathlib.Path) -> list[Part]:
-    """The parts of a run, oldest first; none where the folder says nothing of them.
+def read_segments(folder: pathlib.Path) -> list[RunSegment]:
+    """The segments of a run, oldest first; none where the folder has no file of them.
 
     Raises:
       ValueError: the file is damaged.
@@ -56,44 +55,48 @@ def read_parts(folder: pathlib.Path) -> list[Part]:
     if not path.is_file():
         return []
     try:
-        return [Part(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        return [RunSegment(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); move it away, and with it the time of earlier parts") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); move it away, and with it the time of earlier segments"
+        ) from error
 
 
-class Parts:
-    """The earlier parts of a run, and the present one, which is written down as it goes on."""
+class RunSegments:
+    """The earlier segments of a run, and the present one, which is written while it lasts."""
 
-    def __init__(self, folder: pathlib.Path | None, present: Part, began: float, told: Callable[[str], None]):
-        """Without a folder (on processes that do not lead) nothing is read or written.
+    def __init__(
+        self, folder: pathlib.Path | None, present: RunSegment, began: float, told: Callable[[str], None]
+    ) -> None:
+        """Without a folder (on processes other than the first) nothing is read or written.
 
         Args:
           folder: of the run. A damaged file in it is put aside.
-          present: this part; its seconds do not count.
+          present: this segment; its seconds do not count.
           began: `time.monotonic()` at its begin, which may be before the run had a folder.
-          told: what cannot be read or written; a run does not end for that.
+          told: is called with a warning when the file cannot be read or written; the run does not end for that.
         """
         self._folder, self._present, self._began, self._told = folder, present, began, told
         self._writing = threading.Lock()
-        self._earlier: list[Part] = []
+        self._earlier: list[RunSegment] = []
         if folder is not None:
             try:
-                self._earlier = read_parts(folder)
+                self._earlier = read_segments(folder)
             except ValueError:
                 aside = folder / f"{FILE}.damaged"
                 (folder / FILE).replace(aside)
-                told(f"warning: {FILE} is damaged and is {aside.name} now: the time of earlier parts is not known")
+                told(f"warning: {FILE} is damaged and is {aside.name} now: the time of earlier segments is not known")
 
-    def now(self, *, ended: bool = False) -> list[Part]:
-        """As they are now."""
+    def now(self, *, ended: bool = False) -> list[RunSegment]:
+        """All segments, with the seconds of the present one until now."""
         seconds = time.monotonic() - self._began
         return [*self._earlier, dataclasses.replace(self._present, seconds=seconds, ended=ended)]
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """While the block runs the file is never older than `EVERY` seconds."""
+    def kept(self) -> Iterator[RunSegments]:
+        """While the block runs, the file is never older than `EVERY` seconds."""
         if self._folder is None:
-            yield
+            yield self
             return
         over = threading.Event()
 
@@ -102,37 +105,34 @@ class Parts:
                 self.write(self.now())
 
         self.write(self.now())
-        keeper = threading.Thread(target=keep, name="parts", daemon=True)
+        keeper = threading.Thread(target=keep, name="segments", daemon=True)
         keeper.start()
         try:
-            yield
+            yield self
         finally:
             over.set()
             keeper.join()
             self.write(self.now(ended=True))
 
-    def write(self, parts: Sequence[Part]) -> None:
-        """Puts them on the disk; says so where it cannot, and the next time may."""
+    def write(self, segments: Sequence[RunSegment]) -> None:
+        """Writes the file; warns where it cannot be written, since the next write may succeed."""
         if self._folder is None:
             return
-        temporary = self._folder / f".{FILE}.incomplete"
         try:
-            with self._writing, temporary.open("w", encoding="utf-8") as file:
-                json.dump([dataclasses.asdict(part) for part in parts], file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())  # rewritten so often, it would be the file that a loss of power leaves empty
-                temporary.replace(self._folder / FILE)
+            with self._writing:
+                write_json(self._folder / FILE, [dataclasses.asdict(segment) for segment in segments])
         except OSError as error:
             self._told(
-                f"warning: {self._folder / FILE} was not written ({error}): the cost of the run may miss this part"
+                f"warning: {self._folder / FILE} was not written ({error}): the cost of the run may miss this segment"
             )
 
 
-def begun_at(began: float, *, devices: str, chips: int, usd_per_chip_hour: float | None, rmb_per_usd: float) -> Part:
-    """A part that began at a time of `time.monotonic()`."""
+def segment_since(
+    began: float, *, devices: str, chips: int, usd_per_chip_hour: float | None, rmb_per_usd: float
+) -> RunSegment:
+    """A segment that began at a time of `time.monotonic()`."""
     begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=time.monotonic() - began)
-    return Part(
+    return RunSegment(
         begun=begun.isoformat(timespec="seconds"),
         seconds=0.0,
         devices=devices,

@@ -1,0 +1,91 @@
+"""What a run writes of itself as JSON: `data.json` when it begins, `summary.json` when it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dream_jax import sharding
+from dream_jax.checkpoint import RunCheckpoints
+from dream_jax.hf import is_hub_id
+from dream_jax.model import Dream, parameter_count
+from dream_jax.train_step import TrainState
+from dream_jax.trainer.cost import run_cost
+from dream_jax.trainer.folder import last_losses
+from dream_jax.trainer.prepared import PreparedRun
+from dream_jax.trainer.segments import RunSegment
+from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.weights import Frozen
+
+
+def data_facts(run: PreparedRun) -> dict[str, Any]:
+    """The contents of `data.json`: the rows, how the batches will be, and where model and data were read."""
+    return {
+        "rows": run.batches.report.plain(),
+        "batches": dataclasses.asdict(run.batches.outlook(run.settings.run.steps)),
+        "sources": _sources(run.settings),
+    }
+
+
+def _sources(settings: TrainSettings) -> dict[str, str]:
+    """Whether the model and each data set is local, of the hub, or built in.
+
+    As it was when the run began: what stood at a path then may be gone when the run is resumed.
+    """
+    try:
+        before = json.loads((settings.run.out / "data.json").read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None  # the run begins now, or the file is damaged and is written anew
+    if isinstance(before, dict):
+        return before
+    found = {}
+    for name in (settings.network.model, settings.rows.data, *settings.rows.mix):
+        local = pathlib.Path(name).expanduser().exists()
+        found[name] = "local" if local else "hub" if is_hub_id(name) else "built in"
+    return found
+
+
+def summarize(
+    run: PreparedRun,
+    state: TrainState,
+    frozen: Frozen,
+    trained: Dream,
+    evaluation: dict[str, Any],
+    checkpoints: RunCheckpoints,
+    segments: Sequence[RunSegment],
+) -> dict[str, Any]:
+    """The contents of `summary.json`.
+
+    Args:
+      run: what was trained on what.
+      state: the one that is handed over.
+      frozen: the weights that were not trained.
+      trained: the model that the run made.
+      evaluation: of that model.
+      checkpoints: of the run.
+      segments: of the run, the last one until now.
+    """
+    settings, best = run.settings, checkpoints.best_step()
+    return {
+        "settings": settings.plain(),
+        "parameters": run.model.config.num_parameters,
+        "trained_parameters": parameter_count(state.params),
+        "base_identity": frozen.identity,
+        "learning_rate": settings.optimizer_config().learning_rate,
+        "mask": trained.trained_mask,
+        "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
+        "data": run.batches.report.plain(),
+        "last_losses": last_losses(settings.run.out) if jax.process_index() == 0 else [],
+        "eval": evaluation,
+        "best": None if best is None else {"step": best, "nll": checkpoints.score(best)},
+        "step": int(state.step),
+        "seconds": sum(segment.seconds for segment in segments),
+        "cost": dataclasses.asdict(run_cost(segments, settings.price)),
+        "devices": f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
