@@ -201,7 +201,7 @@ FAULTS = (
     ),
     Fault(
         "trainer: a run that is resumed begins its data anew",
-        "dream_jax/trainer/loop.py",
+        "dream_jax/trainer/steps.py",
         'run.batches.set_state(meta["data"])',
         "pass",
         "tests/test_trainer.py -k with_an_unfinished_run",

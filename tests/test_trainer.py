@@ -19,7 +19,7 @@ from dream_jax import pretrained, sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.data import TokenizedRows, make_batches
 from dream_jax.tokenizer import ByteTokenizer
-from dream_jax.trainer import Diverged, Stopped, TrainSettings, steps, train
+from dream_jax.trainer import Diverged, Stopped, TrainSettings, prepared, steps, train
 from dream_jax.trainer.folder import check_folder, claimed_folder
 from dream_jax.trainer.heldout import Grid, lay_out_held_out
 from dream_jax.trainer.incidents import read_incidents
@@ -387,9 +387,9 @@ def test_rows_are_tokenised_once_for_a_run(tmp_path, monkeypatch):
     for split, number in (("train", 12), ("test", 6)):
         lines = [json.dumps({"input": f"{split} {n}", "output": f"a {split} {n}"}) for n in range(number)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(loop, "open_tokenizer", lambda *_: Counting())
+    monkeypatch.setattr(prepared, "open_tokenizer", lambda *_: Counting())
     options = {"data": str(tmp_path), "mesh": "1x1", "eval_rows": 5, "samples": 3, "batch_size": 4}
-    run = loop._prepare(plain(tmp_path / "out", **options), sharding.make_mesh("1x1"))
+    run = prepared.prepare(plain(tmp_path / "out", **options), sharding.make_mesh("1x1"))
     with run.batches as batches:
         for _ in range(7):
             next(batches)

@@ -128,7 +128,9 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
-    evaluated = [] if held_out is None else [row for _, row in held_out.first(settings.evaluation.eval_rows, max_length)]
+    evaluated = (
+        [] if held_out is None else [row for _, row in held_out.first(settings.evaluation.eval_rows, max_length)]
+    )
     grid = None
     if evaluated:
         laid_out = lay_out_held_out(evaluated, max_length, tokenizer.pad_id, options)
