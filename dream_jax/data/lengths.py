@@ -17,8 +17,8 @@ from dream_jax.tokenizer import Tokenizer
 class TokenizedRows:
     """The rows of a source as uncut tokens, by number.
 
-    A row that was measured or handed out by `keep` stays in memory (4 bytes a token) and is not tokenised again. Other
-    rows are those of a source that promises one length, such as generated puzzles: they are tokenised when asked for.
+    A row that was measured, or returned by `keep`, stays in memory (4 bytes a token) and is not tokenised again. All other
+    rows are those of a source of uniform length, such as generated puzzles; they are tokenised each time they are read.
     """
 
     def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
@@ -52,7 +52,7 @@ class LengthReport:
     """How the rows of a source fit into max_length tokens. Lengths are those before any cut, end token included.
 
     total: rows of the source. measured: rows that were tokenised to learn this; the other numbers are about the
-    `measured` rows only, unless the source promises that all its rows have one length.
+    `measured` rows only, unless the source has a uniform length.
     reasons: why rows were dropped. cut: rows that were kept but shortened. whole: rows kept with their whole answer and
     its end token.
     bad, filtered: rows that never became part of the source; see `Intake`.
@@ -122,7 +122,7 @@ class RowLengths(NamedTuple):
 def length_report(rows: TokenizedRows, max_length: int, limit: int | None = None) -> LengthReport:
     """Tokenises the rows, or `limit` of them evenly spread, and says how many fit.
 
-    Where the source promises one length, only the first row is tokenised.
+    Of a source of uniform length only the first row is tokenised.
     Raises: ValueError when no row fits, with the shortest, the longest and what to do; or for no rows.
     """
     if limit is not None and limit < 1:
@@ -141,12 +141,12 @@ def longest_row(rows: TokenizedRows) -> int:
 def fitting_rows(rows: TokenizedRows, max_length: int) -> tuple[np.ndarray | range, RowLengths, LengthReport]:
     """Numbers of the rows that the length policy keeps, ascending, their lengths, and the report.
 
-    All rows are tokenised, but of a source, or a part of a mixture, that promises one length only the first.
+    All rows are tokenised, except that of a source of uniform length, also within a mixture, only the first is.
     Raises: as `length_report` does.
     """
     numbers, stands_for = _to_measure(rows.source)
     kept, lengths, report = _measure(rows, numbers, stands_for, max_length)
-    if len(numbers) == 1:  # neither a range nor these take the memory that a million numbers would
+    if len(numbers) == 1:  # a source of uniform length may have a million rows: none of these takes memory for each
         every = range(len(rows))
         return every, RowLengths(*(np.broadcast_to(column, len(rows)) for column in lengths)), report
     counts = stands_for[kept]

@@ -1,7 +1,4 @@
-"""The choices of how text is read, cut and laid out: frozen, checked, and all with a default.
-
-Knows their values and which of them contradict each other. Does nothing.
-"""
+"""Options of how text is read, tokenised and laid out in batches: frozen, checked, and all with a default."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,11 +7,11 @@ AnswerFormat = Literal["s1", "d1"]
 """How a trace and an answer become one response; see `dream_jax.data.schemas.reasoning`."""
 
 LengthPolicy = Literal["filter", "right", "middle", "answer_only"]
-"""What is done with a row of more tokens than there is room for.
+"""What is done with a row of more than max_length tokens.
 
-filter: it is dropped. right: its end is cut off, end token first. middle: the end of its trace is cut out, so that
-prompt, answer and end token stay whole; dropped if these alone do not fit, or it has no trace. answer_only: no row keeps
-its trace, long or not; dropped if it still does not fit.
+filter: it is dropped. right: its end is cut off, the end token first. middle: the end of its trace is cut out, so that
+prompt, answer and end token stay whole; the row is dropped if these alone do not fit, or if it has no trace. answer_only:
+every row, long or short, loses its trace, and a row that still does not fit is dropped.
 """
 
 LearnedTurns = Literal["last", "all"]
@@ -58,16 +55,16 @@ class EncodeOptions:
 class BatchOptions:
     """How rows are laid out in a batch.
 
-    eos_tail: most end-of-text tokens after a row's own end token; None fills the row with them. They are attended,
-      maskable and learned like the published padding; where they end, the row ends.
-    cut_responses: Dream's `random_with_input_pad`: all rows of a batch get the response length of one of its rows, drawn
-      anew for each batch (its text only: the published count leaves out the end token). Longer responses lose their
-      ends, shorter ones are padded up to it.
+    eos_tail: the largest number of end-of-text tokens after a row's own end token; None fills the row with them. They
+      are attended to, maskable and learned like the published padding; the row ends where they end.
+    cut_responses: Dream's `random_with_input_pad`: all rows of a batch get the response length of one of its rows, which
+      is drawn anew for each batch (without the end token, which the published count leaves out). Longer responses lose
+      their ends, shorter ones are padded to this length.
     tail_cut: Dream's `resp_cutoff_ratio`: probability that a batch loses a random tail, the same number of tokens in
       every row, that leaves each at least one token to learn.
     width_step: pad a batch to the next multiple of this that holds its longest row, rather than to max_length, and put
-      rows of like length together (not under cut_responses, which lives on their differences). Every width that occurs
-      is compiled once.
+      rows of like length together (not under cut_responses, which needs rows of different lengths). Every width that
+      occurs is compiled once.
     """
 
     eos_tail: int | None = None
@@ -85,7 +82,7 @@ class BatchOptions:
 
     @property
     def hides(self) -> bool:
-        """Whether rows may be shorter than their batch, so that a batch says which of its positions exist."""
+        """Whether rows may be shorter than their batch, so that a batch says which of its positions are valid."""
         return self.eos_tail is not None or self.cut_responses or self.tail_cut > 0
 
 

@@ -98,14 +98,14 @@ def make_batches(
     prefetch: int = 4,
     options: BatchOptions = BatchOptions(),
 ) -> Batches:
-    """The batches of one process, for ever.
+    """An endless iterator over the batches of one process.
 
     Each holds batch_size / process_count rows, of which local row j is row j * process_count + process_index of the
     global batch. Its T is max_length; under options.width_step it is the smallest multiple of the step that holds the
     batch, or max_length. valid_BT is None unless rows may be shorter than their batch (options.hides).
 
     Every epoch is another permutation, drawn from seed (0 <= seed < 2**32), of the rows that fit; a batch may
-    straddle two epochs. In a `Mixture` every part has epochs of its own, and the weights say which part is next. Which
+    straddle two epochs. In a `Mixture` every source has its own epochs, and the weights decide which source is next. Which
     rows fit is decided here, before the rows are divided among the processes; `Batches.report` says the outcome.
     num_threads read ahead by `prefetch` batches; with 0 the caller's thread does the work. Order and states
     depend on neither.
@@ -136,7 +136,7 @@ def make_batches(
         fitted = []
         for index in plan.rows.tolist():
             row = rows.fit(rows[int(numbers[index])], max_length)
-            # Dropping it here would shift the stream differently on different processes.
+            # If the row were dropped here, the streams of the processes would no longer agree.
             if isinstance(row, str) or row.prompt_length != lengths.prompt[index]:
                 raise ValueError(
                     f"row {numbers[index]} has another length than when the source was measured ({max_length=}), "

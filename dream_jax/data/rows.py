@@ -1,7 +1,4 @@
-"""What a row of training text is, and what gives rows by number.
-
-Knows no format, no tokenizer and no array.
-"""
+"""One row of training text, and sources that give rows by number: lists and mixtures."""
 
 import bisect
 import itertools
@@ -16,11 +13,11 @@ from dream_jax.tokenizer import Message
 
 
 class Piece(NamedTuple):
-    """A part of a response, tokenised apart from the others.
+    """One of the consecutive texts that a response consists of; each is tokenised on its own.
 
-    kind: "text" is the answer, or a response without parts; "trace" is reasoning, which a length policy may shorten or
-    leave out. "mark" and "opening" are the format's own words, in which the name of a special token is that token; an
-    opening goes where the trace goes.
+    kind: "text" is the answer, or a response of one piece; "trace" is reasoning, which a length policy may shorten or
+    leave out. "mark" and "opening" are the format's own words, in which the name of a special token becomes that token;
+    an opening is left out together with the trace.
     """
 
     kind: Literal["text", "trace", "mark", "opening"]
@@ -31,12 +28,11 @@ class Piece(NamedTuple):
 class Row:
     """One example as text.
 
-    prompt: never masked. A string is used as it stands; a tuple of chat messages goes through the tokenizer's
-    chat template.
+    prompt: never masked. A string is used as it is; a tuple of chat messages goes through the tokenizer's chat template.
     response: what the model learns to write, without an end token.
     pieces: what the response consists of, in order; none for a response of one piece.
     tools: functions that the chat template announces, as JSON schemas.
-    document: the response is a whole text that answers nothing: its prompt is empty, and it begins with
+    document: whether the response is a whole text without a question. Its prompt is empty, and it begins with
     `<|beginoftext|>`, so that its first token has a left neighbour to be predicted from.
     meta: where the row came from and what scoring needs; never read by training.
     Raises: ValueError for pieces that are not the response, or a document with a prompt.
@@ -58,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """What of its files did not become rows of a source.
+    """Which rows of its files a source left out.
 
     bad: a complaint for each row that could not be read, with file and line.
     filtered: reason -> rows that were left out for it.
@@ -80,7 +76,7 @@ class RowSource(Protocol):
     """Whether all rows have the same number of tokens, so that measuring one measures all."""
 
     intake: Intake
-    """What did not become rows."""
+    """Which rows of its files were left out."""
 
     def __len__(self) -> int: ...
 
@@ -104,10 +100,11 @@ class RowList:
 
 
 class Mixture:
-    """Several sources as one, the rows of each after those of the one before.
+    """Several sources as one: first the rows of the first source, then those of the second, and so on.
 
-    weights: how often each is drawn from, in proportion, whatever its size; None draws by size.
-    Raises: ValueError for a number of weights that is not that of the sources, or a weight that is not positive.
+    weights: how often each source is drawn from, relative to the others and independent of its size; None draws in
+    proportion to the sizes.
+    Raises: ValueError for another number of weights than of sources, or a weight that is not positive.
     """
 
     uniform_length = False
@@ -137,7 +134,7 @@ class Mixture:
 
 
 def first_numbers(source: RowSource, count: int) -> list[int]:
-    """Numbers of the first rows, at most `count`; of a mixture as many spread evenly, for its parts follow each other."""
+    """Numbers of the first rows, at most `count`; of a mixture as many spread evenly, so that all its sources occur."""
     count = min(count, len(source))
     if isinstance(source, Mixture) and count > 1:
         return [number * (len(source) - 1) // (count - 1) for number in range(count)]
@@ -145,7 +142,7 @@ def first_numbers(source: RowSource, count: int) -> list[int]:
 
 
 def check_index(index: SupportsIndex, length: int) -> int:
-    """`index` as an int. Raises IndexError outside 0 <= index < length: negative numbers are bugs here."""
+    """`index` as an int. Raises IndexError outside 0 <= index < length: no caller counts from the end."""
     number = operator.index(index)
     if not 0 <= number < length:
         raise IndexError(f"row {number} of a source with rows 0..{length - 1}")

@@ -92,8 +92,8 @@ class SudokuSource:
     among those that leave one solution. Test puzzles are all different from each other, and a larger test
     split begins with the smaller one; train puzzles may repeat.
 
-    seed draws the puzzles. split_seed and test_share place the grids; they are apart so that no other seed
-    moves a grid from one split to the other.
+    seed draws the puzzles. split_seed and test_share divide the grids between the splits; they do not depend on seed, so
+    that no seed moves a grid from one split to the other.
     size: number of rows; by default 1,000,000 for train and 200 for test. Test rows are drawn once at the
     start (some microseconds each).
     Raises: ValueError for a bad setting, or for a test size that the distinct puzzles do not reach.
