@@ -188,8 +188,8 @@ FAULTS = (
     Fault(
         "data: a row ends without its end token",
         "dream_jax/data/encode.py",
-        'parts.append(_Part("end", [tokenizer.eos_id]))',
-        'parts.append(_Part("end", []))',
+        'pieces.append(("end", [tokenizer.eos_id]))',
+        'pieces.append(("end", []))',
         "tests/test_data.py -k encode_raw_row",
     ),
     Fault(
