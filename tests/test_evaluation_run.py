@@ -225,6 +225,7 @@ def test_choices_and_likelihoods(tmp_path):
     assert mesh["bits_per_byte"].value == pytest.approx(bits.value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_on_a_mesh(tmp_path):
     options = {"limit": 8, "max_new_tokens": 4, "batch_size": 8}
     one, many = quiet(out=tmp_path / "one", **options), quiet(out=tmp_path / "many", mesh="4x2", **options)

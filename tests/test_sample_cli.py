@@ -104,6 +104,7 @@ def test_a_file_of_prompts_resumes_where_it_stopped(weights, tmp_path, sample):
     assert answers.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_and_a_kill(weights, tmp_path, sample):
     prompts = tmp_path / "prompts.jsonl"
     lengths = np.random.default_rng(0).integers(1, 60, 200)
