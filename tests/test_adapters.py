@@ -306,7 +306,7 @@ def test_a_base_that_changed_since_is_noticed(finished, weights, tmp_path):
 def test_going_on_from_an_adapter(finished, weights, tmp_path):
     """On another kind of base and another mesh; with --merge the whole model is written too."""
     out = tmp_path / "more"
-    changes = {"lora_rank": None, "lora_dropout": None, "base": "auto", "mesh": "8x1", "steps": 2, "eval_rows": 0}
+    changes = {"lora_rank": None, "lora_dropout": None, "base": "auto", "mesh": "4x2", "steps": 2, "eval_rows": 0}
     changes |= {"adapter": str(finished[0] / "adapter"), "merge": True, "accumulation": 2, "remat": "full"}
     train(settings(weights, out, **changes))
     adapter = pretrained.describe_adapter(out / "adapter")
