@@ -71,10 +71,10 @@ def check_model(model: Any, fields: dict[str, Any], arrays: Any) -> Iterator[Che
         expected = torch.from_numpy(arrays["pad_positions"])
         yield Check(name="padded positions", difference=(positions != expected).sum().item(), allowed=0)
         padded = reference.logits(model, torch.from_numpy(arrays["pad_tokens"]), mask, positions)
-        real = mask.bool()
+        valid = mask.bool()
         yield Check(
             name="padded logits (real tokens)",
-            difference=_largest(padded[real], arrays["pad_logits"][real.numpy()]),
+            difference=_largest(padded[valid], arrays["pad_logits"][valid.numpy()]),
             allowed=1e-5,
         )
         changed = tokens.clone()

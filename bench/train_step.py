@@ -95,9 +95,9 @@ def make_model(settings: TrainStepBenchSettings) -> Dream:
     graphdef, shapes = split_params(abstract_model(config, **options))
 
     # One leaf at a time, of simple values: the time of a step does not depend on them.
-    def draw(leaf: Any, place: Any) -> jax.Array:
+    def draw(leaf: Any, leaf_sharding: Any) -> jax.Array:
         fill = lambda: (0.02 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32))).reshape(leaf.shape).astype(leaf.dtype)
-        return jax.jit(fill, out_shardings=place)()
+        return jax.jit(fill, out_shardings=leaf_sharding)()
 
     model = merge_params(graphdef, jax.tree.map(draw, shapes, sharding.parameter_shardings(shapes, mesh)))
     if settings.lora_rank:

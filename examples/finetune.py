@@ -39,7 +39,7 @@ def fine_tune(model: dream_jax.Dream, tokens_BT: np.ndarray, steps: int) -> list
     def train_step(model: dream_jax.Dream, optimizer: nnx.Optimizer[dream_jax.Dream], key: jax.Array) -> jax.Array:
         level_key, mask_key = jax.random.split(key)
         rows = len(tokens_BT)
-        t_B = (jax.random.permutation(level_key, rows) + 0.5) / rows  # noise levels, evenly spread over (0, 1)
+        t_B = jax.random.permutation(level_key, jnp.arange(0.5, rows)) / rows  # noise levels, evenly spread
         masked_BT = jax.random.uniform(mask_key, tokens_BT.shape) < t_B[:, None]
         masked_BT &= jnp.arange(tokens_BT.shape[1]) > 0  # token i is predicted at position i - 1, so the first is given
 

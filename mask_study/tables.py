@@ -32,7 +32,7 @@ def fill(path: pathlib.Path, summary: TableRows, costs: TableRows, differences: 
         "passes": lambda: _passes(summary),
         "ablations": lambda: _ablations(summary),
         "differences": lambda: _differences(differences),
-        "kept keys": lambda: _kept(summary),
+        "kept keys": lambda: _cached_keys(summary),
         "costs": lambda: _costs(costs),
     }
 
@@ -134,7 +134,7 @@ def _differences(rows: TableRows) -> list[str]:
     return _table(["task", "variant", "in 1 pass", "confidence", "left to right", "nats a token"], lines)
 
 
-def _kept(rows: TableRows) -> list[str]:
+def _cached_keys(rows: TableRows) -> list[str]:
     lines = []
     for task, variant in _pairs([row for row in rows if row["measure"] == "kept keys"], MASKS):
         found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
