@@ -1,7 +1,4 @@
-"""The sampler's clock: the noise level of each step and how many tokens a step writes.
-
-Knows float32 numbers and step counts. Knows nothing of tokens or models.
-"""
+"""The sampler's schedule: the noise level of each step, and how many tokens a step writes."""
 
 from __future__ import annotations
 
@@ -16,9 +13,10 @@ from jaxtyping import Float, Int
 def timesteps(steps: int, eps: float = 1e-3) -> Float[np.ndarray, steps_plus_1]:
     """Noise levels 1 = t[0] > ... > t[steps] = eps, evenly spaced, float32.
 
-    Every value is rounded as the published code's float32 `linspace` rounds it: from the nearer end, by a float32
-    increment, in one fused multiply-add (torch's vectorised kernels; only its plain scalar loop rounds twice). The counts
-    below are truncated products of these, and one unit in the last place can move a token to another step.
+    Every value is rounded exactly as by the published code, torch's float32 `linspace`: from the nearer end, with a
+    float32 increment, in one fused multiply-add (this is what torch's vectorised kernels do; only its scalar loop
+    rounds twice). The counts below are truncated products of these values, so a difference of one unit in the last
+    place can move a token to another step.
 
     Raises:
       ValueError: steps below 1, or eps outside (0, 1).
@@ -30,7 +28,7 @@ def timesteps(steps: int, eps: float = 1e-3) -> Float[np.ndarray, steps_plus_1]:
     start, end = np.float32(1.0), np.float32(eps)
     step = (end - start) / np.float32(steps)
     index = np.arange(steps + 1)
-    # float64 holds the product of two float32 exactly, so that only the last line rounds: a fused multiply-add.
+    # float64 holds the product of two float32 exactly, so only the last line rounds, like a fused multiply-add.
     from_start = np.float64(start) + np.float64(step) * index
     from_end = np.float64(end) - np.float64(step) * (steps - index)
     return np.where(index < (steps + 1) // 2, from_start, from_end).astype(np.float32)
@@ -47,8 +45,9 @@ def write_fractions(steps: int, eps: float = 1e-3) -> Float[np.ndarray, "steps"]
 
 
 def write_counts(masked_B: Int[jax.Array, "B"], fractions: Float[jax.Array, "steps"]) -> Int[jax.Array, "B steps"]:
-    """How many of a row's masked positions each step would write, if it came next: truncated float32 products.
+    """The number of masked positions of each row that each step would write if it were next (a product, rounded down).
 
-    Per row, where the published code takes the mean over the batch: with unequal rows the mean overwrites finished rows.
+    It is computed for each row. The published code uses the mean over the batch, which overwrites finished rows when
+    rows differ.
     """
     return jnp.floor(masked_B.astype(jnp.float32)[:, None] * fractions).astype(jnp.int32)

@@ -103,7 +103,7 @@ FAULTS = (
     ),
     Fault(
         "decoding: the least confident first",
-        "dream_jax/decoding/order.py",
+        "dream_jax/decoding/choosing.py",
         "jnp.lexsort((-confidence_BM",
         "jnp.lexsort((confidence_BM",
         "tests/test_decoding.py -k commit",

@@ -102,7 +102,7 @@ def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
     logits[3::50] = np.round(logits[3::50])
     logits[4::100] = 0.25
     uniform = np.random.default_rng(3).random(rows, np.float32)
-    monkeypatch.setattr(choosing, "_ROWS_TOGETHER", {"cpu": 5000})
+    monkeypatch.setattr(choosing, "_GROUP_ROWS", {"cpu": 5000})
     choose_by_all.clear_cache()
     check(logits, uniform, 0.7, top_p, top_k)
     choose_by_all.clear_cache()
@@ -113,7 +113,7 @@ def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
 def test_several_thresholds_a_pass(monkeypatch, probes, top_p, top_k):
     """As accelerators do it, and all rows at once; the last group of rows is a short one elsewhere, here there is none."""
     monkeypatch.setattr(filters, "_PROBES", {"cpu": probes})
-    monkeypatch.setattr(choosing, "_ROWS_TOGETHER", {})
+    monkeypatch.setattr(choosing, "_GROUP_ROWS", {})
     choose_by_all.clear_cache()
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, 0.7, top_p, top_k)
     choose_by_all.clear_cache()

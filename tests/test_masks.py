@@ -26,7 +26,7 @@ DRAWN = [
     masks.TwoStream(1),
     masks.Annealed(np.array([[False, False, False], [True, True, True], [False, False, True]])),
     masks.Causal() & masks.SlidingWindow(1, 1),
-    masks.Causal() | masks.KeyLengths(np.array([1])),
+    masks.Causal() | masks.KeyLengths(np.array([2])),
     ~masks.Causal(),
     masks.Causal().at(np.array([[2, 0, 0]])),
 ]
@@ -295,7 +295,7 @@ def test_two_streams_see_what_decoding_block_by_block_sees():
         (lambda: masks.BlockCausal(0), "blocks of 0 tokens"),
         (lambda: masks.TwoStream(0), "blocks of 0 tokens"),
         (lambda: masks.SlidingWindow(-1, 0), "neither may be negative"),
-        (lambda: masks.TwoStream(2).dense(5, 5), "5 keys are no noised and clean half"),
+        (lambda: masks.TwoStream(2).dense(5, 5), "5 keys cannot be a noised and a clean half"),
         (lambda: masks.Causal().at(np.zeros((1, 2), int)).dense(3, 5), "2 queries was given to 3"),
         (lambda: (masks.Causal() & masks.KeyLengths(np.array([1]))).dense(2, 3), "2 queries and 3 keys"),
     ],
@@ -321,7 +321,7 @@ def test_masks_that_cannot_be_raise(make, message):
 )
 def test_names_and_masks_are_each_others_inverse(name, mask):
     assert masks.parse(name) == mask
-    assert masks.spelled(mask) == name
+    assert masks.name_of(mask) == name
     assert hash(masks.parse(name)) == hash(mask)  # a key of compiled programs
 
 
@@ -345,4 +345,4 @@ def test_unknown_names_raise(name):
 )
 def test_masks_without_a_name_raise(mask):
     with pytest.raises(ValueError, match=f"{named(mask)} has no name here; named are bidirectional"):
-        masks.spelled(mask)
+        masks.name_of(mask)

@@ -1,7 +1,7 @@
-"""Sums over the vocabulary, and the token at which a running sum passes a number.
+"""Sums over the vocabulary, and the token at which the running sum exceeds a target.
 
-Running sums are taken in two levels, over blocks of tokens and then inside one block: a running sum over the whole
-vocabulary costs a hundred times what a sum does.
+The running sum has two levels, over blocks of tokens and then inside one block, because a running sum over the whole
+vocabulary takes a hundred times as long as a sum.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from jaxtyping import Float, Int
 
 
 class Blocks(NamedTuple):
-    """Rows of numbers, 0 or above, in blocks of about a row's square root; what fills up the last block is 0.
+    """Rows of nonnegative numbers, divided into C blocks of width W (about sqrt(V)); the last is padded with zeros.
 
     Attributes:
       x_RCW: the numbers.
-      sum_RC: of each block.
+      sum_RC: the sum of each block.
     """
 
     x_RCW: Float[jax.Array, "R C W"]
     sum_RC: Float[jax.Array, "R C"]
 
     def total(self) -> Float[jax.Array, "R"]:
-        """Sum of each row."""
+        """The sum of each row."""
         return jnp.sum(self.sum_RC, axis=-1)
 
 
-def by_block(x_RV: Float[jax.Array, "R V"]) -> Blocks:
-    """Rows of numbers in blocks, and the blocks' sums."""
+def in_blocks(x_RV: Float[jax.Array, "R V"]) -> Blocks:
+    """Divides rows of numbers into blocks and sums each block."""
     rows, vocab = x_RV.shape
     width = 1 << ((vocab - 1).bit_length() + 1) // 2
     x_RCW = jnp.pad(x_RV, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
-    # The barrier: else a sum of the sums would be compiled into a second reading of all numbers.
+    # Without the barrier XLA would compute the sum of the sums by reading all numbers a second time.
     return Blocks(x_RCW, jax.lax.optimization_barrier(jnp.sum(x_RCW, axis=-1)))
 
 
-def passing(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
-    """The first token at which the running sum exceeds the target, among those of which there is something.
+def first_exceeding(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
+    """The first token with a positive number at which the running sum exceeds the target.
 
     Args:
-      x: at least one number a row above 0.
-      target_R: 0 or above; where it is the whole sum or more, the last token of which there is something is taken.
+      x: at least one number per row is positive.
+      target_R: 0 or above; if it is not below the sum of the row, the result is the last token with a positive number.
     """
     width = x.x_RCW.shape[-1]
     running_RC = jnp.cumsum(x.sum_RC, axis=-1)
@@ -54,7 +54,7 @@ def passing(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
     inside_RW = jnp.take_along_axis(x.x_RCW, block_R[:, None, None], axis=1)[:, 0]
     running_RW = before_R[:, None] + jnp.cumsum(inside_RW, axis=-1)
     offset_R = jnp.minimum(jnp.sum(running_RW <= target_R[:, None], axis=-1), _last_positive(inside_RW))
-    # A token of which there is nothing can only be hit by rounding; step to the next one.
+    # Because of rounding the token found may have the number 0; then the next positive one is taken.
     offset_R = jnp.argmax((inside_RW > 0) & (jnp.arange(width) >= offset_R[:, None]), axis=-1)
     return (block_R * width + offset_R).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""What a mask is, and how masks compose."""
+"""The base class of masks, their combinations, and the mask that hides nothing."""
 
 from __future__ import annotations
 
@@ -14,73 +14,73 @@ from dream_jax.shapes import Array
 
 
 class Mask(abc.ABC):
-    """Which query may attend to which key."""
+    """A rule that says which query may attend to which key."""
 
     @abc.abstractmethod
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """What queries that stand at these places among the keys see: booleans that broadcast to [B, T, S].
+        """Returns booleans that broadcast to [B, T, S], true where a query may attend to a key.
 
         Args:
-          position_bT: a place of the first axis 1 is that of all rows.
+          position_bT: position of each query among the keys; a first axis of size 1 means the same for all rows.
           num_keys: S.
         """
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """The mask as booleans that broadcast to [B, T, S]; an axis of size 1 means "the same for all".
+        """Returns the mask as booleans that broadcast to [B, T, S]; an axis of size 1 means the same for all.
 
         Raises:
-          ValueError: queries that are not the keys, for a mask that goes by where they stand; or a mask that was made
-            for another number of tokens.
+          ValueError: the mask depends on positions, and there are not as many queries as keys; or the mask was made for
+            another number of tokens.
         """
         if num_queries != num_keys:
             raise ValueError(
-                f"{type(self).__name__} of {num_queries} queries and {num_keys} keys: they must be the same tokens; say "
-                "with `at` where the queries stand"
+                f"{type(self).__name__} of {num_queries} queries and {num_keys} keys: they must be the same tokens; give "
+                "the positions of the queries with `at`"
             )
         return self.allowed(jnp.arange(num_queries, dtype=jnp.int32)[None], num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """The same mask for queries that are not all tokens, but stand at these places among the keys."""
+        """Returns the same mask for T queries at the given positions among the keys."""
         return Queries(self, position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """The same mask for rows that begin and answer at places of their own; itself where it goes by neither.
+        """Returns the mask for particular rows, if it depends on where a row or its answer begins; otherwise itself.
 
         Args:
-          valid_BT: true at real tokens; a row begins at its first.
-          answer_BT: true at what is answered (false in a row without an answer); the prompt ends before its first.
+          valid_BT: true at tokens, false at padding; a row begins at its first valid token.
+          answer_BT: true at tokens of the answer; the prompt ends before the first of them.
         """
         del valid_BT, answer_BT
         return self
 
     def draw(self, num_queries: int, num_keys: int | None = None, row: int = 0) -> str:
-        """The mask of one batch row as text, a line a query: `#` may attend, `.` may not."""
+        """The mask of one row of the batch as text, one line per query: `#` may attend, `.` may not."""
         num_keys = num_queries if num_keys is None else num_keys
         dense = np.asarray(self.dense(num_queries, num_keys))
         dense = np.broadcast_to(dense, (dense.shape[0], num_queries, num_keys))
-        return "\n".join("".join("#" if seen else "." for seen in line) for line in dense[row])
+        return "\n".join("".join("#" if allowed else "." for allowed in line) for line in dense[row])
 
     def __and__(self, other: Mask) -> Mask:
-        """What both let be seen. `Bidirectional` adds nothing."""
+        """Allows what both masks allow."""
         if isinstance(other, Bidirectional):
             return self
         return other if isinstance(self, Bidirectional) else And(self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        """What either lets be seen."""
+        """Allows what at least one of the masks allows."""
         if isinstance(self, Bidirectional) or isinstance(other, Bidirectional):
             return Bidirectional()
         return Or(self, other)
 
     def __invert__(self) -> Mask:
-        """What it hides."""
+        """Allows what this mask hides."""
         return self.mask if isinstance(self, Not) else Not(self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bidirectional(Mask):
-    """Every query sees every key: Dream's own mask.
+    """Every query may attend to every key, as in Dream.
 
     ::
 
@@ -90,22 +90,22 @@ class Bidirectional(Mask):
     """
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """All true, [1, 1, S]."""
+        """Returns [1, 1, S], all true."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """All true, [1, 1, S], for any numbers."""
+        """Returns [1, 1, S], all true, for any numbers of queries and keys."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Itself."""
+        """Returns itself."""
         return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
-    """What both masks let be seen; made by `&`. Here the causal one and a window that looks one token back:
+    """Allows what both masks allow; made by `&`. Here `Causal` and a window that looks one token back:
 
     ::
 
@@ -118,30 +118,30 @@ class And(Mask):
     right: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Both."""
+        """True where both masks are true."""
         return self.left.allowed(position_bT, num_keys) & self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """Both."""
+        """True where both masks are true."""
         return self.left.dense(num_queries, num_keys) & self.right.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Both."""
+        """Applies `at` to both masks."""
         return self.left.at(position_BT) & self.right.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Both."""
+        """Applies `for_rows` to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) & self.right.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
-    """What either mask lets be seen; made by `|`. Here the causal one and a first token that all see, of three:
+    """Allows what at least one of the masks allows; made by `|`. Here `Causal` and a prompt of two tokens:
 
     ::
 
-        #..
+        ##.
         ##.
         ###
     """
@@ -150,26 +150,26 @@ class Or(Mask):
     right: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Either."""
+        """True where at least one of the masks is true."""
         return self.left.allowed(position_bT, num_keys) | self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """Either."""
+        """True where at least one of the masks is true."""
         return self.left.dense(num_queries, num_keys) | self.right.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Either."""
+        """Applies `at` to both masks."""
         return self.left.at(position_BT) | self.right.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Either."""
+        """Applies `for_rows` to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) | self.right.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
-    """What a mask hides; made by `~`. Here the causal one: the last query sees nothing, and its attention has no meaning.
+    """Allows what the mask hides; made by `~`. Here `~Causal()`, whose last query has nothing to attend to:
 
     ::
 
@@ -181,26 +181,27 @@ class Not(Mask):
     mask: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """The opposite."""
+        """True where the mask is false."""
         return ~self.mask.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """The opposite."""
+        """True where the mask is false."""
         return ~self.mask.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """The opposite."""
+        """Applies `at` to the mask."""
         return ~self.mask.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """The opposite."""
+        """Applies `for_rows` to the mask."""
         return ~self.mask.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries(Mask):
-    """A mask for some of the tokens as queries; made by `at`. Here the causal one, for the places 2, 0 and 0:
+    """A mask whose queries are only some of the tokens; made by `at`. Here `Causal` for queries at positions 2, 0 and
+    0:
 
     ::
 
@@ -213,26 +214,26 @@ class Queries(Mask):
     position_BT: Int[Array, "B T"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Of the queries with these numbers."""
+        """The rows of the mask for some of its queries; `position_bT` are here indices into these queries."""
         rows = max(position_bT.shape[0], self.position_BT.shape[0])
         position_BT = jnp.broadcast_to(jnp.asarray(self.position_BT), (rows, self.position_BT.shape[1]))
-        number_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
-        return self.mask.allowed(jnp.take_along_axis(position_BT, number_BT, axis=1), num_keys)
+        index_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
+        return self.mask.allowed(jnp.take_along_axis(position_BT, index_BT, axis=1), num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """[B, T, S]. Raises ValueError for another number of queries than there are places."""
+        """[B, T, S]. Raises ValueError if there are not as many queries as positions."""
         if self.position_BT.shape[1] != num_queries:
             raise ValueError(f"a mask for {self.position_BT.shape[1]} queries was given to {num_queries} queries")
         return self.mask.allowed(jnp.asarray(self.position_BT), num_keys)
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    """Masks of which `mask` is the conjunction, itself when it is none; nothing for a mask that hides nothing."""
+    """The masks that `mask` combines by `&`: itself if it is not such a combination, none for `Bidirectional`."""
     if isinstance(mask, And):
         return (*conjuncts(mask.left), *conjuncts(mask.right))
     return () if isinstance(mask, Bidirectional) else (mask,)
 
 
 def is_fixed(mask: Mask) -> bool:
-    """Whether the mask is known when a program is compiled, and the same in all rows."""
+    """Whether the mask holds no arrays: it is known when a program is compiled, and is the same in all rows."""
     return not jax.tree.leaves(mask)

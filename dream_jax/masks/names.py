@@ -1,4 +1,4 @@
-"""Masks by name, as a command line and a saved model spell them."""
+"""The names of masks, as a command line or a saved model writes them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ NAMES = "bidirectional, causal, prefix, block-causal:SIZE, window:REACH or windo
 
 
 def parse(name: str) -> Mask:
-    """The mask of a name such as `block-causal:8`; where its rows begin and answer is for `for_rows` to say.
+    """The mask with a name such as `block-causal:8`. It holds no arrays; `Mask.for_rows` adds what depends on rows.
 
     Raises:
-      ValueError: an unknown name, or numbers that it does not take.
+      ValueError: an unknown name, or numbers that do not fit the mask.
     """
     kind, *numbers = name.split(":")
-    # Only digits: int() would take "1_6" and " 16" as well, and no two spellings are to mean one mask.
+    # Digits only: int() also accepts "1_6" and " 16", but a mask should have one spelling.
     if all(number.isascii() and number.isdigit() for number in numbers):
         values = [int(number) for number in numbers]
         simple = {"bidirectional": Bidirectional, "causal": Causal, "prefix": Prefix}
@@ -28,11 +28,11 @@ def parse(name: str) -> Mask:
     raise ValueError(f"mask {name!r} is not one of {NAMES} (in tokens)")
 
 
-def spelled(mask: Mask) -> str:
-    """The name that `parse` reads as this mask.
+def name_of(mask: Mask) -> str:
+    """The inverse of `parse`.
 
     Raises:
-      ValueError: a mask without a name: composed, or for certain rows.
+      ValueError: a mask without a name, because it is a combination or holds arrays.
     """
     if isinstance(mask, Bidirectional):
         return "bidirectional"

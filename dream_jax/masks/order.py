@@ -1,4 +1,4 @@
-"""Masks that go by where tokens stand."""
+"""Masks that depend on the positions of query and key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dream_jax.shapes import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
-    """Every query sees the keys up to its own position: the mask that Dream's ancestor was trained under.
+    """Every query sees the keys up to its own position, as in the autoregressive model that Dream started from.
 
     ::
 
@@ -32,10 +32,11 @@ class Causal(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """All tokens see the prompt, both ways; what is answered is causal.
+    """All tokens see the whole prompt; the answer is causal.
 
     Attributes:
-      end_B: place of each row's first token after the prompt; None until `for_rows` says it. With a prompt of two tokens:
+      end_B: position of the first token after the prompt in each row; None until `for_rows` sets it. With a prompt of
+        two tokens:
 
     ::
 
@@ -48,25 +49,26 @@ class Prefix(Mask):
     end_B: Int[Array, "B"] | None = None
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError where nothing says how long the prompts are."""
+        """[B, T, S]. Raises ValueError if the ends of the prompts are not set."""
         if self.end_B is None:
             raise ValueError("a prefix mask must be told where the prompts end: Prefix(end), or `for_rows`")
         in_prompt_B1S = _keys(num_keys) < jnp.asarray(self.end_B, jnp.int32)[:, None, None]
         return in_prompt_B1S | (_keys(num_keys) <= jnp.asarray(position_bT)[:, :, None])
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """With these rows' prompts."""
+        """Sets the ends of the prompts."""
         return Prefix(_first(answer_BT))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockCausal(Mask):
-    """Blocks of `size` tokens, counted from the first of a row: a query sees its own block and those before it.
+    """Rows are divided into blocks of `size` tokens; a query sees its own block and those before it.
 
     Attributes:
-      size: tokens a block; 1 is causal.
-      start_B: place of each row's first token (what stands before it is in earlier blocks); None: 0. With blocks of two:
+      size: tokens per block; 1 is causal.
+      start_B: position of the first token of each row, at which the first block starts (padding before it is in earlier
+        blocks); None means 0. With blocks of two:
 
     ::
 
@@ -76,7 +78,7 @@ class BlockCausal(Mask):
         ####
 
     Raises:
-      ValueError: a block without tokens.
+      ValueError: size below 1.
     """
 
     size: int = dataclasses.field(metadata={"static": True})
@@ -95,17 +97,17 @@ class BlockCausal(Mask):
         return block_of_key <= block_of_query
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """With these rows' first tokens."""
+        """Sets the starts of the rows."""
         return BlockCausal(self.size, _first(valid_BT))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """A query sees so many tokens before it, itself, and so many after it.
+    """A query sees itself, `left` tokens before it and `right` tokens after it.
 
     Attributes:
-      left, right: how many. With one to the left and none to the right:
+      left, right: numbers of tokens. With left=1 and right=0:
 
     ::
 
@@ -133,13 +135,13 @@ class SlidingWindow(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TwoStream(Mask):
-    """Block diffusion's training mask (Arriola et al. 2025), for rows [noised | clean] of one text twice.
+    """The training mask of block diffusion (Arriola et al. 2025), for rows that hold a text twice, [noised | clean].
 
-    A noised token sees the noised ones of its block and the clean ones of the blocks before it: what it will see when
-    blocks are written one after the other. Clean tokens see the clean ones up to the end of their block.
+    A noised token sees the noised tokens of its block and the clean tokens of earlier blocks. This is what it sees when
+    blocks are sampled one after the other. A clean token sees the clean tokens up to the end of its block.
 
     Attributes:
-      size: tokens a block, counted from the start of either half. With blocks of one, for a text of two tokens:
+      size: tokens per block, counted from the start of each half. With blocks of one, for a text of two tokens:
 
     ::
 
@@ -149,7 +151,7 @@ class TwoStream(Mask):
         ..##
 
     Raises:
-      ValueError: a block without tokens.
+      ValueError: size below 1.
     """
 
     size: int = dataclasses.field(metadata={"static": True})
@@ -159,10 +161,10 @@ class TwoStream(Mask):
             raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError for keys that are not two halves."""
+        """[B, T, S]. Raises ValueError for an odd number of keys."""
         half, odd = divmod(num_keys, 2)
         if odd:
-            raise ValueError(f"{num_keys} keys are no noised and clean half of one length")
+            raise ValueError(f"{num_keys} keys cannot be a noised and a clean half of one length")
         key, query = _keys(num_keys), jnp.asarray(position_bT)[:, :, None]
         clean_key, clean_query = key >= half, query >= half
         block_of_key, block_of_query = (key % half) // self.size, (query % half) // self.size
@@ -174,11 +176,12 @@ class TwoStream(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Annealed(Mask):
-    """Between causal and bidirectional: keys up to the query's own position, and of the later ones those that were drawn.
+    """Between causal and bidirectional: a query sees the keys up to its own position, and a random part of the later
+    ones.
 
     Attributes:
-      drawn_TS: true at pairs that may attend although the key is later; made by `anneal`. Here the second query sees the
-        third key, the first does not:
+      drawn_TS: true where a query may attend to a later key; made by `anneal`. Here the second query sees the third
+        key:
 
     ::
 
@@ -190,16 +193,16 @@ class Annealed(Mask):
     drawn_TS: Bool[Array, "T S"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError when it was drawn for another number of tokens."""
+        """[B, T, S]. Raises ValueError if it was drawn for another number of tokens."""
         if self.drawn_TS.shape != (num_keys, num_keys):
             raise ValueError(f"a mask drawn for {self.drawn_TS.shape} was given to {num_keys} tokens")
         return Causal().allowed(position_bT, num_keys) | jnp.asarray(self.drawn_TS)[jnp.asarray(position_bT)]
 
 
 def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Array, "T S"]:
-    """Draws which of the later keys each query may see, each with probability `share`: for `Annealed.drawn_TS`.
+    """Draws `Annealed.drawn_TS`: each query may see each later key with probability `share`.
 
-    0 leaves a causal mask, 1 a bidirectional one. The annealing of DiffuLLaMA (Gong et al. 2025).
+    0 gives a causal mask, 1 a bidirectional one. This is the annealing of DiffuLLaMA (Gong et al. 2025).
     """
     return jax.random.uniform(key, (length, length)) < share
 
@@ -209,6 +212,6 @@ def _keys(num_keys: int) -> Int[jax.Array, "S"]:
 
 
 def _first(x_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B"]:
-    """The first true place of each row; T where there is none."""
+    """The first true position of each row; T where there is none."""
     position_BT = jnp.where(jnp.asarray(x_BT), _keys(x_BT.shape[1]), x_BT.shape[1])
     return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

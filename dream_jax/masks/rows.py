@@ -1,4 +1,4 @@
-"""Masks that go by what rows hold: padding, and segments."""
+"""Masks that depend on the contents of a row: padding and segments."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from dream_jax.shapes import Array
 
 
 class _OfKeys(Mask):
-    """Keys that are hidden whoever asks: `dense` says which."""
+    """A mask that is the same for all queries of a row."""
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """The same for all queries."""
+        """Returns [B, 1, S]."""
         return self.dense(position_bT.shape[1], num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Itself."""
+        """Returns itself."""
         return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyPadding(_OfKeys):
-    """Keys that are padding are hidden from every query; padded queries still see the real keys.
+    """Keys that are padding are hidden from every query; queries that are padding still see the valid keys.
 
-    Only keys are masked: a query row with nothing to attend to has no defined softmax, and such rows are the likely
-    cause of the published "!!!!" outputs.
+    Only keys are hidden, because the softmax of a query with no visible key is undefined. Such queries are the likely
+    cause of the "!!!!" outputs of the published code.
 
     Attributes:
-      valid_BS: true at real tokens. Here the first of three tokens is padding:
+      valid_BS: true at tokens, false at padding. Here the first of three tokens is padding:
 
     ::
 
@@ -45,7 +45,7 @@ class KeyPadding(_OfKeys):
     valid_BS: Bool[Array, "B S"]
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """[B, 1, S]. Raises ValueError when the mask was made for another number of keys."""
+        """[B, 1, S]. Raises ValueError if the mask was made for another number of keys."""
         if self.valid_BS.shape[1] != num_keys:
             raise ValueError(f"key padding for {self.valid_BS.shape[1]} keys was given to {num_keys} keys")
         return jnp.asarray(self.valid_BS)[:, None, :]
@@ -54,14 +54,13 @@ class KeyPadding(_OfKeys):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyLengths(_OfKeys):
-    """Keys at or after their row's length are hidden from every query: padding on the right, told by lengths alone.
+    """Keys at or after the length of their row are hidden from every query: padding on the right, given by lengths.
 
-    Says less than `KeyPadding`, whose padding may lie anywhere; for that, an attention backend that understands lengths
-    skips what is hidden and builds no mask. A length of 0 leaves nothing to attend to: the row's outputs mean nothing,
-    though they are finite.
+    `KeyPadding` allows padding anywhere, but an attention backend that understands lengths skips the hidden keys and
+    builds no mask. With length 0 the outputs of a row are finite but have no meaning.
 
     Attributes:
-      lengths_B: number of real tokens in each row, all at its start. With length 2 of three tokens:
+      lengths_B: number of tokens in each row, all at its start. With length 2 of three tokens:
 
     ::
 
@@ -80,11 +79,11 @@ class KeyLengths(_OfKeys):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments(Mask):
-    """Tokens attend within their own segment: several texts packed into one row, each bidirectional in itself.
+    """Tokens attend within their own segment, for several texts that are packed into one row.
 
     Attributes:
-      query_BT, key_BS: segment id of each token. Padding gets an id of its own (0 by convention), so that no row is
-        ever fully masked. With ids `1 1 2`:
+      query_BT, key_BS: segment id of each token. Padding has its own id (0 by convention), so that every query sees a
+        key. With ids `1 1 2`:
 
     ::
 
@@ -97,7 +96,7 @@ class Segments(Mask):
     key_BS: Int[Array, "B S"]
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """[B, T, S]. Raises ValueError when the ids were made for other lengths."""
+        """[B, T, S]. Raises ValueError if the ids were made for other lengths."""
         if (self.query_BT.shape[1], self.key_BS.shape[1]) != (num_queries, num_keys):
             raise ValueError(
                 f"segment ids for {self.query_BT.shape[1]} queries and {self.key_BS.shape[1]} keys were given to "
