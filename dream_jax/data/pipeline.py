@@ -6,7 +6,6 @@ Process p of P reads every P-th row from p on, so the global batches do not depe
 """
 
 import bisect
-from types import TracebackType
 from typing import Any, Self
 
 import grain
@@ -80,9 +79,7 @@ class Batches:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -80,8 +80,7 @@ def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
     Raises: ValueError naming file and line for a bad row, unless the options skip it, or where none is left;
     FileNotFoundError.
     """
-    bad = _BadRows(options.skip_bad)
-    return _rows(records.read_records(path, bad), options, bad, str(path))
+    return _read_files([path], options, str(path))
 
 
 def parse_lines(path: Path, parser: Callable[[Mapping[str, Any], str], Row]) -> RowList:
@@ -89,39 +88,41 @@ def parse_lines(path: Path, parser: Callable[[Mapping[str, Any], str], Row]) -> 
     return RowList([parser(found, where) for where, found in records.read_json_lines(path)])
 
 
-class _BadRows:
-    """Raises the first complaint, or notes all of them."""
+def _rows(
+    found: Iterable[records.Record], options: ReadOptions, name: str, bad: list[ValueError] | None = None
+) -> RowList:
+    """The records as rows; the fields of the first that has those of a known schema choose it, for all of them.
 
-    def __init__(self, skip: bool):
-        self._skip, self.notes = skip, list[str]()
-
-    def __call__(self, complaint: ValueError) -> None:
-        if not self._skip:
-            raise complaint
-        self.notes.append(str(complaint))
-
-
-def _rows(found: Iterable[records.Record], options: ReadOptions, bad: _BadRows, name: str) -> RowList:
-    """The records as rows; the fields of the first that has those of a known schema choose it, for all of them."""
-    rows, left_out = list[Row](), Counter[str]()
+    bad: the complaints about records that could not be read, which grows while `found` is read.
+    """
+    rows, left_out, bad = list[Row](), Counter[str](), [] if bad is None else bad
     parse: Parser | None = None
     for where, record in found:
         try:
             parse = parse or find_parser(record, where, options)
             row = parse(record, where)
         except ValueError as complaint:
-            bad(complaint)
+            if not options.skip_bad:
+                raise
+            bad.append(complaint)
             continue
         if isinstance(row, Row):
             rows.append(row)
         else:
             left_out[row] += 1
     if not rows:
-        first = f"; the first bad row: {bad.notes[0]}" if bad.notes else ""
+        first = f"; the first bad row: {bad[0]}" if bad else ""
         raise ValueError(
-            f"{name}: no row is left, {len(bad.notes)} are bad, {left_out.total()} are left out by a filter{first}"
+            f"{name}: no row is left, {len(bad)} are bad, {left_out.total()} are left out by a filter{first}"
         )
-    return RowList(rows, Intake(bad=tuple(bad.notes), filtered=dict(left_out)))
+    return RowList(rows, Intake(bad=tuple(map(str, bad)), filtered=dict(left_out)))
+
+
+def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowList:
+    """The rows of files that have one schema, in order."""
+    bad = list[ValueError]()
+    on_bad = bad.append if options.skip_bad else None
+    return _rows(chain.from_iterable(records.read_records(path, on_bad) for path in paths), options, name, bad)
 
 
 def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
@@ -131,17 +132,14 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
         return _one_split(records.saved_splits(path), split, str(path), options)
     files = records.split_files(path, split)
     train = records.split_files(path, "train")
-    # A missing test file of lines is an error of whoever wrote the lines; published shards often come without one.
+    # Where there are files of lines, a missing test file is an error; published shards often come without one.
     sharded = [file for file in train if file.suffix == ".parquet"]
     if not files and not sharded:
         raise FileNotFoundError(
             f"no {split}.jsonl in {path}, nor .json or .parquet; a data directory has train.jsonl and test.jsonl, "
             "or give one file"
         )
-    bad = _BadRows(options.skip_bad)
-    rows = _rows(
-        chain.from_iterable(records.read_records(file, bad) for file in files or train), options, bad, str(path)
-    )
+    rows = _read_files(files or train, options, str(path))
     alone = bool(sharded) and not records.split_files(path, "test")
     return hold_out(rows, split, str(path), options.held_out) if alone else rows
 
@@ -149,8 +147,7 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
 def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
     if "train" not in splits:
         raise ValueError(f"{name} has the splits {sorted(splits)}, and none is called train")
-    bad = _BadRows(options.skip_bad)
-    rows = _rows(splits[split if "test" in splits else "train"], options, bad, name)
+    rows = _rows(splits[split if "test" in splits else "train"], options, name)
     return rows if "test" in splits else hold_out(rows, split, name, options.held_out)
 
 
@@ -176,14 +173,14 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
 
 
 def _prompt_hash(row: Row) -> int:
-    prompt: Any = row.prompt if isinstance(row.prompt, str) else [_turn(turn) for turn in row.prompt]
+    """A number in [0, 2**64) that depends on the prompt alone."""
     if row.document:  # a document has no prompt, and its text must not be seen in training
-        prompt = row.response
+        prompt: Any = row.response
+    elif isinstance(row.prompt, str):
+        prompt = row.prompt
+    else:
+        prompt = [[turn["role"], turn["content"], *turn.get("tool_calls", ())] for turn in row.prompt]
     return int.from_bytes(hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest(), "big")
-
-
-def _turn(turn: Mapping[str, Any]) -> list[Any]:
-    return [turn["role"], turn["content"], *turn.get("tool_calls", ())]
 
 
 def _asset(name: str, candidates: Sequence[str]) -> Path:
