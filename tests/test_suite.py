@@ -1,5 +1,6 @@
 """What the whole suite rests on: tests/conftest.py and what it sets up."""
 
+import conftest
 import faults
 import jax
 from jax._src import lru_cache
@@ -24,3 +25,9 @@ def test_every_deliberate_fault_can_be_made():
 def test_faults_are_listed():
     page = (faults.ROOT / "docs" / "testing.md").read_text()
     assert faults.table() in page, "put what `python tests/faults.py --table` prints into docs/testing.md"
+
+
+def test_long_files_are_files():
+    """The order in which workers take the files, longest first, names no file that is gone."""
+    missing = {name for name in conftest.LONG if not (conftest.TESTS / f"test_{name}.py").is_file()}
+    assert not missing
