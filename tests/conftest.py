@@ -37,7 +37,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Before dream_jax is imported: in these modules, whose annotations have shapes, they are checked at every call (under jit,
-# at every trace). By beartype: typeguard 4, which tyro asks for, takes the "B T" of a postponed annotation for code and fails.
+# at every trace). By beartype: typeguard 4, which tyro asks for, fails at the "B T" of a postponed annotation.
 SHAPED = ["masks", "schedule", "decoding", "sharding", "attention", "model", "objective", "hf", "lora"]
 SHAPED += ["optimizer", "train_step", "sampler", "quantisation"]
 CHECKED = importlib.util.find_spec("beartype") is not None
@@ -64,7 +64,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 # Files that take minutes, the longest first: begun last they would hold up the end of a run by several workers.
 LONG = ("sampler", "interruptions", "trainer", "sampler_blocks", "mask_family", "adapters", "run_report", "optimizer")
-LONG += ("train_step", "lora", "mask_study", "docs", "evaluation_run", "inference", "sampler_stream")
+LONG += ("train_step", "lora", "mask_study", "docs", "examples", "evaluation_run", "inference", "sampler_stream")
 LONG += ("sampler_control", "export", "sample_cli", "attention_backends", "trained_mask", "skipped_steps", "objective")
 LONG += ("model", "checkpoint", "autoregressive", "hf", "plan", "evaluation_harness", "convert_cli")
 
