@@ -1,11 +1,12 @@
-"""What the two conversions print: settings, progress, outcome, errors."""
+"""The output of the conversions on the terminal: settings, progress, result and errors."""
 
+import contextlib
 import dataclasses
 import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,11 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from dream_jax.pretrained import Conversion
 
-PLAIN_SECONDS = 5.0  # between two lines when the output is no terminal
+PLAIN_SECONDS = 5.0  # between two lines of progress when the output is not a terminal
 
 
 class Meter:
-    """Bytes written so far: a bar on a terminal, a line every few seconds elsewhere."""
+    """Shows how many bytes are written: a bar on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -55,29 +56,37 @@ class Meter:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had at once."""
+    """The peak of the resident memory of this process."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():  # getrusage would count the program that started this one
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextlib.contextmanager
+def errors_end_the_command() -> Iterator[None]:
+    """Exits with 1 and one line on stderr after an error that the user can mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> None:
-    """Converts, and says so. Exits with 1 and one line on stderr when the user has to change something."""
-    # Whatever accelerator there is: its memory may be too small, and nothing is computed.
+    """Converts, and prints the settings, the progress and the result; ends as `errors_end_the_command` after an error."""
+    # The CPU even if there is an accelerator, whose memory may be too small: nothing is computed.
     jax.config.update("jax_platforms", "cpu")
     console = Console(highlight=False, soft_wrap=True)
     for field in dataclasses.fields(settings):
         console.print(f"{field.name}: {getattr(settings, field.name)}", markup=False)
     begun = time.monotonic()
     meter = Meter(console)
-    try:
-        made = convert(settings.src, settings.dst, started=meter.started, progress=meter.progress, **options)
-    except (ValueError, OSError) as error:
-        meter.stop()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    meter.stop()
+    with errors_end_the_command():
+        try:
+            made = convert(settings.src, settings.dst, started=meter.started, progress=meter.progress, **options)
+        finally:
+            meter.stop()
     seconds = time.monotonic() - begun
     console.print(
         f"made {made.target}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes "

@@ -3,8 +3,8 @@
     python convert/flax_to_hf.py runs/sft/model exported [--dtype bfloat16]
     python convert/flax_to_hf.py weights/dream-7b exported --adapter runs/lora/adapter --dtype bfloat16
 
-The first is a converted directory; with --adapter SRC is the base, in either layout, and the adapter is added to it. The
-card, README.md, says what the run's folder says: it is found where the run made SRC or the adapter, or named by --run.
+SRC is a converted directory; with --adapter it is the base, in either layout, and the adapter is added to it. The model
+card, README.md, is written from the folder of the run that made SRC or the adapter; --run names another folder.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from dream_jax.reports.model_card import find_run, model_card
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """From where to where, and how."""
+class ExportSettings:
+    """Source, target and options of the export."""
 
     src: tyro.conf.Positional[str]
     """Converted directory, as made by train.py, hf_to_flax.py or dream_jax.save; with --adapter any base."""
     dst: tyro.conf.Positional[str]
-    """Directory to make."""
+    """The directory to write."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
-    """What to store the weights in; keep: as they are in SRC."""
+    """The dtype of the written weights; keep: that of SRC."""
     adapter: pathlib.Path | None = None
     """Directory of an adapter to add to the weights."""
     any_base: bool = False
@@ -40,7 +40,7 @@ class Settings:
     """Replace DST when the new one is complete."""
 
 
-def main(settings: Settings) -> None:
+def main(settings: ExportSettings) -> None:
     def card(conversion: Conversion) -> str:
         found = settings.run or find_run(settings.adapter, conversion.source)
         adapted = settings.adapter is not None
@@ -59,4 +59,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(ExportSettings, description=__doc__))

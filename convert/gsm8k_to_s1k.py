@@ -1,18 +1,18 @@
-"""Arranges GSM8K in the schema of s1K or s1K-1.1, one JSON object a line: practice for s1K without its length.
+"""Writes GSM8K in the schema of s1K or s1K-1.1, one JSON object per line: a stand-in for s1K with short answers.
 
     python convert/gsm8k_to_s1k.py data/gsm8k/train.jsonl gsm8k-as-s1k.jsonl [--schema s1k-1.1]
 
-The worked solution becomes the reasoning trace, and its last line, `#### NUMBER`, the answer in a box.
+The worked solution becomes the reasoning trace; its last line, `#### NUMBER`, becomes the answer in a box.
 """
 
 import dataclasses
 import json
 import pathlib
 import re
-import sys
 from typing import Any, Literal
 
 import tyro
+from _console import errors_end_the_command
 
 from dream_jax.data.schemas import parse_gsm8k
 from dream_jax.data.sources import parse_lines
@@ -20,17 +20,17 @@ from dream_jax.files import write_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """From where to where, and in which schema."""
+class ArrangeSettings:
+    """Source, target and schema."""
 
     src: tyro.conf.Positional[pathlib.Path]
     """GSM8K's train.jsonl or test.jsonl, or their directory, whose train.jsonl is taken."""
     dst: tyro.conf.Positional[pathlib.Path]
-    """File to make."""
+    """The file to write."""
     schema: Literal["s1k", "s1k-1.1"] = "s1k"
-    """Whose field names; s1k-1.1 has grades as well."""
+    """The field names to write; s1k-1.1 has grades as well."""
     rows: int | None = None
-    """Only the first so many."""
+    """Only this many rows from the start."""
 
 
 def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:
     return common | {f"{who}_{name}": value for who in ("gemini", "deepseek") for name, value in both.items()}
 
 
-def main(settings: Settings) -> None:
+def main(settings: ArrangeSettings) -> None:
     source = settings.src / "train.jsonl" if settings.src.is_dir() else settings.src
     if settings.dst.exists():
         raise FileExistsError(f"{settings.dst} exists; remove it, or give another name")
@@ -56,6 +56,7 @@ def main(settings: Settings) -> None:
     count = len(rows) if settings.rows is None else min(settings.rows, len(rows))
     lines = []
     for row in map(rows.__getitem__, range(count)):
+        assert not isinstance(row.prompt, str)
         try:
             lines.append(
                 json.dumps(arranged(row.prompt[0]["content"], row.response, settings.schema), ensure_ascii=False)
@@ -67,8 +68,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with errors_end_the_command():
+        main(tyro.cli(ArrangeSettings, description=__doc__))

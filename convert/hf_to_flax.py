@@ -1,4 +1,4 @@
-"""Turns a Hugging Face checkpoint into a converted directory (Orbax), a few hundred megabytes at a time.
+"""Converts a Hugging Face checkpoint into a converted directory (Orbax), with a few hundred megabytes in memory at a time.
 
     python convert/hf_to_flax.py SRC DST [--dtype bfloat16] [--mesh 8x1]
 
@@ -16,15 +16,15 @@ from dream_jax.pretrained import convert_from_hf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """From where to where, and how."""
+class ImportSettings:
+    """Source, target and options of the conversion."""
 
     src: tyro.conf.Positional[str]
     """Directory with config.json and safetensors, or a hub id such as Dream-org/Dream-v0-Instruct-7B."""
     dst: tyro.conf.Positional[str]
-    """Directory to make."""
+    """The directory to write."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
-    """What to store the weights in; keep: as they are in SRC."""
+    """The dtype of the written weights; keep: that of SRC."""
     mesh: str | None = None
     """Mesh, such as 8x1, whose shards become one file each; any other mesh still loads them."""
     overwrite: bool = False
@@ -33,7 +33,7 @@ class Settings:
     """Unknown key of config.json that does not change what the weights compute; may be given again."""
 
 
-def main(settings: Settings) -> None:
+def main(settings: ImportSettings) -> None:
     run(
         settings,
         convert_from_hf,
@@ -45,4 +45,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(ImportSettings, description=__doc__))

@@ -1,30 +1,30 @@
-"""Makes the Dream checkpoint that training begins with of an autoregressive Qwen2 one, as Dream began with Qwen2.5-7B.
+"""Makes from an autoregressive Qwen2 checkpoint the one that Dream training starts from, as Dream did with Qwen2.5-7B.
 
     python convert/qwen2_to_dream.py Qwen/Qwen2.5-7B weights/qwen2.5-7b-as-dream
 
-The weights are copied as they are; the mask token takes a row of the embedding table that Qwen2.5 holds in reserve. The
-result is no diffusion model before it is trained: python train.py --recipe ar-start --model DST --data documents.jsonl
+The weights are copied as they are; the mask token uses an unused row of Qwen2.5's embedding table. The result
+is not a diffusion model before it is trained: python train.py --recipe ar-start --model DST --data documents.jsonl
 """
 
 import dataclasses
 import pathlib
-import sys
 
 import tyro
+from _console import errors_end_the_command
 
 from dream_jax.pretrained import MaskRow, adapt_qwen2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """From where to where, and what the mask token begins as."""
+class AdaptSettings:
+    """Source, target and the initial embedding of the mask token."""
 
     src: tyro.conf.Positional[str]
     """Directory with a Qwen2 config.json and safetensors, or a hub id such as Qwen/Qwen2.5-7B."""
     dst: tyro.conf.Positional[pathlib.Path]
-    """Directory to make."""
+    """The directory to write."""
     mask_row: MaskRow = "keep"
-    """Embedding of the mask token: the reserve row as it lies, or the mean of all tokens' rows."""
+    """Initial embedding of the mask token: the unused row as it is, or the mean of the rows of all tokens."""
     mask_token_id: int = 151666
     """A row of the table that no token uses; Dream's by default. <|beginoftext|> takes the row before it."""
     pad_token_id: int = 151643
@@ -37,7 +37,7 @@ class Settings:
     """Unknown key of config.json that does not change what the weights compute; may be given again."""
 
 
-def main(settings: Settings) -> None:
+def main(settings: AdaptSettings) -> None:
     config = adapt_qwen2(
         settings.src,
         settings.dst,
@@ -50,14 +50,11 @@ def main(settings: Settings) -> None:
     )
     print(
         f"made {settings.dst}: {config.num_parameters:,} parameters, mask token {config.mask_token_id} "
-        f"({'as it lay in the table' if settings.mask_row == 'keep' else 'the mean of the rows before it'}); "
+        f"({'as it is in the table' if settings.mask_row == 'keep' else 'the mean of the rows before it'}); "
         "train it before it is asked anything"
     )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with errors_end_the_command():
+        main(tyro.cli(AdaptSettings, description=__doc__))

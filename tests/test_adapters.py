@@ -171,7 +171,7 @@ def test_models_that_cannot_be_saved(tiny, tmp_path):
     for write in (dream_jax.save, dream_jax.export_hf):
         with pytest.raises(ValueError, match="save_adapter, or merge_adapter first"):
             write(adapted(model), tmp_path / "x")
-        with pytest.raises(ValueError, match="the base is int8, which directories do not hold"):
+        with pytest.raises(ValueError, match="the base is int8, which cannot be saved"):
             write(lora.with_base(model, "int8"), tmp_path / "x")
     with pytest.raises(ValueError, match="has no adapter"):
         dream_jax.save_adapter(model, tmp_path / "x")

@@ -498,7 +498,9 @@ def test_hub_gets_numbers_and_text_only(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 def test_hub_out_of_reach() -> None:
     # conftest.py sets HF_HUB_OFFLINE
-    with pytest.raises(ConnectionError, match="there is no local directory org/nothing, and it could not be had"):
+    with pytest.raises(
+        ConnectionError, match="there is no local directory org/nothing, and it could not be downloaded"
+    ):
         pretrained.load("org/nothing")
 
 

@@ -31,7 +31,7 @@ def load_params(
     read_description(directory, config)
     first, *layers, last = units(config, dtype, mesh)
     params: ParamTree = {}
-    for unit in (first, last):  # the largest units first, while there is still room
+    for unit in (first, last):  # the largest units first, while the memory is still free
         params |= jax.tree.map(jnp.asarray, read_unit(directory, unit, mesh))
         jax.block_until_ready(params)
     params["layers"] = _zeros(stacked_shapes(config, jnp.dtype(dtype).name)["layers"], layers[0], mesh)

@@ -1,9 +1,8 @@
-"""Models and adapters in and out of directories.
+"""Loading and saving models and adapters in directories.
 
-`models` loads, saves and exports whole models, `conversion` turns one layout into the other, `directories` says what such a
-directory is, `quantised` reads a model into a base of few bits, `adapter` keeps what was trained beside a base, `merged`
-adds the two as they are read, and `autoregressive` makes a Dream to be of a Qwen2. Nothing here knows names and layouts
-(`hf`), Orbax (`checkpoint`) or how a directory is made whole or not at all (`files`).
+`models` loads, saves and exports whole models; `conversion` converts between the two layouts, also with an adapter added;
+`directories` finds and identifies directories; `quantised` reads a model into a base of 8 or 4 bits; `adapter` saves and
+loads adapters; `autoregressive` makes the start of a Dream model from a Qwen2 model.
 """
 
 from dream_jax.lora import merge as merge_adapter

@@ -1,17 +1,15 @@
-"""Adapters in directories of their own: a few megabytes beside the base that they belong to.
+"""Saving and loading adapters, each in a separate directory of a few megabytes.
 
-An adapter's directory holds `adapter.json` (what it is, what base it was trained on, every file with its size),
-`weights/adapter` (Orbax) and, where the base's prompts were written in a certain way, `prompt_format.json`.
+The directory of an adapter holds `adapter.json` (its configuration, the base that it was trained on, and the size of every
+file), `weights/adapter` (Orbax) and, if the base has one, `prompt_format.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from flax import nnx
 
 from dream_jax import checkpoint, lora, masks
 from dream_jax.config import DreamConfig
-from dream_jax.files import new_directory
+from dream_jax.files import new_directory, read_json, write_json
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.shapes import ParamTree
@@ -32,14 +30,14 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What `adapter.json` says.
+    """The contents of `adapter.json`.
 
     Attributes:
-      directory: where it lies.
+      directory: the directory of the adapter.
       config: rank, alpha, dropout and targets.
-      base: the configuration of the model that it belongs to.
-      identity: which weights of that model it was trained on, as `lora.identity` tells them.
-      mask: name of the mask that it was trained under.
+      base: the configuration of the model that the adapter belongs to.
+      identity: the identity of the weights that it was trained on, see `lora.identity`.
+      mask: the name of the attention mask that it was trained with.
     """
 
     directory: pathlib.Path
@@ -49,16 +47,16 @@ class Adapter:
     mask: str
 
     def check_fits(self, model: Dream) -> None:
-        """Raises ValueError when the model is of another configuration, with what differs."""
+        """Raises ValueError when the model has another configuration; the message lists the differences."""
         ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(self.base)
-        # It only says how random weights are drawn.
+        # initializer_range only affects random weights.
         different = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
         if different:
             lines = "; ".join(f"{name} is {ours[name]!r}, the adapter's {theirs[name]!r}" for name in different)
             raise ValueError(f"the adapter in {self.directory} belongs to another model: {lines}")
 
     def check_identity(self, identity: str, remedy: str) -> None:
-        """Raises ValueError when it was trained on other weights than those of this identity."""
+        """Raises ValueError when the adapter was trained on other weights than those with this identity."""
         if identity != self.identity:
             raise ValueError(
                 f"the adapter in {self.directory} was trained on weights {self.identity[:12]}, but these are "
@@ -67,11 +65,11 @@ class Adapter:
 
 
 def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Writes the adapter of a model, without the base; with several hosts, all must call.
+    """Writes the adapter of a model, without the base; with several hosts, all of them must call.
 
     Args:
-      model: with an adapter.
-      path: must not exist, except with `overwrite`; made whole or not at all.
+      model: a model with an adapter.
+      path: must not exist, except with `overwrite`; it appears only when it is complete.
       overwrite: whether an adapter at `path` may be replaced (when the new one is complete).
 
     Raises:
@@ -99,8 +97,8 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
                 "base": {"identity": identity, "config": model.config.to_dict()},
                 "files": checkpoint.written_files(directory),
             }
-            # The last file: without it nothing loads.
-            (directory / ADAPTER).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            # The last file: without it the adapter does not load.
+            write_json(directory / ADAPTER, fields, indent=1)
 
 
 def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.WeightUnit:
@@ -109,23 +107,21 @@ def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Weigh
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Reads `adapter.json` and checks that the files it names are whole.
+    """Reads `adapter.json` and checks that the files that it names are complete.
 
     Raises:
       FileNotFoundError: there is no adapter, or a file of it is missing.
-      ValueError: not the JSON of an adapter of this format, or a file of another size than was written.
+      ValueError: `adapter.json` is damaged or of another format, or a file has another size than was written.
     """
     directory = pathlib.Path(path).expanduser().resolve()
     file = directory / ADAPTER
     if not file.is_file():
         raise FileNotFoundError(f"{directory} holds no {ADAPTER}: it is not an adapter's directory")
-    try:
-        fields: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        found = fields.get("format") if isinstance(fields, dict) else fields
-        raise ValueError(f"{file} has format {found!r}, but this version reads format {FORMAT}; save it again")
+    fields = read_json(file, "save it again")
+    if fields.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has format {fields.get('format')!r}, but this version reads format {FORMAT}; save it again"
+        )
     try:
         given = {field.name: fields[field.name] for field in dataclasses.fields(LoraConfig)}
         config = LoraConfig(**given | {"targets": tuple(given["targets"])})
@@ -139,7 +135,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
-    """Reads the weights, each shard to its place on the mesh."""
+    """Reads the weights of an adapter, sharded over the mesh."""
     model = lora.attached_shapes(abstract_model(adapter.base), adapter.config)
     unit = _unit(lora.split(split_params(model)[1])[0], mesh)
     params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
@@ -147,15 +143,15 @@ def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTre
 
 
 def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
-    """The model with an adapter that was saved.
+    """Returns the model with a saved adapter attached.
 
     Args:
-      model: of the configuration it belongs to; it is not changed.
+      model: a model of the adapter's configuration; it is not changed.
       adapter: from `describe_adapter`.
-      any_base: accepts other weights than those that it was trained on.
+      any_base: accepts other weights than those that the adapter was trained on.
 
     Raises:
-      ValueError: a model of another configuration, other weights, or one that has an adapter already.
+      ValueError: the model has another configuration, other weights, or an adapter already.
     """
     adapter.check_fits(model)
     if not any_base:

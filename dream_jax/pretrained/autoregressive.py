@@ -1,10 +1,8 @@
-"""From an autoregressive Qwen2 checkpoint to the Dream checkpoint that training begins with, as Dream itself began.
+"""Makes from an autoregressive Qwen2 checkpoint the Dream checkpoint that training starts from, as Dream did.
 
-The weights stay: Dream is Qwen2.5's transformer without its causal mask, and the right shift means that what the model
-predicts from where is unchanged. What is added is a mask token (and `<|beginoftext|>`): they take rows that the padded
-tables of Qwen2.5 hold in reserve, behind the tokenizer's own.
-
-Knows the two configurations and what must be added to a tokenizer. Executes nothing and needs no weights in memory.
+The weights stay the same: Dream is the transformer of Qwen2.5 without its causal mask, and because of the right shift each
+position still predicts the next token. A mask token and `<|beginoftext|>` are added; they use rows of Qwen2.5's padded
+embedding table that no token of its tokenizer uses.
 """
 
 from __future__ import annotations
@@ -25,16 +23,16 @@ from dream_jax.pretrained.directories import find_directory
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
 MaskRow = Literal["keep", "mean"]
-"""What the embedding of the mask token begins as: the reserve row as it lies, or the mean of all tokens' rows."""
+"""The initial embedding of the mask token: the unused row as it is, or the mean of the rows of all tokens."""
 
 MASK, BEGIN = "<|mask|>", "<|beginoftext|>"
 
-# What a Qwen2 configuration may say beside what a Dream one says, with the values under which both compute the same.
+# Keys that only a Qwen2 configuration has, with the values for which both models compute the same.
 _QWEN2_SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "architectures": (["Qwen2ForCausalLM"], None),
     "rope_scaling": (None,),
 }
-# Read above, or of no meaning to a Dream.
+# Keys that are handled in `dream_config`, or have no meaning for a Dream model.
 _DROPPED = frozenset({"model_type", "architectures", "rope_parameters", "rope_theta", "layer_types"})
 _DROPPED |= {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"}
 _BLOCK_ROWS = 4096
@@ -52,8 +50,8 @@ def dream_config(
       ignore: as in `DreamConfig.from_dict`.
 
     Raises:
-      ValueError: not a Qwen2 configuration, or one that computes something else: sliding windows, scaled rotary
-        embedding; a token id outside the table.
+      ValueError: this is not a Qwen2 configuration, it uses sliding windows or a scaled rotary embedding, or a token id is
+        outside the table.
     """
     if fields.get("model_type") != "qwen2":
         raise ValueError(
@@ -97,14 +95,14 @@ def adapt_qwen2(
     ignore_config_keys: Iterable[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> DreamConfig:
-    """Writes the Dream directory (Hugging Face layout) of a Qwen2 one; all but the configuration and one row is copied.
+    """Writes a Dream directory (Hugging Face layout) from a Qwen2 one: copies all but the configuration and one row.
 
     Args:
       source: directory with a Qwen2 config.json and safetensors, or a hub id.
-      target: must not exist, except with `overwrite`; made whole or not at all.
-      mask_row: what the mask token's embedding begins as. "keep" is the row as it lies, which is what a start from
-        the published tables means; "mean" is the mean of the rows before it.
-      mask_token_id, pad_token_id: of the Dream model. Those of Dream's own tokenizer by default.
+      target: must not exist, except with `overwrite`; it appears only when it is complete.
+      mask_row: the initial embedding of the mask token. "keep" is the row of the published table as it is; "mean" is the
+        mean of the rows before it.
+      mask_token_id, pad_token_id: of the Dream model; by default those of Dream's tokenizer.
       tokenizer: directory whose tokenizer files the result gets; by default the source's, with the two tokens added.
       overwrite: whether a checkpoint at `target` may be replaced.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
@@ -135,7 +133,7 @@ def adapt_qwen2(
                 shutil.copyfile(file, made / file.name)
                 progress(file.stat().st_size)
             if mask_row == "mean":
-                # A second table is only there, and only to be kept equal, where the two are tied.
+                # With tied embeddings there may be a second table, which must stay equal to the first.
                 tables = ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
                 for name in tables:
                     if name in opened.tensors:
@@ -146,7 +144,7 @@ def adapt_qwen2(
 
 
 def _write_mean(table: hf.Tensor, directory: pathlib.Path, row: int) -> None:
-    """Gives one row of a copied table the mean of those before it: behind it come more reserve rows, if any."""
+    """Sets one row of a copied table to the mean of the rows before it; the rows after it are unused too."""
     width = table.shape[1]
     total = np.zeros(width, np.float64)
     with open(directory / table.path.name, "r+b") as file:
@@ -171,14 +169,14 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
     names = {entry["content"]: int(number) for number, entry in decoder.items()}
     names |= _read(target / "added_tokens.json")
     if names.get(MASK) == config.mask_token_id:
-        return  # a Dream tokenizer already
+        return  # it is a Dream tokenizer already
     begin = config.mask_token_id - 1
     taken = {number: name for name, number in names.items()}
     for number in (begin, config.mask_token_id):
         if MASK in names or number != max(taken, default=-1) + 1:
             raise ValueError(
                 f"{source}: {MASK} cannot be token {config.mask_token_id} with {BEGIN} before it, for the tokenizer's "
-                f"added tokens go up to {max(taken, default=None)}; give --tokenizer, a directory with Dream's own files"
+                f"added tokens go up to {max(taken, default=None)}; give --tokenizer, a directory with Dream's files"
             )
         taken[number] = BEGIN if number == begin else MASK
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -1,43 +1,45 @@
-"""Whole models from one layout into the other, a part at a time: no conversion holds a whole model.
-
-Knows the parts that a model is read and written in. Knows nothing of modules.
-"""
+"""Converts models between the two layouts unit by unit, so that a whole model is never in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax import checkpoint, hf
+from dream_jax import checkpoint, hf, lora
 from dream_jax.config import DreamConfig
 from dream_jax.files import new_directory
 from dream_jax.model import abstract_model
-from dream_jax.pretrained.adapter import describe_adapter
+from dream_jax.pretrained.adapter import Adapter, adapter_params, describe_adapter
 from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
-from dream_jax.pretrained.merged import Named, merged_units
-from dream_jax.pretrained.quantised import start_unit
+from dream_jax.pretrained.quantised import start_unit, unit_reader
+from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
+
+Named = dict[tuple[str, int | None], np.ndarray]
+"""Parameters by dotted path and layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion is about to do, or has done.
+    """The description of a conversion, before or after it.
 
     Attributes:
       source, target: the two directories.
       dtype: of the weights in the target.
-      tensors, parameters, nbytes: number of tensors in the published layout, of weights, and their size in
-        the target.
+      tensors: the number of tensors in the published layout.
+      parameters: the number of weights.
+      nbytes: the size of the weights in the target.
     """
 
     source: pathlib.Path
@@ -59,7 +61,7 @@ def convert_from_hf(
     started: Callable[[Conversion], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    """Turns a Hugging Face checkpoint into a converted directory, a few hundred megabytes at a time.
+    """Converts a Hugging Face checkpoint into a converted directory, with a few hundred megabytes in memory at a time.
 
     Everything about the source is checked before anything is written.
 
@@ -67,8 +69,7 @@ def convert_from_hf(
       source: directory or hub id.
       target: as `path` in `save`.
       dtype: of the target; the source's by default.
-      mesh: every array is written as one chunk for each of its shards on this mesh; it still loads on any
-        other.
+      mesh: every array is written as one chunk for each of its shards on this mesh; any other mesh can load it too.
       overwrite: as in `save`.
       ignore_config_keys: as in `load`.
       started: called once, when all checks have passed.
@@ -102,7 +103,7 @@ def _stream_from_hf(
     mesh: Mesh | None,
     progress: Callable[[int], object],
 ) -> None:
-    """Reads the next unit in threads while one is written."""
+    """Reads the next unit in threads while the current one is written."""
     buffers = hf.Buffers()
     pending = checkpoint.units(config, dtype, mesh)
     with ThreadPoolExecutor(hf.reading_threads()) as pool:
@@ -133,19 +134,19 @@ def convert_to_hf(
     started: Callable[[Conversion], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    """Turns a converted directory, or a base with its adapter added, into a Hugging Face one, unit by unit.
+    """Converts a converted directory, or a base with its adapter added, into a Hugging Face directory, unit by unit.
 
     Args:
-      source: a converted directory; with an adapter a Hugging Face one (or a hub id) serves as well.
+      source: a converted directory; with an adapter, a Hugging Face directory or a hub id is accepted too.
       target, dtype, overwrite, started, progress: as in `convert_from_hf`.
       adapter: a directory of `save_adapter`, to add to the weights.
-      any_base: accepts an adapter that was trained on other weights of the same shapes.
-      card: gives the text of the README.md that goes with the weights; called before anything is written.
+      any_base: accepts an adapter that was trained on other weights with the same shapes.
+      card: returns the text of the README.md for the weights; called before anything is written.
       max_shard_size: bytes of weights in one file.
 
     Raises:
-      As `load` and `save`; ValueError for an adapter that does not belong to the source, which is known when all of it
-      has been read: nothing is left then.
+      As `load` and `save`; ValueError for an adapter that does not belong to the source. That is known only when the
+      whole source has been read; the target is removed then.
     """
     directory = find_directory(source)
     found = None if adapter is None else describe_adapter(adapter)
@@ -172,17 +173,66 @@ def convert_to_hf(
         if found is None:
             write(functools.partial(_read_named, directory))
         else:
-            with merged_units(directory, config, found) as merged:
+            with _merged_units(directory, config, found) as merged:
                 write(merged)
                 if not any_base:
                     merged.check()
         write_companions(made, config, stored, directory)
         if found is not None and (found.directory / PROMPT_FORMAT_FILE).is_file():
-            # The adapter's prompts, not its base's.
+            # The prompts of the adapter's training, instead of those of the base.
             shutil.copyfile(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
         if readme is not None:
             (made / "README.md").write_text(readme, encoding="utf-8")
     return conversion
+
+
+class _MergedUnits:
+    """Reads the units of a base, each once, and adds an adapter to them; neither model is ever whole in memory."""
+
+    def __init__(
+        self,
+        units: dict[str, checkpoint.WeightUnit],
+        read: Callable[[checkpoint.WeightUnit], ParamTree],
+        adapter: Adapter,
+    ):
+        self._units, self._read, self._adapter = units, read, adapter
+        self._prints: list[lora.Print] = []
+        stacked = hf.flat(adapter_params(adapter, None))
+        self._added = {name: np.asarray(leaf, np.float32) for name, leaf in stacked.items()}
+
+    def __call__(self, unit: checkpoint.WeightUnit) -> Named:
+        """Returns one unit in the dtype of its shapes. The sum is computed in float32 and rounded once."""
+        exact = self._read(self._units[unit.name])
+        self._prints += lora.prints(exact, unit.layer)
+        params = {name: np.asarray(leaf) for name, leaf in hf.flat(exact).items()}
+        wanted = hf.flat(unit.shapes)
+        found: Named = {}
+        for name, leaf in params.items():
+            if unit.layer is not None and name.removesuffix("kernel") + "lora_a" in self._added:
+                leaf = leaf + self._correction(name.removesuffix("kernel"), unit.layer).reshape(leaf.shape)
+            found[name, unit.layer] = leaf.astype(wanted[name].dtype)
+        return found
+
+    def _correction(self, name: str, layer: int) -> np.ndarray:
+        config = self._adapter.config
+        a_Ir = self._added[name + "lora_a"][layer].reshape(-1, config.rank)
+        b_rO = self._added[name + "lora_b"][layer].reshape(config.rank, -1)
+        return np.float32(config.alpha / config.rank) * (a_Ir @ b_rO)
+
+    def check(self) -> None:
+        """After all units have been read: raises ValueError for a base that the adapter was not trained on."""
+        self._adapter.check_identity(
+            lora.digest(self._prints),
+            "give the weights that it was trained on, or pass any_base=True (--any-base) if you mean these",
+        )
+
+
+@contextlib.contextmanager
+def _merged_units(directory: pathlib.Path, config: DreamConfig, adapter: Adapter) -> Iterator[_MergedUnits]:
+    # In float32 whatever the dtype of the base is, so that the sum is rounded once.
+    units = {unit.name: unit for unit in checkpoint.units(config, "float32")}
+    with unit_reader(directory, config, None) as read:
+        yield _MergedUnits(units, read, adapter)
 
 
 def _stored_dtype(directory: pathlib.Path, config: DreamConfig) -> np.dtype:
@@ -199,7 +249,7 @@ def _read_named(directory: pathlib.Path, unit: checkpoint.WeightUnit) -> Named:
 def _fetch_ahead(
     read: Callable[[checkpoint.WeightUnit], Named], units: list[checkpoint.WeightUnit], pool: ThreadPoolExecutor
 ) -> Callable[[str, int | None], np.ndarray]:
-    """A function that hands out parameters in the order of the units, reading one unit ahead."""
+    """A function that returns parameters in the order of the units, and reads one unit ahead."""
     pending = iter(units)
     current: Named = {}
 

@@ -1,7 +1,4 @@
-"""Directories of whole models: how they are found, in which dtypes they are read, and what goes with the weights.
-
-Knows both kinds, and the hub. Knows nothing of weights.
-"""
+"""Directories of whole models: how they are found and told apart, and the files that accompany the weights."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 
-# Of files by which a directory is told from another: so small that 15 GB are looked at in a second, so many that any layer
-# of a trained model lies under some of them.
+# Size and number of the pieces for the fingerprint of a large file: few enough that 15 GB take a second, and enough that
+# every layer of a model has some of them.
 _PIECE, _SAMPLES = 1 << 16, 512
-# Beside the weights and the tokenizer. Not all JSON: results may be kept in a directory of a model.
+# The files besides weights and tokenizer. Not every JSON file: the directory of a model may also hold results.
 _DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", PROMPT_FORMAT_FILE)
 
-# Keys of a published config.json that say nothing about the weights, and go where the weights go.
+# Keys of a published config.json that do not affect what the weights compute, and are copied with them.
 _CARRIED_KEYS = (
     "_name_or_path",
     "auto_map",
@@ -43,7 +40,7 @@ _CARRIED_KEYS = (
 
 
 def as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype. Raises ValueError for one that models are not kept in."""
+    """The dtype as numpy knows it. Raises ValueError for one that models are not stored in."""
     try:
         found = jnp.dtype(dtype)
     except TypeError:
@@ -54,26 +51,26 @@ def as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
 
 
 def check_published_mask(name: str) -> None:
-    """Raises ValueError for weights that the published code, whose attention is bidirectional, would run as others."""
+    """Raises ValueError unless the mask is bidirectional, the only one that the published code has."""
     if name != "bidirectional":
         raise ValueError(
-            f"the weights were trained under the mask {name!r}, and the published code attends in both directions: what it "
-            'computed with them would be something else. If you want that, set model.trained_mask = "bidirectional" first'
+            f"the weights were trained under the mask {name!r}, but the published code is bidirectional and would compute "
+            'something else with them. If you want that, set model.trained_mask = "bidirectional" first'
         )
 
 
 def find_directory(
     path: str | os.PathLike[str], otherwise: str = "no directory", *, weights: bool = True
 ) -> pathlib.Path:
-    """The directory at a path, or what a hub id names, downloaded.
+    """The directory at a path, or the download of a hub id.
 
     Args:
-      path: to a directory with a config.json, or organisation/name.
-      otherwise: what a path is said to be that is neither.
-      weights: whether the weights are wanted too, or only what is read before them.
+      path: a directory with a config.json, or a hub id, organisation/name.
+      otherwise: how the error message describes a path that is neither.
+      weights: whether to download the weights too, or only the small files.
 
     Raises:
-      FileNotFoundError, ConnectionError: there is none.
+      FileNotFoundError, ConnectionError: there is no such directory.
     """
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
@@ -90,13 +87,13 @@ def find_directory(
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Tells what lies at a path from what lay there before: of results that are gone on with later.
+    """A text that changes when the model at a path changes, so that results are not continued with another model.
 
-    Of a directory: a digest of the weights, the configuration and the tokenizer in it, of large files by `_SAMPLES` pieces
-    that are spread evenly; whatever else lies there does not count. Of a hub id: the snapshot. Of a preset: its name.
+    For a directory it is a digest of weights, configuration and tokenizer (of `_SAMPLES` evenly spread pieces of large
+    files); other files do not count. For a hub id it is the snapshot, for a preset its name.
 
     Raises:
-      FileNotFoundError, ConnectionError: there is nothing.
+      FileNotFoundError, ConnectionError: there is no model at the path.
     """
     directory = pathlib.Path(path).expanduser()
     if not directory.is_dir():
@@ -112,7 +109,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
             size = file.seek(0, os.SEEK_END)
             found.update(f"{one.relative_to(directory)} {size} ".encode())
             pieces = -(-size // _PIECE)
-            for piece in sorted({round(place * (pieces - 1) / (_SAMPLES - 1)) for place in range(_SAMPLES)}):
+            for piece in sorted({round(sample * (pieces - 1) / (_SAMPLES - 1)) for sample in range(_SAMPLES)}):
                 file.seek(max(0, piece) * _PIECE)
                 found.update(file.read(_PIECE))
     return found.hexdigest()
@@ -124,7 +121,7 @@ def write_companions(
     dtype: np.dtype,
     source: str | os.PathLike[str] | None,
 ) -> None:
-    """Copies the files that go with the weights, and writes config.json."""
+    """Copies the files that accompany the weights, and writes config.json."""
     published: dict[str, Any] = {}
     if source is not None:
         source = pathlib.Path(source)
@@ -137,8 +134,8 @@ def write_companions(
     carried = {key: published[key] for key in _CARRIED_KEYS if key in published}
     modules = {str(entry).rpartition(".")[0] for entry in carried.get("auto_map", {}).values()}
     if not all((directory / f"{module}.py").is_file() for module in modules):
-        del carried["auto_map"]  # it would name code that did not come along
-    # The published code's release of transformers reads torch_dtype, newer ones write dtype and read both.
+        del carried["auto_map"]  # it would refer to code that was not copied
+    # The release of transformers for the published code reads torch_dtype; newer ones write dtype and read both.
     dtype_key = "dtype" if "dtype" in published else "torch_dtype"
     fields = config.to_dict() | carried | {dtype_key: jnp.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

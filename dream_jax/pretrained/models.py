@@ -1,7 +1,4 @@
-"""Whole models in and out of directories: load, save, export.
-
-Knows which kinds of directory there are.
-"""
+"""Loading, saving and exporting whole models."""
 
 from __future__ import annotations
 
@@ -42,29 +39,30 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     any_base: bool = False,
 ) -> Dream:
-    """Loads a model, every shard straight to its device.
+    """Loads a model; every shard is read directly to its device.
 
     Args:
       path: a Hugging Face directory, a converted directory, a preset name ("nano": random weights), or a hub
         id ("organisation/name") to download. A directory is preferred to a preset of the same name.
       dtype: of the parameters: float32, bfloat16 or float16.
-      mesh: where the parameters go, as a Mesh or "FSDPxTENSOR"; None for one device.
+      mesh: the devices of the parameters, as a Mesh or "FSDPxTENSOR"; None for one device.
       seed: of a preset's random weights.
       compute_dtype, attention_backend, remat: as for `Dream`.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
-      base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other: the float model is never whole
-        anywhere. `dtype` is then that of all else. Such a model runs, and carries adapters; it cannot be saved.
-      adapter: a directory of `save_adapter`, to put on the model. `merge_adapter` makes one model of the two.
-      any_base: accepts an adapter that was trained on other weights of the same shapes.
+      base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other, so that the whole model is never
+        in memory in floating point; `dtype` is then that of all other parameters. Such a model can run and have an
+        adapter, but it cannot be saved.
+      adapter: a directory of `save_adapter` to attach to the model. `merge_adapter` adds it to the weights.
+      any_base: accepts an adapter that was trained on other weights with the same shapes.
 
     Returns:
-      The model; its `tokenizer_dir` is the directory when that holds tokenizer files.
+      The model; its `tokenizer_dir` is the directory if there are tokenizer files in it.
 
     Raises:
       FileNotFoundError: there is no such path, or it holds no checkpoint.
-      ValueError: the checkpoint is damaged, or not one of this architecture; an unknown dtype; a mesh that
-        does not fit; an adapter that does not.
-      ConnectionError: a hub id that is not in the cache and cannot be downloaded.
+      ValueError: the checkpoint is damaged or of another architecture; the dtype is unknown; the mesh or the adapter does
+        not fit.
+      ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     mesh = None if mesh is None else make_mesh(mesh)
     model = describe(
@@ -76,7 +74,7 @@ def load(
         ignore_config_keys=ignore_config_keys,
     )
     found = None if adapter is None else describe_adapter(adapter)
-    if found is not None:  # before minutes of reading weights
+    if found is not None:  # checked before the weights are read, which may take minutes
         found.check_fits(model)
     model = _weights(path, model, as_dtype(dtype), mesh, seed, base)
     return model if found is None else put_on(model, found, any_base=any_base)
@@ -110,17 +108,17 @@ def describe(
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
 ) -> Dream:
-    """The model of `load` with shapes in place of weights: all that can be known before reading or drawing any.
+    """The model of `load` with shapes instead of weights: all that is known before weights are read or drawn.
 
     Args:
-      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; of a hub id only the small
+      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; for a hub id only the small
         files are downloaded.
 
     Returns:
       The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.
 
     Raises:
-      As `load`, for what is wrong with the path, with `config.json` or with an option.
+      As `load`, if the path, `config.json` or an option is wrong.
     """
     directory = _directory(path, weights=False)
     has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
@@ -138,7 +136,7 @@ def describe(
 
 
 def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path | None:
-    """Where the weights lie, or None for a preset, whose weights are drawn."""
+    """The directory of the weights, or None for a preset, whose weights are random."""
     if str(path) in PRESETS and not os.path.exists(path):
         return None
     return find_directory(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}", weights=weights)
@@ -162,19 +160,18 @@ def save(
     tokenizer_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a converted directory; with several hosts, all must call.
+    """Writes a converted directory; with several hosts, all of them must call.
 
     Args:
-      model: its parameters are written as they are, shard by shard.
-      path: must not exist, except with `overwrite`; made whole or not at all.
-      tokenizer_dir: where tokenizer files, generation_config.json and Python files come from; the model's own
-        by default.
+      model: its parameters are written in their dtype, shard by shard.
+      path: must not exist, except with `overwrite`; it appears only when it is complete.
+      tokenizer_dir: the source of tokenizer files, generation_config.json and Python files; by default that of the model.
       overwrite: whether a checkpoint at `path` may be replaced (when the new one is complete).
 
     Raises:
       FileExistsError: `path` exists.
-      ValueError: the model has an adapter or a quantised base, other parameters than its configuration says, or
-        several dtypes.
+      ValueError: the model has an adapter, a quantised base, parameters that do not fit its configuration, or several
+        dtypes.
       OSError: the disk is full.
     """
     params = _plain(model)
@@ -187,13 +184,13 @@ def save(
 
 
 def _plain(model: Dream) -> ParamTree:
-    """The parameters of a model that is nothing but its configuration."""
+    """The parameters of a model; raises ValueError when it has an adapter or a quantised base."""
     if lora.config_of(model) is not None:
         raise ValueError("the model has an adapter: save that alone with save_adapter, or merge_adapter first")
     if lora.base_of(model) in KINDS:
         raise ValueError(
-            f"the base is {lora.base_of(model)}, which directories do not hold: its float weights are where it was loaded "
-            "from, and merge_adapter(model, dequantised=True) makes float ones of it"
+            f"the base is {lora.base_of(model)}, which cannot be saved: its float weights are in the directory that it was "
+            "loaded from, and merge_adapter(model, dequantised=True) converts it to floating point"
         )
     return split_params(model)[1]
 
@@ -214,7 +211,7 @@ def export_hf(
 
     Raises:
       FileExistsError, OSError: as `save`.
-      ValueError: as `save`; also when parts of the model lie on other hosts, or it was trained under a mask that the
+      ValueError: as `save`; also when some parameters are on other hosts, or the model was trained under a mask that the
         published code does not have.
     """
     check_published_mask(model.trained_mask)

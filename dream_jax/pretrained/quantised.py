@@ -1,6 +1,6 @@
-"""Weights read layer by layer, each quantised before the next one comes: a 7B base in four bits loads where it runs.
+"""Reads a model unit by unit from either kind of directory, and quantises each layer before the next one is read.
 
-Knows both kinds of directory and the parts that a model is read in.
+A 7B base in four bits therefore loads in the memory that it needs to run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start_unit(
     pool: Executor,
     buffers: hf.Buffers,
 ) -> hf.Reading:
-    """Starts to read one part of a published checkpoint, in the dtype of its shapes."""
+    """Starts to read one unit of a published checkpoint, in the dtype of its shapes."""
     tensors = {(one.rule.target, one.layer): (name, one) for name, one in hf.destinations(config).items()}
     leaves = hf.flat(unit.shapes)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
@@ -46,14 +46,14 @@ def start_unit(
 def unit_reader(
     directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
 ) -> Iterator[Callable[[checkpoint.WeightUnit], ParamTree]]:
-    """A function that reads one part of the model in a directory of either kind, which is checked first."""
+    """A function that reads one unit of the model in a directory of either kind; the directory is checked first."""
     if checkpoint.is_converted(directory):
         checkpoint.read_description(directory, config)
         yield lambda unit: jax.tree.map(jnp.asarray, checkpoint.read_unit(directory, unit, mesh))
         return
     with hf.open_source(directory) as source, ThreadPoolExecutor(hf.reading_threads()) as pool:
         source.check(config)
-        # Buffers of its own for each part: on a CPU the arrays lie in them.
+        # New buffers for each unit: on a CPU they are the memory of the arrays.
         yield lambda unit: hf.nested(
             start_unit(source, config, unit, mesh=mesh, pool=pool, buffers=hf.Buffers()).wait()
         )
@@ -69,10 +69,10 @@ def quantised_params(
     Args:
       directory: converted or of Hugging Face.
       config: what it must hold.
-      dtype: of what is not quantised.
+      dtype: of the parameters that are not quantised.
       kind: of the codes.
-      shapes: of all parameters, as `lora.with_base_shapes` gives them.
-      mesh: where they go; None for one device.
+      shapes: of all parameters, as `lora.with_base_shapes` returns them.
+      mesh: the devices of the parameters; None for one device.
 
     Returns:
       The parameters, and the identity of the float weights (see `lora.identity`).
@@ -87,10 +87,10 @@ def quantised_params(
 
     params: ParamTree = {}
     first, *_, last = checkpoint.units(config, dtype, mesh)
-    # In float32, whatever the source is: codes and scales are of the weights as they are stored there.
+    # In float32 whatever the dtype of the source is, so that codes and scales are computed from the weights as stored.
     layers = checkpoint.units(config, "float32", mesh)[1:-1]
     with unit_reader(directory, config, mesh) as read:
-        for unit in (first, last):  # the largest first, while there is still room
+        for unit in (first, last):  # the largest units first, while the memory is still free
             params |= read(unit)
         prints = lora.prints(params, None)
         stacked = jax.jit(zeros, out_shardings=shardings)()
@@ -98,5 +98,5 @@ def quantised_params(
             layer = read(unit)
             prints += lora.prints(layer, unit.layer)
             stacked = put(stacked, layer["layers"], unit.layer)
-            jax.block_until_ready(stacked)  # else the layers to come pile up in memory
+            jax.block_until_ready(stacked)  # otherwise the following layers accumulate in memory
     return params | {"layers": stacked}, lora.digest(prints)
