@@ -1,6 +1,4 @@
-"""The accelerators that a run may be planned for or finds itself on: one table, with its sources.
-
-Knows makers' numbers and list prices. Knows nothing of jax, models or meshes.
+"""A table of accelerators: their rates and memory from the makers' documents, and list prices.
 
 All rates are per jax device, which is a chip except on Ironwood (two devices a chip). Sources, read in 2026:
 peak rates, memory and its bandwidth, interconnect: the "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" pages of
@@ -9,8 +7,8 @@ what libtpu 0.0.42.1 leaves a program, from its out-of-memory messages (a test c
 reports as the board's size, less an allowance of 1 GiB for contexts, libraries and fragmentation. Only dense bfloat16
 rates: those that data sheets print "with sparsity" are halved.
 
-Prices move, differ by region and fall with commitments: pass your own. TPU: on-demand list price of Google Cloud in its
-US regions, 2025. GPU: Modal's price list, by the second and without commitment, May 2026. None: no public price known.
+Prices change, differ by region and are lower with a commitment: pass your own. TPU: on-demand list price of Google Cloud in
+its US regions, 2025. GPU: Modal's price list, by the second and without commitment, May 2026. None: no public price known.
 """
 
 from __future__ import annotations
@@ -28,17 +26,17 @@ class Chip:
 
     Attributes:
       name: as in `--topology`.
-      platform: jax's name of it.
-      kinds: how jax's `device_kind` begins.
-      memory: bytes that a program can have.
+      platform: the name of the platform in jax.
+      kinds: prefixes of jax's `device_kind`.
+      memory: bytes that a program can use.
       peak_flops: dense bfloat16, FLOP/s.
       memory_bandwidth: of the device's memory, bytes/s.
-      links: ports to neighbours (a torus), or 1 where a switch connects all.
+      links: number of links to neighbours in a torus, or 1 where a switch connects all devices.
       link_bandwidth: of one link in one direction, bytes/s.
-      usd_per_chip_hour: list price of a chip, not of a device; None when there is none.
-      devices_per_chip: jax devices.
-      topology: how a topology is written, for messages.
-      node: devices that a switch connects; None for a torus.
+      usd_per_chip_hour: list price of a chip (not of a device); None when no price is known.
+      devices_per_chip: number of jax devices per chip.
+      topology: an example of `--topology`, for messages.
+      node: number of devices that a switch connects; None for a torus.
       network_bandwidth: between nodes, per device and direction, bytes/s; None for a torus.
     """
 
@@ -58,7 +56,7 @@ class Chip:
 
     @property
     def interconnect(self) -> float:
-        """Bytes/s that a device can send when all its links are busy."""
+        """Bytes/s that a device can send over all its links together."""
         return self.links * self.link_bandwidth
 
 
@@ -75,7 +73,7 @@ def _tpu(
     example: str,
     devices_per_chip: int = 1,
 ) -> Chip:
-    # The documentation gives the interconnect of a chip in both directions: a link in one is 1 / (2 links) of it.
+    # The documentation gives the sum over all links and both directions: one link has 1 / (2 links) of it in one direction.
     return Chip(
         name=name,
         platform="tpu",
@@ -180,7 +178,7 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax describes so; None for one that the table does not have (a CPU, say)."""
+    """The chip with this `device_kind` of jax; None when the table does not have it (for example a CPU)."""
     known = [(kind, chip) for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)]
-    # The longest: "TPU v5 lite" also begins with "TPU v5".
+    # The longest prefix counts: "TPU v5 lite" also begins with "TPU v5".
     return max(known, key=lambda pair: len(pair[0]), default=(None, None))[1]

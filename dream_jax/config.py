@@ -1,7 +1,4 @@
-"""What a Dream model is: frozen architecture settings, read key by key from the published `config.json`.
-
-Knows the architecture and its presets. Knows nothing of arrays, dtypes, devices or training.
-"""
+"""The architecture of a Dream model: frozen settings, read key by key from the published `config.json`, and presets."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Read from config.json; a missing one is an error, because libraries move and default these between releases.
+# Keys that config.json must have: they are never defaulted, because libraries change their defaults between releases.
 _REQUIRED_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -27,7 +24,7 @@ _REQUIRED_KEYS = (
     "pad_token_id",
 )
 
-# Architectural switches of the Qwen2 family, with the one value (or values) that this implementation computes.
+# Architectural switches of the Qwen2 family, with the values that this implementation supports.
 _SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("Dream",),
     "architectures": (["DreamModel"], None),
@@ -38,7 +35,7 @@ _SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
 }
 
-# Keys that say nothing about the function the weights compute.
+# Keys that do not change the function that the weights compute.
 # sliding_window and max_window_layers only act under use_sliding_window, which is checked above.
 _IGNORED_KEYS = frozenset(
     {
@@ -61,10 +58,10 @@ _IGNORED_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DreamConfig:
-    """Architecture of one Dream checkpoint; field names are those of the published `config.json`.
+    """The architecture of a Dream checkpoint; the field names are those of the published `config.json`.
 
     Raises:
-      ValueError: for sizes that do not fit each other; the message carries the values.
+      ValueError: sizes do not fit each other; the message has the values.
     """
 
     vocab_size: int
@@ -99,7 +96,7 @@ class DreamConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads=} must be a multiple of {self.num_key_value_heads=}")
         if self.head_dim % 2:
-            raise ValueError(f"{self.head_dim=} must be even: rotary embedding turns pairs of channels")
+            raise ValueError(f"{self.head_dim=} must be even: rotary embedding rotates pairs of channels")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -111,7 +108,7 @@ class DreamConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name}={value!r} is outside the vocabulary, 0..{self.vocab_size - 1}")
         if self.mask_token_id == self.pad_token_id:
-            raise ValueError(f"{self.mask_token_id=} is the padding token too: padding would be a gap to fill in")
+            raise ValueError(f"{self.mask_token_id=} is the padding token too: padding would be generated")
 
     @property
     def head_dim(self) -> int:
@@ -130,18 +127,18 @@ class DreamConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> DreamConfig:
-        """Reads a published `config.json`'s dictionary, key by key.
+        """Reads the dictionary of a published `config.json`, key by key.
 
         Args:
-          fields: the dictionary. Every architectural key must be there: nothing is taken from a library's default.
+          fields: the dictionary. It must have every architectural key; there are no defaults.
           ignore: further keys that are known not to change what the weights compute.
 
         Raises:
-          ValueError: a key is missing, has a value that this implementation does not compute, or is unknown.
+          ValueError: a key is missing or unknown, or has a value that this implementation does not support.
         """
         if fields.get("model_type") == "qwen2":
             raise ValueError(
-                "config.json has model_type='qwen2': an autoregressive Qwen2 model is no Dream model yet; make one of it "
+                "config.json has model_type='qwen2': an autoregressive Qwen2 model is no Dream model yet; convert it "
                 "with convert/qwen2_to_dream.py SRC DST"
             )
         missing = [key for key in _REQUIRED_KEYS if key not in fields]
@@ -196,7 +193,7 @@ class DreamConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The published `config.json`'s dictionary: `from_dict(config.to_dict()) == config`."""
+        """The dictionary of a published `config.json`, such that `from_dict(config.to_dict()) == config`."""
         return {
             "architectures": ["DreamModel"],
             "attention_dropout": 0.0,
@@ -220,7 +217,7 @@ _QWEN_SPECIAL = {"mask_token_id": 151666, "pad_token_id": 151643}
 
 PRESETS: Mapping[str, DreamConfig] = {
     # For a laptop: bytes as tokens (ids of tokenizer.ByteTokenizer), learns 4x4 sudoku in minutes on two CPU cores.
-    # 8 heads and a vocabulary that 8 divides, so that every mesh of 8 devices really splits it.
+    # 8 heads and a vocabulary divisible by 8, so that every mesh of 8 devices shards it.
     "nano": DreamConfig(
         vocab_size=264,
         hidden_size=128,
@@ -236,7 +233,7 @@ PRESETS: Mapping[str, DreamConfig] = {
         pad_token_id=256,
         initializer_range=0.05,  # for a width of 128; the published 0.02 is for 3584
     ),
-    # For benchmarks: the real vocabulary on a body that a CPU can run.
+    # For benchmarks: the real vocabulary, with layers that a CPU can run.
     "small": DreamConfig(
         vocab_size=152_064,
         hidden_size=512,

@@ -1,7 +1,7 @@
-"""FLOPs of a training step, and what share of the hardware's peak they make.
+"""FLOPs of a training step, and their share of the peak of the hardware.
 
-Products forward and backward, attention in full, the vocabulary at masked positions only; what is computed again is not
-counted. Knows a model's sizes and the table of chips. Knows nothing of clocks or terminals.
+Counted are the matrix products of the forward and backward pass, attention over all pairs of tokens, and the output
+projection at masked positions only. Recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ class FlopCounter:
         adapter = parameter_count(lora.split(split_params(model)[1])[0])
         embeddings = config.hidden_size * config.vocab_size
         layers = config.num_parameters - embeddings * (1 if config.tie_word_embeddings else 2)
-        # A frozen matrix has no gradient of its own.
+        # A frozen matrix needs the gradient of its input, but not its own.
         each = 4 if adapter else 6
         self._head = each * embeddings  # only at masked positions
         matrices = each * layers + 6 * adapter
-        attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: counted in full
+        attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: all pairs of tokens
         self._token = matrices + attention
 
     def step(self, tokens: float, masked: float) -> float:
-        """FLOPs of a step over all devices, recomputation not counted."""
+        """FLOPs of a step over all devices, without recomputation."""
         return self._token * tokens + self._head * masked
 
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
-        """Share of the devices' peak, in [0, 1]; None where the peak is not known."""
+        """The share of the peak of all devices, in [0, 1]; None when the peak is not known."""
         chip = chip_of(mesh.devices.flat[0].device_kind)
         if chip is None:
             return None

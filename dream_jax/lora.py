@@ -1,10 +1,8 @@
-"""Low-rank adapters, and the frozen base beneath them.
+"""Low-rank adapters (LoRA), and the frozen base that they correct.
 
-An adapter adds (alpha / rank) x A B to the product of a layer's input with a kernel (Hu et al. 2021); A and B are two more
-parameters of `model.Linear`, stacked over layers like all others, and the only ones that are trained. The base they
-correct may be held in eight or four bits (`quantisation`), which is QLoRA (Dettmers et al. 2023).
-
-Knows models and parameter trees. Knows nothing of losses, optimizers or files.
+An adapter adds (alpha / rank) x A B to a kernel (Hu et al. 2021). A and B are additional parameters of `model.Linear`,
+stacked over layers like all others, and only they are trained. The base may be stored in 8 or 4 bits (`quantisation`),
+which is QLoRA (Dettmers et al. 2023).
 """
 
 from __future__ import annotations
@@ -35,16 +33,16 @@ _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What an adapter looks like.
+    """The configuration of an adapter.
 
     Attributes:
-      rank: columns of A and rows of B.
+      rank: the number of columns of A and rows of B.
       alpha: A B is multiplied by alpha / rank.
-      dropout: share of a projection's inputs that A does not see in a training step, each projection and token anew.
-      targets: which projections of every layer have one.
+      dropout: the probability with which each input of A is set to zero in a training step, drawn per projection and token.
+      targets: the projections of every layer that have an adapter.
 
     Raises:
-      ValueError: a number out of range, or targets that are unknown, named twice or none.
+      ValueError: a number is out of range, or the targets are unknown, repeated or empty.
     """
 
     rank: int
@@ -63,15 +61,15 @@ class LoraConfig:
         unknown = [name for name in targets if name not in TARGETS]
         if unknown or not targets or len(set(targets)) < len(targets):
             raise ValueError(f"{targets=} must be some of {', '.join(TARGETS)}, each once")
-        # In one order, so that equal choices are equal configurations.
+        # In a fixed order, so that equal choices give equal configurations.
         object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
-    """Reads "all", or names with commas between, as in "q,k,v".
+    """Parses "all", or names separated by commas, as in "q,k,v".
 
     Raises:
-      ValueError: an unknown name, or one that comes twice.
+      ValueError: a name is unknown or repeated.
     """
     if text == "all":
         return TARGETS
@@ -84,15 +82,15 @@ def parse_targets(text: str) -> tuple[Target, ...]:
 
 def projections(model: Dream) -> dict[Target, Linear]:
     """The seven projections of the (stacked) layers, by name."""
-    return {name: getattr(getattr(model.layers, _part(name)), name) for name in TARGETS}
+    return {name: getattr(getattr(model.layers, _block(name)), name) for name in TARGETS}
 
 
-def _part(name: Target) -> Literal["attn", "mlp"]:
+def _block(name: Target) -> Literal["attn", "mlp"]:
     return "attn" if name in ("q", "k", "v", "o") else "mlp"
 
 
 def config_of(model: Dream) -> LoraConfig | None:
-    """The configuration of the adapter that a model has; None without one."""
+    """The configuration of the adapter of a model, or None."""
     found = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
     if not found:
         return None
@@ -114,10 +112,10 @@ def _copy(model: Dream) -> Dream:
     return merge_params(*split_params(model))
 
 
-def _pinned(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """New parameters of one projection, where the tables want them on the current mesh."""
-    pinned = sharding.constrain_parameters({"layers": {_part(name): {name: dict(leaves)}}})
-    found: dict[str, jax.Array] = pinned["layers"][_part(name)][name]
+def _sharded(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """New parameters of one projection, sharded over the current mesh."""
+    sharded = sharding.constrain_parameters({"layers": {_block(name): {name: dict(leaves)}}})
+    found: dict[str, jax.Array] = sharded["layers"][_block(name)][name]
     return found
 
 
@@ -125,21 +123,22 @@ def _pinned(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Arra
 
 
 def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
-    """The same model with an adapter that does nothing yet: B is zero.
+    """Returns the model with a new adapter, which has no effect yet because B is zero.
 
-    A is uniform in +-1/sqrt(inputs), as PEFT draws it: published learning rates presuppose it. (The LoRA paper says
-    "Gaussian", without a width.) Both are float32 whatever the base is.
+    A is uniform in +-1/sqrt(inputs), as in PEFT, for which published learning rates are meant. (The LoRA paper says
+    "Gaussian" without a width.) A and B are float32, whatever the dtype of the base.
 
     Args:
-      model: without an adapter; arrays or shapes under `jax.eval_shape` (see `attached_shapes`). It is not changed.
+      model: a model without an adapter, of arrays, or of shapes under `jax.eval_shape` (see `attached_shapes`). It is not
+        changed.
       config: of the adapter.
-      key: what A is drawn from; the mesh changes nothing of it.
+      key: of the random values of A, which do not depend on the mesh.
 
     Raises:
       ValueError: the model has an adapter.
     """
     if config_of(model) is not None:
-        raise ValueError("the model has an adapter already; merge it first, or go on training that one")
+        raise ValueError("the model has an adapter already; merge it first, or continue training that one")
     found = _copy(model)
     sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(found).items())
     sizes = tuple(size for size in sizes if size[0] in config.targets)
@@ -160,10 +159,10 @@ def _initial(key: jax.Array, sizes: Sizes, layers: int, rank: int) -> dict[Targe
     found = {}
     for name, in_shape, out_shape in sizes:
         bound = 1 / math.sqrt(math.prod(in_shape))
-        own = jax.random.fold_in(key, TARGETS.index(name))
-        lora_a = jax.random.uniform(own, (layers, *in_shape, rank), jnp.float32, -bound, bound)
+        target_key = jax.random.fold_in(key, TARGETS.index(name))
+        lora_a = jax.random.uniform(target_key, (layers, *in_shape, rank), jnp.float32, -bound, bound)
         leaves = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, rank, *out_shape), jnp.float32)}
-        found[name] = _pinned(name, leaves)
+        found[name] = _sharded(name, leaves)
     return found
 
 
@@ -173,7 +172,7 @@ def attached_shapes(model: Dream, config: LoraConfig) -> Dream:
 
 
 def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
-    """Parameters -> those of the adapter, and all others; `shapes.joined` puts them together again."""
+    """Splits parameters into those of the adapter and all others; `shapes.joined` is the inverse."""
     adapter: ParamTree = {}
     base: ParamTree = {}
     for name, value in params.items():
@@ -189,15 +188,15 @@ def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
 
 
 def merge(model: Dream, *, dequantised: bool = False) -> Dream:
-    """The model without its adapter, the correction added to the kernels in float32; it is faster, and any code loads it.
+    """Adds the adapter to the kernels, in float32; the result is an ordinary model, which is faster.
 
     Args:
-      model: is not changed; a model without an adapter comes back as it is.
-      dequantised: whether a quantised base may become a float one of the dtype of its embedding. It then carries the error
-        of its codes: the adapter on the float base that the codes came from is nearer to that base.
+      model: is not changed; a model without an adapter is returned as it is.
+      dequantised: whether a quantised base may become a floating-point one with the dtype of its embedding. The result has
+        the error of the codes; merging the adapter into the original floating-point base is more accurate.
 
     Raises:
-      ValueError: a quantised base, unless `dequantised`.
+      ValueError: the base is quantised, and `dequantised` is not set.
     """
     if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
         return model
@@ -224,15 +223,15 @@ def merge(model: Dream, *, dequantised: bool = False) -> Dream:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Target, jax.Array]:
-    # A layer at a time: the float32 sum of all layers would be larger than the model.
+    # One layer at a time: the float32 sums of all layers would be larger than the model.
     return {
-        name: _pinned(name, {"kernel": jax.lax.map(functools.partial(_merged, dtype=dtype), linear)})["kernel"]
+        name: _sharded(name, {"kernel": jax.lax.map(functools.partial(_merged, dtype=dtype), linear)})["kernel"]
         for name, linear in linears.items()
     }
 
 
 def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
-    """The kernel of one layer."""
+    """The merged kernel of one layer."""
     if linear.kernel is None:
         kernel = dequantise(QuantisedKernel(linear.codes[...], linear.scales[...]), linear.out_shape[-1])
     else:
@@ -241,7 +240,7 @@ def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
         rank = linear.lora_a.shape[-1]
         a_Ir = linear.lora_a[...].astype(jnp.float32).reshape(-1, rank)
         b_rO = linear.lora_b[...].astype(jnp.float32).reshape(rank, -1)
-        # In full precision also where matrix units round their inputs: it happens once.
+        # In full precision even where matrix units round their inputs, because it is done only once.
         added = linear.lora_alpha / rank * jnp.matmul(a_Ir, b_rO, precision="highest")
         kernel = kernel + added.reshape(kernel.shape)
     return kernel.astype(dtype)
@@ -251,15 +250,15 @@ def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
 
 
 def with_base(model: Dream, base: CodeKind) -> Dream:
-    """The same model with the seven kernels of its layers quantised; embedding, norms, biases and head stay.
+    """Returns the model with the seven kernels of its layers quantised; other parameters stay unchanged.
 
     Args:
-      model: with float kernels; arrays, or shapes under `jax.eval_shape`. It is not changed. For weights in a directory
-        `pretrained.load(path, base=...)` needs less memory: it never holds them all in floating point.
+      model: a model with float kernels, of arrays, or of shapes under `jax.eval_shape`. It is not changed. For weights in a
+        directory, `pretrained.load(path, base=...)` needs less memory, because it quantises while it reads.
       base: "int8" or "nf4".
 
     Raises:
-      ValueError: an unknown base, or one that is quantised already.
+      ValueError: the base is unknown, or the model is quantised already.
     """
     if base not in KINDS:
         raise ValueError(f"{base=} is not one of {KINDS}")
@@ -278,9 +277,9 @@ def with_base(model: Dream, base: CodeKind) -> Dream:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind) -> dict[Target, dict[str, jax.Array]]:
-    # A layer at a time: what is formed on the way is in float32.
+    # One layer at a time, because intermediate values are in float32.
     one = functools.partial(quantise, kind=kind)
-    return {name: _pinned(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
+    return {name: _sharded(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
 
 
 def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
@@ -289,18 +288,18 @@ def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
 
 
 def identity(model: Dream) -> str:
-    """What tells the base of a model from every other: a digest of its weights, rounded to bfloat16, adapters aside.
+    """A digest of the weights of a model, rounded to bfloat16 and without its adapter, which identifies the base.
 
-    It does not depend on the mesh, nor on whether the weights are loaded as float32 or bfloat16. That of a quantised base
-    is that of the weights its codes came from.
+    It does not depend on the mesh, nor on whether the weights are loaded as float32 or bfloat16. The identity of a
+    quantised base is that of the weights before they were quantised.
 
     Raises:
-      ValueError: a quantised base that does not know it.
+      ValueError: the base is quantised and its identity is not known.
     """
     if model.base_identity is not None:
         return str(model.base_identity)
     if base_of(model) in KINDS:
-        raise ValueError("this quantised base does not know which weights it came from; load it from its directory")
+        raise ValueError("it is not known which weights this quantised base was made from; load it from its directory")
     params = split(split_params(model)[1])[1]
     with sharding.mesh_context(params):
         layers = _prints(params["layers"], stacked=True)
@@ -312,28 +311,28 @@ Print = tuple[str, int]
 
 
 def prints(params: ParamTree, layer: int | None) -> list[Print]:
-    """The named prints of one unit's weights, a layer's without the layer axis: for `digest`, in any order."""
+    """A named hash of each parameter of one unit (without a layer axis), for `digest`; the order does not matter."""
     with sharding.mesh_context(params):
         found = _prints(params, stacked=False)
     if layer is None:
         return found
-    # Paths within a layer, as those of stacked weights.
+    # The names are those that `_prints` gives to stacked weights.
     return [(f"{layer}.{name.removeprefix('layers.')}", value) for name, value in found]
 
 
 def digest(found: list[Print]) -> str:
-    """One text of 64 hexadecimal digits from all prints of a model."""
+    """Combines the hashes of all parameters of a model into 64 hexadecimal digits."""
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def _prints(params: ParamTree, *, stacked: bool) -> list[Print]:
-    # One at a time: that bounds what is held besides them.
+    # One parameter at a time, to limit the memory for intermediate values.
     return list(_named(jax.tree.map(lambda leaf: jax.device_get(_sums(leaf, stacked)), params)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _sums(leaf: jax.Array, stacked: bool) -> jax.Array:
-    """The sum of each layer, or of a parameter outside of the layers; whole on every process."""
+    """The hash of each layer of a parameter, or of a parameter outside of the layers; replicated on every process."""
     found: jax.Array = jax.vmap(_sum)(leaf) if stacked else _sum(leaf)
     return sharding.constrain(found, *[None] * found.ndim)
 
@@ -348,26 +347,26 @@ def _named(sums: ParamTree) -> Iterator[Print]:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """A uint32 that depends on every bit and its place: integers add up exactly, in whatever order devices add them."""
-    # In parts, because a CPU holds what is added up: four bytes a weight. They are cut within the leading axis, so that
-    # devices that share it each have a piece of every part.
-    parts = math.gcd(x.shape[0] // 2, 32) if x.ndim > 1 else 1
-    # Bits before the loop where nothing is rounded: a CPU would turn bfloat16 into float32 there, all at once.
+    """A uint32 hash that depends on every bit and its index; sums of integers do not depend on the order of the devices."""
+    # In chunks, because a CPU stores the summands, four bytes per weight. Chunks are cut within the leading axis, so that
+    # devices among which it is sharded have an equal share of every chunk.
+    chunks = math.gcd(x.shape[0] // 2, 32) if x.ndim > 1 else 1
+    # Where nothing is rounded the bits are taken before the loop: a CPU would otherwise convert all of x to float32 there.
     exact = x.dtype == jnp.bfloat16
-    cut = (_bits(x) if exact else x).reshape(-1, parts, *x.shape[1:])
+    cut = (_bits(x) if exact else x).reshape(-1, chunks, *x.shape[1:])
 
-    def add(part: jax.Array, total: jax.Array) -> jax.Array:
-        piece = jax.lax.dynamic_index_in_dim(cut, part, axis=1, keepdims=False)
-        bits = (piece if exact else _bits(piece.astype(jnp.bfloat16))).astype(jnp.uint32)
-        place = jax.lax.broadcasted_iota(jnp.uint32, piece.shape, 0) * jnp.uint32(parts) + part.astype(jnp.uint32)
-        for axis, size in enumerate(piece.shape[1:], 1):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, piece.shape, axis)
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        chunk = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False)
+        bits = (chunk if exact else _bits(chunk.astype(jnp.bfloat16))).astype(jnp.uint32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, chunk.shape, 0) * jnp.uint32(chunks) + number.astype(jnp.uint32)
+        for axis, size in enumerate(chunk.shape[1:], 1):
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, chunk.shape, axis)
         # The mixing constants are those of murmur3's finaliser.
-        mixed = (place ^ (place >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B) + bits + jnp.uint32(1)
+        mixed = (index ^ (index >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B) + bits + jnp.uint32(1)
         mixed = (mixed ^ (mixed >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
         return total + jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
 
-    return jax.lax.fori_loop(0, parts, add, jnp.uint32(0))
+    return jax.lax.fori_loop(0, chunks, add, jnp.uint32(0))
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -379,11 +378,11 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def logit_error(exact: jax.Array, found: jax.Array) -> dict[str, float]:
-    """How far logits [..., V] are from exact ones, as a reader can judge it.
+    """Compares logits [..., V] with exact ones.
 
     Returns:
-      `relative` (root mean square of the error over that of the exact logits), `kl` (mean nats from the exact
-      distribution to the other), `same_top` (share of positions with the same most probable token).
+      `relative` (root mean square of the error over that of the exact logits), `kl` (mean KL divergence in nats from the
+      exact distribution to the other), `same_top` (share of positions with the same most probable token).
     """
     exact, found = jnp.asarray(exact, jnp.float32), jnp.asarray(found, jnp.float32)
     log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(found)

@@ -1,15 +1,13 @@
-"""Weights in eight or four bits, for a base that is not trained: codes in blocks, and the product with them.
-
-Knows arrays and nested dicts of them. Knows nothing of models, adapters or files.
+"""Weights in 8 or 4 bits for a base that is not trained: codes in blocks, and the matrix product with them.
 
 | kind | bytes a weight | codes | largest error, of a block's largest magnitude |
 |---|---|---|---|
 | int8 | 1 + 4/64 | int8, 255 equal steps | 0.4 % |
 | nf4 | 1/2 + 4/64 | uint8, two weights in each, 16 levels | 15.2 % |
 
-A block is `BLOCK` neighbours on the last axis (or the whole axis where that is shorter), so that codes and scales keep the
-axes of the kernel that they stand for, and lie on a mesh as it would. nf4 is the data type of the QLoRA paper (Dettmers
-et al. 2023), without its second quantisation, of the scales.
+A block is `BLOCK` neighbours on the last axis (or the whole axis if that is shorter), so that codes and scales keep the
+axes of their kernel and are sharded like it. nf4 is the data type of the QLoRA paper (Dettmers et al. 2023), without the
+paper's second quantisation, that of the scales.
 """
 
 from __future__ import annotations
@@ -53,12 +51,12 @@ NF4_LEVELS = (
 
 
 class QuantisedKernel(NamedTuple):
-    """An array in one byte an element, or half of one.
+    """A kernel with one byte or half a byte per element.
 
     Attributes:
-      codes: int8 of the array's shape; or uint8, which is nf4: byte j of a block of w elements holds element j in its low
-        and element j + w/2 in its high half, so that neither packing nor unpacking interleaves.
-      scales: float32, the magnitude that the largest code of each block stands for, [..., blocks].
+      codes: int8 with the shape of the kernel; or uint8 for nf4, where byte j of a block of w elements holds element j in
+        its low half and element j + w/2 in its high half, so that neither packing nor unpacking interleaves elements.
+      scales: float32 [..., blocks], the magnitude that the largest code of each block stands for.
     """
 
     codes: Any
@@ -66,12 +64,12 @@ class QuantisedKernel(NamedTuple):
 
 
 def _width(size: int) -> int:
-    """Elements of a block on an axis of this size; even, because nf4 packs two in a byte."""
+    """The number of elements of a block on an axis of this size; even, because nf4 packs two of them in a byte."""
     return min(BLOCK, size + size % 2)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """[..., d] -> [..., blocks, width], with zeros at the end of a last block that is cut short."""
+    """[..., d] -> [..., blocks, width], with zeros at the end of the last block."""
     width = _width(x.shape[-1])
     short = -x.shape[-1] % width
     if short:
@@ -80,10 +78,10 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 
 def quantise(x: Float[jax.Array, "*b d"], kind: CodeKind) -> QuantisedKernel:
-    """The nearest code of every element; deterministic, and independent of how the array is divided over devices.
+    """Rounds every element to the nearest code; the result does not depend on the sharding.
 
-    Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). Infinities and NaN, which no
-    trained weight is, make their block meaningless.
+    Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). An infinity or NaN makes its
+    block meaningless.
 
     Raises:
       ValueError: an unknown kind.
@@ -105,15 +103,15 @@ def quantise(x: Float[jax.Array, "*b d"], kind: CodeKind) -> QuantisedKernel:
 
 
 def kind_of(codes: Any) -> CodeKind:
-    """What codes (or their shape) stand for."""
+    """The kind of these codes, which may be arrays or shapes."""
     return "nf4" if codes.dtype == jnp.uint8 else "int8"
 
 
 def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[jax.Array, "*b d"]:
-    """The numbers that codes mean, computed in float32; `size` is that of the array's last axis."""
+    """The numbers that the codes stand for, computed in float32; `size` is the size of the last axis of the kernel."""
     width = _width(size)
     if kind_of(x.codes) == "int8":
-        # Times 1/127 on the scales, which are few.
+        # The factor 1/127 is applied to the scales, of which there are few.
         values = _blocks(x.codes.astype(jnp.float32)) * (x.scales * jnp.float32(1 / 127))[..., None]
     else:
         packed = x.codes.reshape(*x.codes.shape[:-1], -1, width // 2)
@@ -123,7 +121,7 @@ def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.
 
 
 def _level(code: jax.Array) -> jax.Array:
-    """float32 levels of nf4 codes, chosen bit by bit: 15 selections that fuse, where a table would be a gather."""
+    """The float32 levels of nf4 codes, chosen bit by bit: 15 selections that XLA fuses, where a table needs a gather."""
     choices: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (code & jnp.uint8(1 << bit)) != 0
@@ -136,32 +134,32 @@ def _level(code: jax.Array) -> jax.Array:
 def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> jax.Array:
     """x [R, I] times a quantised kernel as a matrix [I, O], in the dtype of x.
 
-    The gradient goes to x alone. It makes the kernel out of its codes again: what is kept for it are these, not the
-    kernel, which over all layers would be as large as the model in full precision.
+    Only x has a gradient. The backward pass dequantises the kernel again, because the kernels of all layers, stored for it,
+    would be as large as the model in full precision.
 
     Args:
       x_RI: rows.
       codes, scales: as in `QuantisedKernel`.
-      size: of the kernel's last axis.
+      size: the size of the last axis of the kernel.
     """
     return x_RI @ dequantise(QuantisedKernel(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
 
 
-# The two rules of custom_vjp are called by jax alone, with the types of the function above: no annotations of their own.
+# Only jax calls the two rules of custom_vjp, with the types of the function above; hence no annotations.
 def _forward(x_RI, codes, scales, size):  # type: ignore[no-untyped-def]
     return product(x_RI, codes, scales, size), (codes, scales)
 
 
-def _backward(size, kept, pull_RO):  # type: ignore[no-untyped-def]
-    kernel_IO = dequantise(QuantisedKernel(*kept), size, pull_RO.dtype).reshape(-1, pull_RO.shape[1])
-    return pull_RO @ kernel_IO.T, None, None
+def _backward(size, residuals, gradient_RO):  # type: ignore[no-untyped-def]
+    kernel_IO = dequantise(QuantisedKernel(*residuals), size, gradient_RO.dtype).reshape(-1, gradient_RO.shape[1])
+    return gradient_RO @ kernel_IO.T, None, None
 
 
 product.defvjp(_forward, _backward)
 
 
 def quantised_kernels(params: ParamTree, kind: CodeKind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
-    """A tree with the `codes` and `scales` of every `kernel` in it, and `others` of every other leaf."""
+    """Replaces every `kernel` of a tree by its `codes` and `scales`, and applies `others` to every other leaf."""
     found: ParamTree = {}
     for name, value in params.items():
         if isinstance(value, dict):

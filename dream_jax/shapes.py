@@ -1,4 +1,4 @@
-"""The axis alphabet: one letter an axis, written once, spoken everywhere.
+"""The axis alphabet: one letter per axis, used everywhere in the project.
 
 Array names carry their axes as a suffix (`q_BTNH`), einsum strings use the same capitals, and public signatures use
 them inside jaxtyping annotations.
@@ -17,7 +17,7 @@ them inside jaxtyping annotations.
 | V | vocabulary | vocab_size |
 | L | layers | num_hidden_layers |
 | P | prompt tokens | |
-| M | masked positions that are looked at | |
+| M | masked positions that are computed | |
 | R | rows of a flat [R, D] or [R, V] array | |
 """
 
@@ -43,11 +43,7 @@ ParamTree = dict[str, Any]
 
 
 def joined(base: ParamTree, more: ParamTree) -> ParamTree:
-    """Two nested dicts as one; a leaf that is in both is an error.
-
-    Raises:
-      ValueError: both hold the same leaf.
-    """
+    """Merges two nested dicts. Raises ValueError when both have the same leaf."""
     found = dict(base)
     for key, value in more.items():
         if key not in found:

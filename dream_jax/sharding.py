@@ -21,10 +21,10 @@ from dream_jax.shapes import ParamTree
 
 MESH_AXES = ("fsdp", "tensor", "sequence")
 
-# A mesh, or one of sizes only, for planning where nothing can even compile for the devices.
+# A mesh of devices, or one of sizes only, for planning where compiling for the devices is not possible.
 AnyMesh = Mesh | AbstractMesh
 
-# Table one: parameter path -> logical axes, one a dimension.
+# Table one: parameter path -> logical axes, one per dimension.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "embed.embedding": ("vocab", "embed"),
     "layers.attn_norm.scale": ("layers", "norm"),
@@ -39,7 +39,7 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "layers.mlp.gate.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.up.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.down.kernel": ("layers", "mlp", "embed"),
-    # Adapters: a product of two narrow matrices beside each kernel, divided like the kernel's own axes.
+    # Adapters: a product of two narrow matrices beside each kernel, sharded like the axes of the kernel.
     "layers.attn.q.lora_a": ("layers", "embed", "lora_rank"),
     "layers.attn.q.lora_b": ("layers", "lora_rank", "heads", "head_dim"),
     "layers.attn.k.lora_a": ("layers", "embed", "lora_rank"),
@@ -58,12 +58,12 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "lm_head.kernel": ("embed", "vocab"),
 }
 
-# Table two: logical axis -> mesh axis, or several. An axis that its mesh axes do not divide is kept whole (see
+# Table two: logical axis -> mesh axis, or several. An axis that its mesh axes do not divide is replicated (see
 # `partition_spec`).
 LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
     "vocab": "tensor",
-    # Devices that share a row's tokens need not each hold the same parameters.
+    # Devices that share the tokens of a row can also share the parameters.
     "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -71,11 +71,11 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "lora_rank": None,
     "layers": None,
-    "norm": None,  # [D] vectors: splitting them saves nothing and costs a collective each
+    "norm": None,  # [D] vectors: sharding them saves no memory worth a collective for each
     # activations
     "batch": "fsdp",
     "tokens": "sequence",
-    "token_group": ("fsdp", "sequence"),  # the tokens that one group of devices holds, when B and T are one axis
+    "token_group": ("fsdp", "sequence"),  # B and T merged into one axis
     "width": None,
 }
 
@@ -97,12 +97,12 @@ def parse_mesh_shape(text: str) -> tuple[int, int, int]:
 def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
     """The device mesh of a shape such as "8x1" (fsdp x tensor), over all processes.
 
-    On a CPU backend that is not yet initialised, as many devices as needed are made, so that the same command runs
-    anywhere. Of a Mesh that the caller has made, the axes must be `MESH_AXES`, or the first of them; it is taken over
-    with automatic axis types, which is what all code here is written for.
+    On a CPU backend that is not initialised yet, as many devices as needed are created, so that the same command runs
+    everywhere. A Mesh may be passed too: its axes must be `MESH_AXES` or the first two of them, and the result has
+    automatic axis types, which all code here expects.
 
     Raises:
-      ValueError: fewer devices than the mesh needs, or a Mesh with other axes, with what to do.
+      ValueError: there are fewer devices than the mesh needs, or the Mesh has other axes.
     """
     if isinstance(shape, Mesh):
         return _adopt(shape)
@@ -128,18 +128,18 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
 
 
 def mesh_over(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
-    """The mesh of these sizes over exactly these devices, which may be absent ones that a step is only compiled for.
+    """The mesh of these sizes over exactly these devices, which may be absent (for compiling ahead of time).
 
     Raises:
-      ValueError: another number of devices.
+      ValueError: the number of devices is another one.
     """
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {'x'.join(map(str, sizes))} has {math.prod(sizes)} devices, but there are {len(devices)}; they must be "
-            "as many"
+            "equal"
         )
     if devices[0].platform == "tpu":
-        # Lets the library lay neighbours of the mesh on neighbours of the torus.
+        # Lets jax map neighbours in the mesh to neighbours in the torus.
         return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -147,7 +147,7 @@ def mesh_over(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mes
 def _adopt(mesh: Mesh) -> Mesh:
     if mesh.axis_names != MESH_AXES[: len(mesh.axis_names)] or len(mesh.axis_names) < 2:
         raise ValueError(
-            f"a mesh with the axes {mesh.axis_names} was given, but parameters are placed along {MESH_AXES}; "
+            f"a mesh with the axes {mesh.axis_names} was given, but parameters are sharded over {MESH_AXES}; "
             'name its axes so (the last may be left out), or pass a text such as "8x1"'
         )
     devices = mesh.devices.reshape((*mesh.devices.shape, 1)[:3])
@@ -156,33 +156,32 @@ def _adopt(mesh: Mesh) -> Mesh:
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """The second table applied to one array.
+    """Applies the second table to one array.
 
-    An axis that its mesh axis does not divide stays whole on every device: 4 key/value heads on 8 tensor-parallel
-    devices, say, are replicated, as is usual. Of several mesh axes, those that do not divide what is left are passed
-    over.
+    An axis that its mesh axis does not divide is replicated, for example 4 key/value heads on 8 tensor-parallel devices.
+    Of several mesh axes, those that do not divide the rest of the axis are skipped.
 
     Raises:
-      ValueError: as many names as dimensions are needed; an unknown name.
+      ValueError: the number of names is not the number of dimensions, or a name is unknown.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{tuple(axes)} names {len(axes)} axes of an array with shape {tuple(shape)}")
-    places: list[str | tuple[str, ...] | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
     taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in LOGICAL_TO_MESH:
             raise ValueError(f"logical axis {axis!r} has no row in LOGICAL_TO_MESH")
         wanted = None if axis is None else LOGICAL_TO_MESH[axis]
-        place = _dividing((wanted,) if isinstance(wanted, str) else wanted or (), size, mesh_shape, taken)
-        taken.update(place)
-        places.append(place if len(place) > 1 else next(iter(place), None))
-    while places and places[-1] is None:
-        places.pop()
-    return PartitionSpec(*places)
+        mesh_axes = _dividing((wanted,) if isinstance(wanted, str) else wanted or (), size, mesh_shape, taken)
+        taken.update(mesh_axes)
+        entries.append(mesh_axes if len(mesh_axes) > 1 else next(iter(mesh_axes), None))
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], taken: set[str]) -> tuple[str, ...]:
-    """As many of the mesh axes, from the first, as together divide an axis of this size."""
+    """Those of the mesh axes, taken in order, whose product divides an axis of this size."""
     found: tuple[str, ...] = ()
     ways = 1
     for name in names:
@@ -193,16 +192,16 @@ def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], 
 
 
 def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
-    """PartitionSpec of every parameter in a nested dict of arrays or shapes.
+    """The PartitionSpec of every parameter in a nested dict of arrays or shapes.
 
     Raises:
-      ValueError: a path without a row in PARAMETER_AXES, or of another rank than its row.
+      ValueError: a path has no row in PARAMETER_AXES, or the parameter has another rank than the row.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = ".".join(str(part.key) for part in path)
         folder, _, last = name.rpartition(".")
-        # What stands for a quantised kernel keeps its axes: codes all of them, scales one a block of the last.
+        # Codes and scales of a quantised kernel have its axes; the last axis of the scales counts blocks.
         row = f"{folder}.kernel" if last in ("codes", "scales") else name
         if row not in PARAMETER_AXES:
             raise ValueError(f"parameter {name!r} has no row in PARAMETER_AXES")
@@ -215,7 +214,7 @@ def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
 
 def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
-    """NamedSharding of every parameter; see `parameter_specs`."""
+    """The NamedSharding of every parameter; see `parameter_specs`."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         parameter_specs(shapes, mesh),
@@ -224,23 +223,23 @@ def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Rows over fsdp, everything else whole."""
+    """The sharding of a batch: rows over fsdp, other axes replicated."""
     return NamedSharding(mesh, PartitionSpec("fsdp"))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def platform_of(mesh: AnyMesh) -> str:
-    """jax's name for the platform of the mesh's devices, present or not."""
+    """The platform of the devices of a mesh, which may be absent, as jax names it."""
     device = mesh.abstract_mesh.abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its place under the current mesh (`jax.set_mesh`); without a mesh, returns it untouched."""
+    """Fixes the sharding of an activation on the current mesh (`jax.set_mesh`); without a mesh, returns it unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -248,22 +247,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_parameters(params: ParamTree) -> ParamTree:
-    """Pins parameters that a compiled function makes to their places; as `constrain`."""
+    """Fixes the shardings of parameters that a compiled function creates, like `constrain`."""
     mesh = jax.sharding.get_abstract_mesh()
     return params if mesh.empty else jax.lax.with_sharding_constraint(params, parameter_specs(params, mesh))
 
 
 def mesh_context(tree: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the mesh that the arrays of a tree lie on is the current one, unless there is one already.
+    """A context that makes the mesh of a tree's arrays the current one, unless there is a current mesh already.
 
-    Does nothing under a trace: whoever compiles a function around the model sets the mesh.
+    It does nothing under a trace: the code that compiles a function around the model sets the mesh.
     """
     mesh = mesh_of(tree) if jax.sharding.get_abstract_mesh().empty else None
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def token_shards(batch: int, length: int) -> tuple[int, int]:
-    """Into how many parts the current mesh splits the rows and the tokens of activations [batch, length, ...]."""
+    """The number of shards along the rows and along the tokens of activations [batch, length, ...] on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = () if mesh.empty else partition_spec(("batch", "tokens"), (batch, length), dict(mesh.shape))
     rows, tokens = [*spec, None, None][:2]
@@ -271,16 +270,16 @@ def token_shards(batch: int, length: int) -> tuple[int, int]:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a tree were placed on, or None for plain arrays and under a trace."""
+    """The mesh of the arrays of a tree; None for arrays without a mesh, and under a trace."""
     for leaf in jax.tree.leaves(tree):
-        placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
-            return placed.mesh
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
     return None
 
 
 def bytes_per_device(tree: Any) -> dict[str, int]:
-    """Bytes that the arrays of a tree occupy on each local device, by device name; those in the host's memory do not."""
+    """The bytes of a tree's arrays on each local device, by device name; arrays in the memory of the host do not count."""
     total: dict[str, int] = {str(device): 0 for device in jax.local_devices()}
     for leaf in jax.tree.leaves(tree):
         if leaf.sharding.memory_kind == "pinned_host":

@@ -1,7 +1,7 @@
-"""What a computation is compiled for: the platform of the devices that will run it, whether or not they are here.
+"""The platform that a computation is compiled for, whether or not this machine has such devices.
 
-Knows jax's contexts. Knows nothing of what is computed. Whoever chooses by platform asks here, never
-`jax.default_backend()`: that names the devices at hand, and a step may be compiled for others.
+Code that depends on the platform asks this module and not `jax.default_backend()`, which names the devices of this machine:
+a step may be compiled for others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a computation is compiled for.
+    """The platform that a computation is compiled for.
 
     Attributes:
-      platform: "cpu", "gpu" or "tpu" (or another name that jax gives a backend, which no kernel here serves).
-      interpret: TPU kernels are carried out by array operations instead of being compiled, on whatever device is there.
+      platform: "cpu", "gpu" or "tpu", or another name of a backend of jax, for which there are no kernels here.
+      interpret: whether TPU kernels are interpreted as array operations on the devices that are there, and not compiled.
     """
 
     platform: str
@@ -33,17 +33,17 @@ _chosen_target = jax.make_user_context(None)
 
 
 def target_platform(platform: Platform, *, interpret: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """A context in which attention is chosen for `platform`, whatever devices are there.
+    """A context in which attention is chosen for `platform`, whatever devices this machine has.
 
-    For compiling ahead of time for hardware that is absent. Without it, the platform is that of the current mesh
-    (`jax.set_mesh`), which may be one of absent devices too, and without a mesh `jax.default_backend()`.
+    It is for compiling ahead of time for other hardware. Without it, the platform is that of the current mesh
+    (`jax.set_mesh`), whose devices may be absent too, and without a mesh `jax.default_backend()`.
 
     Args:
       platform: "cpu", "gpu" (an NVIDIA one) or "tpu".
-      interpret: runs TPU kernels here and now, by array operations: slow, for tests of what is around them.
+      interpret: runs TPU kernels as array operations on this machine; this is slow and meant for tests.
 
     Raises:
-      ValueError: an unknown platform, or `interpret` for one that has nothing to interpret.
+      ValueError: the platform is unknown, or `interpret` is set for another one than "tpu".
     """
     if platform not in get_args(Platform):
         raise ValueError(f"{platform=} is not one of {get_args(Platform)}")
@@ -53,10 +53,10 @@ def target_platform(platform: Platform, *, interpret: bool = False) -> contextli
 
 
 def current_target() -> Target:
-    """What a call traced at this point is compiled for; see `target_platform`."""
+    """The target of a computation that is traced at this point; see `target_platform`."""
     chosen: Target | None = _chosen_target.value
     if chosen is not None:
         return chosen
-    # Empty meshes and meshes over devices of several kinds say nothing.
+    # Empty meshes and meshes over several kinds of devices have no abstract device.
     device = jax.sharding.get_abstract_mesh().abstract_device
     return Target(jax.default_backend() if device is None else device.platform)

@@ -1,9 +1,7 @@
-"""Text to token ids and back: a byte tokenizer that needs nothing, and Dream's own from its checkpoint files.
+"""Text to token ids and back, with the chat template: a byte tokenizer that needs no files, and that of Dream.
 
-Knows the special tokens, the chat template and which files make a tokenizer. Does not know rows, lengths,
-padding or arrays.
-`transformers` is imported here only, and only when Dream's files are loaded; no remote code runs and nothing
-is downloaded.
+`transformers` is imported only here, and only when the files of a Dream checkpoint are loaded. No remote code is executed,
+and nothing is downloaded.
 """
 
 import json
@@ -18,7 +16,7 @@ BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 PROMPT_FORMAT_FILE = "prompt_format.json"
 
 Template = Literal["chat", "raw"]
-"""How a prompt becomes tokens: through the chat template, or as the bare text."""
+"""How a prompt becomes tokens: with the chat template, or as raw text."""
 
 TOKENIZER_FILES = (
     BYTE_TOKENIZER_FILE,
@@ -30,85 +28,84 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    # Never executed here: published checkpoints name it in tokenizer_config.json, so an export without it
-    # would not load there.
+    # Never executed here. Published checkpoints name it in tokenizer_config.json, so that the published code could not
+    # load an export without it.
     "tokenization_dream.py",
 )
 """Names of the files that belong to a tokenizer. A directory has some of them; they are copied unchanged."""
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles a chat message may have. The published template drops any other without a word: they are refused."""
+"""The roles of a chat message. Others are refused, because the published template silently drops them."""
 
 Message = Mapping[str, Any]
 """One turn of a chat: {"role": one of ROLES, "content": text}.
 
-An assistant's may have "tool_calls" as well, [{"name": text, "arguments": object}, ...]; with them the content may be
-empty. Turns of the role "tool" hold what the tools answered.
+A turn of the assistant may also have "tool_calls", [{"name": text, "arguments": object}, ...]; its content may then be
+empty. Turns with the role "tool" hold the answers of the tools.
 """
 
 Tools = Sequence[Mapping[str, Any]]
-"""Functions that a chat may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
+"""The functions that a chat may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer. `ByteTokenizer` and `DreamTokenizer` satisfy it."""
+    """The interface of a tokenizer. `ByteTokenizer` and `DreamTokenizer` implement it."""
 
     vocab_limit: int
-    """Number of defined ids. Logits may be wider; an id >= vocab_limit must never be emitted."""
+    """The number of defined ids. Logits may be wider; an id >= vocab_limit must never be generated."""
 
     mask_id: int
-    """Id of `<|mask|>`, the token of a position not yet written."""
+    """The id of `<|mask|>`, the token of a position that is not yet filled."""
 
     eos_id: int
-    """Id that ends a response."""
+    """The id that ends a response."""
 
     pad_id: int
-    """Id right of the end; Dream's is its eos id."""
+    """The id after the end of a response; in Dream it is the eos id."""
 
     bos_id: int
-    """Id of `<|beginoftext|>`."""
+    """The id of `<|beginoftext|>`."""
 
     im_start_id: int
-    """Id that opens a turn."""
+    """The id that begins a turn."""
 
     im_end_id: int
-    """Id that closes a turn."""
+    """The id that ends a turn."""
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, nothing added.
+        """The ids of `text`; no token is added.
 
-        By default the string of a special token in the text ("<|mask|>") is spelled out like any other text,
-        so that data can never forge a control token; allow_special=True turns such strings into their single
-        ids.
+        By default the string of a special token in the text ("<|mask|>") is encoded like any other text, so that data
+        cannot contain control tokens; with allow_special=True such strings become their single ids.
         """
         ...
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of `ids`; special tokens appear as their strings, or are left out. Bad UTF-8 becomes U+FFFD.
+        """The text of `ids`; special tokens appear as their strings, or are left out. Invalid UTF-8 becomes U+FFFD.
 
         Raises: ValueError naming the id, for an id outside [0, vocab_limit).
         """
         ...
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
-        """Ids of the chat template over `messages`, ending with the opened assistant turn when asked.
+        """The ids of the chat template applied to `messages`, ending with the start of an assistant turn if asked for.
 
-        `tools` are announced in the system turn. Special-token strings inside a content, a call or a tool are
-        spelled out as text.
-        Raises: ValueError for no message, an unknown role, or a content that is not a string.
+        `tools` are listed in the system turn. Strings of special tokens in contents, calls and tools are encoded as text.
+
+        Raises: ValueError if there is no message, a role is unknown or a content is not a string.
         """
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write into `directory`, made if missing, the files `load_tokenizer` reads this tokenizer from."""
+        """Writes into `directory` (created if missing) the files from which `load_tokenizer` reads this tokenizer."""
         ...
 
 
 class ByteTokenizer:
     """UTF-8 bytes 0..255 and five special tokens, with the names Dream gives them: 261 ids, no files needed.
 
-    The chat form is Dream's (`<|im_start|>role\\ncontent<|im_end|>\\n`), but no default system turn is added:
-    every byte is a token here, and the sentence would cost the nano model 50 of them.
+    The chat template is Dream's (`<|im_start|>role\\ncontent<|im_end|>\\n`) without its default system turn, which would
+    take 50 tokens here, where every byte is one.
     """
 
     vocab_limit = 261
@@ -207,21 +204,19 @@ class DreamTokenizer:
                 f"{self._directory} has neither tokenizer.json nor vocab.json with merges.txt; copy the "
                 "tokenizer files of the checkpoint there"
             )
-        # Without torch transformers advises at import that "models won't be available"; only its tokenizer is
-        # wanted here.
+        # Without torch, transformers warns at import that "models won't be available"; only its tokenizer is used here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import Qwen2Tokenizer
 
-        # The class is named here, so the files' own "tokenizer_class" and "auto_map" (remote code) are never
-        # followed.
+        # The class is fixed here, so that "tokenizer_class" and "auto_map" (remote code) in the files are never used.
         try:
             self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
         except Exception as error:  # the library in Rust raises plain Exception for a damaged file
             raise ValueError(f"the tokenizer files in {self._directory} cannot be read: {error}") from error
-        # The Rust tokenizer itself: same ids as the wrapper, and never written to after this line. The
-        # wrapper sets options on it at every call, which is not safe under the data pipeline's threads.
+        # The tokenizer in Rust gives the same ids as the wrapper. The wrapper sets options on it at every call, which is
+        # not safe in the threads of the data pipeline; here it is not modified after the next lines.
         self._backend = self._stock.backend_tokenizer
-        self._backend.encode_special_tokens = True  # in spite of its name: spell special tokens out as text
+        self._backend.encode_special_tokens = True  # despite its name, this encodes special tokens as text
 
         added = self._stock.added_tokens_decoder
         self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -282,9 +277,8 @@ class DreamTokenizer:
                 f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
                 "chat_template.jinja"
             )
-        # A character no message contains is put inside every special-token string of the contents; what still
-        # reads as a special token after the template was applied is the template's own. It is taken out again
-        # before the text is encoded.
+        # A character that no message contains is inserted into every special-token string of the contents. After the
+        # template is applied, only its own special tokens are left; then the character is removed again.
         told = str([list(messages), list(tools)])
         guard = next(
             mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in told and repr(mark)[1:-1] not in told
@@ -317,10 +311,10 @@ class DreamTokenizer:
 
 
 def turn_text(message: Message) -> str:
-    """What the published template writes between the head of an assistant's turn and its `<|im_end|>`.
+    """The text of a turn in the published template, between its header and its `<|im_end|>`.
 
-    That is its content, and its calls: `<tool_call>`, `{"name": ..., "arguments": ...}` and `</tool_call>` on a line
-    each. Any other turn has only its content.
+    It is the content, and for the assistant also the calls: `<tool_call>`, `{"name": ..., "arguments": ...}` and
+    `</tool_call>`, each on a line.
     """
     calls = [
         f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}\n'
@@ -331,10 +325,9 @@ def turn_text(message: Message) -> str:
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | DreamTokenizer:
-    """The tokenizer named "bytes", or the one whose files lie in the directory `path_or_name`.
+    """The tokenizer named "bytes", or the one in the directory `path_or_name`.
 
-    Raises: FileNotFoundError when there is no such directory or it holds no tokenizer, ValueError when it
-    holds two kinds.
+    Raises: FileNotFoundError if there is no such directory or no tokenizer in it, ValueError if it has two tokenizers.
     """
     if path_or_name == "bytes":
         return ByteTokenizer()
@@ -359,13 +352,13 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | Drea
 
 
 def write_template(directory: str | os.PathLike[str], template: Template) -> None:
-    """Notes, beside a tokenizer's files, how the prompts were written that the model was trained on."""
+    """Records, beside the files of a tokenizer, which template the prompts of the training had."""
     text = json.dumps({"template": template}) + "\n"
     (Path(directory) / PROMPT_FORMAT_FILE).write_text(text, encoding="utf-8")
 
 
 def read_template(directory: str | os.PathLike[str]) -> Template | None:
-    """What `write_template` noted, or None. Raises ValueError for a file that says something else."""
+    """The template that `write_template` recorded, or None. Raises ValueError for a file with other contents."""
     path = Path(directory) / PROMPT_FORMAT_FILE
     if not path.is_file():
         return None

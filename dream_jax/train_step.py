@@ -1,8 +1,7 @@
-"""One training step, compiled: state and batch in, state and metrics out.
+"""The compiled training step: from state and batch to the next state and metrics.
 
-Knows the objective, the optimizer and where arrays live. Knows nothing of files, logs or where batches come from.
-Randomness comes from (seed, step, row) alone, and every sum is over the global batch: the mesh, the number of processes
-and the accumulation change nothing but the order of additions.
+All randomness is derived from (seed, step, row), and every sum is over the global batch. The mesh, the number of processes
+and the accumulation therefore change only the order of additions.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ from dream_jax.objective import (
     masked_diffusion_loss,
     sums_by_time,
 )
-from dream_jax.optimizer import OptimizerConfig as OptimizerConfig  # whoever makes a step makes one
+from dream_jax.optimizer import (
+    OptimizerConfig as OptimizerConfig,
+)  # re-exported: every caller that makes a step needs one
 from dream_jax.optimizer import opt_state_shardings, update_if, updates_done
 from dream_jax.shapes import ParamTree, joined
 
@@ -39,12 +40,12 @@ jax.tree_util.register_dataclass(Batch)
 
 Metrics = dict[str, jax.Array]
 
-# Names of the losses by noise level: nll_t_0_25 is of rows with t in [0, 0.25).
+# Names of the losses by noise level: nll_t_0_25 is that of rows with t in [0, 0.25).
 NLL_BY_TIME = tuple(
     f"nll_t_{100 * bucket // TIME_BUCKETS}_{100 * (bucket + 1) // TIME_BUCKETS}" for bucket in range(TIME_BUCKETS)
 )
 
-# Keep the keys of noise, dropout and masks apart from those of random weights, which come from the same seed.
+# Separate the keys of noise, dropout and masks from those of random weights, which use the same seed.
 _NOISE = 1 << 30
 _DROPOUT = _NOISE + 1
 _ANNEALING = _NOISE + 2
@@ -53,13 +54,13 @@ _ANNEALING = _NOISE + 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from step to step; also in the form of shapes, or of shardings.
+    """The state of a run between steps; also used as a tree of shapes or of shardings.
 
     Attributes:
-      params: the master weights of what is trained, a nested dict of arrays.
-      opt_state: the optimizer's.
-      step: int32 scalar, the steps done; those whose update was skipped count, for their batch and noise are spent. The
-        schedule of the learning rate counts updates, in the optimizer's state.
+      params: the master weights of the trained parameters, a nested dict of arrays.
+      opt_state: the state of the optimizer.
+      step: int32 scalar, the number of steps so far. Steps whose update was skipped count, because their batch and noise
+        are used up. The schedule of the learning rate counts updates instead, in the optimizer's state.
     """
 
     params: ParamTree
@@ -69,17 +70,17 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What one step computes.
+    """The settings of a training step.
 
     Attributes:
-      global_batch: rows over all devices and processes.
-      accumulation: parts that the batch is computed in, one after the other.
-      weight: of the loss.
-      focal: optional focal term.
-      seed: of times and masks.
-      mask: who may attend to whom, beside what the batch hides; the rows' beginnings and prompts are those of each batch.
-      anneal_steps: of the first steps, under attention that grows from causal to bidirectional (`masks.anneal`); such a
-        step forms all attention scores.
+      global_batch: the number of rows over all devices and processes.
+      accumulation: the number of microbatches that the batch is split into; they are computed one after the other.
+      weight: the weight of the loss by noise level.
+      focal: an optional focal term.
+      seed: of noise levels and masks.
+      mask: the attention mask, in addition to the padding of the batch; it is applied to the prompts of each batch.
+      anneal_steps: the number of first steps in which attention grows from causal to bidirectional (`masks.anneal`). Such
+        a step computes all attention scores.
     """
 
     global_batch: int
@@ -100,7 +101,7 @@ class StepConfig:
 
 
 def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
-    """A TrainState of shardings: moments lie beside their parameters, the rest everywhere."""
+    """A TrainState of shardings: moments are sharded like their parameters, the rest is replicated."""
     return dataclasses.replace(
         abstract,
         params=sharding.parameter_shardings(abstract.params, mesh),
@@ -112,23 +113,23 @@ def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
 def init_state(
     params: ParamTree, optimizer: optax.GradientTransformation, mesh: Mesh, *, donate: bool = False
 ) -> TrainState:
-    """The state before the first step, laid out over the mesh.
+    """The state before the first step, sharded over the mesh.
 
     Args:
-      params: may lie anywhere.
-      optimizer: whose state it is.
-      mesh: where the state goes.
-      donate: gives the parameters' memory to the state; they cannot be used afterwards.
+      params: the parameters, on any devices.
+      optimizer: the optimizer, whose state is initialised.
+      mesh: the devices of the state.
+      donate: whether the state takes over the memory of the parameters; they cannot be used afterwards.
     """
 
     def build(params: ParamTree) -> TrainState:
         return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
 
-    places = state_shardings(jax.eval_shape(build, params), mesh)
+    shardings = state_shardings(jax.eval_shape(build, params), mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, places.params)
-        # Under automatic sharding a jitted `init` would leave the moments whole on every device.
-        return jax.jit(build, out_shardings=places, donate_argnums=0 if donate else ())(params)
+        params = jax.device_put(params, shardings.params)
+        # Under automatic sharding a jitted `init` would replicate the moments.
+        return jax.jit(build, out_shardings=shardings, donate_argnums=0 if donate else ())(params)
 
 
 def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, mesh: sharding.AnyMesh) -> TrainState:
@@ -137,14 +138,14 @@ def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, m
         lambda params: TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0)), params
     )
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         state_shardings(shapes, mesh),
     )
 
 
 def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
-    """The global batch on the devices of the mesh, of which `batch` holds the rows of this process."""
+    """Puts the global batch on the devices of the mesh; `batch` holds the rows of this process."""
     rows_sharding = sharding.batch_sharding(mesh)
     put: Batch[jax.Array] = jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(rows_sharding, rows), batch
@@ -153,7 +154,7 @@ def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
 
 
 class TrainStep:
-    """One optimizer step of a model on a mesh; compiled at its first call."""
+    """One optimizer step of a model on a mesh; it is compiled at its first call."""
 
     def __init__(
         self,
@@ -167,7 +168,7 @@ class TrainStep:
         shards = dict(mesh.shape)["fsdp"]
         if (config.global_batch // config.accumulation) % shards:
             raise ValueError(
-                f"{config.global_batch=} in {config.accumulation=} parts gives "
+                f"{config.global_batch=} in {config.accumulation=} microbatches gives "
                 f"{config.global_batch // config.accumulation} rows, which fsdp={shards} does not divide; change the "
                 "batch size, the accumulation or the mesh"
             )
@@ -179,31 +180,33 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
     ) -> tuple[TrainState, Metrics]:
-        """The state after the step, and its metrics; the state is donated, `frozen` is not."""
-        # Two programs: once the mask is bidirectional, attention need not form all scores any more.
+        """Runs the step: returns the new state and the metrics. The old state is donated, `frozen` is not."""
+        # There are two programs: once the mask is bidirectional, attention need not compute all scores any more.
         annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
         with jax.set_mesh(self._devices()):
             found: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
             return found
 
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
-        """The `jax.stages.Lowered` of the step for such arguments: arrays, or shapes that carry their shardings.
+        """The `jax.stages.Lowered` of the step for these arguments: arrays, or shapes with shardings.
 
-        Of the step under the mask itself, which all but the first `anneal_steps` are.
+        It is the step after the first `anneal_steps`, with the configured mask.
         """
         with jax.set_mesh(self._devices()):
             return self._compiled_for(state).lower(state, batch, frozen or {})
 
     def _devices(self) -> Mesh:
         if isinstance(self.mesh, AbstractMesh):
-            raise ValueError(f"a step over sizes without devices ({self.mesh}) can be described, not compiled or run")
+            raise ValueError(
+                f"a mesh without devices ({self.mesh}) is enough to describe a step, not to compile or run it"
+            )
         return self.mesh
 
     def _compiled_for(self, state: TrainState, annealing: bool = False) -> Any:
         if annealing not in self._jitted:
-            places = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
+            shardings = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
             function = functools.partial(self._function, annealing)
-            self._jitted[annealing] = jax.jit(function, donate_argnums=0, out_shardings=places)
+            self._jitted[annealing] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
         return self._jitted[annealing]
 
 
@@ -214,21 +217,21 @@ def make_train_step(
     config: StepConfig,
     mesh: sharding.AnyMesh,
 ) -> TrainStep:
-    """The step for one model, optimizer and mesh.
+    """Makes the training step for one model, optimizer and mesh.
 
     Args:
       graphdef: the model without its parameters.
-      optimizer: what turns gradients into updates.
-      schedule: its learning rate, for reporting.
-      config: batch, weights and seed.
-      mesh: fsdp must divide the rows of each accumulated part.
+      optimizer: the transformation from gradients to updates.
+      schedule: the learning rate of the optimizer, which is reported.
+      config: batch size, loss weights, seed and mask.
+      mesh: its fsdp size must divide the rows of each microbatch.
 
     Returns:
-      A function of the state, the global `Batch` and the parameters that the state leaves out, because they are not
-      trained, to the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`,
+      A function of the state, the global `Batch` and the frozen parameters (those that are not trained and so not in the
+      state). It returns the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`,
       `num_masked`, `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (at masked end-of-text, which is also
-      padding), the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 where the loss or its gradient was infinite or
-      no number, in which case parameters and optimizer are as they were, else 0. What there was nothing of is NaN.
+      padding), the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 if the loss or its gradient was not finite, in
+      which case parameters and optimizer stay unchanged, otherwise 0. A mean over no tokens is NaN.
 
     Raises:
       ValueError: a batch that the mesh cannot split evenly.
@@ -252,18 +255,17 @@ def _train_step(
         key = noise_key(config.seed, state.step)
         t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
         masked_BT = sharding.constrain(masked_BT, "batch", None)
-        # One denominator for the whole batch: parts of it, wherever they are computed, simply add up.
+        # One denominator for the whole batch, so that the losses of microbatches and devices can simply be added.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
     valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
-    placed = config.mask.for_rows(valid_BT, maskable_BT)
-    drawn = None
+    mask = config.mask.for_rows(valid_BT, maskable_BT)
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
         key = _step_key(config.seed, _ANNEALING, state.step)
-        drawn = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # the same for all rows
+        mask = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # the same for all rows
 
-    def loss(params: ParamTree, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
-        batch, masked_BT, t_B, placed = part
+    def loss(params: ParamTree, microbatch: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
+        batch, masked_BT, t_B, mask = microbatch
         model = merge_params(graphdef, joined(frozen, params))
         value, aux = masked_diffusion_loss(
             model,
@@ -272,10 +274,10 @@ def _train_step(
             t_B,
             config.weight,
             batch.valid_BT,
-            mask=placed if drawn is None else drawn,
+            mask=mask,
             focal=config.focal,
             normalizer=normalizer,
-            # Unused, and so not computed, without an adapter that drops something.
+            # Without an adapter that has dropout these are not used, and therefore not computed.
             dropout_keys=dropout_keys(config.seed, state.step, batch.row_B),
         )
         nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t_B)
@@ -291,21 +293,21 @@ def _train_step(
         }
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (batch, masked_BT, t_B, placed)
+    whole = (batch, masked_BT, t_B, mask)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:
 
-        def accumulate(carry: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
-            added = jax.tree.map(jnp.add, carry, gradient(state.params, part))
+        def accumulate(carry: Any, microbatch: tuple[Any, ...]) -> tuple[Any, None]:
+            added = jax.tree.map(jnp.add, carry, gradient(state.params, microbatch))
             return added, None
 
-        parts = jax.tree.map(_split_rows(config.accumulation), whole)
+        microbatches = jax.tree.map(_split_rows(config.accumulation), whole)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
+            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], microbatches)),
         )
-        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, parts)
+        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, microbatches)
 
     gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
     # optax mixes its integer step count with floats, which strict promotion would refuse.
@@ -330,12 +332,12 @@ def _train_step(
 
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key that the times and masks of one step (from 0) are drawn from, for `objective.draw_noise`."""
+    """The key for the noise levels and masked positions of one step (from 0), for `objective.draw_noise`."""
     return _step_key(seed, _NOISE, step)
 
 
 def dropout_keys(seed: int, step: int | jax.Array, row_B: jax.Array) -> jax.Array:
-    """The keys, one a row of the global batch, that an adapter's dropout draws from in one step (from 0)."""
+    """The keys for the dropout of an adapter in one step (from 0), one per row of the global batch."""
     key = _step_key(seed, _DROPOUT, step)
     keys: jax.Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
     return keys
@@ -345,11 +347,11 @@ def _step_key(seed: int, purpose: int, step: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
-def _split_rows(parts: int) -> Callable[[jax.Array], jax.Array]:
-    """[B, ...] -> [parts, B / parts, ...] such that each part takes an equal share of every device's rows."""
+def _split_rows(count: int) -> Callable[[jax.Array], jax.Array]:
+    """[B, ...] -> [count, B / count, ...], where each microbatch takes an equal share of the rows of every device."""
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
         return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return split

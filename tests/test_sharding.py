@@ -61,7 +61,7 @@ def test_a_mesh_of_the_callers_is_taken_over(axis_type):
 @pytest.mark.parametrize("axes", [("data",), ("tensor", "fsdp"), ("fsdp",), ("fsdp", "tensor", "expert")])
 def test_a_mesh_with_other_axes_raises(axes):
     theirs = jax.make_mesh((1,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes))
-    with pytest.raises(ValueError, match="parameters are placed along"):
+    with pytest.raises(ValueError, match="parameters are sharded over"):
         sharding.make_mesh(theirs)
 
 
