@@ -27,7 +27,7 @@ RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Looking:
-    """Looking at runs that were, instead of training."""
+    """Reports and comparisons of runs that exist, instead of training."""
 
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
     """folders of two runs to lay side by side, instead of training"""
@@ -52,10 +52,10 @@ class Command:
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
-    """What --recipe is given on the command line: "" when it is given nothing, None when it is not there.
+    """The value of --recipe on the command line: "" when it has none, None when the flag is not given.
 
     Raises:
-      ValueError: it is there twice.
+      ValueError: the flag is given twice.
     """
     asked = None
     for position, argument in enumerate(arguments):
@@ -70,13 +70,13 @@ def asked_recipe(arguments: list[str]) -> str | None:
 
 
 def given_settings(arguments: list[str]) -> set[str]:
-    """The settings that the command line gives, whatever their values."""
+    """The names of the settings that the command line gives, whatever their values."""
     flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
-    """Where each setting that is no default comes from."""
+    """Where each setting that is not a default comes from, by its name."""
     begun = (TrainSettings() if recipe is None else recipe.train_settings()).values()
     found = {}
     for name, value in settings.values().items():

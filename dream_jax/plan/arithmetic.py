@@ -1,7 +1,6 @@
 """What a step needs, by arithmetic alone: bytes on a device, floating-point operations, bytes between devices.
 
-Knows shapes, shardings and how the step is written. Knows no compiler: `docs/memory.md` says how far from compiled sizes
-these are, and a test keeps them there.
+`docs/memory.md` compares these numbers with compiled sizes, and a test bounds the difference.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class StepShape:
 
     Attributes:
       batch: rows of a step.
-      accumulation: parts that they are computed in.
+      accumulation: microbatches that they are computed in.
       length: tokens a row.
       mesh: sizes by axis.
-      remat: what the backward pass computes again.
-      masked_share: of all positions.
+      remat: what the backward pass recomputes.
+      masked_share: share of all positions that is masked.
     """
 
     batch: int
@@ -46,12 +45,12 @@ class StepShape:
 
     @property
     def groups(self) -> int:
-        """Into how many parts the positions of a batch are split."""
+        """How many groups of devices divide the positions of a batch among them."""
         return self.mesh["fsdp"] * self.mesh["sequence"]
 
     @property
     def tokens(self) -> int:
-        """Positions that a device computes at a time."""
+        """Positions of a microbatch on one device."""
         return self.batch // self.accumulation * self.length // self.groups
 
 
@@ -70,12 +69,12 @@ class DeviceBytes:
 
     @property
     def given(self) -> int:
-        """Of what a step is given and gives back in place."""
+        """Bytes of the arguments of a step, which its results replace in place."""
         return self.parameters + self.optimizer + self.batch
 
     @property
     def working(self) -> int:
-        """Of the rest at the worst moment: in the loss, or in the backward pass, when the gradients fill up."""
+        """Bytes besides, at the worst moment: in the loss, or at the end of the backward pass with all gradients."""
         return max(self.kept + self.loss, self.kept + self.gradients + self.layer)
 
 
@@ -131,7 +130,7 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
         optimizer=optimizer,
         batch=_resident([step.batch])[0],
         host=host + optimizer_host,
-        # Of the parts of a batch the sum so far and the newest.
+        # Under accumulation the sum so far and the gradients of the newest microbatch.
         gradients=gradients * (2 if shape.accumulation > 1 else 1),
         kept=kept,
         layer=layer,
@@ -149,7 +148,7 @@ def attention_backend(step: AbstractStep, platform: str) -> str:
 
 
 def _resident(trees: Iterable[Any]) -> tuple[int, int]:
-    """Bytes of a device's part of some trees of shapes with shardings: in its own memory and in the host's."""
+    """Bytes that one device holds of some trees of sharded shapes: in its own memory, and in the host's."""
     device = host = 0
     for leaf in jax.tree.leaves(list(trees)):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -164,7 +163,7 @@ def _resident(trees: Iterable[Any]) -> tuple[int, int]:
 
 
 def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
-    """How often the loss goes round its loop, on the device group that has most masked positions, in expectation.
+    """The expected number of chunks of the loss, on the device group with the most masked positions.
 
     The times of a batch are strata 1/2K, 3/2K, ... in random order; each group of devices has the mean of some of them.
     """

@@ -1,7 +1,4 @@
-"""The real step, compiled for hardware that need not be here: what the compiler says of its memory and collectives.
-
-Knows compilers and how they refuse. Knows nothing of time or money.
-"""
+"""The real step, compiled for hardware that need not be here: what the compiler says of its memory and collectives."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Time on the roofline, and what it costs.
-
-Knows rates and prices. Knows nothing of models or compilers.
-"""
+"""How long a step takes on the roofline of the hardware, and what all steps of a run cost."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from dream_jax.plan.settings import RunPrice, StepTime
 from dream_jax.trainer.cost import usd_per_chip_hour
 from dream_jax.trainer.settings import TrainSettings
 
-# How many of a torus's links a collective surely uses: both directions of one axis. A switch gives half its rate.
+# The links of a torus that a collective uses at least: both directions of one axis. A switch gives half its rate at least.
 _SURE_LINKS = 2
 _SURE_SHARE = 0.5
 

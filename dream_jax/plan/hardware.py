@@ -1,7 +1,4 @@
-"""Hardware by name: "v6e:2x4" to its chip, its number of devices, and devices that a step can be compiled for.
-
-Knows libtpu's topologies and XLA's descriptions of GPUs. Knows nothing of models or steps.
-"""
+"""Hardware by name: "v6e:2x4" to its chip, its number of devices, and devices that a step can be compiled for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Collectives of a compiled program, read from its text: how many run in one step, and what they move.
 
-Knows XLA's text after optimisation, as the TPU, the GPU and the CPU compilers write it. Knows nothing of models.
+It reads XLA's text after optimisation, as the compilers for TPU, GPU and CPU write it.
 
 XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it runs: by the trip count that the
 compiler writes beside it, or else by its condition and the step of its counter. A loop whose end is only known at run
@@ -119,13 +119,13 @@ def _instruction(line: str) -> _Instruction | None:
 
 def _closing(text: str, start: int) -> int:
     depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "(":
+    for index in range(start, len(text)):
+        if text[index] == "(":
             depth += 1
-        elif text[place] == ")":
+        elif text[index] == ")":
             depth -= 1
             if depth == 0:
-                return place
+                return index
     return len(text) - 1
 
 
@@ -194,14 +194,14 @@ def _results(instruction: _Instruction) -> float:
 def _split(text: str) -> list[str]:
     """The parts of a tuple, at its outermost commas."""
     parts, depth, begun = [], 0, 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if character in "({[":
             depth += 1
         elif character in ")}]":
             depth -= 1
         elif character == "," and depth == 0:
-            parts.append(text[begun:place])
-            begun = place + 1
+            parts.append(text[begun:index])
+            begun = index + 1
     return [*parts, text[begun:]]
 
 
@@ -257,11 +257,11 @@ def _trips(computations: Mapping[str, Mapping[str, _Instruction]], loop: _Instru
     limit = None if right is None else _constant(condition, right)
     if left is None or limit is None or left.opcode != "get-tuple-element":
         return None
-    place = int(re.search(r"index=(\d+)", left.rest)[1])  # type: ignore[index]  # every such instruction has one
+    index = int(re.search(r"index=(\d+)", left.rest)[1])  # type: ignore[index]  # every such instruction has one
     carried = _root(body)
     if carried is None or carried.opcode != "tuple":
         return None
-    step = _growth(body, carried.operands[place], place)
+    step = _growth(body, carried.operands[index], index)
     return math.ceil(limit / step) if step else None
 
 
@@ -277,21 +277,21 @@ def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction
     return None
 
 
-def _growth(computation: Mapping[str, _Instruction], name: str, place: int) -> int | None:
-    """By how much `name` exceeds part `place` of what the loop carries; None when it is anything else."""
+def _growth(computation: Mapping[str, _Instruction], name: str, index: int) -> int | None:
+    """By how much `name` exceeds element `index` of the loop's carry; None when it is anything else."""
     instruction = computation.get(name)
     if instruction is None:
         return None
     if instruction.opcode == "get-tuple-element":
-        index = int(re.search(r"index=(\d+)", instruction.rest)[1])  # type: ignore[index]  # every one has it
+        element = int(re.search(r"index=(\d+)", instruction.rest)[1])  # type: ignore[index]  # every one has it
         carrier = computation.get(instruction.operands[0])
-        return 0 if index == place and carrier is not None and carrier.opcode == "parameter" else None
+        return 0 if element == index and carrier is not None and carrier.opcode == "parameter" else None
     if instruction.opcode in ("copy", "bitcast"):
-        return _growth(computation, instruction.operands[0], place)
+        return _growth(computation, instruction.operands[0], index)
     if instruction.opcode == "add":
         for one, other in (instruction.operands, instruction.operands[::-1]):
             added = _constant(computation, computation[other]) if other in computation else None
-            before = _growth(computation, one, place)
+            before = _growth(computation, one, index)
             if added is not None and before is not None:
                 return before + added
     return None

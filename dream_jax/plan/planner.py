@@ -1,7 +1,4 @@
-"""From settings to a plan: the one place that asks the trainer for its step, the compiler for sizes, the tables for rates.
-
-Knows the order of things; each thing is somebody else's.
-"""
+"""From settings to a plan: asks the trainer for the step, the compiler or arithmetic for sizes, the tables for rates."""
 
 from __future__ import annotations
 
@@ -28,8 +25,8 @@ from dream_jax.trainer.build import (
 )
 from dream_jax.trainer.settings import TrainSettings
 
-# What may be changed where a step does not fit, after remat and accumulation, from what costs least. Each is tried in
-# arithmetic, alone and with those before it.
+# Changes that are tried in arithmetic where a step does not fit, after remat and accumulation: cheapest first, each alone
+# and together with those before it.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {"moments": "bfloat16"},
     {"moments": "int8"},
@@ -38,7 +35,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"lora_rank": 32},
     {"lora_rank": 32, "base": "nf4"},
 )
-# Arithmetic is not the compiler's word: what it promises must fit with room to spare.
+# Arithmetic is less exact than the compiler, so a suggestion must fit into this share of the memory.
 _ROOM = 0.9
 _SUGGESTIONS = 4
 _MEASURED_ROWS = 1000
@@ -82,7 +79,9 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
         devices=hardware.num_devices,
         settings=settings.plain(),
         trained=parameter_count(step.state.params),
-        frozen=step.model.config.num_parameters if step.frozen else 0,  # of 4-bit codes two lie in a byte
+        frozen=step.model.config.num_parameters
+        if step.frozen
+        else 0,  # two 4-bit codes share a byte, so arrays are not counted
         rows=rows,
         memory=memory,
         collectives=moved,
@@ -99,7 +98,7 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     found: list[str] = []
     changed: dict[str, Any] = {}
     changes: list[dict[str, Any]] = [{"remat": "full"}]
-    changes += [{"remat": "full", "accumulation": number} for number in _parts(settings)]
+    changes += [{"remat": "full", "accumulation": number} for number in _accumulations(settings)]
     for change in (*changes, *_CHANGES):
         if settings.optimization.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
             continue  # it has none
@@ -115,25 +114,25 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     return found or ["nothing that was tried in arithmetic fits: take chips with more memory"]
 
 
-def _parts(settings: TrainSettings) -> list[int]:
+def _accumulations(settings: TrainSettings) -> list[int]:
     """Accumulations that the batch and the mesh allow, from the next one on."""
     fsdp = sharding.parse_mesh_shape(settings.devices.mesh)[0]
     return [
-        parts
-        for parts in range(settings.batches.accumulation + 1, settings.batches.batch_size // fsdp + 1)
-        if settings.batches.batch_size % parts == 0 and settings.batches.batch_size // parts % fsdp == 0
+        microbatches
+        for microbatches in range(settings.batches.accumulation + 1, settings.batches.batch_size // fsdp + 1)
+        if settings.batches.batch_size % microbatches == 0 and settings.batches.batch_size // microbatches % fsdp == 0
     ]
 
 
 def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, change: dict[str, Any]) -> str | None:
-    """The change in words when it would fit; None when it would not, or is none."""
+    """The change as flags, with the memory it would need; None when it would not fit or changes nothing."""
     values = settings.values()
     if all(values[name] == value for name, value in change.items()):
         return None
     try:
         changed = settings.replaced(**change)
         needed = _estimate(changed, dataclasses.replace(hardware, devices=None), rows)
-    except ValueError:  # the change and the other settings exclude each other: nobody asked for it
+    except ValueError:  # the change and the other settings exclude each other, so it is not suggested
         return None
     if needed > _ROOM * hardware.chip.memory:
         return None
@@ -150,10 +149,10 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     found = []
     fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.devices.mesh)
     for times in (2, 4, 8, 16):
-        parts = settings.batches.batch_size // settings.batches.accumulation
+        microbatch = settings.batches.batch_size // settings.batches.accumulation
         mesh = "x".join(map(str, (fsdp * times, tensor, sequence)[: 3 if sequence > 1 else 2]))
         larger = dataclasses.replace(hardware, num_devices=hardware.num_devices * times, devices=None)
-        if parts % (fsdp * times):
+        if microbatch % (fsdp * times):
             break
         needed = _estimate(settings.replaced(mesh=mesh), larger, rows)
         if needed <= _ROOM * hardware.chip.memory:
@@ -218,9 +217,9 @@ def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, har
 
 
 def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> PlannedRows:
-    """What the run reads. The data is opened where its longest row decides the length, or where it is asked for."""
+    """What the run reads. The data is opened only where its longest row decides the length, or where that is asked for."""
     if settings.rows.max_length is not None and not wanted.read_data:
-        # Of a row's positions half are masked on average, if all may be: prompts, which may not, make it less.
+        # Half of the positions are masked on average; prompts, which are never masked, make it less.
         return PlannedRows(max_length=settings.rows.max_length, masked_share=0.5)
     source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
@@ -243,7 +242,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
 
 
 def _versions(platform: str) -> dict[str, str]:
-    """Of jax, and of what compiles for the platform where it is installed."""
+    """Versions of jax and, where installed, of the compiler for the platform."""
     compilers = ("libtpu",) if platform == "tpu" else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {}
     for name in ("jax", *compilers):

@@ -1,13 +1,10 @@
-"""A plan in words and figures, as a person reads it.
-
-Knows units. Decides nothing.
-"""
+"""A plan as text for the terminal."""
 
 from __future__ import annotations
 
 from dream_jax.plan.settings import MemoryPlan, RunPlan
 
-# Of what a program can have: beyond, a plan that fits is no promise.
+# A plan that needs more than this share of the memory is called tight: runtimes differ by as much.
 _TIGHT = 0.97
 
 
@@ -117,5 +114,5 @@ def _verdict(plan: RunPlan) -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, two places."""
+    """Bytes in GiB, with two decimals."""
     return f"{size / 2**30:.2f}"

@@ -1,7 +1,4 @@
-"""What a person may ask of a plan, and the plan's answer in figures.
-
-Knows numbers and their units only.
-"""
+"""The settings of a plan, and the plan itself: memory, time and price in numbers."""
 
 from __future__ import annotations
 
@@ -48,14 +45,14 @@ class MemoryPlan:
     Attributes:
       parameters, optimizer, batch: what a step is given, from shapes and shardings; frozen parameters count as such.
       host: moments that lie in the host's memory; not part of any sum.
-      gradients, kept, layer, loss: the arithmetic's parts of what a step needs besides: gradients; what the backward pass
-        is kept from the forward pass; the largest of what one layer and what the loss needs for itself.
-      working: besides what it is given, at the worst moment: as the compiler found, or the arithmetic.
-      peak: at the worst moment, in all.
-      limit: what a program can have.
+      gradients, kept, layer, loss: what a step needs besides, by arithmetic: gradients; what is kept from the forward for
+        the backward pass; the working memory of one layer; that of the loss.
+      working: bytes besides the arguments at the worst moment, by the compiler or by arithmetic.
+      peak: all bytes at the worst moment.
+      limit: the most that a program can have.
       compiled: whether `working` and `peak` are the compiler's.
       estimate: the arithmetic's peak, for comparison.
-      refused: what the compiler said it needs where it gave up, in its words.
+      refused: the compiler's own message where it found too little memory.
     """
 
     parameters: int
@@ -85,7 +82,7 @@ class StepTime:
 
     Attributes:
       model_flops: of one step over all devices: 6 a weight and token, attention in full, the head at masked positions.
-      remat_flops: of what the backward pass computes again, besides.
+      remat_flops: of what the backward pass recomputes, in addition.
       compute: seconds of all that arithmetic, at the assumed utilization: low (fast) and high (slow).
       memory_traffic: seconds of the least traffic with the device's memory.
       network: seconds of the collectives: with all links busy, and with one direction of one axis of the torus (half of
@@ -143,17 +140,18 @@ class PlannedRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """The answer.
+    """What a run would take.
 
     Attributes:
       hardware, chip, devices: such as "v6e:2x4", "v6e", 8.
       settings: of the run that was planned.
-      trained, frozen: number of parameters.
+      trained, frozen: numbers of parameters.
       rows: what the run reads.
-      memory, collectives, time, price: see there. Collectives are of one step.
-      advice: what to change when it does not fit.
-      versions: of what compiled it.
-      compile_seconds: how long that took; None for arithmetic.
+      memory, time, price: see these classes.
+      collectives: of one step.
+      advice: changes that would make it fit, when it does not.
+      versions: of jax and the compiler.
+      compile_seconds: how long compiling took; None when nothing was compiled.
     """
 
     hardware: str

@@ -1,16 +1,20 @@
-"""The training loop: data, steps, logs, checkpoints, stopping and going on.
+"""The training loop: data, steps, logs, checkpoints, stopping and resuming.
 
 A run lives in one folder: `settings.json`, `metrics.csv` (a row a step), `eval.csv` (a row an evaluation), TensorBoard
 events, `checkpoints/`, `tokenizer/`, and at the end `model/` (a converted directory) and `summary.json`. The same command
-on the same folder goes on where the run stopped; a finished run is never touched without being told to. A run that trains
-an adapter leaves `adapter/`, and `model/` only when asked. For a person it leaves `report.md` and `curves.png`.
+on the same folder resumes a run that was stopped or killed; a finished run is only replaced with `--overwrite`. A run that
+trains an adapter leaves `adapter/`, and `model/` only when asked. `dream_jax.reports` makes `report.md` of it.
 
-`settings` says what a run is and `recipes` gives settings names, `weights` says what it trains and what not, `build` makes
-its step (also for devices that are absent), `folder` keeps what the run writes and `loggers` send it elsewhere, `report`
-shows it to a person, `grid` scores it as it goes and `scoring` at the end, `samples` keeps answers from before and after,
-`incidents` what went wrong and `parts` the time it took, also that of parts that were killed; `cost` has its price,
-and `loop` puts them together. `record` reads a folder again, for `run_report`, `curves`,
-`comparison` and `card`. What a step computes is `train_step`'s; what a row is, `data`'s.
+| module | what it is responsible for |
+| --- | --- |
+| `setting_groups`, `settings`, `recipes` | what a run is, and names for whole sets of settings |
+| `weights` | which weights are trained, which are frozen, where they come from and go |
+| `build` | the compiled step, also for devices that are absent |
+| `prepared` | everything that is checked before a file is written |
+| `loop`, `steps`, `stop_signal` | the order of a run, its steps, and stopping on request |
+| `heldout`, `scoring`, `samples` | likelihood during the run, answers at its end, and answers for people to read |
+| `folder`, `loggers`, `console`, `incidents` | files, other loggers, the terminal, and what went wrong |
+| `segments`, `cost`, `summary` | the time over all restarts, its price, and `summary.json` |
 """
 
 from dream_jax.distributed import leave

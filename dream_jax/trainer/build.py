@@ -1,7 +1,4 @@
-"""What settings stand for before there are weights: model, tokenizer, optimizer and step, on a mesh that may be absent.
-
-Knows settings and the rooms that make each part. Knows nothing of the run's folder or of running.
-"""
+"""What settings stand for before there are weights: model, tokenizer, optimizer and step, on a mesh that may be absent."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ class Build:
 
     Attributes:
       model: shapes only.
-      graphdef: its static part.
-      optimizer: what turns gradients into updates.
+      graphdef: the static part of the model.
+      optimizer: turns gradients into updates.
       step: compiled at its first call.
     """
 
@@ -44,11 +41,11 @@ class Build:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """A step and shapes of all it takes, with their shardings: `step.lower(state, batch, frozen)` compiles it.
+    """A step with the shapes and shardings of its arguments: `step.lower(state, batch, frozen).compile()` compiles it.
 
     Attributes:
       model: shapes only.
-      step: of these settings.
+      step: the jitted function.
       state: what is trained, and the optimizer's state.
       batch: one global batch.
       frozen: parameters that are not trained.
@@ -67,7 +64,7 @@ def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
 
 
 def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
-    """The dtype that the settings ask for; what "auto" means is decided by the devices of the mesh, present or not."""
+    """The dtype that the settings ask for; "auto" depends on the devices of the mesh, whether these are present or not."""
     if settings.network.compute_dtype != "auto":
         return settings.network.compute_dtype
     return "float32" if settings.network.model == "nano" or sharding.platform_of(mesh) == "cpu" else "bfloat16"
@@ -97,7 +94,7 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
 
 
 def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
-    """The step of these settings, and shapes of all it takes.
+    """The step of these settings, with the shapes and shardings of its arguments.
 
     Args:
       settings: of the run.
@@ -110,17 +107,17 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     model = describe_model(settings, mesh)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
-    place = sharding.batch_sharding(mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
     params = split_params(model)[1]
     trained, base = lora.split(params) if settings.lora.adapts else (params, {})
     base = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, found: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found),
         base,
         sharding.parameter_shardings(base, mesh),
     )
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((settings.batches.batch_size, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((settings.batches.batch_size, *shape), dtype, sharding=batch_sharding)
 
     batch = Batch(
         tokens_BT=rows((max_length,), jnp.int32),

@@ -2,8 +2,6 @@
 
 Levels, masks and rows are the same at every step, for every model and on every mesh, so that two numbers differ because
 the weights do. (A validation loss at random levels moves more from draw to draw than from epoch to epoch.)
-
-Knows encoded rows and the objective. Knows nothing of the loop or of files.
 """
 
 from __future__ import annotations
@@ -33,17 +31,16 @@ LEVELS = tuple((number + 0.5) / 8 for number in range(8))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridScore:
-    """How likely the held-out rows are. What there was nothing to measure of is NaN.
+    """How likely the held-out rows are. A number is NaN where there was nothing to measure.
 
     Attributes:
       nll: nats per masked token, over all levels.
-      nll_se: its standard error, with rows as what was sampled: levels and masks are fixed, and tokens of a row belong
-        together.
-      nll_by_time: the same over the levels in [0, 1/4), [1/4, 1/2), and so on.
+      nll_se: standard error of `nll` over rows: levels and masks are fixed, and the tokens of a row are not independent.
+      nll_by_time: as `nll`, over the levels in [0, 1/4), [1/4, 1/2), and so on.
       masked_accuracy: share of the masked tokens whose most probable token is right.
-      eos_accuracy: the same of masked end-of-text, which is also padding.
-      num_masked: tokens that were masked, over all levels.
-      rows: how many.
+      eos_accuracy: as `masked_accuracy`, of end-of-text tokens only, which include padding.
+      num_masked: number of masked tokens over all levels.
+      rows: number of rows.
     """
 
     nll: float
@@ -55,13 +52,13 @@ class GridScore:
     rows: int
 
     def row(self) -> dict[str, float]:
-        """One value a column."""
+        """The score as the columns of `eval.csv`."""
         plain = dataclasses.asdict(self)
         by_time = dict(zip(NLL_BY_TIME, plain.pop("nll_by_time"), strict=True))
         return {"nll": plain.pop("nll"), "nll_se": plain.pop("nll_se"), **by_time, **plain}
 
     def line(self) -> str:
-        """For a person."""
+        """The score as one line of text."""
         by_time = " ".join(f"{value:.3f}" for value in self.nll_by_time)
         return (
             f"held-out nll {self.nll:.4f} +- {self.nll_se:.4f} (by noise level {by_time})  "
@@ -78,7 +75,7 @@ class Grid:
         Args:
           rows: all of them, at least one, as `lay_out_held_out` makes them.
           size: how many are computed at once, a multiple of the mesh's fsdp.
-          mesh: where the models lie.
+          mesh: the devices of the models that will be scored.
         """
         self._tokens_RT, self._maskable_RT = rows.tokens_BT, rows.maskable_BT
         self._valid_RT = np.ones(rows.tokens_BT.shape, bool) if rows.valid_BT is None else rows.valid_BT
@@ -100,32 +97,32 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """Of tokens and masks: scores of grids with the same one may be compared."""
+        """A digest of tokens and masks: only scores of grids with equal digests may be compared."""
         found = hashlib.sha256(self._tokens_RT.tobytes() + self._valid_RT.tobytes())
         for masked_RT in self._masked:
             found.update(masked_RT.tobytes())
         return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
-        """Scores a model whose parameters lie on the mesh, under the mask that it was trained under."""
+        """Scores a model whose parameters are on the mesh, under the attention mask that it was trained with."""
         attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
         nll_LR, right_LR, ends_right_LR = (np.zeros((len(LEVELS), rows)) for _ in range(3))
         for number, (level, masked_RT) in enumerate(zip(LEVELS, self._masked, strict=True)):
             for start in range(0, rows, self._size):
-                part = slice(start, start + self._size)
-                # Rows that only fill the last batch: nothing of them is masked, so nothing of them counts.
+                chunk = slice(start, start + self._size)
+                # The last batch is filled up with rows without a masked token, which therefore do not count.
                 filling = ((0, max(0, start + self._size - rows)), (0, 0))
-                tokens_BT, masked_BT = np.pad(self._tokens_RT[part], filling), np.pad(masked_RT[part], filling)
-                maskable_BT = np.pad(self._maskable_RT[part], filling)
-                valid_BT = np.pad(self._valid_RT[part], filling, constant_values=True)
-                # As numpy: every process has the whole of it, as it has of the rows.
+                tokens_BT, masked_BT = np.pad(self._tokens_RT[chunk], filling), np.pad(masked_RT[chunk], filling)
+                maskable_BT = np.pad(self._maskable_RT[chunk], filling)
+                valid_BT = np.pad(self._valid_RT[chunk], filling, constant_values=True)
+                # numpy arrays, since every process holds all rows and so the whole mask.
                 mask = jax.tree.map(np.asarray, attends.for_rows(valid_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
                     t_B = np.full(self._size, level, np.float32)
                     found = self._sums(model, tokens_BT, masked_BT, t_B, valid_BT, mask)
                 for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
-                    target[number, part] = np.asarray(sums_B)[: rows - start]
+                    target[number, chunk] = np.asarray(sums_B)[: rows - start]
         count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)
         ends = sum(
             int((masked_RT & (self._tokens_RT == model.config.pad_token_id)).sum()) for masked_RT in self._masked
@@ -165,7 +162,7 @@ def lay_out_held_out(
 
 
 def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:
-    """As many as a training step holds, or all; a multiple of fsdp."""
+    """How many rows are computed at once: as many as a microbatch has, or all; a multiple of fsdp."""
     shards = dict(mesh.shape)["fsdp"]
     return min(max(settings.batches.batch_size // settings.batches.accumulation, 1), -(-rows // shards) * shards)
 

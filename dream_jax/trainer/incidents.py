@@ -1,7 +1,4 @@
-"""What went wrong in a run, or might have: a line each in `incidents.jsonl`, kept through stops and kills.
-
-Knows a file. Decides nothing.
-"""
+"""What went wrong in a run, or might have: one line each in `incidents.jsonl`, which stays through stops and kills."""
 
 from __future__ import annotations
 
@@ -11,21 +8,21 @@ import pathlib
 from typing import Any, Literal, get_args
 
 Kind = Literal["warning", "resumed", "stopped", "skipped", "diverged", "unreadable"]
-"""warning: said of the settings or the data before the first step. resumed, stopped: the run went on after, or was asked
-to stop after, the step. skipped: the step changed nothing, its loss or gradient being no number. diverged: the run ended
-there for that reason. unreadable: lines of the file that a kill has cut short, or that somebody has damaged."""
+"""warning: about the settings or the data, before the first step. resumed, stopped: after this step. skipped: the step
+changed nothing, since its loss or gradient was not finite. diverged: the run ended because of such steps. unreadable: a
+line of the file was cut short by a kill, or is damaged."""
 
 FILE = "incidents.jsonl"
 
 
 class Incidents:
-    """Notes what happens; without a folder (on processes that do not lead) nothing."""
+    """Writes incidents as they happen; without a folder (on processes other than the first) writes nothing."""
 
     def __init__(self, folder: pathlib.Path | None):
         self._path = None if folder is None else folder / FILE
 
     def add(self, kind: Kind, text: str, step: int | None = None) -> None:
-        """Adds a line at once: it is there even if the process is killed next. Raises ValueError for an unknown kind."""
+        """Adds a line to the file at once, so that a kill cannot lose it. Raises ValueError for an unknown kind."""
         if kind not in get_args(Kind):
             raise ValueError(f"{kind=} is not one of {', '.join(get_args(Kind))}")
         if self._path is None:

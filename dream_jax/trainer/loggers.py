@@ -1,6 +1,6 @@
-"""Where else a run's numbers go: TensorBoard, Weights & Biases, trackio. `metrics.csv` is always written.
+"""Where else a run's numbers go: TensorBoard, Weights & Biases, trackio, each imported only when it is asked for.
 
-Knows these libraries' calls, and imports each only when it was asked for. Knows nothing of what the numbers mean.
+`metrics.csv` is written by `folder` in any case.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 PROJECT = "dream_jax"
 RUN_ID = "logged_as.txt"
-"""File of a run's folder with the name under which the services know it: a run that goes on is the same one there."""
+"""The file with the name of the run in these services, so that a run that is resumed is the same run there."""
 
 _PACKAGES: Mapping[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Logger(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the numbers of each step."""
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Numbers of one step, by name."""
+        """Logs the numbers of one step, by name."""
         ...
 
     def flush(self) -> None:
-        """Hands on what is held back, where that can be asked for."""
+        """Writes what is still buffered, if the library can be asked to."""
         ...
 
     def close(self) -> None:
@@ -38,7 +38,7 @@ class Logger(Protocol):
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raises ModuleNotFoundError, with what to install, for a logger that is not there; imports none."""
+    """Raises ModuleNotFoundError, with what to install, for a logger that is not installed; imports none."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
@@ -55,8 +55,7 @@ def open_loggers(
       names: which.
       folder: the run's.
       config: its settings.
-      done: steps that an earlier part of the run has logged; what it logged after these is to be forgotten where the
-        library can.
+      done: the step that the run resumes from; what was logged after it is removed where the library can do that.
     """
     return [_open(name, folder, config, done) for name in dict.fromkeys(names)]
 
@@ -98,7 +97,7 @@ class _TensorBoard:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
-            if math.isfinite(value):  # it warns of others
+            if math.isfinite(value):  # tensorboardX warns of other values
                 self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:

@@ -1,7 +1,4 @@
-"""How good a model is on rows it has not seen: by sampling answers, and by their likelihood.
-
-Knows rows, the sampler and the grid of noise levels. Knows nothing of the loop.
-"""
+"""How good a model is on held-out rows at the end of a run: by sampling answers, and by the likelihood of the rows."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers held-out rows by sampling (temperature 0, entropy order, a token a step), and measures their likelihood.
 
-    `score` is that of the model, if it is known already.
+    `score` is the model's score on the grid of noise levels, if it is known already.
 
     Returns:
       `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
@@ -45,7 +42,7 @@ def evaluate(
     if not encoded:
         return {"rows": 0, "too_long": asked}
     size = rows_at_once(settings, mesh, len(encoded))
-    # A document answers nothing: it has a likelihood only.
+    # A document has no answer to compare with, only a likelihood.
     answering = [(row, one) for row, one in encoded if not row.document]
     short = [(row, one) for row, one in answering if one.length - one.prompt_length <= settings.evaluation.eval_tokens]
     correct, forwards = 0, 0
@@ -71,7 +68,7 @@ def evaluate(
 
 
 def _digest(pairs: Sequence[Pair]) -> str | None:
-    """Of rows: accuracies on the same ones may be compared."""
+    """A digest of rows: only accuracies on equal digests may be compared."""
     found = hashlib.sha256()
     for _, one in pairs:
         found.update(np.asarray(one.tokens, np.int64).tobytes() + b"end")

@@ -1,7 +1,7 @@
-"""A run's weights: which are trained, which stay as they are, where they come from and where they go.
+"""A run's weights: which are trained, which are frozen, where they are read and where they are written.
 
-Without an adapter all are trained. With one only the adapter is: it alone is in the state, the optimizer and the
-checkpoints, and the base is read again from its own directory whenever the run goes on.
+Without an adapter all weights are trained. With one only the adapter is: it alone is in the state, the optimizer and the
+checkpoints, and the base is read again from its own directory whenever the run is resumed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
 from dream_jax.trainer.settings import TrainSettings
 
-# Keeps the key of a new adapter apart from those of random weights and of noise, which come from the same seed.
+# Makes the key of a new adapter differ from the keys of random weights and of noise, which come from the same seed.
 _ADAPTER = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """What is not trained.
+    """The weights that are not trained.
 
     Attributes:
       params: empty without an adapter.
-      identity: tells the weights from all others of their shapes; None without an adapter.
+      identity: a digest that other weights of the same shapes do not have; None without an adapter.
     """
 
     params: ParamTree
@@ -66,10 +66,10 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
 
 
 def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, CodeKind | None]:
-    """The dtype of the weights that are no adapter, and the codes that their kernels become."""
+    """The dtype in which the weights other than an adapter are stored, and the kind of codes of their kernels, if any."""
     if not settings.lora.adapts:
-        return "float32", None  # masters
-    # As they are computed with: in float32 they would only be rounded in every layer.
+        return "float32", None  # master weights
+    # The dtype of the computation: weights in float32 would be rounded to it in every layer anyway.
     if settings.lora.base == "auto":
         return compute_dtype, None
     for kind in KINDS:
@@ -123,7 +123,7 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
 
 
 def save(trained: Dream, settings: TrainSettings) -> dict[Literal["adapter", "model"], pathlib.Path]:
-    """Writes what the run has made; under which names."""
+    """Writes the adapter, the model or both into the run's folder; returns their paths by kind."""
     made: dict[Literal["adapter", "model"], pathlib.Path] = {}
     if settings.lora.adapts:
         made["adapter"] = settings.run.out / "adapter"
