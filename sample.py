@@ -45,7 +45,7 @@ class SampleSettings(inference.ModelSettings):
     max_new_tokens: int = 128
     """mask tokens after the prompt"""
     preset: Preset = "exact"
-    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are sure enough"""
+    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are probable enough"""
     steps: int | None = None
     """denoising steps of --preset exact; by default one a new token"""
     alg: Alg | None = None

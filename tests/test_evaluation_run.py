@@ -53,7 +53,7 @@ def start(*arguments):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path):
+def test_a_run_that_is_killed_resumes_to_the_same_file(tmp_path):
     """200 problems under five seeds, and kill -9 in the middle."""
     arguments = ("--seeds", 5, "--temperature", 1, "--max-new-tokens", 4, "--steps", 2, "--batch-size", 25)
     whole = start(*arguments, "--out", tmp_path / "whole")
@@ -102,7 +102,7 @@ def test_the_batch_an_answer_is_in_changes_nothing(tmp_path):
 
 
 def test_another_mask_than_the_trained_one(tmp_path):
-    """Asked for, it is that of answers and likelihoods; a run under one mask does not go on under another."""
+    """Asked for, it is that of answers and likelihoods; a run under one mask does not resume under another."""
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "a few words more"}) + "\n")
     given = {"task": "likelihood", "file": path, "samples": 10}
@@ -122,7 +122,7 @@ def test_another_mask_than_the_trained_one(tmp_path):
         EvaluateSettings(mask="sideways")
 
 
-def test_results_of_other_weights_are_not_gone_on_with(model, tmp_path):
+def test_results_of_other_weights_do_not_resume(model, tmp_path):
     """Trained anew into the same directory: what is there speaks of the weights before."""
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "some words"}) + "\n")
@@ -139,7 +139,7 @@ def test_results_of_other_weights_are_not_gone_on_with(model, tmp_path):
     with pytest.raises(ValueError, match="weights was"):
         quiet(**given, out=tmp_path / "out")
     assert (tmp_path / "out" / "items.jsonl").read_text() == before
-    # Results from before a setting was known are gone on with.
+    # A run from before a setting was known resumes.
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings.pop("mask") is None
     (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))

@@ -53,7 +53,7 @@ class EvaluateSettings(ModelSettings):
     published: Published | None = None
     """Dream's own settings of template and sampler, where they are not given"""
     sampler: Preset = "exact"
-    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are sure enough"""
+    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are probable enough"""
     max_new_tokens: int | None = None
     """room for an answer; by default the task's own"""
     steps: int | None = None
