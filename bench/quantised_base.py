@@ -23,8 +23,9 @@ from rich.table import Table
 
 from dream_jax import lora, pretrained, quantisation
 from dream_jax.data import TokenizedRows, lay_out, length_report, open_source
+from dream_jax.inference import find_tokenizer
 from dream_jax.model import Dream, parameter_count, split_params
-from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,10 +71,7 @@ def main(settings: QuantisedBaseSettings) -> None:
     console, other_work = Console(), report.OtherWork()
     console.print(settings)
     exact = pretrained.load(settings.model)
-    name = settings.tokenizer or exact.tokenizer_dir or ("bytes" if settings.model == "nano" else None)
-    if name is None:
-        raise ValueError(f"{settings.model} has no tokenizer files; pass --tokenizer with a directory of some")
-    tokens, masked = canvases(settings, load_tokenizer(name))
+    tokens, masked = canvases(settings, find_tokenizer(settings.tokenizer, settings.model, exact))
     wanted, weights = at_masks(exact, tokens, masked), parameter_count(exact.layers)
     results: dict[str, Any] = {}
     for kind in quantisation.KINDS:

@@ -20,10 +20,11 @@ import dream_jax
 from dream_jax import lora, pretrained
 from dream_jax.evaluation import EvaluateSettings, evaluate
 from dream_jax.evaluation.likelihood import model_nll
-from dream_jax.evaluation.progress import clock, watch
+from dream_jax.evaluation.progress import watch
 from dream_jax.model import merge_params, split_params
 from dream_jax.pretrained import directories, save_adapter
 from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.trainer.console import clock
 
 ROOT = pathlib.Path(__file__).parent.parent
 

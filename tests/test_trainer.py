@@ -320,7 +320,7 @@ def test_settings_that_cannot_be(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "dream-7b"}, "has no tokenizer of its own"),
+        ({"model": "dream-7b"}, "dream-7b has no tokenizer files; pass --tokenizer"),
         ({"data": "s1ks"}, "neither a known name"),
         ({"mesh": "8x1", "batch_size": 12}, "does not divide"),
         ({"max_length": 20}, "max_length"),

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dream_jax.trainer.console import clock
+
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, Sequence[dict[str, Any]]], None]
@@ -40,13 +42,6 @@ def watch(console: Console, *, total: int, done: int) -> Iterator[Advance]:
         console.print(f"{finished}/{total} rows  {score + '  ' if score else ''}ETA {clock(left)}", markup=False)
 
     yield advance
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some: 0:05, 12:30, 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def _score(rows: Sequence[dict[str, Any]]) -> str:

@@ -19,7 +19,6 @@ from dream_jax.plan.hardware import Hardware, find_hardware
 from dream_jax.plan.settings import MemoryPlan, PlannedRows, PlanSettings, RunPlan
 from dream_jax.trainer.build import (
     abstract_step,
-    check_tokenizer,
     describe_model,
     open_tokenizer,
 )
@@ -224,7 +223,6 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    check_tokenizer(model.config, tokenizer)
     rows = TokenizedRows(source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
     report = length_report(rows, max_length)

@@ -12,11 +12,11 @@ from flax import nnx
 
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch
-from dream_jax.config import DreamConfig
+from dream_jax.inference import find_tokenizer
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
-from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.tokenizer import Tokenizer
 from dream_jax.train_step import StepConfig, TrainState, TrainStep, abstract_state, make_train_step
 from dream_jax.trainer import weights
 from dream_jax.trainer.settings import TrainSettings
@@ -144,29 +144,14 @@ def open_tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
     """The tokenizer that the settings name, or else the model's own.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the model and it do not belong together.
     """
-    if settings.network.tokenizer is not None:
-        return load_tokenizer(settings.network.tokenizer)
-    if model.tokenizer_dir is not None:
-        return load_tokenizer(model.tokenizer_dir)
-    if settings.network.model == "nano":
-        return load_tokenizer("bytes")
-    raise ValueError(
-        f"model {settings.network.model!r} has no tokenizer of its own; pass --tokenizer with a directory of one"
-    )
-
-
-def check_tokenizer(config: DreamConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a model and a tokenizer do not belong together."""
-    pairs = (
-        ("mask_token_id", config.mask_token_id, tokenizer.mask_id),
-        ("pad_token_id", config.pad_token_id, tokenizer.pad_id),
-    )
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise ValueError(
-                f"the model has {name}={ours}, but the tokenizer has {theirs}: they do not belong together"
-            )
+    tokenizer, config = find_tokenizer(settings.network.tokenizer, settings.network.model, model), model.config
+    if tokenizer.pad_id != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer's padding token is {tokenizer.pad_id}, the model's {config.pad_token_id}: they do not belong "
+            "together"
+        )
     if tokenizer.vocab_limit > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
+    return tokenizer

@@ -151,7 +151,7 @@ class RunConsole:
         text = (
             f"step {number}/{self._settings.run.steps}  loss {row['loss']:.4f}  masked acc {row['masked_accuracy']:.3f}  "
             f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{'' if mfu is None else f'MFU {mfu:.1%}  '}ETA {'-' if math.isnan(left) else _clock(left)}"
+            f"{'' if mfu is None else f'MFU {mfu:.1%}  '}ETA {'-' if math.isnan(left) else clock(left)}"
         )
         if self._progress is None:
             self.say(text)
@@ -160,7 +160,8 @@ class RunConsole:
             self._progress.update(self._task, completed=number, description=text)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some: 0:05, 12:30, 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,7 +20,6 @@ from dream_jax.train_step import TrainState, TrainStep, abstract_state
 from dream_jax.trainer.build import (
     build_step,
     check_length,
-    check_tokenizer,
     describe_model,
     open_tokenizer,
 )
@@ -125,7 +124,6 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     rows = TokenizedRows(source, tokenizer, encoding)
     held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
-    check_tokenizer(model.config, tokenizer)
     check_length(model, max_length)
     built = build_step(settings, model, mesh)
     evaluated = (
