@@ -254,7 +254,7 @@ def test_shares_of_ten_rows_by_hand() -> None:
     assert found.hidden_share == 0 and found.whole_share == 1
     assert any("--eos-tail limits it" in line for line in found.lines())
     found = outlook_of(BatchOptions(eos_tail=3))
-    # Of 15 positions beside the prompt the responses want 5, 6, ... 14: 95 in all, and 65 positions exist for no row.
+    # Of 15 positions beside the prompt the responses want 5, 6, ... 14: 95 in all, and 65 positions belong to no row.
     assert (found.supervised, found.whole_share) == (95, 1)
     np.testing.assert_allclose(found.eos_share, 40 / 95)
     np.testing.assert_allclose(found.padding_share, (160 - 75) / 160)

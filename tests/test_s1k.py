@@ -169,15 +169,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, schem
     assert found == {row.prompt[0]["content"]: row.response for row in rows_of(read_rows(expected))}
 
 
-def test_places_in_files_without_lines(tmp_path: Path) -> None:
+def test_positions_in_files_without_lines(tmp_path: Path) -> None:
     rows = [s1k_row(0), s1k_row(1) | {"attempt": " "}]
-    for kind, place in (
+    for kind, found_at in (
         ("json list", r"rows\.json:14: 'attempt' is empty"),  # [, {, seven lines, three of the list, }, and then {
         ("parquet", r"rows\.parquet:row 2: 'attempt' is empty"),
         ("dataset", r"saved, train:row 2: 'attempt' is empty"),
     ):
         (tmp_path / kind).mkdir()
-        with pytest.raises(ValueError, match=place):
+        with pytest.raises(ValueError, match=found_at):
             open_source(save_as(kind, tmp_path / kind, rows))
 
 
