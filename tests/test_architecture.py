@@ -149,8 +149,17 @@ def test_model_receives_a_mask_and_chooses_none() -> None:
     assert from_module | imported <= {"Mask", "Bidirectional", "KeyPadding"}
 
 
+def test_training_loop_imports_few_modules() -> None:
+    """The loop puts prepared things together; reports are made by train.py, after `train()` has returned."""
+    imported = PACKAGE_SOURCES.graph()["dream_jax.trainer.loop"]
+    assert len(imported) <= 12, sorted(imported)
+    needed = module_layers.reachable(PACKAGE_SOURCES.graph(), ["dream_jax.trainer.loop"])
+    assert not any(module_of(name) in ("reports", "evaluation", "plan") for name in needed)
+
+
 def test_pages_have_the_table_of_the_layers() -> None:
     table = module_layers.layer_table()
+    assert module_layers.pages_with_table()
     for page in module_layers.pages_with_table():
         text = page.read_text(encoding="utf-8")
         assert module_layers.fill(text, table) == text, f"{page.name} is old: run python tests/module_layers.py"

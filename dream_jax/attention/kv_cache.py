@@ -1,6 +1,6 @@
-"""Keys and values that are kept between forward passes, so that a later pass computes only a window of each row.
+"""The key/value cache between forward passes, with which a later pass computes only a window of each row.
 
-Knows arrays and places. Knows nothing of when a pass is made, nor of how stale what is kept may become.
+The sampler decides when a pass is made and how old cached keys and values may become.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """What queries attend to: keys (already rotated) and values, one a token and key/value head; never repeated.
+    """Keys, already rotated, and values, one for each token and key head (not repeated for the query heads).
 
     Attributes:
-      k, v: [L, B, S, K, H] each; of one layer, [B, S, K, H].
+      k, v: [L, B, S, K, H] each, or [B, S, K, H] of one layer.
     """
 
     k: Float[jax.Array, "*L B S K H"]
@@ -27,23 +27,23 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Queries of a few positions of each row attend to the keys kept for the whole row, and to each other's new ones.
+    """A few positions of each row whose queries attend to the cache of the whole row and to their own new keys.
 
     Attributes:
-      kept: keys and values of all positions; of all layers, or of one.
-      position_BW: where in `kept` those of each query belong. At S, past the end, they are not used.
+      kv_cache: keys and values of all positions, of all layers or of one.
+      position_BW: the position in `kv_cache` of each query. The keys and values of a query at S, past the end, are not used.
     """
 
     kv_cache: KVCache
     position_BW: Int[jax.Array, "B W"]
 
     def layer(self, kv_cache: KVCache) -> Window:
-        """The same places in one layer's keys and values."""
+        """The same positions with the cache of one layer."""
         return Window(kv_cache, self.position_BW)
 
-    def updated(self, own: KVCache) -> KVCache:
-        """`kept` with the queries' own keys and values, [..., B, W, K, H], in their places."""
-        put = jax.vmap(lambda kept, own, place: kept.at[place].set(own, mode="drop"))  # over rows
+    def updated(self, new: KVCache) -> KVCache:
+        """`kv_cache` with the new keys and values of the queries, [..., B, W, K, H], at their positions."""
+        put = jax.vmap(lambda cached, new, position: cached.at[position].set(new, mode="drop"))  # over rows
         if self.kv_cache.k.ndim == 5:
             put = jax.vmap(put, in_axes=(0, 0, None))  # over layers
-        return KVCache(put(self.kv_cache.k, own.k, self.position_BW), put(self.kv_cache.v, own.v, self.position_BW))
+        return KVCache(put(self.kv_cache.k, new.k, self.position_BW), put(self.kv_cache.v, new.v, self.position_BW))

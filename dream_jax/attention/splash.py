@@ -25,8 +25,8 @@ from dream_jax.target import Target
 _LANES = 128
 _LARGEST_BLOCK = 512
 
-# Ids where there is padding or not. Segments bring their own.
-_REAL, _PADDING = 1, 0
+# Segment ids of valid tokens and of padding; a mask of segments has its own ids.
+_VALID, _PADDING = 1, 0
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
@@ -118,8 +118,8 @@ def segment_ids(
     """
     if not of_rows:
         return None
-    query_BT = jnp.full((1, num_queries), _REAL, jnp.int32)
-    key_BS = jnp.full((1, num_keys), _REAL, jnp.int32)
+    query_BT = jnp.full((1, num_queries), _VALID, jnp.int32)
+    key_BS = jnp.full((1, num_keys), _VALID, jnp.int32)
     stranger = jnp.int32(_PADDING)
     for part in of_rows:
         if isinstance(part, masks.Segments):
@@ -182,7 +182,7 @@ def _kernel(
     num_keys = k_BSKH.shape[1]
     more_T, more_S = -num_queries % _LANES, -num_keys % _LANES
     if not ids and more_S:
-        ids = tuple(jnp.full((batch, length), _REAL, jnp.int32) for length in (num_queries, num_keys))
+        ids = tuple(jnp.full((batch, length), _VALID, jnp.int32) for length in (num_queries, num_keys))
     segments = None
     if ids:
         query_BT, key_BS = ids
