@@ -31,7 +31,7 @@ class Window:
 
     Attributes:
       kv_cache: keys and values of all positions, of all layers or of one.
-      position_BW: the position in `kv_cache` of each query. The keys and values of a query at S, past the end, are not used.
+      position_BW: the position in `kv_cache` of each query. Keys and values of a query at S, past the end, are not used.
     """
 
     kv_cache: KVCache
