@@ -126,6 +126,7 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = tyro.cli(Command, description=__doc__, default=begun, config=(tyro.conf.OmitArgPrefixes,))
+        assert command is not None  # only the type of tyro.cli allows None, where the default may be None
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
                 "--plan is of a run to come, --report and --compare are of runs that were; give one of them"

@@ -42,8 +42,7 @@ ALLOWED = {
     ("dream_jax.data.encode", "NO_ROOM"): "space that a row has left",
     ("dream_jax.trainer.samples", "room"): "tokens that still fit",
     ("dream_jax.plan.planner", "_ROOM"): "a share of the memory",
-    ("dream_jax.evaluation.progress", "clock"): "the time of day",
-    ("dream_jax.trainer.console", "_clock"): "hours, minutes and seconds",
+    ("dream_jax.trainer.console", "clock"): "hours, minutes and seconds",
     ("dream_jax.trainer.steps", "clock"): "the time in seconds",
 }
 
