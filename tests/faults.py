@@ -127,7 +127,7 @@ FAULTS = (
         "dream_jax/sampler/rules.py",
         "return sorted_BM >= value\n",
         "return sorted_BM > value\n",
-        "tests/test_sampler_blocks.py -k test_rules",
+        "tests/test_sampler_blocks.py -k at_the_threshold",
     ),
     Fault(
         "sharding: two axes of a kernel are swapped",

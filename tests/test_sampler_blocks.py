@@ -303,6 +303,12 @@ def reference_count(rule, confidences):
 choose = jax.jit(rules.choose, static_argnums=0)
 
 
+def test_a_confidence_at_the_threshold_is_enough():
+    confidence, candidate = jnp.array([[0.5, 0.25, 0.75, 0.5]]), jnp.array([[True, True, True, False]])
+    found = choose(Threshold, jnp.float32(0.5), confidence, candidate, jnp.zeros(1, jnp.int32))
+    np.testing.assert_array_equal(found, [[True, False, True, False]])
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_rules(data):
