@@ -5,10 +5,9 @@ right shift, `diffusion_generate`, the weighted loss) is written here from its d
 that wastes nothing beyond what the published algorithm does: inference mode, fused attention, fused AdamW,
 filters on masked rows only. `check_torch_reference.py` holds it to the numbers that the published code gives.
 
-Knows torch and transformers. Knows nothing of jax or of `dream_jax`: the two sides meet only in a Hugging
-Face directory. Every function takes `head_rows`: "all" multiplies by the vocabulary at every position, as
-published; "masked" does so at masked positions only, the first thing a careful reader of the published code
-would change.
+It uses neither jax nor `dream_jax`: the two sides meet only in a Hugging Face directory. Every function takes
+`head_rows`: "all" multiplies by the vocabulary at every position, as published; "masked" does so at masked
+positions only, the first thing a careful reader of the published code would change.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_plan_refuses():
 
 
 @pytest.mark.slow
-def test_command_goes_on_where_it_was_stopped(tmp_path):
+def test_command_resumes_where_it_was_stopped(tmp_path):
     """Two runs by two processes; one is taken away and made again, the same; the other is not touched."""
     command = [
         sys.executable,
