@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import time
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from dream_jax.chips import Chip, chip_of
-from dream_jax.trainer.segments import RunSegment, segment_since
+from dream_jax.trainer.segments import RunSegment
 from dream_jax.trainer.setting_groups import PriceSettings
 
 
@@ -45,8 +47,10 @@ def begin_segment(price: PriceSettings, mesh: Mesh, began: float) -> RunSegment:
     chips = max(1, mesh.devices.size // (1 if chip is None else chip.devices_per_chip))
     if mesh.devices.flat[0].platform == "cpu":
         chips = 1  # a CPU is one chip, however many devices jax divides it into
-    return segment_since(
-        began,
+    begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=time.monotonic() - began)
+    return RunSegment(
+        begun=begun.isoformat(timespec="seconds"),
+        seconds=0.0,
         devices=f"{mesh.devices.size} x {kind}",
         chips=chips,
         usd_per_chip_hour=usd_per_chip_hour(price, chip),

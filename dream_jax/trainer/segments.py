@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import pathlib
 import threading
@@ -125,18 +124,3 @@ class RunSegments:
             self._told(
                 f"warning: {self._folder / FILE} was not written ({error}): the cost of the run may miss this segment"
             )
-
-
-def segment_since(
-    began: float, *, devices: str, chips: int, usd_per_chip_hour: float | None, rmb_per_usd: float
-) -> RunSegment:
-    """A segment that began at a time of `time.monotonic()`."""
-    begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=time.monotonic() - began)
-    return RunSegment(
-        begun=begun.isoformat(timespec="seconds"),
-        seconds=0.0,
-        devices=devices,
-        chips=chips,
-        usd_per_chip_hour=usd_per_chip_hour,
-        rmb_per_usd=rmb_per_usd,
-    )
