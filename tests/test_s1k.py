@@ -416,12 +416,18 @@ def test_a_report_of_nothing_and_settings_that_cannot_be(ten: Path) -> None:
 # --- GSM8K in this dress, with the real tokenizer ---
 
 
+def conversion_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the script defines; as when it is run, it finds the modules beside it."""
+    monkeypatch.syspath_prepend(ROOT / "convert")
+    return runpy.run_path(str(ROOT / "convert" / "gsm8k_to_s1k.py"))
+
+
 @pytest.mark.parametrize("schema", SCHEMAS)
-def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str) -> None:
-    script = runpy.run_path(str(ROOT / "convert" / "gsm8k_to_s1k.py"))
+def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = conversion_script(monkeypatch)
     arranged = tmp_path / "arranged.jsonl"
     source = assets / "data" / "gsm8k"
-    script["main"](script["Settings"](src=source, dst=arranged, schema=schema, rows=300))
+    script["main"](script["ArrangeSettings"](src=source, dst=arranged, schema=schema, rows=300))
     dream = load_tokenizer(assets / "dream-v0-instruct-7b")
     rows = read_rows(arranged, ReadOptions(only_correct=schema == "s1k-1.1"))
     first = rows[0]
@@ -447,11 +453,11 @@ def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str) -> Non
     assert kept["filter"][0] == kept["filter"][1] == kept["right"][1] < kept["middle"][0] == kept["middle"][1]
     assert kept["middle"][0] <= kept["answer_only"][0] == kept["answer_only"][1] <= kept["right"][0] == 300
     with pytest.raises(FileExistsError, match="exists; remove it"):
-        script["main"](script["Settings"](src=source, dst=arranged))
+        script["main"](script["ArrangeSettings"](src=source, dst=arranged))
 
 
-def test_arranging_needs_a_result() -> None:
-    arranged = runpy.run_path(str(ROOT / "convert" / "gsm8k_to_s1k.py"))["arranged"]
+def test_arranging_needs_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    arranged = conversion_script(monkeypatch)["arranged"]
     assert arranged("q", "two\nlines\n#### 1,000", "s1k")["thinking_trajectories"] == ["two\nlines"]
     with pytest.raises(ValueError, match="does not end with a line '#### NUMBER'"):
         arranged("q", "no result", "s1k")
