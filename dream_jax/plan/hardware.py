@@ -76,11 +76,11 @@ class Hardware:
 
     @property
     def num_chips(self) -> int:
-        """What is paid for."""
+        """The number of chips, which is what is paid for."""
         return -(-self.num_devices // self.chip.devices_per_chip)
 
     def mesh(self, shape: str) -> sharding.AnyMesh:
-        """The mesh of a shape such as "8x1" over all devices; without devices to compile for, one of sizes only.
+        """The mesh of a shape such as "8x1" over all devices; without devices to compile for, a mesh of sizes only.
 
         Raises:
           ValueError: the mesh has another number of devices.
@@ -119,7 +119,7 @@ def find_hardware(topology: str | None, *, compiles: bool = True) -> Hardware:
 
 
 def known() -> str:
-    """What can be planned for, in words."""
+    """How to write a topology, with examples, for error messages."""
     names = "; ".join(chip.topology for chip in CHIPS.values() if chip.topology)
     return f"write CHIP:SIZES, such as {names}"
 

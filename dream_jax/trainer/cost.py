@@ -16,13 +16,13 @@ from dream_jax.trainer.setting_groups import PriceSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of a run, in chip hours and money.
+    """What a run has cost, in chip hours and money.
 
     Attributes:
-      chips: that were held, at last.
+      chips: the number of chips that the last segment held.
       chip_hours: chips times hours over all segments, with compilation, saving, evaluation, and steps that a kill undid.
-      usd_per_chip_hour: given, or of the list, on average; None when there is neither for one of the segments.
-      usd, rmb: None without a price.
+      usd_per_chip_hour: the mean price; None when no price is known for one of the segments.
+      usd, rmb: of the whole run; None without a price.
     """
 
     chips: int
@@ -61,7 +61,7 @@ def begin_segment(price: PriceSettings, mesh: Mesh, began: float) -> RunSegment:
 def run_cost(segments: Sequence[RunSegment], price: PriceSettings | None = None) -> Cost:
     """What the segments of a run, at least one, have cost together.
 
-    A segment that no price was known of takes the one that the settings give, if they give one.
+    A segment without a known price takes the price that the settings give, if they give one.
     """
     given = None if price is None else usd_per_chip_hour(price, None)
     hours = [segment.chips * segment.seconds / 3600 for segment in segments]
