@@ -264,7 +264,7 @@ def test_a_ledger_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"items\.jsonl:1: a list"):
         Ledger(tmp_path, {"a": 1}, PLAN)
     (tmp_path / SETTINGS).write_text("{")
-    with pytest.raises(ValueError, match=r"settings\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"settings\.json is not valid JSON"):
         Ledger(tmp_path, {"a": 1}, PLAN)
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(ValueError, match=r"no settings\.json"):
