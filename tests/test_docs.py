@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 import xml.etree.ElementTree
 from collections.abc import Iterator
@@ -54,10 +55,10 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     """All fenced blocks of a page, in order."""
-    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    fence = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
     text = page.read_text(encoding="utf-8")
     for match in fence.finditer(text):
-        yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+        yield Block(page, text.count("\n", 0, match.start()) + 1, match[2], textwrap.dedent(match[3]))
 
 
 def commands(block: Block, variables: dict[str, str]) -> Iterator[list[str]]:
