@@ -1,6 +1,7 @@
 """README and docs: commands parse, Python runs, links lead somewhere, figures are those of the data, the site builds."""
 
 import argparse
+import functools
 import importlib.util
 import io
 import json
@@ -118,8 +119,9 @@ def read_command_line(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> No
     assert script.is_file(), f"{command[at]} is no file of the project"
     tyro_cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
 
-    def cli(*args: Any, **options: Any) -> Any:
-        tyro_cli(*args, **options)
+    def cli(target: Any, *args: Any, **options: Any) -> Any:
+        # tyro calls a function with what it has read: this one stands for it and does nothing.
+        tyro_cli(target if isinstance(target, type) else functools.wraps(target)(lambda **_: None), *args, **options)
         raise Parsed
 
     def parsed(self: argparse.ArgumentParser, *args: Any, **options: Any) -> Any:
@@ -148,6 +150,18 @@ def test_scripts_read_their_command_lines(
     except SystemExit as end:
         printed = capsys.readouterr()
         assert not end.code, f"{where}: {shlex.join(command)}\n{printed.out}{printed.err}"
+
+
+@pytest.mark.parametrize(
+    "line", ["train.py --nope 1", "sample.py --top-p much --prompt x", "examples/infill.py --nope 1", "convert/hf_to_flax.py"]
+)
+def test_a_wrong_command_line_is_noticed(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        read_command_line(monkeypatch, ["python", *line.split()])
+    assert refused.value.code == 2
+    capsys.readouterr()
 
 
 def test_other_commands_are_known() -> None:
