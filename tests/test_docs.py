@@ -313,7 +313,9 @@ def test_the_file_tree_of_the_readmes_is_that_of_the_project() -> None:
 PATH = re.compile(r"`((?:[\w-]+/)+[\w.-]*)`")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_files_that_are_named_exist(page: Path) -> None:
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
         path.name for path in (ROOT / "dream_jax").iterdir() if path.is_dir()
