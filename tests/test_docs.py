@@ -153,7 +153,8 @@ def test_scripts_read_their_command_lines(
 
 
 @pytest.mark.parametrize(
-    "line", ["train.py --nope 1", "sample.py --top-p much --prompt x", "examples/infill.py --nope 1", "convert/hf_to_flax.py"]
+    "line",
+    ["train.py --nope 1", "sample.py --top-p much --prompt x", "examples/infill.py --nope 1", "convert/hf_to_flax.py"],
 )
 def test_a_wrong_command_line_is_noticed(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
