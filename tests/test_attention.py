@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dream_jax import attention as room
+from dream_jax import attention as attention_module
 from dream_jax import masks
 
-attention = jax.jit(room.attention, static_argnames="backend")
+attention = jax.jit(attention_module.attention, static_argnames="backend")
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
@@ -87,10 +87,10 @@ def test_scores_and_softmax_are_float32_under_bfloat16():
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_backend_raises():
     with pytest.raises(ValueError, match="flash3"):
-        room.attention(*inputs(1, 2, 2, 2, 2), masks.Bidirectional(), "flash3")
+        attention_module.attention(*inputs(1, 2, 2, 2, 2), masks.Bidirectional(), "flash3")
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_heads_that_do_not_fit_raise():
     with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key/value heads"):
-        room.attention(*inputs(1, 4, 4, 4, 3), masks.Bidirectional())
+        attention_module.attention(*inputs(1, 4, 4, 4, 3), masks.Bidirectional())

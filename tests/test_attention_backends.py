@@ -21,7 +21,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 from marking import slow
 
 from dream_jax import PRESETS, Dream, masks, sharding, target
-from dream_jax import attention as room
+from dream_jax import attention as attention_module
 from dream_jax.attention import cudnn, splash, xla
 
 KINDS = ["all", "padding", "lengths", "segments"]
@@ -112,7 +112,7 @@ def assert_same(found, wanted, atol=1e-5):
 
 
 def attend(backend):
-    return functools.partial(room.attention, backend=backend)
+    return functools.partial(attention_module.attention, backend=backend)
 
 
 # --- splash
@@ -121,7 +121,7 @@ def attend(backend):
 @pytest.fixture
 def interpreted():
     """As on a TPU, with its kernels carried out by array operations."""
-    with room.target_platform("tpu", interpret=True):
+    with attention_module.target_platform("tpu", interpret=True):
         yield
 
 
@@ -178,7 +178,7 @@ def test_splash_leaves_out_what_is_hidden(monkeypatch, name):
         (FAMILY["blocks of rows"](2, 8) & masks.Causal(), "the mask BlockCausal differs from row to row"),
         (masks.Causal().at(np.zeros((2, 8), int)), "the mask Queries differs from row to row"),
         (own_segments(2, 8) & own_segments(2, 8), "a token has one segment id, and these masks give it two"),
-        (~masks.Causal(), "no result for queries that the mask lets see nothing"),
+        (~masks.Causal(), "no result for queries that may attend to no key"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -191,15 +191,15 @@ def test_splash_says_why_not(mask, reason):
 
 @pytest.mark.usefixtures("interpreted")
 def test_order_needs_all_tokens_on_a_device():
-    """A device with half of the queries has no place for the compiled order: auto goes on without the kernel."""
+    """A device with half of the queries cannot use a compiled-in causal order, so auto takes another backend."""
     arrays, mask = inputs(2, 12, 12, 4, 2), masks.Causal()
     with jax.set_mesh(mesh((2, 2, 2))):
-        with pytest.raises(ValueError, match="the mesh splits the tokens"):
+        with pytest.raises(ValueError, match="the mesh divides the tokens"):
             attend("splash")(*arrays, mask)
-        assert room.choose("auto", *arrays[:2], mask) == "xla"
-        assert room.choose("auto", *arrays[:2], masks.Bidirectional()) == "splash"
+        assert attention_module.choose("auto", *arrays[:2], mask) == "xla"
+        assert attention_module.choose("auto", *arrays[:2], masks.Bidirectional()) == "splash"
     with jax.set_mesh(mesh((4, 2, 1))):
-        assert room.choose("auto", *arrays[:2], mask) == "splash"
+        assert attention_module.choose("auto", *arrays[:2], mask) == "splash"
         found = value_and_gradients(attend("splash"), arrays, mask)
     assert_same(found, value_and_gradients(xla.attention, arrays, mask))
 
@@ -286,7 +286,7 @@ def test_model_on_splash():
         return jax.jit(jax.grad(lambda model: jnp.mean(jnp.square(model(tokens, mask)))))(model)
 
     wanted = jax.tree.leaves(gradients("xla"))
-    with room.target_platform("tpu", interpret=True), jax.set_mesh(mesh((4, 2, 1))):
+    with attention_module.target_platform("tpu", interpret=True), jax.set_mesh(mesh((4, 2, 1))):
         found = jax.tree.leaves(gradients("splash"))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(b))))
@@ -295,7 +295,7 @@ def test_model_on_splash():
 @pytest.mark.usefixtures("unchecked")
 def test_splash_lowers_to_a_tpu_kernel():
     arrays = inputs(2, 130, 130, 4, 2, width=128, dtype=jnp.bfloat16)
-    with room.target_platform("tpu"):
+    with attention_module.target_platform("tpu"):
         text = lowered("tpu", attend("auto"), arrays, make_mask("segments", 2, 130, 130))
     assert text.count("tpu_custom_call") >= 3  # forward, and backward for dq and for dk and dv
     assert not re.search(r"tensor<[\dx]*130x130x", text)
@@ -328,7 +328,7 @@ def cudnn_answered(monkeypatch):
 def lowered(platform, attend, arrays, mask):
     """The program of value and gradients for a platform that is not here.
 
-    For tests that are `unchecked`: jax puts descriptions of arrays in the place of a mask's arrays.
+    For tests that are `unchecked`: jax puts descriptions of arrays in place of a mask's arrays.
     """
 
     def loss(arrays, mask):
@@ -415,7 +415,7 @@ def test_cudnn_lowers_to_its_custom_calls(kind, call, mask_type, shape):
     keys = 24 if kind in FAMILY else 40
     mask = FAMILY[kind](4, 24) if kind in FAMILY else make_mask(kind, 4, 24, 40)
     arrays = inputs(4, 24, keys, 4, 2, 64, jnp.bfloat16)
-    with room.target_platform("gpu"), jax.set_mesh(mesh(shape)) if shape else contextlib.nullcontext():
+    with attention_module.target_platform("gpu"), jax.set_mesh(mesh(shape)) if shape else contextlib.nullcontext():
         text = lowered("cuda", attend("auto"), arrays, mask)
     local = (1, 2) if shape else (4, 4)
     assert sorted(set(re.findall(r"__cudnn\$(\w+)", text))) == [call, f"{call}Backward"]
@@ -453,11 +453,11 @@ def test_cudnn_lowers_to_its_custom_calls(kind, call, mask_type, shape):
 )
 def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
     q, k, _ = inputs(2, 6, 6, 4, 2, width, dtype)
-    with room.target_platform(platform):
+    with attention_module.target_platform(platform):
         mask = FAMILY[mask](2, 6) if mask in FAMILY else make_mask(mask, 2, 6, 6)
-        assert room.choose("auto", q, k, mask) == chosen
-        assert room.choose(chosen, q, k, mask) == chosen
-        assert room.choose("xla", q, k, mask) == "xla"
+        assert attention_module.choose("auto", q, k, mask) == chosen
+        assert attention_module.choose(chosen, q, k, mask) == chosen
+        assert attention_module.choose("xla", q, k, mask) == "xla"
 
 
 @pytest.mark.usefixtures("cudnn_present")
@@ -491,8 +491,8 @@ def test_auto_takes_what_can_serve(platform, dtype, width, mask, chosen):
 def test_backend_that_cannot_serve_says_why(backend, platform, dtype, width, mask, message):
     arrays = inputs(2, 6, 6, 4, 2, width, dtype)
     mask = FAMILY[mask](2, 6) if mask in FAMILY else make_mask(mask, 2, 6, 6)
-    with room.target_platform(platform), pytest.raises(ValueError, match=re.escape(message)) as caught:
-        room.attention(*arrays, mask, backend)
+    with attention_module.target_platform(platform), pytest.raises(ValueError, match=re.escape(message)) as caught:
+        attention_module.attention(*arrays, mask, backend)
     assert f'the attention backend "{backend}" cannot serve this call: ' in str(caught.value)
 
 
@@ -502,10 +502,10 @@ def test_machine_without_cudnn(monkeypatch):
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
     q, k, _ = inputs(1, 4, 4, 2, 2, 64, jnp.bfloat16)
-    with room.target_platform("gpu"):
-        assert room.choose("auto", q, k, masks.Bidirectional()) == "xla"
+    with attention_module.target_platform("gpu"):
+        assert attention_module.choose("auto", q, k, masks.Bidirectional()) == "xla"
         with pytest.raises(ValueError, match='cuDNN is not detected. Install the extra "cuda"'):
-            room.choose("cudnn", q, k, masks.Bidirectional())
+            attention_module.choose("cudnn", q, k, masks.Bidirectional())
 
 
 @pytest.mark.usefixtures("cudnn_present")
@@ -514,9 +514,9 @@ def test_gpu_that_is_too_old(monkeypatch, capability, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     q, k, _ = inputs(1, 4, 4, 2, 2, 64, jnp.bfloat16)
-    assert room.choose("auto", q, k, masks.Bidirectional()) == chosen
+    assert attention_module.choose("auto", q, k, masks.Bidirectional()) == chosen
     if chosen == "xla":
-        assert "8.0 (Ampere) or newer, not 7.5" in room.refusal("cudnn", q, k, masks.Bidirectional())
+        assert "8.0 (Ampere) or newer, not 7.5" in attention_module.refusal("cudnn", q, k, masks.Bidirectional())
 
 
 # --- the target
@@ -528,7 +528,7 @@ def test_target_is_that_of_the_mesh_then_of_the_machine(monkeypatch):
     assert target.current_target() == target.Target("cpu")
     with jax.sharding.use_abstract_mesh(absent):
         assert target.current_target() == target.Target("tpu")
-        with room.target_platform("gpu"):
+        with attention_module.target_platform("gpu"):
             assert target.current_target() == target.Target("gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert target.current_target() == target.Target("tpu")
@@ -537,11 +537,11 @@ def test_target_is_that_of_the_mesh_then_of_the_machine(monkeypatch):
 
 
 def test_function_is_traced_anew_for_another_target():
-    attend = jax.jit(room.attention)
+    attend = jax.jit(attention_module.attention)
     arrays = inputs(1, 8, 8, 2, 2)
     texts = {}
     for platform in ("cpu", "tpu", "cpu"):
-        with room.target_platform(platform):
+        with attention_module.target_platform(platform):
             traced = attend.trace(*arrays, masks.Bidirectional())
             texts[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "tpu_custom_call" in texts["tpu"]
@@ -551,6 +551,6 @@ def test_function_is_traced_anew_for_another_target():
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_targets_raise():
     with pytest.raises(ValueError, match=r"platform='cuda' is not one of \('cpu', 'gpu', 'tpu'\)"):
-        room.target_platform("cuda")
+        attention_module.target_platform("cuda")
     with pytest.raises(ValueError, match="interpret=True is for the kernels of a TPU"):
-        room.target_platform("gpu", interpret=True)
+        attention_module.target_platform("gpu", interpret=True)

@@ -342,7 +342,7 @@ def test_sampling_without_numbers_raises():
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_commit_writes_the_surest(data):
+def test_commit_writes_the_most_confident(data):
     shape = (3, 9)
     values = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0])
     confidence = np.array(data.draw(st.lists(st.lists(values, min_size=9, max_size=9), min_size=3, max_size=3)))
@@ -355,7 +355,7 @@ def test_commit_writes_the_surest(data):
     assert chosen.shape == shape
     for row in range(3):
         # Surest first, of equals the first one: Python's sort is stable.
-        order = sorted(np.flatnonzero(candidate[row]), key=lambda place, row=row: -confidence[row, place])
+        order = sorted(np.flatnonzero(candidate[row]), key=lambda index, row=row: -confidence[row, index])
         assert set(np.flatnonzero(chosen[row])) == set(order[: count[row]])
 
 

@@ -41,7 +41,7 @@ def text(length, seed=0):
 
 
 def laid(rows, width=None):
-    """Rows (tokens, padding on the left, prompt) as a batch: tokens, what is real, what is answered."""
+    """Rows (tokens, padding on the left, prompt) as a batch: tokens, valid positions, positions of the answer."""
     width = width or max(left + len(tokens) for tokens, left, _ in rows)
     batch = np.full((len(rows), width), CONFIG.pad_token_id, np.int32)
     valid, answer = np.zeros(batch.shape, bool), np.zeros(batch.shape, bool)
@@ -96,19 +96,21 @@ def test_loss_does_not_feel_padding(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_window_of_queries_attends_as_the_whole_does(name):
-    """With what was kept of the same tokens, a window computes what the pass over all of them does."""
+    """With a cache of the same tokens, a window computes the same as a pass over all of them."""
     rows = [(text(12), 2, 5), (text(9, 1), 5, 2)]
     tokens, valid, answer = laid(rows)
     mask = masks.parse(name).for_rows(valid, answer) & masks.KeyPadding(valid)
     positions = padded_positions(jnp.asarray(valid))
-    hidden, own = jax.jit(lambda model: model.hidden_and_kv_cache(jnp.asarray(tokens), mask, positions))(model())
-    place = jnp.array([[6, 7, 8, 9], [9, 10, 11, 12]])
-    at = lambda x: jnp.take_along_axis(jnp.asarray(x), place, axis=1)
-    window = Window(own, place)
-    found, kept = jax.jit(lambda model: model.hidden_window(at(tokens), mask.at(place), at(positions), window))(model())
-    wanted = jnp.take_along_axis(hidden, place[:, :, None], axis=1)
+    hidden, kv_cache = jax.jit(lambda model: model.hidden_and_kv_cache(jnp.asarray(tokens), mask, positions))(model())
+    index = jnp.array([[6, 7, 8, 9], [9, 10, 11, 12]])
+    at = lambda x: jnp.take_along_axis(jnp.asarray(x), index, axis=1)
+    window = Window(kv_cache, index)
+    found, updated = jax.jit(lambda model: model.hidden_window(at(tokens), mask.at(index), at(positions), window))(
+        model()
+    )
+    wanted = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(kept.k, own.k, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(updated.k, kv_cache.k, rtol=0, atol=1e-4)
 
 
 # --- whether a cache is exact
@@ -117,17 +119,17 @@ PROMPT, BLOCK, TOTAL = 4, 4, 16
 
 
 def cached_error(name):
-    """Largest error of the logits of a block when what is outside it is kept from the pass before it was written."""
+    """Largest error of the logits of a block when the cache outside it is from before the block was written."""
     canvas = jnp.full((1, TOTAL), CONFIG.mask_token_id, jnp.int32).at[0, :PROMPT].set(text(PROMPT))
     valid, answer = np.ones((1, TOTAL), bool), np.arange(TOTAL)[None] >= PROMPT
     mask, positions = masks.parse(name).for_rows(valid, answer), jnp.arange(TOTAL)[None]
     begin, end = PROMPT, PROMPT + BLOCK
     run = jax.jit(lambda model, canvas: model.hidden_and_kv_cache(canvas, mask, positions))
-    _, kept = run(model(), canvas)
+    _, kv_cache = run(model(), canvas)
     canvas = canvas.at[0, begin:end:2].set(text(2, 3))  # half of the block is written
     wanted, _ = run(model(), canvas)
-    place = jnp.arange(begin - 1, end)[None]
-    found, _ = model().hidden_window(canvas[:, begin - 1 : end], mask.at(place), place, Window(kept, place))
+    index = jnp.arange(begin - 1, end)[None]
+    found, _ = model().hidden_window(canvas[:, begin - 1 : end], mask.at(index), index, Window(kv_cache, index))
     return float(jnp.max(jnp.abs(model().unembed(found) - model().unembed(wanted[:, begin - 1 : end]))))
 
 
@@ -145,7 +147,7 @@ def cached_error(name):
         ("bidirectional", False),
     ],
 )
-def test_cache_is_exact_where_nothing_kept_sees_the_block(name, exact):
+def test_cache_is_exact_where_nothing_cached_sees_the_block(name, exact):
     error = cached_error(name)
     assert (error < 1e-5) if exact else (error > 1e-2), f"{name}: {error:.2e}"
 
@@ -230,16 +232,16 @@ def test_full_passes_are_those_without_a_cache():
 
 def test_bidirectional_costs_nothing():
     """The sampler hands the model padding alone, and the loss is the program that it is without any mask."""
-    visible = jnp.ones((2, 8), bool)
-    laid_out = canvas_layout(model(), visible, StaticSettings.of(config(), 4))
-    assert isinstance(laid_out.mask, masks.KeyPadding)
+    valid = jnp.ones((2, 8), bool)
+    layout = canvas_layout(model(), valid, StaticSettings.of(config(), 4))
+    assert isinstance(layout.mask, masks.KeyPadding)
     tokens, time = text(8)[None], np.full(1, 0.5, np.float32)
 
     def program(**options):
         run = lambda model: masked_diffusion_loss(model, tokens, tokens > 99, time, UniformWeight(), **options)[0]
         return jax.jit(run).lower(model()).as_text()
 
-    assert program() == program(mask=masks.parse("bidirectional").for_rows(visible, visible))
+    assert program() == program(mask=masks.parse("bidirectional").for_rows(valid, valid))
     assert program() != program(mask=masks.Causal())
 
 

@@ -157,7 +157,7 @@ def sees(mask, row, query, key, length=LENGTH):
             return key <= query or key < end[row]
         case masks.BlockCausal(size, start):
             begin = 0 if start is None else start[row]
-            # The last place of the query's block.
+            # The last position of the query's block.
             last = next(at for at in range(query, query + size) if (at + 1 - begin) % size == 0)
             return key <= last
         case masks.SlidingWindow(left, right):
@@ -210,8 +210,8 @@ def table(mask):
 
 
 @settings(max_examples=60, deadline=None)
-@given(mask=composed, places=arrays(st.integers(0, LENGTH - 1), ROWS, 3))
-def test_drawing_array_and_definition_are_one(mask, places):
+@given(mask=composed, positions=arrays(st.integers(0, LENGTH - 1), ROWS, 3))
+def test_drawing_array_and_definition_are_one(mask, positions):
     wanted = table(mask)
     dense = np.broadcast_to(mask.dense(LENGTH, LENGTH), wanted.shape)
     np.testing.assert_array_equal(dense, wanted)
@@ -219,8 +219,8 @@ def test_drawing_array_and_definition_are_one(mask, places):
         drawing = "\n".join("".join(".#"[seen] for seen in line) for line in wanted[row].astype(int))
         assert mask.draw(LENGTH, row=row) == drawing
     # And for some of the tokens as queries.
-    some = np.broadcast_to(mask.at(places).dense(3, LENGTH), (ROWS, 3, LENGTH))
-    np.testing.assert_array_equal(some, np.take_along_axis(wanted, places[:, :, None], axis=1))
+    some = np.broadcast_to(mask.at(positions).dense(3, LENGTH), (ROWS, 3, LENGTH))
+    np.testing.assert_array_equal(some, np.take_along_axis(wanted, positions[:, :, None], axis=1))
     conjunction = np.ones_like(wanted)
     for part in masks.conjuncts(mask):
         conjunction &= np.broadcast_to(part.dense(LENGTH, LENGTH), wanted.shape)

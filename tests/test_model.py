@@ -68,12 +68,12 @@ class TestPublished:
     @pytest.mark.parametrize("given", [True, False])
     def test_left_padded_logits(self, name, given):
         golden = arrays(name)
-        real = golden["pad_mask"].astype(bool)
-        assert not np.all(real)
+        valid = golden["pad_mask"].astype(bool)
+        assert not np.all(valid)
         positions = golden["pad_positions"] if given else None
         logits = model(name)(golden["pad_tokens"], golden["pad_mask"], positions)
-        np.testing.assert_allclose(logits[real], golden["pad_logits"][real], rtol=0, atol=1e-4)
-        np.testing.assert_array_equal(padded_positions(jnp.asarray(real)), golden["pad_positions"])
+        np.testing.assert_allclose(logits[valid], golden["pad_logits"][valid], rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(padded_positions(jnp.asarray(valid)), golden["pad_positions"])
 
     def test_hidden_states(self, name):
         """Embedding and each layer by itself, from the published input of the layer to its published output."""
@@ -102,40 +102,42 @@ class TestPublished:
         np.testing.assert_allclose(dream.unembed(hidden), golden["fwd_logits"], rtol=0, atol=1e-4)
 
 
-# Windows over keys that were kept
+# Windows over a KV cache
 
 
 def test_a_window_sees_what_was_kept():
-    """Queries of a few places of each row: as in a full pass where nothing else has changed, and stale where it has."""
+    """A window gives the hidden states of a full pass if no token outside it has changed; otherwise its cache is stale."""
     dream = make()
     text = jnp.asarray(tokens())
     positions = jnp.broadcast_to(jnp.arange(12), text.shape)
     valid = jnp.asarray(np.arange(12) >= [[0], [3]])
     mask = masks.KeyPadding(valid)
-    whole, kept = dream.hidden_and_kv_cache(text, mask, positions)
+    whole, kv_cache = dream.hidden_and_kv_cache(text, mask, positions)
     np.testing.assert_array_equal(whole, dream.hidden(text, mask, positions))
-    assert kept.k.shape == kept.v.shape == (2, 2, 12, 4, 8)  # [L, B, S, K, H]
+    assert kv_cache.k.shape == kv_cache.v.shape == (2, 2, 12, 4, 8)  # [L, B, S, K, H]
 
-    place = jnp.array([[2, 3, 4], [7, 8, 9]])
+    position = jnp.array([[2, 3, 4], [7, 8, 9]])
     rows = jnp.arange(2)[:, None]
-    look = jax.jit(lambda text, kept, where: dream.hidden_window(text[rows, place], mask, place, Window(kept, where)))
-    found, after = look(text, kept, place)
-    np.testing.assert_allclose(found, whole[rows, place], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(after.k, kept.k, rtol=0, atol=1e-5)
+    look = jax.jit(
+        lambda text, kv_cache, where: dream.hidden_window(text[rows, position], mask, position, Window(kv_cache, where))
+    )
+    found, after = look(text, kv_cache, position)
+    np.testing.assert_allclose(found, whole[rows, position], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(after.k, kv_cache.k, rtol=0, atol=1e-5)
 
-    # Another token inside the window: the first layer sees it as a full pass does; what was kept outside stays.
-    other = text.at[rows, place[:, 1:2]].add(1)
-    found, after = look(other, kept, place)
+    # Another token inside the window: the first layer sees it as a full pass does; the cache outside the window stays.
+    other = text.at[rows, position[:, 1:2]].add(1)
+    found, after = look(other, kv_cache, position)
     _, fresh = dream.hidden_and_kv_cache(other, mask, positions)
     np.testing.assert_allclose(after.k[0], fresh.k[0], rtol=0, atol=1e-5)
     outside = np.ones((2, 12), bool)
-    outside[rows, place] = False
-    np.testing.assert_array_equal(np.asarray(after.v)[:, outside], np.asarray(kept.v)[:, outside])
-    assert not np.allclose(np.asarray(after.v)[1][~outside], np.asarray(kept.v)[1][~outside], atol=1e-3)
-    # Places past the end: the window's own keys and values are neither seen nor kept.
-    unseen, after = look(other, kept, jnp.full_like(place, 12))
-    np.testing.assert_array_equal(after.k, kept.k)
-    np.testing.assert_allclose(unseen[:, 0], whole[rows, place][:, 0], rtol=0, atol=1e-5)
+    outside[rows, position] = False
+    np.testing.assert_array_equal(np.asarray(after.v)[:, outside], np.asarray(kv_cache.v)[:, outside])
+    assert not np.allclose(np.asarray(after.v)[1][~outside], np.asarray(kv_cache.v)[1][~outside], atol=1e-3)
+    # At positions past the end the window's keys and values are neither attended to nor cached.
+    unseen, after = look(other, kv_cache, jnp.full_like(position, 12))
+    np.testing.assert_array_equal(after.k, kv_cache.k)
+    np.testing.assert_allclose(unseen[:, 0], whole[rows, position][:, 0], rtol=0, atol=1e-5)
     assert not np.allclose(found[:, 0], unseen[:, 0], atol=1e-3)
 
 
@@ -199,7 +201,7 @@ def test_every_parameter_matters():
     for number, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         # Unevenly: a constant added to all keys changes no softmax.
         noise = jnp.asarray(np.random.default_rng(7).normal(0, 0.1, leaves[number].shape), jnp.float32)
-        changed = [leaf + noise if place == number else leaf for place, leaf in enumerate(leaves)]
+        changed = [leaf + noise if index == number else leaf for index, leaf in enumerate(leaves)]
         after = merge_params(graphdef, jax.tree.unflatten(structure, changed))(text)
         name = jax.tree_util.keystr(path)
         if name == "['layers']['attn']['k']['bias']":

@@ -148,7 +148,7 @@ def test_cart_is_the_dense_formula(masked, p):
     wanted = (~masked) @ kernel.T
     found = jax.jit(CartWeight(p))(masked, np.ones(2, np.float32))
     assert found.dtype == jnp.float32
-    # At masked positions; a visible one would not count itself either.
+    # At masked positions; an unmasked one would not count itself either.
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -338,7 +338,7 @@ def test_right_pads_are_attended_and_learned():
     aux = masked_diffusion_loss(make(), tokens, masked, t)[1]
     assert np.all(aux["token_nll"][0, [5, 7]] > 0)
     other = tokens.copy()
-    other[0, 6] = 7  # a visible pad
+    other[0, 6] = 7  # a pad that is attended to
     moved = masked_diffusion_loss(make(), other, masked, t)[1]["token_nll"]
     assert np.abs(moved - aux["token_nll"])[0, 0 if masked[0, 0] else np.argmax(masked[0])] > 1e-6
 
@@ -421,8 +421,8 @@ def test_no_array_over_tokens_and_vocabulary(monkeypatch):
 )
 def test_shapes_that_do_not_fit_raise(change, message):
     arguments = [*batch(), UniformWeight(), None]
-    for place, value in change.items():
-        arguments[place] = value
+    for index, value in change.items():
+        arguments[index] = value
     with pytest.raises(ValueError, match=message):
         masked_diffusion_loss(make(), *arguments)
 
@@ -473,7 +473,7 @@ def test_loop_over_chunks_moves_nothing_between_devices(monkeypatch):
     graphdef, params = split_params(make())
     mesh = sharding.make_mesh("8x1")
     shapes = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
         sharding.parameter_shardings(params, mesh),
     )
@@ -502,7 +502,7 @@ def test_times_are_stratified():
         t, _ = noise(jax.random.key(seed), np.arange(32), maskable, 32)
         assert t.dtype == jnp.float32
         ordered = np.sort(t)
-        # One in each of 32 equal parts of [0, 1), at the same place in each.
+        # One in each of 32 equal parts of [0, 1), at the same offset in each.
         np.testing.assert_array_equal(np.floor(ordered * 32), np.arange(32))
         np.testing.assert_allclose(np.diff(ordered), 1 / 32, atol=1e-6)
         assert np.any(np.diff(t) < 0)  # shuffled
@@ -534,7 +534,7 @@ def test_masks_are_drawn_at_the_rows_rate_outside_the_prompt():
 
 
 def test_noise_belongs_to_the_row():
-    """Not to its place: permuted rows have permuted noise, a part of the batch has that part's noise."""
+    """Noise depends on the row index alone: permuted rows have permuted noise, and a part of the batch has its own."""
     key, maskable = jax.random.key(5), np.random.default_rng(0).random((8, 20)) < 0.8
     t, masked = noise(key, np.arange(8), maskable, 8)
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4])

@@ -78,20 +78,20 @@ def test_published_trajectory(checkpoint, name):
     assert {"id", "prompt_lens"} | {f.name for f in dataclasses.fields(config)} >= set(case)  # none is left out
     dream, start, valid = model(checkpoint), golden[f"{name}_prompt"], golden[f"{name}_mask"]
     out = generate(dream, start, config, prompt_mask=valid)
-    real = np.concatenate([valid.astype(bool), np.ones((len(start), config.max_new_tokens), bool)], axis=1)
-    np.testing.assert_array_equal(out.tokens[real], golden[f"{name}_sequences"][real])
+    valid_BT = np.concatenate([valid.astype(bool), np.ones((len(start), config.max_new_tokens), bool)], axis=1)
+    np.testing.assert_array_equal(out.tokens[valid_BT], golden[f"{name}_sequences"][valid_BT])
     assert out.tokens.dtype == out.commit_step.dtype == jnp.int32
     history = golden[f"{name}_history"]
     assert len(history) == config.steps
     for step, canvas in enumerate(history):
-        np.testing.assert_array_equal(out.canvas_at(step)[real], canvas[real], err_msg=f"step {step}")
+        np.testing.assert_array_equal(out.canvas_at(step)[valid_BT], canvas[valid_BT], err_msg=f"step {step}")
     mask = dream.config.mask_token_id
     before = np.pad(start, ((0, 0), (0, config.max_new_tokens)), constant_values=mask)
-    np.testing.assert_array_equal(out.canvas_at(-1)[real], before[real])
+    np.testing.assert_array_equal(out.canvas_at(-1)[valid_BT], before[valid_BT])
     assert np.all(np.asarray(out.commit_step)[:, : start.shape[1]] == -1)
     # One forward pass for each step that writes.
     previous = np.concatenate([before[None], history[:-1]])
-    assert int(out.forwards) == sum(np.any((a != b)[real]) for a, b in zip(previous, history, strict=True))
+    assert int(out.forwards) == sum(np.any((a != b)[valid_BT]) for a, b in zip(previous, history, strict=True))
 
 
 @pytest.mark.optimised
@@ -120,17 +120,17 @@ def test_driver_is_a_python_loop_over_the_step(config):
     mask_id = dream.config.mask_token_id
     canvas = np.concatenate([np.where(valid, start, dream.config.pad_token_id), np.full((2, 10), mask_id)], axis=1)
     canvas[0, 4] = mask_id  # and an infilling
-    visible = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
-    keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(visible))
+    valid_BT = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
+    keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(valid_BT))
     static, dynamic = state.StaticSettings.of(config, capacity=12), state.DynamicSettings.of(config)
     canvas = jnp.asarray(canvas, jnp.int32)
-    wanted = loop.denoise(dream, canvas, visible, keys, dynamic, None, static=static)
+    wanted = loop.denoise(dream, canvas, valid_BT, keys, dynamic, None, static=static)
 
-    text = passes.CanvasLayout(jnp.asarray(visible), positions, masks.KeyPadding(jnp.asarray(visible)))
+    layout = passes.CanvasLayout(jnp.asarray(valid_BT), positions, masks.KeyPadding(jnp.asarray(valid_BT)))
     step = jax.jit(functools.partial(loop.step, static=static))
     carry = state.begin(dream, canvas, static)
     while np.any(state.active(carry)):
-        carry = step(dream, text, keys, dynamic, None, carry)
+        carry = step(dream, layout, keys, dynamic, None, carry)
     for name, found, value in zip(carry._fields, carry, wanted, strict=True):
         if name != "kv_cache":
             np.testing.assert_array_equal(found, value, err_msg=name)
@@ -161,9 +161,9 @@ def test_all_logits_never_exist():
     for one in (options, window):
         shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-        canvas, visible = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
+        canvas, valid_BT = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
         static, dynamic = state.StaticSettings.of(one, capacity=768), state.DynamicSettings.of(one)
-        compiled = loop.denoise.lower(dream, canvas, visible, keys, dynamic, None, static=static).compile()
+        compiled = loop.denoise.lower(dream, canvas, valid_BT, keys, dynamic, None, static=static).compile()
         sizes = [
             np.prod([int(size) for size in match.split(",")], dtype=np.int64)
             for match in set(re.findall(r"\b(?:pred|[a-z]+[0-9]+)\[([0-9,]+)\]", compiled.as_text()))
@@ -266,19 +266,19 @@ def test_infilling_with_unequal_rows(config, new):
     mask, config = dream.config.mask_token_id, dataclasses.replace(config, max_new_tokens=new)
     start[0, 2:11], start[1, 5], start[2, [4, 9]] = mask, mask, mask
     out = generate(dream, start, config, jax.random.key(0), valid)
-    real = np.pad(valid, ((0, 0), (0, new)), constant_values=True)
+    valid_BT = np.pad(valid, ((0, 0), (0, new)), constant_values=True)
     before = np.pad(start, ((0, 0), (0, new)), constant_values=mask)
-    given = real & (before != mask)
+    given = valid_BT & (before != mask)
     np.testing.assert_array_equal(out.tokens[given], before[given])
     np.testing.assert_array_equal(out.commit_step[given], -1)
-    open_places = real & (before == mask)
-    assert np.all(np.asarray(out.commit_step)[open_places] >= 0)
-    assert np.all(np.asarray(out.commit_step)[open_places] < config.steps)
+    open_positions = valid_BT & (before == mask)
+    assert np.all(np.asarray(out.commit_step)[open_positions] >= 0)
+    assert np.all(np.asarray(out.commit_step)[open_positions] < config.steps)
     if config.alg == "origin":
         return
     for row in range(3):
-        written = np.bincount(out.commit_step[row][open_places[row]], minlength=config.steps)
-        np.testing.assert_array_equal(written, counts(open_places[row].sum(), config))
+        written = np.bincount(out.commit_step[row][open_positions[row]], minlength=config.steps)
+        np.testing.assert_array_equal(written, counts(open_positions[row].sum(), config))
 
 
 def test_nothing_to_write_costs_nothing():
@@ -361,7 +361,7 @@ def test_alg_temp_softens_the_order():
     assert np.sum((found - 200 / 12) ** 2 / (200 / 12)) < 40  # chi-square, 11 degrees of freedom
 
 
-def test_origin_writes_at_the_clocks_rate():
+def test_origin_writes_at_the_rate_of_the_schedule():
     dream, (start, _) = model("tiny_a"), prompt(6)
     config = SamplerConfig(max_new_tokens=16, steps=5)
     steps = np.asarray(generate(dream, np.repeat(start, 100, axis=0), config, jax.random.key(0)).commit_step)[:, 6:]
@@ -421,10 +421,10 @@ def test_watching(config):
     quiet = generate(*arguments)
     np.testing.assert_array_equal(out.tokens, quiet.tokens)
     np.testing.assert_array_equal(out.commit_step, quiet.commit_step)
-    real = np.pad(valid, ((0, 0), (0, 10)), constant_values=True)
+    valid_BT = np.pad(valid, ((0, 0), (0, 10)), constant_values=True)
     for step, canvas in seen:
         assert canvas.shape == out.tokens.shape
-        np.testing.assert_array_equal(canvas[real], out.canvas_at(step)[real])
+        np.testing.assert_array_equal(canvas[valid_BT], out.canvas_at(step)[valid_BT])
     # Every step that wrote something, once, in order.
     wrote = sorted(set(np.asarray(out.commit_step)[np.asarray(out.commit_step) >= 0].tolist()))
     assert [step for step, _ in seen] == wrote
@@ -492,7 +492,7 @@ def test_choosing_the_mask_token_is_writing_it():
     assert set(np.asarray(out.commit_step)[0, 4:].tolist()) == {2}
 
 
-def test_padding_takes_no_place():
+def test_padding_takes_no_position():
     """What must fit the model's positions is the text, not the width of the batch."""
     longest = model("tiny_a").config.max_position_embeddings
     start = np.concatenate([np.zeros((1, longest), int), prompt(6)[0]], axis=1)
@@ -572,9 +572,9 @@ GREEDY = {"max_new_tokens": 4, "steps": 2, "alg": "entropy"}
             prompt(4, 4)[0],
             {},
             {"prompt_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]])},
-            "row 1 has padding after a real",
+            "row 1 has padding after a valid",
         ),
-        (prompt(4)[0], {}, {"prompt_mask": np.array([[0, 1, 0, 1]])}, "row 0 has padding after a real"),
+        (prompt(4)[0], {}, {"prompt_mask": np.array([[0, 1, 0, 1]])}, "row 0 has padding after a valid"),
         (np.array([[3, 128]]), {}, {}, "3..128, outside 0..127"),
         (np.array([[-1, 5]]), {}, {}, "-1..5, outside 0..127"),
         (prompt(4)[0], {"max_new_tokens": 253}, {}, "257 tokens, more than"),

@@ -128,7 +128,7 @@ def test_a_full_pass_every_time_is_exact(temperature):
 
 
 def test_a_window_over_everything_is_exact():
-    """Nothing that is kept is then older than the pass before; what is seen is the canvas as it is."""
+    """The cache is then never older than the pass before, so queries see the current canvas."""
     dream, (start, valid) = model("tiny_b"), prompt(4, 8)
     config = dataclasses.replace(SURE, cache=WindowCache(left=40, right=None, refresh_blocks=None))
     wanted, found = (generate(dream, start, one, prompt_mask=valid) for one in (SURE, config))
@@ -136,8 +136,8 @@ def test_a_window_over_everything_is_exact():
     np.testing.assert_array_equal(found.commit_step, wanted.commit_step)
 
 
-def test_what_is_kept_is_used():
-    """With one full pass for three blocks, what is kept grows stale, and that shows."""
+def test_the_cache_is_used():
+    """With one full pass for three blocks the cache becomes stale, which changes the answers."""
     dream, (start, _) = model("tiny_a"), prompt(6)
     exact, stale = (
         generate(dream, start, dataclasses.replace(SURE, cache=cache))
@@ -255,7 +255,7 @@ def ending_at(checkpoint, token):
     return other
 
 
-@pytest.mark.parametrize("config", [BASE, CACHED], ids=["clock", "cached"])
+@pytest.mark.parametrize("config", [BASE, CACHED], ids=["schedule", "cached"])
 def test_stopping_at_the_end(config):
     dream, (start, valid) = model("tiny_a"), prompt(6, 4)
     plain = generate(dream, start, config, prompt_mask=valid)
@@ -284,7 +284,7 @@ def test_stopping_at_the_end(config):
 
 
 def reference_count(rule, confidences):
-    """How many of the confidences, sorted from the surest on, a rule takes: as the papers put it, in plain Python."""
+    """How many of the confidences, in falling order, a rule takes; written as in the papers, in plain Python."""
     if isinstance(rule, Threshold):
         return max(1, sum(c >= np.float32(rule.tau) for c in confidences))
     if isinstance(rule, Factor):
@@ -323,8 +323,8 @@ def test_rules(data):
         confidence = -confidence
     candidate = np.array(data.draw(st.lists(st.booleans(), min_size=7, max_size=7)))
     found = choose(type(rule), jnp.float32(rule.value), confidence[None], candidate[None], jnp.zeros(1, jnp.int32))[0]
-    order = sorted(np.flatnonzero(candidate), key=lambda place: -confidence[place])
-    wanted = order[: reference_count(rule, [float(confidence[place]) for place in order])] if order else []
+    order = sorted(np.flatnonzero(candidate), key=lambda index: -confidence[index])
+    wanted = order[: reference_count(rule, [float(confidence[index]) for index in order])] if order else []
     np.testing.assert_array_equal(np.flatnonzero(found), sorted(wanted))
 
 
@@ -371,7 +371,7 @@ def test_presets():
         (lambda: SamplerConfig.preset("quick", max_new_tokens=4), "name='quick' is not one of"),
         (lambda: SamplerConfig(alg="entropy", block_length=0), "block_length=0"),
         (lambda: SamplerConfig(alg="entropy", cache=WindowCache()), "needs a block_length"),
-        (lambda: SamplerConfig(block_length=4), "neither blocks nor"),
+        (lambda: SamplerConfig(block_length=4), "without blocks or commit"),
         (lambda: SamplerConfig(alg="entropy", commit=Threshold(0.9)), "needs alg to be one of"),
         (lambda: SamplerConfig(alg="maskgit_plus", commit=EntropyBound(0.9)), "needs alg to be one of"),
         (lambda: Threshold(1.1), "tau=1.1 is outside"),

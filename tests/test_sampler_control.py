@@ -28,7 +28,7 @@ def prompt(*lengths, seed=0):
 
 
 def even_at_even_positions(moment, position, logits):
-    """Parity of the token is that of its position in the text: a rule that needs places, positions and logits."""
+    """The parity of the token is that of its position: a rule that needs the canvas index, the position and the logits."""
     odd = jnp.take_along_axis(moment.positions_BT, position, axis=1) % 2 == 1
     return jnp.where((jnp.arange(logits.shape[-1]) % 2 == 1) == odd[:, :, None], logits, -jnp.inf)
 
@@ -42,7 +42,7 @@ def test_logits_hook(config, monkeypatch):
         new = np.asarray(out.tokens)[row, 8:]
         np.testing.assert_array_equal(new % 2, (length + np.arange(10)) % 2)
         assert not set(new.tolist()) & set(range(0, 100, 3))  # and what is forbidden stays so
-    monkeypatch.setattr(propose, "_LOGIT_ELEMENTS", 2 * 128 * 3)  # a few places at a time
+    monkeypatch.setattr(propose, "_LOGIT_ELEMENTS", 2 * 128 * 3)  # a few positions at a time
     loop.denoise.clear_cache()
     np.testing.assert_array_equal(generate(dream, start, config, prompt_mask=valid).tokens, out.tokens)
     loop.denoise.clear_cache()
@@ -94,7 +94,7 @@ def test_forced_tokens(config):
     canvas[:, [11, 17]] = [17, 4]
     gaps = dataclasses.replace(config, max_new_tokens=0)
     both = generate(dream, canvas, gaps, prompt_mask=np.pad(valid, ((0, 0), (0, 10)), constant_values=True))
-    if config is CACHED:  # the clock has as many steps
+    if config is CACHED:  # the schedule has as many steps
         np.testing.assert_array_equal(both.tokens, out.tokens)
     whole = next(Stream(dream, [start[1].tolist()], forced))
     np.testing.assert_array_equal(whole.tokens, out.tokens[1])
@@ -124,8 +124,8 @@ def test_guidance_is_that_of_two_canvases():
     config = SamplerConfig(max_new_tokens=10, steps=1, alg="entropy", guidance=1.5)
     out = generate(dream, start, config, prompt_mask=valid)
     canvas = np.pad(start, ((0, 0), (0, 10)), constant_values=120)
-    real = np.pad(valid, ((0, 0), (0, 10)), constant_values=True)
-    given, free = (np.asarray(dream(tokens, real))[:, 7:-1] for tokens in (canvas, np.where(real, 120, canvas)))
+    valid_BT = np.pad(valid, ((0, 0), (0, 10)), constant_values=True)
+    given, free = (np.asarray(dream(tokens, valid_BT))[:, 7:-1] for tokens in (canvas, np.where(valid_BT, 120, canvas)))
     np.testing.assert_array_equal(out.tokens[:, 8:], np.argmax(free + 2.5 * (given - free), axis=-1))
     assert not np.array_equal(out.tokens, generate(dream, start, dataclasses.replace(config, guidance=0.0)).tokens)
     assert int(out.forwards) == 1

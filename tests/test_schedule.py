@@ -1,4 +1,4 @@
-"""The clock: how many tokens each step writes."""
+"""The schedule: how many tokens each step writes."""
 
 from fractions import Fraction
 

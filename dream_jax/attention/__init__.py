@@ -1,7 +1,6 @@
-"""Scaled dot-product attention with grouped heads, behind one function.
+"""Scaled dot-product attention with grouped heads: one function with several backends.
 
-Knows queries, keys, values and a mask value. Knows nothing of projections, rotary embedding or models. Backends are
-looked up by name; each either computes the same function or says why it cannot.
+Every backend computes the same function, or says why it cannot. Projections and rotary embedding are in `model`.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ def attention(
     mask: masks.Mask,
     backend: Backend = "auto",
 ) -> Float[jax.Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v with N / K query heads to each key/value head; scores and softmax in float32.
+    """softmax(q k^T / sqrt(H)) v with N / K query heads per key/value head; scores and softmax in float32.
 
-    A query with nothing to attend to gets a finite output that means nothing, and differs between backends.
+    A query that may attend to no key gets a finite output without meaning, which differs between backends.
 
     Args:
       q_BTNH: queries, already rotated.
-      k_BSKH: keys, already rotated; N must be a multiple of K. Keys are never repeated for the query heads.
-      v_BSKH: values; all three have one dtype.
-      mask: who may attend to whom.
-      backend: "xla" runs everywhere and forms the [B, N, T, S] scores; "cudnn" (NVIDIA GPUs, half precision) and
-        "splash" (TPUs) never do; "auto" takes one of these where it can serve, and otherwise "xla". The choice is made
-        when the call is traced, from what `target_platform` says, dtypes, shapes and the kind of mask.
+      k_BSKH: keys, already rotated; N must be a multiple of K.
+      v_BSKH: values; all three arrays have the same dtype.
+      mask: which query may attend to which key.
+      backend: "xla" runs everywhere and stores the [B, N, T, S] scores; "cudnn" (NVIDIA GPUs, half precision) and
+        "splash" (TPUs) do not. "auto" takes the first of "cudnn", "splash" and "xla" that supports the call. The choice
+        is made when the call is traced, from the target platform, the dtypes, the shapes and the kind of mask.
 
     Returns:
       The attended values in the dtype of the queries.
 
     Raises:
-      ValueError: unknown backend, one that cannot serve this call, heads that do not fit, or several dtypes.
+      ValueError: unknown backend, one that does not support this call, heads that do not fit, or different dtypes.
     """
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key/value heads")
@@ -60,10 +59,10 @@ def attention(
 
 
 def choose(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> Backend:
-    """The backend that serves such a call: the one asked for, or what "auto" stands for here. Never "auto".
+    """Returns the backend for a call: the one asked for, or the one that "auto" selects.
 
     Raises:
-      ValueError: unknown backend, or one that cannot serve this call, with what is missing and what to do.
+      ValueError: unknown backend, or one that does not support this call, with the reason and a remedy.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attention {backend=} is not one of {get_args(Backend)}")
@@ -76,7 +75,7 @@ def choose(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.M
 
 
 def refusal(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> str | None:
-    """Why a backend cannot serve such a call and what to do; None when it can. "xla" and "auto" always can."""
+    """Returns why a backend does not support a call and a remedy; None when it does. "xla" and "auto" always do."""
     if backend == "cudnn":
         return cudnn.refusal(q_BTNH, k_BSKH, mask, current_target())
     if backend == "splash":

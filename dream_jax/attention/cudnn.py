@@ -1,8 +1,8 @@
 """cuDNN's flash attention on NVIDIA GPUs, through jax.nn.dot_product_attention: no [T, S] scores.
 
-Bidirectional attention needs no mask, padding on the right only its lengths, and the kernel itself knows causal order and
-windows that look back. Other masks become a bias of [B, 1, T, S] half-precision numbers, which is 2 N times less than the
-scores that plain attention forms.
+Bidirectional attention needs no mask, and padding on the right needs lengths only. The kernel implements causal order
+and windows that look back. Other masks become a bias of [B, 1, T, S] half-precision numbers, which takes 2 N times less
+memory than the float32 scores of the "xla" backend.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dream_jax import masks
 from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
-# The first generation (Ampere) that cuDNN has flash kernels for. jax does not ask, and compiling would fail.
+# Oldest GPU generation (Ampere) with cuDNN flash kernels. jax does not check it, and compilation would fail.
 _OLDEST_CAPABILITY = (8, 0)
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
-    """Why cuDNN cannot serve such a call and what to do, or None when it can. Looks at shapes and dtypes only."""
+    """Returns why cuDNN does not support a call and a remedy; None when it does. Uses shapes and dtypes only."""
     if target.platform != "gpu":
         return (
             f'it is for NVIDIA GPUs, and this computation is for "{target.platform}"; use the backend "xla" or "auto", '
@@ -36,7 +36,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
     library = _library_refusal(q_BTNH.shape[-1], q_BTNH.dtype)
     if library is not None:
         return library
-    if jax.default_backend() == "gpu":  # else compiled ahead of time, for a GPU that nobody can be asked about
+    if jax.default_backend() == "gpu":  # otherwise this is compiled ahead of time, for a GPU that is not here
         capability = str(jax.local_devices()[0].compute_capability)
         if tuple(map(int, capability.split("."))) < _OLDEST_CAPABILITY:
             return (
@@ -46,7 +46,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _library_refusal(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-    # What cuDNN's kernels can do depends on its version and on the GPU: jax is asked, by tracing the smallest call.
+    # What cuDNN supports depends on its version and on the GPU. Tracing the smallest call makes jax check it.
     x_BTNH = jax.ShapeDtypeStruct((1, 8, 1, head_dim), dtype)
     try:
         jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), x_BTNH)
@@ -63,68 +63,68 @@ def attention(
     v_BSKH: Float[jax.Array, "B S K H"],
     mask: masks.Mask,
 ) -> Float[jax.Array, "B T N H"]:
-    """The function that `dream_jax.attention.attention` describes, for calls that `refusal` lets pass."""
+    """Computes `dream_jax.attention.attention` for calls that `refusal` accepts."""
     batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
-    native = understood(mask, num_queries, num_keys)
+    native = native_mask(mask, num_queries, num_keys)
     if native is None:
         allowed_BTS = jnp.broadcast_to(mask.dense(num_queries, num_keys), (batch, num_queries, num_keys))
         return per_device(_with_mask, q_BTNH, k_BSKH, v_BSKH, (allowed_BTS, ("batch", "tokens", None)))
-    kernel = functools.partial(_without_mask, causal=native.causal, reach=native.reach)
+    kernel = functools.partial(_without_mask, causal=native.causal, lookback=native.lookback)
     if native.lengths_B is None:
         return per_device(kernel, q_BTNH, k_BSKH, v_BSKH)
-    # At least 1: a softmax over nothing is not finite.
+    # At least 1, because a softmax over no key is not finite.
     lengths_B = jnp.clip(jnp.asarray(native.lengths_B, jnp.int32), 1, num_keys)
     return per_device(kernel, q_BTNH, k_BSKH, v_BSKH, (jnp.broadcast_to(lengths_B, (batch,)), ("batch",)))
 
 
-class Native(NamedTuple):
-    """A mask in the kernel's own terms: lengths of the keys, causal order, and how far back a causal query looks."""
+class NativeMask(NamedTuple):
+    """A mask that the kernel implements: lengths of the keys, causal order, and how far back a causal query may look."""
 
     lengths_B: jax.Array | None
     causal: bool
-    reach: int | None
+    lookback: int | None
 
 
-def understood(mask: masks.Mask, num_queries: int, num_keys: int) -> Native | None:
-    """What the kernel is told of a mask, or None where it must be shown a bias."""
-    lengths, causal, reach = [], False, []
-    for part in masks.conjuncts(mask):
-        if isinstance(part, masks.KeyLengths):
-            lengths.append(jnp.asarray(part.lengths_B))
-        elif isinstance(part, masks.Causal):
+def native_mask(mask: masks.Mask, num_queries: int, num_keys: int) -> NativeMask | None:
+    """Returns the mask in the kernel's terms, or None if it needs a bias."""
+    lengths, causal, lookback = [], False, []
+    for conjunct in masks.conjuncts(mask):
+        if isinstance(conjunct, masks.KeyLengths):
+            lengths.append(jnp.asarray(conjunct.lengths_B))
+        elif isinstance(conjunct, masks.Causal):
             causal = True
-        elif isinstance(part, masks.SlidingWindow) and part.right == 0:  # it has none that look ahead
+        elif isinstance(conjunct, masks.SlidingWindow) and conjunct.right == 0:  # the kernel has no look-ahead
             causal = True
-            reach.append(part.left)
+            lookback.append(conjunct.left)
         else:
             return None
-    if len(lengths) > 1 or (lengths and reach):  # windows past a row's end would hold nothing
+    if len(lengths) > 1 or (lengths and lookback):  # a window after the end of its row would contain no key
         return None
-    # Causal order is that of the arrays' places, which a device with some of the queries does not have.
+    # The kernel takes causal order from array indices, which are not positions on a device with a part of the queries.
     if causal and (num_queries != num_keys or splits_queries(num_queries)):
         return None
-    return Native(lengths[0] if lengths else None, causal, min(reach, default=None))
+    return NativeMask(lengths[0] if lengths else None, causal, min(lookback, default=None))
 
 
-# What one device computes.
+# The functions below are what one device computes.
 
 
 def _without_mask(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *lengths: jax.Array, causal: bool, reach: int | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *lengths: jax.Array, causal: bool, lookback: int | None
 ) -> jax.Array:
-    told: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if lengths:
-        # Of keys only: queries that are padding see the real keys, as the mask says, and no row of the output is left out.
-        told["key_value_seq_lengths"] = lengths[0]
+        # Lengths of the keys only: queries that are padding attend to the valid keys, as the mask says.
+        options["key_value_seq_lengths"] = lengths[0]
     if causal:
-        told["is_causal"] = True
-    if reach is not None:
-        told["local_window_size"] = (reach, 0)
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation="cudnn", **told)
+        options["is_causal"] = True
+    if lookback is not None:
+        options["local_window_size"] = (lookback, 0)
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation="cudnn", **options)
 
 
 def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    # Gradients under a mask need even lengths: a hidden key and a query that is cut off again make them so.
+    # Gradients under a mask need even lengths, so a hidden key and a query are added; the query is cut off again.
     num_queries, odd_T, odd_S = q_BTNH.shape[1], q_BTNH.shape[1] % 2, k_BSKH.shape[1] % 2
     allowed_BTS = jnp.pad(allowed_BTS, ((0, 0), (0, odd_T), (0, odd_S)))
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))

@@ -1,7 +1,4 @@
-"""Which part of a call to attention each device computes.
-
-Knows the mesh. Knows nothing of how attention is computed.
-"""
+"""Divides a call of an attention kernel over the devices of the mesh."""
 
 from __future__ import annotations
 
@@ -20,18 +17,18 @@ def per_device(
     v_BSKH: jax.Array,
     *rest: tuple[jax.Array, tuple[str | None, ...]],
 ) -> jax.Array:
-    """A kernel that the compiler cannot split, applied to the part of the rows, heads and queries that each device holds.
+    """Applies a kernel that the compiler cannot partition to the rows, heads and queries that each device holds.
 
-    Under a mesh, rows are split as "batch" is, queries as "tokens", heads as "heads", by the tables in `sharding`; keys
-    and values are gathered over the axis of the tokens. What a mesh axis does not divide stays whole: rows, queries, or
-    the heads of both kinds together, since each query head needs its key/value head beside it.
+    Under a mesh, rows are sharded like the axis "batch", queries like "tokens" and heads like "heads" in the tables of
+    `sharding`; keys and values are gathered along the tokens. An axis that the mesh does not divide stays whole. Query
+    and key/value heads are sharded only together, since a query head needs its key/value head on the same device.
 
     Args:
-      kernel: q, k, v and the arrays of `rest` to the attended values, shaped like q.
+      kernel: maps q, k, v and the arrays of `rest` to the attended values, shaped like q.
       q_BTNH: queries.
       k_BSKH: keys.
       v_BSKH: values.
-      *rest: further arrays, each with its axes: "batch", "tokens" (those of the queries) or None.
+      *rest: further arrays, each with its axes: "batch", "tokens" (of the queries) or None.
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, *(array for array, _ in rest))
     if _is_whole():
@@ -49,12 +46,12 @@ def per_device(
 
 
 def splits_queries(num_queries: int) -> bool:
-    """Whether a device holds only some of the queries here, so that their positions are not those of its own array."""
+    """Whether a device holds only some of the queries, so that their positions differ from their indices."""
     return not _is_whole() and _mesh_axis("tokens", num_queries) is not None
 
 
 def _is_whole() -> bool:
-    # One device, or the caller has split the work.
+    # There is one device, or the caller has already divided the work.
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
 

@@ -1,8 +1,8 @@
 """Splash attention, the TPU's flash kernel that comes with jax: no [T, S] scores, no [T, S] mask.
 
-What rows hold is put to the kernel as segment ids, one a query and one a key; a query sees the keys with its own id. A mask
-that is the same in all rows is compiled in: the kernel leaves out the tiles in which it lets nothing be seen. Lengths are
-padded up to whole tiles here, and heads of any grouping are read in place.
+Padding and segments are given to the kernel as segment ids, one per query and key; a query attends to the keys with its
+id. A mask that is the same in all rows is compiled in, and the kernel skips the tiles that it hides. Lengths are padded
+to whole tiles, and grouped heads are not copied.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dream_jax import masks
 from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
-# Tiles are whole multiples of the TPU's 128 lanes. Larger ones cost less overhead; above 512 they strain the vector memory.
+# Tiles are multiples of the TPU's 128 lanes. Larger ones have less overhead; above 512 they need much vector memory.
 _LANES = 128
 _LARGEST_BLOCK = 512
 
-# Segment ids of valid tokens and of padding; a mask of segments has its own ids.
+# Segment ids of tokens and padding, unless the mask has segments.
 _VALID, _PADDING = 1, 0
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
-    """Why splash cannot serve such a call and what to do; None when it can. Looks at shapes and dtypes only."""
+    """Returns why splash does not support a call and a remedy; None when it does. Uses shapes and dtypes only."""
     if target.platform != "tpu":
         return (
             f'it is a TPU kernel, and this computation is for "{target.platform}"; use the backend "xla" or "auto", or '
@@ -42,44 +42,43 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | None:
-    fixed, of_rows = _parts(mask)
-    for part in of_rows:
-        if not isinstance(part, masks.KeyPadding | masks.KeyLengths | masks.Segments):
+    fixed, of_rows = _split(mask)
+    for conjunct in of_rows:
+        if not isinstance(conjunct, masks.KeyPadding | masks.KeyLengths | masks.Segments):
             return (
-                f"the mask {type(part).__name__} differs from row to row, and is not told by segment ids; "
+                f"the mask {type(conjunct).__name__} differs from row to row and cannot be given as segment ids; "
                 'use the backend "xla" or "auto"'
             )
-    if sum(isinstance(part, masks.Segments) for part in of_rows) > 1:
+    if sum(isinstance(conjunct, masks.Segments) for conjunct in of_rows) > 1:
         return 'a token has one segment id, and these masks give it two; use the backend "xla" or "auto"'
     if isinstance(fixed, masks.Bidirectional):
         return None
     if num_queries != num_keys:
-        return f"{num_queries} queries are not the {num_keys} keys that the mask places them among; use it with `at`"
+        return f"the mask needs as many queries ({num_queries}) as keys ({num_keys}); give their positions with `at`"
     if splits_queries(num_queries):
         return (
-            "the mesh splits the tokens, and the kernel has a mask's order compiled in, the same on all devices; "
+            "the mesh divides the tokens, but the mask is compiled into the kernel, which is the same on all devices; "
             'use the backend "xla" or "auto", or no third number in the mesh'
         )
-    if not _shows_something(fixed, num_queries):
-        return 'it has no result for queries that the mask lets see nothing; use the backend "xla" or "auto"'
+    if not _every_query_sees_a_key(fixed, num_queries):
+        return 'it has no result for queries that may attend to no key; use the backend "xla" or "auto"'
     return None
 
 
-def _parts(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
-    """What of a mask is compiled in, and the masks that differ from row to row."""
-    parts = masks.conjuncts(mask)
+def _split(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
+    """Splits a mask into the part that is compiled in, and the masks that differ from row to row."""
+    conjuncts = masks.conjuncts(mask)
     everything: masks.Mask = masks.Bidirectional()
-    fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, parts), everything)
-    return fixed, [part for part in parts if not masks.is_fixed(part)]
+    fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, conjuncts), everything)
+    return fixed, [conjunct for conjunct in conjuncts if not masks.is_fixed(conjunct)]
 
 
 @functools.lru_cache(maxsize=64)
-def _shows_something(fixed: masks.Mask, length: int) -> bool:
+def _every_query_sees_a_key(fixed: masks.Mask, length: int) -> bool:
     if isinstance(fixed, masks.Causal | masks.SlidingWindow | masks.BlockCausal | masks.TwoStream):
         return True  # at least the query itself
-    lazy = _Compiled(fixed, length, length, (length, length))
-    step = _LARGEST_BLOCK
-    return all(lazy[slice(at, at + step), slice(None)].any(axis=1).all() for at in range(0, length, step))
+    lazy, step = _TiledMask(fixed, length, length, (length, length)), _LARGEST_BLOCK
+    return all(lazy[slice(start, start + step), slice(None)].any(axis=1).all() for start in range(0, length, step))
 
 
 def attention(
@@ -90,16 +89,16 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[jax.Array, "B T N H"]:
-    """The function that `dream_jax.attention.attention` describes, for calls that `refusal` lets pass.
+    """Computes `dream_jax.attention.attention` for calls that `refusal` accepts.
 
     Args:
       q_BTNH: queries.
       k_BSKH: keys.
       v_BSKH: values.
-      mask: who may attend to whom.
-      interpret: carries the kernel out by array operations, on any device.
+      mask: which query may attend to which key.
+      interpret: runs the kernel as array operations, on any device, for tests.
     """
-    fixed, of_rows = _parts(mask)
+    fixed, of_rows = _split(mask)
     kernel = functools.partial(_kernel, fixed=fixed, interpret=interpret)
     ids = segment_ids(of_rows, q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1])
     if ids is None:
@@ -111,30 +110,32 @@ def attention(
 def segment_ids(
     of_rows: list[masks.Mask], batch: int, num_queries: int, num_keys: int
 ) -> tuple[Int[jax.Array, "B T"], Int[jax.Array, "B S"]] | None:
-    """Masks that hold together as int32 ids of queries and keys, of which equal ones see each other; None without masks.
+    """The conjunction of the masks as int32 ids: a query attends to the keys with its id. None without masks.
 
-    Of padding only the keys get an id of their own. Queries that are padding keep that of the real ones: they see real
-    keys, as the masks promise, and so are finite in value and gradient.
+    Only keys that are padding get another id. Queries that are padding keep the id of valid tokens: they attend to
+    valid keys, as the masks say, so that their values and gradients are finite.
     """
     if not of_rows:
         return None
     query_BT = jnp.full((1, num_queries), _VALID, jnp.int32)
     key_BS = jnp.full((1, num_keys), _VALID, jnp.int32)
-    stranger = jnp.int32(_PADDING)
-    for part in of_rows:
-        if isinstance(part, masks.Segments):
-            query_BT, key_BS = (jnp.asarray(ids, jnp.int32) for ids in (part.query_BT, part.key_BS))
-            stranger = jnp.min(query_BT) - 1
-    for part in of_rows:
-        if not isinstance(part, masks.Segments):
-            key_BS = jnp.where(part.dense(1, num_keys)[:, 0], key_BS, stranger)
+    hidden_id = jnp.int32(_PADDING)  # an id that no query has
+    for conjunct in of_rows:
+        if isinstance(conjunct, masks.Segments):
+            query_BT, key_BS = (jnp.asarray(ids, jnp.int32) for ids in (conjunct.query_BT, conjunct.key_BS))
+            hidden_id = jnp.min(query_BT) - 1
+    for conjunct in of_rows:
+        if not isinstance(conjunct, masks.Segments):
+            key_BS = jnp.where(conjunct.dense(1, num_keys)[:, 0], key_BS, hidden_id)
     return jnp.broadcast_to(query_BT, (batch, num_queries)), jnp.broadcast_to(key_BS, (batch, num_keys))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Compiled(splash_attention_mask.Mask):
-    """A mask in the kernel's terms, evaluated a tile at a time, and padded: with keys that nobody sees, and with queries
-    that see what the last real one sees."""
+class _TiledMask(splash_attention_mask.Mask):
+    """A mask as the kernel wants it, evaluated one tile at a time and padded to whole tiles.
+
+    Padded keys are hidden, and padded queries see what the last query sees.
+    """
 
     mask: masks.Mask
     num_queries: int
@@ -146,27 +147,27 @@ class _Compiled(splash_attention_mask.Mask):
         return self.padded
 
     def __getitem__(self, tile: tuple[slice, slice]) -> np.ndarray:
-        return _seen_by(self, *tile[0].indices(self.padded[0]))[:, tile[1]]
+        return _allowed_for(self, *tile[0].indices(self.padded[0]))[:, tile[1]]
 
 
-@functools.lru_cache(maxsize=2)  # the tiles of a row of tiles are asked for one after the other
-def _seen_by(compiled: _Compiled, *queries: int) -> np.ndarray:
-    position_T = np.minimum(np.arange(*queries, dtype=np.int32), compiled.num_queries - 1)
+@functools.lru_cache(maxsize=2)  # the kernel asks for the tiles of the same queries one after the other
+def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
+    position_T = np.minimum(np.arange(*queries, dtype=np.int32), tiled.num_queries - 1)
     with jax.ensure_compile_time_eval():
-        seen = np.asarray(compiled.mask.allowed(position_T[None], compiled.num_keys))[0]
-    seen = np.broadcast_to(seen, (len(position_T), compiled.num_keys))
-    return np.pad(seen, ((0, 0), (0, compiled.padded[1] - compiled.num_keys)))
+        allowed = np.asarray(tiled.mask.allowed(position_T[None], tiled.num_keys))[0]
+    allowed = np.broadcast_to(allowed, (len(position_T), tiled.num_keys))
+    return np.pad(allowed, ((0, 0), (0, tiled.padded[1] - tiled.num_keys)))
 
 
 def _compiled_in(fixed: masks.Mask, num_queries: int, num_keys: int, padded: tuple[int, int]) -> Any:
     if isinstance(fixed, masks.Bidirectional):
         return splash_attention_mask.FullMask(padded)
-    # These the kernel computes where it needs them; of others the tiles that are neither full nor empty are stored.
+    # The kernel computes these two itself. Of other masks it stores the tiles that are neither full nor empty.
     if isinstance(fixed, masks.Causal):
         return splash_attention_mask.CausalMask(padded)
     if isinstance(fixed, masks.SlidingWindow):
         return splash_attention_mask.LocalMask(padded, (fixed.left, fixed.right), offset=0)
-    return _Compiled(fixed, num_queries, num_keys, padded)
+    return _TiledMask(fixed, num_queries, num_keys, padded)
 
 
 def _kernel(
@@ -177,7 +178,7 @@ def _kernel(
     fixed: masks.Mask,
     interpret: bool,
 ) -> jax.Array:
-    # What one device computes; `ids` are those of `segment_ids`, or none.
+    # What one device computes. `ids` are the two arrays of `segment_ids`, or empty.
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
     more_T, more_S = -num_queries % _LANES, -num_keys % _LANES
@@ -186,13 +187,13 @@ def _kernel(
     segments = None
     if ids:
         query_BT, key_BS = ids
-        # Keys that fill up the last tile get an id that no query has. Queries that do are cut off again; until then they
-        # see what the last real one sees ("edge").
-        stranger = jnp.min(query_BT) - 1
-        key_BS = jnp.concatenate([key_BS, jnp.full((batch, more_S), stranger, jnp.int32)], axis=1)
+        # Padded keys get an id that no query has. Padded queries get the id of the last query ("edge"), so that they
+        # see a key; they are cut off again.
+        hidden_id = jnp.min(query_BT) - 1
+        key_BS = jnp.concatenate([key_BS, jnp.full((batch, more_S), hidden_id, jnp.int32)], axis=1)
         query_BT = jnp.pad(query_BT, ((0, 0), (0, more_T)), mode="edge")
         segments = splash_attention_kernel.SegmentIds(q=query_BT, kv=key_BS)
-    # The kernel does not scale.
+    # The kernel does not scale the scores, so the queries are scaled.
     q_BTNH = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
     q_BNTH, k_BKSH, v_BKSH = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -222,5 +223,5 @@ def _kernel(
 
 
 def _block(length: int) -> int:
-    # The kernel wants blocks that divide the length, which is a multiple of the lanes by now.
+    # The kernel needs blocks that divide the length, which is already a multiple of the lanes.
     return max(block for block in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if length % block == 0)
