@@ -146,7 +146,7 @@ def draw_architecture() -> str:
             wide,
             78,
             BLUE,
-            ["logits at masked positions only", "weight × cross entropy,", "÷ masked positions of the batch"],
+            ["logits at masked positions only", "weight × cross entropy,", "÷ masked positions, global batch"],
             "objective",
         ),
         box(
