@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA), and the frozen base that they correct.
+"""Adds low-rank adapters (LoRA) to a model, merges them, and quantises the frozen base weights under them.
 
-An adapter adds (alpha / rank) x A B to a kernel (Hu et al. 2021). A and B are additional parameters of `model.Linear`,
-stacked over layers like all others, and only they are trained. The base may be stored in 8 or 4 bits (`quantisation`),
-which is QLoRA (Dettmers et al. 2023).
+For an input x an adapter adds (alpha / rank) x A B to the output of a projection (Hu et al. 2021). A and B are
+additional parameters of `model.Linear`, stacked over layers like all others, and only they are trained. The base
+weights may be stored in 8 or 4 bits (`quantisation`); that is QLoRA (Dettmers et al. 2023).
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class LoraConfig:
     """The configuration of an adapter.
 
     Attributes:
-      rank: the number of columns of A and rows of B.
-      alpha: A B is multiplied by alpha / rank.
-      dropout: the probability with which each input of A is set to zero in a training step, drawn per projection and token.
-      targets: the projections of every layer that have an adapter.
+      rank: the number of columns of A and of rows of B, at least 1.
+      alpha: A B is multiplied by alpha / rank; positive.
+      dropout: the probability, in [0, 1), with which a training step sets an input of A to zero. Every element of the
+        input of every projection is drawn separately.
+      targets: names of the projections that have an adapter, in every layer; stored in the order of `TARGETS`.
 
     Raises:
       ValueError: a number is out of range, or the targets are unknown, repeated or empty.
@@ -60,13 +61,16 @@ class LoraConfig:
         targets = tuple(self.targets)
         unknown = [name for name in targets if name not in TARGETS]
         if unknown or not targets or len(set(targets)) < len(targets):
-            raise ValueError(f"{targets=} must be some of {', '.join(TARGETS)}, each once")
-        # In a fixed order, so that equal choices give equal configurations.
+            raise ValueError(f"{targets=} must be some of {', '.join(TARGETS)}, none of them twice")
+        # In a fixed order, so that configurations with the same targets are equal.
         object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
-    """Parses "all", or names separated by commas, as in "q,k,v".
+    """Parses the names of target projections: "all", or names separated by commas, such as "q,k,v".
+
+    Returns:
+      The names in the order of `TARGETS`.
 
     Raises:
       ValueError: a name is unknown or repeated.
@@ -76,12 +80,12 @@ def parse_targets(text: str) -> tuple[Target, ...]:
     names = tuple(name.strip() for name in text.split(","))
     known = tuple(target for target in TARGETS if target in names)
     if len(known) != len(names):
-        raise ValueError(f"targets {text!r} are neither all nor some of {','.join(TARGETS)}, each once")
+        raise ValueError(f"targets {text!r} are neither all nor some of {','.join(TARGETS)}, none of them twice")
     return known
 
 
 def projections(model: Dream) -> dict[Target, Linear]:
-    """The seven projections of the (stacked) layers, by name."""
+    """Returns the seven projections of the stacked layers, by the names in `TARGETS`."""
     return {name: getattr(getattr(model.layers, _block(name)), name) for name in TARGETS}
 
 
@@ -90,30 +94,34 @@ def _block(name: Target) -> Literal["attn", "mlp"]:
 
 
 def config_of(model: Dream) -> LoraConfig | None:
-    """The configuration of the adapter of a model, or None."""
+    """Returns the configuration of a model's adapter; None if the model has no adapter.
+
+    Raises:
+      ValueError: the adapters of the projections differ in rank, alpha or dropout.
+    """
     found = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
     if not found:
         return None
     kinds = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for linear in found.values()}
     if len(kinds) > 1:
-        raise ValueError(f"the projections have adapters of several kinds (rank, alpha, dropout): {sorted(kinds)}")
+        raise ValueError(f"the projections have adapters with different (rank, alpha, dropout): {sorted(kinds)}")
     rank, alpha, dropout = kinds.pop()
     return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(found))
 
 
 def base_of(model: Dream) -> str:
-    """How the kernels of a model's layers are stored: "int8" or "nf4", or the name of their dtype."""
+    """Returns how the kernels of a model's layers are stored: "int8" or "nf4", or the name of their float dtype."""
     linear = model.layers.attn.q
     return str(linear.kernel.dtype) if linear.kernel is not None else kind_of(linear.codes)
 
 
 def _copy(model: Dream) -> Dream:
-    """New modules around the same arrays."""
+    """Returns a model of new modules that hold the same arrays; the arrays are not copied."""
     return merge_params(*split_params(model))
 
 
 def _sharded(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """New parameters of one projection, sharded over the current mesh."""
+    """Fixes the sharding of the new parameters of one projection (leaf name -> array) on the current mesh."""
     sharded = sharding.constrain_parameters({"layers": {_block(name): {name: dict(leaves)}}})
     found: dict[str, jax.Array] = sharded["layers"][_block(name)][name]
     return found
@@ -123,19 +131,19 @@ def _sharded(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Arr
 
 
 def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
-    """Returns the model with a new adapter, which has no effect yet because B is zero.
+    """Returns the model with a new adapter, which does not change its output yet because B is zero.
 
-    A is uniform in +-1/sqrt(inputs), as in PEFT, for which published learning rates are meant. (The LoRA paper says
-    "Gaussian" without a width.) A and B are float32, whatever the dtype of the base.
+    A is drawn uniformly from +-1/sqrt(number of inputs), as in PEFT, because published learning rates belong to that
+    choice. (The LoRA paper says "Gaussian" without a width.) A and B are float32 for every dtype
+    of the base.
 
     Args:
-      model: a model without an adapter, of arrays, or of shapes under `jax.eval_shape` (see `attached_shapes`). It is not
-        changed.
-      config: of the adapter.
-      key: of the random values of A, which do not depend on the mesh.
+      model: a model without an adapter; it is not changed. For a model of shapes see `attached_shapes`.
+      config: the configuration of the adapter.
+      key: the random key for A; the values do not depend on the mesh.
 
     Raises:
-      ValueError: the model has an adapter.
+      ValueError: the model has an adapter already.
     """
     if config_of(model) is not None:
         raise ValueError("the model has an adapter already; merge it first, or continue training that one")
@@ -167,12 +175,12 @@ def _initial(key: jax.Array, sizes: Sizes, layers: int, rank: int) -> dict[Targe
 
 
 def attached_shapes(model: Dream, config: LoraConfig) -> Dream:
-    """`attach` for a model of shapes."""
+    """Returns what `attach` returns for a model of shapes (`jax.ShapeDtypeStruct`), without arrays."""
     return jax.eval_shape(lambda model: attach(model, config, jax.random.key(0)), model)
 
 
 def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
-    """Splits parameters into those of the adapter and all others; `shapes.joined` is the inverse."""
+    """Splits parameters into (those of the adapter, all others), two nested dicts; `shapes.joined` is the inverse."""
     adapter: ParamTree = {}
     base: ParamTree = {}
     for name, value in params.items():
@@ -188,22 +196,25 @@ def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
 
 
 def merge(model: Dream, *, dequantised: bool = False) -> Dream:
-    """Adds the adapter to the kernels, in float32; the result is an ordinary model, which is faster.
+    """Returns the model with the adapter added to its kernels; without the two extra products it is faster.
+
+    The sum is computed in float32. A kernel keeps its dtype, unless it was quantised.
 
     Args:
-      model: is not changed; a model without an adapter is returned as it is.
-      dequantised: whether a quantised base may become a floating-point one with the dtype of its embedding. The result has
-        the error of the codes; merging the adapter into the original floating-point base is more accurate.
+      model: the model; it is not changed. A model without an adapter is returned unchanged, unless its base is
+        quantised and `dequantised` is set.
+      dequantised: whether quantised kernels may be replaced by kernels in the dtype of the embedding. These contain the
+        rounding error of the codes; merging the adapter into the original float base is more accurate.
 
     Raises:
-      ValueError: the base is quantised, and `dequantised` is not set.
+      ValueError: the model has an adapter on a quantised base, and `dequantised` is not set.
     """
     if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
         return model
     if base_of(model) in KINDS and not dequantised:
         raise ValueError(
-            f"the base is {base_of(model)}, which cannot hold the sum: load the float base with this adapter and merge "
-            "that, or pass dequantised=True (merge_adapter) to keep the error of the codes"
+            f"the base is {base_of(model)}, which cannot store the sum: load the float base with this adapter and "
+            "merge that, or pass dequantised=True (merge_adapter) to get float kernels with the error of the codes"
         )
     found = _copy(model)
     changed = {
@@ -231,7 +242,7 @@ def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Targ
 
 
 def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
-    """The merged kernel of one layer."""
+    """Returns the merged kernel of one layer; `dtype` is the dtype of the result if the kernel is quantised."""
     if linear.kernel is None:
         kernel = dequantise(QuantisedKernel(linear.codes[...], linear.scales[...]), linear.out_shape[-1])
     else:
@@ -240,7 +251,7 @@ def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
         rank = linear.lora_a.shape[-1]
         a_Ir = linear.lora_a[...].astype(jnp.float32).reshape(-1, rank)
         b_rO = linear.lora_b[...].astype(jnp.float32).reshape(rank, -1)
-        # In full precision even where matrix units round their inputs, because it is done only once.
+        # By default GPUs and TPUs round the inputs. Full precision is affordable here, because this runs only once.
         added = linear.lora_alpha / rank * jnp.matmul(a_Ir, b_rO, precision="highest")
         kernel = kernel + added.reshape(kernel.shape)
     return kernel.astype(dtype)
@@ -250,15 +261,15 @@ def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
 
 
 def with_base(model: Dream, base: CodeKind) -> Dream:
-    """Returns the model with the seven kernels of its layers quantised; other parameters stay unchanged.
+    """Returns the model with the seven kernels of each layer quantised; the other parameters are the same arrays.
 
     Args:
-      model: a model with float kernels, of arrays, or of shapes under `jax.eval_shape`. It is not changed. For weights in a
-        directory, `pretrained.load(path, base=...)` needs less memory, because it quantises while it reads.
-      base: "int8" or "nf4".
+      model: a model with float kernels; it is not changed. For a model of shapes see `with_base_shapes`. For weights in
+        a directory `pretrained.load(path, base=...)` needs less memory, because it quantises while it reads.
+      base: how the kernels are stored, "int8" or "nf4".
 
     Raises:
-      ValueError: the base is unknown, or the model is quantised already.
+      ValueError: `base` has another value, or the model is quantised already.
     """
     if base not in KINDS:
         raise ValueError(f"{base=} is not one of {KINDS}")
@@ -277,24 +288,25 @@ def with_base(model: Dream, base: CodeKind) -> Dream:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind) -> dict[Target, dict[str, jax.Array]]:
-    # One layer at a time, because intermediate values are in float32.
+    # One layer at a time, because float32 intermediate values of all layers would need too much memory.
     one = functools.partial(quantise, kind=kind)
     return {name: _sharded(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
 
 
 def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
-    """`with_base` for a model of shapes."""
+    """Returns what `with_base` returns for a model of shapes (`jax.ShapeDtypeStruct`), without arrays."""
     return jax.eval_shape(lambda model: with_base(model, base), model)
 
 
 def identity(model: Dream) -> str:
-    """A digest of the weights of a model, rounded to bfloat16 and without its adapter, which identifies the base.
+    """Returns 64 hexadecimal digits, a hash of the base weights of a model, which tells whether two bases are equal.
 
-    It does not depend on the mesh, nor on whether the weights are loaded as float32 or bfloat16. The identity of a
-    quantised base is that of the weights before they were quantised.
+    It is computed from the weights without the adapter, rounded to bfloat16. It therefore depends neither on the
+    mesh nor on whether the weights are loaded as float32 or bfloat16. For a quantised base it is the hash from
+    before quantisation.
 
     Raises:
-      ValueError: the base is quantised and its identity is not known.
+      ValueError: the base is quantised, and the model does not have that hash.
     """
     if model.base_identity is not None:
         return str(model.base_identity)
@@ -307,11 +319,20 @@ def identity(model: Dream) -> str:
     return digest([*rest, *layers])
 
 
+# The name of a parameter, with the number of its layer in front if it has one, and the uint32 hash of its values.
 Print = tuple[str, int]
 
 
 def prints(params: ParamTree, layer: int | None) -> list[Print]:
-    """A named hash of each parameter of one unit (without a layer axis), for `digest`; the order does not matter."""
+    """Returns the hashes of a part of the parameters of a model, so that the whole model need not be in memory at once.
+
+    Args:
+      params: the parameters of one layer, without the layer axis, or parameters outside of the layers.
+      layer: the number of the layer, or None for parameters outside of the layers.
+
+    Returns:
+      One pair of name and hash for each parameter; `digest` combines them, in any order.
+    """
     with sharding.mesh_context(params):
         found = _prints(params, stacked=False)
     if layer is None:
@@ -321,18 +342,18 @@ def prints(params: ParamTree, layer: int | None) -> list[Print]:
 
 
 def digest(found: list[Print]) -> str:
-    """Combines the hashes of all parameters of a model into 64 hexadecimal digits."""
+    """Combines the hashes of all parameters of a model, in any order, into 64 hexadecimal digits."""
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def _prints(params: ParamTree, *, stacked: bool) -> list[Print]:
-    # One parameter at a time, to limit the memory for intermediate values.
+    # One parameter at a time, to limit the memory that intermediate values need.
     return list(_named(jax.tree.map(lambda leaf: jax.device_get(_sums(leaf, stacked)), params)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _sums(leaf: jax.Array, stacked: bool) -> jax.Array:
-    """The hash of each layer of a parameter, or of a parameter outside of the layers; replicated on every process."""
+    """Returns the hashes, uint32 [L], of a stacked parameter, or the hash of another parameter; replicated."""
     found: jax.Array = jax.vmap(_sum)(leaf) if stacked else _sum(leaf)
     return sharding.constrain(found, *[None] * found.ndim)
 
@@ -347,11 +368,14 @@ def _named(sums: ParamTree) -> Iterator[Print]:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """A uint32 hash that depends on every bit and its index; sums of integers do not depend on the order of the devices."""
-    # In chunks, because a CPU stores the summands, four bytes per weight. Chunks are cut within the leading axis, so that
-    # devices among which it is sharded have an equal share of every chunk.
+    """Returns a uint32 hash of an array that depends on every bit (as bfloat16) and on the index of every element.
+
+    It is a sum of integers, so it does not depend on the order in which the devices add.
+    """
+    # The sum is computed in chunks, because a CPU stores all summands at once, four bytes per weight. A chunk takes
+    # every `chunks`-th index of the first axis, so that all devices that shard this axis work on every chunk.
     chunks = math.gcd(x.shape[0] // 2, 32) if x.ndim > 1 else 1
-    # Where nothing is rounded the bits are taken before the loop: a CPU would otherwise convert all of x to float32 there.
+    # bfloat16 is not rounded, so its bits are taken before the loop: inside it a CPU would convert all of x to float32.
     exact = x.dtype == jnp.bfloat16
     cut = (_bits(x) if exact else x).reshape(-1, chunks, *x.shape[1:])
 
@@ -374,15 +398,19 @@ def _bits(x: jax.Array) -> jax.Array:
     return found
 
 
-# --------------------------------------------------------------------------------------------------- what it costs
+# --------------------------------------------------------------------------------------------------- error of logits
 
 
 def logit_error(exact: jax.Array, found: jax.Array) -> dict[str, float]:
-    """Compares logits [..., V] with exact ones.
+    """Measures the error of logits, for example those of a quantised model.
+
+    Args:
+      exact: float [..., V], the logits to compare with.
+      found: float [..., V], the logits with an error.
 
     Returns:
-      `relative` (root mean square of the error over that of the exact logits), `kl` (mean KL divergence in nats from the
-      exact distribution to the other), `same_top` (share of positions with the same most probable token).
+      `relative` (root mean square of the error, divided by the root mean square of the exact logits), `kl` (mean over
+      positions of KL(exact || found) in nats), `same_top` (share of positions with the same most probable token).
     """
     exact, found = jnp.asarray(exact, jnp.float32), jnp.asarray(found, jnp.float32)
     log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(found)

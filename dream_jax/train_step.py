@@ -1,7 +1,7 @@
-"""The compiled training step: from state and batch to the next state and metrics.
+"""Defines the compiled training step, which computes the next state and the metrics from a state and a batch.
 
-All randomness is derived from (seed, step, row), and every sum is over the global batch. The mesh, the number of processes
-and the accumulation therefore change only the order of additions.
+All random numbers are derived from (seed, step, row), and every sum is over the global batch. Therefore the mesh, the
+number of processes and the accumulation change only the order in which numbers are added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dream_jax.objective import (
 )
 from dream_jax.optimizer import (
     OptimizerConfig as OptimizerConfig,
-)  # re-exported: every caller that makes a step needs one
+)  # re-exported here, because every caller of `make_train_step` needs it
 from dream_jax.optimizer import opt_state_shardings, update_if, updates_done
 from dream_jax.shapes import ParamTree, joined
 
@@ -40,12 +40,13 @@ jax.tree_util.register_dataclass(Batch)
 
 Metrics = dict[str, jax.Array]
 
-# Names of the losses by noise level: nll_t_0_25 is that of rows with t in [0, 0.25).
+# Names of the metrics that give the nll by noise level: nll_t_0_25 is the nll of rows with t in [0, 0.25).
 NLL_BY_TIME = tuple(
     f"nll_t_{100 * bucket // TIME_BUCKETS}_{100 * (bucket + 1) // TIME_BUCKETS}" for bucket in range(TIME_BUCKETS)
 )
 
-# Separate the keys of noise, dropout and masks from those of random weights, which use the same seed.
+# These numbers make the keys of noise, dropout and annealed masks differ from the key of random weights, which is made
+# from the same seed.
 _NOISE = 1 << 30
 _DROPOUT = _NOISE + 1
 _ANNEALING = _NOISE + 2
@@ -54,13 +55,13 @@ _ANNEALING = _NOISE + 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a run between steps; also used as a tree of shapes or of shardings.
+    """The state of a run between two steps. The leaves may also be shapes, or shardings, instead of arrays.
 
     Attributes:
-      params: the master weights of the trained parameters, a nested dict of arrays.
-      opt_state: the state of the optimizer.
-      step: int32 scalar, the number of steps so far. Steps whose update was skipped count, because their batch and noise
-        are used up. The schedule of the learning rate counts updates instead, in the optimizer's state.
+      params: nested dict of the master weights (float32 or bfloat16) of the trained parameters.
+      opt_state: the state of the optimizer, as optax defines it.
+      step: int32 scalar, the number of steps so far. A step whose update was skipped is counted, because its batch and
+        its noise are used. The learning rate depends on the number of updates instead, which is in `opt_state`.
     """
 
     params: ParamTree
@@ -73,14 +74,19 @@ class StepConfig:
     """The settings of a training step.
 
     Attributes:
-      global_batch: the number of rows over all devices and processes.
+      global_batch: the number of rows of a batch, over all devices and processes.
       accumulation: the number of microbatches that the batch is split into; they are computed one after the other.
-      weight: the weight of the loss by noise level.
-      focal: an optional focal term.
-      seed: of noise levels and masks.
-      mask: the attention mask, in addition to the padding of the batch; it is applied to the prompts of each batch.
-      anneal_steps: the number of first steps in which attention grows from causal to bidirectional (`masks.anneal`). Such
-        a step computes all attention scores.
+      weight: the weights of the masked positions in the loss.
+      focal: the focal term of the loss; None for no such term.
+      seed: the seed of noise levels, masked positions, dropout and annealed masks.
+      mask: the attention mask that the model is trained with. It is combined with the padding of
+        each batch, and a mask that depends on the prompts receives those of each batch.
+      anneal_steps: in the first `anneal_steps` steps attention grows from causal to bidirectional (`masks.anneal`).
+        These steps are slower, because they compute all attention scores. 0 switches this off.
+
+    Raises:
+      ValueError: a number is out of range, `global_batch` is not a multiple of `accumulation`, or `anneal_steps` is
+        combined with a mask that is not bidirectional.
     """
 
     global_batch: int
@@ -95,13 +101,18 @@ class StepConfig:
         if self.anneal_steps < 0:
             raise ValueError(f"{self.anneal_steps=} must not be negative")
         if self.anneal_steps and not isinstance(self.mask, masks.Bidirectional):
-            raise ValueError(f"{self.anneal_steps=} leads to bidirectional attention, not to {self.mask}; choose one")
+            raise ValueError(
+                f"{self.anneal_steps=} leads to bidirectional attention, but {self.mask=}; choose one of them"
+            )
         if self.global_batch < 1 or self.accumulation < 1 or self.global_batch % self.accumulation:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
 
 
 def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
-    """A TrainState of shardings: moments are sharded like their parameters, the rest is replicated."""
+    """Returns a TrainState that holds the NamedSharding of each array (or shape) of `abstract`.
+
+    Moments have the sharding of their parameters, as `opt_state_shardings` describes; the step is replicated.
+    """
     return dataclasses.replace(
         abstract,
         params=sharding.parameter_shardings(abstract.params, mesh),
@@ -113,13 +124,13 @@ def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
 def init_state(
     params: ParamTree, optimizer: optax.GradientTransformation, mesh: Mesh, *, donate: bool = False
 ) -> TrainState:
-    """The state before the first step, sharded over the mesh.
+    """Returns the state before the first step, sharded over the mesh.
 
     Args:
-      params: the parameters, on any devices.
-      optimizer: the optimizer, whose state is initialised.
-      mesh: the devices of the state.
-      donate: whether the state takes over the memory of the parameters; they cannot be used afterwards.
+      params: the parameters to train, on any devices.
+      optimizer: the optimizer; its `init` makes the initial `opt_state`.
+      mesh: the devices that will hold the state.
+      donate: whether the state may reuse the memory of `params`; if true, `params` cannot be used afterwards.
     """
 
     def build(params: ParamTree) -> TrainState:
@@ -128,12 +139,12 @@ def init_state(
     shardings = state_shardings(jax.eval_shape(build, params), mesh)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings.params)
-        # Under automatic sharding a jitted `init` would replicate the moments.
+        # Without `out_shardings` XLA would replicate the moments on every device.
         return jax.jit(build, out_shardings=shardings, donate_argnums=0 if donate else ())(params)
 
 
 def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, mesh: sharding.AnyMesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state of `init_state`, for restoring into."""
+    """Returns the state of `init_state` as `jax.ShapeDtypeStruct`s with shardings, for `RunCheckpoints.restore`."""
     shapes = jax.eval_shape(
         lambda params: TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0)), params
     )
@@ -145,7 +156,7 @@ def abstract_state(params: ParamTree, optimizer: optax.GradientTransformation, m
 
 
 def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
-    """Puts the global batch on the devices of the mesh; `batch` holds the rows of this process."""
+    """Returns the global batch on the devices of the mesh; `batch` holds the rows that this process contributes."""
     rows_sharding = sharding.batch_sharding(mesh)
     put: Batch[jax.Array] = jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(rows_sharding, rows), batch
@@ -154,7 +165,7 @@ def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
 
 
 class TrainStep:
-    """One optimizer step of a model on a mesh; it is compiled at its first call."""
+    """A function that performs one optimizer step of a model on a mesh; it is compiled at its first call."""
 
     def __init__(
         self,
@@ -164,7 +175,7 @@ class TrainStep:
         config: StepConfig,
         mesh: sharding.AnyMesh,
     ):
-        """See `make_train_step`."""
+        """Checks that fsdp divides the rows of a microbatch, and raises ValueError if not; see `make_train_step`."""
         shards = dict(mesh.shape)["fsdp"]
         if (config.global_batch // config.accumulation) % shards:
             raise ValueError(
@@ -180,17 +191,26 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
     ) -> tuple[TrainState, Metrics]:
-        """Runs the step: returns the new state and the metrics. The old state is donated, `frozen` is not."""
-        # There are two programs: once the mask is bidirectional, attention need not compute all scores any more.
+        """Performs one step.
+
+        Args:
+          state: the state before the step; it is donated, so it cannot be used afterwards.
+          batch: the global batch, as `put_batch` returns it.
+          frozen: the parameters that are not trained; they are not donated. None if all are trained.
+
+        Returns:
+          The new state and the metrics, which `make_train_step` lists.
+        """
+        # Annealed steps are a separate program, because attention is faster under the mask of the later steps.
         annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
         with jax.set_mesh(self._devices()):
             found: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
             return found
 
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
-        """The `jax.stages.Lowered` of the step for these arguments: arrays, or shapes with shardings.
+        """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings.
 
-        It is the step after the first `anneal_steps`, with the configured mask.
+        This is the program of the steps after the first `anneal_steps`.
         """
         with jax.set_mesh(self._devices()):
             return self._compiled_for(state).lower(state, batch, frozen or {})
@@ -198,7 +218,7 @@ class TrainStep:
     def _devices(self) -> Mesh:
         if isinstance(self.mesh, AbstractMesh):
             raise ValueError(
-                f"a mesh without devices ({self.mesh}) is enough to describe a step, not to compile or run it"
+                f"the mesh {self.mesh} has no devices, so the step cannot be compiled or run; pass a mesh of devices"
             )
         return self.mesh
 
@@ -220,21 +240,23 @@ def make_train_step(
     """Makes the training step for one model, optimizer and mesh.
 
     Args:
-      graphdef: the model without its parameters.
-      optimizer: the transformation from gradients to updates.
-      schedule: the learning rate of the optimizer, which is reported.
-      config: batch size, loss weights, seed and mask.
-      mesh: its fsdp size must divide the rows of each microbatch.
+      graphdef: the model without its parameters, as `model.split_params` returns it.
+      optimizer: the optax transformation from gradients to updates, as `OptimizerConfig.make` builds it.
+      schedule: the learning rate of the optimizer by number of updates; it is used for the metric only.
+      config: the batch size, the loss weights, the seed and the mask.
+      mesh: the devices; the size of its axis fsdp must divide the number of rows of a microbatch.
 
     Returns:
-      A function of the state, the global `Batch` and the frozen parameters (those that are not trained and so not in the
-      state). It returns the new state and scalar metrics: `loss`, `nll` (nats per masked token), `masked_accuracy`,
-      `num_masked`, `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (at masked end-of-text, which is also
-      padding), the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 if the loss or its gradient was not finite, in
-      which case parameters and optimizer stay unchanged, otherwise 0. A mean over no tokens is NaN.
+      A function of the state, the global `Batch` and the frozen parameters (those that are not trained and therefore
+      not in the state). It returns the new state and these metrics, float32 scalars: `loss`, `nll` (nats per masked
+      token), `masked_accuracy` (share of masked tokens that the model predicts correctly), `num_masked` (at least 1),
+      `grad_norm` (before clipping), `learning_rate`, `eos_accuracy` (accuracy at masked end-of-text tokens, padding
+      included), the nll by noise level (`NLL_BY_TIME`), and `skipped`: 1 if the loss or its gradient was not finite, in
+      which case parameters and optimizer stay unchanged, otherwise 0. `eos_accuracy` and the nll of a noise level are
+      NaN if the batch has no such tokens.
 
     Raises:
-      ValueError: a batch that the mesh cannot split evenly.
+      ValueError: fsdp does not divide the number of rows of a microbatch.
     """
     return TrainStep(graphdef, optimizer, schedule, config, mesh)
 
@@ -255,14 +277,14 @@ def _train_step(
         key = noise_key(config.seed, state.step)
         t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
         masked_BT = sharding.constrain(masked_BT, "batch", None)
-        # One denominator for the whole batch, so that the losses of microbatches and devices can simply be added.
+        # All microbatches and devices divide by the same number, so that their losses can be added.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
     valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
     mask = config.mask.for_rows(valid_BT, maskable_BT)
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
         key = _step_key(config.seed, _ANNEALING, state.step)
-        mask = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # the same for all rows
+        mask = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # one mask for all rows
 
     def loss(params: ParamTree, microbatch: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
         batch, masked_BT, t_B, mask = microbatch
@@ -277,7 +299,7 @@ def _train_step(
             mask=mask,
             focal=config.focal,
             normalizer=normalizer,
-            # Without an adapter that has dropout these are not used, and therefore not computed.
+            # If no adapter has dropout, XLA removes these keys as unused.
             dropout_keys=dropout_keys(config.seed, state.step, batch.row_B),
         )
         nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t_B)
@@ -310,7 +332,7 @@ def _train_step(
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, microbatches)
 
     gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
-    # optax mixes its integer step count with floats, which strict promotion would refuse.
+    # optax multiplies its integer count with floats, which jax refuses under strict dtype promotion.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
         grad_norm = optax.tree.norm(gradients)
         usable = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
@@ -332,12 +354,12 @@ def _train_step(
 
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key for the noise levels and masked positions of one step (from 0), for `objective.draw_noise`."""
+    """Returns the key of the noise levels and masked positions of step `step` (from 0), for `objective.draw_noise`."""
     return _step_key(seed, _NOISE, step)
 
 
 def dropout_keys(seed: int, step: int | jax.Array, row_B: jax.Array) -> jax.Array:
-    """The keys for the dropout of an adapter in one step (from 0), one per row of the global batch."""
+    """Returns the keys [B] for an adapter's dropout in step `step` (from 0), one for each row number in `row_B`."""
     key = _step_key(seed, _DROPOUT, step)
     keys: jax.Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
     return keys
@@ -348,7 +370,10 @@ def _step_key(seed: int, purpose: int, step: int | jax.Array) -> jax.Array:
 
 
 def _split_rows(count: int) -> Callable[[jax.Array], jax.Array]:
-    """[B, ...] -> [count, B / count, ...], where each microbatch takes an equal share of the rows of every device."""
+    """Returns a function that splits an array [B, ...] into `count` microbatches [count, B / count, ...].
+
+    Each microbatch takes the same number of rows from every device, so that no row moves to another device.
+    """
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

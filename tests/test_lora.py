@@ -407,7 +407,7 @@ def test_quantised_bytes():
 def test_merging_into_a_quantised_base(kind):
     model = lora.with_base(base(), kind)
     both = adapted(model=model)
-    with pytest.raises(ValueError, match=f"the base is {kind}, which cannot hold the sum: load the float base"):
+    with pytest.raises(ValueError, match=f"the base is {kind}, which cannot store the sum: load the float base"):
         lora.merge(both)
     merged = lora.merge(both, dequantised=True)
     assert lora.base_of(merged) == "float32" and lora.config_of(merged) is None
