@@ -363,17 +363,17 @@ def test_prompts_are_written_as_the_adapter_was_trained(finished, weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_alpha": 8.0}, "--lora-alpha speak"),
-        ({"base": "nf4"}, "--base speak.* give --lora-rank or --adapter"),
-        ({"merge": True}, "--merge speak"),
-        ({"lora_dropout": 0.0}, "--lora-dropout speak"),
+        ({"lora_alpha": 8.0}, "--lora-alpha has no effect"),
+        ({"base": "nf4"}, "--base has no effect.* give --lora-rank or --adapter"),
+        ({"merge": True}, "--merge has no effect"),
+        ({"lora_dropout": 0.0}, "--lora-dropout has no effect"),
         ({"lora_rank": 0}, "rank=0 must be a positive integer"),
         ({"lora_rank": 4, "lora_targets": "q,w"}, "'q,w' are neither all nor some of"),
         ({"lora_rank": 4, "lora_dropout": 1.0}, "outside"),
-        ({"lora_rank": 4, "adapter": "x"}, "--adapter x says rank, alpha and targets itself"),
+        ({"lora_rank": 4, "adapter": "x"}, "rank, alpha and targets are read from --adapter x"),
         ({"adapter": "x", "lora_targets": "q"}, "leave --lora-\\* out"),
         ({"adapter": "x", "lora_dropout": -1.0}, "lora_dropout=-1.0 is outside"),
-        ({"lora_rank": 4, "base": "nf4", "merge": True}, "--merge cannot add an adapter to a base of nf4 codes"),
+        ({"lora_rank": 4, "base": "nf4", "merge": True}, "--merge cannot add an adapter to a base in nf4"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, change, message):
@@ -396,10 +396,10 @@ def test_defaults_and_warnings():
             text in line for line in TrainSettings.flat(**({"model": "weights", "lora_rank": 8} | changes)).warnings()
         )
 
-    assert warned("is random", model="nano")
+    assert warned("has random weights", model="nano")
     assert warned("far above the 5e-5 to 2e-4", learning_rate=1e-2)
     assert warned("alpha / rank is 10", lora_alpha=80.0)
-    assert warned("twice the memory of bfloat16", base="float32", compute_dtype="bfloat16")
+    assert warned("twice the memory of --base bfloat16", base="float32", compute_dtype="bfloat16")
     assert warned("state of an adapter is small", moments="int8")
 
 

@@ -134,7 +134,7 @@ def test_training_refuses(flags, capsys, monkeypatch):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     said = " ".join(capsys.readouterr().err.split())  # which breaks lines where the terminal ends
     assert ended.value.code != 0
-    assert "mask 'casual' is not one of" in said or "leads to bidirectional attention" in said
+    assert "mask 'casual' is not one of" in said or "ends with bidirectional attention" in said
 
 
 def test_sampling_from_the_command_line(run, capsys, monkeypatch):

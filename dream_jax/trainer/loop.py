@@ -1,4 +1,4 @@
-"""A run from its settings to its summary: `train` calls the other modules of the trainer in order."""
+"""The function `train`, which makes a whole run: it calls the other modules of the trainer in order."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dream_jax.trainer.summary import data_facts, summarize
 
 
 def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Begins the run that the settings describe, or resumes it, and takes it to its end.
+    """Begins the run that the settings describe, or resumes it, and continues until all steps are taken.
 
     Args:
-      settings: of the run.
-      origins: where settings come from, by name, for the first lines on the console.
+      settings: the settings of the run.
+      origins: for each setting, by name, where its value comes from, such as "given"; printed beside the value.
 
     Returns:
-      What is written to `summary.json`.
+      The contents of `summary.json`, as described at `summarize`.
 
     Raises:
-      ValueError, OSError: settings, data or files that do not fit; nothing is changed then.
-      Stopped: after SIGINT or SIGTERM; everything up to that step is saved.
-      Diverged: the loss or its gradient was not finite in too many steps in a row.
+      ValueError, OSError: settings, data or files are wrong; most such errors are raised before any file is changed.
+      Stopped: a SIGINT or SIGTERM arrived; a checkpoint of the last step is saved.
+      Diverged: the loss or its gradient was not finite in `max_skipped` steps in a row.
     """
     out = settings.run.out
     mesh = join_devices(settings.devices)
@@ -43,8 +43,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     run = prepare(settings, mesh)
     begins = not holds_checkpoint(settings)
     read = functools.partial(weights.read, settings, mesh, run.model.compute_dtype.name, begins=begins)
-    # Weights that cannot be read must show before --overwrite throws anything away. A run that is resumed throws nothing
-    # away, and the time that reading its base takes is time of the run.
+    # A new run reads its weights here, so that an error in them is raised before --overwrite deletes anything. A
+    # resumed run deletes nothing; it reads its base inside the block below, where the time is counted as time of
+    # the run.
     params, frozen = read() if begins else (None, None)
     with (
         claimed_folder(settings),
@@ -62,7 +63,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         state, done = first_state(run, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
             console.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
-        del params  # the state has their memory now
+        del params  # their memory now belongs to the state
         tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
         if console.leads:
             write_json(out / "data.json", data_facts(run))
@@ -86,7 +87,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         console.evaluation(evaluation)
         summary = summarize(run, state, frozen, trained, evaluation, checkpoints, segments.now())
         if console.leads:
-            write_json(out / "summary.json", summary)  # with this file the run is finished
+            write_json(out / "summary.json", summary)  # the run counts as finished once this file exists
         names = ", ".join(["metrics.csv", "eval.csv", "summary.json", "checkpoints/", *(f"{kind}/" for kind in made)])
         console.say(f"wrote {out}: {names} in {summary['seconds']:.0f} s")
         return summary

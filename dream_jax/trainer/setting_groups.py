@@ -1,7 +1,7 @@
-"""The settings of a run in groups: each setting with its default and its meaning, each group with its own checks.
+"""The settings of a run in groups: each group defines settings with their defaults and help texts, and checks them.
 
-The name of a field is the name of its flag, of its key in `settings.json` and of its key in a recipe, so no name is in two
-groups. A group's docstring is its heading in `train.py --help`.
+A field `save_every` is the flag `--save-every`, and the key `save_every` in `settings.json` and in a recipe, so no two
+groups have a field of the same name. The docstring of a group is its heading in `train.py --help`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Currency = Literal["rmb", "usd"]
 
 
 def _check_at_least(group: Any, least: int, *names: str) -> None:
+    """Raises ValueError if one of the named settings of the group is smaller than `least`."""
     for name in names:
         if getattr(group, name) < least:
             limit = "must not be negative" if least == 0 else f"must be at least {least}"
@@ -34,101 +35,113 @@ def _check_at_least(group: Any, least: int, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The run: its folder, its length and what it saves."""
+    """The run: its folder, its number of steps and what it saves."""
 
     recipe: str | None = None
-    """settings to begin with: a name (--recipe alone lists them) or a TOML file; any other flag overrides it"""
+    """recipe with the settings to begin with: a name (--recipe alone lists the names) or a TOML file; other
+    flags override it"""
     out: pathlib.Path = pathlib.Path("runs/train")
-    """the run's folder; an unfinished run in it is resumed"""
+    """folder of the run; if it contains an unfinished run with the same settings, that run is resumed"""
     overwrite: bool = False
-    """throw away a finished run, or one with other settings, that is in the folder; an unfinished run is resumed"""
+    """delete the run in the folder if it is finished or has other settings; an unfinished run with the same settings is
+    still resumed"""
     steps: int = 1500
-    """optimizer steps"""
+    """number of optimizer steps"""
     seed: int = 0
-    """of random weights, data order, times and masks"""
+    """seed of random weights, data order, noise levels and masked positions, 0 to 2**31 - 1"""
     save_every: int = 500
-    """steps between checkpoints"""
+    """number of steps between two checkpoints"""
     keep: int = 3
-    """newest checkpoints kept; the best by evaluation is kept as well"""
+    """number of newest checkpoints to keep; the checkpoint with the best evaluation is kept as well"""
     final: Literal["last", "best"] = "last"
-    """which state the run hands over at the end: the last, or the best by evaluation"""
+    """which weights are exported at the end: those of the last step, or those with the best evaluation"""
     max_skipped: int = 5
-    """a step whose loss or gradient is not finite is skipped; after so many in a row the run ends and keeps the batches"""
+    """a step whose loss or gradient is not finite is skipped; after this many skipped steps in a row the run ends with
+    an error and writes their batches to OUT/skipped"""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "steps", "save_every", "keep", "max_skipped")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
         if "://" in str(self.out) or re.match(r"\w{2,}:/", str(self.out)):
-            raise ValueError(f"out={self.out} is an address; runs are written to a local (or mounted) folder")
-        # Expanded here, so that every segment of a run means the same folder.
+            raise ValueError(f"out={self.out} is a URL; give the path of a local (or mounted) folder")
+        # "~" is expanded here, so that all code that reads `out` uses the same folder.
         object.__setattr__(self, "out", self.out.expanduser())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """The model that the run begins with, and how it computes."""
+    """The model that the run starts from, and how it is computed."""
 
     model: str = "nano"
-    """a Hugging Face or converted directory, a hub id, or a preset (nano, small, dream-0.5b, dream-7b: random weights)"""
+    """a Hugging Face or converted directory, a hub id, or a preset with random weights (nano, small,
+    dream-0.5b, dream-7b)"""
     tokenizer: str | None = None
-    """directory with tokenizer files, or "bytes"; by default the model's own, and bytes for nano"""
+    """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
-    """who may attend to whom: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
-    window:REACH or window:LEFT:RIGHT, in tokens; by default as the model was trained before, bidirectional at first. It
-    is saved with the weights"""
+    """attention mask: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
+    window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with the model, or
+    bidirectional if none is. The mask is saved with the trained weights"""
     anneal_steps: int = 0
-    """first steps under attention that grows from causal to bidirectional: for a start from an autoregressive model"""
+    """number of first steps in which attention changes gradually from causal to bidirectional, for a run that starts
+    from an autoregressive model"""
     remat: Remat = "none"
-    """what the backward pass recomputes, to save memory"""
+    """which activations the backward pass recomputes, to save memory: none; all but the outputs of matrix products
+    (dots); all but the inputs of the layers (full); offload is like full, with these inputs in host memory"""
     attention: Backend = "auto"
-    """auto: the fastest that can serve; xla runs everywhere"""
+    """attention kernel; auto: the fastest one that supports the devices and the mask; xla runs everywhere"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPU and TPU, float32 on a CPU and for nano. Master weights are always float32"""
+    """dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU and for nano. Weights that are trained
+    are always stored in float32"""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "anneal_steps")
         if self.attention not in get_args(Backend):
             raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
         if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
-            raise ValueError(f"--anneal-steps leads to bidirectional attention, not to --mask {self.mask}; choose one")
+            raise ValueError(f"--anneal-steps ends with bidirectional attention, so leave out --mask {self.mask}")
 
     @property
     def starts_at_random(self) -> bool:
-        """Whether the model is a preset; a directory of that name is preferred, as in `load`."""
+        """Whether the model is a preset with random weights; False if there is a directory of that name."""
         return self.model in PRESETS and not pathlib.Path(self.model).is_dir()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowSettings:
-    """The data, and how its rows become tokens."""
+    """The data, and how its rows are converted to tokens."""
 
     data: str = "sudoku"
-    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file (of chats, prompts with responses, or documents: rows with a
-    text), a directory with train and test files or saved by datasets, or a hub id, organisation/name: it is downloaded"""
+    """sudoku, gsm8k, s1k, a .jsonl, .json or .parquet file (of chats, of prompts with responses, or of documents:
+    rows with a text), a directory (with train and test files, or saved by datasets), or a hub id
+    organisation/name to download"""
     mix: tuple[str, ...] = ()
-    """further data to mix in"""
+    """further data sets to mix with --data, each given like --data"""
     mix_weights: tuple[float, ...] = ()
-    """how often --data and each of --mix is drawn from, in proportion; by default by their numbers of rows"""
+    """relative frequencies of the rows of --data and of each --mix, in this order; by default their numbers of rows"""
     answer_format: AnswerFormat = "s1"
-    """how a reasoning trace and an answer become one response (s1K): with s1's think and answer turns, or in d1's tags"""
+    """how a reasoning trace and an answer are joined to one response (s1K): as s1's think and answer turns, or
+    in d1's tags"""
     only_correct: bool = False
-    """of s1K-1.1 keep only rows with deepseek_grade "Yes\""""
+    """use only the rows of s1K-1.1 whose deepseek_grade is "Yes\""""
     skip_bad_rows: bool = False
-    """leave out rows that cannot be read, and list them; by default the first ends the run"""
+    """leave out rows that cannot be read, and report them; by default the first one ends the run with an error"""
     held_out: float = 0.05
-    """share of the prompts of data without a test split that is kept for evaluation; 0 trains on all, with --eval-rows 0"""
+    """share of the prompts that is held out for evaluation if the data has no test split; 0 (which needs --eval-rows 0)
+    trains on all"""
     max_length: int | None = None
-    """tokens a row, padded on the right; for longer rows see --length-policy. By default the longest row, up to 2048"""
+    """length of a row in tokens; shorter rows are padded on the right, for longer rows see --length-policy. By default
+    the length of the longest row, at most 2048"""
     length_policy: LengthPolicy = "filter"
-    """for rows longer than --max-length: drop them, cut their right end (answer and end token first), cut the middle out
-    (the end of the trace), or train on answers only, without any trace"""
+    """what to do with rows longer than --max-length: drop them (filter), cut off their right end, where the
+    answer and the end token are (right), cut out the end of the reasoning trace (middle), or remove the traces of
+    all rows (answer_only)"""
     learned_turns: LearnedTurns = "last"
-    """of a chat, learn the last assistant turn or all of them"""
+    """which assistant turns of a chat are learned: the last one, or all"""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and an answer")
+            raise ValueError(f"max_length={self.max_length} must be at least 2: a row has a prompt and an answer")
         if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
             raise ValueError(
                 f"mix_weights={self.mix_weights} must have a number for --data and one for each of mix={self.mix}"
@@ -137,7 +150,7 @@ class RowSettings:
         self.encode_options()
 
     def read_options(self) -> ReadOptions:
-        """How files become rows."""
+        """Returns the options for reading files as rows."""
         return ReadOptions(
             answer_format=self.answer_format,
             only_correct=self.only_correct,
@@ -146,34 +159,37 @@ class RowSettings:
         )
 
     def encode_options(self) -> EncodeOptions:
-        """How rows become tokens."""
+        """Returns the options for converting rows to tokens."""
         return EncodeOptions(length_policy=self.length_policy, learned_turns=self.learned_turns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """How rows are laid out in batches."""
+    """How rows are put together into batches."""
 
     batch_size: int = 32
-    """rows a step, over all devices and processes"""
+    """number of rows in a step, over all devices and processes"""
     accumulation: int = 1
-    """microbatches that each batch is computed in, to save memory; changes no result, up to rounding"""
+    """number of microbatches in which a batch is computed one after another, to save memory; changes results only by
+    rounding"""
     eos_tail: int | None = None
-    """most end-of-text tokens after each answer, attended and learned; by default they fill the row"""
+    """maximum number of end-of-text tokens after each answer, which are attended to and learned; by default they
+    fill the row"""
     cut_responses: bool = False
-    """give all responses of a batch the length of one of them, drawn anew in each step; prompts are padded on the left"""
+    """cut or pad all responses of a batch to the length of one of them, which is drawn at random in each step; prompts
+    are padded on the left"""
     tail_cut: float = 0.0
-    """probability that a batch loses a random tail of its responses"""
+    """probability that a random number of tokens is cut off the end of the responses of a batch, in [0, 1]"""
     width_step: int | None = None
-    """pad each batch to a multiple of this rather than to --max-length, with rows of like length together; each width that
-    occurs is compiled once"""
+    """pad each batch to a multiple of this number of tokens instead of --max-length, and put rows of similar length in
+    the same batch; the step is compiled once for each width"""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "batch_size", "accumulation")
         self.options()
 
     def options(self) -> BatchOptions:
-        """The same as the data pipeline takes it."""
+        """Returns the options of the data pipeline. Raises ValueError for a value out of range."""
         return BatchOptions(
             eos_tail=self.eos_tail,
             cut_responses=self.cut_responses,
@@ -184,28 +200,28 @@ class BatchSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """A low-rank adapter on frozen weights; without --lora-rank or --adapter all weights are trained."""
+    """Training of a low-rank adapter on frozen weights; without --lora-rank and --adapter all weights are trained."""
 
     lora_rank: int | None = None
-    """train a low-rank adapter of this rank (16 to 64, say) on frozen weights, and not the weights themselves"""
+    """train a new low-rank adapter of this rank (for example 16 to 64) and keep the weights of the model frozen"""
     lora_alpha: float | None = None
     """the adapter is multiplied by alpha / rank; by default alpha is twice the rank"""
     lora_dropout: float | None = None
-    """share of its inputs that the adapter does not see in a step; 0 by default, or as in --adapter"""
+    """dropout probability of the inputs of the adapter, in [0, 1); by default 0, or the value stored in --adapter"""
     lora_targets: str | None = None
-    """projections that have one: all (the default), or some of q,k,v,o,gate,up,down with commas between"""
+    """projections that get an adapter: all (the default), or a comma-separated list from q,k,v,o,gate,up,down"""
     adapter: str | None = None
-    """directory of an adapter to train further; it says rank, alpha and targets"""
+    """directory of an adapter to train further; rank, alpha and targets are read from it"""
     base: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
-    """how the frozen weights under an adapter are stored; auto: as they are computed with"""
+    """how the frozen weights under an adapter are stored; auto: in the dtype of the computation"""
     merge: bool = False
-    """at the end also write OUT/model, the weights with the adapter added"""
+    """at the end also write OUT/model: the weights of the model with the adapter added to them"""
 
     def __post_init__(self) -> None:
         given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
         if self.adapter is not None:
             if self.lora_rank is not None or given:
-                raise ValueError(f"--adapter {self.adapter} says rank, alpha and targets itself; leave --lora-* out")
+                raise ValueError(f"rank, alpha and targets are read from --adapter {self.adapter}; leave --lora-* out")
             if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
                 raise ValueError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
         elif self.lora_rank is not None:
@@ -216,20 +232,20 @@ class AdapterSettings:
             given += ["merge"] if self.merge else []
             if given:
                 flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise ValueError(f"{flags} speak(s) of an adapter: give --lora-rank or --adapter as well")
+                raise ValueError(f"without an adapter {flags} has no effect: give --lora-rank or --adapter as well")
         if self.merge and self.base in KINDS:
             raise ValueError(
-                f"--merge cannot add an adapter to a base of {self.base} codes; train without it, then load the float "
-                "weights with the adapter: dream_jax.save(dream_jax.merge_adapter(dream_jax.load(MODEL, adapter=DIR)), OUT)"
+                f"--merge cannot add an adapter to a base in {self.base}; train without --merge, then load the float "
+                "weights and the adapter: dream_jax.save(dream_jax.merge_adapter(dream_jax.load(MODEL, adapter=DIR)), OUT)"
             )
 
     @property
     def adapts(self) -> bool:
-        """Whether an adapter is trained, on weights that stay as they are."""
+        """Whether an adapter is trained while all other weights are frozen."""
         return self.lora_rank is not None or self.adapter is not None
 
     def new_adapter(self) -> LoraConfig:
-        """The adapter that --lora-rank begins with. Raises ValueError without --lora-rank."""
+        """Returns the configuration of a new adapter. Raises ValueError without --lora-rank."""
         if self.lora_rank is None:
             raise ValueError("without --lora-rank there is no new adapter")
         return LoraConfig(
@@ -245,41 +261,43 @@ class OptimizationSettings:
     """The optimizer and its learning rate."""
 
     learning_rate: float | None = None
-    """peak; by default 2e-3 for random weights, 5e-6, of the published recipe, for a checkpoint, and 5e-5 for an adapter"""
+    """peak learning rate; by default 2e-3 for random weights, 5e-6 (as published) for a checkpoint, 5e-5
+    for an adapter"""
     warmup_share: float = 0.1
-    """of the steps, before the cosine decay to zero"""
+    """share of the steps with linear warm-up; the remaining steps have a cosine decay to zero"""
     weight_decay: float = 0.01
-    """of matrices; norms and biases have none"""
+    """weight decay of matrices; norms and biases have no weight decay"""
     optimizer: OptimizerKind = "adamw"
-    """adamw, or adafactor: almost no state, and no first moment"""
+    """adamw, or adafactor, which has almost no state and no first moment"""
     moments: Moments = "float32"
-    """how AdamW's two moments are stored: 8, 4 or 2.25 bytes a weight"""
+    """how AdamW's two moments are stored: float32, bfloat16 or int8, with 8, 4 or 2.25 bytes per weight"""
     moments_on_host: bool = False
-    """keep them in the host's memory and move them to the devices and back in every step"""
+    """store the moments in host memory; every step copies them to the devices and back"""
     b1: float = 0.9
-    """Adam's first-moment decay"""
+    """decay of Adam's first moment"""
     b2: float = 0.95
-    """Adam's second-moment decay"""
+    """decay of Adam's second moment"""
     clip_norm: float = 1.0
-    """largest global gradient norm; 0 switches clipping off"""
+    """maximum global gradient norm: larger gradients are scaled down to it; 0 disables clipping"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """The loss."""
+    """The loss and the weight of each masked position in it."""
 
     weight: Literal["cart", "inverse-time", "linear", "uniform"] = "cart"
-    """of the loss at each masked position"""
+    """weight of each masked position; t is the noise level: context-adaptive (cart), 1/t (inverse-time), 1-t
+    (linear), 1 (uniform)"""
     cart_p: float = 0.1
-    """reach of the cart weight: larger looks less far"""
+    """p of the cart weight, in (0, 1): with a larger value only nearer unmasked tokens count"""
     focal: bool = False
-    """focal term (alpha 0.25, gamma 2): easy positions count less"""
+    """multiply the loss by a focal term (alpha 0.25, gamma 2), so that easy positions count less"""
 
     def __post_init__(self) -> None:
         self.loss_weight()
 
     def loss_weight(self) -> LossWeight:
-        """The weight that the settings name."""
+        """Returns the loss weight. Raises ValueError if `cart_p` is out of range."""
         if self.weight == "cart":
             return CartWeight(self.cart_p)
         return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
@@ -287,19 +305,20 @@ class LossSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOutSettings:
-    """Evaluation on held-out rows."""
+    """Evaluation on held-out rows during the run and at its end."""
 
     eval_every: int = 500
-    """steps between evaluations: likelihood of --eval-rows held-out rows on a fixed grid of noise levels, in eval.csv; also
-    after the last step. The best state so far is saved"""
+    """number of steps between two evaluations (likelihood of --eval-rows held-out rows on a fixed grid of noise levels,
+    written to eval.csv); the last step is always evaluated. A state that is better than all before is saved"""
     eval_rows: int = 200
-    """held-out rows to evaluate on, and to answer by sampling at the end; 0 for none"""
+    """number of held-out rows for these evaluations, and for answers by sampling at the end; 0 disables both"""
     eval_tokens: int = 512
-    """longest answer that is sampled then; rows with longer ones only count in the likelihood"""
+    """maximum length in tokens of the answers at the end; rows with longer answers only count in the likelihood"""
     samples: int = 3
-    """held-out prompts to answer before the first step and after the last, for report.md; needs --eval-rows"""
+    """number of held-out prompts to answer before the first step and after the last, for report.md;
+    needs --eval-rows"""
     sample_tokens: int = 128
-    """longest of these answers; no longer than those of the rows themselves need"""
+    """maximum length in tokens of the answers for --samples; less if the answers in the data are shorter"""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "eval_every", "sample_tokens")
@@ -308,12 +327,12 @@ class HeldOutSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """Where the numbers of each step go, beside metrics.csv."""
+    """Where the metrics of each step are logged, besides metrics.csv."""
 
     log_every: int = 50
-    """steps between lines where the output is no terminal"""
+    """number of steps between two lines of output if the output is not a terminal"""
     log_to: tuple[LoggerName, ...] = ("tensorboard",)
-    """loggers that get each step's numbers too; wandb and trackio must be installed"""
+    """further loggers for the metrics of each step; wandb and trackio must be installed"""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "log_every")
@@ -324,14 +343,14 @@ class LogSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriceSettings:
-    """What the hardware costs, for the report and for a plan."""
+    """The price of the hardware, for the report and for a plan."""
 
     price_per_chip_hour: float | None = None
-    """in --currency; by default the chip's list price"""
+    """price of one chip for one hour, in --currency; by default the list price of the chip"""
     currency: Currency = "rmb"
-    """of --price-per-chip-hour"""
+    """currency of --price-per-chip-hour: rmb or usd"""
     rmb_per_usd: float = 7.1
-    """exchange rate"""
+    """exchange rate: RMB for one US dollar"""
 
     def __post_init__(self) -> None:
         if self.price_per_chip_hour is not None and not self.price_per_chip_hour >= 0:
@@ -345,16 +364,17 @@ class DeviceSettings:
     """The devices, and the other processes of the run."""
 
     mesh: str = "1x1"
-    """devices, fsdp x tensor (x sequence), such as 8x1 or 2x1x4; on a CPU that has too few, they are made"""
+    """numbers of devices along the axes fsdp x tensor (x sequence), such as 8x1 or 2x1x4; a CPU is divided into as many
+    devices as needed"""
     cluster: Literal["auto", "slurm", "tpu", "off"] = "auto"
-    """where the other processes of the run are found without --coordinator. auto: on a TPU slice, and under Slurm with
-    several tasks; off: this process runs alone"""
+    """how the processes of the run find each other without --coordinator. auto: as on a TPU slice, or as under Slurm
+    with several tasks, if there is one; off: this process runs alone"""
     coordinator: str | None = None
-    """host:port of process 0, to join several processes into one run; with --num-processes and --process-id"""
+    """host:port of process 0, to join several processes into one run; give --num-processes and --process-id as well"""
     num_processes: int = 1
-    """how many processes the run has"""
+    """number of processes of the run"""
     process_id: int = 0
-    """which of them this is"""
+    """number of this process, 0 to --num-processes - 1"""
 
     def __post_init__(self) -> None:
         sharding.parse_mesh_shape(self.mesh)

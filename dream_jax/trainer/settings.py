@@ -1,4 +1,4 @@
-"""What a training run is: all groups of settings together, with the checks and warnings that need several of them."""
+"""All settings of a training run in one object, with the checks and warnings that concern more than one group."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from dream_jax.trainer.setting_groups import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Masked-diffusion fine-tuning, or training from scratch, of a Dream model.
+    """The settings of a run that trains a Dream model, from a checkpoint or from random weights.
 
-    `flat` makes one from the names of flags, `replaced` changes some of them, and `values` and `plain` give them all back.
+    `TrainSettings.flat(**values)` makes settings from values by the names of their flags, `replaced` returns a copy in
+    which some values are changed, and `values` and `plain` return all values by name.
     """
 
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
@@ -49,19 +50,19 @@ class TrainSettings:
 
     @classmethod
     def flat(cls, **values: Any) -> TrainSettings:
-        """Settings from values by the names of their flags, such as `TrainSettings.flat(model="nano", steps=100)`.
+        """Makes settings from values by the names of flags, such as `TrainSettings.flat(model="nano", steps=100)`.
 
         Raises:
-          TypeError: a name that is no setting.
-          ValueError: a value that cannot be.
+          TypeError: a name that is not a setting.
+          ValueError: a value that is outside its range, or that contradicts another setting.
         """
         return cls().replaced(**values)
 
     def replaced(self, **values: Any) -> TrainSettings:
-        """A copy with other values, by the names of their flags. Raises as `flat`."""
+        """Returns a copy with these values, by the names of their flags. Raises as `flat`."""
         unknown = sorted(values.keys() - SETTING_TYPES.keys())
         if unknown:
-            raise TypeError(f"{', '.join(unknown)}: no such settings of a run; `train.py --help` lists them")
+            raise TypeError(f"unknown settings: {', '.join(unknown)}; `train.py --help` lists those that exist")
         changed = {}
         for group, names in _GROUPS.items():
             given = {name: values[name] for name in names if name in values}
@@ -70,29 +71,29 @@ class TrainSettings:
         return dataclasses.replace(self, **changed)
 
     def values(self) -> dict[str, Any]:
-        """Every setting by the name of its flag."""
+        """Returns every setting by the name of its flag."""
         return {name: getattr(getattr(self, group), name) for group, names in _GROUPS.items() for name in names}
 
     def plain(self) -> dict[str, Any]:
-        """Every setting as JSON can hold it, as in `settings.json`."""
+        """Returns `values` as `settings.json` stores them: paths as strings, tuples as lists."""
         return {
             name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
             for name, value in self.values().items()
         }
 
     def default_rate(self) -> float:
-        """Peak learning rate where none is given.
+        """Returns the peak learning rate that is used if --learning-rate is not given.
 
-        For an adapter ten times that of all weights: the ratio that Schulman et al. (LoRA Without Regret, 2025) measure
-        over models and ranks. Times alpha / rank it is 1e-4 by default; the QLoRA paper's 2e-4 at alpha / rank = 1/4
-        makes 5e-5.
+        The rate of an adapter is ten times the rate of full fine-tuning, a ratio that Schulman et al. (LoRA Without
+        Regret, 2025) measured over several models and ranks. Multiplied by alpha / rank (2 by default) it is 1e-4; for
+        comparison, the QLoRA paper's rate of 2e-4 multiplied by its alpha / rank of 1/4 is 5e-5.
         """
         if self.network.starts_at_random:
             return 2e-3
         return 5e-5 if self.lora.adapts else 5e-6
 
     def optimizer_config(self) -> OptimizerConfig:
-        """The optimizer that the settings describe."""
+        """Returns the configuration of the optimizer, with the default learning rate if none is given."""
         chosen = self.optimization
         return OptimizerConfig(
             learning_rate=self.default_rate() if chosen.learning_rate is None else chosen.learning_rate,
@@ -108,17 +109,18 @@ class TrainSettings:
         )
 
     def source(self, split: str) -> RowSource:
-        """The rows of a split of all data. Raises as `dream_jax.data.open_mixture`."""
+        """Returns the rows of --data and --mix for the split "train" or "test". Raises as `data.open_mixture`."""
         rows = self.rows
         names = (rows.data, *rows.mix)
         return open_mixture(names, rows.mix_weights or None, split, self.run.seed, rows.read_options())
 
     def warnings(self) -> list[str]:
-        """What a careful colleague would say about these settings."""
+        """Returns warnings about settings that are allowed but probably a mistake; the list may be empty."""
         network, chosen, found = self.network, self.optimization, []
         if self.loss.weight == "inverse-time":
             found.append(
-                "--weight inverse-time with the masked-count denominator acts like 1/t^2: steps with a small t dominate"
+                "--weight inverse-time gives a masked position the weight 1/t, so rows with a small noise level dominate; "
+                "with one row per batch it acts like 1/t^2, because the loss is divided by the number of masked positions"
             )
         rate = self.optimizer_config().learning_rate
         if self.lora.adapts:
@@ -127,29 +129,32 @@ class TrainSettings:
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
         if network.anneal_steps > self.run.steps:
             found.append(
-                f"--anneal-steps {network.anneal_steps} is more than all steps: the model never sees all tokens"
+                f"--anneal-steps {network.anneal_steps} is larger than --steps {self.run.steps}: the model is never "
+                "trained with fully bidirectional attention"
             )
         if chosen.optimizer == "adafactor":
             found.append(
                 "--optimizer adafactor is reported to be unstable for masked diffusion: watch the loss and the gradient "
-                "norm, or take --moments int8, which needs 2.25 bytes a weight more"
+                "norm, or use --optimizer adamw --moments int8, which needs 2.25 bytes per weight"
             )
         if chosen.moments_on_host:
             found.append(
-                "--moments-on-host moves every moment over the bus twice a step; more rows a step make up for it, and "
-                "--moments bfloat16 makes them smaller"
+                "--moments-on-host copies every moment to the devices and back in each step; a larger --batch-size "
+                "makes this a smaller share of the time, and --moments bfloat16 halves the bytes"
             )
         if network.starts_at_random and network.model != "nano":
             found.append(
-                f"preset {network.model!r} starts from random weights; name a directory to start from a checkpoint"
+                f"preset {network.model!r} starts from random weights; give a directory to start from a checkpoint"
             )
         return found
 
     def _adapter_warnings(self, rate: float) -> list[str]:
+        """Returns the warnings about an adapter that is trained with the peak learning rate `rate`."""
         network, found = self.network, []
         if network.starts_at_random:
             found.append(
-                f"preset {network.model!r} is random, and an adapter cannot make a model of it: train all weights first"
+                f"preset {network.model!r} has random weights, and an adapter alone cannot train them: leave out "
+                "--lora-rank, or start from a checkpoint"
             )
         elif rate > 1e-3:
             found.append(f"learning rate {rate:g} is far above the 5e-5 to 2e-4 that adapters are usually trained with")
@@ -157,19 +162,23 @@ class TrainSettings:
             adapter = self.lora.new_adapter()
             if adapter.alpha / adapter.rank > 8:
                 found.append(
-                    f"alpha / rank is {adapter.alpha / adapter.rank:g}: the adapter moves that much faster than its "
-                    "learning rate says; 1 to 2 is usual"
+                    f"alpha / rank is {adapter.alpha / adapter.rank:g}: the effective learning rate of the adapter is "
+                    "--learning-rate times this number; usual values are 1 to 2"
                 )
         if self.lora.base == "float32" and network.compute_dtype == "bfloat16":
-            found.append("--base float32 takes twice the memory of bfloat16, which every layer rounds it to anyway")
+            found.append(
+                "--base float32 takes twice the memory of --base bfloat16 without a gain, because every layer rounds "
+                "the weights to bfloat16 before it uses them"
+            )
         if self.optimization.moments_on_host or self.optimization.moments != "float32":
             found.append(
-                "the optimizer's state of an adapter is small: --moments and --moments-on-host save next to nothing"
+                "the optimizer state of an adapter is small, so --moments and --moments-on-host save almost no memory"
             )
         return found
 
 
 _TYPES = typing.get_type_hints(TrainSettings)
+# For each group (a field of TrainSettings) the names of its settings.
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     group: tuple(field.name for field in dataclasses.fields(kind)) for group, kind in _TYPES.items()
 }
@@ -187,4 +196,4 @@ FREE = frozenset(
         *("mesh", "cluster", "coordinator", "num_processes", "process_id"),
     }
 )
-"""Settings that may change when a run is resumed: they change what is computed by rounding at most."""
+"""Names of the settings that may have other values when a run is resumed: they change the training only by rounding."""
