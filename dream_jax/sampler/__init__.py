@@ -1,18 +1,18 @@
 """The iterative denoising sampler: the published algorithm, and faster ones, in one compiled loop.
 
-The canvas (prompt and mask tokens) is denoised by a `lax.while_loop` that runs entirely on the device. Each step is a
-forward pass, a token and a confidence for every masked position, and the writing of the most confident ones.
+The canvas (prompt and mask tokens) is denoised by a `lax.while_loop` that runs entirely on the device. Each step makes
+a forward pass, proposes a token and a confidence for every masked position, and writes the most confident tokens.
 
 | module | responsible for |
 |---|---|
 | `config` | `SamplerConfig` and the cache settings |
-| `rules` | how many positions a step writes |
-| `callbacks` | functions of the caller: hooks and listeners |
+| `rules` | the number of positions that a step writes |
+| `callbacks` | functions that the caller passes in: hooks and listeners |
 | `generate` | prompts, padding, length buckets, random keys |
-| `stream` | many prompts through one batch, replacing each row when it is done |
-| `state`, `loop` | the loop's carry; the step and the compiled drivers |
+| `stream` | many prompts in one batch, where each row that is done is replaced by the next prompt |
+| `state`, `loop` | the carry of the loop; its step and the compiled functions that run it |
 | `passes` | forward passes over all tokens, or over a window with a KV cache |
-| `propose` | hidden states to token and confidence, a few rows of logits at a time |
+| `propose` | from hidden states to tokens and confidences, with the logits of a few positions at a time |
 """
 
 from dream_jax.sampler.callbacks import LogitsHook, Moment, TokenHook

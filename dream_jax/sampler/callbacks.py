@@ -1,6 +1,6 @@
 """Functions that the caller passes in: hooks, which are traced into the compiled loop, and listeners on the host.
 
-Every new function object used as a hook compiles a new program: define a hook once, not anew for every call.
+Each function object that is used as a hook compiles a program: define a hook once and pass the same object each time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 
 
 class Moment(NamedTuple):
-    """The state of the sampler at one step, as a hook receives it.
+    """The state of the sampler at one step; every hook receives it.
 
     Attributes:
-      step_B: the step that each row is at, counted as in `Sample.commit_step`.
-      canvas_BT: token ids, with padding on the left.
-      valid_BT: false at padding.
-      positions_BT: position of each token in its text, from 0, without the padding.
+      step_B: int32 id of the current step of each row, counted as in `Sample.commit_step`.
+      canvas_BT: int32 token ids, mask tokens included, with padding on the left.
+      valid_BT: false at padding, true at all other positions.
+      positions_BT: int32 position of each token in its text; the first valid token of a row has position 0.
     """
 
     step_B: Int[jax.Array, "B"]
@@ -31,12 +31,14 @@ class Moment(NamedTuple):
     positions_BT: Int[jax.Array, "B T"]
 
 
-# Called after each step; returns the canvas to continue with. A token that the hook changes counts as written in this
-# step. A position that the hook masks again is written again if it is in the current block of the row or after it.
+# A token hook is called after each step and returns the canvas with which the sampler continues. A token that it
+# changes counts as written in this step. If it masks a position again, the sampler writes that position again, provided
+# that the position is in the current block of the row or after it.
 TokenHook = Callable[[Moment], Int[jax.Array, "B T"]]
 
-# Called before tokens are chosen, with the float32 logits of some canvas positions [B, M]; returns the logits to use.
-# Tokens that must not be written are minus infinity before the call and after it.
+# A logits hook is called before tokens are chosen. It receives the moment, positions of the canvas [B, M] and their
+# float32 logits [B, M, V], and returns the logits to use. Tokens that must not be written have minus infinity before it
+# and after it.
 LogitsHook = Callable[[Moment, Int[jax.Array, "B M"], Float[jax.Array, "B M V"]], Float[jax.Array, "B M V"]]
 
 
@@ -47,7 +49,15 @@ _listener_ids = itertools.count()
 
 @contextlib.contextmanager
 def listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -> Iterator[np.int32 | None]:
-    """Registers a listener while the `with` block runs, and yields its id; yields None without a listener."""
+    """Registers a listener while the `with` block runs.
+
+    Args:
+      on_step: the listener: a function of the step and the canvas int32 [B, T]; None registers nothing.
+      padding: number of columns on the left of the canvas that are cut off before the listener is called.
+
+    Yields:
+      The id to pass to `notify`, or None if there is no listener.
+    """
     if on_step is None:
         yield None
         return
@@ -60,6 +70,6 @@ def listening(on_step: Callable[[int, np.ndarray], None] | None, padding: int) -
 
 
 def notify(listener_id: Any, step: Any, canvas_BT: Any) -> None:
-    """Calls a listener with the step and the canvas, without the canvas's padding on the left."""
+    """Calls the listener that has this id with the step and with the canvas, whose padding on the left is cut off."""
     listener, padding = _listeners[int(listener_id)]
     listener(int(step), np.asarray(canvas_BT)[:, padding:])

@@ -1,4 +1,4 @@
-"""The sampler's settings: frozen dataclasses whose values are checked when they are made."""
+"""The settings of the sampler: frozen dataclasses that check their values when they are created."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ FastDLLMVariant = Literal["prefix", "dual"]
 
 @dataclasses.dataclass(frozen=True)
 class NoCache:
-    """Every pass computes all tokens, which is exact."""
+    """No KV cache: every forward pass computes all tokens, so the logits are exact."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowCache:
-    """A KV cache: most passes compute only the current block and a few tokens beside it.
+    """Settings of a KV cache: most passes compute only the current block and a few tokens beside it.
 
-    A pass is either full (all tokens of a row) or a window around the current block, whose queries attend to the keys
-    and values left by the last full pass and the windows since. Full passes come at block starts, and more often if
-    asked for.
+    A full pass computes all tokens of a row. A window pass computes the tokens around the current block; its queries
+    attend to the cached keys and values, which come from the last full pass and the window passes after it. Full passes
+    are made at block starts, and with `refresh_passes` more often. The result is approximate.
 
     Attributes:
-      left: tokens before the block that are computed with it. At least 1, because the first token of the block is
-        predicted from the hidden state before it.
-      right: tokens after the block that are computed with it; None for all of them.
-      refresh_blocks: a full pass comes at the start of every `refresh_blocks`-th block; None for the first block only.
-      refresh_passes: a row also has a full pass when this many passes have been made since its last one; None for no
-        such passes. 1 makes every pass full, which is exact.
+      left: number of tokens before the block that a window pass computes. At least 1, because the first token of the
+        block is predicted from the hidden state of the token before it.
+      right: number of tokens after the block that a window pass computes, at least 0; None computes all of them.
+      refresh_blocks: a full pass is made at the start of every `refresh_blocks`-th block; None makes one at the start
+        of the first block only.
+      refresh_passes: inside a block, at least every `refresh_passes`-th pass of a row is a full pass; 1 makes every
+        pass full, which is exact. None adds no such full passes.
 
     Raises:
-      ValueError: a value out of its range.
+      ValueError: a value is outside its range.
     """
 
     left: int = 1
@@ -48,7 +49,7 @@ class WindowCache:
 
     def __post_init__(self) -> None:
         if self.left < 1:
-            raise ValueError(f"{self.left=} must be at least 1: a block's first token is predicted from its left")
+            raise ValueError(f"{self.left=} must be at least 1: the token before a block predicts its first token")
         for name, least in (("right", 0), ("refresh_blocks", 1), ("refresh_passes", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -57,13 +58,15 @@ class WindowCache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastDLLMCache:
-    """The KV cache of the published Fast-dLLM, for comparison; see `SamplerConfig.fast_dllm`.
+    """Settings of the KV cache of the published Fast-dLLM, for comparison; see `SamplerConfig.fast_dllm`.
 
-    The full pass at the start of each block writes the block's first token, whatever its confidence, and nothing else.
-    The passes after it compute the block ("dual"), or everything from the start of the block ("prefix").
+    The full pass at the start of each block writes only the first token of the block, whatever its confidence.
+
+    Attributes:
+      variant: the tokens that the later passes compute: "dual" the block, "prefix" everything from its start on.
 
     Raises:
-      ValueError: an unknown variant.
+      ValueError: the variant is unknown.
     """
 
     variant: FastDLLMVariant
@@ -78,7 +81,7 @@ class FastDLLMCache:
 
     @property
     def right(self) -> int | None:
-        """All tokens after the block (None), or no tokens."""
+        """The number of tokens after the block that a window pass computes: 0 for "dual", None (all) for "prefix"."""
         return None if self.variant == "prefix" else 0
 
 
@@ -90,42 +93,46 @@ _NO_CACHE, _COUNT = NoCache(), Count()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How a canvas is denoised. The defaults are those of the published `diffusion_generate`.
+    """The settings of the sampler. The defaults are those of the published `diffusion_generate`.
 
     Attributes:
-      max_new_tokens: number of mask tokens appended to the prompt.
-      steps: denoising steps. Each writes a share of the tokens that are still masked, the last one all of them. With
-        blocks, the steps are divided among them: each block takes steps * block_length / max_new_tokens, rounded up.
+      max_new_tokens: number of mask tokens that are appended to the prompt, at least 0.
+      steps: number of denoising steps, at least 1. Each step writes a share of the tokens that are still masked, and
+        the last step writes the rest. With blocks, each block takes its share of the steps, rounded up:
+        steps * block_length / max_new_tokens.
       alg: order in which positions are written. "origin": at random; "maskgit_plus": highest probability first;
         "topk_margin": largest gap between the two best tokens first; "entropy": lowest entropy first.
-      temperature: of the token distribution; 0 takes the most probable token.
-      top_p: nucleus size in (0, 1], None for all tokens.
-      top_k: number of tokens to sample from, None for all tokens.
-      alg_temp: randomises the order: positions are drawn from softmax(confidence / alg_temp). None or 0 is strict.
+      temperature: temperature of the token distribution, at least 0; 0 takes the most probable token.
+      top_p: probability mass of the nucleus, in (0, 1]; None or 1 for all tokens.
+      top_k: number of most probable tokens to sample from, at least 1; None for all tokens.
+      alg_temp: randomises the order: positions are drawn from softmax(confidence / alg_temp). None or 0 writes the most
+        confident positions first.
       eps: noise level at the end of the schedule, in (0, 1).
-      vocab_limit: token ids at or above it are never written. The checkpoint has more logits than the tokenizer has
-        tokens: pass the tokenizer's number.
+      vocab_limit: token ids at or above it are never written; None allows all. The checkpoint has more logits than the
+        tokenizer has tokens: pass `tokenizer.vocab_limit`.
       forbidden_tokens: further token ids that are never written, such as the mask token.
-      block_length: a row is written in blocks of this many tokens, from its first mask on, and each block is finished
-        before the next begins; None writes the whole row as one block.
-      cache: what is reused between forward passes: `NoCache()` or `WindowCache(...)`.
-      commit: how many positions a pass writes. `Count()` follows the published schedule. `Threshold`, `Factor` and
-        `EntropyBound` decide by the confidences, and `steps` and `eps` then have no effect.
-      forced_tokens: pairs (offset, token): the token is written at that offset of the new tokens before the first step.
-      end_penalty: subtracted from the logit of the end-of-text token, for answers that end too early (if negative, too
-        late).
-      guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where c are those of the canvas and
-        u those of the canvas with everything masked that was given. It doubles the rows of every pass; 0 switches it
-        off.
-      token_hook, logits_hook: see `callbacks`; None for none.
-      mask: the attention mask besides padding, as `masks.parse` makes it; None is the mask that the model was trained
-        under. Rows begin at their first valid token, and the prompt is everything that `generate` is given, mask tokens
-        included.
-      stop_at_end: when no mask is left before a row's first end-of-text token, the masks after it become end-of-text
-        too and the row is done.
+      block_length: each row is written in blocks of this many tokens that start at its first mask, and a block is
+        finished before the next one begins; None writes the whole row as one block.
+      cache: whether keys and values are reused between forward passes: `NoCache()` or `WindowCache(...)`.
+      commit: rule for the number of positions that a pass writes. `Count()` follows the published schedule.
+        `Threshold`, `Factor` and `EntropyBound` decide by the confidences; `steps` and `eps` then have no effect.
+      forced_tokens: pairs (offset, token). The token is written before the first step at this offset, which is counted
+        from 0 at the first new token.
+      end_penalty: number that is subtracted from the logit of the end-of-text token. A positive number helps if answers
+        end too early, a negative one if they end too late.
+      guidance: classifier-free guidance: logits become u + (1 + guidance) (c - u), where c are the logits of the
+        canvas, and u are the logits of the same canvas with mask tokens in place of the prompt and the forced tokens.
+        It doubles the number of rows of every pass; 0 switches it off.
+      token_hook, logits_hook: functions that change the canvas after a step, or the logits before tokens are chosen;
+        see `callbacks`.
+      mask: attention mask, as `masks.parse` returns it; padding is hidden in addition. None is the mask that the model
+        was trained under. The mask counts from the first valid token of a row, and takes all tokens that `generate` is
+        given (mask tokens included) as the prompt.
+      stop_at_end: whether a row is done when no mask is left before the first end-of-text token that was written. All
+        masks after that token then become end-of-text tokens.
 
     Raises:
-      ValueError: a value out of its range, or two that do not go together.
+      ValueError: a value is outside its range, or two values exclude each other.
     """
 
     max_new_tokens: int = 512
@@ -150,7 +157,7 @@ class SamplerConfig:
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
-        # Tuples, so that the config is hashable.
+        # Lists become tuples, because a static argument of jax.jit must be hashable.
         object.__setattr__(self, "forbidden_tokens", tuple(int(token) for token in self.forbidden_tokens))
         object.__setattr__(self, "forced_tokens", tuple((int(at), int(token)) for at, token in self.forced_tokens))
         for at, token in self.forced_tokens:
@@ -175,7 +182,7 @@ class SamplerConfig:
             raise ValueError(f"{self.vocab_limit=} leaves no token to write")
         if self.mask is not None and not masks.is_fixed(self.mask):
             raise ValueError(f"mask {self.mask} holds arrays for particular rows; pass it as `masks.parse` makes it")
-        schedule.timesteps(self.steps, self.eps)  # raises for steps and eps
+        schedule.timesteps(self.steps, self.eps)  # raises ValueError if steps or eps is outside its range
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -193,31 +200,31 @@ class SamplerConfig:
 
     @property
     def is_random(self) -> bool:
-        """Whether the result depends on a random key."""
+        """Whether the result depends on the random key."""
         return self.temperature > 0 or bool(self.alg_temp) or (self.alg == "origin" and self.steps > 1)
 
     @property
     def block_steps(self) -> int:
-        """Steps of the schedule in each block."""
+        """The number of steps that the schedule has for each block."""
         if self.block_length is None or self.max_new_tokens == 0:
             return self.steps
         return max(1, -(-self.steps * min(self.block_length, self.max_new_tokens) // self.max_new_tokens))
 
     @classmethod
     def preset(cls, name: Preset, *, max_new_tokens: int, **options: Any) -> SamplerConfig:
-        """A configuration chosen by its balance of speed and quality.
+        """Returns a named configuration; the names differ in their balance of speed and quality.
 
         Args:
-          name: "exact": entropy order, one step per token (or `steps`), no cache. "balanced": blocks of 32, every token
-            with a probability of at least 0.998 is written at once, windows that reach 32 tokens to both sides, a full
-            pass at each block start and after every fourth pass. "fast": blocks of 32, a probability of at least 0.9,
-            windows of the block and one token before it, a full pass at each block start. The last two stop at the end
-            of the text.
+          name: "exact": entropy order, one step per token (or `steps`), no cache. "balanced": blocks of 32 tokens; each
+            pass writes every token with a probability of at least 0.998; windows reach 32 tokens to both sides of the
+            block; a full pass is made at each block start, and every fourth pass after it is full too. "fast": blocks
+            of 32 tokens, a probability of at least 0.9, windows of the block and one token before it, a full pass at
+            each block start. "balanced" and "fast" set `stop_at_end`.
           max_new_tokens: as in SamplerConfig.
           **options: other fields of SamplerConfig; they override the preset.
 
         Raises:
-          ValueError: an unknown name.
+          ValueError: the name is unknown, or SamplerConfig refuses the values.
         """
         if name not in get_args(Preset):
             raise ValueError(f"preset {name=} is not one of {get_args(Preset)}")
@@ -243,30 +250,34 @@ class SamplerConfig:
         commit: Threshold | None = None,
         **options: Any,
     ) -> SamplerConfig:
-        """The published Fast-dLLM, with the same tokens and passes. It is for comparisons: `preset` is better and
-        faster.
+        """Returns the configuration of the published Fast-dLLM, which gives the same tokens in the same passes.
 
-        Its "confidence_threshold" is `alg="maskgit_plus", commit=Threshold(tau)`, with which `steps` has no effect.
+        It is for comparisons: `preset` is better and faster. The "confidence_threshold" of Fast-dLLM is
+        `alg="maskgit_plus", commit=Threshold(tau)`; `steps` then has no effect.
 
         Args:
-          cache: "prefix" or "dual".
-          block_length: must divide max_new_tokens.
+          cache: the variant of `FastDLLMCache`, "prefix" or "dual".
+          block_length: number of tokens of a block; it must divide max_new_tokens.
           max_new_tokens: as in SamplerConfig.
-          steps: a multiple of the number of blocks, at least two per block (the first writes one token).
-          alg: order of the positions.
-          commit: None writes what the schedule says.
+          steps: a multiple of the number of blocks, at least two per block (the first of them writes one token).
+          alg: order of the positions, as in SamplerConfig.
+          commit: a threshold on the confidences; None writes the numbers of the published schedule.
           **options: other fields of SamplerConfig.
 
         Raises:
-          ValueError: numbers that do not divide.
+          ValueError: block_length does not divide max_new_tokens, the blocks do not divide the steps or have too few,
+            or SamplerConfig refuses the values.
         """
         if block_length < 1 or max_new_tokens % block_length:
-            raise ValueError(f"{max_new_tokens=} is no multiple of {block_length=}")
+            raise ValueError(f"{max_new_tokens=} must be a multiple of {block_length=}, which must be at least 1")
         blocks = max_new_tokens // block_length
         if steps % max(blocks, 1):
-            raise ValueError(f"{steps=} is no multiple of the {blocks} blocks")
+            raise ValueError(f"{steps=} must be a multiple of the number of blocks, {blocks}")
         if commit is None and block_length > 1 and steps < 2 * blocks:
-            raise ValueError(f"{steps=} for {blocks} blocks would leave masks: a block's first step writes one token")
+            raise ValueError(
+                f"{steps=} for {blocks} blocks would leave masks, because the first step of a block writes one token; "
+                f"pass at least {2 * blocks}"
+            )
         return cls(
             max_new_tokens=max_new_tokens,
             steps=steps,

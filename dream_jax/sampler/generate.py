@@ -23,16 +23,16 @@ from dream_jax.shapes import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What `generate` returns.
+    """The result of `generate` for prompts [B, P] and N = max_new_tokens.
 
     Attributes:
       tokens: int32 [B, P + N], the prompt as it was given (padding included) and the answer.
-      commit_step: int32 [B, P + N], the step that last wrote each position; -1 where the prompt already had a token.
-        Steps are counted by the published schedule, including skipped ones; with blocks or another commit rule, they
-        are the forward passes of the row.
-      forwards: forward passes made (an int32 scalar). With a cache, full passes and window passes both count as one.
-      passes: int32 [B], the forward passes that each row took part in: its cost if it were alone in the batch.
-      mask_token_id: the token at positions that are not yet written.
+      commit_step: int32 [B, P + N], id of the step that last wrote each position, from 0; -1 at tokens of the prompt
+        and at forced tokens. Without blocks and with `Count`, the id is the index in the published schedule, in which
+        steps that write nothing count too; otherwise it is the number of forward passes that the row had made before.
+      forwards: int32 scalar, number of forward passes made. With a cache, full and window passes count as one each.
+      passes: int32 [B], number of forward passes that each row took part in: its cost if it were alone in the batch.
+      mask_token_id: id of the mask token, which stands at positions that are not yet written.
     """
 
     tokens: Int[jax.Array, "B T"]
@@ -42,7 +42,7 @@ class Sample:
     mask_token_id: int = dataclasses.field(metadata={"static": True})
 
     def canvas_at(self, step: int) -> Int[jax.Array, "B T"]:
-        """The canvas after step `step` (0-based), int32 [B, P + N]; -1 gives the canvas before the first."""
+        """Returns the canvas after the step with this id (from 0), int32 [B, P + N]; -1 is before the first step."""
         return jnp.where(self.commit_step <= step, self.tokens, self.mask_token_id)
 
 
@@ -57,23 +57,28 @@ def generate(
 ) -> Sample:
     """Denoises `max_new_tokens` mask tokens after each prompt, and any mask tokens inside the prompt (infilling).
 
-    Prompts are padded on the left to one of a few lengths, so that different lengths share compiled programs. The
-    padding is hidden by the attention mask, positions count from the first valid token, and the result has no padding
-    but the caller's.
+    `generate` pads the prompts on the left to one of a few lengths, so that different lengths share compiled programs.
+    The attention mask hides the padding, positions count from the first valid token, and the padding that `generate`
+    added is cut off the result.
 
     Args:
-      model: any Dream. If its parameters are on a mesh, the batch is sharded over it.
-      prompt_BP: token ids; rows of different lengths are padded on the left.
-      config: see SamplerConfig.
-      key: a `jax.random.key`, or one key per row ([B]); required when anything is random. With a single key, row b uses
+      model: any Dream. If its parameters are on a mesh, the batch is sharded over this mesh.
+      prompt_BP: integer token ids, numpy or jax; shorter rows must be padded on the left.
+      config: the settings of the sampler; None for the defaults of SamplerConfig.
+      key: a `jax.random.key`, or one key per row ([B]); required if `config.is_random`. With a single key, row b uses
         `fold_in(key, b)`, so that its result does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
         are accepted.
-      prompt_mask: nonzero at valid tokens, zero at left padding; None when there is no padding.
-      on_step: called with (step, canvas [B, P + N]) after every step that wrote something; `step` is that of the most
-        advanced row. Each call copies the canvas to the host.
+      prompt_mask: nonzero at valid tokens, zero at left padding; None if there is no padding.
+      on_step: called with (step, canvas int32 [B, P + N]) after every step that wrote something; `step` is the id of
+        the most advanced row's step. Each call copies the canvas to the host.
+
+    Returns:
+      The tokens of prompts and answers, and when each of them was written.
 
     Raises:
-      ValueError: shapes that do not fit, padding on the right, a missing key, or ids outside the vocabulary.
+      ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
+        vocabulary, or is too long for the model; prompt_mask has another shape; the key is missing or has another
+        number of rows.
     """
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
@@ -110,7 +115,7 @@ def generate(
         if on_step is not None:
             jax.effects_barrier()
     return Sample(
-        # The tokens in the padding were ignored; they are returned as the caller gave them.
+        # The sampler ignores the tokens at padding; the result has those that the caller gave.
         tokens=jnp.where(valid_BT[:, padding:], state.canvas_BT[:, padding:], given),
         commit_step=state.commit_step_BT[:, padding:],
         forwards=state.forwards,
@@ -122,7 +127,18 @@ def generate(
 def lay_out(
     model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the canvas before the first step (int32 [B, T], with `padding` more columns on the left) and valid_BT."""
+    """Returns the canvas before the first step.
+
+    Args:
+      model: gives the ids of the mask and padding tokens.
+      prompt: integer token ids [B, P].
+      valid_BP: bool [B, P], true at valid tokens.
+      config: gives the number of new tokens and the forced tokens.
+      padding: number of columns to add on the left.
+
+    Returns:
+      The canvas int32 [B, T], where T is `padding` + P + max_new_tokens, and bool [B, T], false at padding.
+    """
     rows, length = prompt.shape
     total = padding + length + config.max_new_tokens
     canvas = np.full((rows, total), model.config.mask_token_id, np.int32)
@@ -137,7 +153,7 @@ def lay_out(
 
 
 def bucket_length(length: int) -> int:
-    """The smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
+    """Returns the smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
     if length <= 0:
         return 0
     power = 8
@@ -149,7 +165,7 @@ def bucket_length(length: int) -> int:
 
 
 def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig) -> None:
-    """Raises ValueError for a prompt that `generate` cannot denoise; see there."""
+    """Raises ValueError if `generate` cannot denoise this prompt [B, P]; its docstring lists the reasons."""
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
     if prompt.shape[0] == 0:
@@ -184,13 +200,13 @@ def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
 
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
     if key is None:
-        key = jax.random.key(0)  # not used, because nothing is random
+        key = jax.random.key(0)  # the program needs some key, but its result does not depend on it
     if not isinstance(key, jax.Array | np.ndarray):
-        raise ValueError(f"{key=} is no random key; pass jax.random.key({key if isinstance(key, int) else 0})")
+        raise ValueError(f"{key=} is not a random key; pass jax.random.key({key if isinstance(key, int) else 0})")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 1:
         if key.shape[0] != rows:
-            raise ValueError(f"got {key.shape[0]} keys for {rows} rows")
+            raise ValueError(f"got {key.shape[0]} keys for {rows} rows; pass one key, or one per row")
         return key
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))

@@ -1,8 +1,8 @@
-"""The loop: a pure step on a carry, and the compiled drivers that run it until every row is done.
+"""The loop of the sampler: a pure step on a carry, and the compiled functions that run it until every row is done.
 
 Each row has its own schedule step, block and random keys, so its result does not depend on the other rows of the batch.
-Steps that would write nothing are skipped. This changes no result, because the canvas, and so the next forward pass,
-would be the same.
+Steps that would write nothing are skipped. This does not change the result, because such a step leaves the canvas, and
+therefore the next forward pass, as it was.
 """
 
 from __future__ import annotations
@@ -35,16 +35,22 @@ def denoise(
     *,
     static: StaticSettings,
 ) -> State:
-    """Steps until every row is done. Returns the last state, without the KV cache."""
+    """Runs steps until every row is done. Returns the last state, replicated on all devices, without its KV cache."""
     state = begin(model, sharding.constrain(canvas_BT, "batch", None), static)
     layout = canvas_layout(model, valid_BT, static)
     state = _run(model, layout, keys_B, dynamic, listener_id, state, static, jnp.int32(canvas_BT.shape[0]))
-    # Replicated, so that every process of a run can read all of it.
+    # The result is replicated, so that every process of a run can read all of it.
     return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state._replace(kv_cache=None))
 
 
 class StreamBatch(NamedTuple):
-    """The rows that `resume` works on: the state, and the inputs that belong to each row."""
+    """The rows that `resume` works on.
+
+    Attributes:
+      state: the carry of the loop.
+      valid_BT: false at padding.
+      keys_B: the random key of each row.
+    """
 
     state: State
     valid_BT: Bool[jax.Array, "B T"]
@@ -64,7 +70,11 @@ def resume(
     *,
     static: StaticSettings,
 ) -> StreamBatch:
-    """Replaces the rows marked in `new_B` by new ones, then steps until at least `idle` rows are done."""
+    """Replaces the rows marked in `new_B` by new ones, then runs steps until at least `idle` rows are done.
+
+    The new rows are the marked rows of `canvas_BT`, `valid_BT` and `keys_B`; their other rows are ignored. `batch` is
+    donated: it must not be used after the call.
+    """
 
     def replaced(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -82,7 +92,7 @@ def resume(
 
 
 def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> StreamBatch:
-    """A batch in which every row is done."""
+    """Returns a batch of `rows` rows of `length` padding tokens, in which every row is done."""
     padding_BT = jnp.full((rows, length), model.config.pad_token_id, jnp.int32)
     state = begin(model, sharding.constrain(padding_BT, "batch", None), static)
     keys_B = jnp.broadcast_to(jax.random.key(0), (rows,))
@@ -90,7 +100,7 @@ def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> 
 
 
 def canvas_layout(model: Dream, valid_BT: Bool[jax.Array, "B T"], static: StaticSettings) -> CanvasLayout:
-    """What stays the same about a canvas. The mask is that of the settings, by default the model's trained one."""
+    """Returns the layout of a canvas. Its mask is `static.mask` or else the model's trained mask, and hides padding."""
     mask = masks.parse(model.trained_mask) if static.mask is None else static.mask
     length = valid_BT.shape[1]
     answer_BT = jnp.broadcast_to(jnp.arange(length) >= length - static.new_tokens, valid_BT.shape)
@@ -108,7 +118,7 @@ def _run(
     static: StaticSettings,
     idle: Int[jax.Array, ""],
 ) -> State:
-    """Steps until at least `idle` rows are done."""
+    """Runs steps until at least `idle` rows are done."""
     unfinished = lambda state: jnp.sum(~active(state), dtype=jnp.int32) < idle
     take_step = functools.partial(step, model, layout, keys_B, dynamic, listener_id, static=static)
     return jax.lax.while_loop(unfinished, take_step, state)
@@ -124,7 +134,7 @@ def step(
     *,
     static: StaticSettings,
 ) -> State:
-    """Every row that is not done takes its next step that may write something."""
+    """Returns the state after the next step that may write something, for every row that is not done."""
     block, refresh_B = _block(state, static), _refresh(state, static.cache)
     position_BM, candidate_BM = _candidates(model, state, block, refresh_B, static)
     candidates_B = jnp.sum(candidate_BM, axis=1, dtype=jnp.int32)
@@ -137,8 +147,8 @@ def step(
         chosen_BM = candidate_BM & (draws(0) < dynamic.fractions_S[schedule_step_B][:, None])
 
     def write(state: State) -> State:
-        # The right shift: position i is predicted from the hidden state at i - 1. The first position of a text is
-        # predicted from its own hidden state, never from that of the padding before it.
+        # Right shift: position i is predicted from the hidden state at i - 1. The first position of a text is predicted
+        # from its own hidden state, never from the hidden state of the padding before it.
         first_BM = (take(layout.positions_BT, position_BM) == 0) | (position_BM == 0)
         source_BM = jnp.where(first_BM, position_BM, position_BM - 1)
         hidden_XMD, kv_cache, forwards = _forward(model, state, layout, source_BM, refresh_B, block, static)
@@ -208,7 +218,8 @@ def _forward(
     """Makes the forward passes that the cache policy asks for.
 
     Returns:
-      The hidden states at the source positions (X is B, or 2 B under guidance), the KV cache, and the number of passes.
+      The hidden states at the source positions (X is B, or 2 B under guidance), the updated KV cache (None without a
+      cache), and the number of forward passes made (int32).
     """
     canvas_BT = state.canvas_BT
     if static.guided:
@@ -235,14 +246,14 @@ def _forward(
 
 
 def _block(state: State, static: StaticSettings) -> Block:
-    """The current block of each row; without blocks, everything from the first mask on."""
+    """Returns the current block of each row; without blocks, all positions from the first mask on."""
     start_B, length = state.block_start_B, state.canvas_BT.shape[1]
     end_B = jnp.full_like(start_B, length) if static.block_length is None else start_B + static.block_length
     return Block(start_B, jnp.minimum(end_B, length))
 
 
 def _refresh(state: State, cache: CachePolicy) -> Bool[jax.Array, "B"]:
-    """Marks the rows whose next pass is a full one."""
+    """Marks the rows whose next pass is a full pass that refreshes their KV cache; none without a cache."""
     if not isinstance(cache, KVCachePolicy):
         return jnp.zeros(state.block_start_B.shape, bool)
     wanted_B = state.passes_since_full_B < 0
@@ -256,7 +267,7 @@ def _refresh(state: State, cache: CachePolicy) -> Bool[jax.Array, "B"]:
 def _candidates(
     model: Dream, state: State, block: Block, refresh_B: Bool[jax.Array, "B"], static: StaticSettings
 ) -> tuple[Int[jax.Array, "B M"], Bool[jax.Array, "B M"]]:
-    """Positions of each row, of which those that may be written come first, in order; and which of them those are."""
+    """Returns M positions of each row, first those that this step may write, in order; and true where it may write."""
     position_T = jnp.arange(state.canvas_BT.shape[1], dtype=jnp.int32)
     open_BT = state.canvas_BT == model.config.mask_token_id
     open_BT &= (position_T >= block.start_B[:, None]) & (position_T < block.end_B[:, None])
@@ -273,7 +284,7 @@ def _schedule_step(
     dynamic: DynamicSettings,
     static: StaticSettings,
 ) -> tuple[Int[jax.Array, "B"], Int[jax.Array, "B"]]:
-    """The schedule step that each row takes, and how many positions the schedule writes in it."""
+    """Returns the index in the schedule of the step that each row takes, and how many positions the schedule writes."""
     schedule_step_B = state.schedule_step_B
     if static.alg == "origin" or not static.follows_schedule:
         return schedule_step_B, masked_B
@@ -292,18 +303,18 @@ def _write(
     token_BM: Int[jax.Array, "B M"],
     step_id_B: Int[jax.Array, "B"],
 ) -> State:
-    """Writes the tokens at the marked positions, with the id of the step."""
+    """Returns the state after writing the tokens and the id of the step at the positions marked in `written_BM`."""
     rows_B1 = jnp.arange(position_BM.shape[0])[:, None]
     old_BM = take(state.canvas_BT, position_BM)
     canvas_BT = state.canvas_BT.at[rows_B1, position_BM].set(jnp.where(written_BM, token_BM, old_BM))
-    # A position counts as written even if the model chose the mask token there; a later step then writes it again.
+    # A position counts as written even if the model chose the mask token; a later step then writes the position again.
     step_id_BM = jnp.where(written_BM, step_id_B[:, None], -1)
     commit_step_BT = state.commit_step_BT.at[rows_B1, position_BM].max(step_id_BM)
     return state._replace(canvas_BT=sharding.constrain(canvas_BT, "batch", None), commit_step_BT=commit_step_BT)
 
 
 def _fill_after_end(model: Dream, state: State, step_id_B: Int[jax.Array, "B"]) -> State:
-    """Fills a row with end-of-text tokens if it has no mask before its first end-of-text token."""
+    """Fills all masks of a row with end-of-text tokens if no mask is left before the first one that was written."""
     masked_BT = state.canvas_BT == model.config.mask_token_id
     end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0)
     filled_BT = masked_BT & (first(end_BT) < first(masked_BT))[:, None]
@@ -316,7 +327,7 @@ def _fill_after_end(model: Dream, state: State, step_id_B: Int[jax.Array, "B"]) 
 def _apply_token_hook(
     model: Dream, state: State, canvas_BT: Int[jax.Array, "B T"], step_id_B: Int[jax.Array, "B"]
 ) -> State:
-    """Takes over the canvas that a hook returned, in the rows that are not done."""
+    """Returns the state with the canvas that a hook returned, in the rows that are not done."""
     changed_BT = (canvas_BT != state.canvas_BT) & active(state)[:, None]
     step_id_BT = jnp.where(canvas_BT == model.config.mask_token_id, -1, step_id_B[:, None])
     return state._replace(
@@ -326,11 +337,11 @@ def _apply_token_hook(
 
 
 def _advance(model: Dream, state: State, block: Block, static: StaticSettings) -> State:
-    """Moves the rows that have finished their block to the next one, which starts at the first mask after it."""
+    """Moves each row that has finished its block to the next block, which starts at the first mask after the block."""
     length = state.canvas_BT.shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
     masked_BT = state.canvas_BT == model.config.mask_token_id
-    # If the model chose the mask token itself, masks are left when the block has made all its steps; they stay.
+    # If the model chose the mask token itself, masks are left when the block has made all its steps, and remain.
     if static.follows_schedule:
         spent_B = state.schedule_step_B >= static.steps
     else:
@@ -353,9 +364,10 @@ def _draws(
     position_BM: Int[jax.Array, "B M"],
     stream: int,
 ) -> Float[jax.Array, "B M"]:
-    """A uniform number for each position, from the row's key, the step, the stream, and the position in the text.
+    """Returns a uniform number in [0, 1) for each position in `position_BM`.
 
-    The position in the text does not count padding, so padding changes no number.
+    It depends on the key of the row, the id of the step, the number of the stream, and the position in the text. The
+    position in the text does not count padding, so padding does not change the number.
     """
     length = positions_BT.shape[1]
 

@@ -1,4 +1,4 @@
-"""Forward passes that give the hidden states at a few positions of each row: over all tokens, or with a KV cache."""
+"""Forward passes, over all tokens or with a KV cache, that return the hidden states at a few positions of each row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from dream_jax.attention import KVCache, Window
 from dream_jax.model import Dream
 from dream_jax.sampler.config import KVCachePolicy
 
-# Tokens in one group of full passes, when many rows wait for one: enough to keep the matrix units of an accelerator
-# busy, few enough that rows which need no full pass do not wait long.
+# Number of tokens in one group of rows that make a full pass together. It keeps the matrix units of an accelerator
+# busy, but is so small that the rows which need no full pass do not wait long.
 _REFRESH_TOKENS = 512
 
 
 class CanvasLayout(NamedTuple):
-    """What stays the same about a canvas: valid positions (no padding), rotary positions, and the attention mask.
+    """The properties of a canvas that do not change while it is denoised.
 
-    The first axis of every array in the mask is the batch.
+    Attributes:
+      valid_BT: false at padding.
+      positions_BT: rotary positions.
+      mask: the attention mask; the first axis of every array in it is the batch.
     """
 
     valid_BT: Bool[jax.Array, "B T"]
@@ -30,7 +33,7 @@ class CanvasLayout(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The block that each row is writing: positions start <= t < end; start is T in a row that is done."""
+    """The block that each row is writing: the positions start <= t < end. In a row that is done, start is T."""
 
     start_B: Int[jax.Array, "B"]
     end_B: Int[jax.Array, "B"]
@@ -39,12 +42,12 @@ class Block(NamedTuple):
 def full(
     model: Dream, canvas_BT: Int[jax.Array, "B T"], layout: CanvasLayout, source_BM: Int[jax.Array, "B M"]
 ) -> Float[jax.Array, "B M D"]:
-    """The hidden states at the source positions, from a pass over all tokens."""
+    """Returns the hidden states at the source positions, from a forward pass over all tokens."""
     return take(model.hidden(canvas_BT, layout.mask, layout.positions_BT), source_BM)
 
 
 def empty_kv_cache(model: Dream, rows: int, length: int) -> KVCache:
-    """A KV cache of zeros for a canvas."""
+    """Returns a KV cache of zeros for a canvas [rows, length]: arrays [L, rows, length, K, H] in the compute dtype."""
     config = model.config
     shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
     zeros = sharding.constrain(jnp.zeros(shape, model.compute_dtype), None, "batch", None, "kv_heads", None)
@@ -63,11 +66,12 @@ def cached(
     policy: KVCachePolicy,
     block_length: int,
 ) -> tuple[Float[jax.Array, "B M D"], KVCache, Int[jax.Array, ""]]:
-    """The hidden states at the source positions: by a full pass in the rows marked `refresh_B`, by a window in the
-    others.
+    """Computes the hidden states at the source positions with a KV cache.
+
+    The rows marked in `refresh_B` make a full pass; the other rows that are not done make a window pass.
 
     Returns:
-      Hidden states; the updated KV cache; the number of passes made.
+      The hidden states, the updated KV cache, and the number of forward passes made (an int32 scalar).
     """
     hidden_BMD, kv_cache, passes = _full_passes(model, canvas_BT, layout, source_BM, kv_cache, refresh_B)
     window_B = ~refresh_B & (block.start_B < canvas_BT.shape[1])
@@ -97,8 +101,8 @@ def _window_pass(
     length = canvas_BT.shape[1]
     right = length if policy.right is None else policy.right
     width = min(policy.left + block_length + right, length)
-    # Near an end of the canvas the window is moved inwards. The tokens that it then covers beyond its bounds must not
-    # enter the cache: a row's result would depend on its distance from the end, and so on its padding.
+    # Near an end of the canvas the window is moved inwards. It then covers tokens beyond `left` and `right`, which must
+    # not enter the cache: the result of a row would depend on its distance from the end, and so on its padding.
     window_start_B = jnp.clip(block.start_B - policy.left, 0, length - width)
     position_BW = window_start_B[:, None] + jnp.arange(width, dtype=jnp.int32)
     cached_BW = (position_BW >= (block.start_B - policy.left)[:, None]) & (position_BW < (block.end_B + right)[:, None])
@@ -122,9 +126,9 @@ def _full_passes(
     kv_cache: KVCache,
     refresh_B: jax.Array,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Full passes over the rows marked `refresh_B`, one group of rows after the other; as `cached`."""
+    """Makes full passes over the rows marked in `refresh_B`, one group of rows after the other. Returns as `cached`."""
     batch, length = canvas_BT.shape
-    # A group takes rows from every device's shard of the batch.
+    # A group has the same number of rows from every shard of the batch, so that all devices have the same work.
     shards, _ = sharding.token_shards(batch, length)
     shard_rows = batch // shards
     size = min(shard_rows, max(1, -(-_REFRESH_TOKENS // (shards * length))))
@@ -140,7 +144,7 @@ def _full_passes(
         state: tuple[jax.Array, jax.Array, KVCache, jax.Array],
     ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:
         waiting_B, hidden_BMD, kv_cache, passes = state
-        # Waiting rows come first. Other rows may fill up the group; their results are dropped.
+        # Rows that wait for a full pass come first. Other rows may fill up the group; their results are dropped.
         index_GR = jnp.argsort(~split(waiting_B), axis=1, stable=True)[:, :size].astype(jnp.int32)
         taken_GR = take(split(waiting_B), index_GR)
         target_GR = jnp.where(taken_GR, index_GR, shard_rows)
@@ -157,7 +161,7 @@ def _full_passes(
     state = (refresh_B, hidden_BMD, kv_cache, jnp.int32(0))
     if size == shard_rows:
         # One group holds all rows. XLA would move the loop-invariant body out of a while_loop, and so make a full pass
-        # in every step; with `cond` the pass is made only when it is needed.
+        # in every step. With `cond` the pass is made only if a row needs it.
         _, hidden_BMD, kv_cache, passes = jax.lax.cond(jnp.any(refresh_B), group_pass, lambda state: state, state)
     else:
         _, hidden_BMD, kv_cache, passes = jax.lax.while_loop(lambda state: jnp.any(state[0]), group_pass, state)
@@ -165,5 +169,5 @@ def _full_passes(
 
 
 def take(x: jax.Array, position_BM: jax.Array) -> jax.Array:
-    """x[b, position[b, m], ...] of an array [B, T, ...]."""
+    """Returns the array [B, M, ...] with the entries x[b, position[b, m], ...] of an array x [B, T, ...]."""
     return jnp.take_along_axis(x, position_BM.reshape(*position_BM.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,4 +1,4 @@
-"""Proposes a token and a confidence for each masked position from its hidden state, a few rows of logits at a time."""
+"""Proposes a token and a confidence for each masked position; computes the logits of a few positions at a time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,29 @@ from dream_jax import decoding, sharding
 from dream_jax.model import Dream
 from dream_jax.target import current_target
 
-# Most elements of the [rows, V] array of logits (256 MiB of float32).
+# Maximum number of elements of the [rows, V] array of logits (256 MiB in float32).
 _LOGIT_ELEMENTS = 1 << 26
-# Fewest rows of that array, over the whole batch: with fewer, reading the projection costs more than the product.
+# Minimum number of rows of this array, over the whole batch. With fewer rows, reading the weights of the output
+# projection takes longer than the matrix product.
 _LOGIT_ROWS = 64
-# Into how many sizes a chunk is divided, of which the last chunk takes the smallest that suffices. A CPU would spend
-# time on rows that only fill up a chunk; on other devices a chunk takes as long as reading the projection, whatever its
-# rows.
+# Number of sizes that the last chunk can have, by platform (1 on others): with 16 sizes it has 1/16, 2/16, ... or 16/16
+# of the positions of a full chunk, and the smallest sufficient size is used. On a CPU, positions that only fill up a
+# chunk take time. On other devices a chunk of any size takes as long as reading the output projection.
 _CHUNK_SIZES = {"cpu": 16}
-# Below this vocabulary size there is one size only: each is compiled separately, which would take longer than it saves.
+# With a smaller vocabulary than this the last chunk has the full size only: a separate program is compiled for each
+# size, and compiling it would take longer than the smaller chunk saves.
 _LARGE_VOCABULARY = 1 << 14
 
 
 class Filters(NamedTuple):
-    """Parameters of the token distribution; None switches off."""
+    """Parameters of the token distribution, float32 scalars; None switches a parameter off.
+
+    Attributes:
+      temperature: positive number by which the logits are divided; None takes the most probable token.
+      top_p: probability mass of the nucleus, in (0, 1).
+      end_penalty: number that is subtracted from the logit of the end-of-text token.
+      guidance: g in u + (1 + g) (c - u), the logits that follow from conditional logits c and unconditional logits u.
+    """
 
     temperature: Float[jax.Array, ""] | None
     top_p: Float[jax.Array, ""] | None
@@ -37,16 +46,16 @@ class Filters(NamedTuple):
 
 
 class Writable(NamedTuple):
-    """Which tokens may be written: ids below the limit, except the forbidden ones."""
+    """Which tokens may be written: ids below `limit` (None: the whole vocabulary), except those in `forbidden`."""
 
     limit: int | None
     forbidden: tuple[int, ...]
 
     def table(self, vocab: int) -> np.ndarray | None:
-        """Returns bool [V], true at tokens that may be written; None when all may.
+        """Returns bool [V], true at tokens that may be written; None if all tokens may be written.
 
         Raises:
-          ValueError: a forbidden token outside the vocabulary, or no token left.
+          ValueError: a forbidden token is outside the vocabulary, or no token is left.
         """
         if self.limit is None and not self.forbidden:
             return None
@@ -72,39 +81,47 @@ def propose(
     writable: Writable,
     hook: Callable[[Int[jax.Array, "B C"], Float[jax.Array, "B C V"]], Float[jax.Array, "B C V"]] | None = None,
 ) -> tuple[Int[jax.Array, "B M"], Float[jax.Array, "B M"]]:
-    """Token and confidence of the first `needed` of the M hidden states of each row; logits exist for one chunk at a
-    time.
+    """Returns a token and a confidence for the first `needed` of the M hidden states of each row.
+
+    The logits are computed for one chunk of positions at a time.
 
     Args:
       model: gives the output projection.
       hidden_XMD: hidden states. X is B, or 2 B under guidance, where each row is followed by its unconditional copy.
-      needed: how many of the M hidden states are used; the results of the others have no meaning.
+      needed: int32 scalar in 0..M: only the first `needed` hidden states of each row are used.
       filters: parameters of the token distribution.
-      uniform_BM: numbers in [0, 1) to sample with; needed when there is a temperature.
+      uniform_BM: float32 numbers in [0, 1) to sample with; may be None without a temperature.
       alg: the definition of confidence, see `decoding.choose_tokens`.
-      top_k: number of tokens to sample from, None for all.
+      top_k: number of most probable tokens to sample from; None for all tokens.
       writable: which tokens may be written.
-      hook: maps the indices (into M) of a chunk and its logits to the logits to use.
+      hook: called for each chunk with the indices of its C positions (into M), int32 [B, C], and their logits, float32
+        [B, C, V]; returns the logits to use. Tokens that must not be written are excluded again afterwards.
+
+    Returns:
+      Token ids int32 [B, M] and confidences float32 [B, M] (higher is more confident); undefined from `needed` on.
+
+    Raises:
+      ValueError: as `Writable.table`; or there is a temperature, but `uniform_BM` is None.
     """
     guided = filters.guidance is not None
-    batch, most, _ = hidden_XMD.shape
+    batch, num_positions, _ = hidden_XMD.shape
     batch = batch // 2 if guided else batch
     vocab = model.config.vocab_size
-    # Small enough that late steps, with few masked positions, are cheap; large enough to make reading the projection
-    # pay.
-    chunk = max(most // 4, -(-_LOGIT_ROWS // batch))
-    chunk = max(1, min(most, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
-    sizes = _CHUNK_SIZES.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1
-    smallest = -(-chunk // sizes)
-    sizes = -(-chunk // smallest)
-    chunk = smallest * sizes
-    padding = -most % chunk
+    # A small chunk makes late steps, which have few masked positions, cheap. A large one shares the time to read the
+    # output projection among many positions.
+    chunk = max(num_positions // 4, -(-_LOGIT_ROWS // batch))
+    chunk = max(1, min(num_positions, chunk, _LOGIT_ELEMENTS // (batch * vocab)))
+    num_sizes = _CHUNK_SIZES.get(current_target().platform, 1) if vocab >= _LARGE_VOCABULARY else 1
+    smallest = -(-chunk // num_sizes)
+    num_sizes = -(-chunk // smallest)
+    chunk = smallest * num_sizes
+    padding = -num_positions % chunk
     hidden_XMD = jnp.pad(hidden_XMD, ((0, 0), (0, padding), (0, 0)))
     if uniform_BM is not None:
         uniform_BM = jnp.pad(uniform_BM, ((0, 0), (0, padding)))
     writable_V = writable.table(vocab)
 
-    Proposed = tuple[jax.Array, jax.Array]  # tokens and confidences, both [B, M]
+    Proposed = tuple[jax.Array, jax.Array]  # tokens int32 and confidences float32, both [B, M + padding]
 
     def propose_chunk(size: int, start: jax.Array, proposed: Proposed) -> Proposed:
         in_chunk = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
@@ -118,7 +135,7 @@ def propose(
         allowed = lambda z: z if writable_V is None else jnp.where(writable_V, z, -jnp.inf)
         logits_BCV = allowed(logits_BCV)
         if hook is not None:
-            index_C = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), most - 1)
+            index_C = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), num_positions - 1)
             logits_BCV = allowed(hook(jnp.broadcast_to(index_C, (batch, size)), logits_BCV))
         token, confidence = decoding.choose_tokens(
             logits_BCV.reshape(batch * size, vocab),
@@ -131,19 +148,22 @@ def propose(
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return update(proposed[0], token.reshape(batch, size)), update(proposed[1], confidence.reshape(batch, size))
 
-    empty = (jnp.zeros((batch, most + padding), jnp.int32), jnp.zeros((batch, most + padding), jnp.float32))
+    width = num_positions + padding
+    empty = (jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch, width), jnp.float32))
     with jax.named_scope("propose"):
         whole_chunk = lambda index, proposed: propose_chunk(chunk, index * chunk, proposed)
-        if sizes == 1:
+        if num_sizes == 1:
             token_BM, confidence_BM = jax.lax.fori_loop(0, (needed + chunk - 1) // chunk, whole_chunk, empty)
         else:
-            # With a single chunk there is no loop: XLA would move its loop-invariant body out of the enclosing
-            # while_loop and compute the whole chunk in every step, needed or not.
-            single = most + padding == chunk
-            done = jnp.int32(0) if single else needed // chunk
-            proposed = empty if single else jax.lax.fori_loop(0, done, whole_chunk, empty)
-            last = lambda size: lambda proposed: propose_chunk(chunk * size // sizes, done * chunk, proposed)
-            branches = [lambda proposed: proposed, *map(last, range(1, sizes + 1))]
-            size = -(-(needed - done * chunk) * sizes // chunk)
-            token_BM, confidence_BM = jax.lax.switch(size, branches, proposed)
-    return token_BM[:, :most], confidence_BM[:, :most]
+            # With a single chunk there is no loop. XLA would move the loop-invariant body of such a loop out of the
+            # enclosing while_loop, and so compute the whole chunk in every step, even if it is not needed.
+            single = width == chunk
+            num_full = jnp.int32(0) if single else needed // chunk
+            proposed = empty if single else jax.lax.fori_loop(0, num_full, whole_chunk, empty)
+            last_chunk = lambda units: (
+                lambda proposed: propose_chunk(chunk * units // num_sizes, num_full * chunk, proposed)
+            )
+            branches = [lambda proposed: proposed, *map(last_chunk, range(1, num_sizes + 1))]
+            units = -(-(needed - num_full * chunk) * num_sizes // chunk)
+            token_BM, confidence_BM = jax.lax.switch(units, branches, proposed)
+    return token_BM[:, :num_positions], confidence_BM[:, :num_positions]

@@ -1,4 +1,4 @@
-"""Commit rules: how many of the masked positions of a row one step writes, the most confident first."""
+"""Commit rules decide how many masked positions of a row one step writes; the most confident are written first."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from dream_jax import decoding
 
 @dataclasses.dataclass(frozen=True)
 class CommitRule(abc.ABC):
-    """Decides how many candidates of a row are written, given their confidences in falling order.
+    """Decides how many candidates of a row are written, given their confidences from high to low.
 
-    A subclass has at most one field, its parameter. The parameter is passed to the compiled loop as an array: one
-    program serves all its values. Every rule except `Count` writes at least one position, so that the loop ends.
+    A subclass has at most one field, its parameter. The parameter is passed to the compiled loop as an array, so that
+    one program serves all its values. Every rule except `Count` writes at least one position, so that the loop ends.
+
+    Attributes:
+      algs: the values of `SamplerConfig.alg` whose confidences this rule can use.
     """
 
-    algs: ClassVar[tuple[decoding.Alg, ...]] = ("maskgit_plus", "topk_margin")  # whose confidences the rule understands
+    algs: ClassVar[tuple[decoding.Alg, ...]] = ("maskgit_plus", "topk_margin")
 
     @property
     def value(self) -> float | None:
-        """The rule's parameter; None when it has none."""
+        """The parameter of the rule; None if the rule has no parameter."""
         return next(iter(dataclasses.astuple(self)), None)
 
     @staticmethod
     @abc.abstractmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
-        """Marks confidences that are high enough for their rank. Those after the first that is not are not written.
+        """Marks the confidences that are high enough for their rank; `count` stops at the first that is not marked.
 
         Args:
-          value: the rule's parameter.
-          sorted_BM: confidences, highest first; entries after the row's candidates have no meaning.
+          value: the parameter of the rule, a float32 scalar.
+          sorted_BM: confidences, highest first; entries after those of the candidates are undefined.
         """
 
     @classmethod
@@ -46,13 +49,13 @@ class CommitRule(abc.ABC):
         candidates_B: Int[jax.Array, "B"],
         scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
-        """Returns how many positions each row writes: at least one, and at most the number of candidates.
+        """Returns how many positions each row writes: at least one, but not more than the number of candidates.
 
         Args:
-          value: the rule's parameter.
+          value: the parameter of the rule; None for `Count`.
           sorted_BM: as for `accepts`.
           candidates_B: number of candidates of each row.
-          scheduled_B: the number that the published schedule would write.
+          scheduled_B: number of positions that the published schedule would write.
         """
         assert value is not None
         accepted_BM = cls.accepts(value, sorted_BM)
@@ -62,13 +65,13 @@ class CommitRule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Count(CommitRule):
-    """Writes the number of the published schedule: `steps` steps, evenly spaced over the noise levels."""
+    """Writes as many positions as the published schedule, whose steps are evenly spaced over the noise levels."""
 
     algs: ClassVar[tuple[decoding.Alg, ...]] = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
-        """Accepts every confidence, since this rule goes by the schedule alone."""
+        """Accepts every confidence, because this rule depends on the schedule only."""
         return jnp.ones(sorted_BM.shape, bool)
 
     @classmethod
@@ -79,7 +82,7 @@ class Count(CommitRule):
         candidates_B: Int[jax.Array, "B"],
         scheduled_B: Int[jax.Array, "B"],
     ) -> Int[jax.Array, "B"]:
-        """Returns the scheduled number."""
+        """Returns `scheduled_B`, the number of positions that the schedule writes in this step."""
         return scheduled_B
 
 
@@ -90,7 +93,7 @@ class Threshold(CommitRule):
     This is Fast-dLLM's confidence-aware decoding.
 
     Raises:
-      ValueError: tau outside [0, 1].
+      ValueError: tau is outside [0, 1].
     """
 
     tau: float
@@ -109,11 +112,11 @@ class Threshold(CommitRule):
 class Factor(CommitRule):
     """Writes the k most confident candidates, for the largest k with (i + 1)(1 - c_i) <= factor for all i <= k.
 
-    c_i is the i-th highest confidence. With factor 1 this is the condition under which writing k tokens in parallel
-    gives the same tokens as writing them one by one (Fast-dLLM); a larger factor writes more.
+    c_i is the i-th highest confidence, counted from 1. With factor 1 this is the condition under which writing k tokens
+    in parallel gives the same tokens as writing them one by one (Fast-dLLM); a larger factor writes more tokens.
 
     Raises:
-      ValueError: factor not positive.
+      ValueError: factor is not a positive number.
     """
 
     factor: float
@@ -131,12 +134,12 @@ class Factor(CommitRule):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBound(CommitRule):
-    """Writes candidates of lowest entropy while the sum of all their entropies but the largest is at most `gamma`.
+    """Writes candidates of lowest entropy while the sum of their entropies, except the largest, is at most `gamma`.
 
     The sum, in nats, bounds the error of sampling these tokens independently (entropy-bounded unmasking).
 
     Raises:
-      ValueError: gamma negative.
+      ValueError: gamma is negative or not finite.
     """
 
     gamma: float
@@ -144,11 +147,11 @@ class EntropyBound(CommitRule):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < float("inf"):
-            raise ValueError(f"{self.gamma=} must not be negative")
+            raise ValueError(f"{self.gamma=} must be a finite number of nats, at least 0")
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
-        """Accepts confidences (negative entropies, lowest entropy first) while the sum of those before is in the bound."""
+        """Accepts a confidence (a negative entropy) while the sum of the entropies before it is at most the bound."""
         entropy_BM = jnp.maximum(-sorted_BM, 0.0)
         return jnp.cumsum(entropy_BM, axis=1) - entropy_BM <= value
 
@@ -162,10 +165,10 @@ def choose(
     *,
     score_BM: Float[jax.Array, "B M"] | None = None,
 ) -> Bool[jax.Array, "B M"]:
-    """Marks the candidates that a rule writes.
+    """Marks the candidates that a rule writes in this step.
 
-    Their number follows from the confidences. Those of highest score (by default the confidence) are marked; of equal
-    ones, the first.
+    The confidences decide how many candidates are marked. The scores (by default the confidences) decide which: the
+    highest are marked, and of equal scores those at earlier positions.
     """
     order_BM = decoding.most_confident_first(confidence_BM, candidate_BM)
     sorted_BM = jnp.take_along_axis(confidence_BM, order_BM, axis=1)

@@ -1,4 +1,4 @@
-"""The loop's settings, static (compiled in) and dynamic (arguments of the program), and its carry."""
+"""The settings of the loop, static (compiled in) and dynamic (arguments of the program), and the carry of the loop."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from dream_jax.sampler.config import CachePolicy, KVCachePolicy, SamplerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticSettings:
-    """The settings that a program is compiled for. `DynamicSettings` may change without another compilation.
+    """The settings that are compiled into the program: another value compiles another program.
 
     Attributes:
-      steps: number of schedule steps in each block.
+      steps: number of steps that the schedule has for each block.
       rule: class of the commit rule.
-      writable: which tokens may be written, see `propose.Writable`.
+      writable: the tokens that may be written, see `propose.Writable`.
       guided: whether every row is followed by its unconditional copy (classifier-free guidance).
-      new_tokens: number of positions at the end of the canvas that are not the prompt.
-      capacity: most masked positions of a row for which one step computes logits.
-      others: as in SamplerConfig.
+      new_tokens: number of positions at the end of the canvas that do not belong to the prompt.
+      capacity: maximum number of masked positions of a row for which one step computes logits.
+
+    The other attributes are as in SamplerConfig.
     """
 
     alg: decoding.Alg
@@ -48,7 +49,7 @@ class StaticSettings:
 
     @classmethod
     def of(cls, config: SamplerConfig, capacity: int) -> StaticSettings:
-        """Takes the static settings out of a configuration."""
+        """Returns the static settings of a configuration; `capacity` is limited to the length of a block."""
         return cls(
             alg=config.alg,
             top_k=config.top_k,
@@ -68,12 +69,12 @@ class StaticSettings:
 
     @property
     def follows_schedule(self) -> bool:
-        """Whether the published schedule says how many positions a step writes."""
+        """Whether the published schedule decides how many positions a step writes."""
         return self.rule is rules.Count
 
     @property
     def reports_schedule_steps(self) -> bool:
-        """Whether step ids are those of the published schedule; otherwise they count the forward passes of the row."""
+        """Whether step ids are indices in the published schedule; otherwise they count the passes of the row."""
         return self.block_length is None and self.follows_schedule
 
     @property
@@ -83,7 +84,16 @@ class StaticSettings:
 
 
 class DynamicSettings(NamedTuple):
-    """The settings that are arguments of the compiled program. None switches off (and is compiled in)."""
+    """The settings that are arguments of the compiled program, so that one program serves all their values.
+
+    None switches a setting off; this is compiled in.
+
+    Attributes:
+      filters: parameters of the token distribution.
+      alg_temp: as in SamplerConfig, but never 0.
+      rule: the parameter of the commit rule; None if it has no parameter.
+      fractions_S: for each step of the schedule, the share of the masked positions that the step writes, in [0, 1].
+    """
 
     filters: propose.Filters
     alg_temp: Float[jax.Array, ""] | None
@@ -92,7 +102,7 @@ class DynamicSettings(NamedTuple):
 
     @classmethod
     def of(cls, config: SamplerConfig) -> DynamicSettings:
-        """Takes the dynamic settings out of a configuration."""
+        """Returns the dynamic settings of a configuration."""
         return cls(
             filters=propose.Filters(
                 temperature=_scalar(config.temperature or None),
@@ -111,19 +121,19 @@ def _scalar(value: float | None) -> jax.Array | None:
 
 
 class State(NamedTuple):
-    """The carry of the loop.
+    """The carry of the loop, in which all integers are int32.
 
     Attributes:
-      canvas_BT: token ids.
-      commit_step_BT: id of the step that last wrote each position, -1 for none.
-      passes_B: forward passes that each row took part in.
-      block_start_B: first position of the row's current block; T once the row is done.
-      schedule_step_B: index of the block's next step in its schedule.
-      block_passes_B: passes made in the block.
-      passes_since_full_B: passes since the row's last full pass, including it; -1 before the first.
-      blocks_since_full_B: blocks begun since the row's last full pass.
+      canvas_BT: token ids of prompts, written tokens and mask tokens.
+      commit_step_BT: id of the step that last wrote each position; -1 at positions that no step has written.
+      passes_B: number of forward passes that each row took part in.
+      block_start_B: first position of the current block of each row; T if the row is done.
+      schedule_step_B: index in the schedule of the next step of the block.
+      block_passes_B: number of passes made in the block.
+      passes_since_full_B: number of passes from the last full pass of the row on, that pass included; -1 before it.
+      blocks_since_full_B: number of blocks begun since the last full pass of the row.
       kv_cache: cached keys and values; None without a cache.
-      forwards: forward passes made by the program.
+      forwards: number of forward passes made by the program.
     """
 
     canvas_BT: Int[jax.Array, "B T"]
@@ -139,7 +149,7 @@ class State(NamedTuple):
 
 
 def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step, with an empty KV cache if the settings ask for a cache."""
     zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
     rows, length = canvas_BT.shape
     masked_BT = canvas_BT == model.config.mask_token_id
@@ -164,6 +174,6 @@ def active(state: State) -> Bool[jax.Array, "B"]:
 
 
 def first(x_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B"]:
-    """The first true position of each row; T where there is none."""
+    """Returns the first true position of each row (int32); T if the row has none."""
     position_BT = jnp.where(x_BT, jnp.arange(x_BT.shape[1], dtype=jnp.int32), x_BT.shape[1])
     return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

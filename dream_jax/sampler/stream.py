@@ -1,4 +1,4 @@
-"""`Stream`: many prompts through one batch, in which each row that is done is replaced by the next prompt."""
+"""`Stream` answers many prompts in one batch, in which each row that is done is replaced by the next prompt."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dream_jax.sampler.state import DynamicSettings, StaticSettings, active
 
 
 class Answer(NamedTuple):
-    """The result of one prompt.
+    """The result of a stream for one prompt.
 
     Attributes:
-      prompt: index of the prompt.
+      prompt: index of the prompt in the list of prompts.
       tokens: int32 [P + N], the prompt and the answer.
       commit_step: int32 [P + N], as in Sample.
-      passes: forward passes that the row took part in.
+      passes: number of forward passes that the row took part in.
     """
 
     prompt: int
@@ -35,23 +35,23 @@ class Answer(NamedTuple):
 
 
 class Stream(Iterator[Answer]):
-    """Iterates over the answers as they are finished, each equal to that of `generate` for its prompt and key alone.
+    """An iterator over the answers, in the order in which they are finished.
 
-    Prompts are grouped by their bucket of lengths, and the groups run one after the other, shortest first. Each group
-    compiles one program, whatever its number of prompts.
+    Each answer is equal to the one that `generate` gives for this prompt and key alone. Prompts are grouped by
+    `bucket_length`, and the groups run one after the other, shortest first. One program is compiled for each group.
 
     Args:
-      model: any Dream. If its parameters are on a mesh, the batch is sharded over it.
+      model: any Dream. If its parameters are on a mesh, the batch is sharded over this mesh.
       prompts: one sequence of token ids per prompt.
-      config: see SamplerConfig.
-      keys: one key per prompt ([len(prompts)]); required when anything is random.
-      batch_size: number of rows denoised at the same time.
+      config: the settings of the sampler.
+      keys: one key per prompt ([len(prompts)]); required if `config.is_random`.
+      batch_size: number of rows that are denoised at the same time, at least 1.
 
     Attributes:
-      forwards: forward passes made so far.
+      forwards: number of forward passes made so far.
 
     Raises:
-      ValueError: as `generate` raises, naming the prompt.
+      ValueError: as `generate` raises, with the index of the prompt; or batch_size or the number of keys is wrong.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Stream(Iterator[Answer]):
         self._answers = self._run()
 
     def __next__(self) -> Answer:
-        """Returns the next finished answer; answers are not in the order of the prompts."""
+        """Returns the next finished answer; the answers are not in the order of the prompts."""
         return next(self._answers)
 
     def _run(self) -> Iterator[Answer]:
@@ -112,8 +112,8 @@ class Stream(Iterator[Answer]):
                         one = lay_out(model, prompt, np.ones(prompt.shape, bool), config, width - prompt.shape[1])
                         canvas[row], valid[row] = one[0][0], one[1][0]
                         new[row] = True
-                # The program returns when a quarter of the rows are done, so that new prompts start soon. When no
-                # prompt waits it returns when all rows are done.
+                # While prompts wait, the program returns as soon as a quarter of the rows are done, so that new prompts
+                # start soon. Otherwise it returns when all rows are done.
                 idle = -(-size // 4) if waiting else size
                 batch = resume(
                     model, batch, new, canvas, valid, self._keys[key_index], dynamic, jnp.int32(idle), static=static
