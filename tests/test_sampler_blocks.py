@@ -382,8 +382,14 @@ def test_presets():
         (lambda: WindowCache(refresh_blocks=0), "refresh_blocks=0"),
         (lambda: WindowCache(refresh_passes=0), "refresh_passes=0"),
         (lambda: FastDLLMCache(variant="triple"), "'triple'"),
-        (lambda: SamplerConfig.fast_dllm(cache="dual", block_length=5, max_new_tokens=12, steps=12), "must be a multiple of block_length"),
-        (lambda: SamplerConfig.fast_dllm(cache="dual", block_length=4, max_new_tokens=12, steps=8), "number of blocks, 3"),
+        (
+            lambda: SamplerConfig.fast_dllm(cache="dual", block_length=5, max_new_tokens=12, steps=12),
+            "must be a multiple of block_length",
+        ),
+        (
+            lambda: SamplerConfig.fast_dllm(cache="dual", block_length=4, max_new_tokens=12, steps=8),
+            "number of blocks, 3",
+        ),
         (lambda: SamplerConfig.fast_dllm(cache="dual", block_length=4, max_new_tokens=12, steps=3), "leave masks"),
     ],
 )
