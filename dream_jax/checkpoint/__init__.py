@@ -1,8 +1,10 @@
-"""What Orbax stores: the converted directory of a model, and the checkpoints of a training run.
+"""Reads and writes what Orbax stores: the converted directory of a model, and the checkpoints of a training run.
 
-A converted directory has `config.json`, tokenizer files, `dream_jax.json` (what the weights are, and the size of each of
-their files) and `weights/`: one small Orbax checkpoint for the embedding, one for each layer and one for the rest, so that
-a model can be written and read unit by unit (`weights`, `description`, `params`). `runs` has the checkpoints of a run.
+A converted directory holds `config.json`, the files of the tokenizer, `dream_jax.json` (a description of the weights
+with the sizes of their files) and `weights/`. In `weights/` there is one small Orbax checkpoint for the embedding, one
+for each layer and one for the rest, so that a model can be written and read in units that are much smaller than the
+model. The modules `weights`, `description` and `params` read and write it; the module `runs` has the checkpoints of a
+training run.
 """
 
 from dream_jax.checkpoint.description import (

@@ -1,4 +1,4 @@
-"""The file `dream_jax.json` of a converted directory: what the weights are, and which files hold them."""
+"""Reads and writes `dream_jax.json`, which describes the weights of a converted directory and lists their files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ FORMAT = 1
 def write_description(
     directory: pathlib.Path, config: DreamConfig, dtype: jax.typing.DTypeLike, mask: str = "bidirectional"
 ) -> None:
-    """Writes `dream_jax.json`, the last file of a converted directory, without which the directory does not load.
+    """Writes `dream_jax.json`. It must be the last file that is written: a directory without it does not load.
 
-    `mask` is the name of the attention mask that the weights were trained with.
+    Args:
+      directory: the directory; its folder `weights/` is complete.
+      config: the configuration of the model.
+      dtype: the dtype of the stored weights.
+      mask: the name of the attention mask that the weights were trained with, as `masks.parse` reads it.
     """
     description = {
         "format": FORMAT,
@@ -38,13 +42,18 @@ def write_description(
 
 
 def written_files(directory: pathlib.Path) -> dict[str, int]:
-    """The size of every file of weights in a directory, by relative path; for `check_files`."""
+    """Returns the sizes in bytes of all files in `weights/`, by path relative to `directory`; for `check_files`."""
     files = (path for path in (directory / WEIGHTS).rglob("*") if path.is_file())
     return dict(sorted((path.relative_to(directory).as_posix(), path.stat().st_size) for path in files))
 
 
 def check_files(directory: pathlib.Path, files: Mapping[str, int], remedy: str) -> None:
-    """Raises FileNotFoundError for a missing file, and ValueError for one whose size is not the size that was written."""
+    """Compares the sizes of files with `files`, as `written_files` returned them. `remedy` ends the error messages.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file has another size than in `files`.
+    """
     for name, size in files.items():
         file = directory / name
         if not file.is_file():
@@ -54,13 +63,19 @@ def check_files(directory: pathlib.Path, files: Mapping[str, int], remedy: str) 
 
 
 def is_converted(directory: pathlib.Path) -> bool:
-    """Whether a directory is a converted directory."""
+    """Returns whether a directory is a complete converted directory, which has a `dream_jax.json`."""
     return (directory / DESCRIPTION).is_file()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsDescription:
-    """The contents of `dream_jax.json`: dtype and number of the weights, and the files with their sizes."""
+    """The description of the weights in `dream_jax.json`.
+
+    Attributes:
+      dtype: the dtype of the stored weights.
+      parameters: the number of weights.
+      files: relative path -> size in bytes of each file of weights.
+    """
 
     dtype: np.dtype
     parameters: int
@@ -72,7 +87,8 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDes
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the format or the number of parameters is another one, or a file has another size than was written.
+      ValueError: `dream_jax.json` has another format, or lacks an entry; or the number of parameters does not fit the
+        configuration; or the size of a file is not the size that was written.
     """
     path, fields = directory / DESCRIPTION, _description_fields(directory)
     missing = [key for key in ("dtype", "parameters", "files") if key not in fields]
@@ -83,7 +99,10 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDes
     )
     expected = config.num_parameters
     if description.parameters != expected:
-        raise ValueError(f"{path} describes {description.parameters} parameters, but config.json makes {expected}")
+        raise ValueError(
+            f"{path} describes {description.parameters} parameters, but a model of config.json has {expected}; "
+            "convert the source again"
+        )
     check_files(directory, description.files, "convert the source again")
     return description
 
@@ -99,10 +118,11 @@ def _description_fields(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def read_mask(directory: pathlib.Path) -> str:
-    """The name of the mask that the weights were trained with; "bidirectional" if the directory does not name one.
+    """Returns the name of the mask that the weights were trained with; "bidirectional" if `dream_jax.json` names none.
 
     Raises:
-      ValueError: the format is another one, or the name is not that of a mask.
+      FileNotFoundError: there is no `dream_jax.json`.
+      ValueError: `dream_jax.json` has another format, or there is no mask of that name.
     """
     name = str(_description_fields(directory).get("mask", "bidirectional"))
     try:

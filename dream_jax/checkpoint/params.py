@@ -1,4 +1,4 @@
-"""All parameters of a model to a converted directory and back."""
+"""Writes all parameters of a model to a converted directory, and reads them back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dream_jax.shapes import ParamTree
 def load_params(
     directory: str | pathlib.Path, config: DreamConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
 ) -> ParamTree:
-    """Reads a converted directory into stacked parameters, on any mesh and in any dtype.
+    """Reads a converted directory into a nested dict of parameters whose layers are stacked.
 
-    The largest memory use is that of the result and one unit.
+    The peak memory is that of the result plus one unit, the largest of which is the embedding or the head. `dtype` is
+    the dtype of the result and may differ from that of the files. Without a mesh it is on the default device.
 
     Raises:
       FileNotFoundError, ValueError: as `read_description`.
@@ -31,7 +32,7 @@ def load_params(
     read_description(directory, config)
     first, *layers, last = units(config, dtype, mesh)
     params: ParamTree = {}
-    for unit in (first, last):  # the largest units first, while the memory is still free
+    for unit in (first, last):  # first, because they are the largest units, and now most of the memory is free
         params |= jax.tree.map(jnp.asarray, read_unit(directory, unit, mesh))
         jax.block_until_ready(params)
     params["layers"] = _zeros(stacked_shapes(config, jnp.dtype(dtype).name)["layers"], layers[0], mesh)
@@ -52,10 +53,10 @@ def _zeros(shapes: ParamTree, layer: WeightUnit, mesh: Mesh | None) -> ParamTree
 
 @functools.partial(jax.jit, donate_argnums=0)
 def set_layer(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
-    """Writes one layer into stacked parameters, bit for bit; the stacked parameters are donated."""
+    """Returns the stacked parameters with those of one layer replaced, bit for bit; `stacked` is donated."""
 
     def bits(x: jax.Array) -> jax.Array:
-        # XLA's CPU backend would convert bfloat16 through float32, which changes the payload of NaN.
+        # On CPUs XLA would convert bfloat16 to float32 and back, which changes the bits of a NaN.
         return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
     def set_one(whole: jax.Array, one: jax.Array) -> jax.Array:
@@ -71,10 +72,12 @@ def save_params(
     config: DreamConfig,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes parameters from memory into a converted directory; each process writes the shards on its own devices.
+    """Writes parameters from memory into `weights/` of a directory; each process writes the shards on its own devices.
+
+    `params` are all parameters, with stacked layers. `progress` is called after each unit with its size in bytes.
 
     Raises:
-      ValueError: these are not the parameters of the configuration, or they have several dtypes.
+      ValueError: the names or shapes are not those of the configuration, or the parameters have several dtypes.
       OSError: the disk is full.
     """
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})

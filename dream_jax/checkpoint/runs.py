@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: written in the background, checked for damage when they are read."""
+"""Writes the checkpoints of a training run in the background, and checks them for damage when it reads them."""
 
 from __future__ import annotations
 
@@ -22,40 +22,52 @@ from dream_jax.checkpoint.weights import HANDLERS
 _log = logging.getLogger(__name__)
 
 
-# Orbax writes the time into this file after the checksums are taken; a restore does not read the file.
+# Orbax writes a timestamp into this file after the checksums are computed, so it has no checksum. A restore does not
+# read it.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA",)
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, written in the background; a context manager.
+    """Saves and restores the checkpoints of one training run; a context manager that calls `close` at its end.
 
-    The checkpoint of a step gets its final name only when it is complete, with the checksums of its files in it. When there
-    are more than `keep`, the oldest are deleted, except the one with the lowest score.
+    The folder of a checkpoint gets its final name only when all its files and their checksums are written. When there
+    are more than `keep` checkpoints, the oldest ones are deleted, except the one with the lowest score.
 
     Attributes:
-      directory: it has one folder per checkpoint, named for the step.
-      damaged: the damaged checkpoints that the last `restore` skipped: a description of the damage by step.
+      directory: the directory of the checkpoints; each one is a folder in it, named by the number of its step.
+      damaged: step -> description of the damage, for the checkpoints that the last `restore` skipped.
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 3, measure: str = ""):
-        """`measure` is the name of the score; scores that were saved under another name are not used."""
+        """Opens the checkpoints of a directory.
+
+        Args:
+          directory: the directory of the checkpoints; it is created if it is missing.
+          keep: the number of newest checkpoints that are not deleted, at least 1.
+          measure: the name of the score; scores that were saved under another name are ignored.
+
+        Raises:
+          ValueError: `keep` is below 1.
+        """
         if keep < 1:
             raise ValueError(f"{keep=} must be at least 1")
         self.directory = pathlib.Path(directory).resolve()
         self.damaged: dict[int, str] = {}
         self._scores: dict[int, float | None] = {}
-        scores = self._scores  # the class below must not refer to `self`, whose threads end when it is deleted
+        # ChecksummedPath refers to `scores` and not to `self`: the threads of `self` end when it is deleted, and a
+        # reference cycle would delay that.
+        scores = self._scores
 
-        class SummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-            """The temporary folder of a step; the checksums are written just before it is renamed."""
+        class ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+            """The temporary folder of a checkpoint; it writes the checksums just before it gets its final name."""
 
             async def finalize(self) -> None:
                 step = self.get_final().name
                 if step.isdigit():
                     folder = pathlib.Path(self.get())
                     score = scores.get(int(step))
-                    more = {"score": score, "measure": measure}
-                    await asyncio.to_thread(files.write_checksums, folder, leave_out=_WRITTEN_LAST, **more)
+                    entries = {"score": score, "measure": measure}
+                    await asyncio.to_thread(files.write_checksums, folder, leave_out=_WRITTEN_LAST, **entries)
                 await super().finalize()
 
         self._manager = ocp.CheckpointManager(
@@ -63,7 +75,7 @@ class RunCheckpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_LastAndBest(keep, scores),
                 enable_async_checkpointing=True,
-                temporary_path_class=SummedPath,
+                temporary_path_class=ChecksummedPath,
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=HANDLERS),
@@ -82,58 +94,64 @@ class RunCheckpoints:
         self.close()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], score: float | None = None) -> None:
-        """Starts to write the checkpoint of a step; the arrays may be donated as soon as this returns.
+        """Starts to write the checkpoint of a step in the background, after an earlier one is completely written.
 
-        Waits for an earlier checkpoint that is still being written, and raises the error of one that failed.
+        All processes must call this; a process that does not makes the others wait.
 
         Args:
-          step: number of the step, not yet saved.
-          state: tree of jax arrays.
-          meta: what else is needed to resume, for example the position in the data; it must be representable in JSON.
-          score: of the state, lower is better; the step with the lowest score is kept. None or NaN means no score.
+          step: the number of the step, which must not be saved yet.
+          state: tree of jax arrays. They may be donated as soon as this method returns.
+          meta: everything else that is needed to resume, such as the position in the data; serialisable as JSON.
+          score: the score of the state, lower is better; the step with the lowest score is not deleted. None or NaN
+            means no score.
 
         Raises:
           ValueError: the step was saved before.
-          TypeError: `meta` is not JSON.
+          TypeError: `meta` is not serialisable as JSON.
+          Exception: the error of the earlier checkpoint if writing it failed, for example OSError.
         """
         json.dumps(meta)
         if step in self.steps():
-            raise ValueError(f"{self.directory} already holds step {step}")
+            raise ValueError(f"{self.directory} already holds step {step}; delete that checkpoint first")
         self._scores[step] = None if score is None or math.isnan(score) else float(score)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
         # force: by default Orbax silently skips a step that is not newer than the last one.
         self._manager.save(step, args=args, force=True)
 
     def steps(self) -> list[int]:
-        """The steps that can be restored, in order."""
+        """Returns the steps that have a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """The newest step that can be restored, or None."""
+        """Returns the newest step that has a complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the lowest score, of several the first; None when no step has one."""
+        """Returns the step with the lowest score, the earliest of equal ones; None if no checkpoint has a score."""
         return _best(self._scores, self.steps())
 
     def score(self, step: int) -> float | None:
-        """The score that a step was saved with."""
+        """Returns the score of the checkpoint of a step; None if it has no score or one of another `measure`."""
         return self._scores.get(step)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reads a step onto any mesh, after its files have been compared with their checksums.
+        """Reads the checkpoint of a step, after comparing its files with their checksums.
+
+        The mesh may differ from the one that wrote it. All processes must call this; a process that does not makes the
+        others wait.
 
         Args:
-          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result.
-          step: which step; by default the newest one that is not damaged. Newer ones are renamed, `7` to `7.damaged`, and
-            reported as errors to the log and in `damaged`.
+          abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and shardings of the result.
+          step: the step to read. None reads the newest checkpoint that is not damaged; the damaged ones that are newer
+            are renamed (`7` to `7.damaged`), logged as errors and listed in `damaged`.
 
         Returns:
           The state and the meta that were saved.
 
         Raises:
-          FileNotFoundError: there is no such step.
-          ValueError: the checkpoint is damaged, or has other arrays or shapes; the message names them.
+          FileNotFoundError: there is no such step, or no checkpoint at all.
+          ValueError: the given checkpoint is damaged, or all are; or its arrays have other names or shapes than
+            `abstract_state`. The message lists the differences.
         """
         self.wait()
         steps = self.steps()
@@ -145,7 +163,8 @@ class RunCheckpoints:
         stored = self._manager.item_metadata(chosen)["state"].tree
         if differences := tree_differences(abstract_state, stored, dtypes=False):
             raise ValueError(
-                f"the checkpoint {self.directory / str(chosen)} is of another state: {'; '.join(differences)}"
+                f"the checkpoint {self.directory / str(chosen)} does not fit the parameters and the optimizer of this "
+                f"run: {'; '.join(differences)}; use the settings of the run that wrote it, or another folder"
             )
         args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         restored = self._manager.restore(
@@ -157,7 +176,10 @@ class RunCheckpoints:
         return restored["state"], restored["meta"]
 
     def _undamaged(self, candidates: Sequence[int]) -> int:
-        """The first of the candidates that is not damaged; the damaged ones before it are renamed."""
+        """Returns the first undamaged step of `candidates`, and renames the damaged checkpoints before it.
+
+        All processes must call this. Raises ValueError if all candidates are damaged; then nothing is renamed.
+        """
         self.damaged = {}
         for step in candidates:
             problem = self._damage(step)
@@ -169,54 +191,64 @@ class RunCheckpoints:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in self.damaged.items())
             if len(candidates) < len(self.steps()):
                 raise ValueError(
-                    f"{self.directory} holds other checkpoints, but not this one as it was written ({listed})"
+                    f"this checkpoint in {self.directory} is damaged ({listed}); restore another step, "
+                    "or put a copy back"
                 )
             raise ValueError(
-                f"no checkpoint in {self.directory} is as it was written ({listed}); put a copy back, or begin another run"
+                f"every checkpoint in {self.directory} is damaged ({listed}); put a copy back, or start a new run in "
+                "another folder"
             )
-        for bad in self.damaged:
-            _log.error("resuming from step %d instead; step %d is now %s", step, bad, self._aside(bad).name)
+        for damaged_step in self.damaged:
+            renamed = self._damaged_path(damaged_step)
+            _log.error("resuming from step %d instead; step %d is now %s", step, damaged_step, renamed.name)
             if jax.process_index() == 0:
-                if self._aside(bad).exists():
-                    shutil.rmtree(self._aside(bad))
-                (self.directory / str(bad)).rename(self._aside(bad))
-            self._scores.pop(bad, None)
+                if renamed.exists():
+                    shutil.rmtree(renamed)
+                (self.directory / str(damaged_step)).rename(renamed)
+            self._scores.pop(damaged_step, None)
         if self.damaged:
             distributed.barrier("checkpoint.aside")
             self._manager.reload()
         return step
 
-    def _aside(self, step: int) -> pathlib.Path:
+    def _damaged_path(self, step: int) -> pathlib.Path:
         return self.directory / f"{step}.damaged"
 
     def _damage(self, step: int) -> str | None:
-        """Describes the damage of a step, or None; each process reads a share of the files, and all agree on the result."""
+        """Returns a description of the damage of a checkpoint, or None.
+
+        Each process reads a part of the files. All processes must call this; either all return None or none does.
+        """
         problem = files.find_damage(self.directory / str(step), jax.process_index(), jax.process_count())
         found = distributed.which_say(problem is not None)
-        return f"process {found[0]} reports what is wrong" if found and problem is None else problem
+        return f"process {found[0]} found the damage; its log describes it" if found and problem is None else problem
 
     def wait(self) -> None:
-        """Waits until everything is on disk; raises the error of a write that failed."""
+        """Waits until all checkpoints are written; raises the error of a checkpoint that could not be written."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits as `wait` does, then stops the threads."""
+        """Waits like `wait`, then stops the background threads; no other method may be called afterwards."""
         self._manager.close()
 
 
 def _best(scores: Mapping[int, float | None], steps: Iterable[int]) -> int | None:
+    """Returns the step with the lowest score, the earliest of equal ones; None if none of `steps` has a score."""
     scored = [(score, step) for step in steps if (score := scores.get(step)) is not None]
     return min(scored)[1] if scored else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _LastAndBest:
-    """Tells Orbax which checkpoints to keep; the caller adds to `scores` as checkpoints are saved."""
+    """Tells Orbax which checkpoints not to delete: the newest `keep`, and the one with the lowest of `scores`.
+
+    `scores` is the dict of `RunCheckpoints`, which adds an entry for each checkpoint that it saves.
+    """
 
     keep: int
     scores: Mapping[int, float | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        steps = sorted(one.step for one in checkpoints)
-        staying = {*steps[-self.keep :], _best(self.scores, steps)}
-        return [one.step in staying for one in checkpoints]
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        preserved_steps = {*steps[-self.keep :], _best(self.scores, steps)}
+        return [checkpoint.step in preserved_steps for checkpoint in checkpoints]

@@ -9,7 +9,10 @@ import numpy as np
 
 
 def tree_differences(expected: Any, found: Any, *, dtypes: bool = True) -> list[str]:
-    """The differences between two trees of arrays, shapes or Orbax metadata, one line per parameter, at most 21 lines."""
+    """Returns the differences between two trees of arrays, shapes or Orbax metadata, one line per parameter.
+
+    After 20 lines a last one says how many were omitted. `dtypes` says whether different dtypes are a difference.
+    """
     wanted, present = _leaves(expected), _leaves(found)
     lines = [f"{name} is missing" for name in wanted if name not in present]
     lines += [f"{name} is left over" for name in present if name not in wanted]
@@ -30,7 +33,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _key(entry: Any) -> str:
-    # Orbax stores a named tuple as a dictionary of its fields, so keys and names of fields count as the same.
+    # Orbax stores a named tuple as a dict, so the name of a field must give the same string as the key of a dict.
     for attribute in ("key", "idx", "name"):
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))

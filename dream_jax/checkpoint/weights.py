@@ -1,4 +1,4 @@
-"""A converted directory is written and read unit by unit, each a small Orbax checkpoint in `weights/`."""
+"""Reads and writes the units of a converted directory: each is a small Orbax checkpoint in `weights/`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ WEIGHTS = "weights"
 
 @dataclasses.dataclass(frozen=True)
 class WeightUnit:
-    """The weights that are written and read at once: those of one layer, the embedding or the rest.
+    """The weights that are written and read together: those of one layer, the embedding, or all others.
 
     Attributes:
-      name: the name of its folder.
-      layer: the number of the layer, or None.
-      shapes: the parameters as shapes and dtypes; those of a layer have no layer axis, but their keys begin with "layers".
-      specs: the PartitionSpec of each parameter (empty without a mesh).
+      name: the name of the folder in `weights/`.
+      layer: the number of the layer, from 0; None for the two units that are not a layer.
+      shapes: nested dict of `jax.ShapeDtypeStruct`s. For a layer it is {"layers": ...}, and the shapes have no
+        layer axis.
+      specs: nested dict of the same keys with the PartitionSpec of each parameter; empty without a mesh.
     """
 
     name: str
@@ -44,12 +45,15 @@ class WeightUnit:
 
     @property
     def nbytes(self) -> int:
-        """The size of the weights in bytes."""
+        """The size of the weights of this unit, in bytes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes))
 
 
 def units(config: DreamConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> list[WeightUnit]:
-    """The units of a model of this configuration: the embedding, each layer, the rest."""
+    """Returns the units of a model of this configuration, in this order: the embedding, each layer, the rest.
+
+    `dtype` is the dtype of all shapes. `mesh` is the mesh that the `specs` are for; without it they are empty.
+    """
     shapes = stacked_shapes(config, jnp.dtype(dtype).name)
     specs = {} if mesh is None else parameter_specs(shapes, mesh)
     rest = [key for key in shapes if key not in ("embed", "layers")]
@@ -66,27 +70,27 @@ def units(config: DreamConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = 
 
 @functools.lru_cache(maxsize=8)  # tracing takes a tenth of a second
 def stacked_shapes(config: DreamConfig, dtype: str) -> ParamTree:
-    """The shapes of all parameters, with the layers stacked."""
+    """Returns the shapes of all parameters in this dtype, with the layers stacked."""
     return split_params(abstract_model(config, param_dtype=dtype))[1]
 
 
 def only(tree: ParamTree, keys: Iterable[str]) -> ParamTree:
-    """The branches of a tree with these keys."""
+    """Returns a dict of these keys of `tree` only."""
     return {key: tree[key] for key in keys}
 
 
 def map_specs(function: Callable[[PartitionSpec], Any], specs: ParamTree) -> ParamTree:
-    """Applies a function to every PartitionSpec of a tree."""
+    """Applies a function to every PartitionSpec of a nested dict, and returns a dict of the results."""
     return jax.tree.map(function, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def unit_shardings(unit: WeightUnit, mesh: Mesh) -> ParamTree:
-    """The sharding of each parameter of a unit that was made for this mesh."""
+    """Returns the NamedSharding of each parameter of a unit that `units` made for this mesh."""
     return map_specs(lambda spec: NamedSharding(mesh, spec), unit.specs)
 
 
-# By default Orbax splits arrays that are replicated over several devices and lets each device write a piece: that gives
-# more files than shards, and a compilation for every shape.
+# By default Orbax splits an array that is replicated over several devices, and each device writes a slice. That would
+# write more files than there are shards, and compile a program for every shape.
 HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
     (np.ndarray, ocp.type_handlers.NumpyHandler()),
@@ -95,14 +99,15 @@ HANDLERS = ocp.type_handlers.create_type_handler_registry(
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Plain zarr with one file per shard is written twice as fast as the OCDBT database. Weights do not compress.
+    # Plain zarr, with one file per shard, is written twice as fast as an OCDBT database. Weights do not become
+    # smaller by compression.
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=HANDLERS)
     )
 
 
-# Without OCDBT, Orbax warns at every save that there is no OCDBT to merge; and it prints the stack of an error in one of
-# its threads besides raising it in the calling thread.
+# Orbax logs two useless messages: without OCDBT, a warning at every save that there is nothing to merge; and the stack
+# trace of an error in a background thread, although it also raises that error in the calling thread.
 _NOISE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception")
 
 
@@ -120,10 +125,12 @@ def _without_noise() -> Iterator[None]:
 
 
 def write_unit(directory: pathlib.Path, unit: WeightUnit, params: ParamTree) -> None:
-    """Writes one unit of a converted directory, one file per shard; returns when it is on disk.
+    """Writes one unit of a converted directory, one file per shard, and returns when it is completely written.
+
+    All processes must call this; a process that does not makes the others wait.
 
     Raises:
-      ValueError: the parameters are not those of the unit.
+      ValueError: names, shapes or dtypes of `params` are not those of the unit.
       OSError: the disk is full.
     """
     if differences := tree_differences(unit.shapes, params):
@@ -132,14 +139,17 @@ def write_unit(directory: pathlib.Path, unit: WeightUnit, params: ParamTree) -> 
     try:
         with _checkpointer() as checkpointer, _without_noise():
             checkpointer.save(path, args=ocp.args.PyTreeSave(params))
-    except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports errors of the system as ValueError
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises ValueError for errors of the system
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(errno.ENOSPC, f"the disk is full: {path} needs {unit.nbytes} bytes") from error
         raise
 
 
 def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = None) -> ParamTree:
-    """Reads the parameters of one unit in the dtype of its shapes: numpy arrays, or sharded jax arrays on the mesh.
+    """Reads the parameters of one unit, and casts them to the dtype of `unit.shapes`.
+
+    Returns:
+      Nested dict of numpy arrays if `mesh` is None, otherwise of jax arrays with the shardings of `unit_shardings`.
 
     Raises:
       ValueError: the folder holds parameters with other names or shapes.
@@ -156,5 +166,5 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         if differences := tree_differences(stored, target, dtypes=False):
-            raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}")
+            raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}; convert the source again")
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
