@@ -112,7 +112,8 @@ def _description_fields(directory: pathlib.Path) -> dict[str, Any]:
     fields = read_json(path, "convert the source again")
     if fields.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {fields.get('format')!r}, but this version reads format {FORMAT}; convert the source again"
+            f"{path} has format {fields.get('format')!r}, but this version reads format {FORMAT}; "
+            "convert the source again"
         )
     return fields
 
