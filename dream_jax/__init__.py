@@ -1,6 +1,6 @@
-"""dream_jax: Dream-7B, a diffusion language model, in JAX: convert, fine-tune, sample and export it.
+"""dream_jax converts, fine-tunes, samples and exports Dream-7B, a diffusion language model, in JAX.
 
-The names below are stable; everything else may move between releases.
+The names in `__all__` are the stable interface. Everything else may change between releases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 try:
     __version__ = importlib.metadata.version("dream-jax")
-except importlib.metadata.PackageNotFoundError:  # run from a source tree on a bare machine
+except importlib.metadata.PackageNotFoundError:  # dream_jax is not installed, but imported from its source tree
     __version__ = "0+unknown"
 
 __all__ = [
@@ -76,7 +76,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: these functions need Orbax and safetensors, which a machine that only computes may lack.
+    # These functions are imported on first use, because they need Orbax and safetensors. A machine that does not read
+    # or write models may not have these packages.
     if name in ("load", "save", "export_hf", "save_adapter", "merge_adapter"):
         from dream_jax import pretrained
 

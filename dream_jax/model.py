@@ -1,11 +1,11 @@
-"""Dream's transformer: Qwen2.5 with the causal mask removed, in Flax NNX.
+"""The transformer of Dream in Flax NNX: Qwen2.5 without the causal mask.
 
-All layers are stacked along a leading axis L and run under one `jax.lax.scan`, so compile time does not grow with
-depth. The model receives a mask and never chooses one. Its logits are those of the checkpoint: the right shift is not
-applied.
+The parameters of all layers are stacked along a leading axis L, and one `jax.lax.scan` runs the layers, so compile time
+does not depend on the number of layers. The caller gives the attention mask. The logits are not shifted: those at
+position i predict token i + 1, as in the published checkpoint.
 
-Parameters (names as in `sharding.PARAMETER_AXES`) may be float32 master weights while the computation runs in bfloat16.
-Each layer is cast inside the scan, so there is never a second copy of the whole model.
+The parameters (named as in `sharding.PARAMETER_AXES`) may be float32 while the computation runs in bfloat16. The scan
+casts one layer at a time, so the whole model never exists in both dtypes.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from dream_jax.sharding import constrain, mesh_context
 
 Remat = Literal["none", "dots", "full", "offload"]
 
-# Name under which rematerialisation saves the input of each layer.
+# Name of the input of each layer, by which the rematerialisation policy "offload" finds it.
 _LAYER_INPUT = "layer_input"
 
-# One key per row of the batch; None means no dropout.
+# One random key per row of the batch, for the dropout of an adapter; None means no dropout.
 DropoutKeys = Key[Array, "B"] | None
 
 
 class Linear(nnx.Module):
-    """A dense map from the axes `in_shape` to the axes `out_shape`: kernel [*in_shape, *out_shape], bias [*out_shape].
+    """A dense layer that maps axes of the sizes `in_shape` to axes of the sizes `out_shape`.
 
-    With an adapter (`lora.attach`) it adds alpha / r times the product of lora_a [*in_shape, r] and lora_b [r,
-    *out_shape]. A frozen kernel may be quantised (`lora.with_base`): then `kernel` is None and `codes` and `scales` are
-    used instead.
+    The kernel has the shape [*in_shape, *out_shape], and the bias has the shape [*out_shape]. With a LoRA adapter
+    (`lora.attach`) the layer adds alpha / r * x lora_a lora_b, with lora_a [*in_shape, r] and lora_b [r, *out_shape]. A
+    frozen kernel may be quantised (`lora.with_base`). Then `kernel` is None, and `codes` and `scales` replace it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), (*in_shape, *out_shape), jnp.float32) * stddev
         self.kernel: Any = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
-        # nnx.data declares attributes that may hold arrays later.
+        # nnx.data tells Flax that these attributes, which are None now, may hold arrays later.
         self.codes: Any = nnx.data(None)
         self.scales: Any = nnx.data(None)
         self.lora_a: Any = nnx.data(None)
@@ -68,15 +68,19 @@ class Linear(nnx.Module):
         self.lora_alpha, self.lora_dropout = 0.0, 0.0
 
     def __call__(self, x: Float[jax.Array, ...], dropout_keys: DropoutKeys = None) -> Float[jax.Array, ...]:
-        """Contracts the last axes of x with the first axes of the kernel.
+        """Contracts the last axes of x with the first axes of the kernel, and adds the adapter and the bias.
 
         Args:
-          x: any leading axes; the first one is the batch when `dropout_keys` are given.
-          dropout_keys: for the dropout on the adapter's input.
+          x: [..., *in_shape]. With `dropout_keys` the first axis is the batch.
+          dropout_keys: one random key per row, for the dropout on the input of the adapter; None means no dropout.
+
+        Returns:
+          The outputs, [..., *out_shape].
         """
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        # Written as a product of two matrices. For the gradient of a contraction over two axes (B and T) the CPU
-        # backend writes a transposed copy of its operand and recomputes it, and a training step takes twice as long.
+        # Flattened to a product of two matrices, because the gradient of the unflattened product sums over two axes (B
+        # and T). For such a sum the CPU backend copies its operand and computes it again, and a training step takes
+        # twice as long.
         x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
         if self.kernel is None:
             y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
@@ -88,7 +92,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else jnp.add(y, self.bias[...])
 
     def _adapted(self, x: jax.Array, dropout_keys: DropoutKeys) -> jax.Array:
-        """Returns the adapter's contribution to the output, [rows, outputs]."""
+        """Returns what the adapter adds to the output, [rows, outputs] with flattened rows and outputs."""
         if dropout_keys is not None and self.lora_dropout > 0:
             keep_rate = 1.0 - self.lora_dropout
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, keep_rate, x.shape[1:]))(dropout_keys)
@@ -96,20 +100,23 @@ class Linear(nnx.Module):
         rank = self.lora_a.shape[-1]
         x_RI = x.reshape(-1, math.prod(self.in_shape))
         hidden_Rr = x_RI @ self.lora_a[...].reshape(x_RI.shape[1], rank)
-        # Scaled here because this is the smallest of the arrays.
+        # The factor alpha / r is applied to this array because it is the smallest one.
         hidden_Rr = hidden_Rr * (self.lora_alpha / rank)
         return hidden_Rr @ self.lora_b[...].reshape(rank, -1)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale. The mean square is float32, the scaling is in the dtype of x, as in the published code."""
+    """Normalises the last axis by its root mean square: x / rms(x) * scale.
+
+    As in the published code, the mean square is computed in float32, and the product with `scale` in the dtype of x.
+    """
 
     def __init__(self, width: int, *, epsilon: float, dtype: jax.typing.DTypeLike):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((width,), dtype))
 
     def __call__(self, x_BTD: Float[jax.Array, "*b d"]) -> Float[jax.Array, "*b d"]:
-        """Normalises over the last axis."""
+        """Returns x normalised over its last axis, in the dtype of x."""
         x_f32 = x_BTD.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
         return (x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x_BTD.dtype) * self.scale[...].astype(
@@ -118,7 +125,10 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Float[jax.Array, "B T 1 h"]:
-    """Angle of each pair of channels at each position, float32 [B, T, 1, H/2] (the 1 broadcasts over heads)."""
+    """Returns the rotary angle of each pair of channels at each position, in radians.
+
+    The result is float32 [B, T, 1, H/2]; the axis of size 1 broadcasts over the heads.
+    """
     # float32: bfloat16 rounds position 257 to 256, and sin(257) is nothing like sin(256).
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / (theta**exponents)
@@ -128,20 +138,23 @@ def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine of the rotary angles, float32 [B, T, 1, H/2]; computed once for all layers."""
+    """Cosines and sines of the rotary angles, each float32 [B, T, 1, H/2]. All layers share them."""
 
     cos: Float[jax.Array, "B T 1 h"]
     sin: Float[jax.Array, "B T 1 h"]
 
 
 def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Rotation:
-    """The rotation of each position; see `rotary_angles`."""
+    """Returns the cosines and sines of the angles that `rotary_angles` returns for the same arguments."""
     angles = rotary_angles(positions_BT, head_dim, theta)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax.Array, "B T N H"]:
-    """Rotary position embedding in the half-split layout: channels i and i + H/2 form a pair. Computed in float32."""
+    """Returns x with the rotary position embedding applied, in the dtype of x.
+
+    Channels i and i + H/2 of a head form a pair (the "half-split" layout). The rotation is computed in float32.
+    """
     cos, sin = rotation.cos, rotation.sin
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -149,7 +162,7 @@ def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention; q, k and v have biases, o has none."""
+    """Grouped-query self-attention. The projections q, k and v have biases, the output projection o has none."""
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         width, head = config.hidden_size, config.head_dim
@@ -168,13 +181,13 @@ class Attention(nnx.Module):
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """Attention within each row under the mask.
+        """Computes the attention of each row under the mask.
 
-        With a window, x holds the tokens of the window, the keys are those of the whole row, and the mask is for these
-        queries and keys.
+        With a window, x holds the W tokens of the window, which are the queries. The keys are the S tokens of the
+        cached row, and `mask` is the mask of W queries and S keys.
 
         Returns:
-          The output, and the keys and values of the tokens in x.
+          The output [B, T, D], and the keys and values of the tokens in x.
         """
         keys = _split_keys(dropout_keys, 4)
         q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
@@ -186,7 +199,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+    """The SwiGLU block down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=False, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -195,20 +208,23 @@ class MLP(nnx.Module):
         self.down = linear((config.intermediate_size,), (config.hidden_size,))
 
     def __call__(self, x_BTD: Float[jax.Array, "B T D"], dropout_keys: DropoutKeys = None) -> Float[jax.Array, "B T D"]:
-        """Applies the MLP to every position."""
+        """Applies the MLP to every position of x separately."""
         keys = _split_keys(dropout_keys, 3)
         return self.down(jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1]), keys[2])
 
 
 def _split_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
-    """Returns `count` sets of keys, one per draw. The keys of a row depend on that row's key only."""
+    """Returns `count` arrays of keys [B], one for each dropout. The keys of a row depend on that row's key only."""
     if keys is None:
         return [None] * count
     return [jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number) for number in range(count)]
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual block. In a Dream every leaf has a leading L axis, and the scan slices out one layer at a time."""
+    """A pre-norm residual block: attention, then the MLP.
+
+    In a `Dream` all layers are one `Layer` whose arrays have a leading axis L, and the scan takes one layer at a time.
+    """
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
@@ -225,7 +241,7 @@ class Layer(nnx.Module):
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """Applies the block; returns its output, and the keys and values of the tokens in x."""
+        """Returns the output of the block [B, T, D], and the keys and values of the tokens in x."""
         keys = _split_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
             attended_BTD, new_kv = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
@@ -236,7 +252,7 @@ class Layer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding table [V, D]."""
+    """The table of token embeddings, [V, D]."""
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32)
@@ -244,30 +260,34 @@ class Embedding(nnx.Module):
         self.pad_token_id = config.pad_token_id
 
     def __call__(self, tokens_BT: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
-        """Returns the embedding of each token.
+        """Returns the embedding of each token, in the dtype of the table.
 
-        The embedding of the padding (end-of-text) token receives no gradient from this lookup, because the published
-        model declares it as `padding_idx` of its embedding.
+        The embedding of the padding token (which is also end-of-text) receives no gradient from this lookup, because
+        the published model declares this token as the `padding_idx` of its embedding.
         """
         x_BTD = self.embedding[...][tokens_BT]
         return jnp.where((tokens_BT == self.pad_token_id)[:, :, None], jax.lax.stop_gradient(x_BTD), x_BTD)
 
 
 class Dream(nnx.Module):
-    """The masked-diffusion transformer.
+    """The masked-diffusion transformer, from token ids to logits.
 
     Attributes:
       config: the architecture.
-      compute_dtype: dtype of activations, and of the weights inside a layer. The mean square of a norm, rotary angles,
-        softmax and logits are always float32.
-      attention_backend: passed to `attention.attention`.
-      remat: what the backward pass recomputes. "none" saves every activation, "dots" saves matrix products, "full"
-        saves only the input of each layer, "offload" saves that input in the pinned memory of the host.
-      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. They are copied when the
-        model is saved or exported.
-      base_identity: for a quantised base, what `lora.identity` gave for the weights before quantisation; else None.
-      trained_mask: name (`masks.parse`) of the mask that the weights were trained under. It is saved with the model,
-        and the sampler and the evaluation use it by default; a direct call of the model uses only the mask it is given.
+      compute_dtype: dtype of the activations, and of the weights inside a layer. The mean square of a norm, the rotary
+        angles, the softmax and the logits are always float32.
+      attention_backend: name of the attention backend, see `attention.attention`.
+      remat: which activations are saved for the backward pass; the others are recomputed. "none" saves all of them,
+        "dots" the results of matrix products, "full" only the input of each layer, and "offload" only this input, in
+        pinned host memory.
+      tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. These files are copied when
+        the model is saved or exported.
+      base_identity: the result of `lora.identity` for the weights before quantisation; None if they are not quantised.
+      trained_mask: name of the mask that the weights were trained under, see `masks.parse`. It is saved with the model
+        and is the default mask of the sampler and the evaluation. A direct call of the model does not use it.
+
+    Raises:
+      ValueError: `remat` has an unknown value.
     """
 
     def __init__(
@@ -313,19 +333,21 @@ class Dream(nnx.Module):
         attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | masks.Mask | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[jax.Array, "B T V"]:
-        """Logits of every position.
+        """Returns the logits of every position.
 
         Args:
           tokens_BT: token ids in [0, V).
-          attention_mask: [B, T], nonzero at valid tokens (other keys are hidden), or a mask value; None hides nothing.
-          positions: for the rotary embedding; by default 0, 1, ... or, with a [B, T] mask, counted from the first valid
-            token of each row (padding gets 1), as in the published code.
+          attention_mask: an array [B, T] that is nonzero at valid tokens (the other keys are hidden), or a
+            `masks.Mask`. None hides no key.
+          positions: positions for the rotary embedding. The default is 0, 1, ..., T - 1. With an array as
+            `attention_mask` it is the published rule: 0 at the first valid token of each row, 1 at padding.
 
         Returns:
-          float32 logits [B, T, V], not shifted: those at i predict token i + 1.
+          The logits, float32 [B, T, V]. They are not shifted: the logits at position i predict token i + 1.
 
         Raises:
-          ValueError: shapes that do not fit, or ids outside the vocabulary (not checked under a trace).
+          ValueError: a shape does not match the tokens, or an id is outside the vocabulary (ids are not checked when
+            jax traces the call).
         """
         check_ids(tokens_BT, self.config.vocab_size)
         tokens_BT = jnp.asarray(tokens_BT)
@@ -340,16 +362,20 @@ class Dream(nnx.Module):
         positions_BT: Int[jax.Array, "B T"],
         dropout_keys: DropoutKeys = None,
     ) -> Float[jax.Array, "B T D"]:
-        """Hidden states after the final norm, in the compute dtype: the input of `unembed`.
+        """Returns the hidden states after the final norm, in the compute dtype. `unembed` turns them into logits.
 
-        `dropout_keys` are for training adapters; see `Linear`.
+        Args:
+          tokens_BT: token ids in [0, V), not checked.
+          mask: the attention mask of T queries and T keys.
+          positions_BT: positions for the rotary embedding.
+          dropout_keys: one random key per row, for the dropout of an adapter; None means no dropout.
         """
         return self._hidden(tokens_BT, mask, positions_BT, return_kv=False, dropout_keys=dropout_keys)[0]
 
     def hidden_and_kv_cache(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """As `hidden`; also returns the keys and values of all layers, which `hidden_window` needs."""
+        """Returns the result of `hidden`, and the cache with the keys and values of all layers for `hidden_window`."""
         hidden_BTD, new_kv = self._hidden(tokens_BT, mask, positions_BT, return_kv=True)
         assert new_kv is not None
         return hidden_BTD, new_kv
@@ -361,20 +387,20 @@ class Dream(nnx.Module):
         positions_BW: Int[jax.Array, "B W"],
         window: Window,
     ) -> tuple[Float[jax.Array, "B W D"], KVCache]:
-        """Hidden states of a few tokens of each row, which attend to the cached keys and values of the whole row.
+        """Computes the hidden states of W tokens of each row, which attend to the cached keys and values of the row.
 
         Args:
-          tokens_BW: the W tokens of each row.
-          mask: the mask for W queries and S keys.
-          positions_BW: rotary positions of the tokens.
-          window: the cache (from `hidden_and_kv_cache` or this method), and the positions of the tokens in it.
+          tokens_BW: ids of the W tokens of each row.
+          mask: the attention mask of W queries and S keys.
+          positions_BW: positions of these tokens for the rotary embedding.
+          window: the cache (from `hidden_and_kv_cache` or from this method), and the positions of the tokens in it.
 
         Returns:
-          Hidden states as from `hidden`, and the cache, updated with the keys and values of these tokens.
+          The hidden states [B, W, D] as from `hidden`, and the cache with the new keys and values of these tokens.
         """
         hidden_BWD, new_kv = self._hidden(tokens_BW, mask, positions_BW, return_kv=True, window=window)
         assert new_kv is not None
-        # The cache is updated after the scan: an updated cache returned by the scan would be a second copy of it.
+        # The cache is updated after the scan. If the scan returned the updated cache, there would be two copies of it.
         return hidden_BWD, window.updated(new_kv)
 
     def _hidden(
@@ -426,11 +452,11 @@ class Dream(nnx.Module):
             return self.norm(x_BTD).astype(self.compute_dtype), new_kv
 
     def unembedding(self) -> Float[jax.Array, "D V"]:
-        """The output projection [D, V] in its stored dtype; with tied embeddings, the embedding table transposed."""
+        """Returns the output projection [D, V] in its stored dtype: with tied embeddings the transposed embeddings."""
         return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def unembed(self, hidden: Float[jax.Array, "*b d"]) -> Float[jax.Array, "*b v"]:
-        """float32 logits of hidden states; the inputs of the product are in the compute dtype, its sums in float32."""
+        """Returns the float32 logits of hidden states; the inputs of the matrix product are in the compute dtype."""
         kernel_DV = self.unembedding().astype(self.compute_dtype)
         with jax.named_scope("unembed"):
             return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
@@ -439,9 +465,9 @@ class Dream(nnx.Module):
 def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
     """Casts a leaf of a layer to the compute dtype, except the codes and scales of a quantised kernel."""
     if leaf.dtype == dtype or any(getattr(entry, "name", None) in ("codes", "scales") for entry in path):
-        # No barrier: without one the backward pass reads the leaf from the stack of all layers and saves no copy.
+        # No barrier here: so the backward pass can read the leaf from the stacked parameters and saves no copy of it.
         return leaf
-    # The barrier keeps the cast inside the loop. XLA would move it out and hold the cast copies of all layers at once.
+    # The barrier keeps the cast inside the loop. Otherwise XLA would cast all layers before the loop and store them.
     return jax.lax.optimization_barrier(leaf).astype(dtype)
 
 
@@ -452,9 +478,10 @@ def _logits(model: Dream, tokens_BT: jax.Array, mask: masks.Mask, positions_BT: 
 
 
 def check_ids(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError for ids outside the vocabulary, for which a lookup would silently return another embedding.
+    """Checks that the token ids are integers in [0, vocab_size), and raises ValueError if not.
 
-    Nothing is checked under a trace, or for arrays that are partly on other hosts.
+    Without this check, an embedding lookup would silently return the embedding of another token. The check is skipped
+    when jax traces the call, and for arrays that are partly on other hosts, because their values are not available.
     """
     if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
         return
@@ -468,10 +495,18 @@ def check_ids(tokens: Any, vocab_size: int) -> None:
 def mask_and_positions(
     shape: tuple[int, ...], attention_mask: Any, positions: Any
 ) -> tuple[masks.Mask, Int[jax.Array, "B T"]]:
-    """Converts the arguments of `Dream.__call__` to a mask value and rotary positions; see there.
+    """Converts the arguments `attention_mask` and `positions` of `Dream.__call__` to a mask and an array.
+
+    Args:
+      shape: the shape of the tokens, (B, T).
+      attention_mask: as in `Dream.__call__`.
+      positions: as in `Dream.__call__`.
+
+    Returns:
+      The attention mask, and the positions for the rotary embedding.
 
     Raises:
-      ValueError: a shape that does not fit the tokens' [B, T].
+      ValueError: the tokens do not have two axes, or one of the arrays does not have their shape.
     """
     if len(shape) != 2:
         raise ValueError(f"tokens have shape {shape}, expected [batch, tokens]")
@@ -497,23 +532,23 @@ def mask_and_positions(
 
 
 def padded_positions(valid_BT: Bool[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
-    """Positions counted from the first valid token of each row; padding gets 1, as published (its keys are hidden)."""
+    """Returns positions that count the valid tokens of each row from 0; padding gets 1, as in the published code."""
     return jnp.where(valid_BT, jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 1)
 
 
 def abstract_model(config: DreamConfig, **options: Any) -> Dream:
-    """A Dream whose parameters are shapes and dtypes without arrays; `options` as for Dream."""
+    """Returns a Dream with shapes and dtypes instead of arrays. `options` are keyword arguments of `Dream`."""
     return jax.eval_shape(lambda: Dream(config, rngs=nnx.Rngs(0), **options))
 
 
 def split_params(model: Dream) -> tuple[nnx.GraphDef[Dream], ParamTree]:
-    """Splits a model into its static part, and its parameters as a nested dict of arrays with string keys."""
+    """Returns the static part of a model, and its parameters as a nested dict of arrays with string keys."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge_params(graphdef: nnx.GraphDef[Dream], params: ParamTree) -> Dream:
-    """The inverse of `split_params`."""
+    """Returns the model with this static part and these parameters; this is the inverse of `split_params`."""
     return nnx.merge(graphdef, nnx.State(_as_params(params)))
 
 
@@ -522,5 +557,5 @@ def _as_params(tree: ParamTree) -> ParamTree:
 
 
 def parameter_count(tree: Any) -> int:
-    """Number of weights in a tree of arrays or shapes."""
+    """Returns the number of weights (array elements) in a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,8 +1,8 @@
 """The masked-diffusion objective: noise, loss weights, and the cross entropy at the masked positions.
 
 It follows Dream's published SFT trainer: the right shift (position i is predicted from the hidden state at i - 1), four
-weightings, and one global denominator. Logits are computed for masked positions only, one chunk at a time, and the
-gradient of a chunk is computed while its logits exist: there is no [B, T, V] array, forward or backward.
+loss weights, and one denominator for the global batch. Logits are computed for masked positions only, one chunk at a
+time, and the gradients of a chunk are computed together with its logits. So no pass stores an array [B, T, V].
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ from dream_jax.model import Dream, DropoutKeys, check_ids, mask_and_positions
 from dream_jax.shapes import Array
 from dream_jax.target import current_target
 
-# Most elements of the [chunk, V] array of logits on each device (512 MiB of float32). Every chunk reads and writes the
-# whole gradient of the output projection, so an accelerator is fastest with few large chunks.
+# Maximum number of elements of the [chunk, V] array of logits on each device (512 MiB of float32). Every chunk reads
+# and writes the whole gradient of the output projection, so an accelerator is fastest with few large chunks.
 _LOGIT_ELEMENTS = 1 << 27
-# A CPU is limited by arithmetic, and unmasked positions in the last chunk are wasted work, so it uses smaller chunks.
-# With few positions and a large vocabulary the chunks get smaller still, so that the logits stay small beside the
-# projection.
+# A CPU is limited by arithmetic, and unmasked positions in the last chunk are wasted work, so a CPU uses smaller
+# chunks: at most _CPU_ROWS positions. With few positions and a large vocabulary chunks are smaller still, but not below
+# _CPU_FEWEST_ROWS, so that the logits take little memory compared with the output projection.
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
-# Losses are also reported by noise level: for rows with t in [0, 1/4), [1/4, 1/2), and so on.
+# Number of equal ranges of the noise level t, [0, 1/4), [1/4, 1/2), and so on, for which losses are reported.
 TIME_BUCKETS = 4
 
 
 class LossWeight(abc.ABC):
-    """The factor on the cross entropy of each masked position. Subclasses are hashable (frozen dataclasses)."""
+    """The factor on the cross entropy of each masked position.
+
+    Subclasses must be hashable (frozen dataclasses), because a weight is a static argument of jitted functions.
+    """
 
     @abc.abstractmethod
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Weights float32 [B, T]; only those at masked positions are used."""
+        """Returns the weights, float32 [B, T]. The loss uses only the weights at masked positions.
+
+        Args:
+          masked_BT: true where the model receives the mask token.
+          t_B: noise level of each row, in [0, 1].
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,44 +56,46 @@ class UniformWeight(LossWeight):
     """Every masked position has weight 1."""
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns ones."""
+        """Returns float32 [B, T], all ones."""
         return jnp.ones(masked_BT.shape, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearWeight(LossWeight):
-    """The weight is 1 - t: mistakes count more when fewer tokens are masked."""
+    """The weight is 1 - t: a masked position counts more when fewer tokens of its row are masked."""
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns one value per row, the same for all its positions."""
+        """Returns float32 [B, T], equal at all positions of a row."""
         return jnp.broadcast_to(1.0 - jnp.asarray(t_B, jnp.float32)[:, None], masked_BT.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseTimeWeight(LossWeight):
-    """The weight is 1 / t, as in the likelihood bound (published as "original").
+    """The weight is 1 / t, as in the likelihood bound (called "original" in the published code).
 
-    The loss is also divided by the number of masked positions, which grows with t: the total effect is like 1 / t^2.
+    The number of masked positions of a row grows with t, so all rows of a batch have about the same total weight. In
+    rows with a small t, each of the few masked positions therefore counts most.
     """
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns one value per row, the same for all its positions; 0 at t = 0, where no position is masked."""
+        """Returns float32 [B, T], equal at all positions of a row; 0 at t = 0, where no position is masked."""
         t_B1 = jnp.asarray(t_B, jnp.float32)[:, None]
         return jnp.broadcast_to(jnp.where(t_B1 > 0, 1.0 / jnp.where(t_B1 > 0, t_B1, 1.0), 0.0), masked_BT.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class CartWeight(LossWeight):
-    """Dream's context-adaptive weight: a masked position counts more when more unmasked tokens are near it.
+    """Dream's context-adaptive weight (CART): a masked position counts more when more unmasked tokens are near it.
 
-    w_i = sum over unmasked j of 0.5 p (1 - p)^(|i - j| - 1), where j may be in the prompt, the response or the padding.
-    Far from the ends of a row the mean of w at noise level t is 1 - t. Computed by two first-order recurrences in O(T).
+    The weight of position i is the sum over all unmasked j of 0.5 p (1 - p)^(|i - j| - 1), where j may be in the
+    prompt, the response or the padding. Far from the ends of a row its mean at noise level t is 1 - t. Two first-order
+    recurrences compute all weights of a row in O(T).
 
     Attributes:
-      geometric_p: p, in (0, 1); with a larger p only nearer tokens count. 0.1 in the published SFT configuration.
+      geometric_p: p in (0, 1). With a larger p only nearer tokens count. The published SFT configuration has 0.1.
 
     Raises:
-      ValueError: geometric_p outside (0, 1).
+      ValueError: `geometric_p` is outside (0, 1).
     """
 
     geometric_p: float = 0.1
@@ -95,7 +105,7 @@ class CartWeight(LossWeight):
             raise ValueError(f"{self.geometric_p=} is outside (0, 1)")
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns the weight of every position, masked or not."""
+        """Returns float32 [B, T], the weight of every position, masked or not."""
         unmasked_BT = (~jnp.asarray(masked_BT).astype(bool)).astype(jnp.float32)
         decay = 1.0 - self.geometric_p
         before_BT = _decayed_sum(unmasked_BT, decay)
@@ -104,7 +114,7 @@ class CartWeight(LossWeight):
 
 
 def _decayed_sum(x_BT: Float[jax.Array, "B T"], decay: float) -> Float[jax.Array, "B T"]:
-    """y_i = sum over j < i of decay^(i - j - 1) x_j, computed as y_i = decay y_{i-1} + x_{i-1}."""
+    """Returns y_i = sum over j < i of decay^(i - j - 1) x_j, computed as y_i = decay y_{i-1} + x_{i-1}."""
 
     def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return left[0] * right[0], right[0] * left[1] + right[1]
@@ -116,9 +126,12 @@ def _decayed_sum(x_BT: Float[jax.Array, "B T"], decay: float) -> Float[jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Focal:
-    """Replaces the cross entropy CE by alpha (1 - exp(-CE))^gamma CE, so that easy positions count less.
+    """The focal loss: it replaces the cross entropy CE by alpha (1 - exp(-CE))^gamma CE.
 
-    The published configuration does not use it.
+    Positions that the model predicts well then count less. The published configuration does not use it.
+
+    Raises:
+      ValueError: alpha is not above 0, or gamma is below 1.
     """
 
     alpha: float = 0.25
@@ -126,7 +139,7 @@ class Focal:
 
     def __post_init__(self) -> None:
         if not (self.alpha > 0 and self.gamma >= 1):
-            raise ValueError(f"focal needs {self.alpha=} > 0 and {self.gamma=} >= 1")
+            raise ValueError(f"{self.alpha=} must be above 0, and {self.gamma=} must be at least 1")
 
 
 def draw_noise(
@@ -134,25 +147,24 @@ def draw_noise(
 ) -> tuple[Float[jax.Array, "B"], Bool[jax.Array, "B T"]]:
     """Draws the noise levels and the masked positions of one training step.
 
-    They depend on the key and the row index alone, not on how rows are divided over devices or processes. The noise
-    levels are stratified over the global batch: a shuffle of (k + u) / K for k = 0..K-1 with one shared u, so that
-      every
-    batch covers all noise levels and the loss varies less. Each maskable position of a row is masked with probability
-    t.
+    The noise of a row depends only on the key and on the index of the row, not on the device or process that computes
+    it. The noise levels are stratified over the K rows of the global batch: they are (k + u) / K for k = 0..K-1 in
+    random order, with one u in [0, 1) for all. So every batch covers all noise levels, and the loss varies less. Each
+    maskable position of a row is masked with probability t.
 
     Args:
-      key: the key of the step.
-      row_B: index of each row in the global batch; every index in 0..K-1 occurs once.
+      key: the random key of the step.
+      row_B: index of each row in the global batch, in [0, K).
       maskable_BT: true where a token may be masked; false in the prompt.
       global_batch: K, the number of rows in the global batch.
 
     Returns:
-      t float32 [B] in [0, 1), and the masked positions, bool [B, T].
+      The noise level t of each row, float32 [B] in [0, 1), and the masked positions, bool [B, T].
     """
     offset_key, order_key, mask_key = jax.random.split(key, 3)
     stratum_K = jax.random.permutation(order_key, global_batch).astype(jnp.float32)
     t_K = (stratum_K + jax.random.uniform(offset_key)) / global_batch
-    t_B = jnp.minimum(t_K, 1.0 - 2.0**-24)[row_B]  # the sum above may round up to K, and t to 1
+    t_B = jnp.minimum(t_K, 1.0 - 2.0**-24)[row_B]  # rounding may make t_K equal to 1
     length = maskable_BT.shape[1]
     u_BT = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(mask_key, row), (length,)))(row_B)
     return t_B, jnp.asarray(maskable_BT) & (u_BT < t_B[:, None])
@@ -171,31 +183,33 @@ def masked_diffusion_loss(
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
     dropout_keys: DropoutKeys = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """Weighted cross entropy of the clean tokens at the masked positions, divided by the number of masked positions.
+    """Computes the weighted cross entropy of the clean tokens at masked positions, per masked position.
 
     Args:
-      model: gradients are taken with respect to its float32 or bfloat16 parameters.
-      tokens_BT: clean token ids.
-      masked_BT: true where the model receives the mask token instead.
+      model: the model, with float32 or bfloat16 parameters.
+      tokens_BT: ids of the clean tokens.
+      masked_BT: true where the model receives the mask token instead of the clean token.
       t_B: noise level of each row, in (0, 1).
-      weight: CartWeight(p) | InverseTimeWeight() | LinearWeight() | UniformWeight().
-      attention_mask: nonzero at valid tokens, for left-padded batches; or a mask value. Padding on the right is
-        attended to and learned (this is how the model learns to stop), so it counts as valid here.
-      mask: a further mask, combined with `attention_mask` by `&`, to train under another mask than the bidirectional
-        one; see `Mask.for_rows`.
-      focal: optional focal term.
-      normalizer: the denominator; by default the number of masked positions in the (global) batch, at least 1. For a
-        microbatch pass that of the whole batch, so that the losses of all microbatches add up.
-      dropout_keys: one key per row for the dropout of an adapter; None means no dropout.
+      weight: the factor on each masked position: CartWeight(p), InverseTimeWeight(), LinearWeight(), UniformWeight().
+      attention_mask: an array that is nonzero at valid tokens, for left-padded batches; or a `Mask`. Padding on the
+        right must count as valid: the model attends to it and learns it, and so learns to stop.
+      mask: a mask that is combined with `attention_mask` by `&`, to train under a mask other than `Bidirectional`. If
+        it depends on rows, it must be the result of `Mask.for_rows`.
+      focal: changes the cross entropy of each position to the focal loss; None means no change.
+      normalizer: the denominator. The default is the number of masked positions in the (global) batch, at least 1. For
+        a microbatch, pass the number of the whole batch: the sum of the losses is then the loss of the batch.
+      dropout_keys: one random key per row, for the dropout of an adapter; None means no dropout.
 
     Returns:
-      The loss (float32), and a dict for reporting: `num_masked` (float32), `num_correct` (masked positions whose most
-      probable token is right), `nll` (unweighted mean cross entropy at masked positions, nats), `token_nll` ([B, T], 0
-      elsewhere), and `token_correct` (bool [B, T], false elsewhere). Only the loss can be differentiated, with respect
-      to the parameters; to weight positions differently, pass a LossWeight.
+      The loss (float32 scalar), and a dict of values to report. `num_masked` and `num_correct` (float32 scalars) are
+      the numbers of masked positions, and of those where the most probable token is correct. `nll` is the unweighted
+      mean cross entropy of masked positions, in nats. `token_nll` (float32 [B, T]) and `token_correct` (bool [B, T])
+      hold the values of each masked position, and 0 or false elsewhere. Gradients flow only from the loss, and only to
+      the parameters, not to the weights of positions.
 
     Raises:
-      ValueError: shapes that do not fit, or ids outside the vocabulary (not checked under a trace).
+      ValueError: a shape does not match the tokens, or an id is outside the vocabulary (ids are not checked when jax
+        traces the call).
     """
     check_ids(tokens_BT, model.config.vocab_size)
     tokens_BT, masked_BT = jnp.asarray(tokens_BT), jnp.asarray(masked_BT).astype(bool)
@@ -214,16 +228,16 @@ def masked_diffusion_loss(
 def sums_by_time(
     token_nll_BT: Float[Array, "B T"], masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]
 ) -> tuple[Float[jax.Array, "times"], Float[jax.Array, "times"]]:
-    """Sums the cross entropy, and counts the masked positions, of the rows in each of `TIME_BUCKETS` ranges of t.
+    """Sums the cross entropies, and counts the masked positions, in each of `TIME_BUCKETS` ranges of noise levels.
 
     Args:
-      token_nll_BT: cross entropy of each masked position, 0 elsewhere, as `masked_diffusion_loss` returns it.
-      masked_BT: the masked positions.
+      token_nll_BT: cross entropy of each masked position in nats, 0 elsewhere, as `masked_diffusion_loss` returns it.
+      masked_BT: true at masked positions.
       t_B: noise level of each row, in [0, 1].
 
     Returns:
-      The summed cross entropies and the numbers of masked positions, each float32 [TIME_BUCKETS]. The results of
-      several microbatches can be added.
+      The summed cross entropies and the numbers of masked positions, each float32 [TIME_BUCKETS]. The results of the
+      microbatches of a step can be added.
     """
     bucket_B = jnp.clip((jnp.asarray(t_B) * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     in_bucket = (bucket_B[:, None] == jnp.arange(TIME_BUCKETS)).astype(jnp.float32)  # [B, TIME_BUCKETS]
@@ -232,8 +246,8 @@ def sums_by_time(
     return nll, masked
 
 
-# Jitted here because the loop bodies inside are new functions at every call: without jit each call would compile them
-# anew.
+# This function is jitted because each call makes new functions as the bodies of its loops. Without jit, every call
+# would compile these loops again.
 @functools.partial(jax.jit, static_argnames=("weight", "focal"))
 def _loss(
     model: Dream,
@@ -255,8 +269,8 @@ def _loss(
         kernel_DV = model.unembedding().astype(model.compute_dtype)
         groups = sharding.token_shards(*tokens_BT.shape)
         if groups[1] > 1:
-            # The tokens of a row are divided over devices. The right shift is done here, where the compiler sends one
-            # hidden state per row to the neighbouring device.
+            # The tokens of a row are divided over devices. The right shift is done here, because on the whole array
+            # the compiler only has to send one hidden state per row to the neighbouring device.
             hidden_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
             hidden_BTD = sharding.constrain(hidden_BTD, "batch", "tokens", "width")
         total, token_nll_BT, correct_BT = _masked_cross_entropy(
@@ -264,7 +278,7 @@ def _loss(
         )
         token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
         num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
-        # At least 1: a batch without masked positions has loss 0, not 0 / 0.
+        # The denominator is at least 1, so that a batch without masked positions has the loss 0 and not 0 / 0.
         denominator = jnp.maximum(num_masked if normalizer is None else normalizer, 1).astype(jnp.float32)
         aux = {
             "num_masked": num_masked,
@@ -286,17 +300,19 @@ def _masked_cross_entropy(
     masked_BT: Bool[jax.Array, "B T"],
     weight_BT: Float[jax.Array, "B T"],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the sum of the weighted cross entropies, and at each masked position its cross entropy and whether the
-    most probable token is right, both [B, T].
+    """Computes the cross entropies of the masked positions.
 
-    `groups` is the number of shards of B and of T. Where T is sharded, the caller has already shifted the hidden
-    states.
+    `groups` has the number of shards of B and that of T. If T is sharded, the hidden states must be shifted already.
+
+    Returns:
+      The sum of the weighted cross entropies (float32 scalar); the cross entropy of each masked position (float32 [B,
+      T], 0 elsewhere); and whether the most probable token is correct (bool [B, T], false elsewhere).
     """
     outputs, _ = _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, gradients="none")
     return outputs
 
 
-# The two rules of custom_vjp. Only jax calls them, with the argument types of the function above.
+# `_forward` and `_backward` are the rules of custom_vjp. Only jax calls them, so they have no type annotations.
 def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
     arrays = (argument.value for argument in (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT))
     # With an adapter the kernel is frozen, so its gradient is not needed.
@@ -304,19 +320,19 @@ def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_
 
 
 def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]
-    # Only the sum is differentiated; the outputs for each position are for reporting.
+    # Only the sum is differentiated. The outputs for each position are only reported.
     scale = cotangents[0]
 
     def scaled(gradient: jax.Array) -> jax.Array:
-        # The factor stays float32: its rounding to bfloat16 would bias all gradients of the batch in the same
-        # direction.
+        # The product is float32, because rounding the factor to bfloat16 would change all gradients of the batch by
+        # the same factor.
         return (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
 
     hidden_gradient, kernel_gradient = gradients
     return scaled(hidden_gradient), None if kernel_gradient is None else scaled(kernel_gradient), None, None, None
 
 
-# symbolic_zeros tells the forward rule which arguments are differentiated (`perturbed`).
+# With symbolic_zeros the forward rule learns from `perturbed` which arguments are differentiated.
 _masked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
@@ -331,14 +347,14 @@ def _over_chunks(
     *,
     gradients: Literal["none", "hidden", "both"],
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
-    """Computes the loss in one loop over chunks of masked positions, and its gradients while the logits of a chunk
-    exist.
+    """Computes the outputs of `_masked_cross_entropy`, and their gradients, in one loop over chunks of positions.
 
-    The gradients are with respect to the hidden states, or to these and the kernel.
+    `gradients` says which gradients of the sum are computed: none, that of the hidden states, or also that of the
+    kernel. They are computed chunk by chunk, while the logits of the chunk are in memory.
 
-    The B x T positions are divided into S groups of R positions, one for each shard of the batch. Each group is sorted
-    so that masked positions come first. No position leaves its device, and the loop ends when the group with the most
-    masked positions is done. A chunk holds C positions of every group.
+    The B x T positions are divided into S groups of R positions, one for each shard of B and T. Each group is sorted so
+    that masked positions come first; no position leaves its device. A chunk has C positions of every group. The loop
+    ends when it has computed all masked positions of the group that has most of them.
     """
     batch, length, width = hidden_BTD.shape
     vocab = kernel_DV.shape[1]
@@ -346,8 +362,8 @@ def _over_chunks(
     rows = batch // groups[0] * tokens_per_group
     chunk = chunk_rows(rows, vocab, current_target().platform)
     padding = -rows % chunk
-    # All-gathered once, before the loop. Otherwise every chunk would gather the kernel again, and also the [chunk, V]
-    # gradients of the logits of all devices, which are larger.
+    # The kernel is all-gathered once, before the loop. Otherwise every chunk would gather the kernel again, and also
+    # the [chunk, V] gradients of the logits of all devices, which are larger.
     kernel_DV = sharding.constrain(kernel_DV, None, "vocab")
 
     def on_groups(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -364,11 +380,11 @@ def _over_chunks(
     hidden_SRD, token_SR = grouped(hidden_BTD), grouped(tokens_BT)
     masked_SR, weight_SR = grouped(masked_BT), grouped(weight_BT)
     order_SR = jnp.argsort(~masked_SR, axis=1, stable=True)
-    # Padded with an index out of range: such reads give zeros and such writes are dropped.
+    # The padding is an index out of range: reads at this index give zeros, and writes are dropped.
     order_SR = jnp.pad(order_SR, ((0, 0), (0, padding)), constant_values=rows)
     count_S = jnp.sum(masked_SR, axis=1, dtype=jnp.int32)
 
-    # vmap over the groups shows the partitioner that reads and writes stay within the devices of a group.
+    # vmap over the groups tells XLA's partitioner that no read or write crosses the groups, and so the devices.
     @jax.vmap
     def read(x_R: jax.Array, index_C: jax.Array) -> jax.Array:
         return x_R.at[index_C].get(mode="fill", fill_value=0)
@@ -385,8 +401,8 @@ def _over_chunks(
         total_S, nll_SR, correct_SR, *gradient_sums = carry
         index_SC = jax.lax.dynamic_slice_in_dim(order_SR, chunk_index * chunk, chunk, axis=1)
         is_masked_SC = chunk_index * chunk + jnp.arange(chunk) < count_S[:, None]
-        # The right shift as indices: a token is predicted from the hidden state before it, the first of a row from its
-        # own.
+        # The right shift: a token is predicted from the hidden state at the position before it. The first token of a
+        # row is predicted from the hidden state at its own position.
         source_SC = index_SC if groups[1] > 1 else jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
         h_SCD = read(hidden_SRD, source_SC)
         target_SC = read(token_SR, index_SC)
@@ -410,7 +426,7 @@ def _over_chunks(
             dlogits_SCV = (exp_SCV / sum_exp_SC[..., None] - is_target_SCV.astype(jnp.float32)) * dnll_SC1
             dlogits_SCV = dlogits_SCV.astype(kernel_DV.dtype)
             dhidden_SCD = jnp.einsum("SCV,DV->SCD", dlogits_SCV, kernel_DV, preferred_element_type=jnp.float32)
-            # Add, not set: positions 0 and 1 of a row read the same hidden state.
+            # The gradients are added and not set, because positions 0 and 1 of a row read the same hidden state.
             gradient_sums[0] = add(gradient_sums[0], source_SC, dhidden_SCD)
         if gradients == "both":
             dkernel_SDV = jnp.einsum("SCD,SCV->SDV", h_SCD, dlogits_SCV, preferred_element_type=jnp.float32)
@@ -425,7 +441,7 @@ def _over_chunks(
     if gradients != "none":
         start += (on_groups(jnp.zeros((num_groups, rows, width), jnp.float32)),)
     if gradients == "both":
-        # One partial sum per group; they are added once, after the loop.
+        # There is one partial sum per group. The partial sums are added once, after the loop.
         start += (on_groups(jnp.zeros((num_groups, width, vocab), jnp.float32), None, "vocab"),)
     chunks = (jnp.max(count_S) + chunk - 1) // chunk
     total_S, nll_SR, correct_SR, *gradient_sums = jax.lax.fori_loop(0, chunks, add_chunk, start)
@@ -436,16 +452,16 @@ def _over_chunks(
     if gradients == "hidden":
         return outputs, (hidden_gradient, None)
     kernel_gradient = sharding.constrain(jnp.sum(gradient_sums[1], axis=0), "embed", "vocab")
-    # The barrier makes the compiler finish both gradients now. The kernel's is first needed by the optimizer; without
-    # the barrier its [D, V] float32 partial sums (2 GiB for Dream-7B) may stay in memory during the whole backward
-    # pass.
+    # The barrier makes the compiler finish both gradients now. The gradient of the kernel is first needed by the
+    # optimizer, so without the barrier its float32 partial sums [D, V] (2 GiB for Dream-7B) may stay in memory during
+    # the whole backward pass.
     hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
-    # The second barrier keeps the rounding after the sum over devices, and before the backward pass.
+    # The second barrier keeps the rounding to the dtype of the kernel after the sum, and before the backward pass.
     return outputs, jax.lax.optimization_barrier((hidden_gradient, kernel_gradient.astype(kernel_DV.dtype)))
 
 
 def chunk_rows(rows: int, vocab: int, platform: str) -> int:
-    """Number of positions in a chunk on a device that holds `rows` positions of the batch."""
+    """Returns the number of positions in a chunk, on a device that holds `rows` positions of the batch."""
     most = rows
     if platform == "cpu":
         most = min(_CPU_ROWS, max(_CPU_FEWEST_ROWS, rows // 8, _CPU_SMALL_BLOCK // vocab))
@@ -453,7 +469,7 @@ def chunk_rows(rows: int, vocab: int, platform: str) -> int:
 
 
 def _focal_value_and_slope(nll: jax.Array, focal: Focal | None) -> tuple[jax.Array, jax.Array]:
-    """The loss of one position as a function of its cross entropy, and the derivative of that function."""
+    """Returns the focal loss of each position, and its derivative with respect to the cross entropy `nll`."""
     if focal is None:
         return nll, jnp.ones_like(nll)
     p = jnp.exp(-nll)

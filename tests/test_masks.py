@@ -98,12 +98,12 @@ def test_segments_see_themselves():
 @pytest.mark.parametrize(
     ("mask", "queries", "keys", "message"),
     [
-        (masks.KeyPadding(jnp.ones((1, 3), bool)), 3, 4, "3 keys was given to 4 keys"),
+        (masks.KeyPadding(jnp.ones((1, 3), bool)), 3, 4, "is for 3 keys, but there are 4 keys"),
         (
             masks.Segments(jnp.ones((1, 3), int), jnp.ones((1, 3), int)),
             3,
             4,
-            "3 queries and 3 keys were given to",
+            "for 3 queries and 3 keys, but there are",
         ),
         (masks.Segments(jnp.ones((1, 3), int), jnp.ones((1, 3), int)), 2, 3, "2 queries and 3 keys$"),
     ],
@@ -125,7 +125,7 @@ def test_annealing_goes_from_causal_to_bidirectional():
         dense = np.asarray(masks.Annealed(drawn).dense(64, 64))
         assert dense[causal].all()
         assert dense[~causal].mean() == pytest.approx(share, abs=0.03)
-    with pytest.raises(ValueError, match="drawn for"):
+    with pytest.raises(ValueError, match=r"has shape \(64, 64\), but there are 32 tokens"):
         masks.Annealed(drawn).dense(32, 32)
 
 
@@ -267,7 +267,7 @@ def test_row_without_an_answer_is_all_prompt():
     mask = masks.Prefix().for_rows(np.ones((2, 3), bool), np.array([[False] * 3, [True] * 3]))
     assert mask.draw(3, row=0) == "###\n###\n###"
     assert mask.draw(3, row=1) == masks.Causal().draw(3)
-    with pytest.raises(ValueError, match="must be told where the prompts end"):
+    with pytest.raises(ValueError, match="needs the ends of the prompts"):
         masks.Prefix().dense(3, 3)
 
 
@@ -296,7 +296,7 @@ def test_two_streams_see_what_decoding_block_by_block_sees():
         (lambda: masks.TwoStream(0), "blocks of 0 tokens"),
         (lambda: masks.SlidingWindow(-1, 0), "neither may be negative"),
         (lambda: masks.TwoStream(2).dense(5, 5), "5 keys cannot be a noised and a clean half"),
-        (lambda: masks.Causal().at(np.zeros((1, 2), int)).dense(3, 5), "2 queries was given to 3"),
+        (lambda: masks.Causal().at(np.zeros((1, 2), int)).dense(3, 5), "positions of 2 queries, but there are 3"),
         (lambda: (masks.Causal() & masks.KeyLengths(np.array([1]))).dense(2, 3), "2 queries and 3 keys"),
     ],
 )
@@ -344,5 +344,5 @@ def test_unknown_names_raise(name):
     ids=named,
 )
 def test_masks_without_a_name_raise(mask):
-    with pytest.raises(ValueError, match=f"{named(mask)} has no name here; named are bidirectional"):
+    with pytest.raises(ValueError, match=f"{named(mask)} mask has no name; masks with names are bidirectional"):
         masks.name_of(mask)

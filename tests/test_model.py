@@ -387,7 +387,7 @@ def test_compile_time_does_not_grow_with_depth():
         ((tokens(), np.ones((1, 12), bool)), "attention_mask has shape"),
         ((tokens(), None, np.zeros((2, 13), np.int32)), "positions have shape"),
         ((tokens(), None, np.arange(12)), "positions have shape"),
-        ((tokens(), masks.KeyPadding(np.ones((2, 11), bool))), "11 keys was given to 12"),
+        ((tokens(), masks.KeyPadding(np.ones((2, 11), bool))), "is for 11 keys, but there are 12"),
     ],
 )
 def test_shapes_that_do_not_fit_raise(arguments, message):

@@ -1,9 +1,9 @@
-"""Attention masks as values: which query may look at which key.
+"""Attention masks: objects that say which query may attend to which key.
 
-A mask is a small frozen object that can be passed through `jax.jit`. True means "may attend"; the last two axes of its
-dense form are (query, key). A mask stores its rule in the most compact form (numbers, lengths, segment ids). An
-attention backend that understands this form never builds a [T, S] array; for the others, `dense` gives the array. Masks
-can be combined (`&`, `|`, `~`) and drawn (`draw`).
+A mask is a small frozen object that can be an argument of a jitted function. It stores its rule in a compact form, for
+example as numbers, lengths or segment ids. An attention backend that supports this form needs no array [T, S]. For the
+other backends, `dense` returns a bool array with the last axes (query, key), true where the query may attend to the
+key. Masks can be combined (`&`, `|`, `~`) and drawn as text (`draw`).
 """
 
 from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, conjuncts, is_fixed

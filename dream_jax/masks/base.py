@@ -1,4 +1,8 @@
-"""The base class of masks, their combinations, and the mask that hides nothing."""
+"""The base class of masks, the combinations of masks, and the mask that hides no key.
+
+In the drawings of this package each line is a query and each column is a key: `#` means that the query may attend to
+the key, `.` that it may not. In annotations a lower-case axis (b, t, s) is the axis B, T or S, or has size 1.
+"""
 
 from __future__ import annotations
 
@@ -18,62 +22,66 @@ class Mask(abc.ABC):
 
     @abc.abstractmethod
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Returns booleans that broadcast to [B, T, S], true where a query may attend to a key.
+        """Returns a bool array that broadcasts to [B, T, S], true where a query may attend to a key.
 
         Args:
-          position_bT: position of each query among the keys; a first axis of size 1 means the same for all rows.
-          num_keys: S.
+          position_bT: index of each query among the keys, in [0, S). A first axis of size 1 means that the queries of
+            all rows have the same indices.
+          num_keys: S, the number of keys.
         """
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """Returns the mask as booleans that broadcast to [B, T, S]; an axis of size 1 means the same for all.
+        """Returns the mask as a bool array that broadcasts to [B, T, S], true where a query may attend to a key.
 
         Raises:
-          ValueError: the mask depends on positions, and there are not as many queries as keys; or the mask was made for
-            another number of tokens.
+          ValueError: the mask depends on positions, and the numbers of queries and keys differ (`at` gives positions to
+            the queries); or the mask was made for another number of tokens.
         """
         if num_queries != num_keys:
             raise ValueError(
-                f"{type(self).__name__} of {num_queries} queries and {num_keys} keys: they must be the same tokens; give "
-                "the positions of the queries with `at`"
+                f"the mask {type(self).__name__} got {num_queries} queries and {num_keys} keys; if they are not the same "
+                "tokens, give the positions of the queries with `at`"
             )
         return self.allowed(jnp.arange(num_queries, dtype=jnp.int32)[None], num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Returns the same mask for T queries at the given positions among the keys."""
+        """Returns this mask for T queries that are at the given indices among the keys, each in [0, S)."""
         return Queries(self, position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Returns the mask for particular rows, if it depends on where a row or its answer begins; otherwise itself.
+        """Returns the mask for particular rows. Masks that do not depend on rows return themselves.
 
         Args:
-          valid_BT: true at tokens, false at padding; a row begins at its first valid token.
-          answer_BT: true at tokens of the answer; the prompt ends before the first of them.
+          valid_BT: true at tokens, false at padding. A row begins at its first valid token.
+          answer_BT: true at tokens of the answer. The prompt ends before the first of these tokens.
         """
         del valid_BT, answer_BT
         return self
 
     def draw(self, num_queries: int, num_keys: int | None = None, row: int = 0) -> str:
-        """The mask of one row of the batch as text, one line per query: `#` may attend, `.` may not."""
+        """Returns the mask of one row of the batch as text, with one line per query and one character per key.
+
+        `#` means that the query may attend to the key, `.` that it may not. `num_keys` is `num_queries` by default.
+        """
         num_keys = num_queries if num_keys is None else num_keys
         dense = np.asarray(self.dense(num_queries, num_keys))
         dense = np.broadcast_to(dense, (dense.shape[0], num_queries, num_keys))
         return "\n".join("".join("#" if allowed else "." for allowed in line) for line in dense[row])
 
     def __and__(self, other: Mask) -> Mask:
-        """Allows what both masks allow."""
+        """Returns the mask that allows what both masks allow."""
         if isinstance(other, Bidirectional):
             return self
         return other if isinstance(self, Bidirectional) else And(self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        """Allows what at least one of the masks allows."""
+        """Returns the mask that allows what at least one of the masks allows."""
         if isinstance(self, Bidirectional) or isinstance(other, Bidirectional):
             return Bidirectional()
         return Or(self, other)
 
     def __invert__(self) -> Mask:
-        """Allows what this mask hides."""
+        """Returns the mask that allows exactly what this mask hides."""
         return self.mask if isinstance(self, Not) else Not(self)
 
 
@@ -90,22 +98,22 @@ class Bidirectional(Mask):
     """
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Returns [1, 1, S], all true."""
+        """Returns bool [1, 1, S], all true."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """Returns [1, 1, S], all true, for any numbers of queries and keys."""
+        """Returns bool [1, 1, S], all true, for any numbers of queries and keys."""
         return jnp.ones((1, 1, num_keys), dtype=bool)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Returns itself."""
+        """Returns this same mask, which does not depend on the positions of the queries."""
         return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
-    """Allows what both masks allow; made by `&`. Here `Causal` and a window that looks one token back:
+    """The mask that `&` makes: it allows what both masks allow. Drawn for `Causal` and a window of one token back:
 
     ::
 
@@ -137,7 +145,7 @@ class And(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
-    """Allows what at least one of the masks allows; made by `|`. Here `Causal` and a prompt of two tokens:
+    """The mask that `|` makes: it allows what at least one mask allows. Drawn for `Causal` and the first two keys:
 
     ::
 
@@ -169,7 +177,7 @@ class Or(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
-    """Allows what the mask hides; made by `~`. Here `~Causal()`, whose last query has nothing to attend to:
+    """The mask that `~` makes: it allows what the given mask hides. Drawn for `~Causal()`:
 
     ::
 
@@ -200,40 +208,48 @@ class Not(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries(Mask):
-    """A mask whose queries are only some of the tokens; made by `at`. Here `Causal` for queries at positions 2, 0 and
-    0:
+    """The mask that `at` makes: its queries are some of the tokens. Drawn for `Causal` and queries at 2, 0 and 0:
 
     ::
 
         ###
         #..
         #..
+
+    Attributes:
+      mask: the mask of all tokens.
+      position_BT: index of each query among the keys, in [0, S).
     """
 
     mask: Mask
     position_BT: Int[Array, "B T"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """The rows of the mask for some of its queries; `position_bT` are here indices into these queries."""
+        """Returns bool [B, T, S] for some of the queries; `position_bT` holds their indices in `position_BT`."""
         rows = max(position_bT.shape[0], self.position_BT.shape[0])
         position_BT = jnp.broadcast_to(jnp.asarray(self.position_BT), (rows, self.position_BT.shape[1]))
         index_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
         return self.mask.allowed(jnp.take_along_axis(position_BT, index_BT, axis=1), num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """[B, T, S]. Raises ValueError if there are not as many queries as positions."""
+        """Returns bool [B, T, S]. Raises ValueError if `num_queries` differs from the number of positions."""
         if self.position_BT.shape[1] != num_queries:
-            raise ValueError(f"a mask for {self.position_BT.shape[1]} queries was given to {num_queries} queries")
+            raise ValueError(
+                f"the mask has the positions of {self.position_BT.shape[1]} queries, but there are {num_queries} queries"
+            )
         return self.mask.allowed(jnp.asarray(self.position_BT), num_keys)
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    """The masks that `mask` combines by `&`: itself if it is not such a combination, none for `Bidirectional`."""
+    """Returns the masks that `mask` combines by `&`.
+
+    It is one mask if `mask` is not such a combination, and none if it is `Bidirectional`.
+    """
     if isinstance(mask, And):
         return (*conjuncts(mask.left), *conjuncts(mask.right))
     return () if isinstance(mask, Bidirectional) else (mask,)
 
 
 def is_fixed(mask: Mask) -> bool:
-    """Whether the mask holds no arrays: it is known when a program is compiled, and is the same in all rows."""
+    """Returns whether the mask holds no arrays: it is then known at compile time, and the same in all rows."""
     return not jax.tree.leaves(mask)

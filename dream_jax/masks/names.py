@@ -1,4 +1,4 @@
-"""The names of masks, as a command line or a saved model writes them."""
+"""The names of masks, which command lines and saved models use."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from dream_jax.masks.base import Bidirectional, Mask
 from dream_jax.masks.order import BlockCausal, Causal, Prefix, SlidingWindow
 
 NAMES = "bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT"
+"""The forms of the names, for messages. Numbers are in tokens, and window:REACH means window:REACH:REACH."""
 
 
 def parse(name: str) -> Mask:
-    """The mask with a name such as `block-causal:8`. It holds no arrays; `Mask.for_rows` adds what depends on rows.
+    """Returns the mask that has this name, such as "block-causal:8".
+
+    The mask is not bound to particular rows: `Mask.for_rows` sets where rows and answers begin.
 
     Raises:
-      ValueError: an unknown name, or numbers that do not fit the mask.
+      ValueError: the name is unknown, or its number is out of range.
     """
     kind, *numbers = name.split(":")
-    # Digits only: int() also accepts "1_6" and " 16", but a mask should have one spelling.
+    # Only digits are accepted. int() also reads "1_6" and " 16", but a number should have one spelling.
     if all(number.isascii() and number.isdigit() for number in numbers):
         values = [int(number) for number in numbers]
         simple = {"bidirectional": Bidirectional, "causal": Causal, "prefix": Prefix}
@@ -25,14 +28,14 @@ def parse(name: str) -> Mask:
             return BlockCausal(values[0])
         if kind == "window" and len(values) in (1, 2):
             return SlidingWindow(values[0], values[-1])
-    raise ValueError(f"mask {name!r} is not one of {NAMES} (in tokens)")
+    raise ValueError(f"mask {name!r} is not one of {NAMES}, where SIZE, REACH, LEFT and RIGHT are numbers of tokens")
 
 
 def name_of(mask: Mask) -> str:
-    """The inverse of `parse`.
+    """Returns the name from which `parse` makes an equal mask, such as "block-causal:8".
 
     Raises:
-      ValueError: a mask without a name, because it is a combination or holds arrays.
+      ValueError: the mask has no name, for example because it is a combination or holds arrays for particular rows.
     """
     if isinstance(mask, Bidirectional):
         return "bidirectional"
@@ -44,4 +47,6 @@ def name_of(mask: Mask) -> str:
         return f"block-causal:{mask.size}"
     if isinstance(mask, SlidingWindow):
         return f"window:{mask.left}" if mask.left == mask.right else f"window:{mask.left}:{mask.right}"
-    raise ValueError(f"{type(mask).__name__} has no name here; named are {NAMES}")
+    raise ValueError(
+        f"this {type(mask).__name__} mask has no name; masks with names are {NAMES}, before `for_rows` and not combined"
+    )

@@ -1,4 +1,4 @@
-"""Masks that depend on the positions of query and key."""
+"""Masks that compare the position of a query with the position of a key. `base` explains the drawings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dream_jax.shapes import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
-    """Every query sees the keys up to its own position, as in the autoregressive model that Dream started from.
+    """A query may attend to the keys up to its own position, as in the autoregressive model that Dream started from.
 
     ::
 
@@ -25,18 +25,14 @@ class Causal(Mask):
     """
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]."""
+        """Returns bool [b, T, S], true where the key is not after the query."""
         return _keys(num_keys) <= jnp.asarray(position_bT)[:, :, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """All tokens see the whole prompt; the answer is causal.
-
-    Attributes:
-      end_B: position of the first token after the prompt in each row; None until `for_rows` sets it. With a prompt of
-        two tokens:
+    """All queries may attend to the whole prompt; the answer is causal. Drawn with a prompt of two tokens:
 
     ::
 
@@ -44,31 +40,29 @@ class Prefix(Mask):
         ##..
         ###.
         ####
+
+    Attributes:
+      end_B: int32 [B], index of the first token after the prompt in each row; None until `for_rows` sets it.
     """
 
     end_B: Int[Array, "B"] | None = None
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError if the ends of the prompts are not set."""
+        """Returns bool [B, T, S]. Raises ValueError if `end_B` is not set."""
         if self.end_B is None:
-            raise ValueError("a prefix mask must be told where the prompts end: Prefix(end), or `for_rows`")
+            raise ValueError("a prefix mask needs the ends of the prompts: give Prefix(end_B), or call `for_rows`")
         in_prompt_B1S = _keys(num_keys) < jnp.asarray(self.end_B, jnp.int32)[:, None, None]
         return in_prompt_B1S | (_keys(num_keys) <= jnp.asarray(position_bT)[:, :, None])
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Sets the ends of the prompts."""
+        """Returns the mask in which the prompt of each row ends before the first token of the answer."""
         return Prefix(_first(answer_BT))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockCausal(Mask):
-    """Rows are divided into blocks of `size` tokens; a query sees its own block and those before it.
-
-    Attributes:
-      size: tokens per block; 1 is causal.
-      start_B: position of the first token of each row, at which the first block starts (padding before it is in earlier
-        blocks); None means 0. With blocks of two:
+    """A query may attend to its own block of `size` tokens and to earlier blocks. Drawn with blocks of two tokens:
 
     ::
 
@@ -77,8 +71,13 @@ class BlockCausal(Mask):
         ####
         ####
 
+    Attributes:
+      size: number of tokens in a block. With 1 the mask is causal.
+      start_B: int32 [B], index of the first token of the first block in each row; None means 0. Padding before this
+        token is in earlier blocks.
+
     Raises:
-      ValueError: size below 1.
+      ValueError: `size` is below 1.
     """
 
     size: int = dataclasses.field(metadata={"static": True})
@@ -89,7 +88,7 @@ class BlockCausal(Mask):
             raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]."""
+        """Returns bool [b, T, S], true where the block of the key is not after the block of the query."""
         start_B11 = jnp.int32(0) if self.start_B is None else jnp.asarray(self.start_B, jnp.int32)[:, None, None]
         block_of_key, block_of_query = (
             (position - start_B11) // self.size for position in (_keys(num_keys), jnp.asarray(position_bT)[:, :, None])
@@ -97,17 +96,14 @@ class BlockCausal(Mask):
         return block_of_key <= block_of_query
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Sets the starts of the rows."""
+        """Returns the mask in which the first block of each row starts at its first valid token."""
         return BlockCausal(self.size, _first(valid_BT))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """A query sees itself, `left` tokens before it and `right` tokens after it.
-
-    Attributes:
-      left, right: numbers of tokens. With left=1 and right=0:
+    """A query may attend to itself, and to some tokens before and after it. Drawn with left=1 and right=0:
 
     ::
 
@@ -115,8 +111,12 @@ class SlidingWindow(Mask):
         ##.
         .##
 
+    Attributes:
+      left: number of tokens before the query, 0 or more.
+      right: number of tokens after the query, 0 or more.
+
     Raises:
-      ValueError: a negative number.
+      ValueError: `left` or `right` is negative.
     """
 
     left: int = dataclasses.field(metadata={"static": True})
@@ -124,10 +124,10 @@ class SlidingWindow(Mask):
 
     def __post_init__(self) -> None:
         if self.left < 0 or self.right < 0:
-            raise ValueError(f"a window of {self.left} and {self.right} tokens: neither may be negative")
+            raise ValueError(f"{self.left=} and {self.right=} are numbers of tokens; neither may be negative")
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]."""
+        """Returns bool [b, T, S], true where the key is inside the window of the query."""
         ahead_BTS = _keys(num_keys) - jnp.asarray(position_bT)[:, :, None]
         return (ahead_BTS >= -self.left) & (ahead_BTS <= self.right)
 
@@ -137,11 +137,9 @@ class SlidingWindow(Mask):
 class TwoStream(Mask):
     """The training mask of block diffusion (Arriola et al. 2025), for rows that hold a text twice, [noised | clean].
 
-    A noised token sees the noised tokens of its block and the clean tokens of earlier blocks. This is what it sees when
-    blocks are sampled one after the other. A clean token sees the clean tokens up to the end of its block.
-
-    Attributes:
-      size: tokens per block, counted from the start of each half. With blocks of one, for a text of two tokens:
+    A noised token may attend to the noised tokens of its block and to the clean tokens of earlier blocks, as when blocks
+    are sampled one after the other. A clean token may attend to the clean tokens up to the end of its block. Drawn with
+    blocks of one token, for a text of two tokens:
 
     ::
 
@@ -150,8 +148,11 @@ class TwoStream(Mask):
         ..#.
         ..##
 
+    Attributes:
+      size: number of tokens in a block; the blocks are counted from the start of each half.
+
     Raises:
-      ValueError: size below 1.
+      ValueError: `size` is below 1.
     """
 
     size: int = dataclasses.field(metadata={"static": True})
@@ -161,10 +162,10 @@ class TwoStream(Mask):
             raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError for an odd number of keys."""
+        """Returns bool [b, T, S]. Raises ValueError for an odd number of keys."""
         half, odd = divmod(num_keys, 2)
         if odd:
-            raise ValueError(f"{num_keys} keys cannot be a noised and a clean half of one length")
+            raise ValueError(f"{num_keys} keys cannot be a noised and a clean half of the same length")
         key, query = _keys(num_keys), jnp.asarray(position_bT)[:, :, None]
         clean_key, clean_query = key >= half, query >= half
         block_of_key, block_of_query = (key % half) // self.size, (query % half) // self.size
@@ -176,33 +177,36 @@ class TwoStream(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Annealed(Mask):
-    """Between causal and bidirectional: a query sees the keys up to its own position, and a random part of the later
-    ones.
+    """A query may attend to the keys up to its own position, and to a random subset of the later keys.
 
-    Attributes:
-      drawn_TS: true where a query may attend to a later key; made by `anneal`. Here the second query sees the third
-        key:
+    Training changes it from causal to bidirectional. Drawn with only the third key allowed to the second query:
 
     ::
 
         #..
         ###
         ###
+
+    Attributes:
+      drawn_TS: bool [T, T], true where a query may attend to a later key; `anneal` draws it. Other values have no
+        effect.
     """
 
     drawn_TS: Bool[Array, "T S"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """[B, T, S]. Raises ValueError if it was drawn for another number of tokens."""
+        """Returns bool [b, T, S]. Raises ValueError if `drawn_TS` is for another number of tokens."""
         if self.drawn_TS.shape != (num_keys, num_keys):
-            raise ValueError(f"a mask drawn for {self.drawn_TS.shape} was given to {num_keys} tokens")
+            raise ValueError(
+                f"drawn_TS has shape {self.drawn_TS.shape}, but there are {num_keys} tokens; draw it by `anneal` for this number"
+            )
         return Causal().allowed(position_bT, num_keys) | jnp.asarray(self.drawn_TS)[jnp.asarray(position_bT)]
 
 
 def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Array, "T S"]:
-    """Draws `Annealed.drawn_TS`: each query may see each later key with probability `share`.
+    """Returns a random `Annealed.drawn_TS`, bool [length, length]: every element is true with probability `share`.
 
-    0 gives a causal mask, 1 a bidirectional one. This is the annealing of DiffuLLaMA (Gong et al. 2025).
+    With a share of 0 the mask is causal, with 1 it is bidirectional. DiffuLLaMA (Gong et al. 2025) anneals like this.
     """
     return jax.random.uniform(key, (length, length)) < share
 
@@ -212,6 +216,6 @@ def _keys(num_keys: int) -> Int[jax.Array, "S"]:
 
 
 def _first(x_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B"]:
-    """The first true position of each row; T where there is none."""
+    """Returns the index of the first true element of each row, int32 [B]; T for a row without a true element."""
     position_BT = jnp.where(jnp.asarray(x_BT), _keys(x_BT.shape[1]), x_BT.shape[1])
     return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])
