@@ -92,5 +92,5 @@ def test_unknown_backend_raises():
 
 @pytest.mark.usefixtures("unchecked")
 def test_heads_that_do_not_fit_raise():
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key/value heads"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 key/value heads"):
         attention_module.attention(*inputs(1, 4, 4, 4, 3), masks.Bidirectional())

@@ -1,6 +1,7 @@
-"""Scaled dot-product attention with grouped heads: one function with several backends.
+"""Scaled dot-product attention with grouped heads: one function that has several backends.
 
-Every backend computes the same function, or says why it cannot. Projections and rotary embedding are in `model`.
+All backends compute the same function. A backend that does not support a call returns the reason (`refusal`). The
+projections and the rotary embedding are in `model`.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ def attention(
     mask: masks.Mask,
     backend: Backend = "auto",
 ) -> Float[jax.Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v with N / K query heads per key/value head; scores and softmax in float32.
+    """Computes softmax(q k^T / sqrt(H)) v, with N / K query heads for each key/value head.
 
-    A query that may attend to no key gets a finite output without meaning, which differs between backends.
+    Scores and softmax are float32. The output of a query that may attend to no key is finite but has no meaning, and
+    differs between backends.
 
     Args:
-      q_BTNH: queries, already rotated.
-      k_BSKH: keys, already rotated; N must be a multiple of K.
-      v_BSKH: values; all three arrays have the same dtype.
-      mask: which query may attend to which key.
-      backend: "xla" runs everywhere and stores the [B, N, T, S] scores; "cudnn" (NVIDIA GPUs, half precision) and
-        "splash" (TPUs) do not. "auto" takes the first of "cudnn", "splash" and "xla" that supports the call. The choice
-        is made when the call is traced, from the target platform, the dtypes, the shapes and the kind of mask.
+      q_BTNH: queries after the rotary embedding.
+      k_BSKH: keys after the rotary embedding. N must be a multiple of K.
+      v_BSKH: values. All three arrays must have the same dtype.
+      mask: the mask that says which query may attend to which key.
+      backend: "xla" runs on every platform and stores the scores [B, N, T, S]. "cudnn" (NVIDIA GPUs, half precision)
+        and "splash" (TPUs) do not store them. "auto" is the first of "cudnn", "splash" and "xla" that supports the
+        call; this depends on the target platform, the dtypes, the shapes and the mask when jax traces the call.
 
     Returns:
-      The attended values in the dtype of the queries.
+      The attended values, in the dtype of the queries.
 
     Raises:
-      ValueError: unknown backend, one that does not support this call, heads that do not fit, or different dtypes.
+      ValueError: the backend is unknown or does not support this call, N is not a multiple of K, or the dtypes differ.
     """
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
-        raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key/value heads")
+        raise ValueError(f"{q_BTNH.shape[2]} query heads are not a multiple of {k_BSKH.shape[2]} key/value heads")
     if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
         raise ValueError(f"queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}; cast them")
     chosen = choose(backend, q_BTNH, k_BSKH, mask)
@@ -59,10 +61,10 @@ def attention(
 
 
 def choose(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> Backend:
-    """Returns the backend for a call: the one asked for, or the one that "auto" selects.
+    """Returns the backend of a call: `backend` itself, or the one that "auto" selects.
 
     Raises:
-      ValueError: unknown backend, or one that does not support this call, with the reason and a remedy.
+      ValueError: the backend is unknown, or does not support this call; the message has the reason and a remedy.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attention {backend=} is not one of {get_args(Backend)}")
@@ -75,7 +77,7 @@ def choose(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.M
 
 
 def refusal(backend: Backend, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask) -> str | None:
-    """Returns why a backend does not support a call and a remedy; None when it does. "xla" and "auto" always do."""
+    """Returns why a backend does not support a call, with a remedy, or None if it does, as "xla" and "auto" always do."""
     if backend == "cudnn":
         return cudnn.refusal(q_BTNH, k_BSKH, mask, current_target())
     if backend == "splash":

@@ -1,8 +1,8 @@
-"""cuDNN's flash attention on NVIDIA GPUs, through jax.nn.dot_product_attention: no [T, S] scores.
+"""cuDNN's flash attention on NVIDIA GPUs, through jax.nn.dot_product_attention. It stores no scores [T, S].
 
-Bidirectional attention needs no mask, and padding on the right needs lengths only. The kernel implements causal order
-and windows that look back. Other masks become a bias of [B, 1, T, S] half-precision numbers, which takes 2 N times less
-memory than the float32 scores of the "xla" backend.
+The kernel itself implements bidirectional and causal attention, padding on the right (given by lengths) and windows that
+look back. Other masks become a bias [B, 1, T, S] in half precision, which takes 2 N times less memory than the float32
+scores [B, N, T, S] of the "xla" backend.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dream_jax import masks
 from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
-# Oldest GPU generation (Ampere) with cuDNN flash kernels. jax does not check it, and compilation would fail.
+# Compute capability of the oldest GPUs (Ampere) with cuDNN flash kernels. jax does not check it; for older GPUs the
+# compilation would fail.
 _OLDEST_CAPABILITY = (8, 0)
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
-    """Returns why cuDNN does not support a call and a remedy; None when it does. Uses shapes and dtypes only."""
+    """Returns why cuDNN does not support a call, with a remedy; None if it does. Uses only shapes and dtypes."""
     if target.platform != "gpu":
         return (
             f'it is for NVIDIA GPUs, and this computation is for "{target.platform}"; use the backend "xla" or "auto", '
@@ -36,7 +37,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
     library = _library_refusal(q_BTNH.shape[-1], q_BTNH.dtype)
     if library is not None:
         return library
-    if jax.default_backend() == "gpu":  # otherwise this is compiled ahead of time, for a GPU that is not here
+    if jax.default_backend() == "gpu":  # without a GPU here, the program is compiled ahead of time for another machine
         capability = str(jax.local_devices()[0].compute_capability)
         if tuple(map(int, capability.split("."))) < _OLDEST_CAPABILITY:
             return (
@@ -46,13 +47,13 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _library_refusal(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-    # What cuDNN supports depends on its version and on the GPU. Tracing the smallest call makes jax check it.
+    # What cuDNN supports depends on its version and on the GPU. jax checks it when it traces a call: here a small one.
     x_BTNH = jax.ShapeDtypeStruct((1, 8, 1, head_dim), dtype)
     try:
         jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), x_BTNH)
     except NotImplementedError as error:
         return f'{error} Use the backend "xla" or "auto"'
-    except RuntimeError as error:  # no cuDNN at all
+    except RuntimeError as error:  # cuDNN is not installed
         return f'{error} Install the extra "cuda", or use the backend "xla" or "auto"'
     return None
 
@@ -63,7 +64,7 @@ def attention(
     v_BSKH: Float[jax.Array, "B S K H"],
     mask: masks.Mask,
 ) -> Float[jax.Array, "B T N H"]:
-    """Computes `dream_jax.attention.attention` for calls that `refusal` accepts."""
+    """Computes `dream_jax.attention.attention` for calls for which `refusal` returns None."""
     batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
     native = native_mask(mask, num_queries, num_keys)
     if native is None:
@@ -72,13 +73,19 @@ def attention(
     kernel = functools.partial(_without_mask, causal=native.causal, lookback=native.lookback)
     if native.lengths_B is None:
         return per_device(kernel, q_BTNH, k_BSKH, v_BSKH)
-    # At least 1, because a softmax over no key is not finite.
+    # The lengths are at least 1, because a softmax over no key is not finite.
     lengths_B = jnp.clip(jnp.asarray(native.lengths_B, jnp.int32), 1, num_keys)
     return per_device(kernel, q_BTNH, k_BSKH, v_BSKH, (jnp.broadcast_to(lengths_B, (batch,)), ("batch",)))
 
 
 class NativeMask(NamedTuple):
-    """A mask that the kernel implements: lengths of the keys, causal order, and how far back a causal query may look."""
+    """The arguments by which the kernel itself implements a mask.
+
+    Attributes:
+      lengths_B: number of valid keys of each row, int [B]; None means all keys.
+      causal: whether queries may attend only to keys up to their own position.
+      lookback: number of tokens before itself to which a causal query may attend; None means all.
+    """
 
     lengths_B: jax.Array | None
     causal: bool
@@ -86,35 +93,33 @@ class NativeMask(NamedTuple):
 
 
 def native_mask(mask: masks.Mask, num_queries: int, num_keys: int) -> NativeMask | None:
-    """Returns the mask in the kernel's terms, or None if it needs a bias."""
+    """Returns the mask as arguments of the kernel, or None if the kernel does not implement it and needs a bias."""
     lengths, causal, lookback = [], False, []
     for conjunct in masks.conjuncts(mask):
         if isinstance(conjunct, masks.KeyLengths):
             lengths.append(jnp.asarray(conjunct.lengths_B))
         elif isinstance(conjunct, masks.Causal):
             causal = True
-        elif isinstance(conjunct, masks.SlidingWindow) and conjunct.right == 0:  # the kernel has no look-ahead
+        elif isinstance(conjunct, masks.SlidingWindow) and conjunct.right == 0:  # the kernel's windows only look back
             causal = True
             lookback.append(conjunct.left)
         else:
             return None
-    if len(lengths) > 1 or (lengths and lookback):  # a window after the end of its row would contain no key
+    if len(lengths) > 1 or (lengths and lookback):  # a window after the end of its row would contain no valid key
         return None
-    # The kernel takes causal order from array indices, which are not positions on a device with a part of the queries.
+    # The kernel compares array indices. They are not the positions on a device that holds only a shard of the queries.
     if causal and (num_queries != num_keys or splits_queries(num_queries)):
         return None
     return NativeMask(lengths[0] if lengths else None, causal, min(lookback, default=None))
 
 
-# The functions below are what one device computes.
-
-
 def _without_mask(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *lengths: jax.Array, causal: bool, lookback: int | None
 ) -> jax.Array:
+    # One device computes this with its shards of the arrays.
     options: dict[str, Any] = {}
     if lengths:
-        # Lengths of the keys only: queries that are padding attend to the valid keys, as the mask says.
+        # Only the keys get lengths: queries that are padding attend to the valid keys, as the mask says.
         options["key_value_seq_lengths"] = lengths[0]
     if causal:
         options["is_causal"] = True
@@ -124,7 +129,8 @@ def _without_mask(
 
 
 def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    # Gradients under a mask need even lengths, so a hidden key and a query are added; the query is cut off again.
+    # One device computes this with its shards of the arrays. cuDNN's gradients with a mask need even lengths, so odd
+    # lengths get one more query, whose output is removed again, and one more key, which is hidden.
     num_queries, odd_T, odd_S = q_BTNH.shape[1], q_BTNH.shape[1] % 2, k_BSKH.shape[1] % 2
     allowed_BTS = jnp.pad(allowed_BTS, ((0, 0), (0, odd_T), (0, odd_S)))
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))

@@ -1,4 +1,4 @@
-"""Divides a call of an attention kernel over the devices of the mesh."""
+"""Divides the call of an attention kernel over the devices of the mesh."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ def per_device(
     v_BSKH: jax.Array,
     *rest: tuple[jax.Array, tuple[str | None, ...]],
 ) -> jax.Array:
-    """Applies a kernel that the compiler cannot partition to the rows, heads and queries that each device holds.
+    """Applies a kernel, which the compiler cannot partition, on each device to the shards of that device.
 
     Under a mesh, rows are sharded like the axis "batch", queries like "tokens" and heads like "heads" in the tables of
-    `sharding`; keys and values are gathered along the tokens. An axis that the mesh does not divide stays whole. Query
-    and key/value heads are sharded only together, since a query head needs its key/value head on the same device.
+    `sharding`. Every device gets all tokens of its keys and values. An axis is not sharded if its size is not a multiple
+    of the mesh axis. Query heads and key/value heads are sharded together or not at all, because a query head needs its
+    key/value head on the same device.
 
     Args:
-      kernel: maps q, k, v and the arrays of `rest` to the attended values, shaped like q.
+      kernel: a function of q, k, v and the arrays of `rest` that returns the attended values in the shape of q.
       q_BTNH: queries.
       k_BSKH: keys.
       v_BSKH: values.
-      *rest: further arrays, each with its axes: "batch", "tokens" (of the queries) or None.
+      *rest: pairs of a further array and the names of its axes: "batch", "tokens" (of the queries) or None.
+
+    Returns:
+      The attended values [B, T, N, H], sharded like the queries.
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, *(array for array, _ in rest))
     if _is_whole():
@@ -41,17 +45,17 @@ def per_device(
     q_spec = PartitionSpec(mesh_axes["batch"], mesh_axes["tokens"], heads)
     kv_spec = PartitionSpec(mesh_axes["batch"], None, heads)
     specs = (q_spec, kv_spec, kv_spec, *(PartitionSpec(*(mesh_axes[axis] for axis in axes)) for _, axes in rest))
-    # check_vma: the kernels do not declare over which mesh axes their results vary.
+    # check_vma is off because the kernels do not declare over which mesh axes their results vary.
     return jax.shard_map(kernel, in_specs=specs, out_specs=q_spec, check_vma=False)(*arrays)
 
 
 def splits_queries(num_queries: int) -> bool:
-    """Whether a device holds only some of the queries, so that their positions differ from their indices."""
+    """Returns whether a device holds only some of the queries, so that their indices there are not their positions."""
     return not _is_whole() and _mesh_axis("tokens", num_queries) is not None
 
 
 def _is_whole() -> bool:
-    # There is one device, or the caller has already divided the work.
+    # Nothing is to divide: there is one device, or the caller is already inside a shard_map over all axes.
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
 

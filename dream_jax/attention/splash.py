@@ -1,8 +1,8 @@
-"""Splash attention, the TPU's flash kernel that comes with jax: no [T, S] scores, no [T, S] mask.
+"""Splash attention, the flash kernel for TPUs that comes with jax. It stores neither scores [T, S] nor a mask [T, S].
 
-Padding and segments are given to the kernel as segment ids, one per query and key; a query attends to the keys with its
-id. A mask that is the same in all rows is compiled in, and the kernel skips the tiles that it hides. Lengths are padded
-to whole tiles, and grouped heads are not copied.
+The kernel gets padding and packed texts as segment ids, one for each query and key: a query attends to the keys with the
+same id. A mask that is the same in all rows is compiled into the kernel, which skips the tiles that the mask hides.
+Lengths are padded to whole tiles. Keys and values are not copied for the query heads that share them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from dream_jax import masks
 from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
-# Tiles are multiples of the TPU's 128 lanes. Larger ones have less overhead; above 512 they need much vector memory.
+# The sizes of tiles are multiples of the 128 lanes of a TPU. Larger tiles have less overhead, but above 512 they need
+# much vector memory.
 _LANES = 128
 _LARGEST_BLOCK = 512
 
-# Segment ids of tokens and padding, unless the mask has segments.
+# Segment ids of valid tokens and of padding, if the mask does not contain `masks.Segments`.
 _VALID, _PADDING = 1, 0
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
-    """Returns why splash does not support a call and a remedy; None when it does. Uses shapes and dtypes only."""
+    """Returns why splash does not support a call, with a remedy; None if it does. Uses only shapes and dtypes."""
     if target.platform != "tpu":
         return (
             f'it is a TPU kernel, and this computation is for "{target.platform}"; use the backend "xla" or "auto", or '
@@ -66,7 +67,7 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
 
 
 def _split(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
-    """Splits a mask into the part that is compiled in, and the masks that differ from row to row."""
+    """Returns the combination of all masks that are the same in all rows, and the masks that differ between rows."""
     conjuncts = masks.conjuncts(mask)
     everything: masks.Mask = masks.Bidirectional()
     fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, conjuncts), everything)
@@ -76,7 +77,7 @@ def _split(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
 @functools.lru_cache(maxsize=64)
 def _every_query_sees_a_key(fixed: masks.Mask, length: int) -> bool:
     if isinstance(fixed, masks.Causal | masks.SlidingWindow | masks.BlockCausal | masks.TwoStream):
-        return True  # at least the query itself
+        return True  # every query may attend at least to itself
     lazy, step = _TiledMask(fixed, length, length, (length, length)), _LARGEST_BLOCK
     return all(lazy[slice(start, start + step), slice(None)].any(axis=1).all() for start in range(0, length, step))
 
@@ -89,14 +90,14 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[jax.Array, "B T N H"]:
-    """Computes `dream_jax.attention.attention` for calls that `refusal` accepts.
+    """Computes `dream_jax.attention.attention` for calls for which `refusal` returns None.
 
     Args:
-      q_BTNH: queries.
-      k_BSKH: keys.
+      q_BTNH: queries after the rotary embedding.
+      k_BSKH: keys after the rotary embedding.
       v_BSKH: values.
-      mask: which query may attend to which key.
-      interpret: runs the kernel as array operations, on any device, for tests.
+      mask: the mask that says which query may attend to which key.
+      interpret: runs the kernel as array operations on any device, for tests.
     """
     fixed, of_rows = _split(mask)
     kernel = functools.partial(_kernel, fixed=fixed, interpret=interpret)
@@ -110,10 +111,10 @@ def attention(
 def segment_ids(
     of_rows: list[masks.Mask], batch: int, num_queries: int, num_keys: int
 ) -> tuple[Int[jax.Array, "B T"], Int[jax.Array, "B S"]] | None:
-    """The conjunction of the masks as int32 ids: a query attends to the keys with its id. None without masks.
+    """Returns int32 ids of the queries and of the keys, equal where all masks allow attention; None without masks.
 
-    Only keys that are padding get another id. Queries that are padding keep the id of valid tokens: they attend to
-    valid keys, as the masks say, so that their values and gradients are finite.
+    Padding gets an id that no query has, but only as a key. As a query it has the id of valid tokens: it attends to
+    valid keys, as the masks say, so that its output and gradients are finite.
     """
     if not of_rows:
         return None
@@ -132,9 +133,15 @@ def segment_ids(
 
 @dataclasses.dataclass(frozen=True)
 class _TiledMask(splash_attention_mask.Mask):
-    """A mask as the kernel wants it, evaluated one tile at a time and padded to whole tiles.
+    """A mask in the form that the kernel takes: padded to whole tiles, and evaluated one tile at a time.
 
-    Padded keys are hidden, and padded queries see what the last query sees.
+    The added keys are hidden. The added queries may attend to the same keys as the last query.
+
+    Attributes:
+      mask: a mask without arrays.
+      num_queries: number of queries without padding.
+      num_keys: number of keys without padding.
+      padded: numbers of queries and keys with padding.
     """
 
     mask: masks.Mask
@@ -150,7 +157,7 @@ class _TiledMask(splash_attention_mask.Mask):
         return _allowed_for(self, *tile[0].indices(self.padded[0]))[:, tile[1]]
 
 
-@functools.lru_cache(maxsize=2)  # the kernel asks for the tiles of the same queries one after the other
+@functools.lru_cache(maxsize=2)  # the kernel reads all tiles of the same queries one after the other
 def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
     position_T = np.minimum(np.arange(*queries, dtype=np.int32), tiled.num_queries - 1)
     with jax.ensure_compile_time_eval():
@@ -162,7 +169,7 @@ def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
 def _compiled_in(fixed: masks.Mask, num_queries: int, num_keys: int, padded: tuple[int, int]) -> Any:
     if isinstance(fixed, masks.Bidirectional):
         return splash_attention_mask.FullMask(padded)
-    # The kernel computes these two itself. Of other masks it stores the tiles that are neither full nor empty.
+    # The kernel computes causal and local masks itself. Of other masks it stores the tiles that are partly hidden.
     if isinstance(fixed, masks.Causal):
         return splash_attention_mask.CausalMask(padded)
     if isinstance(fixed, masks.SlidingWindow):
@@ -178,7 +185,7 @@ def _kernel(
     fixed: masks.Mask,
     interpret: bool,
 ) -> jax.Array:
-    # What one device computes. `ids` are the two arrays of `segment_ids`, or empty.
+    # One device computes this with its shards of the arrays. `ids` are the two arrays of `segment_ids`, or empty.
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
     more_T, more_S = -num_queries % _LANES, -num_keys % _LANES
@@ -187,13 +194,13 @@ def _kernel(
     segments = None
     if ids:
         query_BT, key_BS = ids
-        # Padded keys get an id that no query has. Padded queries get the id of the last query ("edge"), so that they
-        # see a key; they are cut off again.
+        # The added keys get an id that no query has. The added queries get the id of the last query (mode="edge"), so
+        # that they may attend to a key; their outputs are removed again.
         hidden_id = jnp.min(query_BT) - 1
         key_BS = jnp.concatenate([key_BS, jnp.full((batch, more_S), hidden_id, jnp.int32)], axis=1)
         query_BT = jnp.pad(query_BT, ((0, 0), (0, more_T)), mode="edge")
         segments = splash_attention_kernel.SegmentIds(q=query_BT, kv=key_BS)
-    # The kernel does not scale the scores, so the queries are scaled.
+    # The kernel does not scale the scores by 1 / sqrt(H), so the queries are scaled.
     q_BTNH = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
     q_BNTH, k_BKSH, v_BKSH = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -223,5 +230,5 @@ def _kernel(
 
 
 def _block(length: int) -> int:
-    # The kernel needs blocks that divide the length, which is already a multiple of the lanes.
+    # The largest block that divides the length, as the kernel requires. The length is a multiple of _LANES.
     return max(block for block in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if length % block == 0)

@@ -1,4 +1,4 @@
-"""Attention in plain array operations: it runs everywhere, stores the [B, N, T, S] scores, and is the reference."""
+"""Attention in plain array operations, the reference. It runs on every platform and stores the scores [B, N, T, S]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from dream_jax import masks
 
-# Score of a hidden key. Finite, so that the output of a query that may attend to no key is finite too.
+# Score of a hidden key. It is finite, so that the output of a query that may attend to no key is finite too.
 _HIDDEN = -1e30
 
 
@@ -20,8 +20,8 @@ def attention(
     mask: masks.Mask,
 ) -> Float[jax.Array, "B T N H"]:
     """Computes `dream_jax.attention.attention` for any platform, dtype, mask and shape."""
-    # The query heads of a key/value head are adjacent, so that each key/value head needs one matrix product. On a CPU
-    # this takes half the time of jax.nn.dot_product_attention.
+    # In this layout all query heads of a key/value head need one matrix product only. On a CPU this takes half the time
+    # of jax.nn.dot_product_attention.
     q_BKGTH = einops.rearrange(q_BTNH, "B T (K G) H -> B K G T H", K=k_BSKH.shape[2])
     scale = q_BTNH.shape[-1] ** -0.5
     scores_BKGTS = jnp.einsum("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32) * scale

@@ -198,7 +198,7 @@ class Annealed(Mask):
         """Returns bool [b, T, S]. Raises ValueError if `drawn_TS` is for another number of tokens."""
         if self.drawn_TS.shape != (num_keys, num_keys):
             raise ValueError(
-                f"drawn_TS has shape {self.drawn_TS.shape}, but there are {num_keys} tokens; draw it by `anneal` for this number"
+                f"drawn_TS has shape {self.drawn_TS.shape}, but there are {num_keys} tokens; draw it for this number"
             )
         return Causal().allowed(position_bT, num_keys) | jnp.asarray(self.drawn_TS)[jnp.asarray(position_bT)]
 
