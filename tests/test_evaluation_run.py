@@ -148,7 +148,7 @@ def test_results_of_other_weights_do_not_resume(model, tmp_path):
     shutil.copytree(tmp_path / "kept", tmp_path / "m")
     quiet(**given, out=tmp_path / "out")
     # A mask that likelihoods cannot have is refused before anything is made.
-    with pytest.raises(ValueError, match="the mask of this evaluation is 'prefix'"):
+    with pytest.raises(ValueError, match="the mask 'prefix' needs to know where the prompt"):
         quiet(**given, mask="prefix", out=tmp_path / "prefix")
     assert not (tmp_path / "prefix").exists()
 
@@ -231,7 +231,7 @@ def test_sampling_on_a_mesh(tmp_path):
     options = {"limit": 8, "max_new_tokens": 4, "batch_size": 8}
     one, many = quiet(out=tmp_path / "one", **options), quiet(out=tmp_path / "many", mesh="4x2", **options)
     assert one.numbers["accuracy"] == many.numbers["accuracy"] and many.numbers["problems"] == 8
-    with pytest.raises(ValueError, match="multiple of the 8 devices"):
+    with pytest.raises(ValueError, match="multiple of 8, the number of devices"):
         quiet(out=tmp_path / "odd", mesh="8x1", batch_size=12)
 
 

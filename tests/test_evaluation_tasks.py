@@ -100,11 +100,11 @@ def test_examples_of_a_file_of_their_own(sudoku_file, tmp_path):
     other = write(tmp_path / "other.jsonl", rows)
     examples, asked = split_examples(task, problems, sudoku_file, other, 1)
     assert len(examples) == 1 and len(asked) == 10
-    with pytest.raises(ValueError, match="fewer than the 2"):
+    with pytest.raises(ValueError, match="but 2 examples are needed"):
         split_examples(task, problems, sudoku_file, other, 2)
-    with pytest.raises(ValueError, match=r"sudoku\.jsonl:1: this example is one of the problems"):
+    with pytest.raises(ValueError, match=r"sudoku\.jsonl:1: this example is also one of the problems"):
         split_examples(task, problems, sudoku_file, sudoku_file, 1)
-    with pytest.raises(ValueError, match="none is left"):
+    with pytest.raises(ValueError, match="no problem is left"):
         split_examples(task, problems, sudoku_file, None, 10)
 
 
@@ -193,7 +193,7 @@ def test_messages_of_a_probe(tmp_path):
     ]
     (problem,) = read("chat", write(tmp_path / "p.jsonl", [{"messages": turns, "contains": "4"}]))
     assert TASKS["chat"].prompt(problem, [], "chat") == tuple(turns)
-    with pytest.raises(ValueError, match=r"q\.jsonl:1: the last message must be the user's"):
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: the last message must have the role 'user'"):
         read("chat", write(tmp_path / "q.jsonl", [{"messages": turns[:2], "contains": "4"}]))
 
 
@@ -244,7 +244,7 @@ def test_a_ledger_takes_more_seeds(tmp_path):
     assert fill(tmp_path, PLAN[:2]).done == 2
     assert Ledger(tmp_path, {"a": 1}, PLAN).done == 2
     fill(tmp_path)
-    with pytest.raises(ValueError, match=r"items\.jsonl:7: more rows"):
+    with pytest.raises(ValueError, match=r"items\.jsonl:7: the folder has more rows"):
         Ledger(tmp_path, {"a": 1}, PLAN[:2])
 
 
@@ -255,7 +255,9 @@ def test_a_ledger_refuses_another_run(tmp_path):
     assert Ledger(tmp_path, {"a": 2}, PLAN, overwrite=True).done == 0
     other = [WorkUnit(seed=0, problems=(0,), names=((0, 5),))]
     fill(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match=r"items\.jsonl:1: a row of seed and number \(0, 1\) where \(0, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"items\.jsonl:1: \(seed, number\) is \(0, 1\), but this run expects \(0, 5\)"
+    ):
         Ledger(tmp_path, {"a": 1}, other)
     (tmp_path / ITEMS).write_bytes(b"\x00\x00\n")
     with pytest.raises(ValueError, match=r"items\.jsonl:1: not a row of JSON"):
@@ -319,11 +321,11 @@ def test_two_runs_are_compared_problem_by_problem(tmp_path):
 
     with pytest.raises(ValueError, match="no problem in common"):
         compare(first, folder_of(tmp_path / "c", [row(0, 99, True)]))
-    with pytest.raises(ValueError, match="only runs of one task"):
+    with pytest.raises(ValueError, match="compare runs of one task"):
         compare(first, folder_of(tmp_path / "d", [row(0, 1, True)], "gsm8k"))
     with pytest.raises(ValueError, match="not finished"):
         compare(first, folder_of(tmp_path / "e", [row(0, 1, True), row(0, 2, True), row(1, 1, True)]))
-    with pytest.raises(ValueError, match=r"items\.jsonl:1: a row without"):
+    with pytest.raises(ValueError, match=r"items\.jsonl:1: the row lacks"):
         compare(first, folder_of(tmp_path / "f", [{"seed": 0}]))
     with pytest.raises(FileNotFoundError, match="not the folder of an evaluation"):
         compare(first, tmp_path / "nowhere")

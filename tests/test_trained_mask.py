@@ -114,7 +114,7 @@ def test_name_in_a_directory_is_checked(run, tmp_path):
 
 def test_likelihood_of_rows_without_prompts(run):
     tokenizer, model = ByteTokenizer(), dream_jax.load(run[0] / "model")
-    with pytest.raises(ValueError, match="do not say where their prompts end"):
+    with pytest.raises(ValueError, match="where the prompt of each row ends"):
         model_nll(model, tokenizer, 2)
     row = (np.arange(7, dtype=np.int32), np.arange(7) > 3)
     found = []

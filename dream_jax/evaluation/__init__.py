@@ -1,15 +1,15 @@
-"""How good a model is: tasks with answers that are judged, likelihoods, intervals, and comparisons of two runs.
+"""Measures how good a model is: judged answers, likelihoods, confidence intervals, and comparisons of two runs.
 
-| module | what it is about |
+| module | content |
 |---|---|
-| `problems` | what a problem, a judge and a verdict are |
-| `puzzles`, `gsm8k`, `probe` | judges: sudoku and countdown; numbers in words; expected texts |
-| `tasks` | the sampled tasks: their files and prompts |
-| `scored_texts` | the tasks that are scored by likelihood: choices and texts |
+| `problems` | the types Problem, Judge and Verdict |
+| `puzzles`, `gsm8k`, `probe` | judges: of sudoku and countdown; of the final number of an answer; of expected texts |
+| `tasks` | tasks with sampled answers: their files and prompts |
+| `scored_texts` | tasks that are scored by likelihood: multiple choice and texts |
 | `likelihood` | the Monte Carlo bound on log p(text) |
-| `statistics` | intervals and paired tests |
-| `ledger` | the folder of a run, which resumes after a kill |
-| `settings`, `run`, `progress`, `report` | one evaluation from settings to tables |
+| `statistics` | confidence intervals and paired tests |
+| `ledger` | the folder of a run, which can resume after a kill |
+| `settings`, `run`, `progress`, `report` | one evaluation, from settings to tables |
 | `harness` | the adapter to lm-evaluation-harness |
 """
 

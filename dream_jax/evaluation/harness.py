@@ -1,12 +1,13 @@
-"""The adapter to lm-evaluation-harness (the extra `eval`): generation and log-likelihood requests, batched.
+"""The adapter to lm-evaluation-harness (the extra `eval`): answers its requests to generate and for log-likelihoods.
 
     python -m dream_jax.evaluation.harness run --model dream_jax \
         --model_args pretrained=weights/dream-7b,preset=instruct --tasks mine --include_path tasks --apply_chat_template
 
-takes the arguments of `python -m lm_eval`, whose released versions find no model outside their own package: this makes
-`dream_jax` known and calls it. In Python, importing this module is enough; no other module of the package imports it.
+This command takes the arguments of `python -m lm_eval`. Released versions of lm_eval find no model outside their
+package; the command registers the model `dream_jax` and then calls lm_eval. In Python, importing this module registers
+the model; no other module of the package imports this one.
 
-A log-likelihood is the Monte Carlo bound of `likelihood`; one token is exact.
+A log-likelihood is minus the Monte Carlo bound of `likelihood`; for one token it is exact.
 """
 
 from __future__ import annotations
@@ -34,34 +35,37 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
-# Requests whose likelihoods are drawn and computed together: with one token each they make one row each.
+# Number of log-likelihood requests that are computed together. Continuations of one token need one row each, so that
+# many requests are needed to fill a batch.
 _GROUP = 256
 
-# What tasks may ask of the sampler, beside `until` and the length.
+# Options of the sampler that a task may set, in addition to `until` and the length.
 _SAMPLER_OPTIONS = ("temperature", "top_p", "top_k")
 _IGNORED = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "max_tokens"}
 
 
 @register_model("dream_jax")
 class DreamHarness(TemplateLM):
-    """A Dream as the harness sees it.
+    """A Dream model behind the interface of the harness.
 
     Args (`--model_args name=value,...`):
-      pretrained: a directory, hub id or preset.
-      preset: "base", "instruct" or "planning": Dream's published sampler settings.
+      pretrained: a model directory, a hub id, or the name of a model preset.
+      preset: "base", "instruct" or "planning": the sampler settings of this published evaluation of Dream.
       sampler: "exact", "balanced" or "fast", as in `evaluate.py`.
-      adapter: directory of one, which is added to the weights.
-      alg, temperature, top_p, top_k, alg_temp, steps: of the sampler; they come before the preset, and the preset before
-        what a task asks for: the temperature 0 that most tasks state would otherwise undo it.
-      max_new_tokens: length of answers, whatever a task asks for.
-      max_length: tokens of prompt and answer; longer prompts lose their beginning. By default 2048, what Dream was trained
-        at, or the model's own where that is less.
-      samples: Monte Carlo samples of each log-likelihood.
-      greedy: whether to compute if greedy decoding gives the continuation, which some metrics need; else it reads False.
+      adapter: directory of a LoRA adapter, which is added to the weights.
+      alg, temperature, top_p, top_k, alg_temp, steps: sampler settings, as in `evaluate.py`. They override the preset,
+        and the preset overrides the options of a task, because most tasks state temperature 0.
+      max_new_tokens: maximum number of tokens of an answer; overrides the number of a task.
+      max_length: maximum number of tokens of prompt and answer together; longer prompts lose their beginning. The
+        default is 2048, the length of Dream's training, or the maximum of the model if that is less.
+      samples: number of Monte Carlo samples for each log-likelihood; even, at least 10.
+      greedy: whether to compute `is_greedy`, that is, whether greedy decoding gives the continuation; some metrics need
+        it. Without it `is_greedy` is always False.
       batch_size, seed, mesh, dtype, attention, tokenizer: as in `evaluate.py`.
-      device: the harness always passes it; it is not read, because `mesh` says how many of jax's devices are used.
+      max_batch_size: not supported; must be None.
+      device: ignored. The harness always passes it, but `mesh` sets how many of jax's devices are used.
 
-    Raises: ValueError for an argument that cannot be; as `dream_jax.load`.
+    Raises: ValueError for an argument outside its range; the errors of `dream_jax.load`.
     """
 
     def __init__(
@@ -94,9 +98,9 @@ class DreamHarness(TemplateLM):
         if preset is not None and preset not in get_args(Published):
             raise ValueError(f"{preset=} is not one of {get_args(Published)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"{batch_size=} must be a positive number; it is not found automatically")
+            raise ValueError(f"{batch_size=} must be a positive integer; batch_size=auto is not supported")
         if max_batch_size is not None:
-            raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not supported")
+            raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not supported: leave it out")
         likelihood.check_samples(samples)
         prepared = prepare(
             ModelSettings(
@@ -106,7 +110,7 @@ class DreamHarness(TemplateLM):
         self._tokenizer = prepared.tokenizer
         self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
         self._max_new_tokens, self._greedy = max_new_tokens, greedy
-        own = {
+        sampler_options = {
             "steps": steps,
             "alg": alg,
             "temperature": temperature,
@@ -114,14 +118,14 @@ class DreamHarness(TemplateLM):
             "top_k": top_k,
             "alg_temp": alg_temp,
         }
-        self._given = {name: value for name, value in own.items() if value is not None}
+        self._given = {name: value for name, value in sampler_options.items() if value is not None}
         self._preset, self._published = sampler, preset
-        self._config({}, 1)  # raises for settings that cannot be, before the weights are read
+        self._config({}, 1)  # raises for invalid settings before the weights are read, which takes long
         self._model = prepared.load()
         most = self._model.config.max_position_embeddings
         self._max_length = min(2048, most) if max_length is None else max_length
         if not 1 < self._max_length <= most:
-            raise ValueError(f"{max_length=} is outside 2..{most}, what the model takes")
+            raise ValueError(f"{max_length=} is outside 2..{most}, the range of the model")
         self._name = pretrained
         self._nll = likelihood.model_nll(self._model, self._tokenizer, self.batch_size)
         self._chats: dict[str, list[int]] = {}
@@ -131,40 +135,43 @@ class DreamHarness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token."""
+        """The id of the end-of-text token, as the harness asks for it."""
         return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: the beginning-of-text token."""
+        """The id of the beginning-of-text token, which is the context of a text that has no other."""
         return self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the chat template in the harness's caches."""
+        """The name under which the harness caches requests that have this tokenizer's chat template."""
         return self._name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness notes about the template; it is the tokenizer's own."""
+        """Returns the text that the harness records about the chat template, or None if no template is used.
+
+        `chat_template` only switches the template on: the template is always that of the tokenizer.
+        """
         return f"the chat template of {self._name}" if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as text. Its tokens are remembered: no content can forge a control token."""
+        """Returns a chat as text and stores its token ids for `tok_encode`, so no message can forge control tokens."""
         ids = self._tokenizer.chat(chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # the model is to continue the last turn
+        if not add_generation_prompt:  # The model continues the last turn, so the end of that turn is removed.
             ids = ids[: len(ids) - 1 - ids[::-1].index(self._tokenizer.im_end_id)]
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text, or of a chat that `apply_chat_template` has written."""
+        """Returns the token ids of a text or of a chat that `apply_chat_template` has made; ignores other arguments."""
         if string in self._chats:
             return self._chats[string]
         return self._tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # A chat ends in control tokens, which no text before or after them changes.
+        # A chat ends in control tokens, so its tokens and those of the continuation can be encoded separately.
         if context in self._chats:
             return self._chats[context], self._tokenizer.encode(continuation)
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
@@ -173,7 +180,7 @@ class DreamHarness(TemplateLM):
     # Requests.
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to the first of its stop texts."""
+        """Returns the answer to each request, up to the first of the stop texts (`until`) of the request."""
         groups: dict[SamplerConfig, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
             groups[self._request_config(request.args[1])].append(index)
@@ -195,7 +202,7 @@ class DreamHarness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         if not self._greedy:
             self._warn(
-                "is_greedy is not computed and reads False; metrics that use it need greedy=True in --model_args"
+                "is_greedy is not computed and is always False; metrics that use it need greedy=True in --model_args"
             )
         names = self._names(repr((context, continuation)) for _, context, continuation in requests)
         found: list[tuple[float, bool]] = []
@@ -211,7 +218,10 @@ class DreamHarness(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of `max_length` tokens that see as much as fits before them."""
+        """Returns the log-likelihood of each whole text, in nats.
+
+        A text is scored in windows. Each window has the tokens before it as context, as many as fit into `max_length`.
+        """
         found = []
         for request in requests:
             (text,) = request.args
@@ -222,8 +232,8 @@ class DreamHarness(TemplateLM):
                 context_len=1,
             )
             pairs = [lm_eval.utils.make_disjoint_window(window) for window in windows]
-            parts = self._loglikelihood_tokens([(None, context, continuation) for context, continuation in pairs])
-            found.append(sum(value for value, _ in parts))
+            scored = self._loglikelihood_tokens([(None, context, continuation) for context, continuation in pairs])
+            found.append(sum(value for value, _ in scored))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
@@ -233,10 +243,10 @@ class DreamHarness(TemplateLM):
         return one.tokens == tuple(continuation)
 
     def _request_config(self, options: dict[str, Any]) -> SamplerConfig:
-        """The sampler of a request."""
+        """Returns the sampler of a request with these generation options; warns once about options that it ignores."""
         unknown = sorted(set(options) - _IGNORED - set(_SAMPLER_OPTIONS))
         if unknown:
-            self._warn(f"generation options {unknown} mean nothing here and are ignored")
+            self._warn(f"generation options {unknown} are not supported and are ignored")
         asked = {name: options[name] for name in _SAMPLER_OPTIONS if options.get(name) is not None}
         if options.get("do_sample") is False:
             asked["temperature"] = 0.0
@@ -247,16 +257,20 @@ class DreamHarness(TemplateLM):
         return published_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
 
     def _fit(self, ids: list[int], new_tokens: int) -> list[int]:
-        """The end of a prompt, as much as fits before `new_tokens` tokens; never empty."""
+        """Returns the end of a prompt, as many tokens as fit before `new_tokens` further ones, and at least one."""
         if new_tokens >= self._max_length:
-            raise ValueError(f"{new_tokens} tokens after a prompt do not fit max_length={self._max_length}")
+            raise ValueError(f"{new_tokens} tokens after a prompt do not fit max_length={self._max_length}; raise it")
         if len(ids) + new_tokens > self._max_length:
             self._warn(f"prompts longer than max_length={self._max_length} lose their beginning")
             ids = ids[len(ids) + new_tokens - self._max_length :]
         return ids or [self.prefix_token_id]
 
     def _names(self, texts: Iterable[str]) -> list[RowName]:
-        """(seed, number) of each request: by its text and how often it came before, not by what is asked beside it."""
+        """Returns the (seed, number) that name each request; the random draws of the request depend on them.
+
+        The number depends only on the text and on how often it occurred before, so that other requests do not
+        change it.
+        """
         counted: collections.Counter[str] = collections.Counter()
         names: list[RowName] = []
         for text in texts:
@@ -279,7 +293,7 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
 
 
 def main() -> None:
-    """`python -m lm_eval`, with `dream_jax` among its models."""
+    """Runs the command line of lm_eval; importing this module has registered the model `dream_jax`."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,12 +1,12 @@
-"""The folder of one evaluation: what was asked, one row an answer, and how long it took.
+"""The folder of one evaluation: its settings, one row for each answer, and the time of each unit.
 
-A run is a fixed sequence of units (batches), each of a known number of rows. Rows are written a unit at a time, in the
-order of the plan and without anything that differs between two runs; so a run that was killed, by whatever means, resumes
-to the same file as one that was not. Times lie in a file of their own.
+A run is a fixed sequence of units (batches), each with a known number of rows. The rows of a unit are written together,
+in the order of the plan, and contain nothing that differs between two runs. So a run that was killed and resumed ends
+with the same file as a run without interruption. Times differ between runs and are in a separate file.
 
-    settings.json   what the rows depend on; another run's folder is refused
-    items.jsonl     a row an answer
-    seconds.jsonl   a row a unit: its wall clock, and whether a program was compiled in it
+    settings.json   the settings that the rows depend on; a run with other settings refuses the folder
+    items.jsonl     one row for each answer
+    seconds.jsonl   one row for each unit: its wall-clock time in seconds, and whether a program was compiled in it
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class WorkUnit:
     """Problems that are computed together under one seed.
 
     Attributes:
-      seed: of everything random in it.
-      problems: their indices in the list of problems.
-      names: (seed, number of the problem) of the rows that it makes, in order.
+      seed: the seed of all random draws of the unit.
+      problems: the indices of its problems in the list of problems.
+      names: (seed, number of the problem) of each row of the unit, in order.
     """
 
     seed: int
@@ -40,15 +40,16 @@ class WorkUnit:
 
 
 class Ledger:
-    """The files of a run, which resumes where they end.
+    """Reads and writes the files of a run; a run resumes after the last complete unit in them.
 
     Args:
-      folder: made if missing.
-      recipe: everything the rows depend on, as JSON.
-      plan: the units; a longer plan that begins with the old one resumes after it.
-      overwrite: start anew whatever the folder holds.
+      folder: the folder of the run; it is made if it is missing.
+      recipe: everything that the rows depend on, as values that JSON can hold.
+      plan: all units of the run. Its first units must be those in the folder; the run resumes after them.
+      overwrite: delete the files of an earlier run in the folder.
 
-    Raises: ValueError when the folder holds a run of another recipe, or a file that is not such a run's; OSError.
+    Raises: ValueError if the folder has a run with another recipe, or rows that are not in the plan; OSError if a file
+      cannot be read or written.
     """
 
     def __init__(
@@ -68,22 +69,25 @@ class Ledger:
                 break
             num_rows += len(unit.names)
             self.done += 1
-        # Units that were cut short are computed again whole: as part of the same batch they come out the same.
+        # A unit with missing rows is computed again as a whole: in the same batch, its rows get the same values.
         self._items.keep(num_rows)
         self._seconds.keep(self.done)
 
     @property
     def rows(self) -> list[JsonRow]:
-        """The answers so far."""
+        """The rows of items.jsonl, one for each answer so far, in the order of the plan."""
         return self._items.rows
 
     @property
     def seconds(self) -> list[JsonRow]:
-        """The times of the units so far."""
+        """The rows of seconds.jsonl, one for each complete unit: rows, seconds and compiled."""
         return self._seconds.rows
 
     def append(self, rows: Sequence[JsonRow], seconds: JsonRow) -> None:
-        """Writes the rows of the next unit, to the disk. Raises ValueError for rows that are not the plan's."""
+        """Writes the rows and the time of the next unit to the disk.
+
+        Raises: ValueError if the rows are not those that the plan has for this unit.
+        """
         unit = self._plan[self.done]
         if [_name(row) for row in rows] != list(unit.names):
             raise ValueError(f"unit {self.done} should make rows {unit.names}, not {[_name(row) for row in rows]}")
@@ -96,10 +100,12 @@ class Ledger:
         for number, row in enumerate(self.rows, 1):
             where = f"{self._items.path}:{number}"
             if number > len(expected):
-                raise ValueError(f"{where}: more rows than this run has; repeat its --seeds and --limit, {_REMEDY}")
+                raise ValueError(
+                    f"{where}: the folder has more rows than this run makes; repeat its --seeds and --limit, {_REMEDY}"
+                )
             if _name(row) != expected[number - 1]:
                 raise ValueError(
-                    f"{where}: a row of seed and number {_name(row)} where {expected[number - 1]} should be; {_REMEDY}"
+                    f"{where}: (seed, number) is {_name(row)}, but this run expects {expected[number - 1]}; {_REMEDY}"
                 )
 
 

@@ -1,13 +1,15 @@
-"""A Monte Carlo bound on log p(text): how probable a text is to a masked diffusion model.
+"""A Monte Carlo estimate of a bound on log p(text): how probable a masked diffusion model finds a text.
 
-For N tokens to be scored, -log p(x) <= mean over m = 1..N, and over the sets of m of them, of N / m times the cross
-entropy at the set when it alone is masked. It is the continuous-time bound with weight 1 / t, with the number of masked
-tokens instead of its mean: the same expectation, less noise. For a model whose predictions fit together, whatever
-the order, it is no bound but the likelihood itself.
+Let N be the number of scored tokens x. Draw m uniformly from 1..N, and a uniformly random set of m scored tokens; mask
+this set and nothing else. Then -log p(x) <= the expectation of N / m times the summed cross entropy of the masked
+tokens. This is the continuous-time bound with weight 1 / t, but with the actual number of masked tokens instead of its
+mean: the expectation is the same, and the noise is smaller. If the model predicts the same joint distribution in every
+order of the tokens, the bound is equal to -log p(x).
 
-Samples are stratified. Where there are enough, each number m is a stratum of its own; else t runs over (0, 1] in strata of
-equal width with two draws each, and m = ceil(t N). How the draws of a stratum differ says, without bias, how uncertain the
-mean is. Conditioning on what stands before and after gives the likelihood of an infilling.
+Samples are stratified. If there are at least 2 N samples, each number m is one stratum; otherwise (0, 1] is divided
+into strata of equal width with two draws of t in each, and m = ceil(t N). The differences between the draws of a
+stratum give an unbiased estimate of the variance of the mean. With tokens before and after that are not scored, the
+result is the likelihood of an infilling.
 """
 
 from __future__ import annotations
@@ -25,36 +27,44 @@ from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
 from dream_jax.tokenizer import Tokenizer
 
-FEWEST_SAMPLES = 10  # five pairs: fewer give no interval worth the name
+FEWEST_SAMPLES = 10  # With fewer than five pairs of draws the variance is too uncertain for an interval.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passage:
-    """Tokens, int [T], and which of them are scored, bool [T]; the others are always seen. At least one is scored."""
+    """One row of tokens, some of which are scored.
+
+    Attributes:
+      tokens: int [T], the token ids.
+      scored: bool [T], true at tokens whose likelihood is wanted, at least one; the other tokens are never masked.
+
+    Raises: ValueError if the shapes differ, or if no token is scored.
+    """
 
     tokens: np.ndarray
     scored: np.ndarray
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.tokens.shape != self.scored.shape:
-            raise ValueError(f"tokens {self.tokens.shape} and scored {self.scored.shape} must be two equal [T]")
+            raise ValueError(f"tokens {self.tokens.shape} and scored {self.scored.shape} must both have the shape [T]")
         if not self.scored.any():
-            raise ValueError("nothing is scored: the text has no token")
+            raise ValueError("nothing is scored: the text has no token; pass a text with at least one")
 
     @property
     def num_scored(self) -> int:
-        """N."""
+        """The number of scored tokens, called N in the formulas of this module."""
         return int(self.scored.sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """The bound on -log p of one passage.
+    """The estimated upper bound on -log p of one passage.
 
     Attributes:
-      nats: its estimate.
-      variance: of that estimate, by how the draws of each stratum differ.
-      freedom: degrees of freedom of the variance (Welch and Satterthwaite's); 0 where the estimate is exact.
+      nats: the estimate of the bound, in nats.
+      variance: the estimated variance of `nats`, in nats squared, from the differences between the draws of
+        each stratum.
+      freedom: degrees of freedom of `variance` (Welch and Satterthwaite's formula); 0 if the estimate is exact.
     """
 
     nats: float
@@ -63,41 +73,48 @@ class Bound:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the Monte Carlo mean."""
+        """The 95 % confidence interval (low, high) of the Monte Carlo mean, in nats."""
         half = float(scipy.stats.t.ppf(0.975, self.freedom)) * math.sqrt(self.variance) if self.variance else 0.0
         return self.nats - half, self.nats + half
 
 
 MaskedRows = list[tuple[np.ndarray, np.ndarray]]
-"""Pairs (tokens int [T], masked bool [T])."""
+"""One pair for each row: its tokens, int [T], and which of them are masked, bool [T]. T may differ between rows."""
 
 NLL = Callable[[MaskedRows], np.ndarray]
-"""Cross entropy in nats summed over the masked tokens of each row: float [rows]."""
+"""Function from rows to the cross entropy of each row, summed over its masked tokens: float [rows], in nats."""
 
 
 def check_samples(samples: int) -> None:
     """Raises ValueError unless `samples` is even and large enough for an interval."""
     if samples < FEWEST_SAMPLES or samples % 2:
-        raise ValueError(f"{samples=} must be even and at least {FEWEST_SAMPLES}: two draws in each stratum")
+        raise ValueError(f"{samples=} must be even and at least {FEWEST_SAMPLES}: every stratum needs two draws")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Masked sets of one passage, bool [samples, T], and the stratum of each, int [samples], from 0 on without gap."""
+    """The masked sets that were drawn for one passage.
+
+    Attributes:
+      masks: bool [samples, T], true at the masked tokens of each sample.
+      stratum: int [samples], the index of the stratum of each sample; every index from 0 to the largest occurs.
+    """
 
     masks: np.ndarray
     stratum: np.ndarray
 
 
 def draw_masks(scored: np.ndarray, samples: int, seed: Sequence[int]) -> Draws:
-    """The masked sets of one passage; every stratum has two or more.
+    """Draws the masked sets of one passage, at least two in every stratum.
 
-    A passage with one scored token has one set only, and that is returned once: its bound is exact.
+    A passage with one scored token has only one possible set. It is returned once, and the bound is exact.
 
     Args:
-      scored: bool [T].
-      samples: see `check_samples`.
-      seed: whole numbers from 0 on; the same seed gives the same sets for passages of equal shape.
+      scored: bool [T], true at tokens whose likelihood is wanted.
+      samples: the number of sets; even and at least `FEWEST_SAMPLES`.
+      seed: nonnegative integers; the same seed and the same `scored` give the same sets.
+
+    Raises: ValueError for a number of samples that `check_samples` refuses.
     """
     check_samples(samples)
     positions = np.flatnonzero(scored)
@@ -105,7 +122,8 @@ def draw_masks(scored: np.ndarray, samples: int, seed: Sequence[int]) -> Draws:
         return Draws(masks=scored[None, :].copy(), stratum=np.zeros(1, int))
     generator = np.random.default_rng(list(seed))
     if 2 * len(positions) <= samples:
-        # What is left over goes to the small sets, whose weight N / m makes them vary most.
+        # Samples beyond a multiple of N go to the smallest sets: their large weight N / m gives them the largest
+        # variance.
         stratum = np.sort(np.arange(samples) % len(positions))
         counts = stratum + 1
     else:
@@ -119,21 +137,21 @@ def draw_masks(scored: np.ndarray, samples: int, seed: Sequence[int]) -> Draws:
 
 
 def bounds(passages: Sequence[Passage], samples: int, nll: NLL, seeds: Sequence[Sequence[int]]) -> list[Bound]:
-    """The bound of each passage; all their samples go to `nll` in one call.
+    """Returns the bound of each passage; the samples of all passages go to `nll` in one call.
 
     Args:
-      passages: what is scored.
-      samples: for each passage; even.
-      nll: the model.
-      seeds: of each passage.
+      passages: the passages to score.
+      samples: the number of samples for each passage; even and at least `FEWEST_SAMPLES`.
+      nll: function that runs the model, such as that of `model_nll`.
+      seeds: the seed of each passage, as for `draw_masks`.
 
-    Raises: ValueError for a number of samples that makes no pairs.
+    Raises: ValueError for a number of samples that `check_samples` refuses.
     """
     draws = [draw_masks(one.scored, samples, seed) for one, seed in zip(passages, seeds, strict=True)]
     rows = [(one.tokens, mask) for one, drawn in zip(passages, draws, strict=True) for mask in drawn.masks]
     found = np.asarray(nll(rows), np.float64)
-    parts = np.split(found, np.cumsum([len(drawn.masks) for drawn in draws])[:-1])
-    return [_bound(one, drawn, part) for one, drawn, part in zip(passages, draws, parts, strict=True)]
+    nats_by_passage = np.split(found, np.cumsum([len(drawn.masks) for drawn in draws])[:-1])
+    return [_bound(one, drawn, nats) for one, drawn, nats in zip(passages, draws, nats_by_passage, strict=True)]
 
 
 def _bound(passage: Passage, draws: Draws, nats: np.ndarray) -> Bound:
@@ -152,16 +170,17 @@ def _bound(passage: Passage, draws: Draws, nats: np.ndarray) -> Bound:
 
 
 def _freedom(variances: np.ndarray, freedoms: np.ndarray) -> float:
-    """Degrees of freedom of a sum of estimated variances, at least 5.
+    """Returns the degrees of freedom of a sum of estimated variances: at least 5, or 0 if all variances are 0.
 
-    With + 2 and - 2, because the square of an estimated variance is too large by (f + 2) / f on average.
+    The formula of Welch and Satterthwaite is corrected by + 2 and - 2, because the square of a variance that was
+    estimated with f degrees of freedom is on average (f + 2) / f times too large.
     """
     squares = float(np.sum(variances**2 / (freedoms + 2)))
     return max(5.0, float(np.sum(variances)) ** 2 / squares - 2) if squares else 0.0
 
 
 def total(parts: Sequence[Bound]) -> Bound:
-    """The bound of independent passages together: log p of the whole file."""
+    """Returns the bound on -log p of all passages together, the sum of their bounds; passages are independent."""
     variances, freedoms = np.array([(part.variance, part.freedom) for part in parts]).T
     return Bound(
         nats=sum(part.nats for part in parts),
@@ -171,27 +190,28 @@ def total(parts: Sequence[Bound]) -> Bound:
 
 
 def check_mask(model: Dream) -> masks.Mask:
-    """The mask of the model's likelihoods.
+    """Returns the mask under which the model was trained, if likelihoods can be computed under it.
 
     Raises:
-      ValueError: it goes by the prompt, which rows without one do not tell.
+      ValueError: the mask depends on where the prompt ends, and rows of a likelihood have no prompt.
     """
     attends = masks.parse(model.trained_mask)
     if isinstance(attends, masks.Prefix):
         raise ValueError(
-            "a likelihood is of rows that do not say where their prompts end, and the mask of this evaluation is "
-            f"{model.trained_mask!r}; evaluate by sampling, or under another --mask"
+            f"the mask {model.trained_mask!r} needs to know where the prompt of each row ends, but rows of a "
+            "likelihood have no prompt; evaluate a task with sampled answers, or pass another --mask"
         )
     return attends
 
 
 def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
-    """The model as a function of rows, under the mask that it was trained under.
+    """Returns the function from rows to their cross entropies, with the mask under which the model was trained.
 
-    Rows whose lengths share a bucket are computed together, padded on the left.
+    The function computes up to `batch_size` rows with lengths of one bucket together, padded on the left, and raises
+    ValueError for a row that is longer than the model allows.
 
     Raises:
-      ValueError: a mask that goes by the prompt, which such rows do not tell.
+      ValueError: the mask depends on where the prompt ends, and rows of a likelihood have no prompt.
     """
     attends = check_mask(model)
     longest = model.config.max_position_embeddings
@@ -202,13 +222,13 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
             longest_here = max(len(rows[index][0]) for index in batch)
             if longest_here > longest:
                 raise ValueError(
-                    f"a text of {longest_here} tokens, with what goes before it; the model takes {longest}"
+                    f"a text has {longest_here} tokens with its context, but the model takes at most {longest}"
                 )
             tokens_BT, valid_BT = left_padded([rows[index][0] for index in batch], batch_size, tokenizer.pad_id)
             masked_BT = np.zeros_like(valid_BT)
             for line, index in enumerate(batch):
                 masked_BT[line, -len(rows[index][1]) :] = rows[index][1]
-            level = np.full(batch_size, 0.5, np.float32)  # read by no uniform weight
+            level = np.full(batch_size, 0.5, np.float32)  # The uniform weight does not depend on the noise level.
             mask = attends.for_rows(valid_BT, masked_BT)
             _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, level, UniformWeight(), valid_BT, mask=mask)
             out[list(batch)] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(batch)]

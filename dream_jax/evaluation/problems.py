@@ -1,4 +1,4 @@
-"""What a problem of an evaluation is: a question, perhaps a model answer, and a judge of answers."""
+"""The types of an evaluation: a problem is a question, its reference answer if there is one, and a judge of answers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dream_jax.tokenizer import Message
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a judge says of one answer.
+    """The result of judging one answer.
 
     Attributes:
-      correct: whether it counts.
-      found: the part of the answer that was judged, or None when there was none to judge.
-      reason: why it is wrong, or how the judged part was found; for people.
+      correct: whether the answer is correct.
+      found: the part of the answer that was judged, or None if the answer has no such part.
+      reason: why the answer is wrong, or how the judged part was found; a text for people.
     """
 
     correct: bool
@@ -27,19 +27,19 @@ class Verdict:
 
 
 Judge = Callable[[str], Verdict]
-"""Judges the text of an answer, which ends before the first end-of-text token. Never raises."""
+"""Function from the text of an answer, up to its first end-of-text token, to a Verdict. It never raises."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One row of a task.
+    """One problem, read from one row of a task's file or generated.
 
     Attributes:
-      number: its line in the file (or its index in a generated set), from 1.
-      where: what complaints about it begin with.
-      question: text, or the messages of a chat.
-      answer: a right answer as text, for examples in a prompt; empty where there is none.
-      judge: of answers.
+      number: its line in the file, or its index in a generated set, from 1.
+      where: "FILE:LINE" or "generated:NUMBER", with which error messages begin.
+      question: a text, or the messages of a chat.
+      answer: a correct answer as text, for use as a worked example; empty if the file has none.
+      judge: function from the text of an answer to a Verdict.
     """
 
     number: int
@@ -50,23 +50,23 @@ class Problem:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that depend on question and answer alone: by them two runs know the same problem."""
+        """16 hexadecimal digits computed from question and answer; two runs use them to find the same problem."""
         question = self.question if isinstance(self.question, str) else [dict(turn) for turn in self.question]
         return identify(question, self.answer)
 
 
 def identify(*parts: Any) -> str:
-    """16 hexadecimal digits that depend on what JSON can say of `parts`, and on nothing else."""
+    """Returns 16 hexadecimal digits, a hash of `parts` as JSON; equal values give equal digits in every process."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def line_number(where: str) -> int:
-    """The line in the "FILE:LINE" of `read_json_lines`."""
+    """Returns LINE of a text "FILE:LINE", as `read_json_lines` makes it."""
     return int(where.rpartition(":")[2])
 
 
 def check_fields(found: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raises ValueError, opening with `where`, for a field that no reader looks at: a misspelt name is not ignored."""
+    """Raises ValueError, which begins with `where`, for a field that is not in `known`, such as a misspelt one."""
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown field(s) {unknown}; this task knows {sorted(known)}")

@@ -1,4 +1,4 @@
-"""How far an evaluation is and when it will be done: a bar on a terminal, a line now and then elsewhere."""
+"""Shows progress and remaining time of an evaluation: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from dream_jax.trainer.console import clock
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, Sequence[dict[str, Any]]], None]
-"""Called with a number of new rows and all rows so far."""
+"""Function that is called with the number of new rows and with all rows so far."""
 
 
 @contextlib.contextmanager
 def watch(console: Console, *, total: int, done: int) -> Iterator[Advance]:
-    """Shows progress from `done` to `total` rows while the block runs."""
+    """Shows the progress while the block runs, which calls the yielded function after every unit.
+
+    Args:
+      console: where the progress is shown.
+      total: the number of rows of the whole evaluation.
+      done: the number of rows that were there before the block.
+    """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:

@@ -1,4 +1,4 @@
-"""What the rows of a run say: a summary, a table in Markdown, a figure, and the comparison of two runs."""
+"""Reports the results of a run as a summary, a Markdown table and a figure, and compares two runs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SHOWN_CHANGES = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The numbers of a run, by name: an Estimate, a plain number, a list of numbers, or None where nothing was measured."""
+    """The results of a run: each is an Estimate, a number, a list of numbers, or None if it was not measured."""
 
     task: str
     numbers: dict[str, Any]
 
     def to_json(self) -> str:
-        """One object; an estimate is an object with value, low and high."""
+        """Returns the results as one JSON object; an Estimate is an object with value, low and high."""
         plain = {
             name: dataclasses.asdict(value) if isinstance(value, Estimate) else value
             for name, value in self.numbers.items()
@@ -39,7 +39,7 @@ class Summary:
         return json.dumps({"task": self.task} | plain, indent=2) + "\n"
 
     def to_markdown(self, model: str) -> str:
-        """A table of two columns."""
+        """Returns a Markdown table with a row for each result; the second column is headed by `model`."""
         lines = [f"| {self.task} | {model} |", "|---|---|"]
         lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in self.numbers.items()]
         return "\n".join(lines) + "\n"
@@ -56,9 +56,9 @@ def _shown(value: Any) -> str:
 
 
 def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
-    """A number of each row as float64 [problems, seeds], problems in the order of the first seed.
+    """Returns the values of one field of all rows as float64 [problems, seeds], problems in the order of the rows.
 
-    Raises: ValueError when a seed lacks problems that another has: the run is not finished.
+    Raises: ValueError if a seed has fewer rows than another, or if there are none: the run is not finished.
     """
     by_seed: dict[int, list[JsonRow]] = collections.defaultdict(list)
     for row in rows:
@@ -72,7 +72,13 @@ def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
 
 
 def summarize(task: str, rows: Sequence[JsonRow], seconds: Sequence[JsonRow]) -> Summary:
-    """The numbers of a finished run; see the README for what each means. Raises ValueError for an unfinished one."""
+    """Returns the results of a finished run; the README explains each. Raises ValueError if the run is not finished.
+
+    Args:
+      task: the name of the task.
+      rows: all rows of items.jsonl.
+      seconds: all rows of seconds.jsonl.
+    """
     if task == "likelihood":
         found = _likelihood(rows)
     else:
@@ -97,7 +103,7 @@ def _sampled(rows: Sequence[JsonRow], seconds: Sequence[JsonRow], seeds: int) ->
     texts = collections.defaultdict(set)
     for row in rows:
         texts[row["number"]].add(row["answer"])
-    # Without the batches in which a program was compiled, where others are left.
+    # Batches in which a program was compiled are left out of the speed.
     steady_tokens, steady_seconds, start = 0, 0.0, 0
     for one in seconds:
         if not one["compiled"]:
@@ -120,7 +126,7 @@ def _sampled(rows: Sequence[JsonRow], seconds: Sequence[JsonRow], seeds: int) ->
 
 def _likelihood(rows: Sequence[JsonRow]) -> dict[str, Any]:
     seeds = scores(rows, "nats").shape[1]
-    # Seeds are further samples of the same texts.
+    # Each further seed is one more row for every text, so numbers of texts, tokens and bytes are divided by the seeds.
     bound = total([Bound(nats=row["nats"], variance=row["variance"], freedom=row["freedom"]) for row in rows])
     tokens, size = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
     low, high = bound.interval
@@ -140,16 +146,17 @@ def _likelihood(rows: Sequence[JsonRow]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two runs on the problems that both have.
+    """Compares two runs on the problems that both of them have.
 
     Attributes:
-      task: of both.
-      problems: that both have.
-      only_first, only_second: that one of them has.
-      means: scores of the two on the common problems (nats a text for likelihoods).
-      difference: second minus first, with its 95 % interval.
-      test: for scores; None for likelihoods.
-      changes: rows of problems that scored differently: number, and rows of both under their first seed.
+      task: the task of both runs.
+      problems: number of problems that both runs have.
+      only_first, only_second: number of problems that only the first, or only the second run has.
+      means: mean score of each run on the common problems, in 0..1; nats per text for the task likelihood.
+      difference: mean of the second run minus mean of the first, with its 95 % interval.
+      test: the paired test of the scores; None for the task likelihood.
+      changes: one entry for each problem that scored differently: its number in the first run, and its row in each run
+        for the first seed. Empty for the task likelihood.
     """
 
     task: str
@@ -162,7 +169,7 @@ class Comparison:
     changes: list[tuple[int, JsonRow, JsonRow]]
 
     def to_markdown(self, first: str, second: str) -> str:
-        """A table, then the problems that changed."""
+        """Returns a Markdown table of the means and a list of problems that changed; the arguments name the runs."""
         what = "nats a text" if self.test is None else "accuracy"
         lines = [
             f"| {self.task} | {first} | {second} | difference (95 %) |",
@@ -190,19 +197,20 @@ def _judged(row: JsonRow) -> str:
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
-    """Compares two folders. A problem is known again by its question and answer, whatever file and line it had.
+    """Compares the results in two folders. Problems are the same if question and answer are, in any file and line.
 
-    Raises: FileNotFoundError for a folder without results; ValueError for damaged or unfinished ones, for different tasks,
-    or when they have no problem in common.
+    Raises:
+      FileNotFoundError: a folder has no results.
+      ValueError: results are damaged or not finished, the tasks differ, or the runs have no problem in common.
     """
     tasks, tables = [], []
     for folder in (first, second):
         if not (folder / ITEMS).is_file() or not (folder / SETTINGS).is_file():
-            raise FileNotFoundError(f"{folder} holds no {ITEMS} with {SETTINGS}: it is not the folder of an evaluation")
+            raise FileNotFoundError(f"{folder} has no {ITEMS} with {SETTINGS}: it is not the folder of an evaluation")
         tasks.append(read_json(folder / SETTINGS).get("task"))
         tables.append(_by_problem(folder, "nats" if tasks[-1] == "likelihood" else "correct"))
     if tasks[0] != tasks[1]:
-        raise ValueError(f"{first} is of task {tasks[0]}, {second} of task {tasks[1]}; only runs of one task compare")
+        raise ValueError(f"{first} is of task {tasks[0]}, {second} of task {tasks[1]}; compare runs of one task")
     one, other = tables
     common = [name for name in one if name in other]
     if not common:
@@ -233,11 +241,14 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
 
 
 def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple[np.ndarray, JsonRow]]:
-    """Scores [seeds] and the first row of each problem, by its identity and, for repeated rows, their count."""
+    """Returns the scores, float64 [seeds], and the row of the first seed for each problem.
+
+    A key is (identity, number of earlier problems with the same identity).
+    """
     rows = RowFile(folder / ITEMS).rows
     for number, row in enumerate(rows, 1):
         if not {"seed", "number", "identity", field} <= row.keys():
-            raise ValueError(f"{folder / ITEMS}:{number}: a row without seed, number, identity and {field}")
+            raise ValueError(f"{folder / ITEMS}:{number}: the row lacks one of seed, number, identity and {field}")
     try:
         table = scores(rows, field)
     except ValueError as error:
@@ -251,8 +262,11 @@ def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple
 
 
 def draw(folder: pathlib.Path) -> pathlib.Path:
-    """Draws `figure.png` of a run: each seed's accuracy with its interval, or nats a token of each text."""
-    from matplotlib.figure import Figure  # takes half a second
+    """Draws the accuracy of each seed with its interval, or a histogram of nats per token, into `figure.png`.
+
+    Returns the path of the figure.
+    """
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     rows = RowFile(folder / ITEMS).rows
     figure = Figure(figsize=(6, 4), layout="constrained")

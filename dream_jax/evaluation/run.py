@@ -1,7 +1,7 @@
-"""One evaluation from settings to results: it reads all files, plans the batches, computes their rows and reports.
+"""Runs one evaluation: reads all files, plans the batches, computes the rows of each batch and writes the results.
 
-The work of a task is a `Work`: which problems are computed together, and how. Whatever can be wrong with files shows before
-the weights are read.
+`Work` describes which problems of a task are computed together, and how. All files are checked before the weights are
+read, which takes long.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """A task as this module computes it.
+    """The problems of a task, divided into batches, and the function that computes them.
 
     Attributes:
-      numbers: the number of each problem, which names its rows.
-      batches: indices of problems that are computed together.
-      shapes: of each batch; batches of one shape share a compiled program.
-      compute: a row for each problem of a unit.
-      recipe: what the rows depend on, beside the model and the file.
-      note: said at the start.
+      numbers: the number of each problem (`Problem.number`); its rows have this number.
+      batches: for each batch, the indices of its problems, which are computed together.
+      shapes: for each batch, its length in tokens, padding included; batches of one length use the same
+        compiled program.
+      compute: function from a model and a unit to one row for each problem of the unit.
+      recipe: the settings that the rows depend on, except those of the model and of the file.
+      note: text that is printed when the evaluation starts.
     """
 
     numbers: Sequence[int]
@@ -52,16 +53,22 @@ class Work:
 
 
 def evaluate(settings: EvaluateSettings, console: Console | None = None) -> report.Summary:
-    """Evaluates, or resumes an evaluation; returns the summary that is written beside the rows.
+    """Runs an evaluation or resumes one, writes its results into `settings.folder`, and returns their summary.
 
-    Raises: ValueError for settings, files or folders that are wrong; OSError.
+    Args:
+      settings: what to evaluate and how.
+      console: where progress and results are printed; by default the terminal.
+
+    Raises:
+      ValueError: settings or files are wrong, or the folder has results of other settings.
+      OSError: a file cannot be read or written.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     prepared = _prepare(settings)
     fsdp = prepared.mesh.shape["fsdp"]
     if settings.batch_size % fsdp:
         raise ValueError(
-            f"batch_size={settings.batch_size} must be a multiple of the {fsdp} devices that share a batch"
+            f"batch_size={settings.batch_size} must be a multiple of {fsdp}, the number of devices that share a batch"
         )
     work = plan_work(settings, prepared.template, prepared.model, prepared.tokenizer)
     plan = [
@@ -111,7 +118,7 @@ def _compute(work: Work, plan: Sequence[WorkUnit], ledger: Ledger, model: Dream,
             begun = time.monotonic()
             rows = work.compute(model, plan[index])
             seconds = time.monotonic() - begun
-            # The first batch of a shape compiles its program: its time says little about speed.
+            # The first batch of a shape compiles its program, so the report leaves it out of the speed.
             timed = {"rows": len(rows), "seconds": round(seconds, 4), "compiled": shape not in seen}
             seen.add(shape)
             ledger.append(rows, timed)
@@ -119,7 +126,10 @@ def _compute(work: Work, plan: Sequence[WorkUnit], ledger: Ledger, model: Dream,
 
 
 def plan_work(settings: EvaluateSettings, template: Template, model: Dream, tokenizer: Tokenizer) -> Work:
-    """The work of the settings' task, its files read and checked; `model` needs no weights."""
+    """Reads and checks the files of the task and returns its batches; `model` may be without weights.
+
+    Raises: ValueError for a bad row or setting, or a prompt that is too long; FileNotFoundError for a missing file.
+    """
     if settings.task == "choice" or settings.task == "likelihood":
         return _scored(settings, template, model, tokenizer)
     return _sampled(settings, TASKS[settings.task], template, model, tokenizer)
@@ -130,7 +140,8 @@ def _sampled(
 ) -> Work:
     shots = settings.shots
     if shots is None:
-        # Byte-level models are trained on bare rows, and examples of a token a byte would fill their context.
+        # Byte-level models are trained on rows without examples, and examples with a token for each byte would fill
+        # their context.
         shots = 0 if isinstance(tokenizer, ByteTokenizer) else task.shots[template]
     examples, problems = split_examples(
         task, read_problems(task, settings.file), settings.file, settings.examples, shots
@@ -167,7 +178,7 @@ def _sampled(
     found = batches([len(ids) for ids in prompts], settings.batch_size)
     note = f"{shots} example(s), {template} prompts of {min(map(len, prompts))}..{max(map(len, prompts))} tokens"
     if settings.seeds > 1 and not config.is_random:
-        note += "; the sampler draws nothing, so seeds only measure whether the machine repeats itself"
+        note += "; the sampler is deterministic, so more seeds only test whether the device repeats its results"
     return Work(
         numbers=[problem.number for problem in problems],
         batches=found,
@@ -177,7 +188,7 @@ def _sampled(
             "shots": shots,
             "examples": [one.identity for one in examples],
             "instruction": settings.instruction,
-            # `asdict` leaves out the types of the cache and of the commit rule.
+            # `asdict` does not record the classes of the cache and of the commit rule, so their `repr` is added.
             "sampler": dataclasses.asdict(config) | {"cache": repr(config.cache), "commit": repr(config.commit)},
         },
         note=note,
@@ -215,7 +226,7 @@ def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokeni
 def _prepare(settings: EvaluateSettings) -> PreparedModel:
     if settings.template == "auto" and settings.published is not None:
         settings = dataclasses.replace(settings, template=PUBLISHED[settings.published][0])
-    # Planning is published without a chat template, for base and instruct models alike.
+    # The published evaluations of planning use no chat template, neither for base nor for instruct models.
     return prepare(settings, default_template="raw" if settings.task in ("sudoku", "countdown") else None)
 
 

@@ -1,4 +1,4 @@
-"""What to evaluate and how: the settings of `evaluate.py`, and what the published evaluations used."""
+"""The settings of `evaluate.py`, and the templates and sampler settings of Dream's published evaluations."""
 
 from __future__ import annotations
 
@@ -23,57 +23,60 @@ PUBLISHED: Mapping[Published, tuple[Template, Mapping[str, Any]]] = {
     "instruct": ("chat", {"alg": "entropy", "temperature": 0.1, "top_p": 0.9}),
     "planning": ("raw", {"alg": "entropy", "temperature": 0.0}),
 }
-"""Dream's evaluation settings: how prompts are written, and the sampler. All take a step a token."""
+"""Template and sampler settings of Dream's published evaluations. All use one denoising step for each new token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(ModelSettings):
-    """What to evaluate and how."""
+    """The task, the model, the sampler and the output folder of one evaluation.
+
+    Raises: ValueError for a value outside its range, or for a task that needs `file` and has none.
+    """
 
     task: TaskName = "sudoku"
-    """sudoku, countdown, gsm8k and chat are sampled; choice takes the likeliest; likelihood is bits per byte"""
+    """sudoku, countdown, gsm8k, chat: sampled answers; choice: the most likely choice; likelihood: bits per byte"""
     file: pathlib.Path | None = None
-    """.jsonl file of the task; without one, sudoku is generated"""
+    """.jsonl file with the problems of the task; only sudoku works without one: its puzzles are then generated"""
     out: pathlib.Path | None = None
-    """folder of the results; by default runs/eval-TASK. The same command resumes where it stopped"""
+    """folder of the results; by default runs/eval-TASK. The same command resumes an evaluation that was stopped"""
     overwrite: bool = False
-    """start anew whatever --out holds"""
+    """delete the results that --out already holds, and start from the first problem"""
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
-    """two folders of results on the same problems: compares them, evaluates nothing"""
+    """two folders of results on the same problems: compare them and evaluate nothing"""
     seeds: int = 1
-    """runs with the seeds 0, 1, ...: of sampling, or of the masks of a likelihood"""
+    """number of passes over all problems, with the seeds 0, 1, ... for sampling or for the masks of a likelihood"""
     limit: int | None = None
-    """the first so many problems"""
+    """evaluate only this many problems, from the beginning of the file"""
     shots: int | None = None
-    """worked examples in the prompt; by default the task's own number, and 0 for byte-level models"""
+    """number of worked examples in each prompt; by default the usual number of the task, and 0 for byte-level models"""
     examples: pathlib.Path | None = None
-    """file of worked examples; by default the first rows of --file, which are then not asked"""
+    """file of worked examples; by default the first rows of --file are the examples, and are not evaluated"""
     instruction: str | None = None
-    """what the prompt begins with; by default the task's own"""
+    """text at the beginning of each prompt; by default the instruction of the task"""
     published: Published | None = None
-    """Dream's own settings of template and sampler, where they are not given"""
+    """use the template and sampler settings of this published evaluation of Dream, except where flags set others"""
     sampler: Preset = "exact"
-    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are probable enough"""
+    """exact: the published sampler; balanced, fast: KV cache, and a pass writes all tokens that are probable enough"""
     max_new_tokens: int | None = None
-    """room for an answer; by default the task's own"""
+    """maximum number of tokens of an answer; by default the number of the task"""
     steps: int | None = None
-    """denoising steps of --sampler exact; by default one a new token"""
+    """number of denoising steps of --sampler exact; by default one for each new token"""
     alg: Alg | None = None
-    """order in which positions are written; by default the sampler's (exact: entropy)"""
+    """measure of confidence that orders the positions to write; by default that of the sampler (exact: entropy)"""
     temperature: float | None = None
-    """0, the default, takes the most probable token"""
+    """temperature of the token probabilities, at least 0; 0, the default, takes the most probable token"""
     top_p: float | None = None
-    """nucleus, in (0, 1]"""
+    """sample from the smallest set of tokens whose probabilities sum to this number, in (0, 1]"""
     top_k: int | None = None
-    """number of tokens kept"""
+    """sample from this many most probable tokens"""
     alg_temp: float | None = None
-    """softens the order"""
+    """draw the positions to write from softmax(confidence / alg_temp); 0 or not given: the most confident first"""
     samples: int = 128
-    """Monte Carlo samples of each likelihood, even"""
+    """number of Monte Carlo samples for each likelihood; an even number, at least 10"""
     batch_size: int = 8
-    """rows that are computed together"""
+    """number of rows that are computed together; a multiple of the number of devices that share a batch"""
     figure: bool = False
-    """also draw figure.png"""
+    """also draw the results as figure.png in --out"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,11 +92,11 @@ class EvaluateSettings(ModelSettings):
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where the results lie."""
+        """The folder of the results: `out`, or runs/eval-TASK if `out` is None."""
         return pathlib.Path("runs") / f"eval-{self.task}" if self.out is None else self.out
 
     def sampler_config(self, tokenizer: Tokenizer, max_new_tokens: int) -> SamplerConfig:
-        """The sampler: what is given, else what `published` says, else the preset's own at temperature 0."""
+        """Returns the sampler for answers of `max_new_tokens` tokens; see `published_sampler` for which value wins."""
         given = {name: getattr(self, name) for name in ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp")}
         given = {name: value for name, value in given.items() if value is not None}
         return published_sampler(self.sampler, self.published, given, tokenizer, max_new_tokens)
@@ -107,11 +110,19 @@ def published_sampler(
     max_new_tokens: int,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> SamplerConfig:
-    """A preset of the sampler with, in this order, what is `given`, what is `published`, and what a task has `asked`.
+    """Returns the sampler of `preset` with other values: from `given`, else from `published`, else from `asked`.
 
-    Raises: ValueError for values that cannot be, and for steps where the sampler goes by confidence.
+    Args:
+      preset: exact, balanced or fast; its temperature is 0 if nothing sets another.
+      published: the published evaluation whose sampler settings are used, or None.
+      given: values of `SamplerConfig` that the user has set.
+      tokenizer: has the ids of the special tokens.
+      max_new_tokens: maximum number of tokens of an answer.
+      asked: values that the task asks for.
+
+    Raises: ValueError for a value outside its range, and for `steps` with a preset that commits by confidence.
     """
     said = dict(PUBLISHED[published][1]) if published is not None else {}
     if preset != "exact":
-        said.pop("alg", None)  # these presets bring the order that belongs to their commit rule
+        said.pop("alg", None)  # The commit rules of these presets need the `alg` that the preset sets.
     return make_sampler(tokenizer, max_new_tokens, preset, **{**asked, **said, **given})

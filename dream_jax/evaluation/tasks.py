@@ -1,15 +1,16 @@
-"""The tasks whose answers are sampled: what their files hold, how they are asked, how long answers may be.
+"""The tasks whose answers are sampled: the fields of their files, their prompts and the maximum length of answers.
 
-Prompts come in two ways. "raw": an instruction, worked examples and the question as one text that the model continues, as
-base models are evaluated; what it writes after its answer is cut off. "chat": the question as a user turn, worked examples
-as turns before it. Without examples, a planning problem is the bare question, as `train.py` trains on it.
+A prompt has one of two templates. "raw": an instruction, worked examples and the question form one text that the model
+continues, as in evaluations of base models; text that it writes after its answer is cut off. "chat": the question is a
+user turn after turns with the worked examples. Without examples, a raw prompt of a planning problem is the question
+alone, as in the training with `train.py`.
 
-The layout is Dream's own (examples from the top of the file, "Input:" and "Output:"); the instructions are in our words,
-so give the published ones with `instruction` when the published numbers are to be met.
+The layout is that of Dream's evaluation (examples from the top of the file, "Input:" and "Output:"). The instructions
+are not Dream's: to reproduce published numbers, pass the published instruction as `instruction`.
 
-GSM8K is a task of lm-evaluation-harness as well, which `harness` gives access to. It has a task here for what the harness
-cannot do: a local file in the prompts that the model was trained on, several seeds with a key for each problem, resuming
-after a kill to the same answers, and the paired comparison of two runs. Sudoku and countdown it does not have.
+lm-evaluation-harness, which `harness` connects to, has a GSM8K task too, but no sudoku or countdown. The GSM8K task of
+this module adds what the harness cannot do: a local file in the prompt format of the training, several seeds with one
+random key for each problem, resuming after a kill with the same answers, and the paired comparison of two runs.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ SampledTask = Literal["sudoku", "countdown", "gsm8k", "chat"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFormat:
-    """How one task is read and asked.
+    """How the rows of one task are read and written as prompts.
 
     Attributes:
-      name: of the task.
-      read: one row of its file.
-      instruction: stands before everything else.
-      labels: what stands before a question and before its answer in a raw prompt, and what the prompt ends with. Words are
-        tokens with the space before them, digits are not: before words the prompt ends without one, as the examples'
-        tokens have it.
-      bare: what follows a question that is asked raw without examples; None to use the labels there too.
-      stops: where a raw answer ends, at the latest.
-      max_new_tokens: room for an answer, by default.
-      shots: worked examples by default, under each template.
+      name: name of the task.
+      read: function from one row of the file and its "FILE:LINE" to a Problem; raises ValueError for a bad row.
+      instruction: default text at the beginning of a prompt.
+      labels: three texts of a raw prompt: before each question, before the answer of each example, and at the end of
+        the prompt. The tokenizer joins a space to the word after it, but not to a digit. So the last label has no space
+        at its end if answers begin with words: the tokens of the answer are then those of the examples.
+      bare: text after the question of a raw prompt without examples; None if such a prompt has the labels too.
+      stops: texts that end a raw answer.
+      max_new_tokens: default maximum number of tokens of an answer.
+      shots: default number of worked examples for each template.
     """
 
     name: SampledTask
@@ -59,13 +60,13 @@ class TaskFormat:
     def prompt(
         self, problem: Problem, examples: Sequence[Problem], template: Template, instruction: str | None = None
     ) -> str | tuple[Message, ...]:
-        """What the model is given: one text under "raw", messages under "chat".
+        """Returns the prompt of a problem: text for "raw"; messages for "chat", or if the question is a chat.
 
         Args:
-          problem: the one to be answered.
-          examples: worked ones that come before it.
-          template: see the module.
-          instruction: instead of the task's own.
+          problem: the problem to be answered.
+          examples: the worked examples before it; a question that is a chat is asked without them.
+          template: "raw" or "chat"; the docstring of the module describes both.
+          instruction: replaces the instruction of the task; None keeps it, and "" means no instruction.
         """
         instruction = self.instruction if instruction is None else instruction
         if not isinstance(problem.question, str):
@@ -88,7 +89,10 @@ class TaskFormat:
         return "\n\n".join(parts)
 
     def cut(self, answer: str, template: Template) -> str:
-        """The answer proper: under "raw" only what comes before the first stop, as a base model writes on."""
+        """Returns the part of a generated text to judge: for "raw", without leading space, up to the first stop.
+
+        A base model does not end after its answer, but continues with further text.
+        """
         if template == "raw":
             answer = answer.lstrip()
             for stop in self.stops:
@@ -129,7 +133,7 @@ def _gsm8k(found: Mapping[str, Any], where: str) -> Problem:
 
 
 def _without_notes(answer: str) -> str:
-    """A GSM8K answer without its calculator notes: "16-3=<<16-3=13>>13" is written "16-3=13"."""
+    """Returns a GSM8K answer without its calculator notes: "16-3=<<16-3=13>>13" becomes "16-3=13"."""
     pieces = answer.split("<<")
     return pieces[0] + "".join(piece.partition(">>")[2] for piece in pieces[1:])
 
@@ -144,7 +148,7 @@ def _chat(found: Mapping[str, Any], where: str) -> Problem:
     else:
         question = tuple(parse_messages(found["messages"], where))
         if question[-1]["role"] != "user":
-            raise ValueError(f"{where}: the last message must be the user's; it is the one that is answered")
+            raise ValueError(f"{where}: the last message must have the role 'user': the model answers that message")
     judge = parse_expectation(found, where)
     return Problem(number=line_number(where), where=where, question=question, answer="", judge=judge)
 
@@ -201,9 +205,11 @@ assert set(TASKS) == set(get_args(SampledTask))
 
 
 def read_problems(task: TaskFormat, path: pathlib.Path | None) -> list[Problem]:
-    """The problems of a file, in its order; without a file, the generated test puzzles of sudoku.
+    """Returns the problems of a file, in its order; for sudoku without a file, the generated test puzzles.
 
-    Raises: ValueError naming file and line for a bad row, or for a task that needs a file; FileNotFoundError.
+    Raises:
+      ValueError: a row is bad (the message has file and line), or `path` is None and the task is not sudoku.
+      FileNotFoundError: there is no file at `path`.
     """
     if path is not None:
         return [task.read(found, where) for where, found in read_json_lines(path)]
@@ -213,7 +219,7 @@ def read_problems(task: TaskFormat, path: pathlib.Path | None) -> list[Problem]:
 
 
 def generated_examples(count: int) -> list[Problem]:
-    """Sudoku puzzles of the training split, whose solutions no generated test puzzle shares."""
+    """Returns `count` sudoku puzzles of the training split; no generated test puzzle has one of their solutions."""
     return [problem for problem, _ in zip(_generated(open_source("sudoku", "train")), range(count), strict=False)]
 
 
@@ -228,17 +234,19 @@ def _generated(source: RowSource) -> Iterator[Problem]:
 def split_examples(
     task: TaskFormat, problems: Sequence[Problem], path: pathlib.Path | None, examples: pathlib.Path | None, shots: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """The worked examples of the prompt, and the problems that are left to be answered.
+    """Returns the worked examples of the prompts, and the problems that remain to be answered.
 
-    Examples come from the top of the file `examples`; without one, from the top of the problems' own file, as published,
-    and are then not asked.
+    Examples are the first `shots` rows of the file `examples`. If that is None they are the first of `problems`,
+    as in the published evaluation, and are not answered; if `path`, the file of the problems, is None too, they
+    are generated.
 
-    Raises: ValueError when there are too few, or when the task has no worked answers.
+    Raises: ValueError if there are too few rows, if an example is one of the problems, or if the task is chat, whose
+      rows have no reference answers.
     """
     if shots < 0:
         raise ValueError(f"{shots=} must not be negative")
     if shots and task.name == "chat":
-        raise ValueError("the rows of task chat have no model answers, so they make no examples; pass --shots 0")
+        raise ValueError("the rows of task chat have no reference answers, so they cannot be examples; pass --shots 0")
     if not shots:
         return [], list(problems)
     if examples is None and path is None:
@@ -246,16 +254,16 @@ def split_examples(
     if examples is None:
         if len(problems) <= shots:
             raise ValueError(
-                f"{path} has {len(problems)} rows; {shots} of them would be examples and none is left: give "
+                f"{path} has {len(problems)} rows; with {shots} of them as examples no problem is left: pass "
                 "--examples FILE or a smaller --shots"
             )
         return list(problems[:shots]), list(problems[shots:])
     found = read_problems(task, examples)
     if len(found) < shots:
-        raise ValueError(f"{examples} has {len(found)} rows, fewer than the {shots} examples that are asked for")
+        raise ValueError(f"{examples} has {len(found)} rows, but {shots} examples are needed: pass a smaller --shots")
     shown = found[:shots]
     asked = {problem.identity for problem in problems}
     for one in shown:
         if one.identity in asked:
-            raise ValueError(f"{one.where}: this example is one of the problems; give a file of others")
+            raise ValueError(f"{one.where}: this example is also one of the problems; pass a file of other examples")
     return shown, list(problems)

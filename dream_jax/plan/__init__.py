@@ -1,9 +1,10 @@
-"""What a run would take, before any of it is paid for: memory, time, price, on hardware that need not be here.
+"""Predicts the memory, time and price of a training run, also for hardware that this machine does not have.
 
-The real train step is compiled ahead of time for the hardware that is named, from shapes: no weights, no accelerator.
-`hardware` finds devices to compile for, `compile` compiles, `hlo` counts collectives in the compiled program, `arithmetic`
-computes what no compiler reports (and everything where no compiler is installed), `cost` turns this into seconds and money,
-`planner` makes the plan from the trainer's settings, and `report` prints it.
+The same train step as in training is compiled ahead of time for the named hardware. It is compiled from shapes, so
+neither weights nor an accelerator are needed. `hardware` finds devices to compile for, `compile` compiles, `hlo` counts
+the collectives of the compiled program, `arithmetic` computes what the compiler does not report (and everything if no
+compiler is installed), `cost` computes seconds and money, `planner` makes the plan from the settings of the trainer,
+and `report` prints the plan.
 """
 
 from dream_jax.plan.planner import make_plan

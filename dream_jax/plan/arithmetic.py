@@ -1,4 +1,4 @@
-"""What a step needs, by arithmetic alone: bytes on a device, floating-point operations, bytes between devices.
+"""Computes the bytes on a device, floating-point operations and network traffic of a train step, without a compiler.
 
 `docs/memory.md` compares these numbers with compiled sizes, and a test bounds the difference.
 """
@@ -25,15 +25,15 @@ _FLOAT32 = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step's cost depends on besides the model.
+    """The quantities, except the model, that determine the cost of a step.
 
     Attributes:
-      batch: rows of a step.
-      accumulation: microbatches that they are computed in.
-      length: tokens a row.
-      mesh: sizes by axis.
-      remat: what the backward pass recomputes.
-      masked_share: share of all positions that is masked.
+      batch: number of rows of a step.
+      accumulation: number of microbatches into which these rows are divided.
+      length: number of tokens of a row, padding included.
+      mesh: size of each mesh axis, by name.
+      remat: which results the backward pass recomputes.
+      masked_share: expected number of masked positions / all positions, in [0, 1].
     """
 
     batch: int
@@ -45,18 +45,18 @@ class StepShape:
 
     @property
     def groups(self) -> int:
-        """How many groups of devices divide the positions of a batch among them."""
+        """The number of groups of devices into which the positions of a batch are divided."""
         return self.mesh["fsdp"] * self.mesh["sequence"]
 
     @property
     def tokens(self) -> int:
-        """Positions of a microbatch on one device."""
+        """The number of positions of a microbatch on one device."""
         return self.batch // self.accumulation * self.length // self.groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceBytes:
-    """Bytes on one device; see `plan.settings.MemoryPlan`."""
+    """Bytes on one device by arithmetic; `plan.settings.MemoryPlan` explains the attributes."""
 
     parameters: int
     optimizer: int
@@ -69,22 +69,28 @@ class DeviceBytes:
 
     @property
     def given(self) -> int:
-        """Bytes of the arguments of a step, which its results replace in place."""
+        """Bytes of the arguments of a step; the results of the step reuse their memory."""
         return self.parameters + self.optimizer + self.batch
 
     @property
     def working(self) -> int:
-        """Bytes besides, at the worst moment: in the loss, or at the end of the backward pass with all gradients."""
+        """Bytes in addition to `given` when memory use is highest: in the loss, or at the end of the backward pass."""
         return max(self.kept + self.loss, self.kept + self.gradients + self.layer)
 
 
 def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> DeviceBytes:
-    """The arithmetic of memory.
+    """Computes the memory of a train step on one device.
 
-    What a step is given follows exactly from shapes and shardings. The rest is what the step's code asks for: gradients in
-    the dtype of the weights; the input of each layer (remat "full") and the results of its products ("dots") or all it
-    computes ("none"); the weights of a layer gathered, twice, since the next ones are fetched meanwhile, and what one layer
-    computes; in the loss the gathered projection, its float32 gradient, the hidden states' and a chunk of logits.
+    The size of the arguments follows exactly from shapes and shardings. The other numbers follow the code of the step:
+    gradients have the dtype of the weights; saved activations are the input of each layer (remat "full"), with the
+    results of its matrix products ("dots") or all its results ("none"); one layer needs its gathered weights twice,
+    because those of the next layer are gathered meanwhile, and its results; the loss needs the gathered projection and
+    its float32 gradient, the gradient of the hidden states, and the logits of one chunk.
+
+    Args:
+      step: the result of `abstract_step`.
+      shape: the batch, the mesh and the settings of the step.
+      platform: "tpu", "gpu" or "cpu".
     """
     model, config = step.model, step.model.config
     width = jax.numpy.dtype(model.compute_dtype).itemsize
@@ -100,16 +106,17 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     layers = config.num_hidden_layers
 
     products = query + 2 * key + hidden + 2 * mlp
-    # Before and after each norm, also in float32; rotated and not; the gate, its sigmoid and the product.
+    # The values before and after each norm, also in float32; queries and keys with and without rotation; the gate, its
+    # sigmoid and their product.
     everything = 4 * hidden + 2 * query + 2 * key + 2 * mlp + (2 * hidden * _FLOAT32) // width
     inputs = tokens * hidden * width
     kept = {
         "none": layers * (inputs + tokens * (products + everything) * width),
         "dots": layers * (inputs + tokens * products * width),
         "full": layers * inputs,
-        "offload": 2 * inputs,  # on the way to the host
+        "offload": 2 * inputs,  # the inputs of two layers, which are being copied to or from the host
     }[shape.remat]
-    # One layer's weights, whole but for the tensor axis, once in use and once under way.
+    # The weights of one layer are gathered over all axes except tensor.
     weights = matrix_count(config) // layers // tensor * width
     scores = 0
     if attention_backend(step, platform) == "xla":
@@ -119,7 +126,7 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
         )
     layer = 2 * weights + tokens * (products + everything) * width + scores
     rows = chunk_rows(tokens, config.vocab_size, platform)
-    # A frozen projection has no gradient to sum.
+    # A frozen projection has no gradient.
     projection = hidden * vocab * (width + (0 if step.frozen else _FLOAT32))
     loss = projection + tokens * hidden * (_FLOAT32 + width) + 2 * rows * vocab * _FLOAT32
     parameters, host = _resident([step.state.params, step.frozen])
@@ -130,7 +137,7 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
         optimizer=optimizer,
         batch=_resident([step.batch])[0],
         host=host + optimizer_host,
-        # Under accumulation the sum so far and the gradients of the newest microbatch.
+        # With accumulation there are the sum of gradients and the gradients of the present microbatch.
         gradients=gradients * (2 if shape.accumulation > 1 else 1),
         kept=kept,
         layer=layer,
@@ -139,7 +146,7 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
 
 
 def attention_backend(step: AbstractStep, platform: str) -> str:
-    """The backend that attention will take, where its dtype and the platform alone decide it."""
+    """Returns the attention backend of the step; "auto" is resolved from the dtype and the platform alone."""
     asked = step.model.attention_backend
     if asked != "auto":
         return asked
@@ -148,7 +155,7 @@ def attention_backend(step: AbstractStep, platform: str) -> str:
 
 
 def _resident(trees: Iterable[Any]) -> tuple[int, int]:
-    """Bytes that one device holds of some trees of sharded shapes: in its own memory, and in the host's."""
+    """Returns the bytes of trees of sharded shapes for one device: in the device's memory, and in the host's memory."""
     device = host = 0
     for leaf in jax.tree.leaves(list(trees)):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -159,13 +166,15 @@ def _resident(trees: Iterable[Any]) -> tuple[int, int]:
     return device, host
 
 
-# ----------------------------------------------------------------------------------------------- floating-point operations
+# ----------------------------------------------------------------------------------------------- floating-point
+# operations
 
 
 def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
-    """The expected number of chunks of the loss, on the device group with the most masked positions.
+    """Returns the expected number of chunks of the loss, on the device group with the most masked positions.
 
-    The times of a batch are strata 1/2K, 3/2K, ... in random order; each group of devices has the mean of some of them.
+    The noise levels of the K rows of a microbatch are 1/2K, 3/2K, ... in random order, and are divided among the groups
+    of devices. The expected maximum of the mean level of a group is estimated from 64 random orders.
     """
     rows = shape.batch // shape.accumulation
     split = shape.mesh["fsdp"]
@@ -179,9 +188,10 @@ def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
 
 
 def model_flops(step: AbstractStep, shape: StepShape) -> float:
-    """Of one step over all devices: products forward and backward, attention in full, the head at masked positions.
+    """Returns the floating-point operations of one step over all devices, without recomputation.
 
-    A frozen weight has no gradient of its own: 4 a token, not 6.
+    They are 6 for each weight and token (4 for a frozen weight, which has no gradient), attention between all pairs of
+    positions, and the output head at masked positions only.
     """
     config = step.model.config
     each = 4.0 if step.frozen else 6.0
@@ -192,7 +202,10 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
 
 
 def remat_flops(step: AbstractStep, shape: StepShape) -> float:
-    """Of what the backward pass computes again: each layer's forward pass, or with "dots" its attention."""
+    """Returns the floating-point operations that the backward pass recomputes, over all devices.
+
+    It recomputes the forward pass of each layer, only the attention with remat "dots", and nothing with "none".
+    """
     if shape.remat == "none":
         return 0.0
     config = step.model.config
@@ -202,7 +215,7 @@ def remat_flops(step: AbstractStep, shape: StepShape) -> float:
 
 
 def matrix_count(config: DreamConfig) -> int:
-    """Weights of all layers' matrices, however they are stored; norms and biases take no products worth counting."""
+    """Returns the number of weights in all layers' matrices, without norms and biases, which need few operations."""
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
     return config.num_hidden_layers * layer
@@ -212,13 +225,16 @@ def _adapter_count(step: AbstractStep) -> int:
     return parameter_count(step.state.params) if step.frozen else 0
 
 
-# --------------------------------------------------------------------------------------------------------------- traffic
+# ---------------------------------------------------------------------------------------------------------------
+# traffic
 
 
 def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
-    """What moves between devices where no compiler says it: weights gathered for each pass, gradients scattered.
+    """Estimates the collectives of one step, for use without a compiler.
 
-    Left out: what tensor and context parallelism move of activations, when these split anything it is stated too low.
+    They are: all-gathers of the weights for each pass, reduce-scatters of the gradients, all-reduces of activations
+    with tensor parallelism, and all-gathers of keys and values with context parallelism. With the last two the estimate
+    is too low.
     """
     ways, passes = shape.groups, shape.accumulation * (2 if shape.remat in ("none", "dots") else 3)
     config, tensor = step.model.config, shape.mesh["tensor"]
@@ -242,7 +258,7 @@ def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
             ),
         ]
     if tensor > 1:
-        # Two sums of a layer's activations forward, two backward, and those that are computed again.
+        # Each layer sums its activations twice forward and twice backward, and with remat "full" twice in recomputation.
         sums = shape.accumulation * config.num_hidden_layers * (6 if shape.remat == "full" else 4)
         sent = 2 * (tensor - 1) / tensor * shape.tokens * config.hidden_size * width
         found.append(Collective(kind="all-reduce", count=sums, sent=sums * sent))
@@ -255,10 +271,10 @@ def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
 
 
 def memory_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes, chunks: int) -> float:
-    """The least that a device must read and write in its memory in a step, bytes.
+    """Returns the minimum number of bytes that a device must read and write in its memory in one step.
 
-    Parameters, moments and gradients once each way; the gathered weights of each pass written and read; what is kept, each
-    way; in the loss the projection and its gradient for each chunk.
+    Parameters, moments, gradients and saved activations are read once and written once; gathered weights are written
+    and read in each pass; for each chunk of the loss, the projection and its gradient are read and written.
     """
     config, tensor = step.model.config, shape.mesh["tensor"]
     width = jax.numpy.dtype(step.model.compute_dtype).itemsize
@@ -274,5 +290,5 @@ def memory_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes, chu
 
 
 def mesh_sizes(mesh: sharding.AnyMesh) -> dict[str, int]:
-    """Sizes of the mesh by axis."""
+    """Returns the size of each axis of `sharding.MESH_AXES` in a mesh; 1 for an axis that the mesh does not have."""
     return {name: dict(mesh.shape).get(name, 1) for name in sharding.MESH_AXES}

@@ -1,4 +1,4 @@
-"""The settings of a plan, and the plan itself: memory, time and price in numbers."""
+"""The settings of a plan, and the plan itself with the predicted memory, time and price."""
 
 from __future__ import annotations
 
@@ -11,48 +11,50 @@ from dream_jax.plan.hlo import Collective
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """A plan instead of a run: what it would take, on hardware that need not be here."""
+    """A plan instead of a run: the memory, time and price of the run, also on hardware that is not here."""
 
     plan: bool = False
-    """compile the step, print memory, time and price, and train nothing; needs no weights, and with --max-length no data"""
+    """compile the train step and print memory, time and price; no training; needs no weights, with --max-length no data"""
     topology: str | None = None
-    """the hardware to plan for, such as v6e:2x4, v5p:2x2x1, h100:8; by default what is here"""
+    """the hardware to plan for, such as v6e:2x4, v5p:2x2x1, h100:8; by default the accelerators of this machine"""
     read_data: bool = False
-    """read the data also where --max-length is given: for its real share of masked positions, and the epochs"""
+    """read the data even if --max-length is given, to measure the share of masked positions and the epochs"""
     compile: bool = True
-    """--no-compile estimates memory and collectives by arithmetic, in seconds"""
+    """compile the train step; --no-compile estimates memory and collectives by arithmetic, which takes only seconds"""
     utilization: tuple[float, float] = (0.35, 0.6)
-    """share of the chip's peak that arithmetic is assumed to reach while it runs, recomputation included: low and high"""
+    """lowest and highest share of the chip's peak that computation with recomputation is assumed to reach, in (0, 1]"""
     plan_out: pathlib.Path | None = None
-    """a file to write the plan to, as JSON"""
+    """file that the plan is written to, as JSON"""
 
     def __post_init__(self) -> None:
         low, high = self.utilization
         if not 0.0 < low <= high <= 1.0:
-            raise ValueError(f"utilization={self.utilization} must be two shares, low and high, in (0, 1]")
+            raise ValueError(f"utilization={self.utilization} must be two shares in (0, 1], the lower one first")
         if self.plan:
             return
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != field.default:
                 flag = field.name.replace("_", "-")
-                raise ValueError(f"--{flag} is for a plan; add --plan, or leave it out to train")
+                raise ValueError(f"--{flag} only has a meaning in a plan; add --plan, or leave it out to train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one device.
+    """The memory that a train step needs on one device, in bytes.
 
     Attributes:
-      parameters, optimizer, batch: what a step is given, from shapes and shardings; frozen parameters count as such.
-      host: moments that lie in the host's memory; not part of any sum.
-      gradients, kept, layer, loss: what a step needs besides, by arithmetic: gradients; what is kept from the forward for
-        the backward pass; the working memory of one layer; that of the loss.
-      working: bytes besides the arguments at the worst moment, by the compiler or by arithmetic.
-      peak: all bytes at the worst moment.
-      limit: the most that a program can have.
-      compiled: whether `working` and `peak` are the compiler's.
-      estimate: the arithmetic's peak, for comparison.
-      refused: the compiler's own message where it found too little memory.
+      parameters, optimizer, batch: size of the arguments of a step, from shapes and shardings. Frozen parameters are
+        counted in `parameters`.
+      host: size of optimizer moments in the memory of the host; not included in any other number.
+      gradients: size of the gradients, by arithmetic.
+      kept: size of the activations that the forward pass saves for the backward pass, by arithmetic.
+      layer, loss: size of the temporary arrays of one layer, and of the loss, by arithmetic.
+      working: bytes in use in addition to the arguments when memory use is highest, by the compiler or by arithmetic.
+      peak: all bytes in use when memory use is highest.
+      limit: memory of the device that a program can use.
+      compiled: whether `working` and `peak` come from the compiler.
+      estimate: the peak by arithmetic, for comparison.
+      refused: the message of the compiler if it found too little memory; None otherwise.
     """
 
     parameters: int
@@ -72,24 +74,25 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step can run."""
+        """Whether the step fits into the memory of the device."""
         return self.refused is None and self.peak <= self.limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step on the roofline, and what they rest on.
+    """The time of one train step by the roofline model, in seconds, and the quantities that it is computed from.
 
     Attributes:
-      model_flops: of one step over all devices: 6 a weight and token, attention in full, the head at masked positions.
-      remat_flops: of what the backward pass recomputes, in addition.
-      compute: seconds of all that arithmetic, at the assumed utilization: low (fast) and high (slow).
-      memory_traffic: seconds of the least traffic with the device's memory.
-      network: seconds of the collectives: with all links busy, and with one direction of one axis of the torus (half of
-        the switch's rate).
-      fast: the longest of the three alone: everything overlaps.
-      slow: compute and network one after the other.
-      mfu: model_flops over what the chips could do in the slow and in the fast time.
+      model_flops: floating-point operations of one step over all devices, without recomputation; see
+        `arithmetic.model_flops`.
+      remat_flops: floating-point operations that the backward pass recomputes, in addition.
+      compute: seconds of all these operations at the low and at the high utilization, so the larger number is first.
+      memory_traffic: seconds of the minimum traffic with the memory of the device.
+      network: seconds of the collectives at the lowest rate that is certain (both directions of one axis of a torus, or
+        half of the rate of a switch) and at the full rate, so the larger number is first.
+      fast: seconds of a step if everything overlaps: the longest of the three at their best.
+      slow: seconds of a step if computation and network do not overlap.
+      mfu: model_flops divided by the operations that the chips could do at their peak in `slow` and in `fast`.
     """
 
     model_flops: float
@@ -104,13 +107,13 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPrice:
-    """What the run costs.
+    """The hours and the price of all steps of a run.
 
     Attributes:
-      hours: of the run, fast and slow; compilation, reading data, saving and evaluating come on top.
-      chips: that are paid.
-      usd_per_chip_hour: the price, given or of the list; None when there is neither.
-      usd, rmb: for the run, fast and slow; None without a price.
+      hours: hours of all steps, (fast, slow), without compilation, reading data, saving and evaluating.
+      chips: number of chips that are paid for.
+      usd_per_chip_hour: the price from the settings or else from the price list; None if neither has one.
+      usd, rmb: price of all steps, (fast, slow); None without a price.
     """
 
     hours: tuple[float, float]
@@ -122,13 +125,13 @@ class RunPrice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedRows:
-    """What the run reads.
+    """The rows of data that the run is trained on.
 
     Attributes:
-      max_length: tokens a row, padding included.
-      masked_share: positions of a batch that are masked, expected.
-      rows, mean_length: of the data, when it was read.
-      epochs: that the run's steps make, when the data was read.
+      max_length: number of tokens of a row, padding included.
+      masked_share: expected number of masked positions / all positions of a batch, in [0, 1].
+      rows, mean_length: number of rows, and their mean number of tokens; None if the data was not read.
+      epochs: number of passes over the data in all steps; None if the data was not read.
     """
 
     max_length: int
@@ -140,18 +143,18 @@ class PlannedRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run would take.
+    """The predicted memory, time and price of a run.
 
     Attributes:
-      hardware, chip, devices: such as "v6e:2x4", "v6e", 8.
-      settings: of the run that was planned.
-      trained, frozen: numbers of parameters.
-      rows: what the run reads.
-      memory, time, price: see these classes.
-      collectives: of one step.
-      advice: changes that would make it fit, when it does not.
-      versions: of jax and the compiler.
-      compile_seconds: how long compiling took; None when nothing was compiled.
+      hardware, chip, devices: name of the hardware, kind of chip, and number of jax devices: "v6e:2x4", "v6e", 8.
+      settings: the settings of the planned run, by name.
+      trained, frozen: number of trained parameters, and of frozen ones.
+      rows: the rows of data that the run is trained on.
+      memory, time, price: the predicted memory, time and price; see these classes.
+      collectives: the collectives of one step, one entry for each kind.
+      advice: changes with which the step would fit, if it does not, and why nothing was compiled, if it could not be.
+      versions: versions of jax and of the compiler, by package.
+      compile_seconds: seconds that compiling took; None if nothing was compiled.
     """
 
     hardware: str
@@ -171,9 +174,9 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step can run."""
+        """Whether the step fits into the memory of a device."""
         return self.memory.fits
 
     def plain(self) -> dict[str, Any]:
-        """The plan as JSON can hold it."""
+        """Returns the plan as dictionaries, lists and numbers that can be written as JSON."""
         return dataclasses.asdict(self) | {"fits": self.fits}
