@@ -280,14 +280,15 @@ def _train_step(
         # All microbatches and devices divide by the same number, so that their losses can be added.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
     valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
-    mask = config.mask.for_rows(valid_BT, maskable_BT)
+    mask_of_rows, annealed = config.mask.for_rows(valid_BT, maskable_BT), None
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
         key = _step_key(config.seed, _ANNEALING, state.step)
-        mask = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))  # one mask for all rows
+        # One mask for all rows: its arrays must not be split into microbatches as those of `mask_of_rows` are.
+        annealed = masks.Annealed(masks.anneal(key, share, tokens_BT.shape[1]))
 
     def loss(params: ParamTree, microbatch: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
-        batch, masked_BT, t_B, mask = microbatch
+        batch, masked_BT, t_B, mask_of_rows = microbatch
         model = merge_params(graphdef, joined(frozen, params))
         value, aux = masked_diffusion_loss(
             model,
@@ -296,7 +297,7 @@ def _train_step(
             t_B,
             config.weight,
             batch.valid_BT,
-            mask=mask,
+            mask=mask_of_rows if annealed is None else annealed,
             focal=config.focal,
             normalizer=normalizer,
             # If no adapter has dropout, XLA removes these keys as unused.
@@ -315,7 +316,7 @@ def _train_step(
         }
 
     gradient = jax.grad(loss, has_aux=True)
-    whole = (batch, masked_BT, t_B, mask)
+    whole = (batch, masked_BT, t_B, mask_of_rows)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)
     else:

@@ -123,7 +123,7 @@ def test_sizes_without_devices_say_the_same_as_devices():
     assert arithmetic.bytes_on_device(steps[0], shapes[0], "tpu") == arithmetic.bytes_on_device(
         steps[1], shapes[1], "tpu"
     )
-    with pytest.raises(ValueError, match="described, not compiled"):
+    with pytest.raises(ValueError, match="has no devices, so the step cannot be compiled"):
         steps[0].step.lower(steps[0].state, steps[0].batch)
 
 
@@ -218,7 +218,7 @@ def test_adapter_costs_two_thirds_of_the_work_and_no_gradients_of_the_base():
 
 
 def test_loss_goes_round_as_the_fullest_device_needs():
-    shape = arithmetic.Shape(
+    shape = arithmetic.StepShape(
         batch=8,
         accumulation=1,
         length=4096,
