@@ -91,7 +91,9 @@ def test_published_layout_cannot_say_it(run, tmp_path):
         lambda: dream_jax.export_hf(model, tmp_path / "hf"),
         lambda: pretrained.convert_to_hf(run[0] / "model", tmp_path / "hf"),
     ):
-        with pytest.raises(ValueError, match="trained under the mask 'prefix', but the published code is bidirectional"):
+        with pytest.raises(
+            ValueError, match="trained under the mask 'prefix', but the published code is bidirectional"
+        ):
             export()
     assert not (tmp_path / "hf").exists()
     model.trained_mask = "bidirectional"
