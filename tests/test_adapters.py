@@ -159,19 +159,19 @@ def test_another_model_is_refused_with_the_values(saved):
 def test_other_weights_are_noticed(saved, tiny, tmp_path):
     """Fine-tuned, or with an adapter merged: the shapes are the same and the weights are not."""
     dream_jax.save(lora.merge(adapted(pretrained.load(tiny), LoraConfig(rank=1, alpha=1.0))), tmp_path / "other")
-    with pytest.raises(ValueError, match="trained on weights .* but these are .* any_base=True"):
+    with pytest.raises(ValueError, match="trained on the weights .* but these weights .* any_base=True"):
         dream_jax.load(tmp_path / "other", adapter=saved)
     assert lora.config_of(dream_jax.load(tmp_path / "other", adapter=saved, any_base=True)) == CONFIG
-    with pytest.raises(ValueError, match="float16 does not keep the weights"):
+    with pytest.raises(ValueError, match="float16 rounds the weights"):
         dream_jax.load(tiny, "float16", adapter=saved)
 
 
 def test_models_that_cannot_be_saved(tiny, tmp_path):
     model = pretrained.load(tiny)
     for write in (dream_jax.save, dream_jax.export_hf):
-        with pytest.raises(ValueError, match="save_adapter, or merge_adapter first"):
+        with pytest.raises(ValueError, match="save_adapter, or call merge_adapter first"):
             write(adapted(model), tmp_path / "x")
-        with pytest.raises(ValueError, match="the base is int8, which cannot be saved"):
+        with pytest.raises(ValueError, match="a base in int8 codes cannot be saved"):
             write(lora.with_base(model, "int8"), tmp_path / "x")
     with pytest.raises(ValueError, match="has no adapter"):
         dream_jax.save_adapter(model, tmp_path / "x")

@@ -320,9 +320,9 @@ def test_weights_of_another_shape_are_named(converted: Path) -> None:
 
 
 def test_converting_the_wrong_kind(tiny: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a converted directory already"):
+    with pytest.raises(ValueError, match="is already a converted directory"):
         pretrained.convert_from_hf(converted, tmp_path / "x")
-    with pytest.raises(ValueError, match=r"no converted directory: it has no dream_jax\.json"):
+    with pytest.raises(ValueError, match=r"not a converted directory: it has no dream_jax\.json"):
         pretrained.convert_to_hf(tiny, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -342,7 +342,7 @@ def test_units_must_be_asked_for_in_order(converted: Path) -> None:
     with conversion.ThreadPoolExecutor(1) as pool:
         fetch = conversion._fetch_ahead(read, checkpoint.units(config, "float32"), pool)
         fetch("norm.scale", None)
-        with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel of layer 7 was asked for out of order"):
+        with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel of layer 7 was requested out of the order"):
             fetch("layers.mlp.up.kernel", 7)
 
 

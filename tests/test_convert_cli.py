@@ -104,7 +104,7 @@ def test_error_is_one_line(golden_dir: Path, tmp_path: Path) -> None:
     refused = run_script("convert/hf_to_flax.py", source, tmp_path / "c", "--ignore-config-key", "novelty")
     assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
-    assert line.startswith(f"error: {source / hf.SINGLE} is not a whole safetensors file")
+    assert line.startswith(f"error: {source / hf.SINGLE} is not a complete safetensors file")
     assert "model.norm.weight" in line
     assert not (tmp_path / "c").exists()
 

@@ -117,7 +117,7 @@ def test_the_sum_is_rounded_once(runs, tmp_path):
 
 def test_other_weights_are_refused_and_leave_nothing(runs, tmp_path):
     done = flax_to_hf(runs / "base", tmp_path / "out", "--adapter", runs / "lora" / "adapter")
-    assert done.returncode == 1 and "was trained on weights" in done.stderr and "--any-base" in done.stderr
+    assert done.returncode == 1 and "was trained on the weights" in done.stderr and "--any-base" in done.stderr
     assert list(tmp_path.iterdir()) == []
     done = flax_to_hf(runs / "base", tmp_path / "out", "--adapter", runs / "lora" / "adapter", "--any-base")
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_other_weights_are_refused_and_leave_nothing(runs, tmp_path):
     done = flax_to_hf(runs / "whole" / "model", tmp_path / "more", "--adapter", tmp_path)
     assert done.returncode == 1 and "adapter.json" in done.stderr and not (tmp_path / "more").exists()
     pretrained.convert_to_hf(runs / "base", tmp_path / "published")
-    with pytest.raises(ValueError, match="is no converted directory"):
+    with pytest.raises(ValueError, match="is not a converted directory"):
         pretrained.convert_to_hf(tmp_path / "published", tmp_path / "more")
 
 

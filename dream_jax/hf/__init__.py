@@ -1,7 +1,7 @@
-"""Checkpoints in the layout of Hugging Face: published names and shapes, safetensors in and out.
+"""Reads and writes checkpoints in the layout of Hugging Face: safetensors files with published names and shapes.
 
-`table` has the one table of names and layouts, `source` opens and reads files, `load` turns them into jax arrays, and
-`export` writes files. No code that comes with a checkpoint is executed, and only `fetch` uses a network.
+`table` maps published tensors to parameters, `source` opens and reads files, `load` turns them into jax arrays, and
+`export` writes files. Code that comes with a checkpoint is never executed, and only `fetch` uses the network.
 """
 
 from dream_jax.hf.export import MAX_SHARD_SIZE, export, export_from

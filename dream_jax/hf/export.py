@@ -1,4 +1,4 @@
-"""Writing a checkpoint in the published layout, one tensor at a time, so that memory use does not grow with the model."""
+"""Writes a checkpoint in the published layout, one tensor at a time, so that memory use does not grow with the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dream_jax.hf.table import Destination, Shape
 from dream_jax.shapes import ParamTree
 
 MAX_SHARD_SIZE = 5_000_000_000
-"""The size of a shard in bytes, as in published checkpoints."""
+"""Default of the maximum size of one file of weights, in bytes, as in published checkpoints."""
 
 _BLOCK_BYTES = 8 * 2**20
 
-# A function from the path and layer of a parameter to its values, called once for every tensor in the order of
-# `table.destinations`.
+# A function from the dotted path and the layer of a parameter (None outside of the layers) to its values. It is called
+# once for every tensor, in the order of `table.destinations`.
 Fetch = Callable[[str, int | None], np.ndarray]
 
 
@@ -36,10 +36,11 @@ def export(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes parameters held in memory; see `export_from`.
+    """Writes parameters that are in memory; for the arguments see `export_from`.
 
     Raises:
-      ValueError: the parameters are not those of the configuration, have several dtypes, or are partly on other hosts.
+      ValueError: the names or shapes of the parameters do not fit the configuration, they have several dtypes, or some of
+        them are on other hosts.
     """
     arrays: dict[str, jax.Array] = flat(params)
     shapes = table.parameter_shapes(config)
@@ -49,7 +50,7 @@ def export(
             for name in arrays.keys() | shapes.keys()
             if name not in arrays or name not in shapes or arrays[name].shape != shapes[name]
         )
-        raise ValueError(f"these parameters are not those of the configuration: {', '.join(odd)}")
+        raise ValueError(f"these parameters do not fit the configuration in name or shape: {', '.join(odd)}")
     dtypes = sorted({str(array.dtype) for array in arrays.values()})
     if len(dtypes) > 1:
         raise ValueError(
@@ -72,17 +73,17 @@ def export_from(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes of weights and their index.
+    """Writes `model.safetensors`, or several files of at most `max_shard_size` bytes of weights and their index.
 
-    A tensor that is larger gets a shard to itself. With tied embeddings there is no `lm_head.weight`.
+    A larger tensor gets a file of its own. With tied embeddings no `lm_head.weight` is written.
 
     Args:
       fetch: returns one parameter, or one layer of a stacked one; it is called once for each.
       config: the configuration whose tensors are written.
-      dtype: of the arrays from `fetch` and of the files.
+      dtype: the dtype of the arrays from `fetch` and of the tensors in the files.
       directory: an existing directory.
-      max_shard_size: in bytes.
-      progress: called with the number of bytes written, from several threads.
+      max_shard_size: the maximum number of bytes of weights in one file.
+      progress: called from several threads with the number of bytes that were just written (not a total).
 
     Raises:
       ValueError: a dtype that published checkpoints do not have, or a `max_shard_size` below 1.
@@ -135,7 +136,7 @@ def _write_shard(
 ) -> None:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for name in sorted(destinations):  # as published: by name inside a file
+    for name in sorted(destinations):  # the order inside a published file: by name
         offsets[name] = end
         end += int(np.prod(destinations[name].shape)) * dtype.itemsize
         shape = list(destinations[name].source_shape)
@@ -146,7 +147,7 @@ def _write_shard(
     with open(path, "xb") as file, ThreadPoolExecutor(reading_threads()) as pool:
         file.write(len(header).to_bytes(8, "little") + header)
         file.flush()
-        os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk shows here, before the work
+        os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk fails here, before the work
         for name, destination in destinations.items():
             source = _as_source(fetch(destination.rule.target, destination.layer), destination, dtype)
             jobs = _row_blocks(source.shape)

@@ -1,6 +1,6 @@
-"""Opening and reading a published checkpoint: safetensors files that are checked before the first weight is used.
+"""Opens and reads a published checkpoint; its safetensors files are checked before the first weight is used.
 
-Only numbers are read, and nothing is executed.
+The files contain numbers only: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
-_PIECE_BYTES = 32 * 2**20  # about one job for the thread pool
-# How many rows are read, cast and transposed at once. With fewer, the rows that are written are too short (half the speed).
+_PIECE_BYTES = 32 * 2**20  # approximate number of bytes that one job of the thread pool reads
+# Number of rows that are read, cast and transposed at once. With fewer rows, transposing writes rows that are too short,
+# at half the speed.
 _BLOCK_ROWS = 512
 
-# A region of a parameter (without its layer axis), and the array of the same shape that is to be filled with it.
+# A region of a parameter (slices of its axes without the layer axis), and an array of this shape to read the region into.
 Region = tuple[Slices, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The location of one tensor: `nbytes` bytes from `offset` of the file at `path`."""
+    """The location of one tensor: `nbytes` bytes, which start at byte `offset` of the file at `path`."""
 
     name: str
     path: pathlib.Path
@@ -47,12 +48,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Size of the tensor in the file, in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 class SafetensorsSource:
-    """An opened checkpoint with every tensor by name; a context manager that closes the files at the end."""
+    """An opened checkpoint: `tensors` maps names to `Tensor`. As a context manager it closes the files at the end."""
 
     def __init__(self, directory: pathlib.Path, tensors: Mapping[str, Tensor]):
         self.directory = directory
@@ -69,19 +70,19 @@ class SafetensorsSource:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of all tensors. Raises ValueError when there are several."""
+        """The dtype of all tensors. Raises ValueError if the tensors have several dtypes."""
         found = sorted({str(tensor.dtype) for tensor in self.tensors.values()})
         if len(found) > 1:
             raise ValueError(
-                f"{self.directory} holds weights in {' and '.join(found)}; name the one to store with dtype"
+                f"{self.directory} holds weights in {' and '.join(found)}; choose the one to store with dtype"
             )
         return next(iter(self.tensors.values())).dtype
 
     def check(self, config: DreamConfig) -> None:
-        """Checks names and shapes against the configuration, and that tied tables are equal.
+        """Checks names and shapes of the tensors, and that the two tables are equal if the configuration ties them.
 
         Raises:
-          ValueError: naming the tensors, with the shapes found and expected.
+          ValueError: a tensor is missing, unknown, or of another shape; the message has names and shapes.
         """
         try:
             table.check_names(self.tensors, config)
@@ -112,10 +113,10 @@ class SafetensorsSource:
             )
 
     def fill_jobs(self, name: str, destination: Destination, regions: Sequence[Region]) -> Iterator[Callable[[], int]]:
-        """Jobs that together read one tensor into `regions`, each returning how many bytes of the source it processed.
+        """Yields jobs that together read one tensor into `regions`; each returns the number of source bytes it processed.
 
-        Each job can run in its own thread. Only the rows that the regions need are read, each once, and cast to the dtype
-        of the regions (bit for bit when the dtypes are the same).
+        Each job can run in its own thread. Only rows that the regions need are read, each row once, and cast to the dtype
+        of the regions; with the same dtype every bit is copied.
         """
         tensor = self.tensors[name]
         views = []
@@ -148,7 +149,7 @@ class SafetensorsSource:
         return (stop - start) * width
 
     def _rows(self, tensor: Tensor, start: int, stop: int, low: int, high: int) -> np.ndarray:
-        """Rows [start, stop) and columns [low, high) of a tensor; valid until this thread's next call."""
+        """Returns rows [start, stop) and columns [low, high); the next call in this thread overwrites the array."""
         size = tensor.dtype.itemsize
         width = tensor.nbytes // tensor.shape[0] // size
         # Seeking takes as long as reading a few kilobytes, so columns are skipped only when most of them are not needed.
@@ -172,15 +173,15 @@ class SafetensorsSource:
         while target:
             count = os.preadv(self._files[tensor.path], [target], tensor.offset + offset)
             if not count:
-                raise ValueError(f"{tensor.path} ends inside {tensor.name}: it was cut while being read")
+                raise ValueError(f"{tensor.path} ends inside {tensor.name}: the file was truncated after it was opened")
             target, offset = target[count:], offset + count
 
 
 def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies one matrix into another, whatever their strides, casting when the dtypes differ.
+    """Copies one matrix into another of any strides, and casts it if the dtypes differ.
 
-    It works block by block: an element-wise copy from rows to columns of a large matrix misses the cache at every element,
-    which is about six times slower.
+    It copies block by block: an element-wise copy from rows to columns of a large matrix misses the CPU cache at every
+    element, which is about six times slower.
     """
     if target.dtype == source.dtype:  # as integers: exact for every NaN, and faster than 16-bit floats
         target, source = target.view(f"u{target.itemsize}"), source.view(f"u{source.itemsize}")
@@ -202,12 +203,12 @@ def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
-    """Opens `model.safetensors`, or the shards that the index names, and checks that they are complete.
+    """Opens `model.safetensors`, or the files that its index lists, and checks that they are complete.
 
     Raises:
-      FileNotFoundError: both files are missing, or a shard is.
-      ValueError: a shard is truncated or not a safetensors file, has a dtype other than float32, bfloat16 or float16, or
-        its tensors are not those of the index; the message names file and tensor.
+      FileNotFoundError: neither `model.safetensors` nor the index is there, or a listed file is missing.
+      ValueError: a file is truncated or not a safetensors file, has a dtype other than float32, bfloat16 or float16, or
+        does not have exactly the tensors that the index lists for it; the message names the file and the tensor.
     """
     directory = pathlib.Path(directory)
     if (directory / SINGLE).is_file():
@@ -217,7 +218,7 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
     weight_map = _read_index(directory / INDEX)
     missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
     if missing:
-        raise FileNotFoundError(f"{directory / INDEX} names shards that are not there: {', '.join(missing)}")
+        raise FileNotFoundError(f"{directory / INDEX} lists files that are missing: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         found = _read_header(directory / file)
@@ -225,11 +226,11 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
             if name in tensors:
                 raise ValueError(f"tensor {name} is in both {tensors[name].path} and {directory / file}")
             if weight_map.get(name) != file:
-                said = f"puts it in {weight_map[name]}" if name in weight_map else "does not name it"
+                said = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
                 raise ValueError(f"{directory / file} holds tensor {name}, but {INDEX} {said}")
         absent = [name for name, wanted in weight_map.items() if wanted == file and name not in found]
         if absent:
-            raise ValueError(f"{directory / file} lacks tensors that {INDEX} puts there: {', '.join(sorted(absent))}")
+            raise ValueError(f"{directory / file} lacks tensors that {INDEX} lists for it: {', '.join(sorted(absent))}")
         tensors |= found
     return SafetensorsSource(directory, tensors)
 
@@ -239,7 +240,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
-            raise ValueError(f"{', '.join(twice)} given twice")
+            raise ValueError(f"{', '.join(twice)} occurs twice")
         return dict(pairs)
 
     try:
@@ -248,19 +249,19 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         raise ValueError(f"{path} is not a valid index: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map")
+        raise ValueError(f"{path} has no weight_map that lists tensors")
     for name, file in weight_map.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise ValueError(f"{path} puts {name} in {file!r}, which is not the name of a file beside it")
+            raise ValueError(f"{path} lists {name} in {file!r}, which is not the name of a file in the same directory")
     return weight_map
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="numpy"):  # validates lengths and offsets: no gap, no overlap
+        with safe_open(path, framework="numpy"):  # checks that lengths and offsets leave no gap and no overlap
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {_what_is_cut(path) or error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {_what_is_cut(path) or error}") from error
     size, header = _raw_header(path)
     tensors = {}
     for name, entry in header.items():
@@ -280,7 +281,7 @@ def _raw_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
 
 
 def _what_is_cut(path: pathlib.Path) -> str | None:
-    """Names the first tensor that a truncated file lacks, if its header can be read."""
+    """Returns a description of the first tensor that a truncated file lacks; None if the header cannot be read."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -293,26 +294,26 @@ def _what_is_cut(path: pathlib.Path) -> str | None:
         return None
     for end, name in ends:
         if 8 + size + end > length:
-            return f"its {length} bytes end inside or before {name}, which ends at byte {8 + size + end}"
+            return f"it has {length} bytes, but {name} ends at byte {8 + size + end}"
     return None
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Only numbers and text, no *.py: no downloaded file can be executed.
+# Downloads have no *.py, only numbers and text, so that no downloaded file can be executed.
 _HUB_TEXT = ("*.json", "*.txt", "*.jinja")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the text has the form `organisation/name`."""
+    """Returns whether the text has the form `organisation/name`."""
     return _HUB_ID.fullmatch(text) is not None
 
 
 def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
-    """Downloads a checkpoint from the Hugging Face hub into its cache; returns the directory.
+    """Downloads a checkpoint from the Hugging Face hub into the hub's cache and returns its directory there.
 
     Args:
-      hub_id: organisation/name.
-      weights: whether to download the safetensors too, or only the small files.
+      hub_id: the name of the repository, organisation/name.
+      weights: whether to download the safetensors files too, or only the small files.
 
     Raises:
       ConnectionError: the checkpoint is not in the cache, and the hub cannot be reached or refuses it.
@@ -326,5 +327,5 @@ def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ConnectionError(
             f"there is no local directory {hub_id}, and it could not be downloaded from the Hugging Face hub: "
-            f"{str(error).strip().splitlines()[0]}; download it elsewhere and give the directory"
+            f"{str(error).strip().splitlines()[0]}; download it on another machine and pass its directory"
         ) from error

@@ -1,4 +1,4 @@
-"""The one table between published tensor names and this project's parameters, complete in both directions."""
+"""The table that maps published tensor names to the parameters of this project, complete in both directions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ Slices = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorLayout:
-    """How a parameter is stored in the source: neighbouring axes are merged, and the result may be transposed.
+    """How a published tensor (the source) stores a parameter (the target).
+
+    Neighbouring axes of the target are merged into the "flat" tensor of one or two axes, which may then be transposed.
 
     Attributes:
-      groups: for each axis of the flat tensor (one or two dimensions), the axes of the parameter that it merges, in order.
+      groups: for each axis of the flat tensor, the axes of the target that are merged into it, in order.
       transposed: whether the source is the transpose of the flat tensor.
     """
 
@@ -30,30 +32,35 @@ class TensorLayout:
     transposed: bool
 
     def flat_shape(self, shape: Shape) -> Shape:
-        """Shape of the target with its groups merged."""
+        """Returns the flat shape of a target with this shape. Raises ValueError for a wrong number of axes."""
         if len(shape) != sum(map(len, self.groups)):
-            raise ValueError(f"shape {shape} does not have the axes {self.groups}")
+            raise ValueError(f"shape {shape} has {len(shape)} axes, but this layout merges the axes {self.groups}")
         return tuple(int(np.prod([shape[axis] for axis in group])) for group in self.groups)
 
     def source_shape(self, shape: Shape) -> Shape:
-        """Shape of the source tensor of a target with this shape."""
+        """Returns the shape of the source of a target with this shape."""
         flat = self.flat_shape(shape)
         return flat[::-1] if self.transposed else flat
 
     def forward(self, source: np.ndarray, shape: Shape) -> np.ndarray:
-        """SafetensorsSource tensor -> target of the given shape (a view where numpy can)."""
+        """Returns the target of the given shape from its source; a view of it if numpy allows one."""
         return (source.T if self.transposed else source).reshape(shape)
 
     def inverse(self, target: np.ndarray) -> np.ndarray:
-        """Target -> source tensor (a view where numpy can)."""
+        """Returns the source from its target; a view of it if numpy allows one. The inverse of `forward`."""
         flat = target.reshape(self.flat_shape(target.shape))
         return flat.T if self.transposed else flat
 
     def source_slices(self, slices: Slices, shape: Shape) -> Slices:
-        """The region of the source that a region of the target comes from.
+        """Returns the region of the source that holds a region of the target.
+
+        Args:
+          slices: the region of the target, one slice per axis.
+          shape: the shape of the whole target.
 
         Raises:
-          ValueError: the region cuts the inner axis of a merged group (a head), so it is not a slice of the source.
+          ValueError: the region takes a part of an inner axis of a group (a part of each head), so it is no slice of the
+            source.
         """
         flat = []
         for group in self.groups:
@@ -77,9 +84,13 @@ FROM_HEADS = TensorLayout(groups=((0, 1), (2,)), transposed=True)  # [N, H, D] <
 
 @dataclasses.dataclass(frozen=True)
 class ConversionRule:
-    """One row of the table: tensors whose names match `pattern` become the parameter `target`, through `layout`.
+    """One row of the table: published tensors whose names match `pattern` become the parameter `target`.
 
-    The patterns use only escaped dots and `(\\d+)` for the layer, so that the name can be constructed from them.
+    Attributes:
+      pattern: a regular expression that uses only escaped dots and `(\\d+)` for the layer, so that `source_name` can
+        construct the name from it.
+      target: the dotted path of the parameter.
+      layout: how the tensor stores the parameter.
     """
 
     pattern: str
@@ -88,13 +99,13 @@ class ConversionRule:
 
     @property
     def layered(self) -> bool:
-        """Whether the target is stacked over layers."""
+        """Whether the target has an axis of layers, and one tensor per layer."""
         return r"(\d+)" in self.pattern
 
     def source_name(self, layer: int | None) -> str:
-        """The name that `pattern` matches for this layer (None for parameters outside the layers)."""
+        """Returns the tensor name that `pattern` matches for this layer (None for a parameter outside the layers)."""
         if self.layered != (layer is not None):
-            raise ValueError(f"{self.target} is {'' if self.layered else 'not '}layered, but {layer=}")
+            raise ValueError(f"{self.target} is {'' if self.layered else 'not '}stacked over layers, but {layer=}")
         return self.pattern.replace(r"(\d+)", str(layer)).replace("\\.", ".")
 
 
@@ -117,16 +128,16 @@ RULES = (
 )
 
 TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
-"""With tied embeddings a checkpoint may still hold the second one, which must then equal the first."""
+"""With tied embeddings a checkpoint may also contain the second tensor, which must then be equal to the first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """What one source tensor becomes: a parameter, or one layer of a stacked parameter.
+    """The parameter that one source tensor becomes, or the layer of a stacked parameter.
 
     Attributes:
-      rule: its row in the table.
-      layer: index on the stacked parameter's first axis, or None.
+      rule: the row of the table for this tensor.
+      layer: index on the first axis of the stacked parameter; None for a parameter outside the layers.
       shape: shape of the parameter without the layer axis.
     """
 
@@ -136,13 +147,13 @@ class Destination:
 
     @property
     def source_shape(self) -> Shape:
-        """Shape that the source tensor must have."""
+        """The shape that the source tensor must have."""
         return self.rule.layout.source_shape(self.shape)
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DreamConfig) -> Mapping[str, Shape]:
-    """Shape of every parameter of the model, stacked over layers, by dotted path."""
+    """Returns dotted path -> shape for every parameter of the model; those of the layers are stacked on a first axis L."""
     shapes = split_params(abstract_model(config))[1]
     return {
         ".".join(str(part.key) for part in path): leaf.shape
@@ -152,10 +163,10 @@ def parameter_shapes(config: DreamConfig) -> Mapping[str, Shape]:
 
 @functools.lru_cache(maxsize=8)
 def destinations(config: DreamConfig) -> Mapping[str, Destination]:
-    """Every source tensor of a checkpoint with this configuration, by name and in the order of the model.
+    """Returns name -> destination for every tensor of a checkpoint of this configuration, in the order of the model.
 
     Raises:
-      ValueError: the table and the parameters of the model are not one to one; the message names the difference.
+      ValueError: a parameter of the model does not have exactly one row in the table; the message names it.
     """
     shapes = parameter_shapes(config)
     rules = [rule for rule in RULES if rule.target in shapes]
@@ -184,10 +195,10 @@ def _odd(rules: Iterable[ConversionRule], shapes: Collection[str]) -> list[str]:
 def check_names(names: Collection[str], config: DreamConfig) -> None:
     """Checks that a checkpoint has exactly the tensors of the configuration.
 
-    With tied embeddings an `lm_head.weight` is allowed.
+    With tied embeddings it may also have an `lm_head.weight`.
 
     Raises:
-      ValueError: tensors are missing or left over; the message names them.
+      ValueError: tensors are missing or not expected; the message names them.
     """
     wanted = destinations(config)
     extra = set(names) - set(wanted) - (set(TIED_NAMES) if config.tie_word_embeddings else set())
@@ -199,9 +210,9 @@ def check_names(names: Collection[str], config: DreamConfig) -> None:
         unknown = {name for name in extra if not any(re.fullmatch(rule.pattern, name) for rule in RULES)}
         known = extra - unknown
         if unknown:
-            problems.append(f"holds tensors that no rule names: {_list(unknown)}")
+            problems.append(f"holds tensors of unknown names: {_list(unknown)}")
         if known:
-            problems.append(f"holds tensors that config.json leaves no room for: {_list(known)}")
+            problems.append(f"holds tensors that a model of its config.json does not have: {_list(known)}")
     if problems:
         raise ValueError("the checkpoint " + "; it ".join(problems))
 

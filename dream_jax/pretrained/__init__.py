@@ -1,8 +1,8 @@
 """Loading and saving models and adapters in directories.
 
 `models` loads, saves and exports whole models; `conversion` converts between the two layouts, also with an adapter added;
-`directories` finds and identifies directories; `quantised` reads a model into a base of 8 or 4 bits; `adapter` saves and
-loads adapters; `autoregressive` makes the start of a Dream model from a Qwen2 model.
+`directories` finds and identifies directories; `quantised` reads a model and quantises it to 8 or 4 bits; `adapter` saves
+and loads adapters; `autoregressive` makes a Dream checkpoint, from which training starts, from a Qwen2 one.
 """
 
 from dream_jax.lora import merge as merge_adapter

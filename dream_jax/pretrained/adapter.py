@@ -1,7 +1,7 @@
 """Saving and loading adapters, each in a separate directory of a few megabytes.
 
-The directory of an adapter holds `adapter.json` (its configuration, the base that it was trained on, and the size of every
-file), `weights/adapter` (Orbax) and, if the base has one, `prompt_format.json`.
+The directory of an adapter holds `adapter.json` (the configuration of the adapter, the base that it was trained on, and the
+size of every file), `weights/adapter` (Orbax) and, if the base has one, `prompt_format.json`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The contents of `adapter.json`.
+    """The description of a saved adapter, as `adapter.json` contains it.
 
     Attributes:
       directory: the directory of the adapter.
-      config: rank, alpha, dropout and targets.
+      config: the rank, alpha, dropout and targets of the adapter.
       base: the configuration of the model that the adapter belongs to.
-      identity: the identity of the weights that it was trained on, see `lora.identity`.
-      mask: the name of the attention mask that it was trained with.
+      identity: the digest, by `lora.identity`, of the weights that the adapter was trained on.
+      mask: the name of the attention mask that the adapter was trained with, as for `masks.parse`.
     """
 
     directory: pathlib.Path
@@ -47,33 +47,33 @@ class Adapter:
     mask: str
 
     def check_fits(self, model: Dream) -> None:
-        """Raises ValueError when the model has another configuration; the message lists the differences."""
+        """Raises ValueError if the model has another configuration than `base`; the message lists the differences."""
         ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(self.base)
-        # initializer_range only affects random weights.
+        # initializer_range affects random weights only.
         different = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
         if different:
             lines = "; ".join(f"{name} is {ours[name]!r}, the adapter's {theirs[name]!r}" for name in different)
             raise ValueError(f"the adapter in {self.directory} belongs to another model: {lines}")
 
     def check_identity(self, identity: str, remedy: str) -> None:
-        """Raises ValueError when the adapter was trained on other weights than those with this identity."""
+        """Raises ValueError, with the remedy in its message, if the adapter was trained on weights of another identity."""
         if identity != self.identity:
             raise ValueError(
-                f"the adapter in {self.directory} was trained on weights {self.identity[:12]}, but these are "
-                f"{identity[:12]}, of the same shapes: {remedy}"
+                f"the adapter in {self.directory} was trained on the weights with identity {self.identity[:12]}, but these "
+                f"weights of the same shapes have identity {identity[:12]}: {remedy}"
             )
 
 
 def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Writes the adapter of a model, without the base; with several hosts, all of them must call.
+    """Writes the adapter of a model, without the base; with several processes, all of them must call.
 
     Args:
       model: a model with an adapter.
-      path: must not exist, except with `overwrite`; it appears only when it is complete.
-      overwrite: whether an adapter at `path` may be replaced (when the new one is complete).
+      path: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
+      overwrite: whether to replace an adapter at `path`, when the new one is complete.
 
     Raises:
-      FileExistsError: `path` exists.
+      FileExistsError: `path` exists and `overwrite` is false, or it is not an adapter.
       ValueError: the model has no adapter.
       OSError: the disk is full.
     """
@@ -97,7 +97,7 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
                 "base": {"identity": identity, "config": model.config.to_dict()},
                 "files": checkpoint.written_files(directory),
             }
-            # The last file: without it the adapter does not load.
+            # This file is written last, because an adapter without it does not load.
             write_json(directory / ADAPTER, fields, indent=1)
 
 
@@ -107,16 +107,16 @@ def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Weigh
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Reads `adapter.json` and checks that the files that it names are complete.
+    """Reads the `adapter.json` of a directory, and checks that the files it lists have the sizes that were written.
 
     Raises:
-      FileNotFoundError: there is no adapter, or a file of it is missing.
-      ValueError: `adapter.json` is damaged or of another format, or a file has another size than was written.
+      FileNotFoundError: the directory has no `adapter.json`, or a file that it lists is missing.
+      ValueError: `adapter.json` is damaged or of another format, or the size of a file is wrong.
     """
     directory = pathlib.Path(path).expanduser().resolve()
     file = directory / ADAPTER
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no {ADAPTER}: it is not an adapter's directory")
+        raise FileNotFoundError(f"{directory} holds no {ADAPTER}: it is not the directory of an adapter")
     fields = read_json(file, "save it again")
     if fields.get("format") != FORMAT:
         raise ValueError(
@@ -135,7 +135,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
-    """Reads the weights of an adapter, sharded over the mesh."""
+    """Returns the nested dict of the weights of an adapter, sharded over the mesh; None for one device."""
     model = lora.attached_shapes(abstract_model(adapter.base), adapter.config)
     unit = _unit(lora.split(split_params(model)[1])[0], mesh)
     params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
@@ -143,26 +143,26 @@ def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTre
 
 
 def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
-    """Returns the model with a saved adapter attached.
+    """Returns a model with a saved adapter attached; the given model is not changed.
 
     Args:
-      model: a model of the adapter's configuration; it is not changed.
-      adapter: from `describe_adapter`.
-      any_base: accepts other weights than those that the adapter was trained on.
+      model: a model with the configuration of the base of the adapter.
+      adapter: the description of the adapter, from `describe_adapter`.
+      any_base: whether to accept other weights than those that the adapter was trained on.
 
     Raises:
-      ValueError: the model has another configuration, other weights, or an adapter already.
+      ValueError: the model has another configuration, other weights, or already an adapter.
     """
     adapter.check_fits(model)
     if not any_base:
         if model.embed.embedding.dtype == np.float16:
             raise ValueError(
-                "float16 does not keep the weights that the adapter was trained on; load float32 or bfloat16, "
-                "or pass any_base=True"
+                "float16 rounds the weights, so they cannot be compared with those that the adapter was trained on; load "
+                "float32 or bfloat16, or pass any_base=True"
             )
         adapter.check_identity(
             lora.identity(model),
-            "load the ones it was trained on, or pass any_base=True (--any-base) if you mean these",
+            "load the weights that it was trained on, or pass any_base=True (--any-base) to use these",
         )
     found = lora.attach(model, adapter.config, jax.random.key(0))
     found.trained_mask = adapter.mask

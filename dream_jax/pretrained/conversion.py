@@ -1,4 +1,4 @@
-"""Converts models between the two layouts unit by unit, so that a whole model is never in memory."""
+"""Converts models between the two layouts of directories, unit by unit: a whole model is never in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dream_jax.sharding import make_mesh
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
 
 Named = dict[tuple[str, int | None], np.ndarray]
-"""Parameters by dotted path and layer."""
+"""(dotted path, layer) -> values of a parameter; the layer is None outside the layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class Conversion:
     """The description of a conversion, before or after it.
 
     Attributes:
-      source, target: the two directories.
-      dtype: of the weights in the target.
+      source, target: the directories that are read and written.
+      dtype: the dtype of the weights in the target.
       tensors: the number of tensors in the published layout.
       parameters: the number of weights.
-      nbytes: the size of the weights in the target.
+      nbytes: the size of the weights in the target, in bytes.
     """
 
     source: pathlib.Path
@@ -66,22 +66,22 @@ def convert_from_hf(
     Everything about the source is checked before anything is written.
 
     Args:
-      source: directory or hub id.
-      target: as `path` in `save`.
-      dtype: of the target; the source's by default.
+      source: a Hugging Face directory or a hub id.
+      target: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
+      dtype: the dtype of the written weights; None for that of the source.
       mesh: every array is written as one chunk for each of its shards on this mesh; any other mesh can load it too.
-      overwrite: as in `save`.
-      ignore_config_keys: as in `load`.
+      overwrite: whether to replace a checkpoint at `target`, when the new one is complete.
+      ignore_config_keys: keys of config.json that are known not to change what the weights compute.
       started: called once, when all checks have passed.
-      progress: called with a number of bytes written to the target.
+      progress: called with the number of bytes that were just written to the target (not a total).
 
     Raises:
-      As `load` and `save`.
+      The exceptions of `load` and `save`.
     """
     mesh = None if mesh is None else make_mesh(mesh)
     directory = find_directory(source)
     if checkpoint.is_converted(directory):
-        raise ValueError(f"{directory} is a converted directory already")
+        raise ValueError(f"{directory} is already a converted directory; load it as it is")
     config = DreamConfig.from_file(directory, ignore=ignore_config_keys)
     with hf.open_source(directory) as opened:
         opened.check(config)
@@ -134,24 +134,24 @@ def convert_to_hf(
     started: Callable[[Conversion], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    """Converts a converted directory, or a base with its adapter added, into a Hugging Face directory, unit by unit.
+    """Writes the Hugging Face directory of a converted directory, or of a base with its adapter added, unit by unit.
 
     Args:
       source: a converted directory; with an adapter, a Hugging Face directory or a hub id is accepted too.
-      target, dtype, overwrite, started, progress: as in `convert_from_hf`.
-      adapter: a directory of `save_adapter`, to add to the weights.
-      any_base: accepts an adapter that was trained on other weights with the same shapes.
+      target, dtype, overwrite, started, progress: as for `convert_from_hf`.
+      adapter: the directory of an adapter to add to the weights; None for none.
+      any_base: whether to accept an adapter that was trained on other weights with the same shapes.
       card: returns the text of the README.md for the weights; called before anything is written.
-      max_shard_size: bytes of weights in one file.
+      max_shard_size: the maximum number of bytes of weights in one file.
 
     Raises:
-      As `load` and `save`; ValueError for an adapter that does not belong to the source. That is known only when the
-      whole source has been read; the target is removed then.
+      The exceptions of `load` and `save`. A ValueError for an adapter that was trained on other weights is raised after
+      the whole source has been read, and the target is removed.
     """
     directory = find_directory(source)
     found = None if adapter is None else describe_adapter(adapter)
     if found is None and not checkpoint.is_converted(directory):
-        raise ValueError(f"{directory} is no converted directory: it has no {checkpoint.DESCRIPTION}")
+        raise ValueError(f"{directory} is not a converted directory: it has no {checkpoint.DESCRIPTION}")
     config = DreamConfig.from_file(directory)
     if found is not None:
         found.check_fits(abstract_model(config))
@@ -179,7 +179,7 @@ def convert_to_hf(
                     merged.check()
         write_companions(made, config, stored, directory)
         if found is not None and (found.directory / PROMPT_FORMAT_FILE).is_file():
-            # The prompts of the adapter's training, instead of those of the base.
+            # The format of the prompts that the adapter was trained on, instead of the format of the base.
             shutil.copyfile(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
         if readme is not None:
             (made / "README.md").write_text(readme, encoding="utf-8")
@@ -187,7 +187,7 @@ def convert_to_hf(
 
 
 class _MergedUnits:
-    """Reads the units of a base, each once, and adds an adapter to them; neither model is ever whole in memory."""
+    """Reads each unit of a base once and adds the adapter to it; the whole base is never in memory."""
 
     def __init__(
         self,
@@ -220,16 +220,16 @@ class _MergedUnits:
         return np.float32(config.alpha / config.rank) * (a_Ir @ b_rO)
 
     def check(self) -> None:
-        """After all units have been read: raises ValueError for a base that the adapter was not trained on."""
+        """Raises ValueError if the adapter was trained on another base. All units must have been read before."""
         self._adapter.check_identity(
             lora.digest(self._prints),
-            "give the weights that it was trained on, or pass any_base=True (--any-base) if you mean these",
+            "give the weights that it was trained on, or pass any_base=True (--any-base) to use these",
         )
 
 
 @contextlib.contextmanager
 def _merged_units(directory: pathlib.Path, config: DreamConfig, adapter: Adapter) -> Iterator[_MergedUnits]:
-    # In float32 whatever the dtype of the base is, so that the sum is rounded once.
+    # The units are read in float32, whatever the dtype of the base is, so that the sum is rounded only once.
     units = {unit.name: unit for unit in checkpoint.units(config, "float32")}
     with unit_reader(directory, config, None) as read:
         yield _MergedUnits(units, read, adapter)
@@ -249,7 +249,7 @@ def _read_named(directory: pathlib.Path, unit: checkpoint.WeightUnit) -> Named:
 def _fetch_ahead(
     read: Callable[[checkpoint.WeightUnit], Named], units: list[checkpoint.WeightUnit], pool: ThreadPoolExecutor
 ) -> Callable[[str, int | None], np.ndarray]:
-    """A function that returns parameters in the order of the units, and reads one unit ahead."""
+    """Returns a function that returns parameters in the order of the units, and reads one unit ahead."""
     pending = iter(units)
     current: Named = {}
 
@@ -263,7 +263,7 @@ def _fetch_ahead(
         nonlocal coming
         while (target, layer) not in current:
             if coming is None:
-                raise ValueError(f"{target} of layer {layer} was asked for out of order")
+                raise ValueError(f"{target} of layer {layer} was requested out of the order of the units")
             current.update(coming.result())
             coming = start()
         return current.pop((target, layer))

@@ -1,4 +1,4 @@
-"""Directories of whole models: how they are found and told apart, and the files that accompany the weights."""
+"""Finds the directories of models, identifies them by a fingerprint, and writes the files beside the weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 
-# Size and number of the pieces for the fingerprint of a large file: few enough that 15 GB take a second, and enough that
-# every layer of a model has some of them.
+# Size in bytes and number of the pieces of a large file from which its fingerprint is computed: few enough that 15 GB take
+# a second, and enough that every layer of a model has some of them.
 _PIECE, _SAMPLES = 1 << 16, 512
-# The files besides weights and tokenizer. Not every JSON file: the directory of a model may also hold results.
+# Files that describe a model, besides weights and tokenizer. Other JSON files in the directory may be results.
 _DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", PROMPT_FORMAT_FILE)
 
-# Keys of a published config.json that do not affect what the weights compute, and are copied with them.
+# Keys of a published config.json that do not affect what the weights compute; they are copied as they are.
 _CARRIED_KEYS = (
     "_name_or_path",
     "auto_map",
@@ -40,7 +40,7 @@ _CARRIED_KEYS = (
 
 
 def as_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype as numpy knows it. Raises ValueError for one that models are not stored in."""
+    """Returns the numpy dtype. Raises ValueError unless it is float32, bfloat16 or float16."""
     try:
         found = jnp.dtype(dtype)
     except TypeError:
@@ -54,23 +54,24 @@ def check_published_mask(name: str) -> None:
     """Raises ValueError unless the mask is bidirectional, the only one that the published code has."""
     if name != "bidirectional":
         raise ValueError(
-            f"the weights were trained under the mask {name!r}, but the published code is bidirectional and would compute "
-            'something else with them. If you want that, set model.trained_mask = "bidirectional" first'
+            f"the weights were trained under the mask {name!r}, but the published code uses bidirectional attention and "
+            'would compute other logits. To export them nevertheless, first set model.trained_mask = "bidirectional"'
         )
 
 
 def find_directory(
-    path: str | os.PathLike[str], otherwise: str = "no directory", *, weights: bool = True
+    path: str | os.PathLike[str], otherwise: str = "not a directory", *, weights: bool = True
 ) -> pathlib.Path:
-    """The directory at a path, or the download of a hub id.
+    """Returns the directory at a path, or the directory to which a hub id is downloaded.
 
     Args:
       path: a directory with a config.json, or a hub id, organisation/name.
-      otherwise: how the error message describes a path that is neither.
+      otherwise: end of the error message "PATH is ..." for a path that is neither.
       weights: whether to download the weights too, or only the small files.
 
     Raises:
-      FileNotFoundError, ConnectionError: there is no such directory.
+      FileNotFoundError: there is no directory at the path, or it has no config.json.
+      ConnectionError: the hub id cannot be downloaded.
     """
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
@@ -87,13 +88,13 @@ def find_directory(
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """A text that changes when the model at a path changes, so that results are not continued with another model.
+    """Returns a string that changes when the model at a path changes, so that results are not resumed with another model.
 
-    For a directory it is a digest of weights, configuration and tokenizer (of `_SAMPLES` evenly spread pieces of large
-    files); other files do not count. For a hub id it is the snapshot, for a preset its name.
+    For a directory it is a hexadecimal digest of weights, configuration and tokenizer; of a large file, `_SAMPLES` evenly
+    spaced pieces are read. For a hub id it is the name of the snapshot, for a preset the name of the preset.
 
     Raises:
-      FileNotFoundError, ConnectionError: there is no model at the path.
+      FileNotFoundError, ConnectionError: there is no model at the path, as for `find_directory`.
     """
     directory = pathlib.Path(path).expanduser()
     if not directory.is_dir():
@@ -121,7 +122,7 @@ def write_companions(
     dtype: np.dtype,
     source: str | os.PathLike[str] | None,
 ) -> None:
-    """Copies the files that accompany the weights, and writes config.json."""
+    """Copies tokenizer, generation_config.json and Python files from `source` (None: no files), and writes config.json."""
     published: dict[str, Any] = {}
     if source is not None:
         source = pathlib.Path(source)
@@ -134,8 +135,8 @@ def write_companions(
     carried = {key: published[key] for key in _CARRIED_KEYS if key in published}
     modules = {str(entry).rpartition(".")[0] for entry in carried.get("auto_map", {}).values()}
     if not all((directory / f"{module}.py").is_file() for module in modules):
-        del carried["auto_map"]  # it would refer to code that was not copied
-    # The release of transformers for the published code reads torch_dtype; newer ones write dtype and read both.
+        del carried["auto_map"]  # auto_map would refer to code that was not copied
+    # The release of transformers that runs the published code reads torch_dtype; newer releases write dtype and read both.
     dtype_key = "dtype" if "dtype" in published else "torch_dtype"
     fields = config.to_dict() | carried | {dtype_key: jnp.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Loading, saving and exporting whole models."""
+"""Loads, saves and exports whole models."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     any_base: bool = False,
 ) -> Dream:
-    """Loads a model; every shard is read directly to its device.
+    """Loads a model; the shard of each device is read directly from the files.
 
     Args:
-      path: a Hugging Face directory, a converted directory, a preset name ("nano": random weights), or a hub
-        id ("organisation/name") to download. A directory is preferred to a preset of the same name.
-      dtype: of the parameters: float32, bfloat16 or float16.
+      path: a Hugging Face directory, a converted directory, the name of a preset (such as "nano", with random weights), or
+        a hub id ("organisation/name") to download. A directory is preferred to a preset of the same name.
+      dtype: the dtype of the parameters: float32, bfloat16 or float16.
       mesh: the devices of the parameters, as a Mesh or "FSDPxTENSOR"; None for one device.
-      seed: of a preset's random weights.
+      seed: the seed of the random weights of a preset.
       compute_dtype, attention_backend, remat: as for `Dream`.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
       base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other, so that the whole model is never
-        in memory in floating point; `dtype` is then that of all other parameters. Such a model can run and have an
+        in memory in floating point; `dtype` is then the dtype of all other parameters. Such a model can run and have an
         adapter, but it cannot be saved.
-      adapter: a directory of `save_adapter` to attach to the model. `merge_adapter` adds it to the weights.
-      any_base: accepts an adapter that was trained on other weights with the same shapes.
+      adapter: the directory of an adapter to attach to the model. `merge_adapter` can then add it to the weights.
+      any_base: whether to accept an adapter that was trained on other weights with the same shapes.
 
     Returns:
-      The model; its `tokenizer_dir` is the directory if there are tokenizer files in it.
+      The model. Its `tokenizer_dir` is the directory of the model if tokenizer files are in it, else None.
 
     Raises:
-      FileNotFoundError: there is no such path, or it holds no checkpoint.
+      FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter.
       ValueError: the checkpoint is damaged or of another architecture; the dtype is unknown; the mesh or the adapter does
-        not fit.
+        not fit the model.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     mesh = None if mesh is None else make_mesh(mesh)
@@ -74,7 +74,7 @@ def load(
         ignore_config_keys=ignore_config_keys,
     )
     found = None if adapter is None else describe_adapter(adapter)
-    if found is not None:  # checked before the weights are read, which may take minutes
+    if found is not None:  # checked first, because reading the weights may take minutes
         found.check_fits(model)
     model = _weights(path, model, as_dtype(dtype), mesh, seed, base)
     return model if found is None else put_on(model, found, any_base=any_base)
@@ -83,7 +83,7 @@ def load(
 def _weights(
     path: str | os.PathLike[str], model: Dream, dtype: np.dtype, mesh: Mesh | None, seed: int, base: CodeKind | None
 ) -> Dream:
-    """The model of these shapes with the weights at `path`."""
+    """Returns `model`, which has shapes only, with the weights at `path`, or with random ones for a preset."""
     graphdef, shapes = split_params(model)
     directory = _directory(path)
     if directory is None:
@@ -108,7 +108,7 @@ def describe(
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
 ) -> Dream:
-    """The model of `load` with shapes instead of weights: all that is known before weights are read or drawn.
+    """Returns the model that `load` would return, but with shapes and dtypes instead of weights; no weights are read.
 
     Args:
       path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; for a hub id only the small
@@ -118,7 +118,7 @@ def describe(
       The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.
 
     Raises:
-      As `load`, if the path, `config.json` or an option is wrong.
+      The exceptions of `load`, if the path, `config.json` or an option is wrong.
     """
     directory = _directory(path, weights=False)
     has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
@@ -136,7 +136,7 @@ def describe(
 
 
 def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path | None:
-    """The directory of the weights, or None for a preset, whose weights are random."""
+    """Returns the directory of the weights, or None for a preset, whose weights are random."""
     if str(path) in PRESETS and not os.path.exists(path):
         return None
     return find_directory(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}", weights=weights)
@@ -160,18 +160,19 @@ def save(
     tokenizer_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a converted directory; with several hosts, all of them must call.
+    """Writes a model as a converted directory; with several processes, all of them must call.
 
     Args:
-      model: its parameters are written in their dtype, shard by shard.
-      path: must not exist, except with `overwrite`; it appears only when it is complete.
-      tokenizer_dir: the source of tokenizer files, generation_config.json and Python files; by default that of the model.
-      overwrite: whether a checkpoint at `path` may be replaced (when the new one is complete).
+      model: the model, whose parameters are written in their dtype, shard by shard.
+      path: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
+      tokenizer_dir: the directory from which tokenizer files, generation_config.json and Python files are copied; by
+        default `model.tokenizer_dir`.
+      overwrite: whether to replace a checkpoint at `path`, when the new one is complete.
 
     Raises:
-      FileExistsError: `path` exists.
-      ValueError: the model has an adapter, a quantised base, parameters that do not fit its configuration, or several
-        dtypes.
+      FileExistsError: `path` exists and `overwrite` is false, or it is not a checkpoint.
+      ValueError: the model has an adapter or a quantised base, or its parameters do not fit its configuration or have
+        several dtypes.
       OSError: the disk is full.
     """
     params = _plain(model)
@@ -184,13 +185,15 @@ def save(
 
 
 def _plain(model: Dream) -> ParamTree:
-    """The parameters of a model; raises ValueError when it has an adapter or a quantised base."""
+    """Returns the parameters of a model. Raises ValueError if it has an adapter or a quantised base."""
     if lora.config_of(model) is not None:
-        raise ValueError("the model has an adapter: save that alone with save_adapter, or merge_adapter first")
+        raise ValueError(
+            "the model has an adapter: save the adapter alone with save_adapter, or call merge_adapter first"
+        )
     if lora.base_of(model) in KINDS:
         raise ValueError(
-            f"the base is {lora.base_of(model)}, which cannot be saved: its float weights are in the directory that it was "
-            "loaded from, and merge_adapter(model, dequantised=True) converts it to floating point"
+            f"a base in {lora.base_of(model)} codes cannot be saved. Its float weights are in the directory that it was "
+            "loaded from; merge_adapter(model, dequantised=True) converts the codes to floating point"
         )
     return split_params(model)[1]
 
@@ -203,16 +206,16 @@ def export_hf(
     overwrite: bool = False,
     max_shard_size: int = hf.MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a Hugging Face directory that the published code loads.
+    """Writes a model as a Hugging Face directory that the published code loads.
 
     Args:
       model, path, tokenizer_dir, overwrite: as for `save`.
-      max_shard_size: bytes of weights in one file.
+      max_shard_size: the maximum number of bytes of weights in one file.
 
     Raises:
-      FileExistsError, OSError: as `save`.
-      ValueError: as `save`; also when some parameters are on other hosts, or the model was trained under a mask that the
-        published code does not have.
+      FileExistsError, OSError: as for `save`.
+      ValueError: as for `save`; or some parameters are on other hosts, or the model was trained under a mask other than
+        the bidirectional one of the published code.
     """
     check_published_mask(model.trained_mask)
     params = _plain(model)

@@ -1,6 +1,6 @@
-"""Reads a model unit by unit from either kind of directory, and quantises each layer before the next one is read.
+"""Reads a model from a converted or a Hugging Face directory, and quantises each layer before it reads the next one.
 
-A 7B base in four bits therefore loads in the memory that it needs to run.
+Loading a 7B base in 4 bits therefore needs no more memory than running it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start_unit(
     pool: Executor,
     buffers: hf.Buffers,
 ) -> hf.Reading:
-    """Starts to read one unit of a published checkpoint, in the dtype of its shapes."""
+    """Starts to read one unit of a published checkpoint in the dtype of `unit.shapes`; see `hf.start_reading`."""
     tensors = {(one.rule.target, one.layer): (name, one) for name, one in hf.destinations(config).items()}
     leaves = hf.flat(unit.shapes)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
@@ -46,14 +46,14 @@ def start_unit(
 def unit_reader(
     directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
 ) -> Iterator[Callable[[checkpoint.WeightUnit], ParamTree]]:
-    """A function that reads one unit of the model in a directory of either kind; the directory is checked first."""
+    """Checks a converted or Hugging Face directory, and yields a function that reads one unit of its model."""
     if checkpoint.is_converted(directory):
         checkpoint.read_description(directory, config)
         yield lambda unit: jax.tree.map(jnp.asarray, checkpoint.read_unit(directory, unit, mesh))
         return
     with hf.open_source(directory) as source, ThreadPoolExecutor(hf.reading_threads()) as pool:
         source.check(config)
-        # New buffers for each unit: on a CPU they are the memory of the arrays.
+        # Each unit needs new buffers, because on a CPU the arrays use the memory of the buffers.
         yield lambda unit: hf.nested(
             start_unit(source, config, unit, mesh=mesh, pool=pool, buffers=hf.Buffers()).wait()
         )
@@ -62,16 +62,16 @@ def unit_reader(
 def quantised_params(
     directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, kind: CodeKind, shapes: ParamTree, mesh: Mesh | None
 ) -> tuple[ParamTree, str]:
-    """Reads a directory into a quantised base.
+    """Reads the model in a directory and quantises the kernels of its layers.
 
-    Needs the memory of the result and of one layer in float32.
+    This needs memory for the result and for one layer in float32.
 
     Args:
-      directory: converted or of Hugging Face.
-      config: what it must hold.
-      dtype: of the parameters that are not quantised.
-      kind: of the codes.
-      shapes: of all parameters, as `lora.with_base_shapes` returns them.
+      directory: a converted or a Hugging Face directory.
+      config: the configuration of the model in the directory.
+      dtype: the dtype of the parameters that are not quantised.
+      kind: the kind of the codes, "int8" or "nf4".
+      shapes: the shapes of all parameters, as `lora.with_base_shapes` returns them.
       mesh: the devices of the parameters; None for one device.
 
     Returns:
@@ -87,10 +87,10 @@ def quantised_params(
 
     params: ParamTree = {}
     first, *_, last = checkpoint.units(config, dtype, mesh)
-    # In float32 whatever the dtype of the source is, so that codes and scales are computed from the weights as stored.
+    # Layers are read in float32, whatever the dtype of the source is, so that codes and scales come from unrounded weights.
     layers = checkpoint.units(config, "float32", mesh)[1:-1]
     with unit_reader(directory, config, mesh) as read:
-        for unit in (first, last):  # the largest units first, while the memory is still free
+        for unit in (first, last):  # the largest units come first, while most memory is free
             params |= read(unit)
         prints = lora.prints(params, None)
         stacked = jax.jit(zeros, out_shardings=shardings)()
