@@ -1,7 +1,7 @@
-"""Text to token ids and back, with the chat template: a byte tokenizer that needs no files, and that of Dream.
+"""Converts text and chats to token ids and back: a byte tokenizer that needs no files, and the tokenizer of Dream.
 
-`transformers` is imported only here, and only when the files of a Dream checkpoint are loaded. No remote code is executed,
-and nothing is downloaded.
+`transformers` is imported only when the files of a Dream checkpoint are loaded. This module executes no remote code and
+downloads nothing.
 """
 
 import json
@@ -16,7 +16,7 @@ BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 PROMPT_FORMAT_FILE = "prompt_format.json"
 
 Template = Literal["chat", "raw"]
-"""How a prompt becomes tokens: with the chat template, or as raw text."""
+"""How a prompt is turned into tokens: with the chat template, or as raw text."""
 
 TOKENIZER_FILES = (
     BYTE_TOKENIZER_FILE,
@@ -28,84 +28,85 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    # Never executed here. Published checkpoints name it in tokenizer_config.json, so that the published code could not
-    # load an export without it.
+    # This file is copied but never executed. The tokenizer_config.json of published checkpoints names it, so the
+    # published code cannot load an exported model without it.
     "tokenization_dream.py",
 )
-"""Names of the files that belong to a tokenizer. A directory has some of them; they are copied unchanged."""
+"""Names of the files that belong to a tokenizer. A directory has some of them. `save` copies them unchanged."""
 
 ROLES = ("system", "user", "assistant", "tool")
-"""The roles of a chat message. Others are refused, because the published template silently drops them."""
+"""The roles of a chat message. Other roles raise ValueError, because the published template silently drops them."""
 
 Message = Mapping[str, Any]
-"""One turn of a chat: {"role": one of ROLES, "content": text}.
+"""One message (turn) of a chat: {"role": one of ROLES, "content": str}.
 
-A turn of the assistant may also have "tool_calls", [{"name": text, "arguments": object}, ...]; its content may then be
-empty. Turns with the role "tool" hold the answers of the tools.
+An assistant message may also have "tool_calls": [{"name": str, "arguments": dict}, ...]; its content may then be empty.
+Messages with the role "tool" contain the results of the tools.
 """
 
 Tools = Sequence[Mapping[str, Any]]
-"""The functions that a chat may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
+"""The functions the assistant may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
 
 
 class Tokenizer(Protocol):
     """The interface of a tokenizer. `ByteTokenizer` and `DreamTokenizer` implement it."""
 
     vocab_limit: int
-    """The number of defined ids. Logits may be wider; an id >= vocab_limit must never be generated."""
+    """The number of defined ids. Logits may have more columns; an id >= vocab_limit must never be generated."""
 
     mask_id: int
-    """The id of `<|mask|>`, the token of a position that is not yet filled."""
+    """The id of `<|mask|>`, the token of a position that is not yet written."""
 
     eos_id: int
-    """The id that ends a response."""
+    """The id of the end-of-text token, which ends a response."""
 
     pad_id: int
-    """The id after the end of a response; in Dream it is the eos id."""
+    """The id of the padding after the end of a response; in Dream it is the eos id."""
 
     bos_id: int
     """The id of `<|beginoftext|>`."""
 
     im_start_id: int
-    """The id that begins a turn."""
+    """The id of `<|im_start|>`, which begins a message."""
 
     im_end_id: int
-    """The id that ends a turn."""
+    """The id of `<|im_end|>`, which ends a message."""
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; no token is added.
+        """Returns the ids of `text`; no other token is added.
 
-        By default the string of a special token in the text ("<|mask|>") is encoded like any other text, so that data
-        cannot contain control tokens; with allow_special=True such strings become their single ids.
+        By default the name of a special token in the text, such as "<|mask|>", is encoded as plain text, so data cannot
+        produce special tokens. With allow_special=True each such name becomes the id of its token.
         """
         ...
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of `ids`; special tokens appear as their strings, or are left out. Invalid UTF-8 becomes U+FFFD.
+        """Returns the text of `ids`. Special tokens appear by name, or not at all with skip_special=True.
 
-        Raises: ValueError naming the id, for an id outside [0, vocab_limit).
+        Invalid UTF-8 becomes U+FFFD.
+        Raises: ValueError for an id outside [0, vocab_limit); the message has the id.
         """
         ...
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
-        """The ids of the chat template applied to `messages`, ending with the start of an assistant turn if asked for.
+        """Returns the ids of `messages` in the chat template.
 
-        `tools` are listed in the system turn. Strings of special tokens in contents, calls and tools are encoded as text.
-
-        Raises: ValueError if there is no message, a role is unknown or a content is not a string.
+        With add_generation_prompt they end with the beginning of an assistant turn, for the model to continue. `tools`
+        are listed in the system turn. Names of special tokens in contents, calls and tools are encoded as plain text.
+        Raises: ValueError if there is no message, a role is unknown, or a content is not a string.
         """
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes into `directory` (created if missing) the files from which `load_tokenizer` reads this tokenizer."""
+        """Writes the files that `load_tokenizer` reads into `directory`, which is created if missing."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes 0..255 and five special tokens, with the names Dream gives them: 261 ids, no files needed.
+    """A tokenizer with 261 ids that needs no files: the bytes 0..255 of UTF-8, and five special tokens of Dream.
 
-    The chat template is Dream's (`<|im_start|>role\\ncontent<|im_end|>\\n`) without its default system turn, which would
-    take 50 tokens here, where every byte is one.
+    The chat template is that of Dream (`<|im_start|>role\\ncontent<|im_end|>\\n`) without its default system turn,
+    which would take 50 tokens, because every byte is a token.
     """
 
     vocab_limit = 261
@@ -127,7 +128,10 @@ class ByteTokenizer:
     _special_pattern = re.compile("(" + "|".join(map(re.escape, _specials)) + ")")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """See `Tokenizer.encode`. Raises UnicodeEncodeError, a ValueError, for a lone surrogate."""
+        """Returns the ids of `text`, one per byte; see `Tokenizer.encode`.
+
+        Raises: UnicodeEncodeError, which is a ValueError, if the text has half of a surrogate pair.
+        """
         if not allow_special:
             return list(text.encode("utf-8"))
         ids: list[int] = []
@@ -137,7 +141,7 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """See `Tokenizer.decode`."""
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         text: list[str] = []
         run = bytearray()
         for token_id in map(int, ids):
@@ -153,10 +157,10 @@ class ByteTokenizer:
         return "".join(text)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
-        """See `Tokenizer.chat`; no default system turn. Raises ValueError for tools, which need Dream's template."""
+        """Returns the ids of `messages`; see `Tokenizer.chat`. Tools raise ValueError: they need Dream's template."""
         _check_messages(messages)
         if tools or any(message["role"] == "tool" for message in messages):
-            raise ValueError("the byte tokenizer has no form for tools; take the tokenizer of a Dream checkpoint")
+            raise ValueError("the byte tokenizer does not support tools; use the tokenizer of a Dream checkpoint")
         ids: list[int] = []
         for message in messages:
             turn = self.encode(f"{message['role']}\n{turn_text(message)}")
@@ -166,7 +170,7 @@ class ByteTokenizer:
         return ids
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """See `Tokenizer.save`; writes `byte_tokenizer.json`."""
+        """Writes `byte_tokenizer.json`; see `Tokenizer.save`."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._description(), indent=2) + "\n"
         (Path(directory) / BYTE_TOKENIZER_FILE).write_text(text, encoding="utf-8")
@@ -180,20 +184,19 @@ class ByteTokenizer:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found != cls._description():
             raise ValueError(
-                f"{path} says {found}, this version knows only {cls._description()}; save the tokenizer again"
+                f"{path} contains {found}, but this version reads only {cls._description()}; save the tokenizer again"
             )
         return cls()
 
 
 class DreamTokenizer:
-    """The byte-level BPE of a Dream checkpoint, read as the stock Qwen2 tokenizer.
+    """The byte-level BPE tokenizer of a Dream checkpoint, read with the Qwen2 tokenizer of transformers.
 
-    `directory` holds the published files: vocab.json and merges.txt (or tokenizer.json),
-    tokenizer_config.json and the rest. The chat template is the one in the files; it adds "You are a helpful
-    assistant." when no system turn is given.
-    Tokens the files list as added but not as special (`<tool_call>`, `<|fim_prefix|>`, ...) are ordinary text
-    tokens.
-    Raises: FileNotFoundError for missing files, ValueError when a token the project needs is not defined.
+    `directory` contains the published files: vocab.json and merges.txt (or tokenizer.json), tokenizer_config.json and
+    others. The chat template is read from them; it adds "You are a helpful assistant." if there is no system message.
+    Tokens that the files list as added but not as special (`<tool_call>`, `<|fim_prefix|>`, ...) are ordinary text.
+    Raises: FileNotFoundError for missing files; ValueError if the files cannot be read, their ids have a gap, or a
+    token that this project needs is not defined.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -204,19 +207,20 @@ class DreamTokenizer:
                 f"{self._directory} has neither tokenizer.json nor vocab.json with merges.txt; copy the "
                 "tokenizer files of the checkpoint there"
             )
-        # Without torch, transformers warns at import that "models won't be available"; only its tokenizer is used here.
+        # Without torch, transformers warns at import that "models won't be available"; only its tokenizer is used.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import Qwen2Tokenizer
 
-        # The class is fixed here, so that "tokenizer_class" and "auto_map" (remote code) in the files are never used.
+        # The class is fixed, so that "tokenizer_class" and "auto_map" (remote code) in the files are never used.
         try:
             self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
-        except Exception as error:  # the library in Rust raises plain Exception for a damaged file
+        except Exception as error:  # The Rust library raises plain Exception for a damaged file.
             raise ValueError(f"the tokenizer files in {self._directory} cannot be read: {error}") from error
-        # The tokenizer in Rust gives the same ids as the wrapper. The wrapper sets options on it at every call, which is
-        # not safe in the threads of the data pipeline; here it is not modified after the next lines.
+        # The Rust tokenizer gives the same ids as its Python wrapper. The wrapper sets options on it at every call,
+        # which is not safe in the threads of the data pipeline, so it is called directly and not modified after the
+        # next line.
         self._backend = self._stock.backend_tokenizer
-        self._backend.encode_special_tokens = True  # despite its name, this encodes special tokens as text
+        self._backend.encode_special_tokens = True  # Despite its name, this encodes special tokens as plain text.
 
         added = self._stock.added_tokens_decoder
         self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -226,7 +230,8 @@ class DreamTokenizer:
         largest = max(self._backend.get_vocab(with_added_tokens=True).values())
         if largest != self.vocab_limit - 1:
             raise ValueError(
-                f"{self._directory} defines {self.vocab_limit} ids, the largest being {largest}: ids must have no gap"
+                f"{self._directory} defines {self.vocab_limit} ids, the largest {largest}, so ids are missing; "
+                "copy the tokenizer files of the checkpoint again"
             )
         self.mask_id = self._named("mask_token")
         self.eos_id = self._named("eos_token")
@@ -239,7 +244,7 @@ class DreamTokenizer:
         text = self._stock.special_tokens_map.get(role)
         if text is None:
             raise ValueError(
-                f"{self._directory} defines no {role}; a Dream tokenizer's tokenizer_config.json names one"
+                f"{self._directory} defines no {role}; use the tokenizer_config.json of a Dream checkpoint"
             )
         return self._special(str(text))
 
@@ -252,7 +257,7 @@ class DreamTokenizer:
         return self._specials[text]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """See `Tokenizer.encode`."""
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
         if not allow_special:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         return self._encode_pieces(self._special_pattern.split(text))
@@ -265,20 +270,20 @@ class DreamTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """See `Tokenizer.decode`."""
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         checked = [_check_id(int(token_id), self.vocab_limit) for token_id in ids]
         return str(self._backend.decode(checked, skip_special_tokens=skip_special))
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
-        """See `Tokenizer.chat`. Raises ValueError as well when the files have no chat template."""
+        """Returns the ids of `messages`; see `Tokenizer.chat`. Files without a chat template also raise ValueError."""
         _check_messages(messages)
         if self._stock.chat_template is None:
             raise ValueError(
                 f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
                 "chat_template.jinja"
             )
-        # A character that no message contains is inserted into every special-token string of the contents. After the
-        # template is applied, only its own special tokens are left; then the character is removed again.
+        # A character that no message contains is inserted into the name of every special token in the messages. After
+        # the template is applied, only the special tokens of the template itself match; then the character is removed.
         told = str([list(messages), list(tools)])
         guard = next(
             mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in told and repr(mark)[1:-1] not in told
@@ -300,7 +305,7 @@ class DreamTokenizer:
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """See `Tokenizer.save`; copies the original files unchanged."""
+        """Copies the original files unchanged; see `Tokenizer.save`."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         if target.resolve() == self._directory.resolve():
@@ -311,10 +316,10 @@ class DreamTokenizer:
 
 
 def turn_text(message: Message) -> str:
-    """The text of a turn in the published template, between its header and its `<|im_end|>`.
+    """Returns the text of a message in the published template, between its header and its `<|im_end|>`.
 
-    It is the content, and for the assistant also the calls: `<tool_call>`, `{"name": ..., "arguments": ...}` and
-    `</tool_call>`, each on a line.
+    It is the content and, for the assistant, then the tool calls. Each call is three lines: `<tool_call>`,
+    `{"name": ..., "arguments": ...}` and `</tool_call>`.
     """
     calls = [
         f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}\n'
@@ -325,9 +330,10 @@ def turn_text(message: Message) -> str:
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | DreamTokenizer:
-    """The tokenizer named "bytes", or the one in the directory `path_or_name`.
+    """Returns the byte tokenizer for the name "bytes", or the tokenizer in the directory `path_or_name`.
 
-    Raises: FileNotFoundError if there is no such directory or no tokenizer in it, ValueError if it has two tokenizers.
+    Raises: FileNotFoundError if there is no such directory or no tokenizer in it; ValueError if it has two tokenizers,
+    or files that cannot be used.
     """
     if path_or_name == "bytes":
         return ByteTokenizer()
@@ -352,13 +358,13 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | Drea
 
 
 def write_template(directory: str | os.PathLike[str], template: Template) -> None:
-    """Records, beside the files of a tokenizer, which template the prompts of the training had."""
+    """Writes to `directory` which template the prompts of the training had, for `read_template`."""
     text = json.dumps({"template": template}) + "\n"
     (Path(directory) / PROMPT_FORMAT_FILE).write_text(text, encoding="utf-8")
 
 
 def read_template(directory: str | os.PathLike[str]) -> Template | None:
-    """The template that `write_template` recorded, or None. Raises ValueError for a file with other contents."""
+    """Returns the template that `write_template` wrote, or None. Raises ValueError for other contents."""
     path = Path(directory) / PROMPT_FORMAT_FILE
     if not path.is_file():
         return None
@@ -367,14 +373,14 @@ def read_template(directory: str | os.PathLike[str]) -> Template | None:
         if found == {"template": template}:
             known: Template = template
             return known
-    raise ValueError(f"{path} says {found}; it should say {{'template': 'chat'}} or {{'template': 'raw'}}")
+    raise ValueError(f"{path} contains {found}; it must contain {{'template': 'chat'}} or {{'template': 'raw'}}")
 
 
 def _check_id(token_id: int, vocab_limit: int) -> int:
     if not 0 <= token_id < vocab_limit:
         raise ValueError(
-            f"id {token_id} is not defined by this tokenizer, whose ids are 0..{vocab_limit - 1}; mask such "
-            "logits when sampling"
+            f"id {token_id} is not defined by this tokenizer, whose ids are 0..{vocab_limit - 1}; exclude such "
+            "ids when sampling (vocab_limit)"
         )
     return token_id
 

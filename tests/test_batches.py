@@ -343,7 +343,7 @@ def test_a_mixture_drops_by_length_in_each_part_and_measures_a_uniform_part_once
     assert (report.kept, report.dropped, report.shortest, report.longest) == (5, 2, 3, 62)
     seen = {BYTES.decode(tokens) for batch in take(Mixture([long, uneven(3)]), 9) for tokens in batch.tokens_BT}
     assert len(seen) == 5
-    with pytest.raises(ValueError, match="no row of part 2 of the mixture fits"):
+    with pytest.raises(ValueError, match="no row of source 2 of the mixture fits"):
         batches_of(Mixture([uneven(3), RowList([long[0]])]))
 
 
@@ -366,7 +366,7 @@ def test_refused_mixtures(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             Mixture([uneven(), uneven()], weights)
-    with pytest.raises(ValueError, match="needs sources with rows"):
+    with pytest.raises(ValueError, match="each source of a mixture needs rows"):
         Mixture([uneven(), RowList([])])
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(
@@ -457,5 +457,5 @@ def test_turns_that_cannot_be_read() -> None:
     with pytest.raises(ValueError, match="here:1: 'tools' must be a list of objects"):
         parse_chat({"messages": [question, {"role": "assistant", "content": "a"}], "tools": "f"}, "here:1")
     row = parse_chat({"messages": WITH_TOOLS}, "here:1")
-    with pytest.raises(ValueError, match="here:1: the byte tokenizer has no form for tools"):
+    with pytest.raises(ValueError, match="here:1: the byte tokenizer does not support tools"):
         encode_row(row, BYTES, 400)

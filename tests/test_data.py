@@ -152,7 +152,7 @@ def test_test_puzzles_are_distinct_and_stable() -> None:
     assert [larger[index].prompt for index in range(200)] == prompts
     assert len({larger[index].prompt for index in range(3000)}) == 3000
     assert SudokuSource("test", seed=1)[0].prompt != prompts[0]
-    with pytest.raises(ValueError, match="more test puzzles than can be drawn distinct"):
+    with pytest.raises(ValueError, match="more than the number of different test puzzles"):
         SudokuSource("test", min_givens=4, max_givens=4, size=10000)
 
 
@@ -256,7 +256,7 @@ BAD_LINES = {
     "no content": ('{"messages": [{"role": "user"}]}', "message 0: no field 'content'"),
     "null content": ('{"messages": [{"role": "user", "content": null}]}', "'content' must be a string"),
     "user last": ('{"messages": [{"role": "user", "content": "x"}]}', "last message is the user's"),
-    "alone": ('{"messages": [{"role": "assistant", "content": "x"}]}', "message is alone"),
+    "alone": ('{"messages": [{"role": "assistant", "content": "x"}]}', "message is the only one"),
     "latin": (b'{"prompt": "\xe9", "response": "x"}', "not UTF-8"),
     "binary": (bytes(range(255, 0, -1)), "not UTF-8"),
 }
@@ -351,7 +351,7 @@ def test_open_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be 'train' or 'test'"):
         open_source("sudoku", "valid")
     file = write_lines(tmp_path / "s1k.jsonl", {"question": "q", "solution": "s"})
-    with pytest.raises(ValueError, match=r"s1k\.jsonl:1: fields \['question', 'solution'\] are no known schema"):
+    with pytest.raises(ValueError, match=r"s1k\.jsonl:1: fields \['question', 'solution'\] match no known schema"):
         open_source(file)
 
 
@@ -380,7 +380,7 @@ def test_hold_out_of_small_files() -> None:
         source = rows(*map(str, range(count)))
         assert len(hold_out(source, "test", "f")) >= 1 and len(hold_out(source, "train", "f")) >= 1
     assert len(hold_out(rows("a", "a"), "train", "f")) == 2
-    with pytest.raises(ValueError, match=r"f has one prompt only.*train\.jsonl and test\.jsonl"):
+    with pytest.raises(ValueError, match=r"f has only one prompt.*train\.jsonl and test\.jsonl"):
         hold_out(rows("a", "a"), "test", "f")
 
 

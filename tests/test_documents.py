@@ -75,7 +75,7 @@ def test_batches_of_documents_hide_what_no_document_fills(tmp_path):
     [
         ({"text": ""}, "'text' is empty"),
         ({"text": 3}, "'text' must be a string, not int 3"),
-        ({"txet": "a"}, r"fields \['txet'\] are no known schema; .*'text' \(a whole document\)"),
+        ({"txet": "a"}, r"fields \['txet'\] match no known schema; .*'text' \(a whole document\)"),
     ],
 )
 def test_bad_documents(tmp_path, line, complaint):
@@ -93,5 +93,5 @@ def test_a_row_with_a_text_beside_prompt_and_response_is_no_document(tmp_path):
 
 
 def test_a_document_has_no_prompt():
-    with pytest.raises(ValueError, match="a document has no prompt, but this one has 'p'"):
+    with pytest.raises(ValueError, match="a document must have an empty prompt, but this one has 'p'"):
         Row(prompt="p", response="r", document=True)

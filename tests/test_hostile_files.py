@@ -87,8 +87,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"rows\.json:1: neither ',' nor '\]'",
     ),
     "empty JSON list": (content(b"[]", "rows.json"), r"rows\.json: no rows; the list is empty"),
-    "directory without a train file": (directory("all.jsonl"), r"no train\.jsonl in .*data, nor \.json or \.parquet"),
-    "directory without a test file": (directory("train.jsonl"), r"no test\.jsonl in .*data, .* or give one file"),
+    "directory without a train file": (
+        directory("all.jsonl"),
+        r"no train\.jsonl, train\.json or train\.parquet in .*data; ",
+    ),
+    "directory without a test file": (
+        directory("train.jsonl"),
+        r"no test\.jsonl, .* in .*data; .* or give the path of one file",
+    ),
     "two train files": (directory("train.jsonl", "train.json"), "which is the train split\\? Give one of them"),
     "broken saved data set": (
         lambda folder: content(b"{}", "dataset_info.json")(folder).parent,
@@ -102,10 +108,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nested beyond reason": (after_good(b"[" * 100_000), AT_2 + "not JSON"),
     "a list, not an object": (after_good([GOOD]), AT_2 + "a list, but each line must be one JSON object"),
     # rows
-    "unknown fields": (lines({"story": "x"}), r"rows\.jsonl:1: fields \['story'\] are no known schema; a row has "),
-    "another schema half-way": (after_good(S1K), AT_2 + r"no field 'prompt'|" + AT_2 + "fields"),
-    "field missing": (after_good({"prompt": "q"}), AT_2 + r"(no field 'response'|fields \['prompt'\])"),
-    "field null": (after_good(GOOD | {"response": None}), AT_2 + r"(no field 'response'|fields \['prompt'\])"),
+    "unknown fields": (lines({"story": "x"}), r"rows\.jsonl:1: fields \['story'\] match no known schema; a row needs "),
+    "another schema half-way": (after_good(S1K), AT_2 + r"no field 'prompt'|" + AT_2 + "a chat record needs"),
+    "field missing": (
+        after_good({"prompt": "q"}),
+        AT_2 + r"(no field 'response'|a chat record needs .* fields \['prompt'\])",
+    ),
+    "field null": (
+        after_good(GOOD | {"response": None}),
+        AT_2 + r"(no field 'response'|a chat record needs .* fields \['prompt'\])",
+    ),
     "field a number": (after_good(GOOD | {"response": 3}), AT_2 + "'response' must be a string, not int 3"),
     "empty answer": (after_good(GOOD | {"response": " \n"}), AT_2 + "'response' is empty"),
     "empty prompt": (after_good(GOOD | {"prompt": ""}), AT_2 + "'prompt' is empty"),
@@ -126,7 +138,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lines(*({"prompt": f"{n}" * 60, "response": "a"} for n in range(9))),
         "no row fits into max_length=32",
     ),
-    "one prompt, nothing to hold out": (lines(GOOD, GOOD), r"rows\.jsonl has one prompt only, so no test split"),
+    "one prompt, nothing to hold out": (lines(GOOD, GOOD), r"rows\.jsonl has only one prompt, so no test split"),
 }
 
 

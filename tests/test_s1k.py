@@ -188,7 +188,7 @@ def test_the_share_held_out(tmp_path: Path) -> None:
         options = ReadOptions(held_out=share)
         sizes[share] = len(open_source(file, "train", options=options))
     assert sizes[0.0] == 200 > sizes[0.05] > 180 and 70 < sizes[0.5] < 130
-    with pytest.raises(ValueError, match=r"all for training \(held_out=0\)"):
+    with pytest.raises(ValueError, match=r"used for training only \(held_out=0\)"):
         open_source(file, "test", options=ReadOptions(held_out=0))
     with pytest.raises(ValueError, match=r"held_out=1.0 is outside \[0, 1\)"):
         ReadOptions(held_out=1.0)
@@ -237,7 +237,7 @@ def test_a_hub_id_is_downloaded_only_when_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConnectionError, match="no data set of this name could be had.*give the path"):
+    with pytest.raises(ConnectionError, match="no data set of this name could be loaded.*give the path"):
         open_source("somebody/surely-not-there")
 
 
@@ -282,7 +282,7 @@ def test_broken_files(tmp_path: Path) -> None:
     assert len(rows) == 1
     assert [note.split(": ")[0] for note in rows.intake.bad] == [f"{file}:{line}" for line in (1, 2, 4)]
     write_lines(file, [{"x": 1}, {"y": 1}])
-    with pytest.raises(ValueError, match=r"no row is left, 2 are bad.*lines\.jsonl:1: fields \['x'\]"):
+    with pytest.raises(ValueError, match=r"no row is left; 2 rows are bad.*lines\.jsonl:1: fields \['x'\]"):
         read_rows(file, skip)
     # What follows a break cannot be read, so these are fatal whatever is asked.
     file = tmp_path / "list.json"
@@ -409,7 +409,7 @@ def test_a_report_of_nothing_and_settings_that_cannot_be(ten: Path) -> None:
         EncodeOptions(length_policy="left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="answer_format='s2' is not one of s1, d1"):
         ReadOptions(answer_format="s2")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="are not the response"):
+    with pytest.raises(ValueError, match="do not make up the response"):
         Row(prompt="p", response="other", pieces=read_rows(ten)[0].pieces)
 
 

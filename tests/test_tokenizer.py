@@ -106,7 +106,7 @@ def test_load_refuses(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").unlink()
     (tmp_path / "byte_tokenizer.json").write_text(json.dumps({"kind": "bytes", "version": 2}))
-    with pytest.raises(ValueError, match="this version knows only"):
+    with pytest.raises(ValueError, match="this version reads only"):
         load_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""From text to arrays: rows, sources of rows, their tokens, and batches of them. Nothing here imports jax."""
+"""Reads text as rows, turns rows into tokens, and lays tokens out in batches. This package does not import jax."""
 
 from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook

@@ -1,6 +1,6 @@
-"""Rows of text become rows of tokens, are cut by a length policy, and are laid out as a batch.
+"""Turns rows of text into rows of tokens, cuts them by a length policy, and lays them out as a batch.
 
-The order within a row is prompt, response, end token, padding. Which tokens are masked is drawn later, by the objective.
+The order within a row is prompt, response, end token, padding. The objective draws later which tokens are masked.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,18 @@ from dream_jax.tokenizer import Tokenizer, turn_text
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt, answer and end token longer than max_length"
 ALL_PROMPT = "prompt alone fills max_length"
+_TURNS_CHANGE = 'the chat template changes earlier turns when a turn is added; use learned_turns="last" with it'
 
 
 Kind = Literal["prompt", "learned", "text", "trace", "mark", "opening", "end"]
 
 
 class TokenPiece(NamedTuple):
-    """Consecutive tokens of one kind, and their number.
+    """Describes consecutive tokens of a row that have one kind.
 
     kind: "prompt" is given and never masked; "learned" is an earlier assistant turn that is learned; "end" is the end
-    token; the others are those of `Piece`.
+    token; for the other kinds see `Piece`.
+    length: number of tokens, 0 or more.
     """
 
     kind: Kind
@@ -35,10 +37,11 @@ class TokenPiece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """A row as tokens, without padding.
+    """The tokens of one row, without padding.
 
-    tokens: int32 [n], the prompt, the response and the end token.
-    pieces: what the tokens are, in their order. The last is always the end; its length is 0 where it was cut off.
+    tokens: int32 [n], token ids of the prompt, the response and the end token.
+    pieces: the kinds of the tokens, in the order of the tokens; the lengths sum to n. The last piece is always the end
+    token; its length is 1, or 0 if the end token was cut off.
     """
 
     tokens: np.ndarray
@@ -46,12 +49,12 @@ class TokenRow:
 
     @property
     def length(self) -> int:
-        """Number of tokens, end token included."""
+        """Number of tokens of the row, including the end token."""
         return len(self.tokens)
 
     @property
     def prompt_length(self) -> int:
-        """Number of tokens before the response, those of earlier turns included."""
+        """Number of tokens before the response, including those of earlier turns."""
         return sum(piece.length for piece in self.pieces if piece.kind in ("prompt", "learned"))
 
     @property
@@ -61,16 +64,16 @@ class TokenRow:
 
     @property
     def whole(self) -> bool:
-        """Whether the end token, and so all of the answer, is there."""
+        """Whether the row has its end token, and therefore its complete answer."""
         return self.pieces[-1].length > 0
 
     @property
     def learned(self) -> np.ndarray:
-        """Which tokens may be masked and are learned: bool [n], false on what is given."""
+        """Bool [n]: true for tokens that may be masked and are learned, false for tokens that are given."""
         return np.repeat([piece.kind != "prompt" for piece in self.pieces], [piece.length for piece in self.pieces])
 
     def fit(self, max_length: int, policy: LengthPolicy) -> "TokenRow | str":
-        """The row cut to at most `max_length` tokens as the policy says, or the reason why the policy drops it."""
+        """Returns the row, cut by the policy to at most `max_length` tokens, or the reason why the policy drops it."""
         surplus = self.length - max_length
         if surplus <= 0:
             return self
@@ -95,17 +98,17 @@ class TokenRow:
 
 
 def token_row(row: Row, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()) -> TokenRow:
-    """All tokens of a row, without those that the policy "answer_only" leaves out.
+    """Returns all tokens of a row. Only the policy "answer_only" leaves tokens out here, those of the trace.
 
-    The prompt and each piece of the response are tokenised apart, so that no token straddles them; text in either never
-    becomes a special token.
-    Raises: ValueError for a prompt without a token: position 0 has no left neighbour to be predicted from, so it must
-    be of the prompt.
+    The prompt and each piece of the response are tokenised separately, so no token contains text of two pieces. Text in
+    the prompt or the answer that looks like a special token is encoded as plain text.
+    Raises: ValueError if the prompt has no token. Each token is predicted from the position on its left, so position 0
+    cannot be predicted and must belong to the prompt.
     """
     pieces = _prompt_pieces(row, tokenizer, options)
     if not any(ids for _, ids in pieces):
         raise ValueError(
-            f"a row with an empty prompt (response {row.response!r:.60}, {dict(row.meta)}): give it at least one token"
+            f"a row has an empty prompt (response {row.response!r:.60}, {dict(row.meta)}): give it at least one token"
         )
     for kind, text in row.pieces or (Piece("text", row.response),):
         if options.length_policy == "answer_only" and kind in ("trace", "opening"):
@@ -121,7 +124,7 @@ def token_row(row: Row, tokenizer: Tokenizer, options: EncodeOptions = EncodeOpt
 def encode_row(
     row: Row, tokenizer: Tokenizer, max_length: int, options: EncodeOptions = EncodeOptions()
 ) -> TokenRow | None:
-    """At most `max_length` tokens of a row, or None if the length policy drops it. Raises as `token_row` does."""
+    """Returns at most `max_length` tokens of a row, or None if the length policy drops it. Raises like `token_row`."""
     found = token_row(row, tokenizer, options).fit(max_length, options.length_policy)
     return None if isinstance(found, str) else found
 
@@ -135,14 +138,15 @@ def lay_out(
     row_B: np.ndarray | None = None,
     hides: bool = True,
 ) -> Batch[np.ndarray]:
-    """The rows as a batch of `width` tokens each.
+    """Returns the rows as a batch of `width` tokens each.
 
-    The response of row i takes `regions[i]` positions at the end of its row: a longer one is cut, a shorter one is padded,
-    and padding is attended to, maskable and learned: that is how the model learns to stop. What the width leaves over
-    lies before the prompt and is not valid: behind the row, the weights of the loss would count it as context.
+    The response of row i takes the last `regions[i]` positions of its row. A longer response is cut; a shorter one is
+    padded with `pad_id`. The padding is attended to, maskable and learned, because it teaches the model to stop.
+    Positions that neither prompt nor response needs are on the left of the prompt and are not valid; on the right of
+    the response the loss weights would count them as context.
 
-    row_B: numbers of the rows within the global batch; by default 0, 1, 2, ...
-    hides: whether the batch says which positions are valid. Without it `valid_BT` is None, and rows must fill the width.
+    row_B: int32 [B], indices of the rows in the global batch; by default 0, 1, 2, ...
+    hides: whether the batch says which positions are valid. If false, `valid_BT` is None, and rows must fill the width.
     """
     shape = (len(rows), width)
     tokens_BT = np.full(shape, pad_id, dtype=np.int32)
@@ -162,7 +166,7 @@ def lay_out(
 
 
 def _prompt_pieces(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list[tuple[Kind, list[int]]]:
-    """Kinds and token ids of what comes before the response."""
+    """Returns the kind and the token ids of each piece before the response."""
     if row.document:
         return [("prompt", [tokenizer.bos_id])]
     if isinstance(row.prompt, str):
@@ -178,16 +182,16 @@ def _prompt_pieces(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> li
             head = tokenizer.chat(row.prompt[:index], tools=row.tools)
             closed = tokenizer.chat(row.prompt[: index + 1], add_generation_prompt=False, tools=row.tools)
             if head[: len(done)] != done or closed[: len(done)] != done:
-                raise ValueError("the chat template rewrites earlier turns: learn the last turn only")
+                raise ValueError(_TURNS_CHANGE)
             pieces.append(("prompt", head[len(done) :]))
-            # The turn is tokenised apart, like the last response, so that no token straddles what is given and what is
-            # learned. The tokens that close the turn are given: the model ends its own answers with end-of-text.
+            # The turn is tokenised separately, like the last response, so that no token is partly given and partly
+            # learned. The tokens that close the turn are given, because the model ends its answers with end-of-text.
             pieces.append(("learned", tokenizer.encode(turn_text(turn))))
             last = len(closed) - 1 - closed[::-1].index(tokenizer.im_end_id)
             pieces.append(("prompt", closed[last:]))
             done = closed
         if whole[: len(done)] != done:
-            raise ValueError("the chat template rewrites earlier turns: learn the last turn only")
+            raise ValueError(_TURNS_CHANGE)
         return [*pieces, ("prompt", whole[len(done) :])]
     except ValueError as error:
         raise ValueError(f"{row.meta.get('where', 'a row')}: {error}") from error

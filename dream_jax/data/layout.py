@@ -1,7 +1,7 @@
-"""Which rows make up each batch, how wide it is and how long their responses are: by arithmetic on lengths alone.
+"""Decides for each batch which rows it contains, its width in tokens, and how many positions each response gets.
 
-Everything is a function of the number of the batch. Nothing is carried from one batch to the next, so a run resumes
-exactly, and every process computes the same plan.
+The plan of a batch depends only on the index of the batch (0, 1, ...), the seed, the options and the lengths of the
+rows. Therefore a run resumes exactly, and every process computes the same plan.
 """
 
 import hashlib
@@ -16,15 +16,16 @@ from dream_jax.data.lengths import RowLengths
 from dream_jax.data.options import BatchOptions
 
 WINDOW = 16
-"""Batches whose rows are sorted by length together, where widths differ."""
+"""Number of consecutive batches whose rows are sorted by length as one group. Used only with `width_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """One global batch, or some rows of it.
+    """The plan of one global batch, or of some of its rows.
 
-    rows: which of the kept rows, int64 [B]. width: tokens a row. regions: number of positions of each response, its
-    padding included, int64 [B]; the positions that prompt and response leave over are hidden.
+    rows: int64 [B], indices into the rows that the length policy keeps. width: number of tokens of each row.
+    regions: int64 [B], number of positions of each response including its padding. The other positions of the width,
+    which belong to neither the prompt nor the response, are on the left and are hidden from attention.
     """
 
     rows: np.ndarray
@@ -34,12 +35,14 @@ class BatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What a run will see, counted over its first `batches`: all of them, or enough for shares.
+    """Statistics of the batches of a run. Except steps and epochs, they are counted over its first `batches` batches.
 
-    epochs: times that the whole run goes over the rows kept. supervised: positions that can be masked;
-    eos_share: of these, how many are end-of-text. padding_share: of all positions, how many hold no token of a prompt
-    or a response with its end; hidden_share: how many of all belong to no row, though they are computed.
-    whole_share: rows that keep their whole answer and its end token. widths: tokens a row -> batches.
+    steps: number of batches of the whole run. epochs: how many times the whole run reads each kept row, on average.
+    batches: number of batches that were counted; fewer than `steps` for a long run. supervised: number of positions
+    that can be masked. All shares are in [0, 1]. eos_share: end-of-text tokens / supervised positions. padding_share:
+    positions without a token of a prompt or of a response with its end token / all positions. hidden_share: positions
+    that are hidden from attention, but still computed / all positions. whole_share: rows with their complete answer and
+    end token / all rows. widths: width in tokens, as a string -> number of batches of this width.
     """
 
     steps: int
@@ -53,7 +56,7 @@ class Outlook:
     widths: dict[str, int]
 
     def lines(self) -> list[str]:
-        """The outlook as text."""
+        """Returns the statistics as lines of text for the console, with warnings."""
         of = "" if self.batches == self.steps else f", over the first {self.batches} steps"
         widths = ", ".join(f"{width} tokens: {count}" for width, count in self.widths.items())
         warnings = []
@@ -65,13 +68,13 @@ class Outlook:
             f"{self.steps} steps, {self.epochs:.2f} epochs{of}:",
             f"end-of-text is {self.eos_share:.1%} of the supervised tokens, padding {self.padding_share:.1%} of all "
             f"positions ({self.hidden_share:.1%} hidden)",
-            f"answers whole in their batch: {self.whole_share:.1%}; batches by width: {widths}",
+            f"answers that are complete in their batch: {self.whole_share:.1%}; number of batches by width: {widths}",
             *warnings,
         ]
 
 
 class BatchPlanner:
-    """Decides for each batch which rows it has, its width, and the length of their responses."""
+    """Decides for each batch which rows it contains, its width, and the length of each response."""
 
     def __init__(
         self,
@@ -83,21 +86,26 @@ class BatchPlanner:
         seed: int,
         options: BatchOptions,
     ):
-        """See `plan`.
+        """Stores the lengths and the options from which `plan` computes.
 
-        lengths: of the rows kept. stream: position (0, 1, 2, ...) -> index of a row kept; its first batch_size positions
-        are the first batch, and so on.
+        lengths: the lengths of the rows that the length policy keeps. stream: maps a position in the endless, shuffled
+        stream of rows (0, 1, 2, ...) to the index of a kept row; batch b has the positions b * batch_size to
+        (b + 1) * batch_size - 1. batch_size: rows of a global batch. max_length: the largest width, in tokens.
         """
         self._lengths, self._stream = lengths, stream
         self._batch_size, self._max_length, self._seed, self._options = batch_size, max_length, seed, options
         self._window = lru_cache(maxsize=8)(self._sorted_window)
-        # Where rows change no other row of their batch, a process need not look at those of the others.
+        # If no row affects the width or the response lengths of the other rows of its batch, a process plans only its
+        # own rows and does not need the rows of the other processes.
         self._independent = options.width_step is None and not options.cut_responses and options.tail_cut == 0
-        # Reading and the outlook ask for the same batches: each is planned once.
+        # The data reader and `outlook` ask for the plans of the same batches, so the plans are cached.
         self._planned = lru_cache(maxsize=16)(self._plan)
 
     def plan(self, batch: int, rows: Sequence[int] | range | None = None) -> BatchPlan:
-        """Batch number `batch`, from 0; of it the given `rows`, each in 0..batch_size-1, or all."""
+        """Returns the plan of the batch with the index `batch` (from 0).
+
+        rows: indices of rows within the batch, each in 0..batch_size-1; the plan has only these rows. None means all.
+        """
         chosen = range(self._batch_size) if rows is None else rows
         if self._independent:
             numbers = np.array([self._stream(batch * self._batch_size + row) for row in chosen], dtype=np.int64)
@@ -107,19 +115,22 @@ class BatchPlanner:
         return BatchPlan(rows=found.rows[index], width=found.width, regions=found.regions[index])
 
     def outlook(self, steps: int, most: int = 20_000) -> Outlook:
-        """What the first `steps` batches hold; counted over four epochs or `most` rows, and at least one batch."""
+        """Returns statistics of the first `steps` batches.
+
+        They are counted over at most four epochs and at most `most` rows, but over at least one batch.
+        """
         rows = min(4 * len(self._lengths.prompt), most)
         count = min(steps, max(rows // self._batch_size, 1))
         supervised = end_tokens = filled = valid = whole_rows = positions = 0
         widths: Counter[int] = Counter()
         for batch in range(count):
             plan = self.plan(batch)
-            of = RowLengths(*(column[plan.rows] for column in self._lengths))
-            supervised += int((plan.regions + of.learned).sum())
-            end_tokens += int((plan.regions - np.minimum(of.text, plan.regions)).sum())
-            filled += int((of.prompt + np.minimum(of.response, plan.regions)).sum())
-            valid += int((of.prompt + plan.regions).sum())
-            whole_rows += int(((of.whole > 0) & (plan.regions >= of.response)).sum())
+            lengths = RowLengths(*(column[plan.rows] for column in self._lengths))
+            supervised += int((plan.regions + lengths.learned).sum())
+            end_tokens += int((plan.regions - np.minimum(lengths.text, plan.regions)).sum())
+            filled += int((lengths.prompt + np.minimum(lengths.response, plan.regions)).sum())
+            valid += int((lengths.prompt + plan.regions).sum())
+            whole_rows += int(((lengths.whole > 0) & (plan.regions >= lengths.response)).sum())
             positions += len(plan.rows) * plan.width
             widths[plan.width] += 1
         return Outlook(
@@ -136,7 +147,8 @@ class BatchPlanner:
 
     def _plan(self, batch: int) -> BatchPlan:
         size, options = self._batch_size, self._options
-        # Sorted rows are of one length: cutting all to the length of one of them would take nothing but every end.
+        # `cut_responses` needs rows in random order: if rows of nearly equal length were put together, cutting all of
+        # them to the text length of one row would remove little more than their end tokens.
         if options.width_step is None or options.cut_responses:
             rows = np.array([self._stream(batch * size + row) for row in range(size)], dtype=np.int64)
         else:
@@ -146,7 +158,8 @@ class BatchPlanner:
         if options.cut_responses:
             most = max(int(self._lengths.text[rows[self._draw("cut", batch) % size]]), 1)
             response = np.minimum(response, most)
-        # Without a limit a row is filled to the batch's width, which its longest row decides.
+        # Without `eos_tail` or `cut_responses` every row is padded to the width of the batch, so the width is that of
+        # the longest row.
         limited = options.eos_tail is not None or most is not None
         width = self._width((prompt + self._regions(rows, self._max_length, most)) if limited else prompt + response)
         regions = self._regions(rows, width, most)
@@ -157,7 +170,7 @@ class BatchPlanner:
         return BatchPlan(rows=rows, width=width, regions=regions)
 
     def _regions(self, rows: np.ndarray, width: int, most: int | None = None) -> np.ndarray:
-        """Number of positions of each response, its padding included, in batches of this width."""
+        """Returns int64 [B]: the positions of each response with its padding, at this width, up to `most` if given."""
         regions = width - self._lengths.prompt[rows]
         if most is not None:
             regions = np.minimum(regions, most)
@@ -166,12 +179,15 @@ class BatchPlanner:
         return regions
 
     def _width(self, needed: np.ndarray) -> int:
-        """The width of a batch whose rows need so many positions."""
+        """Returns the width in tokens of a batch; `needed`, int64 [B], is the number of positions each row needs."""
         step = self._options.width_step
         return self._max_length if step is None else min(-(-int(needed.max()) // step) * step, self._max_length)
 
     def _sorted_window(self, window: int) -> list[np.ndarray]:
-        """The rows of WINDOW batches, like lengths together, the batches in an order drawn for this window."""
+        """Returns the rows of each of WINDOW batches, int64 [B] each.
+
+        Rows of similar length are in the same batch. The order of the batches is random and drawn for each window.
+        """
         size = WINDOW * self._batch_size
         rows = np.array([self._stream(window * size + index) for index in range(size)], dtype=np.int64)
         rows = rows[np.argsort(self._lengths.prompt[rows] + self._lengths.response[rows], kind="stable")]
@@ -180,6 +196,9 @@ class BatchPlanner:
         return [batches[index] for index in order]
 
     def _draw(self, what: str, number: int) -> int:
-        """A number drawn evenly from [0, 2**64): of a hash, since generators may change their streams between versions."""
+        """Returns a uniform random integer in [0, 2**64): a hash of the seed, the purpose `what` and `number`.
+
+        A random generator is not used, because its output may change between versions of numpy.
+        """
         key = f"{self._seed}/{what}/{number}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"dream_jax.batch").digest(), "little")

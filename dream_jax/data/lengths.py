@@ -1,4 +1,4 @@
-"""The tokens of the rows of a source, each row tokenised once, and how many rows fit into a given length."""
+"""Tokenises the rows of a source, each row once, and reports how many rows fit into a given length."""
 
 import hashlib
 from collections import Counter
@@ -15,10 +15,11 @@ from dream_jax.tokenizer import Tokenizer
 
 
 class TokenizedRows:
-    """The rows of a source as uncut tokens, by number.
+    """The rows of a source as tokens, before any cut: `rows[i]` is the `TokenRow` of row i.
 
-    A row that was measured, or returned by `keep`, stays in memory (4 bytes a token) and is not tokenised again. All other
-    rows are those of a source of uniform length, such as generated puzzles; they are tokenised each time they are read.
+    A row that was measured, or returned by `keep`, stays in memory (4 bytes per token) and is not tokenised again. Rows
+    that are not in memory belong to a source of uniform length, such as generated puzzles; they are tokenised each time
+    they are read.
     """
 
     def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
@@ -33,31 +34,36 @@ class TokenizedRows:
         return token_row(self.source[number], self.tokenizer, self.options) if kept is None else kept
 
     def keep(self, number: int) -> TokenRow:
-        """Row `number`, which is kept from now on."""
+        """Returns row `number` and keeps it in memory from now on."""
         self._kept[number] = self[number]
         return self._kept[number]
 
     def fit(self, row: TokenRow, max_length: int) -> TokenRow | str:
-        """The row under the length policy of the options; see `TokenRow.fit`."""
+        """Returns `TokenRow.fit` of the row under the length policy of the options."""
         return row.fit(max_length, self.options.length_policy)
 
     def first(self, count: int, max_length: int) -> list[tuple[Row, TokenRow]]:
-        """Text and tokens of the rows of `first_numbers`, without those that the length policy drops."""
+        """Returns the text and the tokens of the rows of `first_numbers`, except rows that the length policy drops."""
         fitted = [(number, self.fit(self.keep(number), max_length)) for number in first_numbers(self.source, count)]
         return [(self.source[number], row) for number, row in fitted if isinstance(row, TokenRow)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthReport:
-    """How the rows of a source fit into max_length tokens. Lengths are those before any cut, end token included.
+    """How the rows of a source fit into max_length tokens.
 
-    total: rows of the source. measured: rows that were tokenised to learn this; the other numbers are about the
-    `measured` rows only, unless the source has a uniform length.
-    reasons: why rows were dropped. cut: rows that were kept but shortened. whole: rows kept with their whole answer and
-    its end token.
-    bad, filtered: rows that never became part of the source; see `Intake`.
-    histogram: rows by tokens, from each power of two up to the next.
-    digest: of the tokens of the measured rows, in order; another text or tokenizer has another.
+    All lengths are numbers of tokens before any cut, including the end token.
+
+    total: number of rows of the source. measured: number of rows that were tokenised for this report. The other numbers
+    count the measured rows only, except that a row of a source of uniform length counts for all rows of that source.
+    kept, dropped: number of rows that the length policy keeps and drops.
+    shortest, longest, mean: lengths of rows.
+    digest: hash of the tokens of the measured rows, in order; it changes if the text or the tokenizer changes.
+    cut: number of rows that were kept but shortened.
+    whole: number of rows that were kept with their complete answer and its end token.
+    reasons: reason why rows were dropped -> number of rows.
+    bad, filtered: rows that could not be read or that a filter left out; see `Intake`.
+    histogram: range of lengths, from each power of two up to the next ("64 to 127") -> number of rows.
     """
 
     max_length: int
@@ -77,19 +83,19 @@ class LengthReport:
     histogram: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        of = "" if self.kept + self.dropped == self.total else f" of {self.measured} measured"
+        measured = "" if self.kept + self.dropped == self.total else f" of {self.measured} measured"
         return (
-            f"{self.kept} rows kept, {self.dropped} dropped{of} ({self.total} in all) "
+            f"{self.kept} rows kept, {self.dropped} dropped{measured} ({self.total} in all) "
             f"at max_length {self.max_length}; "
             f"tokens: shortest {self.shortest}, mean {self.mean:.1f}, longest {self.longest}"
         )
 
     def plain(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """Returns the report as a dict that JSON can represent."""
         return {**asdict(self), "bad": list(self.bad)}
 
     def lines(self, shown: int = 5) -> list[str]:
-        """The report as text; at most `shown` of the bad rows are listed."""
+        """Returns the report as lines of text, which list at most `shown` of the bad rows."""
         found = [str(self)]
         found += [f"dropped: {count} rows {reason}" for reason, count in self.reasons.items()]
         found += [f"left out by a filter: {count} rows, {reason}" for reason, count in self.filtered.items()]
@@ -106,10 +112,11 @@ class LengthReport:
 
 
 class RowLengths(NamedTuple):
-    """Numbers of tokens of each row that is kept: int64 [n] each.
+    """Numbers of tokens of each of the n rows that the length policy keeps, after the cut: int64 [n] each.
 
-    prompt: before the response. response: what is kept of it, end token included. text: the response without its end
-    token. learned: of the prompt, those of earlier turns that are learned. whole: 1 where the end token is there.
+    prompt: tokens before the response. response: tokens of the response, including its end token. text: tokens of the
+    response without its end token. learned: tokens of the prompt that belong to learned earlier turns. whole: 1 if the
+    row has its end token, else 0.
     """
 
     prompt: np.ndarray
@@ -120,10 +127,10 @@ class RowLengths(NamedTuple):
 
 
 def length_report(rows: TokenizedRows, max_length: int, limit: int | None = None) -> LengthReport:
-    """Tokenises the rows, or `limit` of them evenly spread, and says how many fit.
+    """Tokenises the rows, or `limit` evenly spaced ones, and reports how many of them fit.
 
-    Of a source of uniform length only the first row is tokenised.
-    Raises: ValueError when no row fits, with the shortest, the longest and what to do; or for no rows.
+    If the source has a uniform length, only its first row is tokenised.
+    Raises: ValueError if `limit` is below 1, if the source has no rows, or if no row fits into max_length.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be at least 1, or None for all rows")
@@ -134,32 +141,35 @@ def length_report(rows: TokenizedRows, max_length: int, limit: int | None = None
 
 
 def longest_row(rows: TokenizedRows) -> int:
-    """Tokens of the longest row, up to 2048. Raises as `length_report` does."""
+    """Returns the number of tokens of the longest row, but at most 2048. Raises like `length_report`."""
     return min(length_report(rows, 2048).longest, 2048)
 
 
 def fitting_rows(rows: TokenizedRows, max_length: int) -> tuple[np.ndarray | range, RowLengths, LengthReport]:
-    """Numbers of the rows that the length policy keeps, ascending, their lengths, and the report.
+    """Returns the indices of the rows that the length policy keeps, ascending, their lengths, and the report.
 
-    All rows are tokenised, except that of a source of uniform length, also within a mixture, only the first is.
-    Raises: as `length_report` does.
+    All rows are tokenised; but in a source of uniform length, also inside a mixture, only the first row is.
+    Raises: ValueError if the source has no rows, or if no row fits into max_length.
     """
     numbers, stands_for = _to_measure(rows.source)
     kept, lengths, report = _measure(rows, numbers, stands_for, max_length)
-    if len(numbers) == 1:  # a source of uniform length may have a million rows: none of these takes memory for each
+    if len(numbers) == 1:  # A source of uniform length may have a million rows; these values need no memory per row.
         every = range(len(rows))
         return every, RowLengths(*(np.broadcast_to(column, len(rows)) for column in lengths)), report
     counts = stands_for[kept]
     lengths = RowLengths(*(np.repeat(column, counts) for column in lengths))
     if report.dropped == 0:
         return range(len(rows)), lengths, report
-    # Where a measured row stands for several, those that follow it are numbered on from it.
+    # A measured row that represents several rows represents those with the indices that follow its own.
     first = np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(numbers[kept], counts) + np.arange(len(first)) - first, lengths, report
 
 
 def _to_measure(source: RowSource) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows to tokenise, and for how many rows, from itself on, each of them stands: int64 [n] both."""
+    """Returns two int64 [n]: the indices of the rows to tokenise, and how many rows each represents.
+
+    A row represents itself and the rows whose indices follow its own.
+    """
     if len(source) == 0:
         raise ValueError("the source has no rows")
     if isinstance(source, Mixture):
@@ -174,7 +184,7 @@ def _to_measure(source: RowSource) -> tuple[np.ndarray, np.ndarray]:
 def _measure(
     rows: TokenizedRows, numbers: np.ndarray, stands_for: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, RowLengths, LengthReport]:
-    """Measures the rows of these numbers, each of which counts for as many rows as it stands for.
+    """Measures the rows with the indices `numbers`, each of which represents `stands_for` rows; int64 [n] each.
 
     Returns the indices into `numbers` of the rows that are kept, their lengths, and the report.
     """
@@ -201,8 +211,8 @@ def _measure(
     shortest, longest = int(full.min()), int(full.max())
     if not kept:
         raise ValueError(
-            f"no row fits into {max_length=}: of {len(numbers)} measured the shortest has {shortest} tokens, "
-            f"the longest {longest}; raise max_length to {shortest} at the least, {longest} to keep all"
+            f"no row fits into {max_length=}: of {len(numbers)} measured rows the shortest has {shortest} tokens, "
+            f"the longest {longest}; raise max_length to at least {shortest}, or to {longest} to keep all rows"
         )
     intake = rows.source.intake
     report = LengthReport(
@@ -226,7 +236,7 @@ def _measure(
 
 
 def _histogram(lengths: np.ndarray, stands_for: np.ndarray) -> dict[str, int]:
-    """Number of rows from each power of two of tokens up to the next."""
+    """Returns the number of rows for each range of lengths, from each power of two up to the next."""
     powers = np.floor(np.log2(lengths)).astype(int)
     return {
         f"{2**power} to {2 ** (power + 1) - 1}": int(stands_for[powers == power].sum())

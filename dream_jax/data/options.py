@@ -1,31 +1,32 @@
-"""Options of how text is read, tokenised and laid out in batches: frozen, checked, and all with a default."""
+"""Defines the options for reading text, tokenising it and laying it out in batches; all are validated."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 AnswerFormat = Literal["s1", "d1"]
-"""How a trace and an answer become one response; see `dream_jax.data.schemas.reasoning`."""
+"""The format that joins a trace and an answer into one response; see `dream_jax.data.schemas.reasoning`."""
 
 LengthPolicy = Literal["filter", "right", "middle", "answer_only"]
-"""What is done with a row of more than max_length tokens.
+"""What happens to a row of more than max_length tokens.
 
-filter: it is dropped. right: its end is cut off, the end token first. middle: the end of its trace is cut out, so that
-prompt, answer and end token stay whole; the row is dropped if these alone do not fit, or if it has no trace. answer_only:
-every row, long or short, loses its trace, and a row that still does not fit is dropped.
+filter: the row is dropped. right: tokens are cut off at the right end of the row; the end token is cut first. middle:
+the last tokens of the trace are cut out, and prompt, answer and end token stay complete; the row is dropped if these do
+not fit, or if it has no trace. answer_only: the trace of every row is left out, whatever its length, and a row that
+still does not fit is dropped.
 """
 
 LearnedTurns = Literal["last", "all"]
-"""Which assistant turns of a chat are learned: the last, or all of them."""
+"""Which assistant turns of a chat the model learns: only the last one, or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How files become rows.
+    """Options for reading rows from files.
 
-    answer_format: of rows with a reasoning trace.
-    only_correct: keep only rows that say deepseek_grade "Yes" (s1K-1.1); a file without the field is refused.
-    skip_bad: rows that cannot be read are left out and listed, rather than fatal.
-    held_out: share of the prompts that makes the test split of data that has none; with 0 all of it is for training.
+    answer_format: the format of responses with a reasoning trace.
+    only_correct: keep only rows with deepseek_grade "Yes" (s1K-1.1); a row without this field raises ValueError.
+    skip_bad: leave out rows that cannot be read and list them in `Intake`, instead of raising ValueError.
+    held_out: share of the prompts, in [0, 1), that becomes the test split if the data has none; 0: all rows are train.
     """
 
     answer_format: AnswerFormat = "s1"
@@ -41,7 +42,11 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How a row becomes tokens."""
+    """Options for turning rows of text into tokens.
+
+    length_policy: what happens to a row of more than max_length tokens.
+    learned_turns: which assistant turns of a chat the model learns.
+    """
 
     length_policy: LengthPolicy = "filter"
     learned_turns: LearnedTurns = "last"
@@ -53,18 +58,19 @@ class EncodeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How rows are laid out in a batch.
+    """Options for laying out rows in a batch.
 
-    eos_tail: the largest number of end-of-text tokens after a row's own end token; None fills the row with them. They
-      are attended to, maskable and learned like the published padding; the row ends where they end.
-    cut_responses: Dream's `random_with_input_pad`: all rows of a batch get the response length of one of its rows, which
-      is drawn anew for each batch (without the end token, which the published count leaves out). Longer responses lose
-      their ends, shorter ones are padded to this length.
-    tail_cut: Dream's `resp_cutoff_ratio`: probability that a batch loses a random tail, the same number of tokens in
-      every row, that leaves each at least one token to learn.
-    width_step: pad a batch to the next multiple of this that holds its longest row, rather than to max_length, and put
-      rows of like length together (not under cut_responses, which needs rows of different lengths). Every width that
-      occurs is compiled once.
+    eos_tail: maximum number of end-of-text tokens after the end token of a row, 0 or more. They are attended to,
+      maskable and learned, like the padding of the published code. None: they fill the row.
+    cut_responses: Dream's `random_with_input_pad`. For each batch one of its rows is drawn at random, and all rows get
+      the response length of that row, without its end token, as in the published code. Longer responses lose their
+      ends; shorter ones are padded to this length.
+    tail_cut: Dream's `resp_cutoff_ratio`, in [0, 1]: the probability that a random number of tokens is cut off at the
+      right end of a batch, the same number in every row. Each response keeps at least one position.
+    width_step: pad a batch to the smallest multiple of this number of tokens that holds its longest row, instead of to
+      max_length, and put rows of similar length into the same batch (not with cut_responses, which needs rows of
+      different lengths). The train step is compiled once for each width that occurs. None: all batches have the
+      width max_length.
     """
 
     eos_tail: int | None = None
@@ -82,7 +88,7 @@ class BatchOptions:
 
     @property
     def hides(self) -> bool:
-        """Whether rows may be shorter than their batch, so that a batch says which of its positions are valid."""
+        """Whether rows may be shorter than the width of their batch, so that a batch needs `valid_BT`."""
         return self.eos_tail is not None or self.cut_responses or self.tail_cut > 0
 
 

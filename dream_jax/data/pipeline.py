@@ -1,8 +1,9 @@
-"""Batches for training: shuffled, divided among processes, resumable.
+"""Makes the batches for training: shuffled, divided among processes, and resumable.
 
-The stream of rows is one for all processes: shuffled anew every epoch, without an end, and row k*batch_size + r of it is
-row r of global batch k (rows of like length may change their order within a few batches, see `dream_jax.data.layout`).
-Process p of P reads every P-th row from p on, so the global batches do not depend on P.
+All processes have the same endless stream of rows, which is shuffled again in every epoch. Row k * batch_size + r of
+the stream is row r of global batch k. (With `width_step`, rows also move within groups of a few batches, so that rows
+of similar length are together; see `dream_jax.data.layout`.) Process p of P reads the rows p, p + P, p + 2 P, ... of
+each global batch, so the global batches do not depend on P.
 """
 
 import bisect
@@ -23,9 +24,10 @@ _FOR_EVER = 2**62
 
 
 class Batches:
-    """An endless iterator over the batches of one process, made by `make_batches`.
+    """An endless iterator over the batches of one process, as `make_batches` returns it.
 
-    Use it in a `with` block, or call `close`. report: how many rows of the source fit.
+    Use it in a `with` block, or call `close` at the end.
+    report: the `LengthReport` of the source: how many of its rows fit into max_length.
     """
 
     def __init__(
@@ -47,14 +49,17 @@ class Batches:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The position in the stream, from which the next batch follows, as JSON.
+        """Returns the position in the stream, before the next batch, as a dict that JSON can represent.
 
-        It is the same on every process, and serves another number of processes as well.
+        It is the same on every process, and can also be restored with another number of processes.
         """
         return {"grain": self._iterator.get_state(), "of": dict(self._identity)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to the position of `state`. Raises ValueError, with what differs, for another stream."""
+        """Moves to the position of `state`, a result of `get_state`.
+
+        Raises: ValueError if `state` is of a stream with other settings, text or tokenizer; the message lists them.
+        """
         if state["of"] != self._identity:
             names = sorted(state["of"].keys() | self._identity.keys())
             differences = [
@@ -63,17 +68,17 @@ class Batches:
                 if state["of"].get(name) != self._identity.get(name)
             ]
             raise ValueError(
-                f"the saved position is in another stream of data: {'; '.join(differences)}. "
+                f"the saved position belongs to another stream of data: {'; '.join(differences)}. "
                 "Resume with the old settings, text and tokenizer"
             )
         self._iterator.set_state(state["grain"])
 
     def outlook(self, steps: int) -> Outlook:
-        """What a run of so many steps from the beginning will see: shares of padding and of end tokens, epochs."""
+        """Returns statistics of the first `steps` batches, such as epochs and the share of padding."""
         return self._planner.outlook(steps)
 
     def close(self) -> None:
-        """Stops the reading threads. It may be called twice; `next` raises ValueError afterwards."""
+        """Stops the reading threads. Further calls do nothing; `next` raises ValueError afterwards."""
         self._iterator.close()
 
     def __enter__(self) -> Self:
@@ -95,29 +100,30 @@ def make_batches(
     prefetch: int = 4,
     options: BatchOptions = BatchOptions(),
 ) -> Batches:
-    """An endless iterator over the batches of one process.
+    """Returns an endless iterator over the batches of one process.
 
-    Each holds batch_size / process_count rows, of which local row j is row j * process_count + process_index of the
-    global batch. Its T is max_length; under options.width_step it is the smallest multiple of the step that holds the
-    batch, or max_length. valid_BT is None unless rows may be shorter than their batch (options.hides).
+    Each batch has batch_size / process_count rows. Local row j is row j * process_count + process_index of the global
+    batch. T is max_length; with options.width_step it is the smallest multiple of the step that holds the longest row
+    of the global batch, at most max_length. valid_BT is None unless options.hides.
 
-    Every epoch is another permutation, drawn from seed (0 <= seed < 2**32), of the rows that fit; a batch may
-    straddle two epochs. In a `Mixture` every source has its own epochs, and the weights decide which source is next. Which
-    rows fit is decided here, before the rows are divided among the processes; `Batches.report` says the outcome.
-    num_threads read ahead by `prefetch` batches; with 0 the caller's thread does the work. Order and states
-    depend on neither.
-    Raises: ValueError for sizes that do not divide or are out of range, for a part of a mixture without a row that
-    fits, and as `length_report` when no row fits.
+    Every epoch is another permutation of the rows that fit; a batch may contain rows of two epochs. In a `Mixture`
+    every source has its own epochs, and the weights decide which source is next. This function measures all rows before
+    they are divided among the processes; `Batches.report` has the result.
+    seed: of the permutations and of the draws in the layout, 0 <= seed < 2**32.
+    num_threads, prefetch: number of threads, which prepare up to `prefetch` batches ahead. With 0 threads the calling
+    thread prepares each batch. The batches and the states do not depend on these two.
+    Raises: ValueError if batch_size is not a multiple of process_count, a number is out of range, a source of a mixture
+    has no row that fits, the source has no rows, or no row fits.
     """
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise ValueError(
             f"{batch_size=} must be a positive multiple of {process_count=}: "
-            "each process takes an equal part of the batch"
+            "each process takes the same number of rows of the batch"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"{process_index=} is outside 0..{process_count - 1}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"{seed=} is outside 0..2**32-1, which is what the shuffle takes")
+        raise ValueError(f"{seed=} is outside 0..2**32-1, the range of seeds of the shuffle")
     if num_threads < 0 or prefetch < 0:
         raise ValueError(f"{num_threads=} and {prefetch=} must not be negative")
     numbers, lengths, report = fitting_rows(rows, max_length)
@@ -133,17 +139,17 @@ def make_batches(
         fitted = []
         for index in plan.rows.tolist():
             row = rows.fit(rows[int(numbers[index])], max_length)
-            # If the row were dropped here, the streams of the processes would no longer agree.
+            # If one process dropped a row here, the streams of the processes would differ from then on.
             if isinstance(row, str) or row.prompt_length != lengths.prompt[index]:
                 raise ValueError(
-                    f"row {numbers[index]} has another length than when the source was measured ({max_length=}), "
-                    "though that promised one length; set its uniform_length to False"
+                    f"row {numbers[index]} has another length than was measured ({max_length=}), although its source "
+                    "has uniform_length=True; set its uniform_length to False"
                 )
             fitted.append(row)
         return lay_out(fitted, plan.regions, plan.width, rows.tokenizer.pad_id, row_B=row_B, hides=options.hides)
 
-    # A function of the number of the global batch: grain's position is then that number, whatever the number of
-    # processes. Rows are encoded a batch at a time because every transformation costs grain some 10 microseconds.
+    # grain maps over the indices of global batches, so its position is such an index and does not depend on the number
+    # of processes. A whole batch is encoded in one transformation, because each one costs grain about 10 microseconds.
     batches = grain.MapDataset.range(_FOR_EVER).map(batch)
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     identity: dict[str, int | str] = {"seed": seed, "batch_size": batch_size, "max_length": max_length}
@@ -155,18 +161,18 @@ def make_batches(
 
 
 def _stream(source: RowSource, numbers: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
-    """Position in the stream -> index into `numbers`: shuffled anew every epoch, without an end."""
+    """Returns the endless stream: position -> index into `numbers`, shuffled again in every epoch."""
     if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(numbers)).seed(seed).shuffle().repeat(None)
-    parts = []
+    sources = []
     for number, (start, stop) in enumerate(zip(source.starts, source.starts[1:], strict=False)):
         first, last = bisect.bisect_left(numbers, start), bisect.bisect_left(numbers, stop)
         if first == last:
             raise ValueError(
-                f"no row of part {number + 1} of the mixture fits; raise max_length, or leave the part out"
+                f"no row of source {number + 1} of the mixture fits; raise max_length, or leave the source out"
             )
-        # Each part has its own seed, far from the others: grain shuffles epoch e with the seed plus e.
-        part_seed = (seed + 0x9E3779B1 * number) % 2**32
-        parts.append(grain.MapDataset.range(first, last).seed(part_seed).shuffle().repeat(None))
+        # grain shuffles epoch e with seed + e, so the seeds of the sources must be far apart.
+        source_seed = (seed + 0x9E3779B1 * number) % 2**32
+        sources.append(grain.MapDataset.range(first, last).seed(source_seed).shuffle().repeat(None))
     total = sum(source.weights)
-    return grain.MapDataset.mix(parts, [weight / total for weight in source.weights])
+    return grain.MapDataset.mix(sources, [weight / total for weight in source.weights])

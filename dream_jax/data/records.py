@@ -1,7 +1,6 @@
-"""Records: objects with named fields, from JSON lines, JSON, parquet, a directory that `datasets` saved, or the hub.
+"""Reads records (objects with named fields) from JSON lines, JSON, parquet, a saved `datasets` directory, or the hub.
 
-Every record comes with where it was found, "FILE:LINE" or "FILE:row N". `datasets` and pyarrow are imported only when
-they are needed.
+Every record comes with its location, "FILE:LINE" or "FILE:row N". `datasets` and pyarrow are imported only when needed.
 """
 
 import json
@@ -11,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 Record = tuple[str, dict[str, Any]]
-"""Where it was found, and its fields."""
+"""A pair: the location where the record was found, and its fields."""
 
 OnBad = Callable[[ValueError], None] | None
-"""Is given the complaint about a record that cannot be read, and reading continues; None raises the complaint."""
+"""Called with the ValueError of a record that cannot be read; reading then continues. None: the error is raised."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves in a directory
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of these into a directory
 
 
 def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
-    """The records of one file, in order, in the format that its name ends in; .json may hold a list or lines.
+    """Returns the records of one file, in order. The end of its name decides the format; .json is a list or JSON lines.
 
-    Fields that hold null are left out: a parquet file has every column in every row.
-    Raises: FileNotFoundError; ValueError naming file and line. A file that breaks off always raises, since what follows
-    the break cannot be read.
+    Fields with the value null are left out, because a parquet file has every column in every row.
+    Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for a record that cannot be read
+    if on_bad is None, and always for a truncated list or parquet file, because its other records cannot be found.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -40,16 +39,16 @@ def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
 
 
 def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
-    """The object of every line of a UTF-8 file that is not blank.
+    """Yields the JSON object of every line of a UTF-8 file; blank lines are skipped.
 
-    Raises: FileNotFoundError; ValueError naming file and line for bytes that are not UTF-8, for a line that is not JSON
-    or no object, and for a file without any line.
+    Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for bytes that are not UTF-8, a
+    line that is not a JSON object, or a file without any line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; it should hold one JSON object a line")
     empty = True
     with path.open("rb") as file:
-        # As bytes, so that lines end at \n only and a complaint about the encoding knows its line.
+        # The file is read as bytes, so that lines end only at \n and an encoding error can name its line.
         for number, raw in enumerate(file, start=1):
             if not raw.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else None):
                 continue
@@ -67,12 +66,12 @@ def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
 
 
 def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
-    """The string `found[name]`.
+    """Returns the string `found[name]` of a record.
 
-    Raises: ValueError, beginning with `where`, if it is missing, no string, blank, or not encodable.
+    Raises: ValueError, beginning with `where`, if it is missing, not a string, blank, or not encodable as UTF-8.
     """
     if name not in found:
-        raise ValueError(f"{where}: no field {name!r}; it has {sorted(found)}")
+        raise ValueError(f"{where}: no field {name!r}; the record has the fields {sorted(found)}")
     value = found[name]
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name!r} must be a string, not {type(value).__name__} {value!r:.60}")
@@ -82,15 +81,16 @@ def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: {name!r} has half of a surrogate pair ({error}), which is no text; repair the row"
+            f"{where}: {name!r} has half of a surrogate pair ({error}), which is not text; repair the row"
         ) from error
     return value
 
 
 def split_files(directory: Path, split: str) -> list[Path]:
-    """The data files of a split in a directory: SPLIT.jsonl, .json or .parquet, or its parquet shards; [] for none.
+    """Returns the data files of a split: SPLIT.jsonl, SPLIT.json, SPLIT.parquet or the shards SPLIT-*.parquet; or [].
 
-    They may also be in its folder `data`, as in a copy of a hub repository. Raises ValueError for two formats.
+    They are in the directory or in its folder `data`, as in a copy of a hub repository.
+    Raises: ValueError if one folder has the split in two formats.
     """
     for folder in (directory, directory / "data"):
         whole = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -107,12 +107,12 @@ def split_files(directory: Path, split: str) -> list[Path]:
 
 
 def is_saved_dataset(directory: Path) -> bool:
-    """Whether `datasets` saved something there with `save_to_disk`."""
+    """Returns whether the directory was written by `save_to_disk` of `datasets`."""
     return any((directory / name).is_file() for name in _SAVED)
 
 
 def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
-    """Split -> records of a directory that `datasets` saved; one without splits is all "train".
+    """Returns split -> records of a directory that `datasets` saved. Without splits, all records are in "train".
 
     Raises: ValueError for files that cannot be read.
     """
@@ -120,22 +120,22 @@ def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
 
     try:
         return _by_split(datasets.load_from_disk(str(directory)), str(directory))
-    except Exception as error:  # the library lets through what pyarrow and json raise
+    except Exception as error:  # The library also raises the exceptions of pyarrow and json.
         raise ValueError(f"{directory} cannot be read as a saved dataset: {_first_line(error)}") from error
 
 
 def hub_splits(hub_id: str) -> dict[str, Iterable[Record]]:
-    """Split -> records of a data set on the Hugging Face hub, downloaded into its cache.
+    """Returns split -> records of a data set on the Hugging Face hub, which is downloaded into the cache of the hub.
 
-    Raises: ConnectionError when it is neither cached nor reachable, or is not there.
+    Raises: ConnectionError if it does not exist, or is neither cached nor reachable.
     """
     import datasets
 
     try:
         return _by_split(datasets.load_dataset(hub_id), hub_id)
-    except Exception as error:  # the library has no one class for what the hub, the network and the files do
+    except Exception as error:  # The library has no common exception class for errors of hub, network and files.
         raise ConnectionError(
-            f"there is no local file or directory {hub_id}, and no data set of this name could be had from the "
+            f"there is no local file or directory {hub_id}, and no data set of this name could be loaded from the "
             f"Hugging Face hub: {_first_line(error)}; download it elsewhere and give the path"
         ) from error
 
@@ -186,7 +186,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
-    """Entry by entry rather than as a whole, so that a complaint knows its line."""
+    """Reads a JSON list entry by entry instead of at once, so that an error can name its line."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -219,7 +219,7 @@ def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
         if text[position : position + 1] == ",":
             position = skip(position + 1)
         elif text[position : position + 1] != "]":
-            raise ValueError(f"{where}: neither ',' nor ']' after the entry; the file breaks off or is no list")
+            raise ValueError(f"{where}: neither ',' nor ']' after the entry; the file is truncated or is not a list")
 
 
 def _first_line(error: Exception) -> str:

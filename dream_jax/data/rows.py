@@ -1,4 +1,4 @@
-"""One row of training text, and sources that give rows by number: lists and mixtures."""
+"""Defines a row of training text, and sources of rows: lists and mixtures."""
 
 import bisect
 import itertools
@@ -13,11 +13,12 @@ from dream_jax.tokenizer import Message
 
 
 class Piece(NamedTuple):
-    """One of the consecutive texts that a response consists of; each is tokenised on its own.
+    """One of the consecutive texts that a response consists of. Each piece is tokenised separately.
 
-    kind: "text" is the answer, or a response of one piece; "trace" is reasoning, which a length policy may shorten or
-    leave out. "mark" and "opening" are the format's own words, in which the name of a special token becomes that token;
-    an opening is left out together with the trace.
+    kind: "text" is the answer, or a response of one piece. "trace" is reasoning, which a length policy may shorten or
+    leave out. "mark" and "opening" are text that the answer format adds; there the name of a special token becomes that
+    token. An opening is left out together with the trace.
+    text: the text of the piece.
     """
 
     kind: Literal["text", "trace", "mark", "opening"]
@@ -26,16 +27,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One example as text.
+    """One example of training or test data, as text.
 
-    prompt: never masked. A string is used as it is; a tuple of chat messages goes through the tokenizer's chat template.
-    response: what the model learns to write, without an end token.
-    pieces: what the response consists of, in order; none for a response of one piece.
+    prompt: the text that is given and never masked. A string is encoded as it is; a tuple of chat messages goes through
+    the chat template of the tokenizer.
+    response: the text that the model learns to write, without an end token.
+    pieces: the consecutive pieces of the response; empty if the response is one piece of the kind "text".
     tools: functions that the chat template announces, as JSON schemas.
-    document: whether the response is a whole text without a question. Its prompt is empty, and it begins with
-    `<|beginoftext|>`, so that its first token has a left neighbour to be predicted from.
-    meta: where the row came from and what scoring needs; never read by training.
-    Raises: ValueError for pieces that are not the response, or a document with a prompt.
+    document: whether the response is a whole text without a question. Its prompt must be empty; `<|beginoftext|>` then
+    takes the place of the prompt, because the first token is predicted from the position on its left.
+    meta: "where" the row was found, and values that scoring needs; training does not read it.
+    Raises: ValueError if the texts of the pieces do not make up the response, or if a document has a prompt.
     """
 
     prompt: str | tuple[Message, ...]
@@ -47,17 +49,17 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.pieces and "".join(piece.text for piece in self.pieces) != self.response:
-            raise ValueError(f"the pieces {self.pieces!r:.80} are not the response {self.response!r:.60}")
+            raise ValueError(f"the pieces {self.pieces!r:.80} do not make up the response {self.response!r:.60}")
         if self.document and self.prompt:
-            raise ValueError(f"a document has no prompt, but this one has {self.prompt!r:.60}")
+            raise ValueError(f"a document must have an empty prompt, but this one has {self.prompt!r:.60}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """Which rows of its files a source left out.
+    """The rows of its files that a source left out.
 
-    bad: a complaint for each row that could not be read, with file and line.
-    filtered: reason -> rows that were left out for it.
+    bad: an error message, with file and line, for each row that could not be read.
+    filtered: reason for leaving rows out -> number of rows.
     """
 
     bad: tuple[str, ...] = ()
@@ -65,18 +67,18 @@ class Intake:
 
     @property
     def left_out(self) -> int:
-        """Their number."""
+        """Number of rows that were left out, bad and filtered ones together."""
         return len(self.bad) + sum(self.filtered.values())
 
 
 class RowSource(Protocol):
-    """Rows by number: `source[i]` is the same row every time; IndexError outside 0 <= i < len(source)."""
+    """A sequence of rows: `source[i]` is the same row every time. Raises IndexError unless 0 <= i < len(source)."""
 
     uniform_length: bool
-    """Whether all rows have the same number of tokens, so that measuring one measures all."""
+    """Whether all rows have the same number of tokens. If so, only the first row is measured."""
 
     intake: Intake
-    """Which rows of its files were left out."""
+    """The rows of its files that the source left out."""
 
     def __len__(self) -> int: ...
 
@@ -84,7 +86,7 @@ class RowSource(Protocol):
 
 
 class RowList:
-    """A source over rows held in memory."""
+    """A source whose rows are held in memory."""
 
     uniform_length = False
 
@@ -100,23 +102,30 @@ class RowList:
 
 
 class Mixture:
-    """Several sources as one: first the rows of the first source, then those of the second, and so on.
+    """Combines several sources into one: the rows of the first source, then those of the second, and so on.
 
-    weights: how often each source is drawn from, relative to the others and independent of its size; None draws in
+    parts: the sources, each with at least one row.
+    weights: how often each source is drawn in training, relative to the others and independent of its size. None: in
     proportion to the sizes.
-    Raises: ValueError for another number of weights than of sources, or a weight that is not positive.
+    Raises: ValueError if there is no source, a source has no rows, the number of weights is not the number of sources,
+    or a weight is not positive and finite.
     """
 
     uniform_length = False
 
     def __init__(self, parts: Sequence[RowSource], weights: Sequence[float] | None = None):
         if not parts or any(len(part) == 0 for part in parts):
-            raise ValueError(f"a mixture needs sources with rows; they have {[len(part) for part in parts]}")
+            raise ValueError(
+                f"each source of a mixture needs rows, but these have {[len(part) for part in parts]} rows; "
+                "leave out the sources without rows"
+            )
         weights = tuple(weights) if weights is not None else tuple(float(len(part)) for part in parts)
         if len(weights) != len(parts):
-            raise ValueError(f"{len(weights)} weights {weights} for {len(parts)} sources; give one to each, or none")
+            raise ValueError(
+                f"{len(weights)} weights {weights} for {len(parts)} sources; give one weight for each, or none"
+            )
         if not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"weights {weights} must be positive; leave a source out rather than give it none")
+            raise ValueError(f"weights {weights} must be positive and finite; leave a source out instead of weight 0")
         self.parts, self.weights = tuple(parts), weights
         self.starts = tuple(itertools.accumulate((len(part) for part in parts), initial=0))
         filtered: Counter[str] = Counter()
@@ -134,7 +143,10 @@ class Mixture:
 
 
 def first_numbers(source: RowSource, count: int) -> list[int]:
-    """Numbers of the first rows, at most `count`; of a mixture as many spread evenly, so that all its sources occur."""
+    """Returns the indices of the first `count` rows, or of all rows if there are fewer.
+
+    For a mixture the indices are evenly spaced over all rows, so that all its sources occur.
+    """
     count = min(count, len(source))
     if isinstance(source, Mixture) and count > 1:
         return [number * (len(source) - 1) // (count - 1) for number in range(count)]
@@ -142,7 +154,7 @@ def first_numbers(source: RowSource, count: int) -> list[int]:
 
 
 def check_index(index: SupportsIndex, length: int) -> int:
-    """`index` as an int. Raises IndexError outside 0 <= index < length: no caller counts from the end."""
+    """Returns `index` as an int. Raises IndexError unless 0 <= index < length; negative indices are not supported."""
     number = operator.index(index)
     if not 0 <= number < length:
         raise IndexError(f"row {number} of a source with rows 0..{length - 1}")
@@ -150,6 +162,6 @@ def check_index(index: SupportsIndex, length: int) -> int:
 
 
 def check_split(split: str) -> None:
-    """Raise ValueError unless `split` is "train" or "test"."""
+    """Raises ValueError unless `split` is "train" or "test"."""
     if split not in ("train", "test"):
         raise ValueError(f"{split=} must be 'train' or 'test'")

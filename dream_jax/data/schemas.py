@@ -1,7 +1,8 @@
-"""What the fields of a record mean: one function for each kind of row, from named fields to a `Row`.
+"""Converts records with named fields to rows: one function for each schema.
 
-A function takes a record and where it was found ("FILE:LINE"), and raises a ValueError that begins with that for a field
-that is missing, of a wrong type or empty. Fields that it does not read are ignored.
+Each function takes a record and `where`, the location of the record in its file ("FILE:LINE" or "FILE:row N"). If a
+field is missing, empty or of a wrong type, it raises a ValueError whose message begins with `where`. Other fields
+are ignored.
 """
 
 import json
@@ -14,11 +15,15 @@ from dream_jax.data.rows import Piece, Row
 from dream_jax.tokenizer import ROLES, Message, turn_text
 
 Parser = Callable[[Mapping[str, Any], str], Row | str]
-"""From a record and where it was found to a row, or to the reason why the options leave it out."""
+"""A function (record, location) -> row. For a record that the `ReadOptions` exclude, it returns the reason (str)."""
 
 
 def find_parser(found: Mapping[str, Any], where: str, options: ReadOptions) -> Parser:
-    """What parses records with such fields. Raises ValueError for fields of no known schema."""
+    """Returns the parser for records that have the same fields as `found`: that of the first schema that matches.
+
+    A schema matches if the record has all of its fields.
+    Raises: ValueError if no schema matches; the message lists the schemas.
+    """
 
     def parse_graded(found: Mapping[str, Any], where: str) -> Row | str:
         row = parse_s1k(found, where, options.answer_format)
@@ -31,37 +36,40 @@ def find_parser(found: Mapping[str, Any], where: str, options: ReadOptions) -> P
         ({"question", "thinking_trajectories", "attempt"}, parse_graded),
         ({"question", "answer"}, parse_gsm8k),
         ({"input", "output"}, parse_puzzle),
-        ({"text"}, parse_document),  # last: rows of the other kinds may carry a text as well
+        ({"text"}, parse_document),  # last, because records of the other schemas may also have a field "text"
     )
     for fields, parser in parsers:
         if fields <= found.keys():
             return parser
     raise ValueError(
-        f"{where}: fields {sorted(found)} are no known schema; a row has 'messages', "
-        "'prompt' and 'response', 'question' and 'answer', 'input' and 'output', 'text' (a whole document), "
-        "or 'question' and either "
-        "'thinking_trajectories' and 'attempt' (s1K) or 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
+        f"{where}: fields {sorted(found)} match no known schema; a row needs one of these sets of fields: 'messages'; "
+        "'prompt' and 'response'; 'question' and 'answer'; 'input' and 'output'; 'text' (a whole document); "
+        "'question', 'thinking_trajectories' and 'attempt' (s1K); "
+        "'question', 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
     )
 
 
 def parse_document(found: Mapping[str, Any], where: str) -> Row:
-    """`{"text"}`, a whole document, every token of which is learned, as in pre-training."""
+    """Returns the row of `{"text": str}`: a document without a prompt, every token of which is learned."""
     return Row(prompt="", response=text_field(found, "text", where), document=True, meta={"where": where})
 
 
 def parse_gsm8k(found: Mapping[str, Any], where: str) -> Row:
-    """`{"question", "answer"}`: the question is a user turn, the answer, which ends with "#### NUMBER", the response."""
+    """Returns the row of a GSM8K record `{"question": str, "answer": str}`.
+
+    The prompt is one user turn with the question. The response is the answer, which ends with "#### NUMBER".
+    """
     question = {"role": "user", "content": text_field(found, "question", where)}
     return Row(prompt=(question,), response=text_field(found, "answer", where), meta={"where": where})
 
 
 def parse_puzzle(found: Mapping[str, Any], where: str) -> Row:
-    """`{"input", "output"}`, Dream's format of sudoku and countdown, used without a chat template."""
+    """Returns the row of `{"input": str, "output": str}`, Dream's format of puzzles, which has no chat template."""
     return puzzle_row(text_field(found, "input", where), text_field(found, "output", where), {"where": where})
 
 
 def puzzle_row(question: str, answer: str, meta: Mapping[str, Any]) -> Row:
-    """The row of one puzzle: the raw prompt is the question and a newline, the response is the answer."""
+    """Returns the row of a puzzle: the prompt is the question and a newline, without a template."""
     return Row(prompt=question + "\n", response=answer, meta=meta)
 
 
@@ -69,10 +77,12 @@ def puzzle_row(question: str, answer: str, meta: Mapping[str, Any]) -> Row:
 
 
 def parse_s1k(found: Mapping[str, Any], where: str, answer_format: AnswerFormat = "s1") -> Row:
-    """A hard question, a user turn, whose response is a reasoning trace and an answer.
+    """Returns the row of an s1K record: a question, and a response with a reasoning trace and an answer.
 
     s1K has `question`, `thinking_trajectories` (a list) and `attempt`; s1K-1.1 has `question`,
-    `deepseek_thinking_trajectory`, `deepseek_attempt` and `deepseek_grade`.
+    `deepseek_thinking_trajectory`, `deepseek_attempt` and `deepseek_grade`. The prompt is one user turn with the
+    question; `reasoning` joins the response. If present, `solution`, `source_type` and `deepseek_grade` are copied
+    to `meta`.
     """
     if "deepseek_attempt" in found:
         trace = text_field(found, "deepseek_thinking_trajectory", where)
@@ -91,7 +101,7 @@ def parse_s1k(found: Mapping[str, Any], where: str, answer_format: AnswerFormat 
 
 
 def reasoning(trace: str, answer: str, answer_format: AnswerFormat) -> tuple[Piece, ...]:
-    """A trace and an answer as one response; space around either is dropped.
+    """Returns the pieces of a response that consists of a trace and an answer, each without whitespace at its ends.
 
     s1: `<|im_start|>think\\n`, trace, `\\n<|im_start|>answer\\n`, answer, where `<|im_start|>` is the special token.
     d1: `<reasoning>`, trace, `</reasoning>\\n<answer>`, answer, `</answer>`.
@@ -116,37 +126,43 @@ def reasoning(trace: str, answer: str, answer_format: AnswerFormat) -> tuple[Pie
 
 
 def _wrong_grade(found: Mapping[str, Any], where: str) -> str | None:
-    """The grade of an answer that was not judged correct, or None."""
+    """Returns why the row is left out ("deepseek_grade is 'No'"), or None if the grade is "yes" in any case.
+
+    Raises: ValueError if the record has no grade.
+    """
     if "deepseek_grade" not in found:
         raise ValueError(
-            f"{where}: no field 'deepseek_grade', which s1K-1.1 has; it has {sorted(found)}. "
-            "Take s1K-1.1, or do not ask for correct answers only"
+            f"{where}: no field 'deepseek_grade'; the record has the fields {sorted(found)}. "
+            "Use s1K-1.1, which has grades, or leave out --only-correct"
         )
     grade = text_field(found, "deepseek_grade", where).strip()
     return None if grade.casefold() == "yes" else f"deepseek_grade is {grade!r}"
 
 
 def _joined_traces(found: Mapping[str, Any], where: str) -> str:
+    """Returns the texts of `thinking_trajectories`, joined by newlines. Raises ValueError if there are none."""
     name = "thinking_trajectories"
     if name not in found:
-        raise ValueError(f"{where}: no field {name!r}; it has {sorted(found)}")
+        raise ValueError(f"{where}: no field {name!r}; the record has the fields {sorted(found)}")
     traces = found[name]
     if not isinstance(traces, list) or not traces:
         raise ValueError(f"{where}: {name!r} must be a list with at least one text, not {traces!r:.60}")
-    texts = {f"{name}[{index}]": trace for index, trace in enumerate(traces)}
-    return "\n".join(text_field(texts, text, where) for text in texts)
+    trace_by_field = {f"{name}[{index}]": trace for index, trace in enumerate(traces)}
+    return "\n".join(text_field(trace_by_field, field, where) for field in trace_by_field)
 
 
 # --- Chats ---
 
 
 def parse_chat(found: Mapping[str, Any], where: str) -> Row:
-    """`{"messages": [{"role", "content"}, ...]}`, with `tools` where there are any, or `{"prompt", "response"}`.
+    """Returns the row of `{"messages": [{"role", "content"}, ...], "tools": [...]}` or of `{"prompt", "response"}`.
 
-    The last message, the assistant's, is the response, and all before it are the prompt. `tools` is a list of functions as
-    JSON schemas. An assistant turn may have `tool_calls` ({"name", "arguments"}, also inside "function", arguments as an
-    object or as its JSON text), and the role `tool` answers them.
-    Raises: also ValueError for an unknown role, a last message that is not the assistant's, or one that is alone.
+    The last message must be from the assistant; its text is the response. All earlier messages are the prompt. `tools`,
+    if present, is a list of functions as JSON schemas. An assistant message may have `tool_calls`, a list of {"name",
+    "arguments"} or of {"function": {"name", "arguments"}}; "arguments" is an object or a string of JSON. Messages with
+    the role `tool` contain the results of these calls.
+    Raises: ValueError for a missing, empty or mistyped field, an unknown role, a last message that is not from the
+    assistant, or a chat with one message only.
     """
     meta = {"where": where}
     if "messages" in found:
@@ -154,20 +170,26 @@ def parse_chat(found: Mapping[str, Any], where: str) -> Row:
         if turns[-1]["role"] != "assistant":
             raise ValueError(
                 f"{where}: the last message is the {turns[-1]['role']}'s; "
-                "it must be the assistant's, the response to learn"
+                "it must be the assistant's, because it is the response that the model learns"
             )
         if len(turns) == 1:
-            raise ValueError(f"{where}: the assistant's message is alone; at least one message must come before it")
+            raise ValueError(f"{where}: the assistant's message is the only one; put at least one message before it")
         tools = _parse_tools(found.get("tools"), where)
         return Row(prompt=tuple(turns[:-1]), response=turn_text(turns[-1]), tools=tools, meta=meta)
     if "prompt" in found and "response" in found:
         prompt = {"role": "user", "content": text_field(found, "prompt", where)}
         return Row(prompt=(prompt,), response=text_field(found, "response", where), meta=meta)
-    raise ValueError(f"{where}: fields {sorted(found)}; a chat row has 'messages', or 'prompt' and 'response'")
+    raise ValueError(
+        f"{where}: a chat record needs 'messages', or 'prompt' and 'response', but has the fields {sorted(found)}"
+    )
 
 
 def parse_messages(messages: object, where: str) -> list[Message]:
-    """The turns of a chat, at least one. Raises ValueError for a wrong type, role or content."""
+    """Returns the messages of a chat, at least one, each a dict with `role` and `content`.
+
+    An assistant message with calls also has `tool_calls`, a list of {"name": str, "arguments": dict}.
+    Raises: ValueError for a wrong type, an unknown role or an empty content.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list with at least one message, not {messages!r:.60}")
     turns: list[Message] = []
@@ -189,6 +211,7 @@ def parse_messages(messages: object, where: str) -> list[Message]:
 
 
 def _parse_calls(calls: object, at: str) -> list[dict[str, Any]]:
+    """Returns the tool calls as {"name": str, "arguments": dict}; arguments that are null are left out."""
     if not isinstance(calls, list):
         raise ValueError(f"{at}: 'tool_calls' must be a list, not {calls!r:.60}")
     parsed = []
@@ -205,7 +228,7 @@ def _parse_calls(calls: object, at: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{at}: the arguments of a tool call are not JSON ({error})") from error
         if not isinstance(arguments, dict):
             raise ValueError(f"{at}: the arguments of a tool call must be an object, not {arguments!r:.60}")
-        # A file with columns has every argument in every row, null where it was not given.
+        # A parquet file stores every argument in every row; its value is null if the call did not give it.
         arguments = {name: value for name, value in arguments.items() if value is not None}
         parsed.append({"name": text_field(call, "name", at), "arguments": arguments})
     return parsed

@@ -1,4 +1,4 @@
-"""Names and paths to sources of rows, and how data without a test split is divided."""
+"""Opens sources of rows by name or path, and divides data that has no test split."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from dream_jax.data.schemas import Parser, find_parser, parse_gsm8k
 from dream_jax.data.sudoku import SudokuSource
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
-"""Environment variable naming the folder of files that stay outside the project; it holds data/gsm8k and data/s1k."""
+"""The environment variable with the path of a folder outside the project that holds data/gsm8k and data/s1k."""
 
 SUDOKU_GIVENS = 6
-"""Fewest cells shown: with 4 or 5 the nano model would need more than the minutes that a demonstration has."""
+"""Minimum number of shown cells. Puzzles with 4 or 5 would need a training that is too long for a demonstration."""
 
 SUPPORTED = (
     '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
@@ -31,18 +31,17 @@ SUPPORTED = (
 def open_source(
     name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0, options: ReadOptions = ReadOptions()
 ) -> RowSource:
-    """The rows of one split.
+    """Returns the rows of one split, "train" or "test", of the data `name_or_path`, which is one of:
 
-    "sudoku": generated puzzles with 6 to 12 givens, drawn from the seed, which no other source reads; the split is fixed.
-    "gsm8k": $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
-    "s1k": $DREAM_JAX_ASSETS/data/s1k, a directory as below, or s1k.jsonl, .json or .parquet there. Nothing is
-    downloaded for this name.
-    A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or what
-    `datasets` saved there. A file: see `read_rows`.
-    organisation/name, where no such path exists: downloaded from the Hugging Face hub.
-    Of a file, a saved data set, shards or a hub data set without a test split, see `hold_out`.
-    Raises: ValueError for a name that is not known, an unknown split, or a bad row (unless the options skip it);
-    FileNotFoundError; ConnectionError.
+    "sudoku": generated puzzles with 6 to 12 givens. `seed` draws them; other sources ignore `seed`.
+    "gsm8k": the files $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
+    "s1k": the directory $DREAM_JAX_ASSETS/data/s1k, read as below, or s1k.jsonl, s1k.json or s1k.parquet beside it.
+    A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or a data
+    set that `datasets` saved there. A file: see `read_rows`.
+    organisation/name, if no such path exists: a data set that is downloaded from the Hugging Face hub.
+    A file, saved data set, shards or hub data set without a test split are divided by `hold_out`.
+    Raises: ValueError for an unknown name or split, or for a bad row unless options.skip_bad; FileNotFoundError for a
+    missing file; ConnectionError if a hub data set is neither cached nor reachable.
     """
     check_split(split)
     name, path = str(name_or_path), Path(name_or_path)
@@ -56,7 +55,7 @@ def open_source(
         return _open_path(path, split, options)
     if path.suffix in records.SUFFIXES:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
-    # Where a folder has the name of the organisation, a path was mistyped, and nothing is to be downloaded for it.
+    # If a folder has the name of the organisation, the user probably mistyped a path, so nothing is downloaded.
     if records.HUB_ID.fullmatch(name) and not path.parent.exists():
         return _one_split(records.hub_splits(name), split, name, options)
     raise ValueError(f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}")
@@ -69,31 +68,31 @@ def open_mixture(
     seed: int = 0,
     options: ReadOptions = ReadOptions(),
 ) -> RowSource:
-    """Several sources as one, or the only one; weights: see `Mixture`. Raises as `open_source` and `Mixture` do."""
+    """Opens several sources as a `Mixture`, or a single one as itself. Raises like `open_source` and `Mixture`."""
     parts = [open_source(name, split, seed, options) for name in names_or_paths]
     return parts[0] if len(parts) == 1 and not weights else Mixture(parts, weights)
 
 
 def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
-    """All rows of a file; the fields of the first that has those of a known schema choose it, for all of them.
+    """Returns all rows of a file. The first record with the fields of a known schema decides the schema of all rows.
 
-    Raises: ValueError naming file and line for a bad row, unless the options skip it, or where none is left;
-    FileNotFoundError.
+    Raises: ValueError, with file and line, for a bad row unless options.skip_bad, or if no row is left;
+    FileNotFoundError if the file is missing.
     """
     return _read_files([path], options, str(path))
 
 
 def parse_lines(path: Path, parser: Callable[[Mapping[str, Any], str], Row]) -> RowList:
-    """All rows of a file of JSON lines that have one schema. Raises as `read_json_lines` and the parser do."""
+    """Returns all rows of a file of JSON lines, read with `parser`. Raises like `read_json_lines` and the parser."""
     return RowList([parser(found, where) for where, found in records.read_json_lines(path)])
 
 
 def _rows(
     found: Iterable[records.Record], options: ReadOptions, name: str, bad: list[ValueError] | None = None
 ) -> RowList:
-    """The records as rows; the fields of the first that has those of a known schema choose it, for all of them.
+    """Returns the rows of the records. The first record with the fields of a known schema decides the schema of all.
 
-    bad: the complaints about records that could not be read, which grows while `found` is read.
+    bad: collects the errors of records that could not be read; it also grows while `found` is read.
     """
     rows, left_out, bad = list[Row](), Counter[str](), [] if bad is None else bad
     parse: Parser | None = None
@@ -113,13 +112,13 @@ def _rows(
     if not rows:
         first = f"; the first bad row: {bad[0]}" if bad else ""
         raise ValueError(
-            f"{name}: no row is left, {len(bad)} are bad, {left_out.total()} are left out by a filter{first}"
+            f"{name}: no row is left; {len(bad)} rows are bad, {left_out.total()} are left out by a filter{first}"
         )
     return RowList(rows, Intake(bad=tuple(map(str, bad)), filtered=dict(left_out)))
 
 
 def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowList:
-    """The rows of files that have one schema, in order."""
+    """Returns the rows of several files with the same schema, in order."""
     bad = list[ValueError]()
     on_bad = bad.append if options.skip_bad else None
     return _rows(chain.from_iterable(records.read_records(path, on_bad) for path in paths), options, name, bad)
@@ -132,12 +131,12 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
         return _one_split(records.saved_splits(path), split, str(path), options)
     files = records.split_files(path, split)
     train = records.split_files(path, "train")
-    # Where there are files of lines, a missing test file is an error; published shards often come without one.
+    # If train.jsonl or train.json exists, a missing test file is an error. Parquet shards often have no test split.
     sharded = [file for file in train if file.suffix == ".parquet"]
     if not files and not sharded:
         raise FileNotFoundError(
-            f"no {split}.jsonl in {path}, nor .json or .parquet; a data directory has train.jsonl and test.jsonl, "
-            "or give one file"
+            f"no {split}.jsonl, {split}.json or {split}.parquet in {path}; a data directory needs train.jsonl and "
+            "test.jsonl; or give the path of one file"
         )
     rows = _read_files(files or train, options, str(path))
     alone = bool(sharded) and not records.split_files(path, "test")
@@ -146,24 +145,25 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
 
 def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
     if "train" not in splits:
-        raise ValueError(f"{name} has the splits {sorted(splits)}, and none is called train")
+        raise ValueError(f"{name} has the splits {sorted(splits)}, but needs one with the name train")
     rows = _rows(splits[split if "test" in splits else "train"], options, name)
     return rows if "test" in splits else hold_out(rows, split, name, options.held_out)
 
 
 def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:
-    """One split of rows that come without a test split. Prompts (at least one) with a hash in the lowest `share` are test.
+    """Returns one split, "train" or "test", of rows that have no test split.
 
-    The choice depends on the prompts alone, not on a seed or on their order, and rows with one prompt stay together:
-    nothing seen in training is tested on. If all rows have one prompt, or the share is 0, all are for training.
-    Raises: ValueError when the test split of such rows is asked for; `name` is what the message calls them.
+    About `share` of the different prompts, but at least one, are the test split: those with the lowest hashes. The
+    choice depends only on the prompts, not on a seed or their order. Rows with the same prompt are in the same split.
+    If all rows have the same prompt, or the share is 0, all rows are for training.
+    Raises: ValueError if "test" is requested then; the message names the data `name`.
     """
     by_prompt = [_prompt_hash(rows[index]) for index in range(len(rows))]
     hashes = sorted(set(by_prompt))
     count = sum(value < share * 2**64 for value in hashes)
     held = set(hashes[: min(max(count, 1), len(hashes) - 1)]) if share else set[int]()
     if split == "test" and not held:
-        why = "has one prompt only" if share else "is all for training (held_out=0)"
+        why = "has only one prompt" if share else "is used for training only (held_out=0)"
         raise ValueError(
             f"{name} {why}, so no test split can be held out; give a directory with "
             "train.jsonl and test.jsonl, or evaluate on no rows"
@@ -173,8 +173,8 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
 
 
 def _prompt_hash(row: Row) -> int:
-    """A number in [0, 2**64) that depends on the prompt alone."""
-    if row.document:  # a document has no prompt, and its text must not be seen in training
+    """Returns an integer in [0, 2**64) that depends only on the prompt, or on the text of a document."""
+    if row.document:  # A document has no prompt; its text must not be in both splits.
         prompt: Any = row.response
     elif isinstance(row.prompt, str):
         prompt = row.prompt
@@ -184,7 +184,7 @@ def _prompt_hash(row: Row) -> int:
 
 
 def _asset(name: str, candidates: Sequence[str]) -> Path:
-    """The first of these paths that is there, under the folder of files that stay outside the project."""
+    """Returns the first of these paths in $DREAM_JAX_ASSETS/data that exists. Raises FileNotFoundError if none does."""
     assets = os.environ.get(ASSETS_VARIABLE)
     remedy = f"set {ASSETS_VARIABLE} to the folder that holds data/{name}, or give the data as a path"
     if name == "s1k":

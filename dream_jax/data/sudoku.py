@@ -1,9 +1,9 @@
-"""4x4 sudoku: an endless supply of puzzles with exactly one solution, and exact scoring.
+"""Generates 4x4 sudoku puzzles, each with exactly one solution, and checks answers exactly.
 
-A puzzle is text: four lines of four digits, 0 for an empty cell, no newline at the end. Rows, columns and the
-four 2x2 boxes hold 1..4 once.
-There are only 288 solved grids, so a puzzle is a grid and a set of cells shown (a 16-bit number, bit
-4*row+column), and its solutions are the grids that agree with it on those cells.
+A puzzle is text: four lines of four digits, 0 for an empty cell, no newline at the end. In a solved grid every row,
+column and 2x2 box has each of 1..4 once.
+There are only 288 solved grids. A puzzle is therefore made from a solved grid and a set of shown cells (a 16-bit
+number, bit 4 * row + column); its solutions are the grids that have the same digits in these cells.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from dream_jax.data.rows import Intake, Row, check_index, check_split
 from dream_jax.data.schemas import puzzle_row
 
 CELLS = 16
-FEWEST_GIVENS = 4  # no 4x4 puzzle with three givens has one solution
+FEWEST_GIVENS = 4  # No 4x4 puzzle with three givens has exactly one solution.
 TRAIN_SIZE = 1_000_000
 TEST_SIZE = 200
 
 
 @lru_cache(maxsize=1)
 def solution_grids() -> np.ndarray:
-    """All solved grids in lexicographic order: uint8 [288, 16], digits 1..4, row by row; read-only."""
+    """Returns all solved grids in lexicographic order: uint8 [288, 16], digits 1..4, row by row; read-only."""
     rows = list(itertools.permutations((1, 2, 3, 4)))
 
     def fits(grid: tuple[int, ...], row: tuple[int, ...]) -> bool:
         above = len(grid) // 4
         if any(grid[4 * r + c] == row[c] for r in range(above) for c in range(4)):
             return False
-        # The second row of a band: each 2x2 box already has two digits from the row above it.
+        # In the second row of two boxes, each 2x2 box already has two digits from the row above.
         return above % 2 == 0 or all({*grid[-4:][c : c + 2]}.isdisjoint(row[c : c + 2]) for c in (0, 2))
 
     grids: list[tuple[int, ...]] = [()]
@@ -44,11 +44,11 @@ def solution_grids() -> np.ndarray:
 
 
 def split_grids(split: str, *, test_share: float = 0.2, split_seed: int = 0) -> np.ndarray:
-    """Numbers (rows of `solution_grids()`) of the grids of one split: int [n], ascending.
+    """Returns the indices into `solution_grids()` of the grids of one split, "train" or "test": int [n], ascending.
 
-    The test split has the nearest whole number to test_share of all grids, drawn by split_seed; the train
-    split has the others, so no solution, and hence no puzzle, is in both. Raises ValueError for an unknown
-    split or a share that leaves one side empty.
+    The test split has test_share of all grids, rounded to a whole number and drawn with split_seed. The train split has
+    the other grids, so no solution, and therefore no puzzle, is in both splits.
+    Raises: ValueError for an unknown split, or for a share that leaves one split empty.
     """
     check_split(split)
     grids = solution_grids()
@@ -57,26 +57,25 @@ def split_grids(split: str, *, test_share: float = 0.2, split_seed: int = 0) -> 
         raise ValueError(
             f"{test_share=} gives {test_count} of {len(grids)} grids to the test split; each split needs at least one"
         )
-    # Order by a hash rather than by a random generator: generators may change their streams between library
-    # versions.
+    # The order comes from a hash, because the output of a random generator may change between versions of numpy.
     order = sorted(range(len(grids)), key=lambda g: _hash("split", split_seed, grids[g].tobytes().hex()))
     return np.array(sorted(order[:test_count] if split == "test" else order[test_count:]))
 
 
 def solutions(puzzle: str) -> np.ndarray:
-    """The solved grids that agree with the givens of `puzzle`: uint8 [n, 16]. ValueError if it is none."""
+    """Returns the solved grids with the givens of `puzzle`: uint8 [n, 16]. Raises ValueError if it is not a puzzle."""
     cells = _parse_puzzle(puzzle)
     agrees = ((solution_grids() == cells) | (cells == 0)).all(axis=1)
     return solution_grids()[agrees]
 
 
 def is_solution(puzzle: str, answer: str) -> bool:
-    """Whether `answer` is four lines of four digits that keep all givens and solve `puzzle`.
+    """Returns whether `answer` is four lines of four digits that solve `puzzle` and keep all its givens.
 
-    Whitespace around the whole answer is tolerated, nothing else is. Raises ValueError if `puzzle` is none.
+    Whitespace before and after the whole answer is allowed, but no other text. Raises ValueError for a bad `puzzle`.
     """
     answer = answer.strip()
-    # [1-4], not \d, which takes the digits of every script.
+    # The pattern is [1-4], because \d also matches digits of other scripts.
     if not re.fullmatch(r"([1-4]{4}\n){3}[1-4]{4}", answer):
         return False
     cells = np.array([int(digit) for digit in answer.replace("\n", "")])
@@ -84,19 +83,19 @@ def is_solution(puzzle: str, answer: str) -> bool:
 
 
 class SudokuSource:
-    """Puzzles by number, each a function of (split, seed, index): see the module for the text.
+    """A source of generated puzzles, each a function of (split, seed, index). The module describes their text.
 
-    Rows: prompt = puzzle + "\\n" (no chat template: in the nano model every character costs a token),
-    response = solution, meta = {"givens": number of cells shown, "grid": row of `solution_grids()`}. Grids
-    are drawn evenly, then the number of givens evenly over min_givens..max_givens, then the cells evenly
-    among those that leave one solution. Test puzzles are all different from each other, and a larger test
-    split begins with the smaller one; train puzzles may repeat.
+    Rows: prompt = puzzle + "\\n", without a chat template, because in the nano model every character is a token;
+    response = solution; meta = {"givens": number of shown cells, "grid": index into `solution_grids()`}. The grid is
+    drawn uniformly, then the number of givens uniformly from min_givens..max_givens, then the shown cells uniformly
+    from those sets of cells that leave one solution. All test puzzles are different, and a larger test split begins
+    with the puzzles of a smaller one; train puzzles may repeat.
 
-    seed draws the puzzles. split_seed and test_share divide the grids between the splits; they do not depend on seed, so
-    that no seed moves a grid from one split to the other.
-    size: number of rows; by default 1,000,000 for train and 200 for test. Test rows are drawn once at the
-    start (some microseconds each).
-    Raises: ValueError for a bad setting, or for a test size that the distinct puzzles do not reach.
+    seed: draws the puzzles. split_seed, test_share: divide the grids between the splits, whatever the seed is, so a
+    grid is in the same split for every seed.
+    size: number of rows; by default 1,000,000 for train and 200 for test. Test rows are drawn in the constructor, which
+    takes a few microseconds for each.
+    Raises: ValueError for a setting out of its range, or for a test size above the number of different puzzles.
     """
 
     uniform_length = True
@@ -138,7 +137,7 @@ class SudokuSource:
         return puzzle_row(puzzle, solution, {"givens": shown.bit_count(), "grid": grid})
 
     def _draw(self, index: int, attempt: int = 0) -> tuple[int, int]:
-        """(grid, shown cells), from one 128-bit number: far more bits than the three draws use up."""
+        """Returns (grid, shown cells), drawn from one 128-bit number, which has many more bits than are needed."""
         bits = _hash(self._split, self._seed, index, attempt)
         bits, choice = divmod(bits, len(self._grids))
         grid = self._grids[choice]
@@ -157,14 +156,14 @@ class SudokuSource:
                     break
             else:
                 raise ValueError(
-                    f"size={self._size} is more test puzzles than can be drawn distinct; only {index} were "
-                    "found, ask for fewer"
+                    f"size={self._size} is more than the number of different test puzzles; only {index} were "
+                    "found, use a smaller size"
                 )
         return list(drawn)
 
 
 def _hash(*key: object) -> int:
-    """A number in [0, 2**128) that depends on `key` alone, the same on every machine and in every version."""
+    """Returns an integer in [0, 2**128) that depends only on `key`; it is the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16, person=b"dream_jax.sudoku")
     return int.from_bytes(digest.digest(), "little")
 
@@ -177,7 +176,7 @@ def _parse_puzzle(puzzle: str) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _row_texts() -> list[list[list[str]]]:
-    """Text of every row of every grid under every choice of columns: [grid][row][4-bit mask] -> 4 digits."""
+    """Returns the text of every row of a grid for every set of shown columns: [grid][row][4-bit set] -> 4 digits."""
 
     def texts(row: list[int]) -> list[str]:
         return ["".join(str(digit) if mask >> c & 1 else "0" for c, digit in enumerate(row)) for mask in range(16)]
@@ -187,11 +186,11 @@ def _row_texts() -> list[list[list[str]]]:
 
 @lru_cache(maxsize=1)
 def _unique_masks() -> list[list[np.ndarray]]:
-    """The sets of shown cells that leave one solution: [grid][givens 0..16] -> uint16 [n], ascending."""
+    """Returns the sets of shown cells that leave one solution: [grid][givens 0..16] -> uint16 [n], ascending."""
     grids = solution_grids()
     everything = np.arange(1 << CELLS, dtype=np.uint16)
     givens = np.bitwise_count(everything)
-    # Renaming the digits changes no mask, so it is enough to look at the 12 grids whose first row is 1234.
+    # Exchanging digits does not change these sets, so only the 12 grids with the first row 1234 are computed.
     patterns = [tuple(np.argsort(grid[:4])[grid - 1].tolist()) for grid in grids]
     by_pattern: dict[tuple[int, ...], list[np.ndarray]] = {}
     for grid, pattern in zip(grids, patterns, strict=True):
@@ -201,7 +200,7 @@ def _unique_masks() -> list[list[np.ndarray]]:
         ambiguous = np.zeros(1 << CELLS, dtype=bool)
         ambiguous[agreement[agreement != (1 << CELLS) - 1]] = True
         for bit in range(CELLS):
-            # [high bits, this bit, low bits]: what is ambiguous stays so when one more cell is hidden.
+            # Axes: [high bits, this bit, low bits]. An ambiguous set stays ambiguous if one more cell is hidden.
             halves = ambiguous.reshape(-1, 2, 1 << bit)
             halves[:, 0] |= halves[:, 1]
         by_pattern[pattern] = [everything[~ambiguous & (givens == count)] for count in range(CELLS + 1)]
