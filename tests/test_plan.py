@@ -409,7 +409,7 @@ def test_missing_libtpu_says_what_to_install(monkeypatch):
     [
         ({"plan": True, "utilization": (0.6, 0.3)}, "utilization"),
         ({"plan": True, "utilization": (0.0, 0.3)}, "utilization"),
-        ({"topology": "v6e:2x4"}, "--topology is for a plan; add --plan"),
+        ({"topology": "v6e:2x4"}, "--topology only has a meaning in a plan; add --plan"),
     ],
 )
 def test_plan_settings_refuse(options, message):

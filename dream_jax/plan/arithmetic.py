@@ -225,8 +225,7 @@ def _adapter_count(step: AbstractStep) -> int:
     return parameter_count(step.state.params) if step.frozen else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# traffic
+# --------------------------------------------------------------------------------------------------------------- traffic
 
 
 def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:

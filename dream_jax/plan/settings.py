@@ -14,7 +14,7 @@ class PlanSettings:
     """A plan instead of a run: the memory, time and price of the run, also on hardware that is not here."""
 
     plan: bool = False
-    """compile the train step and print memory, time and price; no training; needs no weights, with --max-length no data"""
+    """compile the train step, print memory, time and price, then stop; needs no weights, with --max-length no data"""
     topology: str | None = None
     """the hardware to plan for, such as v6e:2x4, v5p:2x2x1, h100:8; by default the accelerators of this machine"""
     read_data: bool = False
