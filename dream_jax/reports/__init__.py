@@ -1,1 +1,1 @@
-"""What a run was, read back from its folder: report, curves, comparison of two runs, model card."""
+"""Documents made from the folder of a run: report, curves, comparison of two runs, model card."""

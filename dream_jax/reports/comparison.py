@@ -1,4 +1,4 @@
-"""Two runs side by side: the settings that differ and what came of each, without a verdict, since they are two samples."""
+"""Comparison of two runs: the settings that differ and the results. It draws no conclusion: each run is one sample."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from dream_jax.reports.record import LAST, Record, read_record, table
 
-# Settings that only say where a run happened.
+# Settings that do not change the result, because they only say where a run takes place.
 _WHERE = ("out", "overwrite", "coordinator", "num_processes", "process_id")
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> str:
-    """The comparison as Markdown. Unfinished runs are compared as far as they are, and it says so.
+    """Returns a comparison of the runs in two folders as Markdown; runs that are not finished are marked.
 
     Raises:
-      FileNotFoundError: one of the folders holds no run.
-      ValueError: a file of it is damaged.
+      FileNotFoundError: one of the folders is not the folder of a run.
+      ValueError: a file in one of the folders is damaged.
     """
     one, other = read_record(first), read_record(second)
     head = (str(first), str(second))
@@ -26,12 +26,13 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> str:
     differing = _differing(one, other)
     lines += table(("setting", *head), differing) if differing else ["None."]
     if one.data and other.data and one.data["rows"]["digest"] != other.data["rows"]["digest"]:
-        lines += ["", "The two were trained on different tokens: their losses are of different texts."]
-    lines += ["", "## What came of them", "", *table(("", *head, "difference"), _results(one, other)), ""]
+        lines += ["", "The two runs were trained on different tokens, so their losses cannot be compared directly."]
+    lines += ["", "## Results", "", *table(("", *head, "difference"), _results(one, other)), ""]
     return "\n".join(lines)
 
 
 def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
+    """Returns name and both values of each setting that differs."""
     names = list(dict.fromkeys([*one.settings, *other.settings]))
     return [
         (f"`{name}`", one.settings.get(name), other.settings.get(name))
@@ -41,6 +42,7 @@ def _differing(one: Record, other: Record) -> list[tuple[str, Any, Any]]:
 
 
 def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
+    """Returns the rows of the table of results: label, both values, difference."""
     rows: list[tuple[Any, ...]] = [
         ("finished", *("yes" if record.finished else "NO" for record in (one, other)), ""),
         ("steps taken", *(len(record.steps) for record in (one, other)), ""),
@@ -72,21 +74,22 @@ def _results(one: Record, other: Record) -> list[tuple[Any, ...]]:
     return rows
 
 
-# Which rows a number of the final evaluation was taken on. The others are counts.
+# For each score of the final evaluation the entry that identifies its rows. The other entries are counts.
 _TAKEN_ON = dict.fromkeys(("nll", "nll_se", "masked_accuracy", "eos_accuracy"), "grid")
 _TAKEN_ON["exact_accuracy"] = "answered"
 
 
 def _held_out(label: str, values: Sequence[float | None], taken_on: Sequence[str | None]) -> tuple[Any, ...]:
-    """A row with a difference only where both numbers were taken on the same rows."""
+    """Returns a row of the table, with a difference only if both numbers are known to be from the same rows."""
     if None not in values and not all(taken_on):
-        return (label, *values, "not known to be on the same rows")
+        return (label, *values, "the rows may differ")
     if None not in values and taken_on[0] != taken_on[1]:
-        return (label, *values, "taken on other rows")
+        return (label, *values, "the rows differ")
     return _measured(label, *values)
 
 
 def _measured(label: str, first: float | None, second: float | None) -> tuple[Any, ...]:
+    """Returns a row of the table with the difference second - first; "-" if a number is missing or not finite."""
     numbers = isinstance(first, int | float) and isinstance(second, int | float)
     difference = f"{second - first:+.5g}" if numbers and math.isfinite(second - first) else "-"  # type: ignore[operator]
     return (label, first, second, difference)

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture: loss, held-out loss, learning rate, gradient norm."""
+"""The curves of a run as a picture: loss, accuracy (each also on held-out rows), learning rate and gradient norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "curves.png"
 
 def draw_curves(record: Record) -> pathlib.Path:
     """Draws `curves.png` in the run's folder, and returns its path."""
-    from matplotlib.figure import Figure  # here, because it takes half a second that a training run should not wait for
+    from matplotlib.figure import Figure  # imported here: it takes half a second, and a training run does not need it
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     (loss, accuracy), (rate, norm) = figure.subplots(2, 2)
@@ -26,7 +26,7 @@ def draw_curves(record: Record) -> pathlib.Path:
     loss.set(title="loss, and nats per masked token", xlabel="step")
     _curve(accuracy, record.steps, "masked_accuracy", smooth=True)
     _curve(accuracy, record.alike, "masked_accuracy", label="held-out masked accuracy", marker="o")
-    accuracy.set(title="masked positions predicted right", xlabel="step")
+    accuracy.set(title="share of masked positions predicted correctly", xlabel="step")
     _curve(rate, record.steps, "learning_rate")
     rate.set(title="learning rate", xlabel="step")
     _curve(norm, record.steps, "grad_norm", smooth=True)
@@ -47,6 +47,7 @@ def draw_curves(record: Record) -> pathlib.Path:
 def _curve(
     axes: Any, rows: MetricRows, name: str, *, label: str | None = None, smooth: bool = False, marker: str = ""
 ) -> None:
+    """Draws the finite values of one metric over the steps; with `smooth` and over 40 values also a moving average."""
     points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
     if not points:
         return
@@ -54,7 +55,7 @@ def _curve(
     if smooth and len(values) > 40:
         width = len(values) // 20
         axes.plot(steps, values, alpha=0.25, linewidth=0.8)
-        # Each point is the mean of the points around it, of which there are fewer at the ends.
+        # A moving average; at the ends it is the mean of fewer points.
         weights = np.ones(width)
         means = np.convolve(values, weights, "same") / np.convolve(np.ones_like(values), weights, "same")
         axes.plot(steps, means, label=label or name, color=axes.lines[-1].get_color())

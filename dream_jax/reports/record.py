@@ -1,4 +1,4 @@
-"""A run's folder read back, whether the run is finished or not: the input of reports, comparisons and model cards."""
+"""Reads the folder of a run, finished or not, as a `Record`: the input of reports, comparisons and model cards."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from dream_jax.trainer.segments import RunSegment, read_segments
 from dream_jax.trainer.settings import TrainSettings
 
 LAST = 10
-"""How many of the last steps a final number is the mean of."""
+"""Number of last steps over which `Record.last` takes the mean."""
 
 MetricRows = Sequence[Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of a run.
+    """The contents of the folder of a run.
 
     Attributes:
-      folder: of the run.
-      settings: all of them, as JSON holds them.
+      folder: the folder.
+      settings: the contents of `settings.json`: all settings by the names of their flags.
       summary: the contents of `summary.json`; empty for a run that is not finished.
-      data: the contents of `data.json`: `rows` and `batches`; empty before the first step.
-      steps: one row for each step, numbers by name; NaN where the file holds no number.
-      evaluations: the same for each evaluation during the run.
-      grids: for each evaluation what it was taken on; only scores with equal entries may be compared.
-      segments: how long each start of the command held the hardware.
-      samples, incidents: see their modules.
+      data: the contents of `data.json`: `rows`, `batches` and `sources`; empty before the first step.
+      steps: the rows of `metrics.csv`: one per step, numbers by name; NaN for an entry that is not a number.
+      evaluations: the rows of `eval.csv` in the same form: one per evaluation during the run.
+      grids: for each evaluation the digest of rows and masks; only scores with equal digests may be compared.
+      segments: the contents of `parts.json`: the time of each start of the command.
+      samples: the contents of `samples.json`; empty without samples.
+      incidents: the contents of `incidents.jsonl`.
     """
 
     folder: pathlib.Path
@@ -52,41 +53,41 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken and the result was written."""
+        """Whether all steps were taken and `summary.json` was written."""
         return bool(self.summary)
 
     @property
     def alike(self) -> MetricRows:
-        """The evaluations that were taken on the same rows and masks as the last one."""
+        """The evaluations on the same rows and masks as the last evaluation."""
         return [row for row, grid in zip(self.evaluations, self.grids, strict=True) if grid == self.grids[-1]]
 
     def best(self) -> Mapping[str, float] | None:
-        """The evaluation with the lowest nll among those of `alike`; None where none has a finite nll."""
+        """Returns the evaluation with the lowest nll in `alike`; None if no nll is finite."""
         rows = [row for row in self.alike if math.isfinite(row["nll"])]
         return min(rows, key=lambda row: row["nll"], default=None)
 
     def last(self, name: str) -> float:
-        """The mean of a metric over the last steps; NaN where it was never a number."""
+        """Returns the mean of the finite values of a metric in the last `LAST` steps; NaN if there are none."""
         found = [row[name] for row in self.steps[-LAST:] if name in row and math.isfinite(row[name])]
         return statistics.fmean(found) if found else math.nan
 
     def tokens_per_second(self) -> float:
-        """Positions a second in the median step, without the first, which compiles; NaN for fewer than two steps."""
+        """Returns the median number of positions per second of all steps but the first, which compiles; NaN if none."""
         found = [row["tokens_per_second"] for row in self.steps[1:] if "tokens_per_second" in row]
         return statistics.median(found) if found else math.nan
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from their defaults."""
+        """Returns the settings that differ from their defaults."""
         defaults = TrainSettings().plain()
         return {name: value for name, value in self.settings.items() if name not in defaults or value != defaults[name]}
 
 
 def read_record(folder: pathlib.Path) -> Record:
-    """Reads a folder.
+    """Reads the folder of a run.
 
     Raises:
-      FileNotFoundError: there is no run in the folder.
-      ValueError: a file of it is damaged.
+      FileNotFoundError: the folder has no `settings.json`.
+      ValueError: a file in it is damaged.
     """
     if not (folder / "settings.json").is_file():
         raise FileNotFoundError(f"{folder} holds no settings.json: it is not the folder of a run")
@@ -106,19 +107,20 @@ def read_record(folder: pathlib.Path) -> Record:
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty dict if there is no such file."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it, or move it away") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
     return found
 
 
 def _table(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; a last line that was cut short is left out."""
+    """Returns the rows of a CSV file, without incomplete lines; an empty list if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -133,7 +135,7 @@ def _number(text: str) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value as a table shows it."""
+    """Returns the text of a value in a table: 5 significant digits for a float, "-" for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
@@ -144,7 +146,7 @@ def shown(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table; what would end a cell is escaped."""
+    """Returns the lines of a Markdown table; characters that would end a cell are escaped."""
     lines = [list(head), ["---"] * len(head), *([shown(cell) for cell in row] for row in rows)]
     return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
 

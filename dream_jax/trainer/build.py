@@ -1,4 +1,4 @@
-"""What settings stand for before there are weights: model, tokenizer, optimizer and step, on a mesh that may be absent."""
+"""Makes model shapes, tokenizer, optimizer and training step from the settings, without weights and without devices."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from dream_jax.trainer.settings import TrainSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Build:
-    """A step and what it was made of.
+    """A training step with the model and the optimizer that it was made from.
 
     Attributes:
-      model: shapes only.
-      graphdef: the static part of the model.
-      optimizer: turns gradients into updates.
-      step: compiled at its first call.
+      model: the model with shapes (`jax.ShapeDtypeStruct`) instead of weights.
+      graphdef: the model without its parameters, for `nnx.merge`.
+      optimizer: the transformation from gradients to updates.
+      step: the step, which is compiled at its first call.
     """
 
     model: Dream
@@ -44,11 +44,11 @@ class AbstractStep:
     """A step with the shapes and shardings of its arguments: `step.lower(state, batch, frozen).compile()` compiles it.
 
     Attributes:
-      model: shapes only.
-      step: the jitted function.
-      state: what is trained, and the optimizer's state.
-      batch: one global batch.
-      frozen: parameters that are not trained.
+      model: the model with shapes instead of weights.
+      step: the training step, not yet compiled.
+      state: shapes of the trained parameters and of the optimizer state.
+      batch: shapes of one global batch: [B, T] and [B].
+      frozen: shapes of the parameters that are not trained; empty without an adapter.
     """
 
     model: Dream
@@ -59,22 +59,22 @@ class AbstractStep:
 
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
-    """The model as shapes, for the devices of the mesh; of a hub id only the small files are fetched."""
+    """Returns the model with shapes instead of weights; of a hub id only the small files are downloaded."""
     return weights.describe(settings, compute_dtype(settings, mesh))
 
 
 def compute_dtype(settings: TrainSettings, mesh: sharding.AnyMesh) -> str:
-    """The dtype that the settings ask for; "auto" depends on the devices of the mesh, whether these are present or not."""
+    """Returns the dtype of the computation; "auto" depends on the devices of the mesh, which need not be present."""
     if settings.network.compute_dtype != "auto":
         return settings.network.compute_dtype
     return "float32" if settings.network.model == "nano" or sharding.platform_of(mesh) == "cpu" else "bfloat16"
 
 
 def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) -> Build:
-    """The step of these settings for a model of `describe_model`.
+    """Makes the training step of these settings for a model from `describe_model`.
 
     Raises:
-      ValueError: a batch that the mesh cannot split evenly, or devices that cannot do what is asked of them.
+      ValueError: the mesh cannot divide the batch evenly, or its devices do not support the optimizer settings.
     """
     graphdef = split_params(model)[0]
     optimizer = settings.optimizer_config()
@@ -94,15 +94,15 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
 
 
 def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
-    """The step of these settings, with the shapes and shardings of its arguments.
+    """Makes the training step of these settings, with the shapes and shardings of its arguments.
 
     Args:
-      settings: of the run.
-      mesh: its devices may be absent.
-      max_length: tokens a row.
+      settings: the settings of the run.
+      mesh: the mesh of the run; its devices need not be present.
+      max_length: length of the rows in tokens.
 
     Raises:
-      As `build_step`; also ValueError for rows longer than the model's positions.
+      ValueError: as `build_step`; or `max_length` is larger than the maximum length of the model.
     """
     model = describe_model(settings, mesh)
     check_length(model, max_length)
@@ -135,23 +135,26 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
 
 
 def check_length(model: Dream, max_length: int) -> None:
-    """Raises ValueError for rows that are longer than the model's positions."""
+    """Raises ValueError if `max_length` is larger than the maximum length of the model."""
     if max_length > model.config.max_position_embeddings:
         raise ValueError(f"max_length={max_length} is more than the model's {model.config.max_position_embeddings=}")
 
 
 def open_tokenizer(settings: TrainSettings, model: Dream) -> Tokenizer:
-    """The tokenizer that the settings name, or else the model's own.
+    """Returns the tokenizer that the settings name, or otherwise the tokenizer of the model.
 
     Raises:
-      ValueError: there is none, or the model and it do not belong together.
+      ValueError: there is no tokenizer, its padding token is not the model's, or it has more tokens than the model.
     """
     tokenizer, config = find_tokenizer(settings.network.tokenizer, settings.network.model, model), model.config
     if tokenizer.pad_id != config.pad_token_id:
         raise ValueError(
-            f"the tokenizer's padding token is {tokenizer.pad_id}, the model's {config.pad_token_id}: they do not belong "
-            "together"
+            f"the padding token is {tokenizer.pad_id} in the tokenizer but {config.pad_token_id} in the model: pass "
+            "the tokenizer of this model with --tokenizer"
         )
     if tokenizer.vocab_limit > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_limit} tokens, but the model only {config.vocab_size}: pass the "
+            "tokenizer of this model with --tokenizer"
+        )
     return tokenizer

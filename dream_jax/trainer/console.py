@@ -1,4 +1,4 @@
-"""What a run prints: its settings, a live line with the speed of each step, and warnings, which are kept as incidents."""
+"""The output of a run on the terminal: settings, a line per step, and warnings, which are also saved as incidents."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ from dream_jax.trainer.settings import TrainSettings
 
 
 class RunConsole:
-    """Prints the settings, a live line on a terminal, and a line every so many steps elsewhere."""
+    """Prints settings, warnings and steps: a live line on a terminal, otherwise a line every `log_every` steps.
+
+    Attributes:
+      leads: whether this is process 0, the only one that prints.
+    """
 
     def __init__(self, settings: TrainSettings, origins: Mapping[str, str] | None = None):
-        """For a run with these settings; `origins` says where a setting comes from, if more is known than "given"."""
+        """Makes the console of a run. `origins` has for some settings, by name, where their values come from."""
         self._settings, self._origins = settings, origins or {}
         self._incidents: Incidents | None = None
         self._unkept: list[tuple[Kind, str, int | None]] = []
@@ -39,7 +43,7 @@ class RunConsole:
         self._progress: Progress | None = None
 
     def say(self, text: str, kind: Kind = "warning", step: int | None = None) -> None:
-        """Prints a line, on one process only. A warning is kept among the run's incidents, as one of this kind."""
+        """Prints a line. After "warning: " in it, the text is also saved as an incident of this kind and step."""
         self._console.print(text, markup=False)
         _, found, warning = text.partition("warning: ")
         if found:
@@ -47,23 +51,24 @@ class RunConsole:
             self._keep()
 
     def _keep(self) -> None:
-        with self._keeping:  # the thread of `RunSegments` also warns
+        """Saves the warnings that are not saved yet, if the run has its folder already."""
+        with self._keeping:  # the lock is needed because the thread of `RunSegments` warns too
             while self._incidents is not None and self._unkept:
                 kind, warning, step = self._unkept[0]
-                # A run that is resumed warns of its settings again, and skips the same steps.
+                # A resumed run repeats the warnings about its settings and about steps that it takes again.
                 if warning not in self._warned:
                     try:
                         self._incidents.add(kind, warning, step)
                     except OSError:
-                        return  # a full disk, perhaps: the warning was printed, and is kept when it can be
+                        return  # perhaps a full disk: the warning was printed, and the next call tries again
                     self._warned.add(warning)
                 self._unkept.pop(0)
 
     @contextlib.contextmanager
     def kept(self, folder: pathlib.Path, ends: Mapping[type[Exception], Kind]) -> Iterator[None]:
-        """While the block runs, incidents are kept in this folder, which is the run's now.
+        """Saves incidents in this folder during the block, and those from before it.
 
-        `ends` says which exceptions that end the block are incidents too, and of what kind.
+        `ends` maps types of exceptions that may end the block to the kind of incident that is saved for them.
         """
         self._incidents = Incidents(folder if self.leads else None)
         self._warned = {one["text"] for one in read_incidents(folder)}
@@ -77,7 +82,7 @@ class RunConsole:
             self._incidents = None
 
     def settings(self, mesh: Mesh) -> None:
-        """Prints every setting and where it came from."""
+        """Prints every setting with the origin of its value, then the devices, then warnings about the settings."""
         defaults = TrainSettings().values()
         for name, value in self._settings.values().items():
             origin = self._origins.get(name, "default" if value == defaults[name] else "given")
@@ -98,9 +103,17 @@ class RunConsole:
         data: Sequence[str],
         max_length: int,
     ) -> None:
-        """Prints what is about to be trained, on what data, and how many bytes each device holds.
+        """Prints the data, the number of trained parameters, and the bytes that they take on each device.
 
-        `whole` is the number of the model's weights, and `data` describes the rows in lines.
+        Must be called before `live` and `step`.
+
+        Args:
+          state: the state before the first step.
+          frozen: the parameters that are not trained.
+          whole: number of parameters of the model, without an adapter.
+          done: number of steps that are already taken.
+          data: lines of text about the data.
+          max_length: length of the rows in tokens.
         """
         for line in data:
             self.say(f"data: {line}")
@@ -121,7 +134,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """Shows a live line while the block runs, if there is a terminal."""
+        """Shows a live line during the block, if the output is a terminal."""
         if not (self.leads and self._console.is_terminal):
             yield
             return
@@ -131,7 +144,7 @@ class RunConsole:
             yield
 
     def evaluation(self, found: Mapping[str, Any]) -> None:
-        """Prints what `scoring.evaluate` found, without the digests, which only serve comparisons."""
+        """Prints the result of `scoring.evaluate`, without the digests, which are only needed for comparisons."""
         for name, value in found.items():
             if isinstance(value, float):
                 self.say(f"held-out {name.replace('_', ' ')}: {value:g}")
@@ -139,8 +152,11 @@ class RunConsole:
                 self.say(f"{name}: {value}")
 
     def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
-        """Shows one step: in the live line, or as a line of its own every so often."""
-        # The first step compiles; the rate is taken from the second on.
+        """Shows the metrics of one step, in the live line or (every `log_every` steps) as a new line.
+
+        `mfu` is the share of the peak FLOP/s of the devices that is used, in [0, 1]; None if it is not known.
+        """
+        # The first step includes compilation, so the remaining time is estimated from the second step on.
         if number == self._done_then + 1:
             self._begun, self._done = time.monotonic(), number
         steps = number - self._done
@@ -161,7 +177,7 @@ class RunConsole:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some: 0:05, 12:30, 1:02:03."""
+    """Formats a duration as minutes and seconds, with hours only if there are any: 0:05, 12:30, 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""What chips cost by the hour, and what a run has cost by the time of its segments."""
+"""The price of a chip per hour, and the cost of a run, computed from the time of its segments."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dream_jax.trainer.setting_groups import PriceSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run has cost, in chip hours and money.
+    """The cost of a run, in chip hours and money.
 
     Attributes:
-      chips: the number of chips that the last segment held.
-      chip_hours: chips times hours over all segments, with compilation, saving, evaluation, and steps that a kill undid.
-      usd_per_chip_hour: the mean price; None when no price is known for one of the segments.
-      usd, rmb: of the whole run; None without a price.
+      chips: number of chips that the last segment used.
+      chip_hours: sum of chips times hours over all segments. It includes compilation, saving, evaluation, and steps
+        that were lost in a kill and taken again.
+      usd_per_chip_hour: mean price in US dollars; None if the price of a segment is not known.
+      usd, rmb: cost of the whole run; None if the price of a segment is not known.
     """
 
     chips: int
@@ -33,7 +34,7 @@ class Cost:
 
 
 def usd_per_chip_hour(price: PriceSettings, chip: Chip | None) -> float | None:
-    """The price that the settings give, or else the chip's list price; None when there is neither."""
+    """Returns the price from the settings or else the chip's list price, in US dollars; None if both are missing."""
     if price.price_per_chip_hour is None:
         return None if chip is None else chip.usd_per_chip_hour
     rate = price.rmb_per_usd if price.currency == "rmb" else 1.0
@@ -41,7 +42,7 @@ def usd_per_chip_hour(price: PriceSettings, chip: Chip | None) -> float | None:
 
 
 def begin_segment(price: PriceSettings, mesh: Mesh, began: float) -> RunSegment:
-    """The segment of a run that began on this mesh at a time of `time.monotonic()`."""
+    """Makes the segment of a run that began on this mesh when `time.monotonic()` was `began`."""
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
     chips = max(1, mesh.devices.size // (1 if chip is None else chip.devices_per_chip))
@@ -59,9 +60,9 @@ def begin_segment(price: PriceSettings, mesh: Mesh, began: float) -> RunSegment:
 
 
 def run_cost(segments: Sequence[RunSegment], price: PriceSettings | None = None) -> Cost:
-    """What the segments of a run, at least one, have cost together.
+    """Returns the cost of a run with these segments (at least one).
 
-    A segment without a known price takes the price that the settings give, if they give one.
+    If `price` gives a price per chip hour, it is used for the segments whose own price is not known.
     """
     given = None if price is None else usd_per_chip_hour(price, None)
     hours = [segment.chips * segment.seconds / 3600 for segment in segments]

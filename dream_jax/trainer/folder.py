@@ -1,4 +1,4 @@
-"""The folder of a run: which process may write it, which run it holds, and the files that are written while it runs."""
+"""The folder of a run: checking and locking it, and the files that are written into it during the run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ METRICS = (
     *("loss", "nll", "masked_accuracy", "learning_rate", "grad_norm", "num_masked"),
     *(*NLL_BY_TIME, "eos_accuracy", "skipped"),
 )
+"""The columns of `metrics.csv`, besides `step` and `tokens_per_second`."""
 EVALUATED = ("nll", "nll_se", *NLL_BY_TIME, "masked_accuracy", "eos_accuracy", "num_masked", "rows")
+"""The columns of `eval.csv`, besides `step` and `grid`."""
 GRID = "grid"
-"""The column of `eval.csv` that says which rows and masks a score was taken on: the first characters of the digest."""
+"""The column of `eval.csv` with the first 12 hexadecimal digits of `Grid.digest`, which identifies the rows and masks
+that were scored. Only scores with equal values may be compared."""
 
-# What a run makes in its folder, and all that --overwrite removes. The settings are removed last, so that a removal that
-# was cut short leaves the folder of a run.
+# The files and folders that a run creates; --overwrite removes these and nothing else. settings.json is removed last,
+# so that a folder whose removal was interrupted is still recognised as the folder of a run.
 _MADE = (
     "metrics.csv",
     "eval.csv",
@@ -56,11 +59,15 @@ _MADE = (
 
 
 def check_folder(settings: TrainSettings) -> bool:
-    """Whether the run's folder holds this very run, which can be resumed. Changes nothing.
+    """Returns whether the run's folder contains an unfinished run with these settings, which can be resumed.
+
+    The answer is False if the folder is missing or empty, or may be overwritten. No file is changed.
 
     Raises:
-      FileExistsError: it holds something else: a finished run, a run with other settings, or no run at all.
-      ValueError: what the run reads lies in the folder that it would overwrite.
+      FileExistsError: without --overwrite the folder contains a finished run or a run with other settings; or it
+        contains files that are not of a run.
+      ValueError: the model, adapter, tokenizer or data of the run is in the folder that --overwrite would remove; or
+        `settings.json` in it is not valid JSON.
     """
     if not settings.run.out.exists():
         return False
@@ -89,6 +96,7 @@ def check_folder(settings: TrainSettings) -> bool:
 
 
 def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the contents of `settings.json`; None if the folder has no such file or it is not of a run."""
     path = folder / "settings.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -100,9 +108,9 @@ def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | None:
-    """Why the run in the folder cannot be resumed with these settings, and what to do; None when it can."""
+    """Returns why the run in the folder cannot be resumed with these settings and what to do; None if it can."""
     if (settings.run.out / "summary.json").is_file():
-        return "a finished run; pass --overwrite to throw it away, or another --out"
+        return "a finished run; pass --overwrite to delete it, or give another --out"
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in settings.plain().items()
@@ -112,7 +120,7 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         return None
     return (
         f"a run with other settings ({'; '.join(changed)}); "
-        "repeat its settings to resume it, pass --overwrite to throw it away, or give another --out"
+        "give the same settings to resume it, pass --overwrite to delete it, or give another --out"
     )
 
 
@@ -121,10 +129,14 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def claimed_folder(settings: TrainSettings) -> Iterator[None]:
-    """Makes the run's folder anew, unless it holds the run to resume; while the block runs no other run can have it.
+    """Locks the run's folder during the block, so that no other run can write to it.
+
+    Creates the folder; removes the files of an earlier run, unless it is the run to resume; writes `settings.json`. All
+    processes of the run must enter the block.
 
     Raises:
-      As `check_folder`; BlockingIOError when another run has the folder.
+      FileExistsError, ValueError: as `check_folder`.
+      BlockingIOError: another process has locked the folder.
     """
     with contextlib.ExitStack() as stack:
         resumes = check_folder(settings)
@@ -133,11 +145,11 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
             settings.run.out.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(settings.run.out / _LOCK, "w", encoding="utf-8"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however this process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, even if killed
             except BlockingIOError as error:
                 raise BlockingIOError(
                     f"another process is writing the run in {settings.run.out}; wait for it, or give another --out. "
-                    "Processes of one run are joined by --coordinator"
+                    "To join several processes into one run, give --coordinator"
                 ) from error
             if not resumes:
                 for name in _MADE:
@@ -146,16 +158,16 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-            # Some settings of a run that is resumed may be new: those of `FREE`.
+            # Also written when a run is resumed, because the settings in `FREE` may have new values.
             write_json(settings.run.out / "settings.json", settings.plain())
         barrier("trainer.claimed")
         yield
 
 
 def holds_checkpoint(settings: TrainSettings) -> bool:
-    """Whether the run's folder holds this very run, with a checkpoint to resume from. Raises as `check_folder`.
+    """Returns whether the run's folder contains this run with a checkpoint to resume from. Raises as `check_folder`.
 
-    As the first process sees it: a shared disk may show the others something older.
+    All processes must call it, and get the answer of process 0: on a shared file system the others may see older files.
     """
     folder = settings.run.out / "checkpoints"
     found = check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
@@ -163,7 +175,10 @@ def holds_checkpoint(settings: TrainSettings) -> bool:
 
 
 class MetricsLog:
-    """`metrics.csv`, `eval.csv` and the loggers asked for. Rows after the step that a run resumes from are dropped."""
+    """Writes the metrics of a run to `metrics.csv`, `eval.csv` and the loggers of the settings; for process 0 only.
+
+    Opening it removes rows of steps after `done`, the step that the run resumes from (0 for a new run).
+    """
 
     def __init__(self, settings: TrainSettings, done: int):
         folder = settings.run.out
@@ -172,12 +187,12 @@ class MetricsLog:
         self._loggers = open_loggers(settings.logs.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds the row of one step."""
+        """Writes the metrics of one step, by name."""
         self._steps.write(step, row)
         self._send(step, row)
 
     def evaluated(self, step: int, row: Mapping[str, float], grid: str) -> None:
-        """Adds the row of one evaluation on held-out data; `grid` is the digest of what it was taken on."""
+        """Writes the scores of one evaluation, by name; `grid` is the `Grid.digest` of the rows and masks."""
         self._evaluations.write(step, {**row, GRID: grid[:12]})
         self._send(step, {f"held_out/{name}": value for name, value in row.items()})
 
@@ -186,12 +201,12 @@ class MetricsLog:
             logger.write(step, row)
 
     def flush(self) -> None:
-        """Hands everything to the system."""
+        """Flushes the loggers; the CSV files are flushed after every row."""
         for logger in self._loggers:
             logger.flush()
 
     def close(self) -> None:
-        """Closes all."""
+        """Closes the CSV files and the loggers."""
         self._steps.close()
         self._evaluations.close()
         for logger in self._loggers:
@@ -199,7 +214,10 @@ class MetricsLog:
 
 
 class _Table:
-    """A CSV file with a row a step, each on the disk as soon as it is written."""
+    """A CSV file with one row per step; opening it removes rows of steps after `done`.
+
+    Each row is passed to the operating system at once, so that it survives a kill of the process.
+    """
 
     def __init__(self, path: pathlib.Path, fields: Sequence[str], done: int):
         rows = []
@@ -214,25 +232,25 @@ class _Table:
         self._writer = csv.DictWriter(self._file, fields, extrasaction="ignore")
 
     def write(self, step: int, row: Mapping[str, float | str]) -> None:
-        # repr of a float32 read as float64 is exact, so that runs can be compared to the last bit.
+        # csv writes floats with repr, which is exact, so that two runs can be compared bit by bit.
         self._writer.writerow({"step": step, **row})
-        self._file.flush()  # also for a run that is killed
+        self._file.flush()  # so that the row is not lost if the run is killed
 
     def close(self) -> None:
         self._file.close()
 
 
 def last_losses(folder: pathlib.Path, number: int = 10) -> list[float | None]:
-    """The losses of the last steps in `metrics.csv`, oldest first; None where a loss was no number."""
+    """Returns the losses of the last `number` steps in `metrics.csv`, oldest first; None for NaN and infinity."""
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         found = [float(row["loss"]) for row in csv.DictReader(file)][-number:]
     return [loss if math.isfinite(loss) else None for loss in found]
 
 
 def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]]) -> pathlib.Path:
-    """Keeps this process's rows of the batches of some steps as `skipped/step-N.npz`, to be looked at.
+    """Writes this process's rows of the given batches (by step) to `skipped/step-N.npz`, and returns that folder.
 
-    A file holds `tokens`, `maskable`, `row`, and `attention_mask` where not every position is valid; see `Batch`.
+    A file has the arrays `tokens`, `maskable`, `row`, and `attention_mask` (`valid_BT` of `Batch`) if it is not None.
     """
     target = folder / "skipped"
     target.mkdir(exist_ok=True)
@@ -250,7 +268,10 @@ def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]])
 def save_tokenizer(
     settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template
 ) -> pathlib.Path:
-    """Copies what belongs with the weights into the run's folder, since the original may be gone when the run ends."""
+    """Writes tokenizer and template to OUT/tokenizer, and returns that folder; all processes must call this.
+
+    Also copies config files and *.py files from the directory `source`, which may be deleted before the run ends.
+    """
     folder = settings.run.out / "tokenizer"
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)

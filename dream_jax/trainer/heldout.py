@@ -1,7 +1,8 @@
-"""Held-out likelihood on a fixed grid of noise levels: the number by which the checkpoints of a run are compared.
+"""Held-out likelihood on a fixed grid of noise levels: the score by which the checkpoints of a run are compared.
 
-Levels, masks and rows are the same at every step, for every model and on every mesh, so that two numbers differ because
-the weights do. (A validation loss at random levels moves more from draw to draw than from epoch to epoch.)
+Noise levels, masked positions and rows are the same at every step, for every model and on every mesh, so two
+scores differ only because the weights differ. (A validation loss at random levels varies more between draws
+than between epochs.)
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.settings import TrainSettings
 
 Pair = tuple[Row, TokenRow]
+"""A row, and the same row as tokens."""
 LEVELS = tuple((number + 0.5) / 8 for number in range(8))
+"""The noise levels of the grid: probabilities that a maskable position is masked."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridScore:
-    """How likely the held-out rows are. A number is NaN where there was nothing to measure.
+    """The score of a model on held-out rows. A mean over no tokens is NaN.
 
     Attributes:
-      nll: nats per masked token, over all levels.
-      nll_se: standard error of `nll` over rows: levels and masks are fixed, and the tokens of a row are not independent.
-      nll_by_time: as `nll`, over the levels in [0, 1/4), [1/4, 1/2), and so on.
-      masked_accuracy: share of the masked tokens whose most probable token is right.
-      eos_accuracy: as `masked_accuracy`, of end-of-text tokens only, which include padding.
+      nll: mean negative log-likelihood in nats per masked token, over all levels.
+      nll_se: standard error of `nll`, computed over rows, because the tokens of one row are not independent.
+      nll_by_time: as `nll`, for the levels in [0, 1/4), [1/4, 1/2), [1/2, 3/4) and [3/4, 1) separately.
+      masked_accuracy: share of the masked tokens for which the true token is the most probable one.
+      eos_accuracy: as `masked_accuracy`, for end-of-text tokens only, which include padding.
       num_masked: number of masked tokens over all levels.
       rows: number of rows.
     """
@@ -52,13 +55,13 @@ class GridScore:
     rows: int
 
     def row(self) -> dict[str, float]:
-        """The score as the columns of `eval.csv`."""
+        """Returns the score by the columns of `eval.csv`."""
         plain = dataclasses.asdict(self)
         by_time = dict(zip(NLL_BY_TIME, plain.pop("nll_by_time"), strict=True))
         return {"nll": plain.pop("nll"), "nll_se": plain.pop("nll_se"), **by_time, **plain}
 
     def line(self) -> str:
-        """The score as one line of text."""
+        """Returns the score as one line of text."""
         by_time = " ".join(f"{value:.3f}" for value in self.nll_by_time)
         return (
             f"held-out nll {self.nll:.4f} +- {self.nll_se:.4f} (by noise level {by_time})  "
@@ -70,17 +73,17 @@ class Grid:
     """Rows with fixed masks, and the compiled function that scores a model on them."""
 
     def __init__(self, rows: Batch[np.ndarray], size: int, mesh: Mesh):
-        """Draws the masks of the rows.
+        """Draws the masked positions of the rows for each noise level.
 
         Args:
-          rows: all of them, at least one, as `lay_out_held_out` makes them.
-          size: how many are computed at once, a multiple of the mesh's fsdp.
-          mesh: the devices of the models that will be scored.
+          rows: all R rows (at least one) as one batch from `lay_out_held_out`, arrays [R, T].
+          size: number of rows in one forward pass, a multiple of the mesh's fsdp.
+          mesh: the mesh of the models that will be scored.
         """
         self._tokens_RT, self._maskable_RT = rows.tokens_BT, rows.maskable_BT
         self._valid_RT = np.ones(rows.tokens_BT.shape, bool) if rows.valid_BT is None else rows.valid_BT
         maskable_RT = self._maskable_RT
-        generator = np.random.default_rng(0)  # the same masks for every model
+        generator = np.random.default_rng(0)  # fixed seed: the same masked positions for every model
         self._masked = [maskable_RT & (generator.random(maskable_RT.shape) < level) for level in LEVELS]
         self._size = size
         self._mesh = mesh
@@ -92,31 +95,31 @@ class Grid:
             ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
             return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
 
-        # Replicated: every process reads the sums of all rows.
+        # The sums are replicated, because every process reads those of all rows.
         self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     @property
     def digest(self) -> str:
-        """A digest of tokens and masks: only scores of grids with equal digests may be compared."""
+        """A SHA-256 digest (hexadecimal) of tokens and masks; only scores with equal digests may be compared."""
         found = hashlib.sha256(self._tokens_RT.tobytes() + self._valid_RT.tobytes())
         for masked_RT in self._masked:
             found.update(masked_RT.tobytes())
         return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
-        """Scores a model whose parameters are on the mesh, under the attention mask that it was trained with."""
+        """Scores a model whose parameters are on the mesh, with the attention mask that it was trained with."""
         attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
         nll_LR, right_LR, ends_right_LR = (np.zeros((len(LEVELS), rows)) for _ in range(3))
         for number, (level, masked_RT) in enumerate(zip(LEVELS, self._masked, strict=True)):
             for start in range(0, rows, self._size):
                 chunk = slice(start, start + self._size)
-                # The last batch is filled up with rows without a masked token, which therefore do not count.
+                # The last batch is padded with rows that have no masked token, and so do not count.
                 filling = ((0, max(0, start + self._size - rows)), (0, 0))
                 tokens_BT, masked_BT = np.pad(self._tokens_RT[chunk], filling), np.pad(masked_RT[chunk], filling)
                 maskable_BT = np.pad(self._maskable_RT[chunk], filling)
                 valid_BT = np.pad(self._valid_RT[chunk], filling, constant_values=True)
-                # numpy arrays, since every process holds all rows and so the whole mask.
+                # The mask holds numpy arrays, because every process has all rows and computes the same mask.
                 mask = jax.tree.map(np.asarray, attends.for_rows(valid_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
                     t_B = np.full(self._size, level, np.float32)
@@ -143,10 +146,18 @@ class Grid:
 def lay_out_held_out(
     rows: Sequence[TokenRow], max_length: int, pad_id: int, options: BatchOptions | None = None
 ) -> Batch[np.ndarray]:
-    """All rows as one batch, each padded as training would pad it, and what is left over hidden before the row.
+    """Puts all rows into one batch [R, max_length], each with as many end-of-text tokens as in training.
 
-    Where a batch decides how far its rows are filled, a row here is filled as in a batch of rows of its own length: end
-    tokens that training never shows would be scored as what it teaches.
+    Positions that remain are hidden (not valid) before the row. If the number of end-of-text tokens depends on
+    the other rows
+    of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would count end-of-text
+    tokens that training does not show.
+
+    Args:
+      rows: the rows as tokens, none longer than `max_length`.
+      max_length: width of the batch in tokens.
+      pad_id: the end-of-text token.
+      options: the options of the training batches; by default `BatchOptions()`.
     """
     options = BatchOptions() if options is None else options
     lengths = np.array([row.length for row in rows])
@@ -162,17 +173,21 @@ def lay_out_held_out(
 
 
 def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:
-    """How many rows are computed at once: as many as a microbatch has, or all; a multiple of fsdp."""
+    """Returns the number of rows in one forward pass: those of a microbatch, or all if fewer; a multiple of fsdp."""
     shards = dict(mesh.shape)["fsdp"]
     return min(max(settings.batches.batch_size // settings.batches.accumulation, 1), -(-rows // shards) * shards)
 
 
 def _ratio(total: float, count: float) -> float:
+    """Returns total / count; NaN if count is 0."""
     return float(total / count) if count else math.nan
 
 
 def _ratio_error(total_R: np.ndarray, count_R: np.ndarray) -> float:
-    """Standard error of sum(total) / sum(count) over rows that were drawn independently (by linearisation)."""
+    """Returns the standard error of sum(total) / sum(count) for independently drawn rows, by linearisation.
+
+    NaN for fewer than two rows or no masked token.
+    """
     rows, count = len(total_R), count_R.sum()
     if rows < 2 or not count:
         return math.nan

@@ -1,6 +1,6 @@
-"""Where else a run's numbers go: TensorBoard, Weights & Biases, trackio, each imported only when it is asked for.
+"""Optional loggers for the metrics of a run: TensorBoard, Weights & Biases and trackio.
 
-`metrics.csv` is written by `folder` in any case.
+A library is imported only if its logger is requested. `metrics.csv` is always written, by `dream_jax.trainer.folder`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,36 @@ from typing import Any, Literal, Protocol
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 PROJECT = "dream_jax"
+"""The name of the project in W&B and trackio."""
 RUN_ID = "logged_as.txt"
-"""The file with the name of the run in these services, so that a run that is resumed is the same run there."""
+"""The file in the run's folder with the id of the run in W&B and trackio, so that a resumed run continues
+the same log."""
 
 _PACKAGES: Mapping[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Logger(Protocol):
-    """Receives the numbers of each step."""
+    """A destination for the metrics of each step."""
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Logs the numbers of one step, by name."""
+        """Logs the metrics of one step, by name; values may be NaN or infinite."""
         ...
 
     def flush(self) -> None:
-        """Writes what is still buffered, if the library can be asked to."""
+        """Writes buffered metrics, if the library has a function for it."""
         ...
 
     def close(self) -> None:
-        """Ends the log."""
+        """Writes buffered metrics and closes the log; no method may be called afterwards."""
         ...
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raises ModuleNotFoundError, with what to install, for a logger that is not installed; imports none."""
+    """Checks, without importing them, that the packages of all named loggers are installed.
+
+    Raises:
+      ModuleNotFoundError: a package is missing; the message names the package to install.
+    """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
@@ -49,13 +55,14 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
 def open_loggers(
     names: Sequence[LoggerName], folder: pathlib.Path, config: Mapping[str, Any], done: int
 ) -> list[Logger]:
-    """The loggers of a run.
+    """Opens the named loggers, and returns them in order without duplicates.
 
     Args:
-      names: which.
-      folder: the run's.
-      config: its settings.
-      done: the step that the run resumes from; what was logged after it is removed where the library can do that.
+      names: the loggers to open.
+      folder: the folder of the run; its name is the name of the run in the services.
+      config: the settings of the run, which the services show beside the curves.
+      done: the last step that is done, 0 for a new run. TensorBoard's entries after it are removed; W&B and trackio
+        cannot remove entries.
     """
     return [_open(name, folder, config, done) for name in dict.fromkeys(names)]
 
@@ -67,7 +74,7 @@ def _open(name: LoggerName, folder: pathlib.Path, config: Mapping[str, Any], don
         import wandb
 
         run_id = _run_id(folder)
-        # resume: the run of this id when it is known there, else a new one.
+        # resume="allow" continues the run with this id if W&B knows it, and begins a new one otherwise.
         return _Service(
             wandb.init(
                 project=PROJECT, id=run_id, name=folder.name, dir=str(folder), config=dict(config), resume="allow"
@@ -75,13 +82,14 @@ def _open(name: LoggerName, folder: pathlib.Path, config: Mapping[str, Any], don
         )
     import trackio
 
-    # trackio knows a run by its name alone.
+    # trackio has no ids: runs with equal names are one run, so the name contains our id.
     return _Service(
         trackio.init(project=PROJECT, name=f"{folder.name}-{_run_id(folder)}", config=dict(config), resume="allow")
     )
 
 
 def _run_id(folder: pathlib.Path) -> str:
+    """Returns the id of the run in the services: 8 hexadecimal digits, drawn and stored at the first call."""
     path = folder / RUN_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
@@ -89,15 +97,17 @@ def _run_id(folder: pathlib.Path) -> str:
 
 
 class _TensorBoard:
+    """Writes metrics as TensorBoard scalars to FOLDER/tensorboard."""
+
     def __init__(self, folder: pathlib.Path, done: int):
         from tensorboardX import SummaryWriter
 
-        # Also from the first step on: a run may have been killed before its first checkpoint.
+        # purge_step removes later entries; also at done = 0: a run killed before its first checkpoint has left some.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
-            if math.isfinite(value):  # tensorboardX warns of other values
+            if math.isfinite(value):  # tensorboardX prints a warning for NaN and infinity
                 self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
@@ -108,7 +118,7 @@ class _TensorBoard:
 
 
 class _Service:
-    """A run object of W&B or trackio: both have `log(numbers, step=...)` and `finish()`."""
+    """Logs to W&B or trackio, whose run objects both have `log(metrics, step=...)` and `finish()`."""
 
     def __init__(self, run: Any):
         self._run = run
@@ -117,7 +127,7 @@ class _Service:
         self._run.log(dict(row), step=step)
 
     def flush(self) -> None:
-        pass  # they send in threads of their own
+        pass  # W&B and trackio send metrics from background threads
 
     def close(self) -> None:
         self._run.finish()

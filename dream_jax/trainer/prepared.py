@@ -1,4 +1,4 @@
-"""What the settings of a run stand for, checked before anything is written: data, tokenizer, step, held-out rows."""
+"""Makes and checks everything that a run needs besides weights (data, tokenizer, step) before any file is written."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from dream_jax.trainer.settings import TrainSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """The settings, and what was made of them: nothing large, and nothing on the disk yet.
+    """A run before its first step: the settings and the objects made from them, without weights.
 
     Attributes:
-      settings: of the run.
-      mesh: all of its devices.
-      model: shapes only.
-      graphdef: the static part of the model.
-      tokenizer: of the model.
-      template: how the prompts of the rows become tokens; the trained model should be asked in the same way.
-      max_length: tokens a row.
-      batches: of the training rows, as this process reads them.
-      held_out: None when nothing is to be evaluated.
-      grid: the held-out rows at fixed noise levels; None when no row fits.
-      optimizer: turns gradients into updates.
-      step: compiled at its first call.
+      settings: the settings of the run.
+      mesh: the mesh of all devices of the run.
+      model: the model with shapes instead of weights.
+      graphdef: the model without its parameters, for `nnx.merge`.
+      tokenizer: the tokenizer of the model.
+      template: how prompts are converted to tokens ("raw" or "chat"); it is saved, because sampling must use the same.
+      max_length: length of the rows in tokens.
+      batches: an iterator over the training batches; each has the rows that this process reads.
+      held_out: the held-out rows; None without evaluation.
+      grid: the held-out rows with masks at fixed noise levels; None without evaluation, or if no row fits `max_length`.
+      optimizer: the transformation from gradients to updates.
+      step: the training step, which is compiled at its first call.
     """
 
     settings: TrainSettings
@@ -65,29 +65,29 @@ class PreparedRun:
     step: TrainStep
 
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of what is trained and of the optimizer's state."""
+        """Returns shapes and shardings of the trained parameters and of the optimizer state."""
         params = split_params(self.model)[1]
         trained = lora.split(params)[0] if self.settings.lora.adapts else params
         return abstract_state(trained, self.optimizer, self.mesh)
 
     def model_of(self, trained: ParamTree, frozen: ParamTree) -> Dream:
-        """The model with these weights."""
+        """Returns the model with these weights; `frozen` is empty without an adapter."""
         return merge_params(self.graphdef, joined(frozen, trained))
 
     def take_samples(self, model: Dream, when: When) -> None:
-        """Answers a few held-out prompts, if the settings ask for it; see `samples`."""
+        """Answers a few held-out prompts, unless the settings disable it; see `samples.take_samples`."""
         if self.held_out is not None and self.settings.evaluation.samples:
             take_samples(model, self.held_out, self.settings, self.max_length, self.mesh, when)
 
     def evaluate(self, model: Dream, score: GridScore | None) -> dict[str, Any]:
-        """What `scoring.evaluate` finds on the held-out rows; empty without such rows."""
+        """Returns what `scoring.evaluate` returns for the held-out rows; an empty dict without such rows."""
         if self.held_out is None:
             return {}
         return evaluate(model, self.held_out, self.settings, self.max_length, self.mesh, score)
 
 
 def join_devices(devices: DeviceSettings) -> Mesh:
-    """Joins the other processes of the run, if there are any, and lays the mesh over the devices of all.
+    """Connects this process to the other processes of the run, if any, and returns the mesh over all devices.
 
     Raises:
       ValueError: as `distributed.join` and `sharding.make_mesh`.
@@ -103,16 +103,17 @@ def join_devices(devices: DeviceSettings) -> Mesh:
 
 
 def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
-    """Reads the data and makes the step. Whatever can be wrong with the settings shows here, before any weights are read.
+    """Opens the data and makes the step, so that errors in the settings are raised before any weights are read.
 
     Raises:
-      ValueError, OSError: settings, data or files that do not fit.
+      ValueError, OSError: settings, data or files are wrong or do not fit together.
+      ModuleNotFoundError: the package of a logger is not installed.
     """
     fsdp = dict(mesh.shape)["fsdp"]
     if fsdp % jax.process_count():
         raise ValueError(
-            f"mesh {settings.devices.mesh} splits the batch {fsdp} ways, but there are {jax.process_count()} "
-            "processes that read rows of their own: fsdp must be a multiple of their number"
+            f"mesh {settings.devices.mesh} divides the batch among fsdp={fsdp} devices, but {jax.process_count()} "
+            "processes read rows: fsdp must be a multiple of the number of processes"
         )
     check_loggers(settings.logs.log_to)
     source = settings.source("train")

@@ -1,11 +1,11 @@
-"""Recipes: the settings of whole runs under a name, in TOML files, with where they come from and what they would take.
+"""Recipes: TOML files with the settings of a whole run, their source, and plans for some hardware.
 
 about = "one line"
 source = "paper, repository or reasoning"
-like = "dream-7b"            # a preset of the model's sizes, to plan with where its files are not here
+like = "dream-7b"            # preset with the sizes of the model, for plans without the files of the model
 required = ["data"]          # settings that the command line must give
 [settings]                   # settings of a run, by the names of their flags
-[[planned]]                  # per hardware: what changes there, hours, price, memory; written by bench/recipes.py
+[[planned]]                  # one per hardware: other settings, hours, price, memory; written by bench/recipes.py
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ _WIDTH = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What the run would take on some hardware.
+    """The planned time, price and memory of a run on one kind of hardware.
 
     Attributes:
-      topology: as in `--topology`.
-      settings: those that differ from the recipe's there.
-      hours, rmb: of all steps, if everything overlaps and if nothing does; no price where none is listed.
-      peak_gib: memory of a device at the worst moment.
-      fits: whether it has as much.
-      how: by whom this is known.
+      topology: name of the hardware, as for `--topology`.
+      settings: the settings that differ from the recipe's on this hardware.
+      hours: time of all steps as (if computation, memory and communication overlap fully, if they do not overlap).
+      rmb: price in RMB for these two times; None if the hardware has no list price.
+      peak_gib: peak memory of one device in GiB.
+      fits: whether a device has this much memory.
+      how: whether the memory was read from the compiled step or computed by arithmetic.
     """
 
     topology: str
@@ -53,22 +54,23 @@ class Planned:
     how: Literal["compiled", "arithmetic"]
 
     def flags(self) -> str:
-        """The settings as the command line takes them."""
+        """Returns the settings as flags for the command line."""
         return " ".join(_flag(name, value) for name, value in self.settings.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One file, checked.
+    """The contents of one recipe file, with checked names and types.
 
     Attributes:
-      name: of the file, without its suffix.
-      file: its path.
-      about, source: see the module.
-      like: a preset, or None.
-      required: settings that a run must be given besides.
-      settings: by the names of their flags.
-      planned: in the order of the file.
+      name: name of the file without its suffix.
+      file: path of the file.
+      about: one line about the run.
+      source: the paper, repository or reasoning from which the settings are taken.
+      like: name of a preset with the sizes of the model, or None.
+      required: names of the settings that the command line must give.
+      settings: the settings of the run, by the names of their flags.
+      planned: the plans of the file, in its order.
     """
 
     name: str
@@ -81,7 +83,11 @@ class Recipe:
     planned: tuple[Planned, ...] = ()
 
     def train_settings(self, **changes: Any) -> TrainSettings:
-        """The settings of a run by this recipe. Raises ValueError, opening with the file, for a value out of range."""
+        """Returns the settings of a run with this recipe, with `changes` by the names of their flags.
+
+        Raises:
+          ValueError: a value is out of range; the message begins with the path of the file.
+        """
         given = {"out": pathlib.Path("runs") / self.name, **self.settings}
         try:
             return TrainSettings.flat(**given | {"recipe": str(self.name)} | changes)
@@ -89,7 +95,7 @@ class Recipe:
             raise ValueError(f"{self.file}: {error}") from error
 
     def check_given(self, given: Collection[str]) -> None:
-        """Raises ValueError when a setting that the recipe leaves to the user is not among those that were given."""
+        """Raises ValueError if a setting in `required` is not among the names `given` on the command line."""
         missing = [name for name in self.required if name not in given]
         if missing:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
@@ -97,11 +103,12 @@ class Recipe:
 
 
 def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
-    """A recipe of the folder by its name, or any file.
+    """Reads a recipe, given by its name in the folder or by the path of a TOML file.
 
     Raises:
-      FileNotFoundError: neither, with the names that there are and the nearest.
-      ValueError: no TOML, an unknown or missing key, or a value of another type: with file, key and the nearest name.
+      FileNotFoundError: there is no such recipe; the message names the existing ones and the most similar one.
+      ValueError: the file is not TOML, has an unknown key or a value of the wrong type, or a key is missing; the
+        message names file, key and the most similar name.
     """
     file = pathlib.Path(name_or_file).expanduser()
     if file.suffix != SUFFIX:
@@ -117,7 +124,7 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not TOML ({error})") from error
     try:
-        # Unset settings are left out.
+        # `to_builtins` leaves out the settings that are not set in the file.
         typed = msgspec.to_builtins(msgspec.convert(found, _FILE))
     except msgspec.ValidationError as error:
         raise ValueError(f"{file}: {_explained(str(error), found)}") from error
@@ -130,12 +137,12 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
 
 
 def names(folder: pathlib.Path) -> list[str]:
-    """The recipes of a folder."""
+    """Returns the names of the recipes in a folder, sorted."""
     return sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
 
 
 def listing(folder: pathlib.Path) -> str:
-    """All recipes of a folder with what they are and what they would take, as a table that fits 100 columns."""
+    """Returns all recipes of a folder with their descriptions and plans, as a text table at most 100 columns wide."""
     recipes = [read_recipe(name, folder) for name in names(folder)]
     if not recipes:
         return f"no recipes in {folder}"
@@ -166,12 +173,12 @@ def _hours(value: float) -> str:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 _NOT_HERE = ("recipe", "out", "overwrite", "coordinator", "num_processes", "process_id")
-"""Settings that say where a run happens, not what it is."""
+"""Settings that a recipe cannot have, because they say where a run takes place and not what it computes."""
 _ALLOWED = tuple(name for name in SETTING_TYPES if name not in _NOT_HERE)
 
 
 def _typed(kind: type[Any], left_out: Collection[str] = (), **types: Any) -> type[msgspec.Struct]:
-    """A dataclass as msgspec checks it: no other keys, and these types in place of the declared ones."""
+    """Makes a msgspec struct from a dataclass: unknown keys are errors, and `types` replaces declared types."""
     hints = typing.get_type_hints(kind) | types
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(kind):
@@ -199,12 +206,15 @@ _FILE = _typed(
 
 
 def _in_order(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the order of the file."""
+    """Returns the settings in the order in which the file has them."""
     return {name: settings[name] for name in written.get("settings", ())}
 
 
 def _explained(complaint: str, found: Any) -> str:
-    """msgspec's complaint with the key first, the value that stands there, and the nearest of what may stand there."""
+    """Rewrites an error message of msgspec: first the key, then its value, then the most similar allowed name.
+
+    `complaint` is the message, and `found` the contents of the file.
+    """
     message, _, path = complaint.partition(" - at `$")
     steps = re.findall(r"\w+", path)
     for step in steps:
@@ -226,13 +236,14 @@ def _explained(complaint: str, found: Any) -> str:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """All texts that a type allows, however deep its Literal lies."""
+    """Returns all values of the Literal types in a type, also of nested ones such as in `tuple[Literal[...], ...]`."""
     if typing.get_origin(hint) is Literal:
         return tuple(map(str, typing.get_args(hint)))
     return tuple(choice for one in typing.get_args(hint) for choice in _choices(one))
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
+    """Returns " (did you mean ...?)" with the most similar known name; an empty string if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -19,7 +19,7 @@ from dream_jax.trainer.settings import TrainSettings
 FILE = "samples.json"
 When = Literal["before", "after"]
 
-# Some randomness: answers at temperature 0 hide how sure a model is.
+# A little randomness, because answers at temperature 0 do not show how confident a model is.
 _TEMPERATURE = 0.2
 
 
@@ -31,12 +31,12 @@ def take_samples(
     mesh: Mesh,
     when: When,
 ) -> None:
-    """Answers the prompts, and adds the answers to `samples.json` at once; with several processes all must call.
+    """Answers the first held-out prompts, and writes the answers to `samples.json`; all processes must call this.
 
     Args:
-      model: as it is now.
-      held_out, settings, max_length, mesh: of the run.
-      when: under which name the answers are kept; earlier ones of that name, or to other questions, are replaced.
+      model: the model with its present weights.
+      held_out, settings, max_length, mesh: those of the run, as in `PreparedRun`.
+      when: key of the answers in the file. Answers under the same key, or to other prompts, are replaced.
     """
     tokenizer = held_out.tokenizer
     longest = model.config.max_position_embeddings - settings.evaluation.sample_tokens
@@ -48,7 +48,7 @@ def take_samples(
             room = max(room, one.length - one.prompt_length)
     if not found:
         return
-    # More than the held-out answers take would be end-of-text at best.
+    # A longer answer than the longest held-out one would only add end-of-text tokens.
     room = min(settings.evaluation.sample_tokens, bucket_length(room))
     shards = dict(mesh.shape)["fsdp"]
     config = make_sampler(tokenizer, room, temperature=_TEMPERATURE)
@@ -65,12 +65,12 @@ def take_samples(
     }
     kept = read_samples(settings.run.out) if when == "after" else {}
     if any(kept.get(name) != value for name, value in asked.items()):
-        kept = {}  # answers to something else: the run was resumed with other --samples, or other held-out rows
+        kept = {}  # the answers are to other prompts: the run was resumed with other --samples or held-out rows
     write_json(settings.run.out / FILE, kept | asked | {when: [one.text for one in answered]})
 
 
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:
-    """What `samples.json` holds; empty when there is none."""
+    """Returns the contents of `samples.json`; an empty dict if there is no such file."""
     path = folder / FILE
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found

@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows at the end of a run: by sampling answers, and by the likelihood of the rows."""
+"""Evaluation on held-out rows at the end of a run: accuracy of sampled answers, and likelihood of the rows."""
 
 from __future__ import annotations
 
@@ -27,22 +27,30 @@ def evaluate(
     mesh: Mesh,
     score: GridScore | None = None,
 ) -> dict[str, Any]:
-    """Answers held-out rows by sampling (temperature 0, entropy order, a token a step), and measures their likelihood.
+    """Answers held-out rows by sampling, and measures the likelihood of the rows.
 
-    `score` is the model's score on the grid of noise levels, if it is known already.
+    The answers are sampled at temperature 0, in entropy order, one token per step.
+
+    Args:
+      model: the model, with its parameters on the mesh.
+      held_out, settings, max_length, mesh: those of the run, as in `PreparedRun`.
+      score: the score of the model on the fixed grid of noise levels, if known already; else it is computed.
 
     Returns:
-      `exact_accuracy` (share of answers equal to the row's, surrounding space aside), `rows` that were answered,
-      `too_long` (documents, and rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards`
-      (the most that a batch took), and of the fixed grid of noise levels `nll` (nats per masked token), `nll_se`,
-      `masked_accuracy` and `eos_accuracy`; of the last three None where there was nothing to measure.
+      `exact_accuracy` (share of answers equal to the response of their row, apart from surrounding whitespace; absent
+      if no row was answered), `rows` (number of answered rows), `too_long` (number of rows without an answer:
+      documents, and rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards` (the
+      largest number of forward passes of a batch), and from the fixed grid `nll` (nats per masked token), `nll_se`,
+      `masked_accuracy` and `eos_accuracy`; each of the last three is None if there was nothing to measure. `grid` and
+      `answered` identify the
+      rows: only numbers with equal ones may be compared. Only `rows` and `too_long` if no row fits.
     """
     encoded, tokenizer = held_out.first(settings.evaluation.eval_rows, max_length), held_out.tokenizer
     asked = min(settings.evaluation.eval_rows, len(held_out))
     if not encoded:
         return {"rows": 0, "too_long": asked}
     size = rows_at_once(settings, mesh, len(encoded))
-    # A document has no answer to compare with, only a likelihood.
+    # A document has no response to compare an answer with, so it only counts in the likelihood.
     answering = [(row, one) for row, one in encoded if not row.document]
     short = [(row, one) for row, one in answering if one.length - one.prompt_length <= settings.evaluation.eval_tokens]
     correct, forwards = 0, 0
@@ -68,7 +76,7 @@ def evaluate(
 
 
 def _digest(pairs: Sequence[Pair]) -> str | None:
-    """A digest of rows: only accuracies on equal digests may be compared."""
+    """Returns a digest of rows (12 hexadecimal digits), None without rows; only accuracies with equal ones compare."""
     found = hashlib.sha256()
     for _, one in pairs:
         found.update(np.asarray(one.tokens, np.int64).tobytes() + b"end")
@@ -76,7 +84,10 @@ def _digest(pairs: Sequence[Pair]) -> str | None:
 
 
 def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pair]]:
-    """Rows of like length together. The canvas of a batch is its longest prompt and its longest answer: it must fit."""
+    """Yields batches of at most `size` rows of similar length.
+
+    The canvas of a batch is as long as its longest prompt and its longest answer together, at most `longest` tokens.
+    """
     part: list[Pair] = []
     for pair in sorted(pairs, key=lambda pair: (bucket_length(_answer_length(pair[1])), pair[1].prompt_length)):
         wider = [*part, pair]
@@ -94,9 +105,9 @@ def _answer_length(one: TokenRow) -> int:
 
 
 def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[TokenRow], size: int) -> tuple[list[str], int]:
-    """The texts that the model answers with, and the forward passes used. `size` rows are denoised, whatever is given."""
+    """Returns the answers of the model as texts, and the number of forward passes. Always denoises `size` rows."""
     prompts = [one.tokens[: one.prompt_length] for one in rows]
-    names = [(0, number) for number in range(len(rows))]  # their keys are not read: nothing is random
+    names = [(0, number) for number in range(len(rows))]  # not used: at temperature 0 nothing is random
     config = make_sampler(tokenizer, max(_answer_length(one) for one in rows))
     found = answer(model, tokenizer, prompts, names, config, size)
     return [one.text for one in found], found[0].forwards

@@ -1,7 +1,7 @@
-"""The segments of a run, one from each start of the command to its end: how long each held the hardware, in `parts.json`.
+"""The segments of a run: `parts.json` records for each start of the command how long it used which hardware.
 
-A run that was killed has paid for steps that it takes again, perhaps on another mesh and at another price; only what is
-written while it runs tells of them. A start that fails before the run has a folder is not a segment.
+A killed run takes some steps twice, perhaps on other hardware and at another price. To count the time of both, the file
+is written regularly while the run lasts. A start that fails before the run has a folder is not a segment.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from dream_jax.files import write_json
 
 FILE = "parts.json"
 EVERY = 10.0
-"""Seconds between two writes: at most so much of a segment that is killed is not counted."""
+"""Seconds between two writes of the file: if a segment is killed, at most this much of its time is not counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSegment:
-    """One start of the command.
+    """The time from one start of the command to its end.
 
     Attributes:
-      begun: when, in UTC (ISO 8601).
-      seconds: how long it lasted, or had lasted when it was last written.
-      devices: such as "8 x TPU v6 lite".
-      chips: that were held.
-      usd_per_chip_hour: None where no price is known.
-      rmb_per_usd: the rate at which that is paid in RMB.
-      ended: whether the command came to an end; False while it runs, and after it was killed.
+      begun: time of the start in UTC (ISO 8601).
+      seconds: duration until the end, or until the file was last written.
+      devices: number and kind of the devices, such as "8 x TPU v6 lite".
+      chips: number of chips that were used.
+      usd_per_chip_hour: price of a chip in US dollars per hour; None if it is not known.
+      rmb_per_usd: exchange rate for the price in RMB.
+      ended: True if the command ended by itself; False while it runs, and if it was killed.
     """
 
     begun: str
@@ -45,7 +45,7 @@ class RunSegment:
 
 
 def read_segments(folder: pathlib.Path) -> list[RunSegment]:
-    """The segments of a run, oldest first; none where the folder has no file of them.
+    """Returns the segments of a run, oldest first; an empty list if the folder has no `parts.json`.
 
     Raises:
       ValueError: the file is damaged.
@@ -57,23 +57,24 @@ def read_segments(folder: pathlib.Path) -> list[RunSegment]:
         return [RunSegment(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); move it away, and with it the time of earlier segments"
+            f"{path} is damaged ({error}); move it away: the time of earlier segments is then not counted"
         ) from error
 
 
 class RunSegments:
-    """The earlier segments of a run, and the present one, which is written while it lasts."""
+    """The earlier segments of a run, and the present one, which is written to the file while it lasts."""
 
     def __init__(
         self, folder: pathlib.Path | None, present: RunSegment, began: float, told: Callable[[str], None]
     ) -> None:
-        """Without a folder (on processes other than the first) nothing is read or written.
+        """Reads the earlier segments.
 
         Args:
-          folder: of the run. A damaged file in it is put aside.
-          present: this segment; its seconds do not count.
-          began: `time.monotonic()` at its begin, which may be before the run had a folder.
-          told: is called with a warning when the file cannot be read or written; the run does not end for that.
+          folder: the folder of the run, or None (on processes other than 0): nothing is read or written. A damaged file
+            in it is renamed.
+          present: the present segment; its `seconds` are not used.
+          began: value of `time.monotonic()` at its start, which may be before the run had a folder.
+          told: function that is called with a warning if the file cannot be read or written; the run continues.
         """
         self._folder, self._present, self._began, self._told = folder, present, began, told
         self._writing = threading.Lock()
@@ -84,16 +85,16 @@ class RunSegments:
             except ValueError:
                 aside = folder / f"{FILE}.damaged"
                 (folder / FILE).replace(aside)
-                told(f"warning: {FILE} is damaged and is {aside.name} now: the time of earlier segments is not known")
+                told(f"warning: {FILE} is damaged and was renamed {aside.name}: the time of earlier segments is lost")
 
     def now(self, *, ended: bool = False) -> list[RunSegment]:
-        """All segments, with the seconds of the present one until now."""
+        """Returns all segments, the present one last, with its seconds until now."""
         seconds = time.monotonic() - self._began
         return [*self._earlier, dataclasses.replace(self._present, seconds=seconds, ended=ended)]
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[RunSegments]:
-        """While the block runs, the file is never older than `EVERY` seconds."""
+        """Writes the file every `EVERY` seconds during the block, and at its end."""
         if self._folder is None:
             yield self
             return
@@ -114,7 +115,7 @@ class RunSegments:
             self.write(self.now(ended=True))
 
     def write(self, segments: Sequence[RunSegment]) -> None:
-        """Writes the file; warns where it cannot be written, since the next write may succeed."""
+        """Writes the file; if that fails it only warns, because the next write may succeed."""
         if self._folder is None:
             return
         try:

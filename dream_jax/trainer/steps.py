@@ -1,4 +1,4 @@
-"""The steps of a run: the first state, each step with its log line, evaluation and checkpoint, and why steps end early."""
+"""The steps of a run, from the first state on, with logs, evaluations and checkpoints, and the ways to end early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dream_jax.trainer.weights import Frozen
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved itself."""
+    """The run was stopped by SIGINT or SIGTERM, and a checkpoint of its last step was saved."""
 
 
 class Diverged(Exception):
@@ -37,13 +37,13 @@ class Diverged(Exception):
 def first_state(
     run: PreparedRun, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
 ) -> tuple[TrainState, int]:
-    """The state to begin with, and how many steps it has behind it.
+    """Returns the state to continue from, and the number of steps that it has already taken.
 
     Args:
-      run: its batches are moved to where the checkpoint stood.
-      params: what is trained, in a run that begins. None reads the newest checkpoint instead.
+      run: the run; if a checkpoint is read, `run.batches` continues after the batches that it has used.
+      params: the parameters to train in a new run; their memory is reused. None reads the newest checkpoint instead.
       frozen: the weights that are not trained.
-      checkpoints: of the run.
+      checkpoints: the checkpoints of the run.
 
     Raises:
       ValueError: no checkpoint can be read, or the frozen weights are not those that the run began with.
@@ -53,18 +53,20 @@ def first_state(
     state, meta = checkpoints.restore(run.abstract_state())
     if meta.get("base") != frozen.identity:
         raise ValueError(
-            f"the weights in {run.settings.network.model} are not those that this run began with ({frozen.identity} now, "
-            f"{meta.get('base')} then), so its adapter does not fit them; put them back, or begin another run (--out)"
+            f"the weights in {run.settings.network.model} are not those that this run began with ({frozen.identity} "
+            f"now, {meta.get('base')} then), so its adapter does not fit; restore them, or begin another run (--out)"
         )
     run.batches.set_state(meta["data"])
     return state, int(state.step)
 
 
 def best_state(state: TrainState, best: int, checkpoints: RunCheckpoints) -> TrainState:
-    """The state of the best evaluation, in the memory of the last state, which is given back first.
+    """Restores the checkpoint of step `best`, the one with the best evaluation.
+
+    Deletes the arrays of `state` first, so that both states never need memory at the same time.
 
     Raises:
-      ValueError: its checkpoint cannot be read.
+      ValueError: the checkpoint cannot be read.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     jax.tree.map(lambda leaf: leaf.delete(), state)
@@ -72,7 +74,8 @@ def best_state(state: TrainState, best: int, checkpoints: RunCheckpoints) -> Tra
         return checkpoints.restore(shapes, step=best)[0]
     except ValueError as error:
         raise ValueError(
-            f"the best state cannot be handed over: {error}; the same command with --final last hands over the last"
+            f"the state with the best evaluation cannot be exported: {error}; the same command with --final last "
+            "exports the state of the last step"
         ) from error
 
 
@@ -84,20 +87,28 @@ def take_steps(
     checkpoints: RunCheckpoints,
     console: RunConsole,
 ) -> tuple[TrainState, GridScore | None]:
-    """Takes the steps that are left, logs each, and evaluates and saves now and then.
+    """Takes the remaining steps; logs each, and evaluates and saves checkpoints as often as the settings say.
+
+    Args:
+      run: the run.
+      state: the state after `done` steps; its arrays are donated to the first step.
+      frozen: the weights that are not trained.
+      done: number of steps that are already taken.
+      checkpoints: the checkpoints of the run.
+      console: prints the progress.
 
     Returns:
-      The last state, and its score if it was evaluated here.
+      The last state, and its score on the held-out grid, or None if it was not evaluated.
 
     Raises:
-      Stopped: when asked to stop.
-      Diverged: when too many steps in a row had to be skipped.
+      Stopped: a SIGINT or SIGTERM arrived.
+      Diverged: `max_skipped` steps in a row were skipped.
     """
     settings, evaluation = run.settings, run.settings.evaluation
     log = MetricsLog(settings, done) if console.leads else None
     widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
     stop = StopSignal()
-    skipped: dict[int, Batch[np.ndarray]] = {}  # the batches of the steps before this one, if they were skipped
+    skipped: dict[int, Batch[np.ndarray]] = {}  # batches of the uninterrupted series of skipped steps that ends here
     due, score = False, None
     with stop, console.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
@@ -126,18 +137,19 @@ def take_steps(
                 raise _diverged(number, row, skipped, checkpoints, settings)
             last, stopping = number == settings.run.steps, stop.requested()
             if not skipped:
-                score = None  # of the weights before this step; a skipped step leaves the weights, and so their score
+                score = None  # the weights have changed; a skipped step changes neither the weights nor their score
             if run.grid is not None and (number % evaluation.eval_every == 0 or last):
                 score = run.grid.score(run.model_of(state.params, frozen.params))
                 console.say(f"evaluation after step {number}: {score.line()}")
                 if log:
                     log.evaluated(number, score.row(), run.grid.digest)
-                # In the middle of skipped steps no best is saved (see below), and after them the weights are others.
+                # A best state is not saved in a series of skipped steps (see below), and later the weights
+                # are different.
                 due |= not skipped and _is_best(score, checkpoints)
-                clock = time.monotonic()  # the time of the evaluation is not the next step's
+                clock = time.monotonic()  # the next step's time must not include the evaluation
             due |= number % settings.run.save_every == 0
-            # In the middle of skipped steps nothing is saved that was not saved before them: what led to them may be in
-            # the weights already, and must not crowd out the checkpoints before it.
+            # In a series of skipped steps no due checkpoint is saved: the weights may already contain the cause of the
+            # divergence, and such checkpoints would displace older, good ones.
             if last or stopping or (due and not skipped):
                 meta = {"data": run.batches.get_state(), "base": frozen.identity}
                 checkpoints.save(number, state, meta, None if score is None else score.nll)
@@ -154,7 +166,10 @@ def take_steps(
 
 
 def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
-    """Whether the score is better than every saved one, as process 0 sees it: a shared disk may show others less."""
+    """Returns whether the score is better than every saved one.
+
+    All processes get the answer of process 0, because on a shared file system the others may see fewer checkpoints.
+    """
     best = checkpoints.best_step()
     before = None if best is None else checkpoints.score(best)
     return bool(from_first(not math.isnan(score.nll) and (before is None or score.nll < before)))
@@ -167,11 +182,12 @@ def _diverged(
     checkpoints: RunCheckpoints,
     settings: TrainSettings,
 ) -> Diverged:
+    """Saves the batches of the skipped steps, and returns the exception that ends the run."""
     checkpoints.wait()
     saved = checkpoints.latest_step()
     newest = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
     return Diverged(
-        f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}, the last of "
-        f"{len(skipped)} in a row that had to be skipped; weights since then are not saved ({newest}). The batches are in "
-        f"{save_batches(settings.run.out, skipped)}. Try a smaller --learning-rate, and look at the batches"
+        f"step {number} has loss {row['loss']} and gradient norm {row['grad_norm']}; it is the last of {len(skipped)} "
+        f"in a row that were skipped, during which no checkpoint was saved ({newest}). Their batches are in "
+        f"{save_batches(settings.run.out, skipped)}. Try a smaller --learning-rate, and check these batches"
     )

@@ -1,4 +1,4 @@
-"""Stopping a run on request: what SIGINT and SIGTERM do while steps are taken."""
+"""Stopping a run on request: handlers for SIGINT and SIGTERM that are active while steps are taken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from dream_jax.distributed import which_say
 
 
 class StopSignal:
-    """While active, the first SIGINT or SIGTERM asks the run to stop after its step; a second SIGINT interrupts it."""
+    """A context manager in which a SIGINT or SIGTERM only sets a flag, so that the run can stop after the current step.
+
+    `requested` returns the flag. A SIGINT when the flag is set already raises KeyboardInterrupt. The previous handlers
+    are restored at the end. Must be entered in the main thread.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -26,9 +30,12 @@ class StopSignal:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        # Not through the console: a signal may arrive while it is writing.
-        os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n")
+        # os.write and not the console, because the signal may interrupt the console in the middle of a write.
+        os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
 
     def requested(self) -> bool:
-        """Whether any process was asked, so that all of them stop at the same step; all must call."""
+        """Returns whether any process of the run has received a signal.
+
+        All processes must call it after every step; all get the same answer, and so stop after the same step.
+        """
         return bool(which_say(self._asked))

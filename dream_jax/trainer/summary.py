@@ -1,4 +1,4 @@
-"""What a run writes of itself as JSON: `data.json` when it begins, `summary.json` when it is finished."""
+"""The contents of `data.json`, written when a run begins, and of `summary.json`, written when it is finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dream_jax.trainer.weights import Frozen
 
 
 def data_facts(run: PreparedRun) -> dict[str, Any]:
-    """The contents of `data.json`: the rows, how the batches will be, and where model and data were read."""
+    """Returns the contents of `data.json`: facts about the rows and the batches, and the origin of model and data."""
     return {
         "rows": run.batches.report.plain(),
         "batches": dataclasses.asdict(run.batches.outlook(run.settings.run.steps)),
@@ -33,14 +33,14 @@ def data_facts(run: PreparedRun) -> dict[str, Any]:
 
 
 def _sources(settings: TrainSettings) -> dict[str, str]:
-    """Whether the model and each data set is local, of the hub, or built in.
+    """Returns for the model and each data set, by name, whether it is "local", "hub" or "built in".
 
-    As it was when the run began: what stood at a path then may be gone when the run is resumed.
+    A resumed run keeps the answers from its first start, because local files may have been deleted since then.
     """
     try:
         before = json.loads((settings.run.out / "data.json").read_text(encoding="utf-8"))["sources"]
     except (OSError, ValueError, KeyError, TypeError):
-        before = None  # the run begins now, or the file is damaged and is written anew
+        before = None  # the run is new, or the file is damaged and will be replaced
     if isinstance(before, dict):
         return before
     found = {}
@@ -59,16 +59,16 @@ def summarize(
     checkpoints: RunCheckpoints,
     segments: Sequence[RunSegment],
 ) -> dict[str, Any]:
-    """The contents of `summary.json`.
+    """Returns the contents of `summary.json`.
 
     Args:
-      run: what was trained on what.
-      state: the one that is handed over.
+      run: the run.
+      state: the state whose weights are exported.
       frozen: the weights that were not trained.
-      trained: the model that the run made.
-      evaluation: of that model.
-      checkpoints: of the run.
-      segments: of the run, the last one until now.
+      trained: the exported model.
+      evaluation: the result of `scoring.evaluate` for this model; empty without evaluation.
+      checkpoints: the checkpoints of the run.
+      segments: all segments of the run, the present one last.
     """
     settings, best = run.settings, checkpoints.best_step()
     return {

@@ -1,7 +1,7 @@
-"""A run's weights: which are trained, which are frozen, where they are read and where they are written.
+"""The weights of a run: which are trained and which are frozen, reading them, and writing the result.
 
-Without an adapter all weights are trained. With one only the adapter is: it alone is in the state, the optimizer and the
-checkpoints, and the base is read again from its own directory whenever the run is resumed.
+Without an adapter all weights are trained. With an adapter only the adapter is trained: state, optimizer and
+checkpoints contain nothing else, and the frozen base is read again from its own directory whenever the run is resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
 from dream_jax.trainer.settings import TrainSettings
 
-# Makes the key of a new adapter differ from the keys of random weights and of noise, which come from the same seed.
+# Folded into the key, so that a new adapter has other random numbers than weights and noise, which use the same seed.
 _ADAPTER = 1 << 28
 
 
@@ -29,8 +29,8 @@ class Frozen:
     """The weights that are not trained.
 
     Attributes:
-      params: empty without an adapter.
-      identity: a digest that other weights of the same shapes do not have; None without an adapter.
+      params: the frozen parameters; empty without an adapter.
+      identity: a digest of their values (`lora.identity`), to recognise the same weights; None without an adapter.
     """
 
     params: ParamTree
@@ -38,12 +38,13 @@ class Frozen:
 
 
 def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
-    """The model of a run in shapes: its base as it will be stored, with the adapter.
+    """Returns the model of a run with shapes instead of weights, with its adapter if there is one.
 
-    Its `trained_mask` is the run's: that of the settings, or else of what the run begins with.
+    Its `trained_mask` is the mask of the settings, or else that of the adapter or model that the run begins with.
 
     Raises:
-      As `pretrained.describe` and `pretrained.describe_adapter`; ValueError for an adapter of another model.
+      ValueError, OSError: as `pretrained.describe` and `pretrained.describe_adapter`; or the adapter does not
+        fit the model.
     """
     model = pretrained.describe(
         settings.network.model,
@@ -66,10 +67,10 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
 
 
 def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, CodeKind | None]:
-    """The dtype in which the weights other than an adapter are stored, and the kind of codes of their kernels, if any."""
+    """Returns the dtype in which the weights of the model are stored, and how its kernels are quantised (or None)."""
     if not settings.lora.adapts:
-        return "float32", None  # master weights
-    # The dtype of the computation: weights in float32 would be rounded to it in every layer anyway.
+        return "float32", None  # trained weights are always float32
+    # auto: the dtype of the computation, because every layer would round float32 weights to it anyway.
     if settings.lora.base == "auto":
         return compute_dtype, None
     for kind in KINDS:
@@ -79,6 +80,7 @@ def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, CodeKind 
 
 
 def _adapter(settings: TrainSettings) -> LoraConfig:
+    """Returns the configuration of the adapter, new or read from --adapter."""
     if settings.lora.adapter is None:
         return settings.lora.new_adapter()
     config = pretrained.describe_adapter(settings.lora.adapter).config
@@ -88,19 +90,19 @@ def _adapter(settings: TrainSettings) -> LoraConfig:
 
 
 def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: bool) -> tuple[ParamTree | None, Frozen]:
-    """Reads the base, and where the run begins what it begins to train.
+    """Reads the frozen weights, and for a new run the weights to train.
 
     Args:
-      settings: of the run.
-      mesh: where all goes.
-      compute_dtype: of the model.
-      begins: false when a checkpoint holds what is trained.
+      settings: the settings of the run.
+      mesh: the mesh on which the weights are placed.
+      compute_dtype: name of the dtype of the computation.
+      begins: True for a new run; False if the weights to train are in a checkpoint.
 
     Returns:
-      What is trained (None unless the run begins), and what is not.
+      The weights to train (None if `begins` is False), and the frozen weights.
 
     Raises:
-      As `pretrained.load`; ValueError for an adapter that was trained on other weights.
+      ValueError, OSError: as `pretrained.load`; or the adapter was trained on other weights.
     """
     if not settings.lora.adapts:
         frozen = Frozen(params={}, identity=None)
@@ -123,7 +125,7 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
 
 
 def save(trained: Dream, settings: TrainSettings) -> dict[Literal["adapter", "model"], pathlib.Path]:
-    """Writes the adapter, the model or both into the run's folder; returns their paths by kind."""
+    """Writes OUT/adapter, OUT/model or both, as the settings say, and returns their paths by name."""
     made: dict[Literal["adapter", "model"], pathlib.Path] = {}
     if settings.lora.adapts:
         made["adapter"] = settings.run.out / "adapter"
