@@ -1,6 +1,6 @@
-"""The rows of one training step: one form from the data to the loss, with no library behind it.
+"""The batch of one training step, which the data pipeline makes and the loss reads. It imports neither numpy nor jax.
 
-`dream_jax.train_step` registers it as a pytree.
+`dream_jax.train_step` registers it as a pytree of jax.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ Array = TypeVar("Array")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch(Generic[Array]):
-    """Rows of tokens, as numpy arrays, jax arrays, or shapes of them.
+    """The rows of a batch, as numpy arrays, as jax arrays, or as shapes of arrays.
 
     Attributes:
-      tokens_BT: int32 [B, T], the clean tokens with their padding.
-      maskable_BT: bool [B, T], true where a token may be masked, and is then learned; false on prompts.
-      row_B: int32 [B], the number of each row within the global batch. Its noise depends on this number, and so not on
-        the process or the device that computes the row.
-      valid_BT: bool [B, T], false on positions before a row begins: they are not attended to, and the positions of the
-        row count from its first valid token. None where every position is valid.
+      tokens_BT: int32 [B, T], the ids of the clean tokens, with padding.
+      maskable_BT: bool [B, T], true where a token may be masked and then learned; false in prompts.
+      row_B: int32 [B], the index of each row in the global batch. The noise of a row depends on this index, and so not
+        on the process or device that computes the row.
+      valid_BT: bool [B, T], false before the first token of a row. No query attends to these positions, and the rotary
+        positions of the row count from its first valid token. None means that all positions are valid.
     """
 
     tokens_BT: Array

@@ -1,14 +1,15 @@
-"""A table of accelerators: their rates and memory from the makers' documents, and list prices.
+"""A table of accelerators with their peak rates, memory and list prices.
 
-All rates are per jax device, which is a chip except on Ironwood (two devices a chip). Sources, read in 2026:
-peak rates, memory and its bandwidth, interconnect: the "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" pages of
-Google Cloud's TPU documentation; NVIDIA's data sheets of the A100, H100 (SXM), H200 (SXM) and DGX B200. Memory of a TPU:
-what libtpu 0.0.42.1 leaves a program, from its out-of-memory messages (a test compares); of a GPU: what the driver
-reports as the board's size, less an allowance of 1 GiB for contexts, libraries and fragmentation. Only dense bfloat16
-rates: those that data sheets print "with sparsity" are halved.
+All rates are per jax device. A device is a chip, except on TPU7x (Ironwood), which has two devices per chip. Peak rates,
+memory bandwidth and interconnect are from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of the TPU
+documentation of Google Cloud, and from the NVIDIA data sheets of A100, H100 (SXM), H200 (SXM) and DGX B200, all read in
+2026. Peak rates are for dense bfloat16: a rate that a data sheet gives "with sparsity" is halved here. The memory of a
+TPU is what libtpu 0.0.42.1 leaves to a program, according to its out-of-memory messages (a test compares them). The
+memory of a GPU is the size that the driver reports, minus 1 GiB for contexts, libraries and fragmentation.
 
-Prices change, differ by region and are lower with a commitment: pass your own. TPU: on-demand list price of Google Cloud in
-its US regions, 2025. GPU: Modal's price list, by the second and without commitment, May 2026. None: no public price known.
+Prices change, depend on the region, and are lower with a commitment, so pass your own price. TPU prices are the
+on-demand list prices of Google Cloud in its US regions, 2025. GPU prices are from the price list of Modal (per second,
+without commitment), May 2026. None means that no public price is known.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of accelerator; rates are per jax device.
+    """One kind of accelerator, with rates per jax device.
 
     Attributes:
-      name: as in `--topology`.
+      name: the name in `--topology`, such as "v5e" or "h100".
       platform: the name of the platform in jax.
-      kinds: prefixes of jax's `device_kind`.
-      memory: bytes that a program can use.
-      peak_flops: dense bfloat16, FLOP/s.
-      memory_bandwidth: of the device's memory, bytes/s.
-      links: number of links to neighbours in a torus, or 1 where a switch connects all devices.
-      link_bandwidth: of one link in one direction, bytes/s.
-      usd_per_chip_hour: list price of a chip (not of a device); None when no price is known.
+      kinds: prefixes of the `device_kind` that jax reports for these devices.
+      memory: number of bytes of a device that a program can use.
+      peak_flops: peak rate of dense bfloat16 matrix products, in FLOP/s.
+      memory_bandwidth: bandwidth of the memory of a device, in bytes/s.
+      links: number of links of a device to its neighbours in a torus; 1 if a switch connects all devices.
+      link_bandwidth: bandwidth of one link in one direction, in bytes/s.
+      usd_per_chip_hour: list price of a chip (not of a device), in US dollars per hour; None if no price is known.
       devices_per_chip: number of jax devices per chip.
-      topology: an example of `--topology`, for messages.
+      topology: example values of `--topology`, for messages.
       node: number of devices that a switch connects; None for a torus.
-      network_bandwidth: between nodes, per device and direction, bytes/s; None for a torus.
+      network_bandwidth: bandwidth between nodes in one direction, in bytes/s per device; None for a torus.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Chip:
 
     @property
     def interconnect(self) -> float:
-        """Bytes/s that a device can send over all its links together."""
+        """The number of bytes/s that a device can send over all its links together."""
         return self.links * self.link_bandwidth
 
 
@@ -73,7 +74,8 @@ def _tpu(
     example: str,
     devices_per_chip: int = 1,
 ) -> Chip:
-    # The documentation gives the sum over all links and both directions: one link has 1 / (2 links) of it in one direction.
+    # Rates are per chip, memory is per device. link_gbs is the documented sum over all links and both directions,
+    # divided by 2 * links.
     return Chip(
         name=name,
         platform="tpu",
@@ -104,14 +106,14 @@ def _gpu(
         usd_per_chip_hour=usd,
         topology=f"{name}:8 (one node), {name}:2x8 (two nodes of eight)",
         node=8,
-        network_bandwidth=50e9,  # 400 Gbit/s a GPU, as in the makers' own clusters of these boards
+        network_bandwidth=50e9,  # 400 Gbit/s per GPU, as in NVIDIA's own clusters of these GPUs
     )
 
 
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        # libtpu describes a v4 as two devices; on hardware jax shows one a chip. Only its rates are used: no topology.
+        # A v4 chip is one jax device, but libtpu describes it as two, so plans cannot compile for it: it has no topology.
         _tpu(
             "v4", ("TPU v4",), memory_gib=30.5, tflops=275, memory_gbs=1200, links=6, link_gbs=50, usd=3.22, example=""
         ),
@@ -178,7 +180,7 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip with this `device_kind` of jax; None when the table does not have it (for example a CPU)."""
+    """Returns the chip with this `device_kind` of jax, or None if the table does not have it (for example a CPU)."""
     known = [(kind, chip) for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)]
-    # The longest prefix counts: "TPU v5 lite" also begins with "TPU v5".
+    # The longest matching prefix is used, because "TPU v5 lite" also begins with "TPU v5".
     return max(known, key=lambda pair: len(pair[0]), default=(None, None))[1]

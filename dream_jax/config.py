@@ -1,4 +1,4 @@
-"""The architecture of a Dream model: frozen settings, read key by key from the published `config.json`, and presets."""
+"""The architecture of a Dream model: its sizes, the reader of the published `config.json`, and presets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Keys that config.json must have: they are never defaulted, because libraries change their defaults between releases.
+# Keys that config.json must have. They have no defaults here, because libraries change their defaults between releases.
 _REQUIRED_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -24,7 +24,7 @@ _REQUIRED_KEYS = (
     "pad_token_id",
 )
 
-# Architectural switches of the Qwen2 family, with the values that this implementation supports.
+# Keys of config.json that change the architecture of the Qwen2 family, with the values that are implemented here.
 _SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("Dream",),
     "architectures": (["DreamModel"], None),
@@ -35,8 +35,8 @@ _SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
 }
 
-# Keys that do not change the function that the weights compute.
-# sliding_window and max_window_layers only act under use_sliding_window, which is checked above.
+# Keys of config.json that do not change what the model computes from its weights. sliding_window and max_window_layers
+# have an effect only with use_sliding_window, which _SWITCHES allows only to be false.
 _IGNORED_KEYS = frozenset(
     {
         "_name_or_path",
@@ -58,10 +58,10 @@ _IGNORED_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DreamConfig:
-    """The architecture of a Dream checkpoint; the field names are those of the published `config.json`.
+    """The architecture of a Dream checkpoint. The fields have the names and meanings of the published `config.json`.
 
     Raises:
-      ValueError: sizes do not fit each other; the message has the values.
+      ValueError: a field has a wrong type or range, or sizes contradict each other; the message has the values.
     """
 
     vocab_size: int
@@ -108,16 +108,18 @@ class DreamConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name}={value!r} is outside the vocabulary, 0..{self.vocab_size - 1}")
         if self.mask_token_id == self.pad_token_id:
-            raise ValueError(f"{self.mask_token_id=} is the padding token too: padding would be generated")
+            raise ValueError(
+                f"{self.mask_token_id=} is also the padding token, so the sampler would replace padding; use two ids"
+            )
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head, H."""
+        """The width of one attention head, H."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights, from the sizes alone (7,615,616,512 for Dream-7B)."""
+        """The number of weights, computed from the sizes (7,615,616,512 for Dream-7B)."""
         width, head = self.hidden_size, self.head_dim
         query, key_value = self.num_attention_heads * head, self.num_key_value_heads * head
         attention = width * query + query + 2 * (width * key_value + key_value) + query * width
@@ -130,21 +132,21 @@ class DreamConfig:
         """Reads the dictionary of a published `config.json`, key by key.
 
         Args:
-          fields: the dictionary. It must have every architectural key; there are no defaults.
-          ignore: further keys that are known not to change what the weights compute.
+          fields: the dictionary. Architectural keys have no defaults: all must be there.
+          ignore: further keys that are known not to change what the model computes; they are not checked.
 
         Raises:
           ValueError: a key is missing or unknown, or has a value that this implementation does not support.
         """
         if fields.get("model_type") == "qwen2":
             raise ValueError(
-                "config.json has model_type='qwen2': an autoregressive Qwen2 model is no Dream model yet; convert it "
+                "config.json has model_type='qwen2', an autoregressive Qwen2 model and not a Dream model; convert it "
                 "with convert/qwen2_to_dream.py SRC DST"
             )
         missing = [key for key in _REQUIRED_KEYS if key not in fields]
         if missing:
             raise ValueError(
-                f"config.json lacks {missing}; these are never guessed, add them from the checkpoint's source"
+                f"config.json lacks {missing}, which have no defaults; add them from the source of the checkpoint"
             )
         ignored = _IGNORED_KEYS | frozenset(ignore)
         for key, value in fields.items():
@@ -154,14 +156,14 @@ class DreamConfig:
                     raise ValueError(f"config.json has {key}={value!r}, but only {wanted} is implemented")
             elif key not in _REQUIRED_KEYS and key not in ignored and key != "head_dim":
                 raise ValueError(
-                    f"config.json has the unknown key {key}={value!r}, which may change what the weights compute; "
+                    f"config.json has the unknown key {key}={value!r}, which may change what the model computes; "
                     f"if it does not, name it in `ignore` (--ignore-config-key {key} on the command line)"
                 )
         if "model_type" not in fields:
             raise ValueError("config.json lacks 'model_type'; expected 'Dream'")
         for name in ("rope_theta", "rms_norm_eps"):
             if isinstance(fields[name], str):
-                raise ValueError(f"config.json has {name}={fields[name]!r}, a string where a number belongs")
+                raise ValueError(f"config.json has {name}={fields[name]!r}, a string; it must be a number")
         config = cls(
             **{key: fields[key] for key in _REQUIRED_KEYS},
             initializer_range=fields.get("initializer_range", 0.02),
@@ -175,7 +177,12 @@ class DreamConfig:
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path, *, ignore: Iterable[str] = ()) -> DreamConfig:
-        """Reads a `config.json`, or the one in a directory. Raises as `from_dict`, and ValueError for bad JSON."""
+        """Reads the file `path`, or `config.json` in the directory `path`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not valid JSON, or `from_dict` does not accept its content.
+        """
         path = pathlib.Path(path)
         if path.is_dir():
             path = path / "config.json"
@@ -193,11 +200,12 @@ class DreamConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary of a published `config.json`, such that `from_dict(config.to_dict()) == config`."""
+        """Returns the dictionary of a published `config.json`, for which `from_dict(config.to_dict()) == config`."""
         return {
             "architectures": ["DreamModel"],
             "attention_dropout": 0.0,
-            # The published pad token is also the end-of-text token (`<|endoftext|>`), and its config names it for both.
+            # In the published model, the padding token is also the end-of-text token (`<|endoftext|>`), and the
+            # published config.json has it as "bos" and "eos" too.
             "bos_token_id": self.pad_token_id,
             "eos_token_id": self.pad_token_id,
             "hidden_act": "silu",
@@ -212,12 +220,12 @@ class DreamConfig:
         }
 
 
-# Special tokens of Qwen2.5's vocabulary as Dream uses it.
+# Ids of the special tokens in the vocabulary of Qwen2.5, with the mask token that Dream added.
 _QWEN_SPECIAL = {"mask_token_id": 151666, "pad_token_id": 151643}
 
 PRESETS: Mapping[str, DreamConfig] = {
-    # For a laptop: bytes as tokens (ids of tokenizer.ByteTokenizer), learns 4x4 sudoku in minutes on two CPU cores.
-    # 8 heads and a vocabulary divisible by 8, so that every mesh of 8 devices shards it.
+    # For a laptop. Its tokens are bytes (ids of tokenizer.ByteTokenizer), and it learns 4x4 sudoku in minutes on two CPU
+    # cores. It has 8 heads and a vocabulary size divisible by 8, so that every mesh of 8 devices can shard it.
     "nano": DreamConfig(
         vocab_size=264,
         hidden_size=128,
@@ -231,9 +239,9 @@ PRESETS: Mapping[str, DreamConfig] = {
         tie_word_embeddings=False,
         mask_token_id=260,
         pad_token_id=256,
-        initializer_range=0.05,  # for a width of 128; the published 0.02 is for 3584
+        initializer_range=0.05,  # chosen for the width 128; the published 0.02 is for the width 3584
     ),
-    # For benchmarks: the real vocabulary, with layers that a CPU can run.
+    # For benchmarks: the vocabulary of Dream-7B, with layers so small that a CPU can run them.
     "small": DreamConfig(
         vocab_size=152_064,
         hidden_size=512,
@@ -247,7 +255,7 @@ PRESETS: Mapping[str, DreamConfig] = {
         tie_word_embeddings=False,
         **_QWEN_SPECIAL,
     ),
-    # Qwen2.5-0.5B's dimensions.
+    # The sizes of Qwen2.5-0.5B.
     "dream-0.5b": DreamConfig(
         vocab_size=151_936,
         hidden_size=896,
@@ -261,7 +269,7 @@ PRESETS: Mapping[str, DreamConfig] = {
         tie_word_embeddings=True,
         **_QWEN_SPECIAL,
     ),
-    # Dream-v0-{Base,Instruct}-7B: Qwen2.5-7B's dimensions.
+    # The sizes of Dream-v0-{Base,Instruct}-7B, which are those of Qwen2.5-7B.
     "dream-7b": DreamConfig(
         vocab_size=152_064,
         hidden_size=3584,

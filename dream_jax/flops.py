@@ -1,7 +1,7 @@
-"""FLOPs of a training step, and their share of the peak of the hardware.
+"""Counts the FLOPs of a training step, and their share of the peak rate of the hardware (MFU).
 
-Counted are the matrix products of the forward and backward pass, attention over all pairs of tokens, and the output
-projection at masked positions only. Recomputation is not counted.
+The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens, and the
+output projection at masked positions only. It does not include recomputation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dream_jax.model import Dream, parameter_count, split_params
 
 
 class FlopCounter:
-    """FLOPs of the steps of a model (arrays or shapes) over rows of one length, and their share of the devices' peak."""
+    """Counts the FLOPs of training steps of one model, whose rows all have `length` tokens.
+
+    The parameters of the model may be arrays or shapes. If the model has an adapter, only the adapter is trained.
+    """
 
     def __init__(self, model: Dream, length: int):
         config = model.config
         adapter = parameter_count(lora.split(split_params(model)[1])[0])
         embeddings = config.hidden_size * config.vocab_size
         layers = config.num_parameters - embeddings * (1 if config.tie_word_embeddings else 2)
-        # A frozen matrix needs the gradient of its input, but not its own.
+        # FLOPs per weight and token: 2 in the forward pass, 2 for the gradient of the input, and 2 for the gradient of
+        # the weight, which a frozen weight does not need.
         each = 4 if adapter else 6
         self._head = each * embeddings  # only at masked positions
         matrices = each * layers + 6 * adapter
@@ -29,11 +33,18 @@ class FlopCounter:
         self._token = matrices + attention
 
     def step(self, tokens: float, masked: float) -> float:
-        """FLOPs of a step over all devices, without recomputation."""
+        """Returns the FLOPs of a step over all devices, for numbers of computed tokens and of masked positions."""
         return self._token * tokens + self._head * masked
 
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
-        """The share of the peak of all devices, in [0, 1]; None when the peak is not known."""
+        """Returns the share of the peak rate of all devices of the mesh, in [0, 1]; None if the peak is not known.
+
+        Args:
+          tokens: number of computed tokens of the step, over all devices.
+          masked: number of masked positions of the step, over all devices.
+          seconds: duration of the step.
+          mesh: the devices, all of one kind.
+        """
         chip = chip_of(mesh.devices.flat[0].device_kind)
         if chip is None:
             return None

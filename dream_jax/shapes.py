@@ -1,7 +1,7 @@
-"""The axis alphabet: one letter per axis, used everywhere in the project.
+"""The axis alphabet: one capital letter for each axis, used everywhere in the project.
 
-Array names carry their axes as a suffix (`q_BTNH`), einsum strings use the same capitals, and public signatures use
-them inside jaxtyping annotations.
+The name of an array ends in its axes (`q_BTNH`). Einsum strings and the jaxtyping annotations of public functions use
+the same letters.
 
 | letter | axis | in the published config |
 |---|---|---|
@@ -38,12 +38,12 @@ FloatB = Float[Array, "B"]
 HiddenBTD = Float[Array, "B T D"]
 LogitsBTV = Float[Array, "B T V"]
 
-# A nested dict of arrays with string keys: parameters and everything shaped like them.
+# A nested dict of arrays with string keys: the parameters, or arrays for each of them, such as gradients.
 ParamTree = dict[str, Any]
 
 
 def joined(base: ParamTree, more: ParamTree) -> ParamTree:
-    """Merges two nested dicts. Raises ValueError when both have the same leaf."""
+    """Returns a nested dict with the leaves of both. Raises ValueError if both have a leaf of the same name."""
     found = dict(base)
     for key, value in more.items():
         if key not in found:

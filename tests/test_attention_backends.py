@@ -552,5 +552,5 @@ def test_function_is_traced_anew_for_another_target():
 def test_unknown_targets_raise():
     with pytest.raises(ValueError, match=r"platform='cuda' is not one of \('cpu', 'gpu', 'tpu'\)"):
         attention_module.target_platform("cuda")
-    with pytest.raises(ValueError, match="interpret=True is for the kernels of a TPU"):
+    with pytest.raises(ValueError, match="interpret=True is for TPU kernels"):
         attention_module.target_platform("gpu", interpret=True)

@@ -143,7 +143,7 @@ def test_wrong_value_raises(key, value):
         ({"num_key_value_heads": 16}, ["num_attention_heads=8", "num_key_value_heads=16"]),
         ({"hidden_size": 120}, ["head_dim=15"]),
         ({"initializer_range": 0.0}, ["initializer_range=0.0"]),
-        ({"mask_token_id": 256}, ["mask_token_id=256", "padding token too"]),
+        ({"mask_token_id": 256}, ["mask_token_id=256", "is also the padding token"]),
     ],
 )
 def test_inconsistent_sizes_raise(changes, named):

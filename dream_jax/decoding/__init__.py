@@ -1,6 +1,6 @@
-"""From logits to decisions: the token and confidence of each position, and the positions that are written.
+"""Turns logits into decisions: the token and the confidence of each position, and the positions to write.
 
-Nothing here sorts the vocabulary: top_p and top_k keep the tokens above a threshold, which is found by a search.
+The vocabulary is never sorted: top_p and top_k keep the tokens above a threshold, and a search finds this threshold.
 """
 
 from dream_jax.decoding.choosing import Alg, choose_tokens, commit, most_confident_first

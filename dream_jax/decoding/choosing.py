@@ -1,4 +1,4 @@
-"""The token and the confidence of each position, from rows of logits, and the choice of the positions to write."""
+"""Computes the token and the confidence of each position from its logits, and chooses the positions to write."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from dream_jax.target import current_target
 
 Alg = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
-# The published sampler adds it inside the logarithm of its entropy.
+# The published sampler adds this number to the probability inside the logarithm of its entropy.
 _ENTROPY_EPSILON = 1e-10
 
-# Rows that are processed together: on a CPU so few that their probabilities stay in its cache, elsewhere all.
+# Number of rows that are processed together on a platform: on a CPU so few that their probabilities stay in its cache.
+# On other platforms all rows are processed together.
 _GROUP_ROWS = {"cpu": 4}
 
 
@@ -30,28 +31,31 @@ def choose_tokens(
     top_k: int | None,
     uniform_R: Float[jax.Array, "R"] | None,
 ) -> tuple[Int[jax.Array, "R"], Float[jax.Array, "R"]]:
-    """Chooses a token for each row, and gives the confidence in it.
+    """Chooses a token for each row of logits, and computes the confidence in it.
 
-    The published order of operations: divide by the temperature (if above 0), keep the top_p nucleus (up to and
-      including
-    the token that crosses it), keep the top_k tokens (and ties), then softmax. The token is a sample, or the argmax at
-    temperature 0. The confidence comes from the filtered distribution p: p[token] for `maskgit_plus` (and for `origin`,
-    which does not use it), the difference of the two largest p for `topk_margin`, sum p log(p + 1e-10) for `entropy`.
+    The order of operations is that of the published code: divide the logits by the temperature (if it is above 0), keep
+    the top_p nucleus (with the token that crosses top_p), keep the top_k tokens (with all ties), apply the softmax. The
+    token is sampled from the result p, or is the most probable token at temperature 0. The confidence is p[token] for
+    `maskgit_plus` and `origin` (which does not use it), the difference of the two largest elements of p for
+    `topk_margin`, and sum p log(p + 1e-10) for `entropy`.
 
     Args:
-      logits_RV: float32; -inf marks tokens that must not be written (at least one must be finite).
-      alg: the definition of confidence.
-      temperature: 0 or above; as an array, above 0.
-      top_p: in (0, 1], None to switch off.
-      top_k: at least 1, None to switch off.
-      uniform_R: one number in [0, 1) per row; needed when temperature > 0, ignored otherwise.
+      logits_RV: logits of R positions. -inf marks tokens that must not be written; one per row must be finite.
+      alg: the name of the confidence.
+      temperature: a float that is 0 or above, or an array above 0.
+      top_p: share of the probability to keep, in (0, 1]; None keeps all tokens.
+      top_k: number of tokens to keep, at least 1; None keeps all tokens.
+      uniform_R: one random number in [0, 1) per row. Needed if the temperature is above 0, otherwise not used.
 
     Returns:
-      Token ids int32 [R] and confidences float32 [R]; higher means more confident.
+      The token ids (int32 [R]) and the confidences (float32 [R]); a higher number means more confident.
+
+    Raises:
+      ValueError: the temperature is above 0, and `uniform_R` is None.
     """
     samples = isinstance(temperature, jax.Array) or temperature > 0
     if samples and uniform_R is None:
-        raise ValueError(f"{temperature=} samples tokens, which needs random numbers")
+        raise ValueError(f"{temperature=} samples tokens, which needs random numbers: pass uniform_R, or temperature 0")
     uniform_R = uniform_R if samples else None
     rows, vocab = logits_RV.shape
     top_p = None if not isinstance(top_p, jax.Array) and (top_p is None or top_p >= 1.0) else top_p
@@ -60,12 +64,12 @@ def choose_tokens(
     def choose_rows(logits_RV: jax.Array, uniform_R: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         logits_RV = logits_RV.astype(jnp.float32)
         max_logit_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
-        # On a CPU argmax takes forty times as long as this.
+        # This computes argmax, which on a CPU takes forty times as long.
         best_R = jnp.min(jnp.where(logits_RV == max_logit_R1, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
         log_mass_RV = logits_RV - max_logit_R1
         log_mass_RV = log_mass_RV / temperature if samples else log_mass_RV
-        # Unnormalised probabilities; the largest is 1. The barrier makes XLA compute them once. Computed separately for
-        # each use, with different rounding, a token could be on both sides of a threshold.
+        # Unnormalised probabilities, of which the largest is 1. The barrier makes XLA compute them once. If it computed
+        # them again for each use, with different rounding, a token could be on both sides of a threshold.
         mass_RV = jax.lax.optimization_barrier(jnp.exp(log_mass_RV))
         if top_p is not None or top_k is not None:
             mass_RV = filters.keep_likely(mass_RV, top_p, top_k)
@@ -73,8 +77,8 @@ def choose_tokens(
 
     group_rows = _GROUP_ROWS.get(current_target().platform, rows)
     if rows < group_rows:
-        # Padded, because a CPU sums one row in another order than several rows, and a row's result must not depend on
-        # the number of rows.
+        # The rows are padded to a whole group, because a CPU sums one row in another order than several rows, and the
+        # result of a row must not depend on the number of rows.
         pad = lambda x: jnp.pad(x, ((0, group_rows - rows), *[(0, 0)] * (x.ndim - 1)))
         token_R, confidence_R = choose_rows(pad(logits_RV), None if uniform_R is None else pad(uniform_R))
         return token_R[:rows], confidence_R[:rows]
@@ -82,7 +86,7 @@ def choose_tokens(
         return choose_rows(logits_RV, uniform_R)
 
     def choose_group(index: jax.Array, chosen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # If the rows are no multiple of the group, the last slice overlaps the one before it; the results are the same.
+        # The last slice overlaps the one before it if `group_rows` does not divide the rows; the results are the same.
         in_group = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * group_rows, slice_size=group_rows
         )
@@ -97,15 +101,15 @@ def choose_tokens(
 def most_confident_first(
     confidence_BM: Float[jax.Array, "B M"], candidate_BM: Bool[jax.Array, "B M"]
 ) -> Int[jax.Array, "B M"]:
-    """Sorts the indices of each row: candidates first, then by falling confidence; equal ones stay in order."""
-    # Candidates come first even with a confidence of minus infinity; otherwise they could stay masked for ever.
+    """Returns the indices of each row, sorted: candidates first, then by falling confidence, then by index (int32)."""
+    # Candidates come first even if their confidence is minus infinity. Otherwise they might never be written.
     return jnp.lexsort((-confidence_BM, ~candidate_BM), axis=-1).astype(jnp.int32)
 
 
 def commit(
     order_BM: Int[jax.Array, "B M"], candidate_BM: Bool[jax.Array, "B M"], count_B: Int[jax.Array, "B"]
 ) -> Bool[jax.Array, "B M"]:
-    """Marks the first `count` candidates of each row, in an order from `most_confident_first`."""
+    """Returns bool [B, M], true at the first `count_B` candidates of each row in the order of `most_confident_first`."""
     rank_BM = jnp.argsort(order_BM, axis=-1)
     return candidate_BM & (rank_BM < count_B[:, None])
 
@@ -118,14 +122,14 @@ def _token_and_confidence(
     alg: Alg,
     uniform_R: Float[jax.Array, "R"] | None,
 ) -> tuple[Int[jax.Array, "R"], Float[jax.Array, "R"]]:
-    """Token and confidence of each row.
+    """Returns the token and the confidence of each row, as `choose_tokens`.
 
     Args:
-      mass_RV: unnormalised probabilities: 0 where removed, the largest 1.
-      log_mass_RV: their logarithms, before any were removed.
-      best_R: the most probable token.
-      alg: the definition of confidence.
-      uniform_R: numbers in [0, 1) to sample with; None takes the most probable token.
+      mass_RV: unnormalised probabilities, of which the largest in a row is 1; 0 at tokens that a filter removed.
+      log_mass_RV: logarithms of the unnormalised probabilities before the filters.
+      best_R: the most probable token of each row.
+      alg: the name of the confidence.
+      uniform_R: random numbers in [0, 1) to sample with; None chooses the most probable token.
     """
     mass = sums.in_blocks(mass_RV)
     total_R = mass.total()
@@ -145,13 +149,14 @@ def _token_and_confidence(
 def _negative_entropy(
     mass_RV: Float[jax.Array, "R V"], log_mass_RV: Float[jax.Array, "R V"], total_R: Float[jax.Array, "R"]
 ) -> Float[jax.Array, "R"]:
-    """sum p log(p + epsilon), computed as p log p + p log(1 + epsilon / p) because log p is known already.
+    """Returns sum p log(p + epsilon) of each row, where p are the normalised probabilities.
 
-    The second term is approximated by epsilon p / (p + epsilon). The error is below 1e-11 per token.
+    A term is computed as p log p + p log(1 + epsilon / p), because log p is already known. The second part is
+    approximated by epsilon p / (p + epsilon); the error is below 1e-11 per token.
     """
     epsilon_R1 = _ENTROPY_EPSILON * total_R[:, None]
     epsilon_term_RV = epsilon_R1 * mass_RV / (mass_RV + epsilon_R1)
-    # With `where` outermost, XLA on a CPU computes the terms before the reduction, which is five times faster than
-    # computing them inside it.
+    # With `where` outermost, XLA on a CPU computes the terms before it sums them. This is five times faster than
+    # computing them inside the sum.
     sum_R = jnp.sum(jnp.where(mass_RV > 0.0, mass_RV * log_mass_RV + epsilon_term_RV, 0.0), axis=-1)
     return sum_R / total_R - jnp.log(total_R)

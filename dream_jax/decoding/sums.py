@@ -1,7 +1,7 @@
 """Sums over the vocabulary, and the token at which the running sum exceeds a target.
 
-The running sum has two levels, over blocks of tokens and then inside one block, because a running sum over the whole
-vocabulary takes a hundred times as long as a sum.
+A running sum over the whole vocabulary takes a hundred times as long as a sum. So it is computed in two levels: over
+the sums of blocks of tokens, and then inside one block.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 
 
 class Blocks(NamedTuple):
-    """Rows of nonnegative numbers, divided into C blocks of width W (about sqrt(V)); the last is padded with zeros.
+    """Rows of nonnegative numbers, divided into C blocks of width W (about sqrt(V)).
 
     Attributes:
-      x_RCW: the numbers.
+      x_RCW: the nonnegative numbers; the last block is padded with zeros.
       sum_RC: the sum of each block.
     """
 
@@ -25,25 +25,28 @@ class Blocks(NamedTuple):
     sum_RC: Float[jax.Array, "R C"]
 
     def total(self) -> Float[jax.Array, "R"]:
-        """The sum of each row."""
+        """Returns the sum of each row."""
         return jnp.sum(self.sum_RC, axis=-1)
 
 
 def in_blocks(x_RV: Float[jax.Array, "R V"]) -> Blocks:
-    """Divides rows of numbers into blocks and sums each block."""
+    """Returns rows of nonnegative numbers divided into blocks, and the sum of each block."""
     rows, vocab = x_RV.shape
     width = 1 << ((vocab - 1).bit_length() + 1) // 2
     x_RCW = jnp.pad(x_RV, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
-    # Without the barrier XLA would compute the sum of the sums by reading all numbers a second time.
+    # Without the barrier XLA would read all numbers a second time to compute the total.
     return Blocks(x_RCW, jax.lax.optimization_barrier(jnp.sum(x_RCW, axis=-1)))
 
 
 def first_exceeding(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
-    """The first token with a positive number at which the running sum exceeds the target.
+    """Returns the first token of each row that has a positive number and at which the running sum exceeds the target.
 
     Args:
-      x: at least one number per row is positive.
-      target_R: 0 or above; if it is not below the sum of the row, the result is the last token with a positive number.
+      x: the numbers of all tokens; at least one in each row must be positive.
+      target_R: the target of each row, 0 or above.
+
+    Returns:
+      Token ids, int32 [R]. If no running sum exceeds the target, it is the last token with a positive number.
     """
     width = x.x_RCW.shape[-1]
     running_RC = jnp.cumsum(x.sum_RC, axis=-1)
@@ -54,7 +57,7 @@ def first_exceeding(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array
     inside_RW = jnp.take_along_axis(x.x_RCW, block_R[:, None, None], axis=1)[:, 0]
     running_RW = before_R[:, None] + jnp.cumsum(inside_RW, axis=-1)
     offset_R = jnp.minimum(jnp.sum(running_RW <= target_R[:, None], axis=-1), _last_positive(inside_RW))
-    # Because of rounding the token found may have the number 0; then the next positive one is taken.
+    # Because of rounding, the token at this offset may have the number 0. The next token with a positive number is used.
     offset_R = jnp.argmax((inside_RW > 0) & (jnp.arange(width) >= offset_R[:, None]), axis=-1)
     return (block_R * width + offset_R).astype(jnp.int32)
 
