@@ -1,13 +1,13 @@
-"""Weights in 8 or 4 bits for a base that is not trained: codes in blocks, and the matrix product with them.
+"""Stores frozen weights in 8 or 4 bits, as codes with one scale per block, and multiplies matrices with them.
 
-| kind | bytes a weight | codes | largest error, of a block's largest magnitude |
+| kind | bytes per weight | codes | maximum error / largest magnitude of the block |
 |---|---|---|---|
-| int8 | 1 + 4/64 | int8, 255 equal steps | 0.4 % |
-| nf4 | 1/2 + 4/64 | uint8, two weights in each, 16 levels | 15.2 % |
+| int8 | 1 + 4/64 | int8, 255 equally spaced levels | 0.4 % |
+| nf4 | 1/2 + 4/64 | uint8 with two weights of 16 levels | 15.2 % |
 
-A block is `BLOCK` neighbours on the last axis (or the whole axis if that is shorter), so that codes and scales keep the
-axes of their kernel and are sharded like it. nf4 is the data type of the QLoRA paper (Dettmers et al. 2023), without the
-paper's second quantisation, that of the scales.
+A block is `BLOCK` neighbours on the last axis, or the whole axis if that is shorter. Codes and scales therefore have
+the axes of their kernel and can be sharded like it. nf4 is the data type of the QLoRA paper (Dettmers et al. 2023). The
+paper also quantises the scales; here they stay float32.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dream_jax.shapes import ParamTree
 CodeKind = Literal["int8", "nf4"]
 KINDS: tuple[CodeKind, ...] = get_args(CodeKind)
 
-BLOCK = 64  # as in the QLoRA paper
+BLOCK = 64  # elements per scale, as in the QLoRA paper
 
-# Appendix E of the QLoRA paper: means of neighbouring quantiles of a normal distribution, 8 from each side, scaled to
-# [-1, 1], with an exact zero.
+# From appendix E of the QLoRA paper: means of neighbouring quantiles of a normal distribution, 8 from each side, scaled
+# to [-1, 1]; zero is one of the levels.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -54,9 +54,10 @@ class QuantisedKernel(NamedTuple):
     """A kernel with one byte or half a byte per element.
 
     Attributes:
-      codes: int8 with the shape of the kernel; or uint8 for nf4, where byte j of a block of w elements holds element j in
-        its low half and element j + w/2 in its high half, so that neither packing nor unpacking interleaves elements.
-      scales: float32 [..., blocks], the magnitude that the largest code of each block stands for.
+      codes: int8 with the shape of the kernel; or, for nf4, uint8 with two elements per byte. Byte j of a block of w
+        elements has element j in its low half and element j + w/2 in its high half, so that packing and unpacking
+        need not interleave elements.
+      scales: float32 [..., blocks], the largest magnitude of the elements of each block.
     """
 
     codes: Any
@@ -64,12 +65,12 @@ class QuantisedKernel(NamedTuple):
 
 
 def _width(size: int) -> int:
-    """The number of elements of a block on an axis of this size; even, because nf4 packs two of them in a byte."""
+    """Returns the number of elements of a block on an axis of this size; even, because nf4 packs two in a byte."""
     return min(BLOCK, size + size % 2)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """[..., d] -> [..., blocks, width], with zeros at the end of the last block."""
+    """Reshapes [..., d] to [..., blocks, width], with zeros at the end of the last block."""
     width = _width(x.shape[-1])
     short = -x.shape[-1] % width
     if short:
@@ -78,13 +79,13 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 
 def quantise(x: Float[jax.Array, "*b d"], kind: CodeKind) -> QuantisedKernel:
-    """Rounds every element to the nearest code; the result does not depend on the sharding.
+    """Rounds every element of a kernel to the nearest level; the result does not depend on the sharding.
 
-    Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). An infinity or NaN makes its
-    block meaningless.
+    Zeros and the largest magnitude of each block are exact (in int8 up to float32 rounding). A block with an infinity
+    or a NaN has meaningless codes.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: `kind` is not one of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"{kind=} is not one of {KINDS}")
@@ -103,15 +104,15 @@ def quantise(x: Float[jax.Array, "*b d"], kind: CodeKind) -> QuantisedKernel:
 
 
 def kind_of(codes: Any) -> CodeKind:
-    """The kind of these codes, which may be arrays or shapes."""
+    """Returns the kind of codes (an array or a shape), which follows from their dtype."""
     return "nf4" if codes.dtype == jnp.uint8 else "int8"
 
 
 def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[jax.Array, "*b d"]:
-    """The numbers that the codes stand for, computed in float32; `size` is the size of the last axis of the kernel."""
+    """Returns the kernel in this dtype, computed in float32; `size` is the size of the last axis of the kernel."""
     width = _width(size)
     if kind_of(x.codes) == "int8":
-        # The factor 1/127 is applied to the scales, of which there are few.
+        # The factor 1/127 is applied to the scales, because there are only 1/64 as many scales as elements.
         values = _blocks(x.codes.astype(jnp.float32)) * (x.scales * jnp.float32(1 / 127))[..., None]
     else:
         packed = x.codes.reshape(*x.codes.shape[:-1], -1, width // 2)
@@ -121,7 +122,10 @@ def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.
 
 
 def _level(code: jax.Array) -> jax.Array:
-    """The float32 levels of nf4 codes, chosen bit by bit: 15 selections that XLA fuses, where a table needs a gather."""
+    """Returns the float32 levels of nf4 codes.
+
+    They are chosen bit by bit with 15 selections. XLA fuses these, but not the gather of a look-up in a table.
+    """
     choices: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (code & jnp.uint8(1 << bit)) != 0
@@ -132,20 +136,23 @@ def _level(code: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> jax.Array:
-    """x [R, I] times a quantised kernel as a matrix [I, O], in the dtype of x.
+    """Multiplies x [R, I] with a quantised kernel, reshaped to a matrix [I, O].
 
-    Only x has a gradient. The backward pass dequantises the kernel again, because the kernels of all layers, stored for it,
-    would be as large as the model in full precision.
+    Only x has a gradient. The backward pass dequantises the kernel again: storing the dequantised kernels of all layers
+    for it would take as much memory as the model in full precision.
 
     Args:
-      x_RI: rows.
-      codes, scales: as in `QuantisedKernel`.
+      x_RI: float [R, I]; I is the number of inputs of the kernel.
+      codes, scales: the fields of a `QuantisedKernel`.
       size: the size of the last axis of the kernel.
+
+    Returns:
+      [R, O] in the dtype of x; O is the number of outputs of the kernel.
     """
     return x_RI @ dequantise(QuantisedKernel(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
 
 
-# Only jax calls the two rules of custom_vjp, with the types of the function above; hence no annotations.
+# The two rules of custom_vjp have no annotations, because only jax calls them, with the types of `product`.
 def _forward(x_RI, codes, scales, size):  # type: ignore[no-untyped-def]
     return product(x_RI, codes, scales, size), (codes, scales)
 
@@ -159,7 +166,7 @@ product.defvjp(_forward, _backward)
 
 
 def quantised_kernels(params: ParamTree, kind: CodeKind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
-    """Replaces every `kernel` of a tree by its `codes` and `scales`, and applies `others` to every other leaf."""
+    """Returns the tree with each leaf `kernel` replaced by `codes` and `scales`, and other leaves by `others(leaf)`."""
     found: ParamTree = {}
     for name, value in params.items():
         if isinstance(value, dict):

@@ -564,9 +564,9 @@ def test_moments_on_host_stay_there_and_change_nothing(variant, tmp_path):
     [
         ({"kind": "sgd"}, "kind='sgd' is not one of"),
         ({"moments": "int4"}, "moments='int4' is not one of"),
-        ({"kind": "adafactor", "moments": "int8"}, "moments='int8' is AdamW's"),
-        ({"kind": "adafactor", "moments_on_host": True}, "moments_on_host=True is AdamW's"),
-        ({"kind": "adafactor", "b1": 0.5}, "b1=0.5 is AdamW's"),
+        ({"kind": "adafactor", "moments": "int8"}, "moments='int8' is a setting of AdamW"),
+        ({"kind": "adafactor", "moments_on_host": True}, "moments_on_host=True is a setting of AdamW"),
+        ({"kind": "adafactor", "b1": 0.5}, "b1=0.5 is a setting of AdamW"),
     ],
 )
 def test_choices_that_exclude_each_other(changes, message):
@@ -607,11 +607,11 @@ def test_settings_name_the_optimizer_and_warn():
     settings = TrainSettings.flat(moments="bfloat16", moments_on_host=True)
     found = settings.optimizer_config()
     assert (found.moments, found.moments_on_host) == ("bfloat16", True)
-    assert any("over the bus" in line for line in settings.warnings())
+    assert any("copies every moment to the devices and back" in line for line in settings.warnings())
     settings = TrainSettings.flat(optimizer="adafactor")
     assert settings.optimizer_config().kind == "adafactor"
     assert any("unstable for masked diffusion" in line for line in settings.warnings())
-    with pytest.raises(ValueError, match="Adafactor does not read it"):
+    with pytest.raises(ValueError, match="Adafactor does not use it"):
         TrainSettings.flat(optimizer="adafactor", moments="int8")
 
 

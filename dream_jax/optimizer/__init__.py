@@ -1,18 +1,20 @@
-"""From gradients to updates: AdamW and Adafactor, the precision of their state, and the sharding of it.
+"""Computes updates from gradients with AdamW or Adafactor, and defines the precision and sharding of their state.
 
-AdamW keeps two moments per weight. In float32 they take twice the memory of the model; here they can also be stored as
-bfloat16 or as 8-bit codes in blocks, and in the memory of the host. Adafactor keeps row and column averages in place of
-the second moment, and no first moment. Clipping, warm-up, cosine decay and weight decay by name are the same for all.
+AdamW stores two moments per weight, mu and nu. In float32 they take twice the memory of the float32 weights; here they
+can also be stored as bfloat16 or as 8-bit codes, and in the memory of the host. Adafactor stores averages of rows and
+columns instead of the second moment, and no first moment. Clipping, warm-up, cosine decay and weight decay are the same
+for both.
 
-| state, bytes a weight | mu | nu | both, relative to float32 |
+| moments stored as | bytes per weight, mu | bytes per weight, nu | mu and nu, relative to float32 |
 |---|---|---|---|
 | float32 | 4 | 4 | 100 % |
 | bfloat16 | 2 | 2 | 50 % |
 | int8 | 1 + 4/32 | 1 + 4/32 | 28 % (last axis 32 or longer) |
 | Adafactor | 0 | 4/rows + 4/columns | under 1 % |
 
-`config` has the settings and builds the optax transformation, `adam` is AdamW's direction with small moments, `codes` the
-8-bit codes, `skipping` leaves out unusable updates, and `shardings` says which device holds which part of the state.
+The module `config` has the settings and builds the optax transformation, `adam` computes the direction of AdamW,
+`codes` has the 8-bit codes, `skipping` skips updates whose gradient is not finite, and `shardings` has the sharding of
+the state.
 """
 
 from dream_jax.optimizer.config import Moments, OptimizerConfig, OptimizerKind

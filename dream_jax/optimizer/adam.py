@@ -1,4 +1,4 @@
-"""Adam's direction, with moments that are stored as float32, bfloat16 or 8-bit codes, on the devices or on the host."""
+"""Computes the direction of Adam, with moments stored as float32, bfloat16 or 8-bit codes, on devices or the host."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, is_qua
 from dream_jax.optimizer.shardings import path_names
 from dream_jax.shapes import ParamTree
 
-# Separates the keys for rounding moments from all other uses of random numbers.
+# The seed of the random rounding of moments, chosen to differ from the usual seeds of runs.
 _ROUNDING = 1 << 29
 
-# Above this decay a bfloat16 moment may stop more than 13 % away from its target, because a change of less than half a unit
-# in the last place is rounded away in every step.
+# Above this decay a bfloat16 moment may stop changing while it is still more than 13 % away from its target, because
+# rounding to nearest removes every change of less than half of the last bit of the mantissa.
 BFLOAT16_LARGEST_DECAY = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
 class _FloatMoments:
-    """Stored in a floating-point dtype, rounded to nearest.
+    """Stores moments in a floating-point dtype, rounded to nearest.
 
-    A bfloat16 moment with decay b that approaches a constant target stops within a relative distance of 2**-8 / (1 - b):
-    4 % at 0.9 and 8 % at 0.95 (4 % in the root), which is little beside the noise of a gradient. At 0.99 it would be 39 %,
-    and at 0.999 a moment would never decay at all; hence `BFLOAT16_LARGEST_DECAY`. Below it rounding need not be random.
+    A bfloat16 moment with decay b that approaches a constant target stops at a relative distance of at most
+    2**-8 / (1 - b): 4 % for b = 0.9 and 8 % for b = 0.95 (4 % in the square root). That is small compared with the
+    noise of a gradient, so random rounding is not needed. For b = 0.99 it would be 39 %, and for b = 0.999 a moment
+    would never decay; therefore `OptimizerConfig` refuses decays above `BFLOAT16_LARGEST_DECAY`.
     """
 
     dtype: Literal["float32", "bfloat16"]
-    exact: ClassVar[bool] = True  # storing what was loaded gives the same bits
+    exact: ClassVar[bool] = True  # `store` of what `load` returned gives the same bits
 
     def empty(self, param: Any) -> tuple[Any, Any]:
         zeros = jnp.zeros(param.shape, self.dtype)
@@ -49,9 +50,12 @@ class _FloatMoments:
 
 @dataclasses.dataclass(frozen=True)
 class _Int8Moments:
-    """Stored as 8-bit codes, see `codes.quantise`; the second moment itself and not its root, so that it has no bias."""
+    """Stores moments as 8-bit codes (`codes.quantise`).
 
-    exact: ClassVar[bool] = False  # storing what was loaded rounds at random again
+    The second moment is stored, not its square root: random rounding keeps the expected value of what it rounds.
+    """
+
+    exact: ClassVar[bool] = False  # `store` of what `load` returned rounds it randomly again
 
     def empty(self, param: Any) -> tuple[Any, Any]:
         blocks = -(-param.shape[-1] // min(BLOCK, param.shape[-1]))
@@ -65,7 +69,7 @@ class _Int8Moments:
         return dequantise(mu), dequantise(nu)
 
     def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
-        # 16 random bits each are enough; they depend on the index of the element and not on the mesh.
+        # 16 random bits for each of m and v are enough. They depend on the index of the element, but not on the mesh.
         bits = jax.vmap(lambda key: jax.random.bits(key, m.shape[1:], jnp.uint32))(keys_R)
 
         def uniform(bits: jax.Array) -> jax.Array:
@@ -84,7 +88,12 @@ STORAGES: Mapping[str, MomentStorage] = {
 
 
 class MomentsState(NamedTuple):
-    """The number of updates so far, and the two moments of every parameter as they are stored."""
+    """The state of `scale_by_adam`.
+
+    Attributes:
+      count: int32 scalar, the number of updates so far.
+      mu, nu: trees like the parameters, with the stored first and second moments: float arrays or `QuantisedMoment`s.
+    """
 
     count: Any
     mu: Any
@@ -92,7 +101,7 @@ class MomentsState(NamedTuple):
 
 
 class OnHost(NamedTuple):
-    """A state with its arrays in the memory of the host; `opt_state_shardings` recognises it by the name of the field."""
+    """Wraps a MomentsState in the memory of the host; `opt_state_shardings` recognises it by the name of the field."""
 
     on_host: Any
 
@@ -100,10 +109,16 @@ class OnHost(NamedTuple):
 def scale_by_adam(
     b1: float, b2: float, eps: float, storage: MomentStorage, *, on_host: bool
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` in float32, with moments that are stored in less memory or in the memory of the host.
+    """Returns `optax.scale_by_adam` with moments that are stored in less memory or in the memory of the host.
 
-    The update runs over one chunk of one parameter at a time, and only for that chunk are there float32 moments on the
-    devices: all at once they would take more memory than is saved.
+    The update is computed in float32, for one chunk of one parameter after the other. Only the moments of this chunk
+    are on the devices in float32, because those of all parameters would take more memory than the storage saves.
+
+    Args:
+      b1, b2: the decays of the first and of the second moment, in [0, 1).
+      eps: is added to the square root of the second moment.
+      storage: how moments are stored, one of `STORAGES`.
+      on_host: whether they are in the memory of the host.
     """
 
     def state(count: jax.Array, treedef: Any, pairs: list[tuple[Any, Any]]) -> Any:
@@ -140,7 +155,7 @@ def scale_by_adam(
             after = storage.store(m, v, keys_R)
             if not storage.exact:
                 after = select(usable, after, moments)
-            # In the dtype of the gradient, so that it can be written over the gradient.
+            # In the dtype of the gradient, so that XLA can reuse the memory of the gradient.
             return direction.astype(gradient.dtype), _to_host(after) if on_host else after
 
         leaves, treedef = jax.tree.flatten_with_path(gradients)
@@ -158,7 +173,10 @@ def scale_by_adam(
 
 
 def scale_by_float32_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` to the last bit, with its lines, and a choice between old and new moments added to them."""
+    """Returns `optax.scale_by_adam`, bit for bit, whose `update` also takes `usable` and can keep the old moments.
+
+    The lines are those of optax, except for the choice between the old and the new moments.
+    """
 
     def update(
         gradients: ParamTree,
@@ -170,8 +188,8 @@ def scale_by_float32_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
     ) -> tuple[ParamTree, Any]:
         mu = optax.tree.update_moment(gradients, before.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, before.nu, b2, 2)
-        # The choice is made before the moments are used: the direction is then computed from exactly what is stored, and
-        # XLA can write the new moments over the old ones. A later choice would need both in memory at once.
+        # Here and not after the update, because then XLA can write the new moments over the old ones. A later choice
+        # would need both in memory at the same time.
         mu, nu = select(usable, (mu, nu), (before.mu, before.nu))
         count = optax.safe_increment(before.count)
         mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
@@ -182,7 +200,7 @@ def scale_by_float32_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
 
 
 def select(usable: jax.Array | None, new: Any, old: Any) -> Any:
-    """The new tree if `usable` is true or None, otherwise the old tree, bit for bit."""
+    """Returns the tree `new` if the bool scalar `usable` is true or None, otherwise the tree `old`, bit for bit."""
     return new if usable is None else jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, old)
 
 
@@ -194,18 +212,21 @@ def _to_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.memory.Space.Device)
 
 
-# How many elements of a parameter are updated at once (256 MiB in float32): about one matrix of one layer of Dream-7B.
+# Maximum number of elements of a chunk (256 MiB in float32): about one MLP kernel of one layer of Dream-7B.
 _CHUNK_ELEMENTS = 1 << 26
 
 
 def _row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """A key for each index of a parameter's first axis, so that random bits do not depend on the chunks."""
+    """Returns a key for each index of a parameter's first axis, so that random bits do not depend on the chunks."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
 
 def _num_chunks(names: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """How many equal chunks the first axis of a parameter is cut into; 1 where the current mesh shards that axis."""
-    if len(shape) < 2:  # the first axis is also the last one, along which the blocks of codes are taken
+    """Returns the number of equal chunks along the first axis of a parameter; 1 if the current mesh shards that axis.
+
+    It is the smallest number whose chunks have at most `_CHUNK_ELEMENTS` elements, or else the size of the axis.
+    """
+    if len(shape) < 2:  # the only axis is the one along which codes form blocks
         return 1
     axes = sharding.PARAMETER_AXES.get(".".join(names))
     mesh = jax.sharding.get_abstract_mesh()
@@ -228,7 +249,10 @@ def _by_chunks(
     keys_R: jax.Array,
     chunks: int,
 ) -> tuple[jax.Array, Any]:
-    """Applies a function of a gradient, its moments and its row keys to one chunk of rows after the other, in place."""
+    """Applies `function` to one chunk of rows of (gradient, moments, keys_R) after the other.
+
+    The results overwrite their chunks, so that no second copy of the gradient and the moments is in memory.
+    """
     if chunks == 1:
         return function(gradient, moments, keys_R)
     size = keys_R.shape[0] // chunks

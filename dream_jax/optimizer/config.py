@@ -1,4 +1,4 @@
-"""The settings of an optimizer, and the optax transformation that they describe."""
+"""Defines the settings of an optimizer, and builds the optax transformation from them."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ Moments = Literal["float32", "bfloat16", "int8"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Adafactor after clipping by the global norm, under linear warm-up and cosine decay to zero.
+    """Settings of AdamW or Adafactor with clipping by the global norm, linear warm-up and cosine decay to zero.
 
-    Defaults are Dream's published SFT recipe, except the learning rate and the length of the run, which have none.
+    The defaults are those of Dream's published SFT recipe; `learning_rate` and `total_steps` have no default.
 
     Attributes:
-      learning_rate: the peak, at the end of the warm-up.
-      total_steps: length of the learning rate's schedule, warm-up included.
-      warmup_share: the share of total_steps that is warm-up, in [0, 1).
-      kind: "adamw"; or "adafactor": the direction of its factored second moment, without a first moment, at most 1 in
-        root mean square over each (stacked) parameter, under the same absolute learning rate and weight decay.
-      moments: how AdamW's are stored. "float32" is `optax.adamw` to the last bit. "bfloat16" rounds both to nearest,
-        "int8" is `codes.quantise`. The update itself is computed in float32 from the moments before they are rounded.
-      moments_on_host: keeps AdamW's moments in the pinned memory of the host, and moves them to the devices and back
-        in every step. On GPUs XLA's pool of such memory is limited to 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says
-        otherwise. On a CPU it gains nothing.
-      b1, b2, eps: of AdamW; Adafactor does not use them.
-      weight_decay: applied to matrices and the embedding table, not to norms and biases.
-      clip_norm: largest global norm of the gradient; None to switch off.
+      learning_rate: the peak learning rate, which is reached at the end of the warm-up; positive.
+      total_steps: the number of updates from the start of the warm-up until the learning rate is zero, at least 1.
+      warmup_share: the share of `total_steps` that is warm-up, in [0, 1).
+      kind: "adamw" or "adafactor". Adafactor divides the gradient by the square root of a factored second moment and
+        has no first moment. Here the root mean square of its direction over each (stacked) parameter is limited to 1,
+        and learning rate and weight decay are absolute, as for AdamW.
+      moments: how the moments of AdamW are stored. "float32" is `optax.adamw` bit for bit. "bfloat16" rounds to
+        nearest, "int8" is `codes.quantise`. The update is computed in float32, from the new moments before they
+        are rounded.
+      moments_on_host: whether the moments of AdamW are in the pinned memory of the host and are moved to the devices
+        and back in every step. On GPUs XLA limits this memory to 64 GB; XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB changes the
+        limit. On CPUs it saves nothing.
+      b1, b2: the decays of AdamW's first and second moment, in [0, 1); Adafactor does not use them.
+      eps: is added to the square root of AdamW's second moment; positive. Adafactor does not use it.
+      weight_decay: the weight decay of matrices and of the embedding table; norms and biases have none.
+      clip_norm: the maximum global norm of the gradient; a larger gradient is scaled down. None switches this off.
 
     Raises:
-      ValueError: a number out of range, or choices that exclude each other.
+      ValueError: a number is out of range, or two settings exclude each other.
     """
 
     learning_rate: float
@@ -68,7 +71,7 @@ class OptimizerConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"{self.weight_decay=} must be a number that is not negative")
+            raise ValueError(f"{self.weight_decay=} must be a finite number that is not negative")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"{self.clip_norm=} must be positive; pass None to switch it off")
         for name, choices in (("kind", get_args(OptimizerKind)), ("moments", get_args(Moments))):
@@ -79,18 +82,23 @@ class OptimizerConfig:
                 if field.name in ("moments", "moments_on_host", "b1", "b2", "eps"):
                     value = getattr(self, field.name)
                     if value != field.default:
-                        raise ValueError(f"{field.name}={value!r} is AdamW's; Adafactor does not read it: leave it out")
+                        raise ValueError(
+                            f"{field.name}={value!r} is a setting of AdamW; Adafactor does not use it: leave it out"
+                        )
         if self.moments == "bfloat16":
             for name in ("b1", "b2"):
                 if getattr(self, name) > BFLOAT16_LARGEST_DECAY:
                     raise ValueError(
                         f"{name}={getattr(self, name)} is too slow for bfloat16 moments: above "
-                        f"{BFLOAT16_LARGEST_DECAY} a step may change less than rounding to nearest can hold, and the "
-                        "moment stalls; use int8, which rounds without bias, or float32"
+                        f"{BFLOAT16_LARGEST_DECAY} rounding to nearest may remove the change of a step, so that the "
+                        "moment does not change any more; use int8, which rounds without bias, or float32"
                     )
 
     def schedule(self) -> optax.Schedule:
-        """Learning rate of each step; warm-up starts at peak / (warm-up steps + 1), so that the first step counts."""
+        """Returns the learning rate as a function of the number of updates so far.
+
+        The warm-up starts at peak / (warm-up steps + 1) and not at 0, so that the first update changes the parameters.
+        """
         warmup = round(self.warmup_share * self.total_steps)
         return optax.warmup_cosine_decay_schedule(
             init_value=self.learning_rate / (warmup + 1),
@@ -100,8 +108,8 @@ class OptimizerConfig:
         )
 
     def make(self) -> optax.GradientTransformation:
-        """Builds the optax transformation for a parameter tree."""
-        # The components of optax.adamw in its order; only the first one differs.
+        """Builds the optax transformation from gradients to updates; it can skip updates, see `update_if`."""
+        # These are the components of optax.adamw in the same order; only the first one can differ.
         method = optax.chain(
             self._direction(),
             optax.add_decayed_weights(self.weight_decay, _decayed),
@@ -112,30 +120,30 @@ class OptimizerConfig:
         return skipping(method)
 
     def _direction(self) -> optax.GradientTransformation:
-        """The transformation from gradients to the direction that the learning rate multiplies."""
+        """Returns the transformation from gradients to the direction that is multiplied by the learning rate."""
         if self.kind == "adafactor":
-            # Not optax.adafactor: its weight decay is not multiplied by the learning rate, so that 0.01 would remove a
-            # hundredth of every weight in every step.
+            # optax.adafactor is not used, because it does not multiply the weight decay by the learning rate: 0.01
+            # would remove one percent of every weight in every step.
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         if self.moments == "float32" and not self.moments_on_host:
             return scale_by_float32_adam(self.b1, self.b2, self.eps)
         return scale_by_adam(self.b1, self.b2, self.eps, STORAGES[self.moments], on_host=self.moments_on_host)
 
     def check_devices(self, mesh: sharding.AnyMesh) -> None:
-        """Raises ValueError when the devices of a mesh cannot hold the state as these settings ask."""
+        """Raises ValueError if the devices of a mesh cannot store the moments as `moments_on_host` asks."""
         if self.moments_on_host:
             require_host_memory(mesh)
             if self.moments == "int8" and sharding.platform_of(mesh) == "tpu":
                 raise ValueError(
-                    "moments_on_host with int8 moments does not compile for TPUs (XLA lays bytes out in two ways in the "
-                    "host's memory); use bfloat16 or float32 moments there, or leave int8 moments on the devices"
+                    "moments_on_host with int8 moments does not compile for TPUs (XLA uses two different layouts for "
+                    "bytes in the memory of the host); use bfloat16 or float32 moments, or do not set moments_on_host"
                 )
 
 
-# Both matrices of an adapter decay, and so its product decays towards zero: the model towards its base.
+# Weight decay of the two matrices of an adapter moves their product towards zero, and so the model towards its base.
 _MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def _decayed(params: ParamTree) -> ParamTree:
-    # By name, not by rank: stacked over layers, norm scales and biases have two or more axes.
+    # By name and not by number of axes: norm scales and biases that are stacked over layers have two or more axes.
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)

@@ -1,4 +1,4 @@
-"""The sharding and the size of an optimizer's state."""
+"""Computes the sharding and the size in bytes of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dream_jax.shapes import ParamTree
 
 
 def require_host_memory(mesh: sharding.AnyMesh) -> None:
-    """Raises ValueError when the devices of a mesh cannot reach the pinned memory of their host."""
-    if isinstance(mesh, AbstractMesh):  # it has sizes but no devices
+    """Raises ValueError if the devices of a mesh cannot access the pinned memory of their host."""
+    if isinstance(mesh, AbstractMesh):  # it has no devices that could be checked
         return
-    # Of a topology that is only compiled for, no device is local.
+    # If the mesh is only for compiling ahead of time, none of its devices is local.
     device = next(iter(mesh.local_devices), mesh.devices.flat[0])
     kinds = _memory_kinds(device)
     if "pinned_host" not in kinds:
         raise ValueError(
             f"moments_on_host needs the memory 'pinned_host', but {device.platform} devices here have {sorted(kinds)}; "
-            "leave it off, or store the moments smaller (int8)"
+            "do not set it, or store the moments in less memory (int8)"
         )
 
 
@@ -32,18 +32,19 @@ def _memory_kinds(device: jax.Device) -> set[str]:
 
 
 def opt_state_shardings(state: Any, params: ParamTree, mesh: sharding.AnyMesh) -> Any:
-    """The sharding of each array of an optimizer's state: that of the parameter that its path names, or replicated.
+    """Returns a tree like `state` with the NamedSharding of each array.
 
-    An array of the parameter's shape has the parameter's sharding. Block maxima, and the rows and columns of Adafactor,
-    are sharded along the parameter's axes that they still have.
+    The path of an array in the state contains the path of its parameter. An array with the shape of the parameter has
+    the same sharding. The `absmax` of 8-bit moments, and the row and column averages of Adafactor, are sharded along
+    those axes of the parameter that they have. All other arrays are replicated.
 
     Args:
-      state: arrays or shapes, as `OptimizerConfig.make` creates them for `params`.
-      params: arrays or shapes, with paths of `sharding.PARAMETER_AXES`.
-      mesh: the devices.
+      state: arrays or shapes, as `OptimizerConfig.make().init` creates them for `params`.
+      params: arrays or shapes of the parameters; their paths are keys of `sharding.PARAMETER_AXES`.
+      mesh: the devices of the state.
 
     Raises:
-      ValueError: moments are to be on the host, and the devices cannot reach its memory.
+      ValueError: the moments are on the host, and the devices cannot access its pinned memory.
     """
     shapes = {path_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -65,26 +66,28 @@ def opt_state_shardings(state: Any, params: ParamTree, mesh: sharding.AnyMesh) -
 def _axes_left(
     names: tuple[str, ...], shape: tuple[int, ...], name: tuple[str, ...], whole: tuple[int, ...]
 ) -> tuple[str, ...] | None:
-    """The logical axes of an array in the state of a parameter with shape `whole`; None when it has none of them."""
+    """Returns the logical axes of an array in the state, or None if it is not sharded like its parameter.
+
+    `names` is the path of the array and `shape` its shape; `name` and `whole` are the path and shape of the parameter.
+    """
     axes = sharding.PARAMETER_AXES[".".join(name)]
     if shape == whole or (names[-1] == "absmax" and shape[:-1] == whole[:-1]):
         return axes
-    # By name as well as by shape: the rows and columns of a square matrix have the same shape but different axes.
+    # The name is needed too, because rows and columns of a square matrix have the same shape but different axes.
     for field, rank in (("v_row", -1), ("v_col", -2)):
         if field in names and len(whole) > 1:
-            missing = int(
-                np.argsort(whole)[rank]
-            )  # optax averages rows over the longest axis, columns over the next one
+            # optax averages v_row over the longest axis, and v_col over the second longest.
+            missing = int(np.argsort(whole)[rank])
             if shape == (*whole[:missing], *whole[missing + 1 :]):
                 return (*axes[:missing], *axes[missing + 1 :])
     return None
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys, field names and indices along the path of a tree, as strings."""
-    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+    """Returns the keys, field names and indices of a path of `jax.tree_util`, as strings."""
+    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all arrays (or shapes) in a state, each counted once, however it is sharded."""
+    """Returns the total size in bytes of all arrays (or shapes) of a state; replicas on other devices do not count."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -1,4 +1,4 @@
-"""Updates that are left out: after an unusable gradient the parameters and the state stay as they were, bit for bit."""
+"""Skips updates: if a gradient is not usable, parameters and optimizer state keep their old values, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dream_jax.shapes import ParamTree
 
 
 class SkippingTransformation(optax.GradientTransformationExtraArgs):
-    """A transformation whose `update` takes the argument `usable` and returns its old state when that is false."""
+    """A transformation whose `update` takes `usable`, a bool scalar, and returns the old state if it is false."""
 
 
 def skipping(method: optax.GradientTransformation) -> SkippingTransformation:
-    """Wraps a transformation so that it can skip an update.
+    """Returns a transformation like `method` that can skip an update.
 
-    A state of Adam makes the choice between old and new in its own update, see `adam`; for all others it is made here.
+    Adam chooses between its old and new moments inside its update (see `adam`); for other states it is done here.
     """
     method = optax.with_extra_args_support(method)
 
@@ -47,20 +47,20 @@ def update_if(
     opt_state: Any,
     params: ParamTree,
 ) -> tuple[ParamTree, Any]:
-    """Applies an update if it is usable.
+    """Applies an optimizer update, or skips it.
 
-    Scaling the gradient by zero would not be enough: NaN times zero is NaN, and weights and moments decay without a
-    gradient too. `jax.lax.cond` would cost memory: the choice between two arrays is one more operation in the fusion that
-    writes the new array over the old one, whereas a branch prevents updates in place and arrays in the memory of the host.
+    Multiplying the gradient by zero would not be enough: NaN times zero is NaN, and weights and moments decay even if
+    the gradient is zero. `jax.lax.cond` would need more memory: it prevents XLA from writing the new arrays over the
+    old ones, and it does not work with arrays in the memory of the host. Choosing elementwise is fused into the update.
 
     Args:
-      usable: bool scalar.
-      optimizer: any transformation; those of `OptimizerConfig.make` need no additional memory for the choice.
-      gradients: may hold anything, NaN included, when the update is not usable.
+      usable: bool scalar; if it is false, the update is skipped.
+      optimizer: any transformation; for those of `OptimizerConfig.make` the choice needs no additional memory.
+      gradients: the gradients; if `usable` is false, they may be NaN or infinite.
       opt_state, params: the values before the update.
 
     Returns:
-      The parameters and the state of the optimizer; if the update is not usable, the old ones bit for bit.
+      The new parameters and the new state of the optimizer; if the update is skipped, the old ones, bit for bit.
     """
     if isinstance(optimizer, SkippingTransformation):
         updates, after = optimizer.update(gradients, opt_state, params, usable=usable)
@@ -71,6 +71,6 @@ def update_if(
 
 
 def updates_done(opt_state: Any) -> jax.Array | None:
-    """The number of updates that the learning rate's schedule has counted, an int32 scalar; None without a schedule."""
+    """Returns how many updates the schedule of the learning rate has counted, int32 scalar; None without a schedule."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
     return next((leaf.count for leaf in leaves if isinstance(leaf, optax.ScaleByScheduleState)), None)
