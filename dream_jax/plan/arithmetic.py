@@ -166,8 +166,7 @@ def _resident(trees: Iterable[Any]) -> tuple[int, int]:
     return device, host
 
 
-# ----------------------------------------------------------------------------------------------- floating-point
-# operations
+# ------------------------------------------------------------------------------------------- floating-point operations
 
 
 def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
@@ -225,7 +224,7 @@ def _adapter_count(step: AbstractStep) -> int:
     return parameter_count(step.state.params) if step.frozen else 0
 
 
-# --------------------------------------------------------------------------------------------------------------- traffic
+# -------------------------------------------------------------------------------------------------------------- traffic
 
 
 def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
@@ -257,7 +256,7 @@ def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
             ),
         ]
     if tensor > 1:
-        # Each layer sums its activations twice forward and twice backward, and with remat "full" twice in recomputation.
+        # Each layer sums its activations twice forward, twice backward, and with remat "full" twice in recomputation.
         sums = shape.accumulation * config.num_hidden_layers * (6 if shape.remat == "full" else 4)
         sent = 2 * (tensor - 1) / tensor * shape.tokens * config.hidden_size * width
         found.append(Collective(kind="all-reduce", count=sums, sent=sums * sent))

@@ -1,4 +1,4 @@
-"""The real step, compiled for hardware that need not be here: what the compiler says of its memory and collectives."""
+"""Compiles the same train step as in training, also for absent hardware, and reads its memory and collectives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dream_jax.trainer.build import AbstractStep
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"(\d+(?:\.\d+)?)([KMGT]?)"
-# The two ways in which libtpu says it: before it lays out buffers, and after.
+# The two forms of libtpu's out-of-memory message: before it assigns memory to buffers, and after.
 _NEEDED = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
@@ -22,13 +22,13 @@ _NEEDED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler found.
+    """The memory and the collectives of a compiled step.
 
     Attributes:
-      peak: bytes on a device at the worst moment.
-      given: of these, what the step is given.
-      collectives: of one step.
-      seconds: that compiling took.
+      peak: bytes in use on a device when memory use is highest, with the program itself.
+      given: the bytes of these that hold the arguments of the step.
+      collectives: the collectives of one step, one entry for each kind.
+      seconds: the time that compiling took.
     """
 
     peak: int
@@ -39,12 +39,12 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """The compiler gave up for want of memory.
+    """The result of a compilation that failed because the device has too little memory.
 
     Attributes:
-      needed: bytes that it says it needs, which may be a part of all; None when it does not say.
-      words: its own, without the listing of buffers.
-      seconds: that it took.
+      needed: bytes that the step needs by the compiler's message, possibly not all of them; None if it has no number.
+      words: the compiler's message, without the list of buffers.
+      seconds: the time until the compiler gave up.
     """
 
     needed: int | None
@@ -56,11 +56,12 @@ def compile_step(step: AbstractStep, *, unknown_trips: float) -> Compiled | Refu
     """Compiles the step for the devices of its mesh.
 
     Args:
-      step: of `abstract_step`.
-      unknown_trips: how often the loop over chunks of the loss runs, the one loop whose end depends on the batch.
+      step: the result of `abstract_step`.
+      unknown_trips: expected number of chunks of the loss; their loop is the only one whose length depends on
+        the batch.
 
     Raises:
-      JaxRuntimeError: whatever is wrong besides memory.
+      JaxRuntimeError: the compiler failed for another reason than too little memory.
     """
     begun = time.monotonic()
     lowered = step.step.lower(step.state, step.batch, step.frozen)
@@ -80,7 +81,7 @@ def compile_step(step: AbstractStep, *, unknown_trips: float) -> Compiled | Refu
 
 
 def refusal(message: str, seconds: float) -> Refusal:
-    """What an out-of-memory message says."""
+    """Returns the refusal that an out-of-memory message of the compiler describes."""
     words = message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0].strip()
     found = next((match for pattern in _NEEDED if (match := pattern.search(message))), None)
     needed = None if found is None else int(float(found[1]) * _UNITS[found[2]])

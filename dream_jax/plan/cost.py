@@ -1,4 +1,4 @@
-"""How long a step takes on the roofline of the hardware, and what all steps of a run cost."""
+"""Computes the time of a step by the roofline model of the hardware, and the price of all steps of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dream_jax.plan.settings import RunPrice, StepTime
 from dream_jax.trainer.cost import usd_per_chip_hour
 from dream_jax.trainer.settings import TrainSettings
 
-# The links of a torus that a collective uses at least: both directions of one axis. A switch gives half its rate at least.
+# A collective uses at least two links of a torus (both directions of one axis), or half of the rate of a switch.
 _SURE_LINKS = 2
 _SURE_SHARE = 0.5
 
@@ -24,14 +24,15 @@ def step_time(
     traffic: float,
     collectives: Iterable[Collective],
 ) -> StepTime:
-    """Seconds of one step.
+    """Returns the time of one step at the low and at the high utilization.
 
     Args:
-      hardware: what it runs on.
-      utilization: share of the peak that arithmetic reaches while it runs, low and high.
-      model_flops, remat_flops: of one step over all devices.
-      traffic: bytes that a device moves in its own memory.
-      collectives: of one step, as one device sees them.
+      hardware: the hardware that the step runs on.
+      utilization: share of the chip's peak that computation reaches, (low, high), in (0, 1].
+      model_flops, remat_flops: floating-point operations of one step over all devices, and those recomputed
+        in addition.
+      traffic: bytes that one device reads and writes in its memory in one step.
+      collectives: the collectives of one step, with the bytes that one device sends.
     """
     chip = hardware.chip
     peak = chip.peak_flops * hardware.num_devices
@@ -61,7 +62,7 @@ def step_time(
 
 
 def price(hardware: Hardware, time: StepTime, settings: TrainSettings) -> RunPrice:
-    """What the run's steps cost, at the price given or else the list's."""
+    """Returns the hours and price of all steps, at the price in `settings` or else that of the price list."""
     hours = (settings.run.steps * time.fast / 3600, settings.run.steps * time.slow / 3600)
     each = usd_per_chip_hour(settings.price, hardware.chip)
     usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)

@@ -1,4 +1,4 @@
-"""Hardware by name: "v6e:2x4" to its chip, its number of devices, and devices that a step can be compiled for."""
+"""Finds hardware by name, such as "v6e:2x4": its chip, its number of devices, and devices to compile a step for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from dream_jax import sharding
 from dream_jax.chips import CHIPS, Chip, chip_of
 
-# What libtpu would otherwise ask of a cloud's metadata server, and wait for, on a machine that has no TPU. And leave to
-# compile while another process does: its lock is there because two cannot use one TPU, and none is used here.
+# On a machine without a TPU, libtpu would ask the metadata server of a cloud and wait for an answer; the first three
+# variables prevent that. The last one lets two processes compile at the same time: libtpu's lock exists because two
+# processes cannot use one TPU, and no TPU is used here.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -24,8 +25,8 @@ _TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
 
-# What XLA's GPU compiler asks of a device, from NVIDIA's tuning guide and data sheets of the Hopper generation: the two
-# boards differ in memory only.
+# The properties of a device that XLA's GPU compiler needs, from NVIDIA's tuning guide and data sheets for the Hopper
+# generation. H100 and H200 differ in memory only.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -56,15 +57,15 @@ _L2_CACHE = {"h100": 50 * 2**20, "h200": 60 * 2**20}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a run is planned for.
+    """The hardware that a run is planned for.
 
     Attributes:
-      name: as asked for.
-      chip: its kind.
-      num_devices: jax devices.
-      nodes: groups of devices, each connected by a switch; 1 for a torus.
-      devices: to compile for, absent or present; None where nothing here can compile for them.
-      missing: why there are none, and what to install.
+      name: the name that was asked for, or a description of this machine's devices.
+      chip: the kind of accelerator.
+      num_devices: number of jax devices; a TPU chip may have two.
+      nodes: number of groups of devices, each of which is connected by a switch; 1 for a torus.
+      devices: the devices to compile for, which need not be on this machine; None if nothing is compiled.
+      missing: why it cannot be compiled for this hardware, and what to install; None if it can be, or is not wanted.
     """
 
     name: str
@@ -76,14 +77,17 @@ class Hardware:
 
     @property
     def num_chips(self) -> int:
-        """The number of chips, which is what is paid for."""
+        """The number of chips, which are the unit of the price."""
         return -(-self.num_devices // self.chip.devices_per_chip)
 
     def mesh(self, shape: str) -> sharding.AnyMesh:
-        """The mesh of a shape such as "8x1" over all devices; without devices to compile for, a mesh of sizes only.
+        """Returns a mesh over all devices, or an abstract mesh if there are no devices to compile for.
+
+        Args:
+          shape: sizes of the axes fsdp, tensor and (optional) sequence, such as "8x1".
 
         Raises:
-          ValueError: the mesh has another number of devices.
+          ValueError: the product of the sizes is not the number of devices.
         """
         sizes = sharding.parse_mesh_shape(shape)
         if math.prod(sizes) != self.num_devices:
@@ -98,15 +102,15 @@ class Hardware:
 
 
 def find_hardware(topology: str | None, *, compiles: bool = True) -> Hardware:
-    """The hardware of a name such as "v6e:2x4" or "h100:8"; None means what is here.
+    """Returns the hardware with this name, or the accelerators of this machine.
 
     Args:
-      topology: CHIP:SIZES.
-      compiles: whether devices to compile for are wanted; without them nothing need be installed.
+      topology: CHIP:SIZES, such as "v6e:2x4" or "h100:8"; None for the accelerators of this machine.
+      compiles: whether to look for devices to compile for; if not, no compiler needs to be installed.
 
     Raises:
-      ValueError: an unknown chip or topology, with those that are known; no accelerator here.
-      ModuleNotFoundError: libtpu is missing, with what to install.
+      ValueError: the chip or topology is unknown, or `topology` is None and this machine has no known accelerator.
+      ModuleNotFoundError: libtpu is not installed; the message says what to install.
     """
     if topology is None:
         return _here()
@@ -119,7 +123,7 @@ def find_hardware(topology: str | None, *, compiles: bool = True) -> Hardware:
 
 
 def known() -> str:
-    """How to write a topology, with examples, for error messages."""
+    """Returns how to write a topology, with examples, for error messages."""
     names = "; ".join(chip.topology for chip in CHIPS.values() if chip.topology)
     return f"write CHIP:SIZES, such as {names}"
 
@@ -145,10 +149,10 @@ def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], compiles: bool) -> H
         return Hardware(name=topology, chip=chip, num_devices=num_devices)
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            f"planning for {topology} compiles for it, through libtpu, which is not installed: pip install "
-            "'dream-jax[plan]', or pass --no-compile for an estimate"
+            f"a plan for {topology} is compiled with libtpu, which is not installed: pip install 'dream-jax[plan]', or "
+            "pass --no-compile for an estimate"
         )
-    # Of hosts with eight or four chips libtpu only knows the whole: a single chip must say that it is one.
+    # By default libtpu assumes a host with all of its four or eight chips, so a single chip needs these bounds.
     options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
     try:
         described = topologies.get_topology_desc(topology, "tpu", **options)
@@ -157,8 +161,8 @@ def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], compiles: bool) -> H
     devices = tuple(described.devices)
     if len(devices) != num_devices:
         raise ValueError(
-            f"libtpu describes {topology} as {len(devices)} devices, and the table in dream_jax/chips.py as {num_devices}; "
-            "this release of libtpu is not one that was tried"
+            f"libtpu says that {topology} has {len(devices)} devices, but by dream_jax/chips.py it has {num_devices}; "
+            "this release of libtpu has not been tested, so install another, or pass --no-compile"
         )
     return Hardware(name=topology, chip=chip, num_devices=num_devices, devices=devices)
 
@@ -173,7 +177,7 @@ def _gpu(topology: str, chip: Chip, sizes: tuple[int, ...], compiles: bool) -> H
     if not compiles:
         return found
     if chip.name not in _L2_CACHE:
-        return dataclasses.replace(found, missing=f"there is no description of the {chip.name} to compile for")
+        return dataclasses.replace(found, missing=f"dream_jax has no description of the {chip.name} for the compiler")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return dataclasses.replace(found, missing="to compile for it, pip install 'dream-jax[plan-gpu]'")
     described = topologies.get_topology_desc(
@@ -183,7 +187,7 @@ def _gpu(topology: str, chip: Chip, sizes: tuple[int, ...], compiles: bool) -> H
 
 
 def target_description(chip: Chip) -> str:
-    """What XLA's GPU compiler is told of a GPU that is not here, a GpuTargetConfigProto as text."""
+    """Returns the description of a GPU with which XLA compiles for it, a GpuTargetConfigProto as text."""
     return _HOPPER.format(
         memory_bandwidth=int(chip.memory_bandwidth),
         l2_cache=_L2_CACHE[chip.name],
@@ -193,8 +197,8 @@ def target_description(chip: Chip) -> str:
 
 
 def _leave_accelerators_alone() -> None:
-    # Only compilers are wanted: looking for devices takes long on a machine without, and takes them on one with. libtpu
-    # reads its environment when it is loaded, which looking for devices does.
+    # Only compilers are needed, so jax must not look for accelerators: it would wait for long if there are none, and
+    # would reserve them if there are any. It would also load libtpu, which reads these variables when it is loaded.
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # options are defined at run time

@@ -1,10 +1,10 @@
-"""Collectives of a compiled program, read from its text: how many run in one step, and what they move.
+"""Reads from the text of a compiled program how many collectives run in one step, and how many bytes they send.
 
-It reads XLA's text after optimisation, as the compilers for TPU, GPU and CPU write it.
+The text is that of XLA after optimisation, as the compilers for TPU, GPU and CPU write it.
 
-XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it runs: by the trip count that the
-compiler writes beside it, or else by its condition and the step of its counter. A loop whose end is only known at run
-time counts as often as the caller says.
+XLA's cost analysis counts the body of a loop once. This module multiplies it by the number of iterations: the trip
+count that the compiler writes at the loop, or else the number that follows from the loop's condition and the step of
+its counter. For a loop whose end is only known at run time, the caller passes the number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
 
-# Bytes of one element; predicates take a byte, and what has no size (tokens, opaque) none.
+# Bytes of one element. A predicate has one byte; types that are not listed (token, opaque) count as 0 bytes.
 _ELEMENT = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _ELEMENT |= {f"{sign}{bits}": bits // 8 for sign in "su" for bits in (8, 16, 32, 64)}
 
@@ -32,13 +32,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All collectives of one kind in a step.
+    """All collectives of one kind in one step.
 
     Attributes:
-      kind: what is done.
-      count: how many run.
-      sent: bytes that one device sends, by the usual ring: of n devices each sends (n - 1) / n of what is gathered or
-        scattered, and twice that of what is reduced to all.
+      kind: the name of the collective in XLA.
+      count: the number of these collectives in one step; a collective in a loop is counted for every iteration.
+      sent: total bytes that one device sends, in a ring of n devices: (n - 1) / n of the whole array for all-gather,
+        reduce-scatter and all-to-all, twice that for all-reduce, and the whole array for collective-permute.
     """
 
     kind: Kind
@@ -52,16 +52,16 @@ class _Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # attributes
+    rest: str  # the text after the operands, with the attributes
     root: bool
 
 
 def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, ...]:
-    """The collectives of one run of the program `text`, one entry a kind, most bytes first.
+    """Returns the collectives of one run of a program, one entry for each kind; the kind with the most bytes is first.
 
     Args:
-      text: `Compiled.as_text()`.
-      unknown_trips: how often a loop runs whose end depends on data.
+      text: the text of the compiled program, `Compiled.as_text()`.
+      unknown_trips: number of iterations of a loop whose end depends on data.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -88,14 +88,14 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
             if opening:
                 current = computations[opening[2]] = {}
                 entry = opening[2] if opening[1] else entry
-        elif line.rstrip() == "}":  # not only its beginning: the metadata of a kernel may span lines that begin so
+        elif line.rstrip() == "}":  # The whole line is compared: lines of a kernel's metadata may begin with "}" too.
             current = None
         else:
             instruction = _instruction(line)
             if instruction:
                 current[instruction.name] = instruction
     if not entry:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
+        raise ValueError("this is not the text of a compiled program (Compiled.as_text()): it has no ENTRY computation")
     return computations, entry
 
 
@@ -132,17 +132,18 @@ def _closing(text: str, start: int) -> int:
 def _walk(
     computations: Mapping[str, Mapping[str, _Instruction]], name: str, times: float, unknown: float, fused: bool = False
 ) -> Iterator[tuple[Kind, float, float, str | None]]:
-    """(kind, how often, bytes sent each time, channel where it is fused) of every collective below a computation.
+    """Yields each collective of a computation and of those that it calls: (kind, count, bytes sent each time, channel).
 
-    The TPU's compiler spreads a collective over the fusions that run meanwhile: each names it, with its one channel.
+    The channel is None outside fusions. The TPU compiler divides a collective among the fusions that run at the same
+    time; all of them contain the collective, with the same channel, so the caller counts each channel once.
     """
     for instruction in computations.get(name, {}).values():
         found = _collective(instruction, fused_as=name)
         if found is not None:
             channel = re.search(r"channel_id=(\d+)", instruction.rest) if fused else None
             yield found[0], times, found[1], channel and channel[1]
-            continue  # what it applies is the sum of two numbers
-        # The done half of an asynchronous pair names the same computation as its start.
+            continue  # The computation that a collective applies only adds two numbers.
+        # The -done and -update instructions of an asynchronous collective name the same computation as its -start.
         if instruction.opcode.endswith(("-done", "-update")):
             continue
         called = [part for match in _CALLED.findall(instruction.rest) for part in re.findall(r"[\w.\-]+", match)]
@@ -152,7 +153,7 @@ def _walk(
             for part in called:
                 yield from _walk(computations, part, repeated, unknown)
         elif instruction.opcode == "conditional":
-            # One branch is taken: the one that moves most.
+            # Only one branch runs; the one that sends the most bytes is counted.
             branches = [list(_walk(computations, part, times, unknown)) for part in called]
             yield from max(branches, key=lambda items: sum(item[1] * item[2] for item in items), default=[])
         else:
@@ -170,7 +171,7 @@ def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, floa
     share = (devices - 1) / devices
     if kind == "collective-permute":
         return kind, results
-    # The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and the slice that stays.
+    # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and the slice that the device keeps.
     if kind == "all-reduce" and fused_as.startswith("all-reduce-scatter"):
         return "reduce-scatter", results * share
     if kind == "all-reduce":
@@ -181,18 +182,18 @@ def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, floa
 
 
 def _results(instruction: _Instruction) -> float:
-    """Bytes of what a collective results in. The start of an asynchronous pair also names what went in."""
+    """Returns the bytes of the results of a collective; the shape of a -start instruction also has its operands."""
     shape = instruction.shape
     if not (instruction.opcode.endswith("-start") and shape.startswith("(")):
         return nbytes(shape)
     parts = _split(shape[1:-1])
-    if instruction.opcode == "all-reduce-start":  # the exception: it names its results alone
+    if instruction.opcode == "all-reduce-start":  # unlike other -start instructions, its shape has only the results
         return nbytes(shape)
     return nbytes(parts[1])
 
 
 def _split(text: str) -> list[str]:
-    """The parts of a tuple, at its outermost commas."""
+    """Splits the text of a tuple at its outermost commas and returns the text of each element."""
     parts, depth, begun = [], 0, 0
     for index, character in enumerate(text):
         if character in "({[":
@@ -206,7 +207,7 @@ def _split(text: str) -> list[str]:
 
 
 def nbytes(shape: str) -> float:
-    """Bytes of a shape in XLA's words, such as "f32[448,152064]{1,0:T(8,128)}" or a tuple of such; layouts are ignored."""
+    """Returns the bytes of a shape or tuple of shapes in XLA's notation, such as "f32[448,152064]{1,0:T(8,128)}"."""
     return sum(
         _ELEMENT[element] * math.prod(int(size) for size in sizes.split(",") if size)
         for element, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
@@ -215,16 +216,16 @@ def nbytes(shape: str) -> float:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that take part together."""
+    """Returns the number of devices in one group of a collective. Raises ValueError for an unknown form of groups."""
     pairs = re.search(r"source_target_pairs=", attributes)
     if pairs:
         return 2
-    # [groups,size]<=[...]: the iota form.
+    # The form [groups,size]<=[...], which XLA calls iota.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
     if iota:
         return int(iota[2])
-    # mesh['x'=8,'y'=2] {'x'}, perhaps with an order of devices between: the axes of a mesh, of which those named work
-    # together; 'x':(1)4 names a part of an axis, here of size 4.
+    # The form mesh['x'=8,'y'=2] {'x'}, possibly with an order of devices between: the axes of a mesh, then the axes
+    # along which devices form a group. 'x':(1)4 names a piece of an axis, here of size 4.
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
@@ -233,17 +234,20 @@ def _group_size(attributes: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return len(listed[1].split(","))
-    raise ValueError(f"a collective with groups of devices in an unknown form: {attributes[:200]!r}")
+    raise ValueError(
+        f"a collective has its groups of devices in an unknown form: {attributes[:200]!r}; plan with --no-compile"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ loops
 
 
 def _trips(computations: Mapping[str, Mapping[str, _Instruction]], loop: _Instruction) -> int | None:
-    """How often a loop runs; None when that depends on data.
+    """Returns the number of iterations of a loop; None if it depends on data.
 
-    Without the compiler's own word: `counter < constant`, the counter one part of what the loop carries, which grows by a
-    constant. It begins at zero, as all loops of jax.lax.scan and of the partitioner do.
+    If the compiler has not written the number, the condition must be `counter < constant`, where the counter is one
+    element of the values that the loop carries and grows by a constant. The counter is assumed to begin at zero, which
+    is true for all loops of jax.lax.scan and of XLA's partitioner.
     """
     known = _TRIPS.search(loop.rest)
     if known:
@@ -278,7 +282,7 @@ def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction
 
 
 def _growth(computation: Mapping[str, _Instruction], name: str, index: int) -> int | None:
-    """By how much `name` exceeds element `index` of the loop's carry; None when it is anything else."""
+    """Returns c if `name` is the sum of element `index` of the loop's carried values and a constant c, else None."""
     instruction = computation.get(name)
     if instruction is None:
         return None

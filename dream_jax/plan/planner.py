@@ -1,4 +1,4 @@
-"""From settings to a plan: asks the trainer for the step, the compiler or arithmetic for sizes, the tables for rates."""
+"""Makes a plan from the settings of a run: the trainer gives the step, the compiler or arithmetic its sizes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dream_jax.trainer.build import (
 )
 from dream_jax.trainer.settings import TrainSettings
 
-# Changes that are tried in arithmetic where a step does not fit, after remat and accumulation: cheapest first, each alone
-# and together with those before it.
+# Changes that are tried by arithmetic if a step does not fit, after remat and accumulation. The cheapest one is
+# first; each is tried alone and together with those before it.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {"moments": "bfloat16"},
     {"moments": "int8"},
@@ -41,15 +41,18 @@ _MEASURED_ROWS = 1000
 
 
 def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
-    """What the run of these settings would take.
+    """Returns the predicted memory, time and price of a run.
+
+    Args:
+      settings: the settings of the run.
+      wanted: the hardware, and how the plan is made.
 
     Raises:
-      ValueError: hardware, mesh, model or batch that do not go together; data or tokenizer that cannot be read, where they
-        are needed.
-      ModuleNotFoundError: what compiles for such hardware is not installed, with what to install.
+      ValueError: hardware, mesh, model and batch do not match, or data or a tokenizer that is needed cannot be read.
+      ModuleNotFoundError: the compiler for this hardware is not installed; the message says what to install.
     """
     if settings.devices.coordinator is not None:
-        raise ValueError("--coordinator joins processes to a run; a plan is made by one process: leave it out")
+        raise ValueError("--coordinator connects processes of a run, but a plan is made by one process: leave it out")
     hardware = find_hardware(wanted.topology, compiles=wanted.compile)
     mesh = hardware.mesh(settings.devices.mesh)
     rows = _rows(settings, wanted, mesh)
@@ -93,15 +96,15 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
 
 
 def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
-    """What would make it fit, each tried in arithmetic with some room to spare; the last is more chips."""
+    """Returns changes with which the step would fit into 90 % of the memory by arithmetic, as text; more chips last."""
     found: list[str] = []
     changed: dict[str, Any] = {}
     changes: list[dict[str, Any]] = [{"remat": "full"}]
     changes += [{"remat": "full", "accumulation": number} for number in _accumulations(settings)]
     for change in (*changes, *_CHANGES):
         if settings.optimization.optimizer == "adafactor" and any(name.startswith("moments") for name in change):
-            continue  # it has none
-        if settings.lora.adapts:  # an adapter keeps its rank
+            continue  # Adafactor does not have these moments.
+        if settings.lora.adapts:  # The run trains an adapter already, so its rank is not changed.
             change = {name: value for name, value in change.items() if name != "lora_rank"}
         if "accumulation" not in change:
             changed = changed | change
@@ -110,11 +113,11 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
             if text and text not in found:
                 found.append(text)
     found = found[:_SUGGESTIONS] + _more_chips(settings, hardware, rows)
-    return found or ["nothing that was tried in arithmetic fits: take chips with more memory"]
+    return found or ["no change that was tried by arithmetic fits: use chips with more memory"]
 
 
 def _accumulations(settings: TrainSettings) -> list[int]:
-    """Accumulations that the batch and the mesh allow, from the next one on."""
+    """Returns all larger values of --accumulation that the batch size and the mesh allow, in ascending order."""
     fsdp = sharding.parse_mesh_shape(settings.devices.mesh)[0]
     return [
         microbatches
@@ -124,7 +127,7 @@ def _accumulations(settings: TrainSettings) -> list[int]:
 
 
 def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, change: dict[str, Any]) -> str | None:
-    """The change as flags, with the memory it would need; None when it would not fit or changes nothing."""
+    """Returns the change as flags with the memory that it needs; None if it does not fit or changes nothing."""
     values = settings.values()
     if all(values[name] == value for name, value in change.items()):
         return None
@@ -144,7 +147,10 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, chang
 
 
 def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
-    """The fewest devices, by doubling fsdp, and other chips of the same number, on which these very settings would fit."""
+    """Returns hardware on which the unchanged settings would fit, as text.
+
+    It is the smallest number of devices, by doubling fsdp, and the other chips of which the same number is enough.
+    """
     found = []
     fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.devices.mesh)
     for times in (2, 4, 8, 16):
@@ -216,9 +222,9 @@ def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, har
 
 
 def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> PlannedRows:
-    """What the run reads. The data is opened only where its longest row decides the length, or where that is asked for."""
+    """Returns the rows of the run; reads the data only if its longest row sets the length, or if `read_data` is set."""
     if settings.rows.max_length is not None and not wanted.read_data:
-        # Half of the positions are masked on average; prompts, which are never masked, make it less.
+        # On average half of the maskable positions are masked. Prompts are never masked, so this is an upper bound.
         return PlannedRows(max_length=settings.rows.max_length, masked_share=0.5)
     source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
@@ -240,7 +246,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
 
 
 def _versions(platform: str) -> dict[str, str]:
-    """Versions of jax and, where installed, of the compiler for the platform."""
+    """Returns the versions of jax and, if it is installed, of the compiler for the platform, by package."""
     compilers = ("libtpu",) if platform == "tpu" else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {}
     for name in ("jax", *compilers):

@@ -1,15 +1,16 @@
-"""A plan as text for the terminal."""
+"""Renders a plan as text for the terminal."""
 
 from __future__ import annotations
 
 from dream_jax.plan.settings import MemoryPlan, RunPlan
 
-# A plan that needs more than this share of the memory is called tight: runtimes differ by as much.
+# A plan that needs more than this share of the memory is called tight, because the memory that a program can use
+# differs by about 3 % between versions of the runtime.
 _TIGHT = 0.97
 
 
 def render(plan: RunPlan) -> str:
-    """The plan as text, the verdict last."""
+    """Returns the plan as text; its last lines say whether the step fits."""
     return "\n".join([*_run(plan), "", *_memory(plan), "", *_work(plan), "", *_cost(plan), "", *_verdict(plan)])
 
 
@@ -30,7 +31,7 @@ def _run(plan: RunPlan) -> list[str]:
             f"{rows.masked_share:.0%} of all positions masked, {rows.epochs:.2f} epochs"
         )
     else:
-        lines.append(f"data not read: {rows.masked_share:.0%} of all positions taken for masked")
+        lines.append(f"data not read: {rows.masked_share:.0%} of all positions are assumed to be masked")
     return lines
 
 
@@ -114,5 +115,5 @@ def _verdict(plan: RunPlan) -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, with two decimals."""
+    """Returns bytes as a number of GiB, with two decimals."""
     return f"{size / 2**30:.2f}"
