@@ -1,4 +1,4 @@
-"""The output of the conversions on the terminal: settings, progress, result and errors."""
+"""Prints the settings, progress, result and errors of the conversions on the terminal."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ PLAIN_SECONDS = 5.0  # between two lines of progress when the output is not a te
 
 
 class Meter:
-    """Shows how many bytes are written: a bar on a terminal, otherwise a line every few seconds."""
+    """Shows how many bytes are written: as a bar on a terminal, otherwise as a line every `PLAIN_SECONDS`."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -30,6 +30,7 @@ class Meter:
         self._begun = self._said = time.monotonic()
 
     def started(self, conversion: Conversion) -> None:
+        """Prints what was checked, and starts the bar."""
         self._console.print(
             f"checked {conversion.source}: {conversion.tensors} tensors, {conversion.parameters:,} parameters"
         )
@@ -39,6 +40,7 @@ class Meter:
             self._bar.start()
 
     def progress(self, size: int) -> None:
+        """Adds a number of written bytes."""
         self._done += size
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done)
@@ -51,21 +53,22 @@ class Meter:
             )
 
     def stop(self) -> None:
+        """Ends the bar."""
         if self._console.is_terminal:
             self._bar.stop()
 
 
 def peak_bytes() -> int:
-    """The peak of the resident memory of this process."""
+    """Returns the peak of the resident memory of this process, in bytes."""
     status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage would count the program that started this one
+    if status.exists():  # getrusage would also count the program that started this process
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
 def errors_end_the_command() -> Iterator[None]:
-    """Exits with 1 and one line on stderr after an error that the user can mend."""
+    """Ends the process with exit status 1 and one line on stderr after a ValueError or OSError, which users can correct."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -74,8 +77,16 @@ def errors_end_the_command() -> Iterator[None]:
 
 
 def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> None:
-    """Converts, and prints the settings, the progress and the result; ends as `errors_end_the_command` after an error."""
-    # The CPU even if there is an accelerator, whose memory may be too small: nothing is computed.
+    """Runs a conversion, and prints the settings, the progress and the result.
+
+    Args:
+      settings: a dataclass with the fields `src` and `dst`; all its fields are printed.
+      convert: `convert_from_hf` or `convert_to_hf`.
+      options: keyword arguments for `convert`.
+
+    After an error, the process ends as `errors_end_the_command` says.
+    """
+    # The CPU is enough, because nothing is computed; the memory of an accelerator may be too small.
     jax.config.update("jax_platforms", "cpu")
     console = Console(highlight=False, soft_wrap=True)
     for field in dataclasses.fields(settings):

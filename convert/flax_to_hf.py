@@ -1,10 +1,11 @@
-"""Turns trained weights into a Hugging Face directory that the published code loads, layer by layer, with a model card.
+"""Converts trained weights, layer by layer, into a Hugging Face directory that the published code loads.
 
     python convert/flax_to_hf.py runs/sft/model exported [--dtype bfloat16]
     python convert/flax_to_hf.py weights/dream-7b exported --adapter runs/lora/adapter --dtype bfloat16
 
-SRC is a converted directory; with --adapter it is the base, in either layout, and the adapter is added to it. The model
-card, README.md, is written from the folder of the run that made SRC or the adapter; --run names another folder.
+SRC is a converted directory. With --adapter it is the base, a converted or a Hugging Face directory, and the adapter is
+added to its weights. The model card, README.md, is written from the folder of the run that made SRC or the adapter; --run
+names another folder.
 """
 
 import dataclasses
@@ -23,21 +24,21 @@ class ExportSettings:
     """Source, target and options of the export."""
 
     src: tyro.conf.Positional[str]
-    """Converted directory, as made by train.py, hf_to_flax.py or dream_jax.save; with --adapter any base."""
+    """Converted directory, made by train.py, hf_to_flax.py or dream_jax.save; with --adapter also a Hugging Face one."""
     dst: tyro.conf.Positional[str]
     """The directory to write."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
-    """The dtype of the written weights; keep: that of SRC."""
+    """The dtype of the written weights; keep uses the dtype of SRC."""
     adapter: pathlib.Path | None = None
     """Directory of an adapter to add to the weights."""
     any_base: bool = False
-    """Add it also to weights that it was not trained on."""
+    """Add the adapter even to weights that it was not trained on."""
     run: pathlib.Path | None = None
-    """Folder of the run whose data, settings and evaluation the model card states."""
+    """Folder of the training run that the model card describes; by default the run that made SRC or the adapter."""
     max_shard_size: int = 5_000_000_000
-    """Bytes of weights in one file."""
+    """The maximum number of bytes of weights in one file."""
     overwrite: bool = False
-    """Replace DST when the new one is complete."""
+    """Replace an existing checkpoint at DST, when the new one is complete."""
 
 
 def main(settings: ExportSettings) -> None:

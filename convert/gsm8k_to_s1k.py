@@ -1,4 +1,4 @@
-"""Writes GSM8K in the schema of s1K or s1K-1.1, one JSON object per line: a stand-in for s1K with short answers.
+"""Writes GSM8K in the schema of s1K or s1K-1.1, one JSON object per line, as a substitute for s1K with short answers.
 
     python convert/gsm8k_to_s1k.py data/gsm8k/train.jsonl gsm8k-as-s1k.jsonl [--schema s1k-1.1]
 
@@ -24,17 +24,17 @@ class ArrangeSettings:
     """Source, target and schema."""
 
     src: tyro.conf.Positional[pathlib.Path]
-    """GSM8K's train.jsonl or test.jsonl, or their directory, whose train.jsonl is taken."""
+    """The train.jsonl or test.jsonl of GSM8K, or the directory with its train.jsonl."""
     dst: tyro.conf.Positional[pathlib.Path]
     """The file to write."""
     schema: Literal["s1k", "s1k-1.1"] = "s1k"
-    """The field names to write; s1k-1.1 has grades as well."""
+    """The field names to write; the rows of s1k-1.1 also have grades."""
     rows: int | None = None
-    """Only this many rows from the start."""
+    """The number of rows to write, from the start; all by default."""
 
 
 def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:
-    """One row. Raises ValueError for a solution that does not end with #### and the result."""
+    """Returns the fields of one row. Raises ValueError if the solution does not end with a line `#### NUMBER`."""
     found = re.fullmatch(r"(.*\S)\s*\n#### *(\S.*)", solution.strip(), re.DOTALL)
     if not found:
         raise ValueError(f"the solution {solution!r:.80} does not end with a line '#### NUMBER'")

@@ -2,8 +2,7 @@
 
     python convert/hf_to_flax.py SRC DST [--dtype bfloat16] [--mesh 8x1]
 
-SRC is a directory, or a hub id to download. The result loads with `dream_jax.load(DST)`, on any mesh and in
-any dtype.
+SRC is a directory, or a hub id to download. `dream_jax.load(DST)` loads the result, on any mesh and in any dtype.
 """
 
 import dataclasses
@@ -24,13 +23,13 @@ class ImportSettings:
     dst: tyro.conf.Positional[str]
     """The directory to write."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
-    """The dtype of the written weights; keep: that of SRC."""
+    """The dtype of the written weights; keep uses the dtype of SRC."""
     mesh: str | None = None
-    """Mesh, such as 8x1, whose shards become one file each; any other mesh still loads them."""
+    """Mesh, such as 8x1 (fsdp x tensor): each shard is written as one file. Any other mesh can load them too."""
     overwrite: bool = False
-    """Replace DST when the new one is complete."""
+    """Replace an existing checkpoint at DST, when the new one is complete."""
     ignore_config_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Unknown key of config.json that does not change what the weights compute; may be given again."""
+    """Unknown key of config.json that does not change what the weights compute; give the flag again for another key."""
 
 
 def main(settings: ImportSettings) -> None:

@@ -1,9 +1,11 @@
-"""Makes from an autoregressive Qwen2 checkpoint the one that Dream training starts from, as Dream did with Qwen2.5-7B.
+"""Makes a checkpoint to start Dream training from, out of an autoregressive Qwen2 one, as Dream did with Qwen2.5-7B.
 
     python convert/qwen2_to_dream.py Qwen/Qwen2.5-7B weights/qwen2.5-7b-as-dream
 
-The weights are copied as they are; the mask token uses an unused row of Qwen2.5's embedding table. The result
-is not a diffusion model before it is trained: python train.py --recipe ar-start --model DST --data documents.jsonl
+The weights are copied as they are; the mask token uses an unused row of the embedding table of Qwen2.5. The result
+must be trained before it works as a diffusion model:
+
+    python train.py --recipe ar-start --model DST --data documents.jsonl
 """
 
 import dataclasses
@@ -24,17 +26,17 @@ class AdaptSettings:
     dst: tyro.conf.Positional[pathlib.Path]
     """The directory to write."""
     mask_row: MaskRow = "keep"
-    """Initial embedding of the mask token: the unused row as it is, or the mean of the rows of all tokens."""
+    """Initial embedding of the mask token: keep uses the unused row as it is, mean the mean of all rows before it."""
     mask_token_id: int = 151666
-    """A row of the table that no token uses; Dream's by default. <|beginoftext|> takes the row before it."""
+    """Id of the mask token, a row of the table that no token uses (default: as in Dream). <|beginoftext|> is one less."""
     pad_token_id: int = 151643
-    """<|endoftext|>, which ends and pads a response."""
+    """Id of <|endoftext|>, which ends and pads a response."""
     tokenizer: pathlib.Path | None = None
-    """Directory of tokenizer files for the result; by default SRC's, with the two tokens added."""
+    """Directory of the tokenizer files to copy; by default SRC, and the two tokens are added."""
     overwrite: bool = False
-    """Replace DST when the new one is complete."""
+    """Replace an existing checkpoint at DST, when the new one is complete."""
     ignore_config_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Unknown key of config.json that does not change what the weights compute; may be given again."""
+    """Unknown key of config.json that does not change what the weights compute; give the flag again for another key."""
 
 
 def main(settings: AdaptSettings) -> None:
@@ -51,7 +53,7 @@ def main(settings: AdaptSettings) -> None:
     print(
         f"made {settings.dst}: {config.num_parameters:,} parameters, mask token {config.mask_token_id} "
         f"({'as it is in the table' if settings.mask_row == 'keep' else 'the mean of the rows before it'}); "
-        "train it before it is asked anything"
+        "train it before you use it"
     )
 
 

@@ -2,8 +2,8 @@
 
     python examples/finetune.py [--out runs/opposites] [--steps 400]
 
-About half a minute on two cores. `denoise.py` and `infill.py` then show what the model has learned. For real data use
-train.py, which shards, logs, evaluates, saves checkpoints and resumes.
+This takes about half a minute on two CPU cores. `denoise.py` and `infill.py` then show what the model has learned. For
+larger data use train.py, which shards, logs, evaluates, saves checkpoints and resumes.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ SENTENCES = ["{} is not {}".format(*pair.split()) for pair in PAIRS.split(", ")]
 
 
 def encode(sentences: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids int32 [B, T], filled up with end-of-text tokens: they are learned too, and so the model learns to stop."""
+    """Returns token ids int32 [B, T], padded with end-of-text tokens, which are learned too, so the model stops."""
     width = max(map(len, sentences)) + 2
     rows = [tokenizer.encode(sentence) for sentence in sentences]
     return np.array([row + [tokenizer.eos_id] * (width - len(row)) for row in rows], np.int32)
@@ -31,7 +31,7 @@ def encode(sentences: list[str], tokenizer: Tokenizer) -> np.ndarray:
 
 def fine_tune(model: dream_jax.Dream, tokens_BT: np.ndarray, steps: int) -> list[float]:
     """Trains the model in place and returns the loss of each step."""
-    tokens_BT = np.tile(tokens_BT, (4, 1))  # each row four times in a step, each time under another mask
+    tokens_BT = np.tile(tokens_BT, (4, 1))  # each row occurs four times in a batch, each time with other masked tokens
     learning_rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 10), steps)
     optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
 
@@ -41,7 +41,9 @@ def fine_tune(model: dream_jax.Dream, tokens_BT: np.ndarray, steps: int) -> list
         rows = len(tokens_BT)
         t_B = jax.random.permutation(level_key, jnp.arange(0.5, rows)) / rows  # noise levels, evenly spread
         masked_BT = jax.random.uniform(mask_key, tokens_BT.shape) < t_B[:, None]
-        masked_BT &= jnp.arange(tokens_BT.shape[1]) > 0  # token i is predicted at position i - 1, so the first is given
+        masked_BT &= (
+            jnp.arange(tokens_BT.shape[1]) > 0
+        )  # token i is predicted at position i - 1, so token 0 is never masked
 
         def loss_of(model: dream_jax.Dream) -> jax.Array:
             weight = dream_jax.UniformWeight()
@@ -55,7 +57,7 @@ def fine_tune(model: dream_jax.Dream, tokens_BT: np.ndarray, steps: int) -> list
 
 
 def complete(model: dream_jax.Dream, beginnings: list[str], tokenizer: Tokenizer) -> list[str]:
-    """Each beginning with eight tokens more; beginnings of different lengths are padded on the left."""
+    """Returns each beginning with eight more tokens, as text. Beginnings of different lengths are padded on the left."""
     width = max(map(len, beginnings))
     prompt_BP = np.full((len(beginnings), width), tokenizer.pad_id, np.int32)
     prompt_mask = np.zeros(prompt_BP.shape, bool)
@@ -68,14 +70,14 @@ def complete(model: dream_jax.Dream, beginnings: list[str], tokenizer: Tokenizer
 
 
 def main(out: pathlib.Path = pathlib.Path("runs/opposites"), steps: int = 400) -> None:
-    """Fine-tunes, completes the sentences and writes the model."""
+    """Fine-tunes the model, prints the completed sentences and writes the model to `out`."""
     model, tokenizer = dream_jax.load("nano"), load_tokenizer("bytes")
     losses = fine_tune(model, encode(SENTENCES, tokenizer), steps)
     print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps")
     completed = complete(model, [sentence.split(" not ")[0] + " not " for sentence in SENTENCES], tokenizer)
     print(*completed, sep="\n")
-    right = sum(one == other for one, other in zip(completed, SENTENCES, strict=True))
-    print(f"{right} of {len(SENTENCES)} sentences are right")
+    correct = sum(text == sentence for text, sentence in zip(completed, SENTENCES, strict=True))
+    print(f"{correct} of {len(SENTENCES)} sentences are correct")
     dream_jax.save(model, out, overwrite=True)
     print(f"wrote {out}")
 

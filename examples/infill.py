@@ -1,8 +1,8 @@
-"""Fills gaps in a text: mask tokens may stand anywhere in the prompt, and both sides of a gap are seen.
+"""Fills gaps in a text: mask tokens may be anywhere in the prompt, and the model sees both sides of a gap.
 
     python examples/infill.py [--model runs/opposites] [--text "h__ is not col_"]
 
-The default model is the one that examples/finetune.py writes; "nano" has random weights, which write noise.
+The default model is the one that examples/finetune.py writes; "nano" has random weights, so its text is random.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from dream_jax.inference import find_tokenizer
 
 
 def main(model: str = "runs/opposites", text: str = "h__ is not col_", gap: str = "_") -> None:
-    """Prints the text before and after; every `gap` in it stands for one token."""
+    """Prints the text before and after. Every occurrence of `gap` in the text is replaced by one mask token."""
     loaded = dream_jax.load(model)
     tokenizer = find_tokenizer("bytes" if loaded.tokenizer_dir is None else None, model, loaded)
     pieces = [tokenizer.encode(piece) for piece in text.split(gap)]

@@ -158,7 +158,7 @@ def test_transformers_4_wrote_the_base_elsewhere():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-        ({"vocab_size": 200}, "mask_token_id=260 is outside the table of vocab_size=200"),
+        ({"vocab_size": 200}, "mask_token_id=260 is outside the embedding table of vocab_size=200"),
         ({"qk_norm": True}, "unknown key qk_norm"),
     ],
 )

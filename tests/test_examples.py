@@ -29,7 +29,7 @@ def standard_promotion():
 def test_scripts(tmp_path, capsys, standard_promotion):
     load("finetune").main(tmp_path / "model", steps=2)
     told = capsys.readouterr().out
-    assert "after 2 steps" in told and "of 10 sentences are right" in told
+    assert "after 2 steps" in told and "of 10 sentences are correct" in told
     load("denoise").main(str(tmp_path / "model"), new_tokens=4)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == " -1  dark is not ░░░░" and lines[-1].startswith("step that wrote each new token: [")
@@ -61,5 +61,5 @@ def test_notebook():
 @pytest.mark.slow
 def test_ten_sentences_are_learned(tmp_path, capsys, standard_promotion):
     load("finetune").main(tmp_path / "model")
-    right = int(re.search(r"(\d+) of 10 sentences are right", capsys.readouterr().out)[1])
+    right = int(re.search(r"(\d+) of 10 sentences are correct", capsys.readouterr().out)[1])
     assert right >= 8

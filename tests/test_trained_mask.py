@@ -92,7 +92,7 @@ def test_published_layout_cannot_say_it(run, tmp_path):
         lambda: pretrained.convert_to_hf(run[0] / "model", tmp_path / "hf"),
     ):
         with pytest.raises(
-            ValueError, match="trained under the mask 'prefix', but the published code is bidirectional"
+            ValueError, match="trained under the mask 'prefix', but the published code uses bidirectional"
         ):
             export()
     assert not (tmp_path / "hf").exists()

@@ -1,8 +1,8 @@
-"""Makes from an autoregressive Qwen2 checkpoint the Dream checkpoint that training starts from, as Dream did.
+"""Makes a Dream checkpoint, from which training can start, from an autoregressive Qwen2 checkpoint, as Dream did.
 
-The weights stay the same: Dream is the transformer of Qwen2.5 without its causal mask, and because of the right shift each
-position still predicts the next token. A mask token and `<|beginoftext|>` are added; they use rows of Qwen2.5's padded
-embedding table that no token of its tokenizer uses.
+The weights stay the same: Dream is the transformer of Qwen2.5 without the causal mask, and because of the right shift each
+position still predicts the next token. Two tokens, the mask token and `<|beginoftext|>`, are added. They use rows of the
+padded embedding table of Qwen2.5 that no token of its tokenizer uses.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dream_jax.pretrained.directories import find_directory
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
 MaskRow = Literal["keep", "mean"]
-"""The initial embedding of the mask token: the unused row as it is, or the mean of the rows of all tokens."""
+"""Initial embedding of the mask token: "keep" for the unused row as it is, "mean" for the mean of all rows before it."""
 
 MASK, BEGIN = "<|mask|>", "<|beginoftext|>"
 
-# Keys that only a Qwen2 configuration has, with the values for which both models compute the same.
+# Keys that only a Qwen2 configuration has, with the values for which a Dream model computes the same as the Qwen2 one.
 _QWEN2_SWITCHES: Mapping[str, tuple[Any, ...]] = {
     "architectures": (["Qwen2ForCausalLM"], None),
     "rope_scaling": (None,),
 }
-# Keys that are handled in `dream_config`, or have no meaning for a Dream model.
+# Keys that `dream_config` reads itself, or that have no meaning for a Dream model.
 _DROPPED = frozenset({"model_type", "architectures", "rope_parameters", "rope_theta", "layer_types"})
 _DROPPED |= {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"}
 _BLOCK_ROWS = 4096
@@ -41,17 +41,17 @@ _BLOCK_ROWS = 4096
 def dream_config(
     fields: Mapping[str, Any], *, mask_token_id: int, pad_token_id: int, ignore: Iterable[str] = ()
 ) -> DreamConfig:
-    """The Dream configuration of a Qwen2 `config.json`, read key by key.
+    """Returns the Dream configuration of a Qwen2 `config.json`, which is read key by key.
 
     Args:
-      fields: its dictionary, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
-      mask_token_id: an unused row of the embedding table.
-      pad_token_id: end-of-text, which is also the padding.
-      ignore: as in `DreamConfig.from_dict`.
+      fields: the content of config.json, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
+      mask_token_id: id of the mask token, a row of the embedding table that no token uses.
+      pad_token_id: id of the end-of-text token, which is also the padding.
+      ignore: keys of config.json that are known not to change what the weights compute.
 
     Raises:
-      ValueError: this is not a Qwen2 configuration, it uses sliding windows or a scaled rotary embedding, or a token id is
-        outside the table.
+      ValueError: this is not a Qwen2 configuration, it has an unknown key, sliding windows or a scaled rotary embedding,
+        or a token id is outside the embedding table.
     """
     if fields.get("model_type") != "qwen2":
         raise ValueError(
@@ -67,17 +67,19 @@ def dream_config(
     kind = rope.pop("rope_type", "default")
     theta = rope.pop("rope_theta", fields.get("rope_theta"))
     if theta is None:
-        raise ValueError("config.json has neither rope_theta nor rope_parameters with one; it is never guessed")
+        raise ValueError(
+            "config.json has neither rope_theta nor rope_parameters with rope_theta; add the one of its training"
+        )
     if kind != "default" or rope:
         raise ValueError(
-            f"config.json has rope_parameters={fields['rope_parameters']!r}, but only the default kind is known"
+            f"config.json has rope_parameters={fields['rope_parameters']!r}, but only rope_type 'default' is supported"
         )
     given = {key: value for key, value in fields.items() if key not in _DROPPED}
     for name, number in (("mask_token_id", mask_token_id), ("pad_token_id", pad_token_id)):
         if not 0 <= number < fields["vocab_size"]:
             raise ValueError(
-                f"{name}={number} is outside the table of vocab_size={fields['vocab_size']} rows; name one that no token "
-                f"uses (--{name.replace('_', '-')})"
+                f"{name}={number} is outside the embedding table of vocab_size={fields['vocab_size']} rows; give the id of "
+                f"a row that no token uses (--{name.replace('_', '-')})"
             )
     told = {"model_type": "Dream", "rope_theta": theta, "mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
     return DreamConfig.from_dict(given | told, ignore=ignore)
@@ -95,24 +97,27 @@ def adapt_qwen2(
     ignore_config_keys: Iterable[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> DreamConfig:
-    """Writes a Dream directory (Hugging Face layout) from a Qwen2 one: copies all but the configuration and one row.
+    """Writes a Dream directory (Hugging Face layout) from a Qwen2 one; the weights are copied, except for one row.
 
     Args:
       source: directory with a Qwen2 config.json and safetensors, or a hub id.
-      target: must not exist, except with `overwrite`; it appears only when it is complete.
+      target: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
       mask_row: the initial embedding of the mask token. "keep" is the row of the published table as it is; "mean" is the
         mean of the rows before it.
-      mask_token_id, pad_token_id: of the Dream model; by default those of Dream's tokenizer.
-      tokenizer: directory whose tokenizer files the result gets; by default the source's, with the two tokens added.
-      overwrite: whether a checkpoint at `target` may be replaced.
+      mask_token_id, pad_token_id: token ids of the Dream model; the defaults are those of the Dream tokenizer.
+      tokenizer: directory of the tokenizer files to copy; by default those of the source, with the two tokens added.
+      overwrite: whether to replace a checkpoint at `target`, when the new one is complete.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
-      progress: called with a number of bytes copied.
+      progress: called with the number of bytes that were just copied (not a total).
+
+    Returns:
+      The configuration of the Dream model.
 
     Raises:
-      FileNotFoundError, ConnectionError: as `hf.open_source` and `hf.fetch`.
-      FileExistsError, OSError: as `new_directory`.
-      ValueError: as `dream_config`; weights that are not those of the configuration; a tokenizer to which the two tokens
-        cannot be added under these ids.
+      FileNotFoundError, ConnectionError: as for `hf.open_source` and `hf.fetch`.
+      FileExistsError, OSError: as for `new_directory`.
+      ValueError: as for `dream_config`; or the weights do not fit the configuration; or the two tokens cannot be added to
+        the tokenizer with these ids.
     """
     if mask_row not in get_args(MaskRow):
         raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")
@@ -133,7 +138,7 @@ def adapt_qwen2(
                 shutil.copyfile(file, made / file.name)
                 progress(file.stat().st_size)
             if mask_row == "mean":
-                # With tied embeddings there may be a second table, which must stay equal to the first.
+                # With tied embeddings the files may also hold a second table, which must stay equal to the first.
                 tables = ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
                 for name in tables:
                     if name in opened.tensors:
@@ -144,7 +149,7 @@ def adapt_qwen2(
 
 
 def _write_mean(table: hf.Tensor, directory: pathlib.Path, row: int) -> None:
-    """Sets one row of a copied table to the mean of the rows before it; the rows after it are unused too."""
+    """Sets one row of a copied table to the mean of the rows before it. The rows after it belong to no token."""
     width = table.shape[1]
     total = np.zeros(width, np.float64)
     with open(directory / table.path.name, "r+b") as file:
@@ -158,7 +163,7 @@ def _write_mean(table: hf.Tensor, directory: pathlib.Path, row: int) -> None:
 
 
 def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamConfig, *, extend: bool) -> None:
-    """Copies tokenizer files; a Qwen2 tokenizer gets the two tokens that Dream added to it."""
+    """Copies the tokenizer files; with `extend`, adds the two tokens of Dream to a Qwen2 tokenizer."""
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, target / name)
@@ -169,14 +174,14 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
     names = {entry["content"]: int(number) for number, entry in decoder.items()}
     names |= _read(target / "added_tokens.json")
     if names.get(MASK) == config.mask_token_id:
-        return  # it is a Dream tokenizer already
+        return  # this is already a Dream tokenizer
     begin = config.mask_token_id - 1
     taken = {number: name for name, number in names.items()}
     for number in (begin, config.mask_token_id):
         if MASK in names or number != max(taken, default=-1) + 1:
             raise ValueError(
-                f"{source}: {MASK} cannot be token {config.mask_token_id} with {BEGIN} before it, for the tokenizer's "
-                f"added tokens go up to {max(taken, default=None)}; give --tokenizer, a directory with Dream's files"
+                f"{source}: {MASK} cannot be token {config.mask_token_id}, because {BEGIN} and {MASK} must follow the last "
+                f"added token, {max(taken, default=None)}; give --tokenizer, a directory with the tokenizer files of Dream"
             )
         taken[number] = BEGIN if number == begin else MASK
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
