@@ -1,4 +1,4 @@
-"""Measures how good a model is: `python evaluate.py --model runs/demo/model --task sudoku`, or compares two such runs."""
+"""Evaluates a model: `python evaluate.py --model runs/demo/model --task sudoku`, or compares two evaluations."""
 
 import sys
 

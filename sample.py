@@ -1,4 +1,4 @@
-"""Samples from a Dream model: `python sample.py --model runs/demo/model --prompt TEXT`, a file of prompts, or a chat."""
+"""Answers a prompt, a file of prompts or a chat: `python sample.py --model runs/demo/model --prompt TEXT`."""
 
 from __future__ import annotations
 
@@ -32,61 +32,63 @@ from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings(inference.ModelSettings):
-    """What to sample and how. One of --prompt, --prompts and --chat."""
+    """The settings of `sample.py`. Exactly one of --prompt, --prompts and --chat must be given."""
 
     prompt: str | None = None
-    """one prompt; <|mask|> in it, under --template raw, is a position to fill in"""
+    """one prompt; with --template raw, each <|mask|> in it is a position to fill in"""
     prompts: pathlib.Path | None = None
-    """a .jsonl file with a `prompt` string or a `messages` list a line"""
+    """.jsonl file of prompts; each line has a `prompt` string or a `messages` list"""
     out: pathlib.Path | None = None
-    """.jsonl file for the answers to --prompts; answers that are in it already are not computed again"""
+    """.jsonl file for the answers to --prompts; answers that it already has are not computed again"""
     chat: bool = False
-    """ask and be answered, turn by turn; an empty line or end of input ends it"""
+    """chat with the model, turn by turn; an empty line or the end of the input ends the chat"""
     max_new_tokens: int = 128
-    """mask tokens after the prompt"""
+    """number of mask tokens after the prompt"""
     preset: Preset = "exact"
-    """exact: the published sampler; balanced and fast: cached blocks, as many tokens a pass as are probable enough"""
+    """exact: the published sampler; balanced, fast: blocks with a KV cache, where each pass writes all tokens whose
+    probability is high enough"""
     steps: int | None = None
-    """denoising steps of --preset exact; by default one a new token"""
+    """number of denoising steps with --preset exact; by default one per new token"""
     alg: Alg | None = None
-    """order in which positions are written; by default the preset's (exact: entropy)"""
+    """order in which positions are written; by default that of the preset (exact: entropy)"""
     temperature: float = 0.0
-    """0 takes the most probable token"""
+    """temperature of the token distribution; 0 takes the most probable token"""
     top_p: float | None = None
-    """nucleus, in (0, 1]"""
+    """probability mass of the nucleus that is sampled from, in (0, 1]; by default all tokens"""
     top_k: int | None = None
-    """number of tokens kept"""
+    """number of most probable tokens to sample from; by default all tokens"""
     alg_temp: float | None = None
-    """softens the order"""
+    """temperature of the order: positions are drawn at random, and with a higher temperature confidence matters less"""
     eps: float = 1e-3
-    """noise level at the end of the schedule"""
+    """noise level at the end of the schedule, in (0, 1)"""
     end_penalty: float = 0.0
-    """subtracted from the logit of the end-of-text token"""
+    """number that is subtracted from the logit of the end-of-text token"""
     guidance: float = 0.0
-    """classifier-free guidance: how far to go from the model without the prompt to the one with it, and past it"""
+    """classifier-free guidance g: logits become u + (1 + g) (c - u), with c from the canvas and u from the canvas
+    without the prompt; 0 switches it off"""
     seed: int = 0
-    """of everything random; line i of a file uses the key (seed, i)"""
+    """seed of all random numbers; the prompt in line i of a file uses the key (seed, i)"""
     samples: int = 1
-    """answers to each prompt of a file"""
+    """number of answers to each prompt of a file"""
     batch_size: int = 8
-    """prompts of a file that are denoised together; one that is done is replaced by the next"""
+    """number of prompts of a file that are denoised together; a prompt that is done is replaced by the next one"""
     watch: bool = False
-    """show the canvas while it is denoised (live on a terminal, some frames elsewhere)"""
+    """show the canvas while it is denoised (live on a terminal; otherwise some canvases after the end)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.prompt is not None) + (self.prompts is not None) + self.chat != 1:
-            raise ValueError("give either --prompt TEXT or --prompts FILE or --chat")
+            raise ValueError("give exactly one of --prompt TEXT, --prompts FILE and --chat")
         if (self.prompts is None) != (self.out is None):
-            raise ValueError("--prompts FILE and --out FILE belong together")
+            raise ValueError("--prompts FILE and --out FILE need each other: give both or neither")
         if self.batch_size < 1 or self.samples < 1:
             raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
         if self.samples > 1 and self.prompts is None:
-            raise ValueError(f"samples={self.samples} is for --prompts FILE")
-        self.sampler(ByteTokenizer())  # raises for values that cannot be
+            raise ValueError(f"samples={self.samples} is for --prompts FILE; leave it out, or give a file")
+        self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
 
     def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
-        """The sampler that the settings ask for."""
+        """Returns the configuration of the sampler that these settings describe."""
         names = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance")
         options = {name: getattr(self, name) for name in names}
         return inference.make_sampler(tokenizer, self.max_new_tokens, self.preset, **options)
@@ -119,8 +121,8 @@ def run(settings: SampleSettings) -> int:
     return 0
 
 
-def check_length(ids: list[int], sampler: dream_jax.SamplerConfig, model: dream_jax.Dream, what: str) -> None:
-    inference.check_length(ids, sampler.max_new_tokens, model, what, shortest=0)
+def check_length(ids: list[int], sampler: dream_jax.SamplerConfig, model: dream_jax.Dream, where: str) -> None:
+    inference.check_length(ids, sampler.max_new_tokens, model, where, shortest=0)
 
 
 def answer_one(
@@ -130,7 +132,7 @@ def answer_one(
     ids = inference.encode_prompt(settings.prompt or "", prepared.template, tokenizer, allow_special=True)
     check_length(ids, sampler, prepared.model, "--prompt")
     model = prepared.load()
-    # Where the prompt itself has positions to fill in, it is shown with the answer.
+    # If the prompt itself has positions to fill in, it is printed together with the answer.
     begin = 0 if tokenizer.mask_id in ids else len(ids)
     begun = time.monotonic()
     with watching(settings.watch, tokenizer, begin, console) as on_step:
@@ -155,7 +157,7 @@ def as_row(ids: list[int]) -> np.ndarray:
 def watching(
     watch: bool, tokenizer: Tokenizer, begin: int, console: Console
 ) -> Iterator[Callable[[int, np.ndarray], None] | None]:
-    """What shows each canvas on a terminal while it is denoised; None elsewhere."""
+    """Yields a function for `generate(on_step=...)` that shows each canvas on a terminal; None without a terminal."""
     if not (watch and console.is_terminal):
         yield None
         return
@@ -204,7 +206,7 @@ def answer_file(
     model = prepared.load()
     console.print(f"{len(asked)} prompts, {len(done)} answered already")
     begun, useful, canvas, passes = time.monotonic(), 0, 0, 0
-    # A key for each line and sample: no answer depends on what it is batched with, nor on where a run was stopped.
+    # Each line and sample has its own key, so that an answer does not depend on its batch or on interruptions.
     keys = inference.row_keys([(settings.seed, line, sample) for line, sample in todo])
     prompts = [questions[line].ids for line, _ in todo]
     stream = Stream(model, prompts, sampler, keys, batch_size=settings.batch_size)
@@ -229,14 +231,24 @@ def answer_file(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a line of the file of prompts asks, and that as tokens."""
+    """One line of the file of prompts.
+
+    Attributes:
+      prompt: the text or the messages, as they are in the file.
+      ids: token ids of the prompt.
+    """
 
     prompt: str | list[Message]
     ids: list[int]
 
 
 def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer) -> dict[int, Question]:
-    """The questions of a file by their lines, counted from 1. Raises: ValueError naming file and line."""
+    """Returns the questions of a file by their line numbers, which are counted from 1.
+
+    Raises:
+      ValueError: a line is not a prompt or a list of messages; the message names file and line.
+      OSError: the file cannot be read.
+    """
     questions = {}
     for where, row in read_json_lines(path):
         prompt: Any = row.get("messages")
@@ -245,7 +257,7 @@ def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer)
                 raise ValueError(f"{where}: expected an object with a `prompt` string or a `messages` list")
             prompt = text_field(row, "prompt", where)
         elif not all(isinstance(message, dict) for message in prompt):
-            raise ValueError(f"{where}: each of `messages` must be an object with role and content")
+            raise ValueError(f"{where}: each item of `messages` must be an object with `role` and `content`")
         try:
             ids = inference.encode_prompt(prompt, template, tokenizer, allow_special=True)
         except ValueError as error:
@@ -260,14 +272,18 @@ def open_answers(
     sampler: dream_jax.SamplerConfig,
     questions: dict[int, Question],
 ) -> RowFile:
-    """The file of answers with those that are in it already. The file beside it says what they follow from.
+    """Returns the file of answers with the answers that it has already.
 
-    Raises: ValueError for a file of other answers, or of answers that were made in another way.
+    A file beside it (FILE.settings.json) holds the settings with which they were made.
+
+    Raises:
+      ValueError: the file holds answers to other prompts, or answers that were made with other settings.
+      OSError: a file cannot be read or written.
     """
     assert settings.out is not None and settings.prompts is not None
     path = settings.out
     if path.resolve() == settings.prompts.resolve():
-        raise ValueError(f"--out {path} is the file of prompts; give another")
+        raise ValueError(f"--out {path} is the file of prompts; give another file for the answers")
     recipe = {
         "model": settings.model,
         "weights": pretrained.fingerprint(settings.model),
@@ -276,7 +292,7 @@ def open_answers(
         "seed": settings.seed,
         "samples": settings.samples,
         **dataclasses.asdict(sampler),
-        # `asdict` leaves out the types of the cache and of the commit rule.
+        # `asdict` gives only the fields of the cache and of the commit rule, not their types.
         "cache": repr(sampler.cache),
         "commit": repr(sampler.commit),
         "mask": settings.mask,
@@ -291,13 +307,13 @@ def open_answers(
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or not path.stat().st_size:
         beside.unlink(missing_ok=True)
-        path.touch()  # a folder that cannot be written shows now
+        path.touch()  # raises now, before the weights are read, if the folder cannot be written
     agree_on_settings(beside, path, recipe, "or give another --out")
     answers = RowFile(path)
     for number, row in enumerate(answers.rows, 1):
         question = questions.get(row["line"]) if isinstance(row.get("line"), int) else None
         if question is None or question.prompt != row.get("prompt"):
-            raise ValueError(f"{path}, line {number}: not an answer to this file of prompts; give another --out")
+            raise ValueError(f"{path}:{number}: not an answer to a prompt of {settings.prompts}; give another --out")
     answers.keep(len(answers.rows))
     return answers
 

@@ -1,8 +1,8 @@
 """Trains a Dream model on a mesh: `python train.py --mesh 8x1 --model nano --data sudoku --out runs/sudoku`.
 
-With --recipe NAME the settings begin as those of recipes/NAME.toml, and --recipe alone lists them. With --plan it trains
-nothing, and says what the run would take on hardware that need not be here. With --compare it lays two runs side by side,
-and with --report it writes the report of one.
+--recipe NAME takes the settings of recipes/NAME.toml, which other flags override; --recipe alone lists the recipes.
+--plan trains nothing: it prints the memory and time that the run would need, also on hardware that is not present.
+--compare compares two runs, and --report writes the report of one run.
 """
 
 import dataclasses
@@ -27,32 +27,32 @@ RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Looking:
-    """Reports and comparisons of runs that exist, instead of training."""
+    """Settings for reports and comparisons of existing runs, instead of training."""
 
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
-    """folders of two runs to lay side by side, instead of training"""
+    """folders of two runs to compare, instead of training"""
     report: pathlib.Path | None = None
-    """folder of a run, finished or not, to write report.md and curves.png of (again), instead of training"""
+    """folder of a run, finished or not, whose report.md and curves.png are written again, instead of training"""
     compare_out: pathlib.Path | None = None
-    """a new Markdown file to write the comparison to as well"""
+    """a new Markdown file to which the comparison is written too"""
 
     def __post_init__(self) -> None:
         if self.compare_out is not None and self.compare is None:
-            raise ValueError("--compare-out is for a comparison; add --compare RUN1 RUN2")
+            raise ValueError("--compare-out needs a comparison: add --compare RUN1 RUN2")
         if self.report is not None and self.compare is not None:
-            raise ValueError("--report is of one run and --compare of two; give one of them")
+            raise ValueError("--report and --compare cannot be combined: give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    # Without a name of its own, so that its groups are headed "run options", "network options" and so on.
+    # This field has no name of its own, so that the help heads its groups "run options", "network options" and so on.
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainSettings)
     planning: PlanSettings = dataclasses.field(default_factory=PlanSettings)
     looking: Looking = dataclasses.field(default_factory=Looking)
 
 
 def asked_recipe(arguments: list[str]) -> str | None:
-    """The value of --recipe on the command line: "" when it has none, None when the flag is not given.
+    """Returns the value of --recipe on the command line: "" if it has no value, None if the flag is not given.
 
     Raises:
       ValueError: the flag is given twice.
@@ -63,20 +63,20 @@ def asked_recipe(arguments: list[str]) -> str | None:
         if name != "--recipe":
             continue
         if asked is not None:
-            raise ValueError("--recipe is given twice; a run has one")
+            raise ValueError("--recipe is given twice, but a run has one recipe; leave one of them out")
         following = arguments[position + 1 : position + 2]
         asked = value if sign else "".join(one for one in following if not one.startswith("-"))
     return asked
 
 
 def given_settings(arguments: list[str]) -> set[str]:
-    """The names of the settings that the command line gives, whatever their values."""
+    """Returns the names of all settings whose flags are on the command line, with "_" instead of "-"."""
     flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
-    """Where each setting that is not a default comes from, by its name."""
+    """Returns the origin of each setting that is not a default, by its name: "given", or "recipe NAME"."""
     begun = (TrainSettings() if recipe is None else recipe.train_settings()).values()
     found = {}
     for name, value in settings.values().items():
@@ -88,12 +88,12 @@ def origins(settings: TrainSettings, recipe: Recipe | None) -> dict[str, str]:
 
 
 def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
-    """Prints the plan; 0 when the step fits, `DOES_NOT_FIT` when it does not."""
+    """Prints the plan. Returns the exit code: 0 if the step fits into the memory, otherwise `DOES_NOT_FIT`."""
     training = command.training
     if recipe is not None and recipe.like is not None:
         left_open = "model" in recipe.required and "model" not in given
         if left_open or training.network.model == recipe.settings.get("model"):
-            # Sizes are all that a plan needs of a model: nothing is fetched for it.
+            # A plan needs only the sizes of the model, so it takes a preset of the same sizes and downloads nothing.
             training = training.replaced(model=recipe.like)
     made = make_plan(training, command.planning)
     print(render(made))
@@ -105,7 +105,7 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
 
 
 def lay_side_by_side(asked: Looking) -> int:
-    """Prints the comparison, and writes it where asked."""
+    """Prints the comparison of two runs, and writes it to --compare-out. Returns the exit code 0."""
     assert asked.compare is not None
     if asked.compare_out is not None and asked.compare_out.exists():
         raise FileExistsError(f"{asked.compare_out} exists; give another --compare-out, or remove it")
@@ -126,10 +126,10 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = tyro.cli(Command, description=__doc__, default=begun, config=(tyro.conf.OmitArgPrefixes,))
-        assert command is not None  # only the type of tyro.cli allows None, where the default may be None
+        assert command is not None  # the type of tyro.cli allows None, because `default` may be None
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
-                "--plan is of a run to come, --report and --compare are of runs that were; give one of them"
+                "--plan is for a future run, but --report and --compare are for existing runs; give one of them"
             )
         if command.looking.compare is not None:
             return lay_side_by_side(command.looking)

@@ -1,7 +1,7 @@
-"""The processes of one run: how they find each other, wait for each other and end together; CPU devices.
+"""The processes of one run: how they find each other, wait for each other and end together; also CPU devices.
 
-jax notices when a process is gone and then ends the others from a thread of its own, with a stack of its internals as the
-last words. A helper process that outlives this one explains what that means and what to do.
+When a process has died, jax notices it and ends the other processes from one of its threads; their last output is then
+a stack of jax internals. A helper process that lives longer explains after it what has happened and what to do.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 40  # a process that has been silent for so long is taken for dead, and jax ends the others
+HEARTBEAT_SECONDS = 40  # jax regards a process that has been silent for this time as dead, and ends the others
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def provide_cpu_devices(count: int) -> None:
-    """Gives the CPU backend of this process `count` devices, if it has not started yet.
+    """Gives the CPU backend of this process `count` devices if the backend has not started yet.
 
-    Accelerators are not touched, and a number that the user has set with JAX_NUM_CPU_DEVICES stands.
+    Accelerators are not affected. A number that the user has set with JAX_NUM_CPU_DEVICES has priority.
     """
-    # The devices of one process share a thread pool, by default with one thread per device. A step may run two independent
-    # collectives at once (a gather inside the layer loop, a sum outside it); devices that wait for different ones can then
-    # hold all threads, and none finishes.
+    # The devices of one process share a thread pool, by default with one thread per device. A step may run two
+    # independent collectives at once (a gather inside the layer loop, a sum outside it). Devices that wait for
+    # different collectives can then occupy all threads, and neither collective finishes.
     if count > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
     if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]  # options are defined at run time
         return
-    with contextlib.suppress(RuntimeError):  # the backend runs already; `sharding.make_mesh` reports missing devices
+    # jax raises RuntimeError if the backend has started already; `sharding.make_mesh` then reports missing devices.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
 
 
@@ -51,18 +52,18 @@ def join(
     process_id: int = 0,
     cluster: Literal["auto", "slurm", "tpu", "off"] = "auto",
 ) -> None:
-    """Joins the other processes of the run, if there are any; call it before anything else uses jax.
+    """Joins the other processes of the run, if there are any; must be called before anything else uses jax.
 
     Args:
-      num_devices: how many devices the mesh of the whole run has; on CPUs each process creates an equal share of them.
-      coordinator: host:port of process 0. Without it, `cluster` says where the processes are found.
-      num_processes: how many processes the run has; only read with a coordinator, as is
-      process_id: which of them this is, from 0.
-      cluster: see `find_cluster`.
+      num_devices: number of devices in the mesh of the whole run; on CPUs each process creates an equal share of them.
+      coordinator: host:port of process 0; None looks for the processes in a cluster.
+      num_processes: number of processes of the run; like process_id, it is used only with a coordinator.
+      process_id: index of this process, from 0.
+      cluster: kind of cluster, used only without a coordinator; see `find_cluster`.
 
     Raises:
-      ValueError: the coordinator is not host:port, the process id is out of range, the processes cannot share the devices
-        evenly, or the requested cluster is not there.
+      ValueError: the coordinator is not host:port, the process id is out of range, the processes cannot share the
+        devices evenly, or the requested cluster does not exist here.
     """
     if coordinator is not None:
         if not re.fullmatch(r"\S+:\d+", coordinator):
@@ -79,7 +80,7 @@ def join(
     elif (kind := find_cluster(cluster)) is not None:
         if kind == "slurm":
             _share_cpu_devices(num_devices, int(os.environ["SLURM_NTASKS"]))
-        # There are several kinds of TPU clusters, and jax looks for those first.
+        # None lets jax detect the cluster: it knows several kinds of TPU clusters, and looks for those first.
         method = "slurm" if kind == "slurm" else None
         jax.distributed.initialize(cluster_detection_method=method, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
@@ -102,12 +103,12 @@ def barrier(name: str) -> None:
 
 
 def from_first(value: int) -> int:
-    """The value that process 0 passes (an int32), in every process; all of them must call."""
+    """Returns the int32 value that process 0 passes. All processes must call it, because they wait for each other."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def which_say(value: bool) -> list[int]:
-    """The processes, by number, that pass True; all of them must call."""
+    """Returns the indices of the processes that pass True. All must call it, because they wait for each other."""
     if jax.process_count() == 1:
         return [0] if value else []
     return np.flatnonzero(multihost_utils.process_allgather(np.array(value))).tolist()
@@ -118,18 +119,18 @@ def find_cluster(
     environment: Mapping[str, str] = os.environ,
     devices: pathlib.Path = pathlib.Path("/dev"),
 ) -> Literal["slurm", "tpu"] | None:
-    """The kind of cluster whose processes make up the run; None when this process runs alone.
+    """Returns the kind of cluster that started the processes of the run; None if this process runs alone.
 
-    Does not use all that jax can detect: that includes every pod of Kubernetes, where finding the other pods needs rights
-    that a pod seldom has.
+    It does not look for every kind that jax can detect. jax would detect one in every Kubernetes pod, but a pod seldom
+    has the rights to find the other pods.
 
     Args:
-      wanted: "auto" looks for Slurm and then for a TPU slice; "slurm" and "tpu" require theirs; "off" returns None.
-      environment: the environment variables.
-      devices: where the system lists its devices.
+      wanted: "auto" looks for Slurm and then for a TPU slice; "slurm" or "tpu" requires this kind; "off" returns None.
+      environment: the environment variables, by name.
+      devices: directory in which the system lists its devices.
 
     Raises:
-      ValueError: the cluster that is wanted is not there.
+      ValueError: "slurm" or "tpu" is wanted, but this process does not run in such a cluster.
     """
     if wanted == "off":
         return None
@@ -154,7 +155,7 @@ def find_cluster(
     return None
 
 
-# A separate program instead of a thread: jax ends the process from C++, and no Python code of the process survives that.
+# This must be a separate process: jax ends this process from C++, so that a thread of it could not write anything.
 _HELPER = """
 import os, sys
 if not sys.stdin.buffer.read():
@@ -163,14 +164,14 @@ if not sys.stdin.buffer.read():
 
 
 def _explain_a_sudden_end() -> None:
-    """Starts a helper that writes what to do as the last words, when this process ends without telling it so."""
+    """Starts a helper process, which writes what to do if this process ends without announcing its end."""
     me, count = jax.process_index(), jax.process_count()
     text = (
-        f"error: process {me} of 0..{count - 1} ended before the run did. Unless an error of its own stands above, another "
-        "process died or could not be reached: look for one whose log ends earlier, or that was killed (out of memory, "
-        "preempted). Then start the same command on every host again: it resumes from the newest checkpoint"
+        f"error: process {me} of 0..{count - 1} ended before the run did. If no error of this process is printed above, "
+        "another process died or could not be reached: look for a process whose log ends earlier, or that was killed (out "
+        "of memory, preempted). Then start the same command on every host again: it resumes from the newest checkpoint"
     )
-    # In its own session, so that Ctrl-C reaches this process only.
+    # The helper has its own session, so that Ctrl-C does not reach it.
     helper = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _HELPER, text],
         stdin=subprocess.PIPE,
@@ -181,7 +182,7 @@ def _explain_a_sudden_end() -> None:
     def end() -> None:
         helper.communicate(b"normal end")
 
-    atexit.register(end)  # runs before jax leaves the others, which may end this process as well
+    atexit.register(end)  # it runs before jax disconnects from the other processes, which may end this process
 
     def report_and_leave(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
@@ -191,9 +192,9 @@ def _explain_a_sudden_end() -> None:
 
 
 def leave(code: int) -> int:
-    """Returns the exit code of a command; after an error (code 1) among several processes, ends this process at once.
+    """Returns the exit code of a command; in a run of several processes, exits at once after an error (code 1).
 
-    Otherwise jax would wait for the other processes to end too, while they wait for this one.
+    Without this exit, jax would wait for the end of the other processes, while they wait for this process.
     """
     if code == 1 and jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""Files and directories that are either complete or absent, and checksums that show when one has changed since.
+"""Writes files and directories that are either complete or absent, and checksums that show later changes of files.
 
-Several processes may write one directory together. The module is not concerned with what the files contain.
+Several processes may write one directory together. This module does not interpret the contents of the files.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from dream_jax.distributed import barrier, from_first
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 1 << 24
 _THREADS = 8  # reading and zlib both release Python's lock
-_SPARE_BYTES = 64 * 2**20  # for small files and the needs of the file system
+_SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`; the file written there replaces `path` when the block ends without an error.
+    """Yields a temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
-    A reader therefore sees the old file or the new one, never half of one, even after a loss of power. After an error
-    the temporary file is removed and `path` is as before.
+    A reader therefore sees the old file or the complete new file, even after a power failure. After an error the
+    temporary file is removed, and `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
@@ -50,25 +50,25 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_file(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes text (as UTF-8) or bytes to a file that is complete or as it was before; see `replacing`."""
+    """Writes text (as UTF-8) or bytes to a file; after an error the file is as it was before (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: pathlib.Path, content: Any, *, indent: int = 2) -> None:
-    """Writes JSON and a newline with `write_file`. Raises: ValueError for NaN and infinities, which are not JSON."""
+    """Writes JSON and a newline with `write_file`. Raises ValueError for NaN and infinities, which are not JSON."""
     write_file(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def read_json(path: pathlib.Path, remedy: str = "remove the file or restore it from a copy") -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Args:
-      path: the file.
-      remedy: what the user can do about a file that holds something else; it ends the error message.
+      path: path of the file.
+      remedy: what the user can do if the file holds something else; the error message ends with it.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: the file is not valid JSON in UTF-8, or holds something other than an object.
     """
     try:
@@ -89,22 +89,23 @@ def new_directory(
     reads: pathlib.Path | None = None,
     marker: str = "config.json",
 ) -> Iterator[pathlib.Path]:
-    """A temporary directory to fill; it is renamed to `path` when the block ends without an error, and removed otherwise.
+    """Yields a temporary directory, which is renamed to `path` at the end, or removed after an error.
 
-    Temporary directories that killed runs have left beside `path` are removed first. With several processes all of
-    them must enter the block; process 0 creates and renames the directory.
+    Temporary directories that killed runs have left beside `path` are removed first. In a run of several processes all
+    processes must enter the block, because they wait for each other; process 0 creates and renames the directory.
 
     Args:
-      path: the final name.
+      path: final path of the directory.
       overwrite: whether an existing directory of the same kind is replaced at the end.
-      needed_bytes: how much will be written; compared with the free space on the disk.
-      reads: a directory that is read during the block, which must not be `path`.
-      marker: the name of a file that every directory of this kind holds.
+      needed_bytes: number of bytes that will be written; it is compared with the free space on the disk.
+      reads: a directory that is read during the block; it must not be `path`.
+      marker: name of a file that every directory of this kind has.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set, or `path` is a directory of another kind.
       ValueError: `path` is `reads`.
-      OSError: there is too little space.
+      OSError: the disk has too little free space, or the directory cannot be written.
+      RuntimeError: process 0 has raised one of these errors; raised in the other processes.
     """
     target = pathlib.Path(path).expanduser().resolve()
     leads = jax.process_index() == 0
@@ -118,7 +119,7 @@ def new_directory(
     if refusal is not None:
         raise refusal
     if not token:
-        raise RuntimeError(f"process 0 refused to make {target}; its message says why")
+        raise RuntimeError(f"process 0 cannot create {target}; its error message says why")
     directory = target.parent / f".{target.name}.incomplete-{token}"
     if not leads:
         barrier("new_directory.made")
@@ -128,7 +129,7 @@ def new_directory(
         return
     directory.mkdir()
     with open(directory / ".lock", "w") as lock:
-        # The system releases the lock however this process ends, so a directory without a held lock is stale.
+        # The system releases the lock in whatever way this process ends, so a directory whose lock is free is stale.
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             barrier("new_directory.made")
@@ -171,7 +172,7 @@ def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pa
 
 def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
     if not (overwrite and target.exists()):
-        directory.rename(target)  # raises if the target has been created meanwhile
+        directory.rename(target)  # raises OSError if another process has created the target in the meantime
         return
     old = target.parent / f".{target.name}.replaced-{os.getpid()}"
     target.rename(old)
@@ -183,7 +184,7 @@ def _remove_stale(target: pathlib.Path) -> None:
     for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):
         if target.exists():
             shutil.rmtree(old)
-        else:  # killed between the two renames of `_give_name`
+        else:  # a run was killed between the two renames of `_give_name`
             old.rename(target)
             _log.warning("put %s back: a run that was replacing it was killed", target)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.incomplete-*"):
@@ -199,12 +200,12 @@ def _remove_stale(target: pathlib.Path) -> None:
 
 
 def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **more: Any) -> None:
-    """Writes `checksums.json` into a folder that is complete: size and CRC-32 of every file, and the entries `more`.
+    """Writes `checksums.json` into a complete folder: the size and the CRC-32 of every file, and the entries `more`.
 
     Args:
-      folder: a folder to which nothing is written any more.
+      folder: a folder whose files will not change any more.
       leave_out: names of files (relative to the folder, with "/") that are not listed.
-      more: further entries of the JSON object.
+      more: further entries of the JSON object, by name.
     """
     found_names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = sorted(name for name in found_names if name != CHECKSUMS and name not in leave_out)
@@ -214,13 +215,13 @@ def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **
 
 
 def read_checksums(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The contents of `checksums.json`; None when the file is missing, unreadable or of another form."""
+    """Returns the contents of `checksums.json`; None if the file is missing, cannot be read or has another form."""
     try:
         found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     files = found.get("files") if isinstance(found, dict) else None
-    # A damaged file may still be valid JSON.
+    # A damaged file may still be valid JSON, so every entry is checked.
     return found if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
 
 
@@ -229,18 +230,19 @@ def _is_entry(entry: Any) -> bool:
 
 
 def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str | None:
-    """Compares a folder with its checksums; describes the first difference, or returns None when there is none.
+    """Compares a folder with its checksums. Returns a sentence about the first difference, or None without one.
 
     Args:
-      folder: a folder that was given to `write_checksums`.
-      share: which of the equal shares of the files is read; several processes can divide the reading.
-      shares: how many shares there are.
+      folder: a folder in which `write_checksums` has written its file.
+      share: index of the share of the files that this call reads, so that several processes can divide the reading.
+      shares: number of shares.
     """
     manifest = read_checksums(folder)
     if manifest is None:
         return f"{folder / CHECKSUMS} is missing or cannot be read"
     files: Mapping[str, Any] = manifest["files"]
-    names = sorted(files, key=lambda name: (-files[name][0], name))[share::shares]  # largest first, in turn
+    # From the largest file to the smallest, the shares take a file in turn, so that all read about the same amount.
+    names = sorted(files, key=lambda name: (-files[name][0], name))[share::shares]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for line in pool.map(lambda name: _difference(folder / name, files[name]), names):
             if line is not None:

@@ -1,7 +1,7 @@
-"""From a path to a model with its tokenizer, template and mask, and from prompts to answers.
+"""Loads a model with its tokenizer, template and mask from a path, and turns prompts into answers.
 
-What a prompt becomes depends on the model, the sampler, the prompt and its key alone, not on the batch that it is in.
-`sample.py`, `evaluate.py`, the adapter to lm-evaluation-harness and the samples of a training run all answer through here.
+The answer to a prompt depends only on the model, the sampler, the prompt and its key, not on the other prompts of its
+batch. Its users are `sample.py`, `evaluate.py`, the adapter to lm-evaluation-harness and the samples of a training run.
 """
 
 from __future__ import annotations
@@ -25,60 +25,62 @@ DtypeFlag = Literal["auto", "float32", "bfloat16"]
 BaseFlag = Literal["auto", "int8", "nf4"]
 
 MASK_SIGN = "░"
-"""Shown in place of a mask token."""
+"""The character that stands for a mask token in a text."""
 
 RowName = tuple[int, ...]
-"""What the key of an answer follows from: (seed, number of the prompt), or (seed, number, sample)."""
+"""What determines the key of an answer: (seed, number of the prompt) or (seed, number of the prompt, of the sample)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model answers, and how it is loaded: the settings that all programs share which answer prompts.
+    """The model that answers, and how it is loaded: settings that are shared by all programs which answer prompts.
 
-    Raises: ValueError for --any-base without an adapter, or for a mask that is none.
+    Raises:
+      ValueError: `any_base` is set without an adapter, or `mask` is not the name of a mask.
     """
 
     model: str = "runs/demo/model"
     """a converted or Hugging Face directory, a hub id, or a preset (random weights)"""
     adapter: str | None = None
-    """directory of an adapter; added to the weights, or kept beside them under --base int8 and nf4"""
+    """directory of an adapter; it is added to the weights, or held beside them with --base int8 and nf4"""
     any_base: bool = False
-    """use the adapter on other weights than those it was trained on"""
+    """allow an adapter that was trained on weights other than those of the model"""
     base: BaseFlag = "auto"
-    """how the matrices of the layers are stored; auto: as --dtype says, and codes of 8 or 4 bits to save memory"""
+    """how the matrices of the layers are stored; auto: in the type of --dtype; int8, nf4: codes of 8 or 4 bits, which
+    save memory"""
     dtype: DtypeFlag = "auto"
-    """of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
+    """type of the weights; auto: float32 on a CPU, bfloat16 elsewhere"""
     mesh: str = "1x1"
-    """devices, fsdp x tensor"""
+    """numbers of devices along the mesh axes fsdp and tensor, such as 1x1 or 4x2"""
     attention: Backend = "auto"
-    """auto: the fastest that can serve; xla runs everywhere"""
+    """attention backend; auto: the fastest one that supports the model and the devices; xla runs everywhere"""
     mask: str | None = None
-    """who may attend to whom: bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT; by
-    default as the model was trained, which any other mask contradicts"""
+    """attention mask: bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT; by default
+    the mask that the model was trained under; the model has not learned to work under another one"""
     tokenizer: str | None = None
-    """directory with tokenizer files, or "bytes"; by default the model's own"""
+    """directory with tokenizer files, or "bytes"; by default the tokenizer of the model"""
     template: Literal["auto", "chat", "raw"] = "auto"
-    """chat template or the bare text, for prompts that are no messages; auto: as the model was trained, where it says so;
-    else raw for byte-level models and chat for others"""
+    """chat template or raw text, for prompts that are not lists of messages; auto: the template of the training, if the
+    model or the adapter notes it; otherwise raw for byte-level models and chat for others"""
 
     def __post_init__(self) -> None:
         if self.any_base and self.adapter is None:
-            raise ValueError("--any-base speaks of an adapter: give --adapter as well")
+            raise ValueError("--any-base needs an adapter: pass --adapter DIRECTORY too")
         if self.mask is not None:
             masks.parse(self.mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model whose files have been checked and whose weights have not been read yet.
+    """A model whose files have been checked, but whose weights have not been read yet.
 
     Attributes:
-      settings: that it was prepared by.
-      mesh: devices that it will lie on.
-      dtype: of its weights, by name.
-      model: with shapes in place of weights; its `trained_mask` is the mask that it will answer under.
-      tokenizer: the named one or the model's own.
-      template: how its prompts are written.
+      settings: the settings from which `prepare` made this object.
+      mesh: the devices of the parameters.
+      dtype: name of the type of the weights, "float32" or "bfloat16".
+      model: an abstract model: shapes in place of weights. Its `trained_mask` is the mask under which it will answer.
+      tokenizer: the tokenizer that the settings name, or that of the model.
+      template: how prompts become tokens.
     """
 
     settings: ModelSettings
@@ -89,9 +91,13 @@ class PreparedModel:
     template: Template
 
     def load(self) -> Dream:
-        """Reads the weights. An adapter is added to float weights, which is faster; codes cannot hold the sum.
+        """Returns the model with its weights.
 
-        Raises: as `pretrained.load`.
+        An adapter is added to the weights, because one matrix product is faster than two. It is held beside weights
+        that are int8 or nf4 codes, because codes cannot represent the sum.
+
+        Raises:
+          ValueError, OSError: as `pretrained.load` raises.
         """
         settings = self.settings
         base = None if settings.base == "auto" else settings.base
@@ -112,17 +118,17 @@ class PreparedModel:
 
 
 def prepare(settings: ModelSettings, *, default_template: Template | None = None) -> PreparedModel:
-    """Everything about a model that can be known, and can be wrong, before its weights are read.
+    """Checks a model and finds its tokenizer and template, so that errors are raised before the weights are read.
 
     Args:
-      settings: which model.
-      default_template: where neither the settings nor the model say how prompts are written; by default "raw" for
-        byte-level tokenizers and "chat" for others.
+      settings: the model and how it is loaded.
+      default_template: the template if neither the settings, the adapter nor the model determine one; None for "raw"
+        with byte-level tokenizers and "chat" with others.
 
     Raises:
-      ValueError: a mesh that does not fit, a damaged or foreign checkpoint, an adapter of another model, no tokenizer or
-        one of another model.
-      OSError: files that are missing or cannot be read.
+      ValueError: the mesh needs more devices than there are, the checkpoint is damaged or of an unknown form, the
+        adapter belongs to another model, or the tokenizer is missing or belongs to another model.
+      OSError: a file is missing or cannot be read.
     """
     mesh = sharding.make_mesh(settings.mesh)
     dtype: str = settings.dtype
@@ -144,33 +150,34 @@ def prepare(settings: ModelSettings, *, default_template: Template | None = None
 
 
 def find_tokenizer(named: str | None, name: str, model: Dream) -> Tokenizer:
-    """The tokenizer that is named, or the model's own.
+    """Returns the tokenizer that `named` names, or else the tokenizer of the model.
 
     Args:
-      named: directory with tokenizer files, or "bytes"; None for the model's own.
-      name: of the model, as it was asked for.
-      model: may be abstract.
+      named: directory with tokenizer files, or "bytes"; None for the tokenizer of the model.
+      name: path or preset name of the model.
+      model: the model, which may be abstract.
 
     Raises:
-      ValueError: there is none, or it is another model's.
-      OSError: its files cannot be read.
+      ValueError: there is no tokenizer, or it belongs to another model.
+      OSError: a tokenizer file cannot be read.
     """
     directory = named or model.tokenizer_dir or ("bytes" if name == "nano" else None)
     if directory is None:
-        raise ValueError(f"{name} has no tokenizer files; pass --tokenizer with a directory of some")
+        raise ValueError(f"{name} has no tokenizer files; pass --tokenizer DIRECTORY, a directory that has them")
     tokenizer = load_tokenizer(directory)
     if tokenizer.mask_id != model.config.mask_token_id:
         raise ValueError(
-            f"the tokenizer's mask token is {tokenizer.mask_id}, the model's {model.config.mask_token_id}: "
-            "they do not belong together"
+            f"the mask token is {tokenizer.mask_id} in the tokenizer, but {model.config.mask_token_id} in the model; "
+            "pass --tokenizer DIRECTORY with the tokenizer of this model"
         )
     return tokenizer
 
 
 def noted_template(adapter: str | None, model: Dream) -> Template | None:
-    """How training noted that prompts were written, in the adapter's directory or else in the model's; None without a note.
+    """Returns the template that training noted beside the adapter, or else beside the model; None without a note.
 
-    Raises: ValueError for a note that cannot be read.
+    Raises:
+      ValueError: a note cannot be read.
     """
     for directory in (adapter, model.tokenizer_dir):
         noted = None if directory is None else read_template(directory)
@@ -180,25 +187,28 @@ def noted_template(adapter: str | None, model: Dream) -> Template | None:
 
 
 def by_tokenizer(tokenizer: Tokenizer) -> Template:
-    """The template of a model that notes none: byte-level models are trained on bare text, others on chats."""
+    """Returns the template for a model without a note: "raw" for byte-level tokenizers, "chat" for others."""
     return "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
 
 
 def make_sampler(tokenizer: Tokenizer, max_new_tokens: int, preset: Preset = "exact", **options: Any) -> SamplerConfig:
-    """A preset of the sampler that writes tokens of this tokenizer only, and no mask.
+    """Returns a preset of the sampler that writes only tokens of this tokenizer, and never the mask token.
 
     Args:
-      tokenizer: of the model.
-      max_new_tokens: tokens of the answer.
-      preset: see `SamplerConfig.preset`.
-      **options: further fields of SamplerConfig; None leaves what the preset says.
+      tokenizer: the tokenizer of the model.
+      max_new_tokens: number of tokens of an answer.
+      preset: name of the preset, see `SamplerConfig.preset`.
+      **options: further fields of SamplerConfig; a value of None leaves the value of the preset.
 
     Raises:
-      ValueError: values that cannot be, or steps where the sampler goes by confidence.
+      ValueError: SamplerConfig refuses the values, or `steps` is given with a preset that has no number of steps.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if preset != "exact" and "steps" in given:
-        raise ValueError(f"steps={given['steps']} means nothing under the sampler {preset}, which goes by confidence")
+        raise ValueError(
+            f"steps={given['steps']} has no effect with the preset {preset!r}, which writes by confidence; leave it "
+            "out, or use the preset 'exact'"
+        )
     return SamplerConfig.preset(
         preset,
         max_new_tokens=max_new_tokens,
@@ -211,16 +221,17 @@ def make_sampler(tokenizer: Tokenizer, max_new_tokens: int, preset: Preset = "ex
 def encode_prompt(
     prompt: str | Sequence[Message], template: Template, tokenizer: Tokenizer, *, allow_special: bool = False
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Returns the token ids of a prompt.
 
     Args:
-      prompt: messages of a chat, or a text, which is one user turn under "chat".
-      template: see `Template`; messages are always a chat.
-      tokenizer: of the model.
-      allow_special: whether "<|mask|>" and its like in a bare text become control tokens; else they are spelled out.
+      prompt: the messages of a chat, or a text.
+      template: "chat" makes a text one user turn, "raw" encodes it without a template. Messages are always a chat.
+      tokenizer: the tokenizer of the model.
+      allow_special: whether "<|mask|>" and other special tokens that are written in a raw text become these tokens;
+        otherwise their characters are encoded as ordinary text.
 
     Raises:
-      ValueError: messages that are no chat.
+      ValueError: the messages are not a valid chat.
     """
     if not isinstance(prompt, str):
         return tokenizer.chat(prompt)
@@ -238,46 +249,46 @@ def check_length(
     shortest: int = 1,
     remedy: str = "a shorter prompt",
 ) -> None:
-    """Raises ValueError, opening with `where`, for a prompt that does not fit the model with its answer.
+    """Raises ValueError if a prompt and its answer do not fit the model; the message begins with `where`.
 
     Args:
-      ids: of the prompt.
-      max_new_tokens: tokens of the answer; 0 for a text that is only scored or filled in.
-      model: may be abstract.
-      where: which prompt it is.
-      shortest: tokens that a prompt must have; only `generate` takes prompts of none.
-      remedy: what may help, beside fewer new tokens.
+      ids: token ids of the prompt.
+      max_new_tokens: number of tokens of the answer; 0 for a text that is only scored or filled in.
+      model: the model, which may be abstract.
+      where: the origin of the prompt, such as "FILE:LINE".
+      shortest: minimum number of tokens of a prompt; only `generate` accepts empty prompts.
+      remedy: what the user can try besides a smaller --max-new-tokens.
     """
-    total, most = len(ids) + max_new_tokens, model.config.max_position_embeddings
-    if len(ids) < shortest or not 0 < total <= most:
+    total, longest = len(ids) + max_new_tokens, model.config.max_position_embeddings
+    if len(ids) < shortest or not 0 < total <= longest:
         raise ValueError(
-            f"{where}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones make {total}; the model takes prompts "
-            f"of at least {shortest} and 1 to {most} in all: {remedy} or a smaller --max-new-tokens may help"
+            f"{where}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens make {total}. A prompt needs at "
+            f"least {shortest}, both together 1 to {longest} tokens: try {remedy} or a smaller --max-new-tokens"
         )
 
 
 def batches(lengths: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """Indices of prompts of these lengths in batches of at most `size`; prompts of a batch share a bucket of lengths."""
+    """Returns batches of at most `size` indices of prompts; the lengths of a batch have the same `bucket_length`."""
     order = sorted(range(len(lengths)), key=lambda index: (bucket_length(lengths[index]), index))
-    found: list[list[int]] = []
+    filled: list[list[int]] = []
     for index in order:
-        full = not found or len(found[-1]) == size
-        if full or bucket_length(lengths[found[-1][0]]) != bucket_length(lengths[index]):
-            found.append([])
-        found[-1].append(index)
-    return [tuple(batch) for batch in found]
+        full = not filled or len(filled[-1]) == size
+        if full or bucket_length(lengths[filled[-1][0]]) != bucket_length(lengths[index]):
+            filled.append([])
+        filled[-1].append(index)
+    return [tuple(batch) for batch in filled]
 
 
 def left_padded(rows: Sequence[Sequence[int] | np.ndarray], size: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as one batch, as wide as their bucket of lengths.
+    """Returns rows of different lengths as one batch, whose width P is the `bucket_length` of the longest row.
 
     Args:
-      rows: token ids; none empty.
-      size: rows of the batch. Those beyond `rows` hold one valid token, a pad.
-      pad_id: what stands before shorter rows.
+      rows: token ids of each row, at least one id per row.
+      size: number of rows of the batch. Rows that are missing in `rows` get one valid token, `pad_id`.
+      pad_id: token that fills the positions before shorter rows.
 
     Returns:
-      tokens int32 [size, P] and valid bool [size, P], true at the tokens of the rows.
+      Tokens int32 [size, P], and bool [size, P], which is true at valid tokens.
     """
     width = bucket_length(max(map(len, rows)))
     tokens_BP, valid_BP = np.full((size, width), pad_id, np.int32), np.zeros((size, width), bool)
@@ -289,10 +300,10 @@ def left_padded(rows: Sequence[Sequence[int] | np.ndarray], size: int, pad_id: i
 
 
 def row_keys(names: Sequence[RowName]) -> jax.Array:
-    """A random key for each name, all of one length: [rows].
+    """Returns a random key for each name, as an array [rows]; all names must have the same length.
 
-    It is the seed's key folded with the number, and where the sample is not 0 with that as well: the first of several
-    samples of a prompt is the one that is drawn alone.
+    The key of the seed is folded with the number of the prompt, and then with the number of the sample unless that is
+    0: the first of several samples of a prompt is therefore equal to its only sample.
     """
     if not names:
         return jax.random.split(jax.random.key(0), 0)
@@ -305,16 +316,16 @@ def row_keys(names: Sequence[RowName]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextAnswer:
-    """What a prompt became.
+    """The answer to a prompt.
 
     Attributes:
-      text: what comes before the first end-of-text token, special tokens left out; of the answer alone, or of prompt and
-        answer when the prompt itself had mask tokens to fill in.
-      tokens: the answer's tokens.
-      tokens_to_end: how many of them come before the first end-of-text token; None when there is none.
-      num_written: tokens that the sampler wrote, those filled into the prompt included.
-      num_useful: how many of them come before the first end-of-text token that it wrote.
-      forwards: forward passes that it took: those of its batch, or of its row in a stream.
+      text: the text before the first end-of-text token, without special tokens. It is the text of the answer, or of the
+        prompt and the answer if the prompt itself had mask tokens to fill in.
+      tokens: token ids of the answer.
+      tokens_to_end: number of tokens of the answer before its first end-of-text token; None if it has no such token.
+      num_written: number of tokens that the sampler wrote, in the answer and at mask tokens of the prompt.
+      num_useful: number of written tokens before the first end-of-text token that the sampler wrote.
+      forwards: number of forward passes: those of the batch, or those of the row in a stream.
     """
 
     text: str
@@ -328,7 +339,15 @@ class TextAnswer:
 def read_answer(
     tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, tokens: np.ndarray, commit_step: np.ndarray, forwards: int
 ) -> TextAnswer:
-    """The answer in a row of the sampler: int [P + N], the prompt without padding first, and the steps that wrote it."""
+    """Returns the answer in one row of the sampler's result.
+
+    Args:
+      tokenizer: the tokenizer of the model.
+      prompt: token ids [P], mask tokens included, without padding.
+      tokens: integers [P + N], the prompt and the answer.
+      commit_step: integers [P + N], as in `Sample`.
+      forwards: number of forward passes.
+    """
     begin = 0 if tokenizer.mask_id in prompt else len(prompt)
     answer, written = tokens[len(prompt) :], commit_step >= 0
     is_end = answer == tokenizer.eos_id
@@ -351,14 +370,14 @@ def answer(
     config: SamplerConfig,
     size: int,
 ) -> list[TextAnswer]:
-    """Answers prompts that fit one batch.
+    """Returns the answers to prompts that fit into one batch, in the order of the prompts.
 
     Args:
-      model, config: see `sampler.generate`.
-      tokenizer: of the model.
-      prompts: token ids, none empty.
-      names: of each prompt; its key follows from it (`row_keys`).
-      size: rows that are computed, whatever is given; no smaller than the number of prompts.
+      model, config: as for `sampler.generate`.
+      tokenizer: the tokenizer of the model.
+      prompts: token ids of each prompt, at least one id per prompt.
+      names: a name for each prompt, from which its key follows (`row_keys`).
+      size: number of rows of the batch, at least the number of prompts; missing rows are filled up.
     """
     tokens_BP, valid_BP = left_padded(prompts, size, tokenizer.pad_id)
     keys = row_keys([*names, *[names[-1]] * (size - len(names))])
@@ -372,15 +391,15 @@ def answer(
 
 
 def canvas_text(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Text of a canvas int [T]: a sign for each mask, and nothing from the first settled end-of-text token on."""
-    text, settled = "", []
+    """Returns the text of a canvas [T] up to its first end-of-text token, with `MASK_SIGN` at each mask."""
+    text, written = "", []
     for token in tokens.tolist():
         if token not in (tokenizer.mask_id, tokenizer.eos_id):
-            settled.append(token)
+            written.append(token)
             continue
-        text += tokenizer.decode(settled, skip_special=True)
-        settled = []
+        text += tokenizer.decode(written, skip_special=True)
+        written = []
         if token == tokenizer.eos_id:
             return text
         text += MASK_SIGN
-    return text + tokenizer.decode(settled, skip_special=True)
+    return text + tokenizer.decode(written, skip_special=True)

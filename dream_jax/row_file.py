@@ -1,7 +1,7 @@
-"""Files of JSON rows that are only appended to, and so survive a kill, and the settings that their rows follow from.
+"""Files of JSON rows that survive a kill, and a check that all rows of a file were made with the same settings.
 
-Rows are on the disk before `append` returns. A last line that was cut short while it was written is left out, so that the
-work behind it is done again.
+Rows are only appended, and are on the disk before `append` returns. If a kill has cut the last line short, that line is
+ignored, so that its work is done again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ JsonRow = dict[str, Any]
 
 
 class RowFile:
-    """A .jsonl file of objects, one a line.
+    """A .jsonl file with one JSON object in each line.
 
     Attributes:
-      path: of the file; it need not exist.
-      rows: the objects in it, in order.
+      path: path of the file, which need not exist.
+      rows: the objects in the file, in order.
 
-    Raises: ValueError naming file and line for whatever is no object of JSON in UTF-8.
+    Raises:
+      ValueError: a line is not a JSON object in UTF-8; the message names file and line.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -39,21 +40,21 @@ class RowFile:
                 row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(
-                    f"{path}:{number}: not a row of JSON ({error}); the file was damaged or is another"
+                    f"{path}:{number}: not a row of JSON ({error}); the file is damaged, or it is not a file of rows"
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a {type(row).__name__}, not an object; the file is another")
+                raise ValueError(f"{path}:{number}: a {type(row).__name__}, not an object; this is not a file of rows")
             self.rows.append(row)
             self._sizes.append(len(line))
 
     def keep(self, count: int) -> None:
-        """Cuts the file off after its first `count` rows; with `count` = len(rows) only what was cut short goes."""
+        """Keeps the first `count` rows and removes the rest of the file, including a last line that was cut short."""
         del self.rows[count:], self._sizes[count:]
         if self.path.exists() and self.path.stat().st_size > sum(self._sizes):
             os.truncate(self.path, sum(self._sizes))
 
     def append(self, rows: Sequence[JsonRow]) -> None:
-        """Writes rows at the end, to the disk."""
+        """Appends rows to the file, and returns when they are on the disk. Raises OSError if they cannot be written."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
@@ -64,27 +65,29 @@ class RowFile:
 
 
 def agree_on_settings(path: pathlib.Path, rows: pathlib.Path, settings: Mapping[str, Any], remedy: str) -> None:
-    """Writes the settings that the rows of a file follow from, or checks that rows which are there follow from the same.
+    """Writes the settings with which the rows of a file are made, or checks that earlier rows were made with the same.
 
     Args:
-      path: of the file of settings; written, whole or not at all, where there is none.
-      rows: of the file of rows.
-      settings: what JSON can hold.
-      remedy: what to do about a refusal.
+      path: path of the file of settings. It is written (completely or not at all) if it does not exist.
+      rows: path of the file of rows.
+      settings: values that JSON can represent, by name.
+      remedy: what the user can do after an error; the message ends with it.
 
-    Raises: ValueError when rows are there that follow from other settings, or nothing says from which; OSError.
+    Raises:
+      ValueError: rows exist that were made with other settings, or that have no file of settings.
+      OSError: a file cannot be read or written.
     """
     now = json.loads(json.dumps(settings))
     if not path.is_file():
         if rows.exists() and rows.stat().st_size:
-            raise ValueError(f"{rows} has no {path.name} beside it to say what its rows follow from; {remedy}")
+            raise ValueError(f"{rows} has rows, but {path.name}, the file of their settings, is missing; {remedy}")
         write_json(path, now)
         return
     before = read_json(path, remedy)
     changed = "; ".join(
         f"{name} was {before.get(name)!r:.80}, now {now.get(name)!r:.80}"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)  # settings that did not exist yet are None
+        if before.get(name) != now.get(name)  # a setting that is missing in an older file counts as None
     )
     if changed:
-        raise ValueError(f"{rows} holds a run with other settings ({changed}); repeat them, {remedy}")
+        raise ValueError(f"{rows} holds a run with other settings ({changed}); give the same settings again, {remedy}")

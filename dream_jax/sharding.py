@@ -1,7 +1,7 @@
-"""The sharding of every array: two tables, and the device mesh that they refer to.
+"""The sharding of every array: two tables, and the device mesh to which they refer.
 
-The first table names the axes of each parameter, the second maps a name of an axis to mesh axes; changing the strategy
-means changing one dict.
+The first table gives the logical axes of each parameter. The second maps each logical axis to mesh axes; to change the
+sharding strategy, change this dict.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dream_jax.shapes import ParamTree
 
 MESH_AXES = ("fsdp", "tensor", "sequence")
 
-# A mesh of devices, or one of sizes only, for planning where compiling for the devices is not possible.
+# A mesh of devices; or a mesh without devices, for planning where it is not possible to compile for them.
 AnyMesh = Mesh | AbstractMesh
 
 # Table one: parameter path -> logical axes, one per dimension.
@@ -58,10 +58,10 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "lm_head.kernel": ("embed", "vocab"),
 }
 
-# Table two: logical axis -> mesh axis, or several. An axis that its mesh axes do not divide is replicated (see
-# `partition_spec`).
+# Table two: logical axis -> one or several mesh axes. If the size of an axis is not a multiple of the size of its mesh
+# axis, the axis is replicated (see `partition_spec`).
 LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
-    # parameters
+    # Axes of parameters:
     "vocab": "tensor",
     # Devices that share the tokens of a row can also share the parameters.
     "embed": ("fsdp", "sequence"),
@@ -72,7 +72,7 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "lora_rank": None,
     "layers": None,
     "norm": None,  # [D] vectors: sharding them saves no memory worth a collective for each
-    # activations
+    # Axes of activations:
     "batch": "fsdp",
     "tokens": "sequence",
     "token_group": ("fsdp", "sequence"),  # B and T merged into one axis
@@ -81,10 +81,10 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
 
 
 def parse_mesh_shape(text: str) -> tuple[int, int, int]:
-    """Reads `FSDPxTENSOR` or `FSDPxTENSORxSEQUENCE`, as in "8x1", into three sizes.
+    """Returns the sizes (fsdp, tensor, sequence) in a text such as "8x1" or "2x1x4"; sequence is 1 if it is left out.
 
     Raises:
-      ValueError: not two or three positive numbers.
+      ValueError: the text is not two or three positive numbers with "x" between them.
     """
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", text):
         raise ValueError(
@@ -95,20 +95,21 @@ def parse_mesh_shape(text: str) -> tuple[int, int, int]:
 
 
 def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
-    """The device mesh of a shape such as "8x1" (fsdp x tensor), over all processes.
+    """Returns the device mesh of a shape such as "8x1" (fsdp x tensor), over the devices of all processes.
 
-    On a CPU backend that is not initialised yet, as many devices as needed are created, so that the same command runs
-    everywhere. A Mesh may be passed too: its axes must be `MESH_AXES` or the first two of them, and the result has
-    automatic axis types, which all code here expects.
+    A CPU backend that is not initialised yet gets as many devices as the mesh needs, so that the same command runs
+    everywhere. A Mesh is accepted too if its axes are `MESH_AXES` or the first two of them. The result always has
+    automatic axis types, which this package expects.
 
     Raises:
-      ValueError: there are fewer devices than the mesh needs, or the Mesh has other axes.
+      ValueError: the shape is not valid, there are fewer devices than the mesh needs, several processes have more
+        devices than it needs, or the Mesh has other axes.
     """
     if isinstance(shape, Mesh):
         return _adopt(shape)
     sizes = parse_mesh_shape(shape if isinstance(shape, str) else "x".join(map(str, shape)))
     needed = math.prod(sizes)
-    if not jax.distributed.is_initialized():  # otherwise `distributed.join` has done it
+    if not jax.distributed.is_initialized():  # otherwise `distributed.join` has provided the devices
         provide_cpu_devices(needed)
     devices = jax.devices()
     if len(devices) < needed:
@@ -120,7 +121,7 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
         )
     if len(devices) > needed and jax.process_count() > 1:
         raise ValueError(
-            f"mesh {shape} uses {needed} of {len(devices)} devices; with several processes it must use all"
+            f"mesh {shape} uses {needed} of {len(devices)} devices; a mesh of several processes must use all devices"
         )
     if len(devices) == needed:
         return mesh_over(devices, sizes)
@@ -128,18 +129,20 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
 
 
 def mesh_over(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
-    """The mesh of these sizes over exactly these devices, which may be absent (for compiling ahead of time).
+    """Returns the mesh of these sizes (fsdp, tensor, sequence) over exactly these devices.
+
+    The devices may be descriptions of hardware that is not present, for compiling ahead of time.
 
     Raises:
-      ValueError: the number of devices is another one.
+      ValueError: the product of the sizes is not the number of devices.
     """
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {'x'.join(map(str, sizes))} has {math.prod(sizes)} devices, but there are {len(devices)}; they must be "
-            "equal"
+            f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, but there are {len(devices)}; the numbers "
+            "must be equal"
         )
     if devices[0].platform == "tpu":
-        # Lets jax map neighbours in the mesh to neighbours in the torus.
+        # On TPUs, jax maps neighbours in the mesh to neighbours in the torus of chips.
         return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -148,7 +151,7 @@ def _adopt(mesh: Mesh) -> Mesh:
     if mesh.axis_names != MESH_AXES[: len(mesh.axis_names)] or len(mesh.axis_names) < 2:
         raise ValueError(
             f"a mesh with the axes {mesh.axis_names} was given, but parameters are sharded over {MESH_AXES}; "
-            'name its axes so (the last may be left out), or pass a text such as "8x1"'
+            'give its axes these names (the last axis may be left out), or pass a text such as "8x1"'
         )
     devices = mesh.devices.reshape((*mesh.devices.shape, 1)[:3])
     parse_mesh_shape("x".join(map(str, devices.shape)))
@@ -156,13 +159,18 @@ def _adopt(mesh: Mesh) -> Mesh:
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """Applies the second table to one array.
+    """Returns the PartitionSpec of one array, by the second table.
 
-    An axis that its mesh axis does not divide is replicated, for example 4 key/value heads on 8 tensor-parallel devices.
-    Of several mesh axes, those that do not divide the rest of the axis are skipped.
+    If the size of an axis is not a multiple of the size of its mesh axis, the axis is replicated: 4 key/value heads,
+    for example, on 8 tensor-parallel devices. Of several mesh axes, those that do not divide the rest are skipped.
+
+    Args:
+      axes: logical axis of each dimension of the array; None replicates the dimension.
+      shape: shape of the array.
+      mesh_shape: size of each mesh axis, by name.
 
     Raises:
-      ValueError: the number of names is not the number of dimensions, or a name is unknown.
+      ValueError: the number of logical axes is not the number of dimensions, or a logical axis is unknown.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{tuple(axes)} names {len(axes)} axes of an array with shape {tuple(shape)}")
@@ -181,7 +189,10 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape:
 
 
 def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], taken: set[str]) -> tuple[str, ...]:
-    """Those of the mesh axes, taken in order, whose product divides an axis of this size."""
+    """Returns the mesh axes over which an axis of this size is sharded: in order, those whose product divides `size`.
+
+    Mesh axes of size 1, and those that another dimension of the array uses (`taken`), are left out.
+    """
     found: tuple[str, ...] = ()
     ways = 1
     for name in names:
@@ -192,16 +203,17 @@ def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], 
 
 
 def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
-    """The PartitionSpec of every parameter in a nested dict of arrays or shapes.
+    """Returns the PartitionSpec of every parameter in a nested dict of arrays or shapes.
 
     Raises:
-      ValueError: a path has no row in PARAMETER_AXES, or the parameter has another rank than the row.
+      ValueError: a path has no row in PARAMETER_AXES, or the row has another number of axes than the parameter.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = ".".join(str(part.key) for part in path)
         folder, _, last = name.rpartition(".")
-        # Codes and scales of a quantised kernel have its axes; the last axis of the scales counts blocks.
+        # The codes and the scales of a quantised kernel have the axes of the kernel; the last axis of the scales is the
+        # axis of blocks.
         row = f"{folder}.kernel" if last in ("codes", "scales") else name
         if row not in PARAMETER_AXES:
             raise ValueError(f"parameter {name!r} has no row in PARAMETER_AXES")
@@ -214,7 +226,7 @@ def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
 
 def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
-    """The NamedSharding of every parameter; see `parameter_specs`."""
+    """Returns the NamedSharding of every parameter in a nested dict; see `parameter_specs`."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         parameter_specs(shapes, mesh),
@@ -223,23 +235,23 @@ def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """The sharding of a batch: rows over fsdp, other axes replicated."""
+    """Returns the sharding of a batch: the rows are sharded over fsdp, and all other axes are replicated."""
     return NamedSharding(mesh, PartitionSpec("fsdp"))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The sharding of an array that is whole on every device."""
+    """Returns the sharding of an array of which every device holds a complete copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def platform_of(mesh: AnyMesh) -> str:
-    """The platform of the devices of a mesh, which may be absent, as jax names it."""
+    """Returns the jax name ("cpu", "gpu" or "tpu") of the platform of a mesh; its devices need not be present."""
     device = mesh.abstract_mesh.abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes the sharding of an activation on the current mesh (`jax.set_mesh`); without a mesh, returns it unchanged."""
+    """Returns `x` with the sharding of its logical axes on the current mesh (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -247,22 +259,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_parameters(params: ParamTree) -> ParamTree:
-    """Fixes the shardings of parameters that a compiled function creates, like `constrain`."""
+    """Does the same as `constrain` for all parameters that a compiled function creates, by `parameter_specs`."""
     mesh = jax.sharding.get_abstract_mesh()
     return params if mesh.empty else jax.lax.with_sharding_constraint(params, parameter_specs(params, mesh))
 
 
 def mesh_context(tree: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context that makes the mesh of a tree's arrays the current one, unless there is a current mesh already.
+    """Returns a context in which the mesh of the arrays of `tree` is the current mesh, unless there already is one.
 
-    It does nothing under a trace: the code that compiles a function around the model sets the mesh.
+    The context has no effect while jax traces a function: the code that compiles this function sets the mesh.
     """
     mesh = mesh_of(tree) if jax.sharding.get_abstract_mesh().empty else None
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def token_shards(batch: int, length: int) -> tuple[int, int]:
-    """The number of shards along the rows and along the tokens of activations [batch, length, ...] on the current mesh."""
+    """Returns the numbers of shards (of rows, of tokens) of activations [batch, length, ...] on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = () if mesh.empty else partition_spec(("batch", "tokens"), (batch, length), dict(mesh.shape))
     rows, tokens = [*spec, None, None][:2]
@@ -270,7 +282,7 @@ def token_shards(batch: int, length: int) -> tuple[int, int]:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh of the arrays of a tree; None for arrays without a mesh, and under a trace."""
+    """Returns the mesh of the arrays of a tree; None if they have no mesh, and while jax traces a function."""
     for leaf in jax.tree.leaves(tree):
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
@@ -279,7 +291,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def bytes_per_device(tree: Any) -> dict[str, int]:
-    """The bytes of a tree's arrays on each local device, by device name; arrays in the memory of the host do not count."""
+    """Returns the bytes that the arrays of `tree` take on each local device, by device name, without host memory."""
     total: dict[str, int] = {str(device): 0 for device in jax.local_devices()}
     for leaf in jax.tree.leaves(tree):
         if leaf.sharding.memory_kind == "pinned_host":

@@ -61,7 +61,7 @@ def test_a_sampler_writes_what_the_tokenizer_has():
     assert (config.steps, config.alg, config.temperature, config.top_p) == (5, "entropy", 0.0, 0.5)
     assert (config.vocab_limit, config.forbidden_tokens) == (261, (260,))
     assert inference.make_sampler(ByteTokenizer(), 5, "fast", steps=None).block_length == 32
-    with pytest.raises(ValueError, match="steps=4 means nothing under"):
+    with pytest.raises(ValueError, match="steps=4 has no effect with"):
         inference.make_sampler(ByteTokenizer(), 5, "fast", steps=4)
 
 
@@ -165,8 +165,10 @@ def test_rows_of_other_settings_are_refused(tmp_path):
     agree_on_settings(beside, rows, {"a": (1,)}, "or go")
     RowFile(rows).append([{}])
     agree_on_settings(beside, rows, {"a": (1,), "new": None}, "or go")  # from before the setting was known
-    with pytest.raises(ValueError, match=r"a was \[1\], now 2; b was None, now 3\); repeat them, or go"):
+    with pytest.raises(
+        ValueError, match=r"a was \[1\], now 2; b was None, now 3\); give the same settings again, or go"
+    ):
         agree_on_settings(beside, rows, {"a": 2, "b": 3}, "or go")
     beside.unlink()
-    with pytest.raises(ValueError, match=r"no .*settings\.json"):
+    with pytest.raises(ValueError, match=r"settings\.json, .* is missing; or go"):
         agree_on_settings(beside, rows, {"a": 1}, "or go")

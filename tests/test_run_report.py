@@ -134,7 +134,7 @@ def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
 
 def test_only_one_thing_is_asked_for_at_once(tmp_path):
     places = [str(tmp_path / name) for name in ("a", "b")]
-    for more, said in ((["--report", places[0]], "give one of them"), (["--plan"], "--plan is of a run to come")):
+    for more, said in ((["--report", places[0]], "give one of them"), (["--plan"], "--plan is for a future run")):
         done = run_script("train.py", "--compare", *places, *more)
         # tyro draws a box around what it refuses, and breaks lines where the terminal ends.
         words = (done.stdout + done.stderr).replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()

@@ -100,7 +100,7 @@ def test_a_file_of_prompts_resumes_where_it_stopped(weights, tmp_path, sample):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "y"}\n')
     done = sample(*[other if one is prompts else one for one in arguments])
-    assert done.returncode == 1 and "not an answer to this file of prompts" in done.stderr
+    assert done.returncode == 1 and "not an answer to a prompt of" in done.stderr
     assert answers.read_bytes() == whole
 
 
@@ -163,8 +163,8 @@ def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     ("arguments", "message"),
     [
         (("--prompt", "x", "--samples", 2), "is for --prompts"),
-        (("--prompt", "x", "--preset", "fast", "--steps", 4), "means nothing under"),
-        ((), "either --prompt TEXT or --prompts FILE or --chat"),
+        (("--prompt", "x", "--preset", "fast", "--steps", 4), "has no effect with"),
+        ((), "exactly one of --prompt TEXT, --prompts FILE and --chat"),
         (("--prompt", "x", "--model", "no/such/model"), "no/such/model"),
         (("--prompt", "x", "--model", "small"), "no tokenizer files"),
         (("--prompt", "x", "--model", "nano", "--top-p", "1.5"), "outside"),
