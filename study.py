@@ -1,9 +1,9 @@
 """The architecture study of attention masks: `python study.py [--quick] --out runs/study`.
 
-Trains the nano model under each mask, on tasks that are easiest to write in different orders, and measures likelihood,
-answers in each order and in few passes, and whether keys and values can be cached. A study that was stopped resumes;
-several processes, on one machine or on several that share the folder, can work on it together. With --inspect PATH it
-trains nothing and looks at the attention inside a checkpoint instead.
+Trains the nano model under each mask, on tasks that are easiest to write in different orders. Measures likelihood, the
+accuracy in each order of writing and in few passes, and whether keys and values can be cached. A study that was stopped
+can be resumed. Several processes, on one machine or on several that share the folder, can work on it together. With
+--inspect PATH it trains nothing and computes statistics of the attention inside a checkpoint instead.
 """
 
 import dataclasses
@@ -24,44 +24,45 @@ QUICK_TASKS, QUICK_SEEDS = ("addition",), 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What is studied, and where the results go."""
+    """The settings of a study: what is trained and measured, and the folder of the results."""
 
     out: pathlib.Path = pathlib.Path("runs/study")
-    """folder of the runs, tables and figures; runs that are there are not made again"""
+    """folder of the runs, tables and figures; runs that are already in it are not made again"""
     quick: bool = False
-    """one task, the masks alone, two seeds: a quarter of an hour on two cores"""
+    """one task, only the variants that differ in the mask, two seeds: 15 minutes on two cores"""
     tasks: tuple[str, ...] = ()
-    """all by default: addition, copy, reversal, sudoku, scattered sudoku, countdown"""
+    """names of tasks; by default all: addition, copy, reversal, sudoku, scattered sudoku, countdown"""
     variants: tuple[str, ...] = ()
-    """names of masks and ablations; all by default"""
+    """names of variants (masks and ablations); by default all"""
     seeds: int = 3
-    """models of each task and variant"""
+    """number of models that are trained for each task and variant"""
     costs: bool = False
-    """also time training steps and sampling under each mask, into costs.csv; the machine should do nothing else"""
+    """also measure the time of training steps and of sampling under each mask and write costs.csv; the machine should
+    be idle otherwise"""
     length: float = 1.0
-    """training steps, as a share of each task's own number"""
+    """factor on the number of training steps of each task, above 0"""
     test_rows: int = 256
-    """examples that each model answers"""
+    """number of test examples that each model answers, 1 to 1024"""
     processes: int = os.cpu_count() or 1
-    """processes that train at the same time, one core each; 0 makes tables and figures of the runs that are there"""
+    """number of processes that train at once, one core each; 0: only write tables and figures of finished runs"""
     fill: tuple[pathlib.Path, ...] = ()
-    """Markdown files whose marked tables are written anew from the runs that are there"""
+    """Markdown files whose marked tables are replaced by tables of the finished runs"""
     pack: bool = False
-    """put the files of all finished runs together into OUT/runs.jsonl, one line per run, and remove them"""
+    """move the files of all finished runs into one file, OUT/runs.jsonl, with one line per run"""
     inspect: str | None = None
-    """a checkpoint or preset to look into, instead of training; its table and figure go to --out"""
+    """a checkpoint or preset whose attention is measured, instead of training; --out gets the table and the figure"""
     data: str = "sudoku"
-    """test rows for --inspect, as train.py takes them"""
+    """source of the test rows for --inspect, as in train.py --data"""
     rows: int = 32
-    """how many test rows"""
+    """number of test rows that --inspect reads"""
     max_length: int = 512
-    """longest row, in tokens; longer rows are left out"""
+    """maximum length of a row for --inspect, in tokens; longer rows are left out"""
     seed: int = 0
-    """decides which positions are masked"""
+    """seed of --inspect, which decides which positions are masked"""
 
 
 def hardware() -> dict[str, Any]:
-    """The machine and the versions that the numbers were made with."""
+    """Returns the processor, the versions and the date, for the file hardware.json."""
     import jax
 
     model = ""
@@ -73,8 +74,9 @@ def hardware() -> dict[str, Any]:
 
 
 def spread(settings: StudySettings, console: Console) -> None:
-    """Starts the workers and waits for them; when one fails, the others are ended."""
-    # Each worker is bound to one core before jax counts the cores: a model as small as this gains nothing from a second.
+    """Starts the workers and waits for them; if one fails, ends the others and raises RuntimeError."""
+    # Each worker is bound to one core before jax counts the cores, because a second core would not help so small a
+    # model.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = []
     for number in range(settings.processes):
@@ -94,17 +96,17 @@ def spread(settings: StudySettings, console: Console) -> None:
         codes = [worker.wait() for worker in workers]
     if any(codes):
         raise RuntimeError(
-            f"workers ended with {codes}; finished runs are kept; start the same command again to resume"
+            f"workers ended with the exit codes {codes}; finished runs are kept; start the same command again to resume"
         )
     console.print("all runs are finished")
 
 
 def table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Prints accuracy by order of writing, and likelihood, of each task and variant."""
+    """Prints accuracy by order of writing, and likelihood, for each task and variant."""
     from mask_study.measures import ORDERS
 
     shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
-    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # numbers may be broken over lines, names may not
+    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # Only numbers may be broken over lines.
     found = {(row["task"], row["variant"], row["measure"], row["of"]): row for row in rows}
 
     def cell(task: str, variant: str, name: str, of: str) -> str:
@@ -122,7 +124,7 @@ def table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def study(settings: StudySettings, console: Console) -> None:
-    """Makes the runs that are missing, then the tables and figures."""
+    """Makes the missing runs and then the tables and figures; in a worker process only the runs."""
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
@@ -141,7 +143,7 @@ def study(settings: StudySettings, console: Console) -> None:
     if "DREAM_JAX_STUDY_WORKER" in os.environ:
         import jax
 
-        # Seeds and workers share most compiled programs; compiling one anew would take a tenth of a run.
+        # Most compiled programs are the same for all seeds and workers; compiling again would take a tenth of a run.
         jax.config.update("jax_compilation_cache_dir", str(settings.out.resolve() / "compiled"))
         begun = time.monotonic()
         made.work(
@@ -162,10 +164,10 @@ def study(settings: StudySettings, console: Console) -> None:
         console.print("wrote", str(write_table(settings.out / "costs.csv", list(costs(MASKS)))))
     rows = list(made.rows())
     if not rows:
-        raise ValueError(f"{settings.out} has no run yet; give --processes at least 1")
+        raise ValueError(f"{settings.out} has no finished run yet; set --processes to at least 1")
     paths = [*made.write_tables()]
     about = settings.out / "hardware.json"
-    if (missing and settings.processes) or not about.exists():  # tables may be made elsewhere than the runs
+    if (missing and settings.processes) or not about.exists():  # Tables may be made on another machine.
         write_json(about, hardware())
     paths.append(about)
     summary = summarise(rows)
@@ -196,7 +198,7 @@ def look(settings: StudySettings, console: Console) -> None:
             raise FileExistsError(f"{path} exists; give another --out")
     model = load(settings.inspect)
     if model.tokenizer_dir is None and settings.inspect != "nano":
-        raise ValueError(f"{settings.inspect} has no tokenizer of its own: rows of text cannot be read for it")
+        raise ValueError(f"{settings.inspect} has no tokenizer, so text rows cannot be read; use another checkpoint")
     words = load_tokenizer("bytes" if model.tokenizer_dir is None else model.tokenizer_dir)
     longest = min(settings.max_length, model.config.max_position_embeddings)
     rows = read_rows(settings.data, words, settings.rows, longest)
@@ -215,7 +217,7 @@ def look(settings: StudySettings, console: Console) -> None:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     console = Console()
     settings = tyro.cli(StudySettings, description=__doc__)
     try:

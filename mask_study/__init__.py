@@ -1,7 +1,7 @@
-"""What an attention mask does to a masked-diffusion model: the same small model under each, measured.
+"""Measures how the attention mask changes a masked-diffusion model: trains the same small model under each mask.
 
-Responsible for the tasks, the variants, the runs and their tables and figures, and for looking at the attention inside a
-checkpoint. Training and sampling are those of dream_jax.
+This package has the tasks, the variants, the runs with their tables and figures, and statistics of the attention inside
+a checkpoint. It trains and samples with dream_jax.
 """
 
 from mask_study.runs import Study, StudyPlan, differences, read_rows, summarise

@@ -1,7 +1,8 @@
-"""Whether keys and values can be cached under a mask: how far cached logits are from those of a full pass.
+"""Measures how wrong a key/value cache is under a mask.
 
-The keys and values of a written token stay valid for good exactly when no token that is written later can influence them,
-in any layer. This module measures it: logits of windows that use the cache, against logits of passes over all tokens.
+The keys and values of a written token can be cached without error if and only if no token that is written later can
+influence them, in any layer. This module compares the logits of windows that read the cache with those of passes over
+all tokens.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from mask_study.measures import layout
 from mask_study.variants import UnshiftedDream
 
 BLOCK = 4
+"""Default number of tokens in a block."""
 
 
 class CacheError(NamedTuple):
-    """How cached logits differ from those of a full pass, for answers that are written in blocks from left to right.
+    """The difference between cached logits and those of a full pass, if answers are written in blocks from the left.
 
     Attributes:
-      largest: the largest absolute difference of a logit.
-      divergence: mean over positions of KL(full pass || cached), in nats.
-      agreement: share of positions at which both have the same most probable token.
-      computed: tokens that a window computes, as a share of the tokens of a full pass.
+      largest: largest absolute difference between a cached and a full logit, over all logits of all answers.
+      divergence: mean over answer positions of KL(full pass || cached), in nats.
+      agreement: share of answer positions, in [0, 1], at which both have the same most probable token.
+      computed: number of tokens that a window computes / number that a full pass computes.
     """
 
     largest: float
@@ -38,29 +40,33 @@ class CacheError(NamedTuple):
 
 
 def cached_against_computed(model: Dream, tokens_BT: np.ndarray, prompt_width: int, block: int = BLOCK) -> CacheError:
-    """Writes the right answers block by block, and compares the two predictions for each block before it is written.
+    """Writes the correct answers block by block, comparing cached logits with those of full passes.
 
-    A window holds the block and the block before it, whose tokens have just become final: their keys and values are
-    computed again, and stay in the cache from then on. Keys and values to the right of the window were computed once, when
-    the whole answer was masked.
+    The logits of a block are compared before it is written. A window contains the block and the block before it. The
+    tokens of the block before have just become final, so their keys and values are computed again and are not changed
+    later. Keys and values on the right of the window were computed once, when the whole answer was masked.
 
     Args:
-      model: trained under any mask; the first `prompt_width` tokens of each row are its prompt.
-      tokens_BT: prompts and right answers, without padding.
-      prompt_width: tokens of the prompt; it and the answer are each a multiple of `block`.
-      block: tokens in a block.
+      model: a model that was trained under any mask.
+      tokens_BT: int32 [B, T], in each row a prompt and its correct answer, without padding.
+      prompt_width: number of tokens of the prompt; this number and T are multiples of `block`.
+      block: number of tokens in a block.
+
+    Returns:
+      The differences over all rows and blocks.
 
     Raises:
-      ValueError: a width that is no multiple of the block, or a model without the right shift.
+      ValueError: a width is not a positive multiple of the block, or the model has no right shift.
     """
     length = tokens_BT.shape[1]
     if isinstance(model, UnshiftedDream):
         raise ValueError(
-            "the model predicts each position from its own hidden state; the cache serves models with the right shift only"
+            "the model predicts each position from its own hidden state; use a model with the right shift for a cache"
         )
     if prompt_width < block or prompt_width % block or length % block or length <= prompt_width:
         raise ValueError(
-            f"{prompt_width=} and the row's {length} tokens must be whole blocks of {block}, the prompt at least one"
+            f"{prompt_width=} and the {length} tokens of a row must be multiples of {block=}, "
+            "with at least one block of prompt and one of answer"
         )
     largest, divergence, agreement = (np.asarray(x) for x in _compare(model, tokens_BT, prompt_width, block))
     return CacheError(float(largest), float(divergence), float(agreement), 2 * block / length)
@@ -70,6 +76,7 @@ def cached_against_computed(model: Dream, tokens_BT: np.ndarray, prompt_width: i
 def _compare(
     model: Dream, tokens_BT: jax.Array, prompt_width: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns largest, divergence and agreement of `CacheError` as float32 scalars."""
     tokens_BT = jnp.asarray(tokens_BT)
     rows, length = tokens_BT.shape
     mask, positions_BT = layout(model, tokens_BT.shape, prompt_width)
@@ -78,8 +85,8 @@ def _compare(
     largest, divergence, agreement = [], [], []
     for start in range(prompt_width, length, block):
         canvas_BT = canvas_until(start)
-        source = slice(start - 1, start + block - 1)  # the right shift
-        full_logits = model.unembed(model.hidden(canvas_BT, mask, positions_BT)[:, source])
+        predicting = slice(start - 1, start + block - 1)  # Position i is predicted from the hidden state at i - 1.
+        full_logits = model.unembed(model.hidden(canvas_BT, mask, positions_BT)[:, predicting])
         begin = start - block
         position_BW = jnp.broadcast_to(jnp.arange(begin, start + block, dtype=jnp.int32), (rows, 2 * block))
         window = slice(begin, start + block)

@@ -1,6 +1,6 @@
-"""What a mask costs: time and memory of a training step, and time of sampling with and without a key/value cache.
+"""Measures the cost of a mask: time and memory of a training step, and time of sampling with and without a cache.
 
-The models have random weights, because the time does not depend on them.
+The models have random weights, because the time does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from dream_jax.sampler import SamplerConfig, WindowCache, generate
 from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
 from mask_study.variants import VARIANTS
 
-ROWS, TOKENS = 4, 512
-NEW, BLOCK = 128, 32
+ROWS, TOKENS = 4, 512  # of a training batch
+NEW, BLOCK = 128, 32  # number of tokens of each prompt and of each answer, and of a block of the answer
 _REPEATS = 5
 
 
 def costs(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row per mask: the share of query-key pairs that may attend, and medians of alternating runs on this machine.
+    """Yields one row per mask: the share of query-key pairs that may attend, and median times on this machine.
+
+    The measured runs of the masks alternate, so that all are equally affected by changes of the machine. Times are in
+    seconds; `step_temp_mib` is the temporary memory of a training step in MiB.
 
     Args:
-      names: of masks, as in `VARIANTS`.
+      names: names of masks, which are keys of `VARIANTS`.
     """
     steps = {name: _training(name) for name in names}
     exact = {name: _sampling(name, cached=False) for name in names}
@@ -52,7 +55,7 @@ def costs(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _training(name: str) -> tuple[Callable[[], None], int]:
-    """A function that runs one training step, and the bytes of temporary memory that the compiled step needs."""
+    """Returns a function that runs one training step, and the bytes of temporary memory of the compiled step."""
     variant, mesh = VARIANTS[name], sharding.make_mesh("1x1")
     graphdef, params = split_params(variant.model(0))
     settings = OptimizerConfig(learning_rate=1e-3, total_steps=100)
@@ -75,6 +78,7 @@ def _training(name: str) -> tuple[Callable[[], None], int]:
 
 
 def _sampling(name: str, *, cached: bool) -> Callable[[], None]:
+    """Returns a function that samples once, with or without a key/value cache."""
     model = VARIANTS[name].model(0)
     prompts = np.random.default_rng(0).integers(0, 200, (ROWS, NEW)).astype(np.int32)
     options: dict[str, Any] = {"cache": WindowCache(left=BLOCK, right=0)} if cached else {}

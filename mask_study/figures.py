@@ -1,6 +1,6 @@
 """Draws the figures of a study from the rows of `summary.csv`.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; series differ in their marker as well.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; series also differ in their marker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_all(rows: TableRows, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws each figure that there is data for, as PNG files in the folder, and returns their paths."""
+    """Draws each figure for which there are rows, as PNG files in the folder, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[TableRows], Any]] = {
         "orders.png": _orders,
@@ -50,7 +50,7 @@ def _figure(columns: int, width: float, height: float, lines: int = 1) -> tuple[
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """One panel per task, three in a line, so that they can be read on a page."""
+    """Returns a figure with one panel per task, three in a line, and the panels by task."""
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     figure, panels = _figure(columns, 3.4 * columns + 0.6, 3.1 * lines + 0.8, lines)
@@ -90,9 +90,9 @@ def _points(axes: Any, xs: Sequence[float], rows: TableRows, number: int, label:
 
 
 def _errors(rows: TableRows) -> list[list[float]]:
-    """How far each interval reaches below and above its mean; 0 for a single seed.
+    """Returns how far each interval extends below and above its mean; 0 for a single seed.
 
-    No error bar reaches below a hundredth of its mean, because a logarithmic axis could not show it.
+    The lower end of an error bar is at least a hundredth of the mean, because a logarithmic axis cannot show less.
     """
     ends = [
         (0.0, 0.0)
@@ -104,7 +104,7 @@ def _errors(rows: TableRows) -> list[list[float]]:
 
 
 def _orders(rows: TableRows) -> Any:
-    """Accuracy by order of writing: a panel per task, a point per mask and order."""
+    """Draws accuracy by order of writing: a panel per task, a point per mask and order."""
     rows = _only(rows, measure="accuracy")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -124,7 +124,7 @@ def _orders(rows: TableRows) -> Any:
 
 
 def _likelihood(rows: TableRows) -> Any:
-    """Nats per masked token by noise level: a panel per task, a line per mask."""
+    """Draws nats per masked token by noise level: a panel per task, a line per mask."""
     rows = [row for row in _only(rows, measure="nll") if row["of"] != "all"]
     tasks, variants, levels = _names(rows, "task"), _names(rows, "variant", MASKS), _names(rows, "of")
     if not variants:
@@ -134,7 +134,7 @@ def _likelihood(rows: TableRows) -> Any:
         for number, variant in enumerate(variants):
             here = [row for level in levels for row in _only(rows, task=task, variant=variant, of=level)]
             if here:
-                aside = 0.015 * (number - (len(variants) - 1) / 2)  # so that no marker hides another
+                aside = 0.015 * (number - (len(variants) - 1) / 2)  # The shift keeps markers from hiding each other.
                 xs = [(levels.index(row["of"]) + 0.5) / len(levels) + aside for row in here]
                 _points(axes, xs, here, number, variant)
         axes.set(title=task, xlabel="noise level t", xlim=(0, 1), yscale="log")
@@ -144,7 +144,7 @@ def _likelihood(rows: TableRows) -> Any:
 
 
 def _passes(rows: TableRows) -> Any:
-    """Accuracy by forward passes: a panel per task, a line per mask, and a hollow point for the threshold."""
+    """Draws accuracy by forward passes: a panel per task, a line per mask, a hollow point for the threshold."""
     rows = _only(rows, measure="accuracy")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -169,7 +169,7 @@ def _passes(rows: TableRows) -> Any:
 
 
 def _written_at(rows: TableRows) -> Any:
-    """When the order by confidence writes each position: a panel per task, a line per mask."""
+    """Draws the step at which the order by confidence writes each position: a panel per task, a line per mask."""
     rows = _only(rows, measure="written at")
     tasks, variants = _names(rows, "task"), _names(rows, "variant", MASKS)
     if not variants:
@@ -188,7 +188,7 @@ def _written_at(rows: TableRows) -> Any:
 
 
 def _ablations(rows: TableRows) -> Any:
-    """Accuracy and likelihood of variants that differ in more than the mask, beside the bidirectional model."""
+    """Draws accuracy and likelihood of variants that differ in more than the mask, and of the bidirectional model."""
     others = [name for name in _names(rows, "variant") if name not in MASKS]
     if not others:
         return None

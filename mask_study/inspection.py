@@ -1,7 +1,7 @@
-"""Where a model looks: statistics of its attention for each layer and head.
+"""Computes statistics of the attention of a model for each layer and head.
 
-The probabilities are formed again from the model's own queries and keys, for a chunk of queries at a time, and only their
-statistics are stored.
+The attention probabilities are computed from the queries and keys of the model, for one chunk of queries at a time.
+Only their statistics are stored.
 """
 
 from __future__ import annotations
@@ -33,21 +33,28 @@ STATISTICS = (
     "masked",
     "first",
 )
-"""Averages over queries: entropy in nats, and as a share of the entropy of even attention to all keys that the query may
-see; mean distance and mean offset of keys in tokens (positive: to the right); and the shares of attention on keys to the
-right, on the query itself, on the token before it, on the prompt, on masked tokens, and on the first token."""
+"""Averages over queries. entropy: in nats. entropy share: that entropy / the entropy of uniform attention to
+all keys that the query may attend to. distance, offset: mean distance and mean signed offset of keys in tokens
+(positive: to the right). The others are shares of the attention: on keys to the right, on the query itself, on the
+token before it, on the prompt, on masked tokens, and on the first token."""
 
 QUERIES = ("prompt", "masked", "written")
 """Kinds of queries, averaged separately: tokens of the prompt, masked tokens, other tokens of the answer."""
 
 LEVELS = (0.1, 0.5, 0.9, 1.0)
-"""Shares of the answer that are masked."""
+"""Default noise levels: shares of the answer tokens that are masked."""
 
-_CHUNK = 128  # queries at a time: [rows, heads, 128, tokens] of probabilities
+_CHUNK = 128  # number of queries at a time; the probabilities are [rows, heads, 128, tokens]
 
 
 class InspectedRows(NamedTuple):
-    """The rows that a model reads: token ids [B, T], and bool [B, T]: part of the prompt, and valid (no padding)."""
+    """The rows that a model reads.
+
+    Attributes:
+      tokens_BT: int32 [B, T], token ids.
+      prompt_BT: bool [B, T], true for tokens of the prompt.
+      valid_BT: bool [B, T], true except for padding.
+    """
 
     tokens_BT: np.ndarray
     prompt_BT: np.ndarray
@@ -55,18 +62,18 @@ class InspectedRows(NamedTuple):
 
 
 def attention_statistics(model: Dream, rows: InspectedRows, masked_BT: np.ndarray) -> np.ndarray:
-    """The statistics of each layer and head, under the mask that the model was trained under.
+    """Returns the statistics of each layer and head, under the mask under which the model was trained.
 
     Args:
-      model: any Dream.
-      rows: clean tokens; padding may be on the left or on the right.
-      masked_BT: True where the model sees the mask token instead.
+      model: a Dream; its `trained_mask` is used.
+      rows: the rows without noise; padding may be on the left or on the right.
+      masked_BT: bool [B, T], true where the model reads the mask token instead.
 
     Returns:
-      float64 [layers, heads, len(QUERIES), len(STATISTICS)]; NaN where there is no such query.
+      float64 [layers, heads, len(QUERIES), len(STATISTICS)]; NaN if there is no query of that kind.
 
     Raises:
-      ValueError: rows longer than the model's `max_position_embeddings`.
+      ValueError: the rows are longer than `max_position_embeddings` of the model.
     """
     length = rows.tokens_BT.shape[1]
     if length > model.config.max_position_embeddings:
@@ -83,7 +90,10 @@ def attention_statistics(model: Dream, rows: InspectedRows, masked_BT: np.ndarra
 def _statistics(
     model: Dream, tokens_BT: jax.Array, prompt_BT: jax.Array, valid_BT: jax.Array, masked_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over queries [L, N, kinds, statistics], numbers of queries [kinds], and the last hidden states [B, T, D]."""
+    """Returns sums over queries [L, N, kinds, statistics], numbers of queries [kinds], and hidden states [B, T, D].
+
+    The hidden states are those after the last norm.
+    """
     config = model.config
     batch, length = tokens_BT.shape
     noisy_BT = jnp.where(masked_BT, config.mask_token_id, tokens_BT)
@@ -99,7 +109,7 @@ def _statistics(
     size = min(_CHUNK, length)
 
     def cut(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [chunks, B, size, ...]."""
+        """Cuts the queries into chunks: [B, T, ...] -> [chunks, B, size, ...]."""
         x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
@@ -116,7 +126,7 @@ def _statistics(
             scores = jnp.einsum("BtKGH,BSKH->BKGtS", q_BtKGH, k_BSKH, preferred_element_type=jnp.float32)
             attended_B11tS = attended_BtS[:, None, None]
             p_BKGtS = jax.nn.softmax(jnp.where(attended_B11tS, scores / config.head_dim**0.5, -1e30), axis=-1)
-            # Queries that only fill the last chunk may attend to nothing, and add zero.
+            # Queries that only pad the last chunk may attend to no key, so they add zero.
             p_BKGtS = jnp.where(attended_B11tS, p_BKGtS, 0.0)
             ahead_BtS = (positions_BT[:, None, :] - position_Bt[:, :, None]).astype(jnp.float32)
             entropy = -jnp.sum(p_BKGtS * jnp.log(jnp.where(p_BKGtS > 0, p_BKGtS, 1.0)), axis=-1)
@@ -150,16 +160,16 @@ def _statistics(
 
 
 def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> InspectedRows:
-    """Those of the first test rows of a source that fit, padded on the right.
+    """Reads the first test rows of a source and returns those that fit, padded on the right.
 
     Args:
-      data: what `train.py --data` accepts.
-      tokenizer: the model's.
-      number: how many rows of the source are read.
-      longest: tokens that a row may have; longer rows are left out.
+      data: the name or path of the data, as for `train.py --data`.
+      tokenizer: the tokenizer of the model.
+      number: number of rows of the source that are read.
+      longest: maximum number of tokens of a row; longer rows are left out.
 
     Raises:
-      ValueError: no row fits; also what `open_source` raises.
+      ValueError: no row fits, or `open_source` raises it.
     """
     found = [one for _, one in TokenizedRows(open_source(data, "test"), tokenizer).first(number, longest)]
     if not found:
@@ -176,13 +186,13 @@ def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Ins
 
 
 def inspect(model: Dream, rows: InspectedRows, seed: int, levels: Sequence[float] = LEVELS) -> Iterator[dict[str, Any]]:
-    """Rows of a table: `STATISTICS` for each noise level, layer, head and kind of query.
+    """Yields the rows of a table: `STATISTICS` for each noise level, layer, head and kind of query.
 
     Args:
-      model: any Dream.
-      rows: what the model reads.
-      seed: decides which positions are masked; a position that is masked at one level is masked at all higher ones.
-      levels: shares of the answers that are masked.
+      model: a Dream; its `trained_mask` is used.
+      rows: the rows that the model reads.
+      seed: decides which positions are masked. A position that is masked at one level is also masked at higher levels.
+      levels: noise levels in [0, 1], the shares of answer tokens that are masked.
     """
     uniform_BT = np.random.default_rng(seed).random(rows.tokens_BT.shape)
     for level in levels:
@@ -196,7 +206,10 @@ def inspect(model: Dream, rows: InspectedRows, seed: int, levels: Sequence[float
 
 
 def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
-    """Draws heat maps, layers by heads, of masked queries at the level nearest one half, and the means by level."""
+    """Draws a figure of the rows of `inspect`: heat maps (layers x heads) and means by noise level; returns `path`.
+
+    The heat maps are for masked queries, at the noise level nearest to 0.5.
+    """
     shown = ("entropy share", "distance", "right", "prompt", "masked", "first")
     levels = sorted({line["t"] for line in lines})
     level = min(levels, key=lambda one: abs(one - 0.5))

@@ -1,4 +1,4 @@
-"""What a trained model can do: likelihood by noise level, accuracy in each order of writing and in few passes."""
+"""Measures a trained model: likelihood by noise level, and accuracy in each order of writing and in few passes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ ORDERS = ("random", "confidence", "left to right", "right to left")
 """Orders in which answers are written, one token per pass."""
 
 TAU = 0.9
-"""Where a pass may write several tokens, it writes those whose probability is above this."""
+"""A threshold in (0, 1): a pass that may write several tokens writes those whose probability is above it."""
 
 
 class Measured(NamedTuple):
-    """One number about one model.
+    """One measured number of one model.
 
     Attributes:
-      measure: "nll" (nats per masked token), "masked accuracy" (share of masked tokens), "accuracy" (share of answers),
-        "written at" (mean step, from 0, at which the order by confidence writes a position), or "kept keys" (a field of
-        `CacheError`).
-      of: what was measured: the noise levels, the order or number of passes, the position, or the field.
-      passes: mean number of forward passes per row; 0 where nothing is sampled.
-      value: the number.
+      measure: the quantity: "nll" (nats per masked token), "masked accuracy" (share of masked tokens), "accuracy"
+        (share of answers), "written at" (mean step, from 0, at which the order by confidence writes a position), or
+        "kept keys" (a field of `CacheError`; result files use this name for the key/value cache).
+      of: the condition: the noise levels, the order or number of passes, the position, or the field.
+      passes: mean number of forward passes per row; 0 if nothing is sampled.
+      value: the measured number, in the unit given at `measure`.
     """
 
     measure: str
@@ -48,16 +48,16 @@ class Measured(NamedTuple):
 def measure(
     model: Dream, task: StudyTask, variant: Variant, examples: Sequence[Example], seed: int
 ) -> Iterator[Measured]:
-    """All numbers of one model.
+    """Yields all measured numbers of one model, except those of "kept keys".
 
     Args:
-      model: trained on the task, as the variant says.
-      task, variant: what the model was trained on, and how.
-      examples: of the test split.
-      seed: of the random order.
+      model: a model that was trained on `task` with the settings of `variant`.
+      task, variant: the task and the variant of the model.
+      examples: examples of the test split.
+      seed: the seed of the sampler and of the random order of writing.
     """
     words = tokenizer()
-    if not variant.hide_pads:  # that model was never trained to see the padding that the likelihood would show it
+    if not variant.hide_pads:  # The likelihood has rows with padding, to which that model never attended in training.
         yield from _likelihood(model, task, variant, examples, words)
     width = task.answer_width
     prompts = rows_of([Example(example.prompt, "") for example in examples], words)
@@ -68,11 +68,11 @@ def measure(
 
     def sampled(**options: object) -> Sample:
         shared = {"max_new_tokens": width, "vocab_limit": words.vocab_limit, "forbidden_tokens": (words.mask_id,)}
-        # Options of several types in one dict, which mypy takes for one type; SamplerConfig checks each.
+        # mypy assumes one type for all values of the dict; SamplerConfig checks the type of each option.
         return generate(model, prompts, SamplerConfig(**shared | options), jax.random.key(seed))  # type: ignore[arg-type]
 
-    # An entropy bound of 0 writes only the most confident token of each pass; under the published schedule some passes
-    # write none and others two.
+    # With an entropy bound of 0 each pass writes only the most confident token. With the published schedule some passes
+    # would write no token and others two.
     out = sampled(alg="entropy", commit=EntropyBound(0.0))
     yield Measured("accuracy", "confidence", float(np.mean(out.passes)), accuracy(np.asarray(out.tokens)))
     for position, step in enumerate(np.asarray(out.commit_step)[:, task.prompt_width :].mean(axis=0)):
@@ -110,19 +110,19 @@ def _likelihood(
 
 
 def write_in_order(model: Dream, prompts_BP: np.ndarray, order_BN: np.ndarray, words: Tokenizer) -> np.ndarray:
-    """Writes answers one position after the other: each time the most probable token, given what is written by then.
+    """Writes answers in a given order, one position per pass, each time the most probable token.
 
     Args:
-      model: runs under the mask that it was trained under.
-      prompts_BP: without padding.
-      order_BN: positions in the answer, each row a permutation of range(N).
-      words: the tokenizer; its special tokens are never written, end-of-text excepted.
+      model: the model; it runs under the mask under which it was trained.
+      prompts_BP: int32 [B, P], prompts without padding.
+      order_BN: int [B, N], positions in the answer; each row is a permutation of range(N).
+      words: the tokenizer; its mask token and ids from its vocab_limit on are never written.
 
     Returns:
       Prompts and answers, int32 [B, P + N].
 
     Raises:
-      ValueError: an order that leaves positions out.
+      ValueError: a row of `order_BN` is not a permutation.
     """
     width = order_BN.shape[1]
     if not np.array_equal(np.sort(order_BN, axis=1), np.broadcast_to(np.arange(width), order_BN.shape)):
@@ -143,7 +143,7 @@ def _written(
 
     def write(canvas_BT: jax.Array, position_B: jax.Array) -> tuple[jax.Array, None]:
         hidden_BTD = model.hidden(canvas_BT, mask, positions_BT)
-        logits_BV = model.unembed(hidden_BTD[row_B, position_B - 1])  # the right shift
+        logits_BV = model.unembed(hidden_BTD[row_B, position_B - 1])  # Position i is predicted at i - 1.
         token_B = jnp.argmax(jnp.where(allowed_V, logits_BV, -jnp.inf), axis=-1).astype(jnp.int32)
         return canvas_BT.at[row_B, position_B].set(token_B), None
 
@@ -152,7 +152,10 @@ def _written(
 
 
 def layout(model: Dream, shape: tuple[int, ...], prompt_width: int) -> tuple[masks.Mask, jax.Array]:
-    """The model's mask for rows without padding whose answers begin at `prompt_width`, and the positions, int32 [B, T]."""
+    """Returns the mask of the model and the positions, int32 [B, T], for rows of `shape` (B, T) without padding.
+
+    The answers begin at `prompt_width`.
+    """
     answer_BT = jnp.broadcast_to(jnp.arange(shape[1]) >= prompt_width, shape)
     mask = masks.parse(model.trained_mask).for_rows(jnp.ones(shape, bool), answer_BT)
     return mask, jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

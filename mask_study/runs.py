@@ -1,8 +1,8 @@
-"""The runs of a study: making those that are missing, and the tables of all of them.
+"""Trains and measures the missing runs of a study, and writes the tables over all runs.
 
-A study writes one file per run, so that one that was stopped resumes, and a larger study begins with the runs of a smaller
-one. Several processes may share a folder: each takes the runs that no other process has locked. `Study.pack` puts the
-files of finished runs together into one table, `runs.jsonl`, which is read like the files.
+A study writes one file for each run. A study that was stopped can therefore be resumed, and a larger study in the same
+folder uses the runs of a smaller one. Several processes may share a folder: each takes runs that no other process has
+locked. `Study.pack` joins the files of finished runs into one file, `runs.jsonl`, which is read like the files.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mask_study.variants import MASKS, VARIANTS
 
 PACKED, RESULTS, SUMMARY, DIFFERENCES = "runs.jsonl", "results.csv", "summary.csv", "differences.csv"
 BASELINES = ("bidirectional", "causal")
-_CACHED_ROWS = 64
+_CACHED_ROWS = 64  # number of test rows for which cached logits are compared with those of full passes
 
 _Z_95 = float(stats.norm.ppf(0.975))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class StudyRun:
-    """One model: what it learns, how, and from which seed."""
+    """One run: a model trained on `task` (a key of TASKS) as `variant` (a key of VARIANTS) with the seed `seed`."""
 
     task: str
     variant: str
@@ -43,23 +43,23 @@ class StudyRun:
 
     @property
     def file(self) -> str:
-        """The name of the file that has its numbers."""
+        """The name of the JSON file with the results of this run, without its folder."""
         words = f"{self.task} {self.variant} seed {self.seed}"
         return "".join(letter if letter.isalnum() or letter == "." else "-" for letter in words) + ".json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyPlan:
-    """Which runs a study consists of.
+    """The tasks, variants and seeds whose combinations are the runs of a study.
 
     Attributes:
-      tasks, variants: names.
-      seeds: number of seeds; they are 0, 1, ...
-      length: training steps, as a share of each task's own number.
-      test_rows: examples that each model answers.
+      tasks, variants: keys of TASKS and of VARIANTS, at least one each.
+      seeds: number of seeds, at least 1; the seeds are 0, 1, ...
+      length: factor on the number of training steps of each task (`StudyTask.steps`), above 0.
+      test_rows: number of test examples that each model answers, 1 to 1024.
 
     Raises:
-      ValueError: an unknown name, or a number out of range.
+      ValueError: a name is unknown, or a number is out of range.
     """
 
     tasks: tuple[str, ...]
@@ -74,18 +74,20 @@ class StudyPlan:
                 if name not in known:
                     raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
         if not self.tasks or not self.variants or self.seeds < 1 or not self.length > 0:
-            raise ValueError(f"nothing to do: {self}")
+            raise ValueError(f"a study needs a task, a variant, seeds >= 1 and length > 0, but has: {self}")
         if not 1 <= self.test_rows <= 1024:
-            raise ValueError(f"{self.test_rows=} must be between 1 and 1024")
+            raise ValueError(f"test_rows={self.test_rows} must be between 1 and 1024")
 
     def steps(self, task: str) -> int:
-        """Training steps of each run on the task."""
+        """Returns the number of training steps of each run on the task."""
         return max(1, round(self.length * TASKS[task].steps))
 
     def runs(self) -> list[StudyRun]:
-        """All runs: variants that differ in the mask alone first, and of these all of one seed before the next.
+        """Returns the runs of the plan in the order in which they are made, without those that `_is_informative`
+        excludes.
 
-        A study that is stopped early can then already compare the masks.
+        The variants that differ only in the mask come first, so that a study that is stopped early can already compare
+        the masks. Within each group all runs of seed 0 come first, then those of seed 1, and so on.
         """
         masks_first = sorted(self.variants, key=lambda name: name not in MASKS)
         asked = [
@@ -99,8 +101,8 @@ class StudyPlan:
 
 
 def _is_informative(task: str, variant: str) -> bool:
-    # Only countdown has answers of several widths, and so padding to hide. The other variants beside the masks run on the
-    # tasks on which masks were found to differ most.
+    # Only countdown has answers of different widths, so only it has padding that can be hidden. Variants that change
+    # more than the mask run only on the tasks on which the results of the masks differ most.
     if task == "scattered sudoku":
         return variant in ("bidirectional", "block-causal:4")
     if variant == "pads hidden":
@@ -123,33 +125,33 @@ def _run_of(record: dict[str, Any]) -> StudyRun:
 
 
 class Study:
-    """The runs of a plan, kept in a folder.
+    """The runs of a plan and their results, which are stored in a folder.
 
     Attributes:
-      folder: holds `runs/`, one file per run, or `runs.jsonl`, one line per run, or both.
-      plan: the runs that belong to the study.
+      folder: contains `runs/` with one file for each run, or `runs.jsonl` with one line for each run, or both.
+      plan: the plan whose runs belong to the study.
     """
 
     def __init__(self, folder: pathlib.Path, plan: StudyPlan):
-        """Raises FileExistsError where the folder holds runs of another length or number of test rows."""
+        """Reads the results in the folder. Raises FileExistsError if one has other steps or test rows than the plan."""
         self.folder, self.plan = folder, plan
         self._packed = {_run_of(record): record for record in _read_packed(folder / PACKED)}
         for run in plan.runs():
             found = self._read(run)
             if found is not None and self._settings(run) != found["settings"]:
                 raise FileExistsError(
-                    f"{folder} holds {run.file} with {found['settings']}, not {self._settings(run)}; give another --out"
+                    f"{folder} has {run.file} with {found['settings']}, not {self._settings(run)}; give another --out"
                 )
 
     def missing(self) -> list[StudyRun]:
-        """Runs that are not there yet."""
+        """Returns the runs of the plan that have no results in the folder yet, in their order."""
         return [run for run in self.plan.runs() if run not in self._packed and not self._path(run).is_file()]
 
     def work(self, told: Callable[[StudyRun, float], None]) -> None:
-        """Makes the missing runs that no other process is making.
+        """Trains and measures each missing run, unless another process has locked it.
 
         Args:
-          told: called after each run, with the run and the seconds of its training.
+          told: function that is called after each run with the run and the time of its training in seconds.
         """
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         for run in self.missing():
@@ -158,18 +160,20 @@ class Study:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    continue  # another process is making it
+                    continue  # Another process trains this run.
                 if not path.is_file():
                     told(run, self._make(run))
                 path.with_suffix(".lock").unlink(missing_ok=True)
 
     def _make(self, run: StudyRun) -> float:
+        """Trains and measures one run and writes its file; returns the time of the training in seconds."""
         task, variant = TASKS[run.task], VARIANTS[run.variant]
         trained = train(task, variant, run.seed, self.plan.steps(run.task))
         examples = task.examples("test", 0, self.plan.test_rows)
         found = list(measure(trained.model, task, variant, examples, run.seed))
         if variant.shift and not variant.hide_pads:
             rows_RT = rows_of(examples[:_CACHED_ROWS], tokenizer())
+            # "kept keys" is the name of the key/value cache in the result files, so that old results stay readable.
             errors = cached_against_computed(trained.model, rows_RT, task.prompt_width)
             found += [Measured("kept keys", name, 0.0, value) for name, value in errors._asdict().items()]
         text = json.dumps(
@@ -180,7 +184,7 @@ class Study:
                 "settings": self._settings(run),
                 "seconds": round(trained.seconds, 1),
                 "training_nll": [round(value, 5) for value in trained.nll],
-                "measured": [[*one[:3], round(one.value, 9)] for one in found],
+                "measured": [[*measured[:3], round(measured.value, 9)] for measured in found],
             },
             allow_nan=False,
         )
@@ -201,12 +205,15 @@ class Study:
         return found
 
     def pack(self) -> pathlib.Path:
-        """Moves the files of `runs/` into `runs.jsonl`, one line per run, those of other plans included.
+        """Moves all files of `runs/` into `runs.jsonl`, one line for each run, also runs of other plans.
 
-        The table is written before the files are removed. A run that is in both keeps the numbers of its file.
+        `runs.jsonl` is written before the files are removed. If a run is in both, the results of its file are used.
+
+        Returns:
+          The path of `runs.jsonl`.
 
         Raises:
-          ValueError: there are no runs.
+          ValueError: the folder has no runs.
         """
         files = sorted((self.folder / "runs").glob("*.json"))
         records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -221,7 +228,10 @@ class Study:
         return path
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row per number of every run of the plan that is there."""
+        """Yields one dict for each measured number of each finished run of the plan, as in `results.csv`.
+
+        Its keys are task, variant, seed, measure, of, passes, value and test_rows.
+        """
         for run in self.plan.runs():
             found = self._read(run)
             if found is None:
@@ -233,10 +243,13 @@ class Study:
                 yield dataclasses.asdict(run) | numbers
 
     def write_tables(self) -> list[pathlib.Path]:
-        """Writes `results.csv`, a row per number and seed, `summary.csv`, over the seeds, and `differences.csv`, by seed.
+        """Writes the tables of the study and returns their paths.
+
+        `results.csv` has a row for each number of each run, `summary.csv` the means over seeds (see `summarise`), and
+        `differences.csv` the paired differences between variants (see `differences`), if there are any.
 
         Raises:
-          ValueError: there are no runs.
+          ValueError: no run of the plan is finished.
         """
         rows = list(self.rows())
         if not rows:
@@ -245,16 +258,17 @@ class Study:
         different = differences(rows)
         if different:
             return [*written, write_table(self.folder / DIFFERENCES, different)]
-        (self.folder / DIFFERENCES).unlink(missing_ok=True)  # of other runs
+        (self.folder / DIFFERENCES).unlink(missing_ok=True)  # An earlier file would have differences of other runs.
         return written
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean over seeds of each number, with a 95 % interval.
+    """Returns the mean over seeds of each number, with a 95 % confidence interval.
 
-    The interval is Student's t over the seeds. For a share of right answers it is at least as wide as Wilson's interval
-    over the test rows, which all seeds share: three models that answer every row have not shown that they are always
-    right. For a single seed the interval is NaN.
+    Each row has the keys task, variant, measure, of, passes, seeds, mean, low and high. The interval is Student's t
+    over the seeds. For a share of correct answers it is at least as wide as Wilson's interval over the test rows, which
+    all seeds share: if all seeds answer every row correctly, they could still fail on other rows. For a single seed,
+    low and high are NaN.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -277,11 +291,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Differences seed by seed: variants minus the bidirectional and the causal one, orders minus that by confidence.
+    """Returns paired differences of accuracy and nll, computed for each seed and then averaged.
 
-    Each has its mean and a 95 % interval by Student's t. Variants of one seed share initial weights, rows, order and noise,
-    and all answer the same test rows, so what they share does not widen these intervals, as it would widen those of two
-    means. Only seeds that both sides have are used, at least two. The column `minus` names what is subtracted.
+    The differences are each variant minus the bidirectional and minus the causal one, and each order of writing minus
+    the order by confidence. Each row has task, variant, measure, of, minus (the name of what is subtracted), seeds,
+    mean, and low and high, a 95 % interval by Student's t. Variants with the same seed have the same initial weights,
+    rows, order and noise, and all models answer the same test rows. The variation that they share cancels in the
+    differences, so these intervals are narrower than those of two separate means. Only seeds of both sides are used, at
+    least two.
     """
     at: dict[tuple[Any, ...], float] = {
         (row["task"], row["variant"], row["measure"], row["of"], row["seed"]): float(row["value"])
@@ -305,21 +322,21 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean of a few numbers, by Student's t."""
+    """Returns half the width of the 95 % interval of the mean of a few numbers, by Student's t."""
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
 
 
 def _wilson(share: float, rows: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, which has a width at 0 and 1 as well."""
+    """Returns Wilson's 95 % interval of a share of `rows` rows; its width is above 0 also for the shares 0 and 1."""
     centre = (share + _Z_95**2 / (2 * rows)) / (1 + _Z_95**2 / rows)
     half = _Z_95 / (1 + _Z_95**2 / rows) * math.sqrt(share * (1 - share) / rows + _Z_95**2 / (4 * rows**2))
     return centre - half, centre + half
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a table that `write_table` wrote, with numbers as floats."""
+    """Returns the rows of a table that `write_table` wrote, with all numbers as floats."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = {"task", "variant", "measure", "of", "minus", "mask"}
@@ -327,7 +344,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Writes rows as CSV, floats to six significant digits."""
+    """Writes one or more rows as CSV, floats with six significant digits, and returns `path`."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

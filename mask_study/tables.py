@@ -1,4 +1,7 @@
-"""Writes the numbers of a study as Markdown tables, between the marks that a report has for them."""
+"""Writes the numbers of a study as Markdown tables into a report, between comments that mark their positions.
+
+The measure "kept keys" in the result files, and the table with this name, are about the key/value cache.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ _MARK = re.compile(r"(<!-- study.py writes: ([a-z ]+) -->\n)(.*?)(<!-- end -->)"
 
 
 def fill(path: pathlib.Path, summary: TableRows, costs: TableRows, differences: TableRows) -> str:
-    """The text of the file, with every marked table written anew from these rows.
+    """Returns the text of the file, in which every marked table is replaced by one of these rows.
 
     Args:
-      path: a Markdown file; `<!-- study.py writes: NAME -->` begins the place of a table, `<!-- end -->` ends it.
-      summary, costs, differences: rows of the tables of these names.
+      path: a Markdown file. `<!-- study.py writes: NAME -->` is the line before a table, `<!-- end -->` follows it.
+      summary, costs, differences: the rows of the tables of a study with these names.
 
     Raises:
-      ValueError: a mark names an unknown table.
+      ValueError: a mark has the name of an unknown table.
     """
     made: dict[str, Callable[[], list[str]]] = {
         "accuracy": lambda: _accuracy(summary),
@@ -38,7 +41,7 @@ def fill(path: pathlib.Path, summary: TableRows, costs: TableRows, differences: 
 
     def table(found: re.Match[str]) -> str:
         if found[2] not in made:
-            raise ValueError(f"{path} asks for a table {found[2]!r}; there are {', '.join(made)}")
+            raise ValueError(f"{path} marks a table {found[2]!r}, which is not one of: {', '.join(made)}")
         return found[1] + "\n".join(["", *made[found[2]](), "", ""]) + found[4]
 
     return _MARK.sub(table, path.read_text(encoding="utf-8"))
@@ -53,7 +56,7 @@ def _names(rows: TableRows, key: str) -> list[str]:
 
 
 def _cell(row: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A mean and its interval, or nothing where there is no row."""
+    """Returns a mean and its interval as text, or an empty string if there is no row."""
     if row is None:
         return ""
     interval = "" if math.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
@@ -65,7 +68,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _pairs(rows: TableRows, among: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of task and variant that occur, in the order of the tasks and then of `among`."""
+    """Returns the pairs of task and variant that occur, in the order of the tasks and then of `among`."""
     found = {(row["task"], row["variant"]) for row in rows}
     return [(task, variant) for task in _names(rows, "task") for variant in among if (task, variant) in found]
 
@@ -117,7 +120,7 @@ def _ablations(rows: TableRows) -> list[str]:
 
 
 def _differences(rows: TableRows) -> list[str]:
-    """Differences from the bidirectional model; those whose interval excludes zero are bold."""
+    """Returns the differences from the bidirectional model; those whose interval does not include zero are bold."""
     rows = [row for row in rows if row["minus"] == MASKS[0]]
     asked = (("accuracy", "in 1 passes", 2), ("accuracy", "confidence", 2), ("accuracy", "left to right", 2))
     lines = []
@@ -139,7 +142,7 @@ def _cached_keys(rows: TableRows) -> list[str]:
     for task, variant in _pairs([row for row in rows if row["measure"] == "kept keys"], MASKS):
         found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
         values = (f"{found['largest']['mean']:.2g}", f"{found['divergence']['mean']:.2g}")
-        if found["computed"]["mean"] < 0.6:  # the answer is more than one block
+        if found["computed"]["mean"] < 0.6:  # The answer has more than one block.
             lines.append(
                 [task, variant, *values, f"{found['agreement']['mean']:.3f}", f"{found['computed']['mean']:.2f}"]
             )

@@ -1,7 +1,7 @@
-"""Small tasks whose answers are easiest to write in different orders, and the judges of their answers.
+"""Defines small tasks whose answers are easiest to write in different orders, and judges answers.
 
-Prompts and answers are text of a fixed width, one byte a token, so that two runs differ in the mask and not in where rows
-begin and end. All widths are multiples of four tokens, so that a block of four never holds tokens of both.
+Prompts and answers are text of a fixed width with one byte per token, so runs differ in the mask and not in the
+position at which rows begin and end. All widths are multiples of four tokens, so no block of four has tokens of both.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from dream_jax.data.sudoku import SudokuSource
 
 END = "$"
-"""Stands for the end-of-text token; an answer is filled up to the task's width with it."""
+"""The character for the end-of-text token; answers are padded with it to the answer width of the task."""
 
 
 class Example(NamedTuple):
-    """A prompt and one right answer, each of the task's width."""
+    """A prompt and one correct answer, as text with the widths of the task."""
 
     prompt: str
     answer: str
@@ -28,13 +28,13 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StudyTask(abc.ABC):
-    """A kind of problem: it draws examples and judges answers.
+    """A kind of problem, which draws examples and judges answers.
 
     Attributes:
-      name: as tables show it.
-      prompt_width, answer_width: in tokens.
-      steps: training steps. They are few on purpose, so that masks differ in how soon the task is learned; they were chosen
-        once, by trials under the bidirectional mask.
+      name: the name of the task in tables.
+      prompt_width, answer_width: number of tokens of every prompt and of every answer.
+      steps: number of training steps. It is small on purpose, so that masks differ in how soon they learn the task. It
+        was chosen once, by trials with the bidirectional mask.
     """
 
     name: str
@@ -44,23 +44,23 @@ class StudyTask(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, generator: np.random.Generator) -> Example:
-        """Draws one example."""
+        """Draws one example with the random generator."""
 
     def is_right(self, example: Example, answer: str) -> bool:
-        """Whether the text answers the prompt; what follows the first end-of-text token is ignored."""
+        """Returns whether the text is a correct answer; text after the first end-of-text token is ignored."""
         return answer.split(END)[0] == example.answer.split(END)[0]
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
-        """Draws examples of a split. The test split is the same for every seed and shares no prompt with the train split.
+        """Draws examples of a split. The test split is the same for every seed and has no prompt of the train split.
 
         Args:
           split: "train" or "test".
-          seed: of the train split; the test split ignores it.
-          number: how many examples.
+          seed: the seed of the train split; the test split ignores it.
+          number: the number of examples to draw.
         """
         if split == "test":
             return self._drawn(np.random.default_rng([1, 0]), number, frozenset())
-        # 1024 is the most that a study may test on, so the train split does not depend on how many it does test on.
+        # 1024 is the maximum number of test rows, so the train split does not depend on the number of a study.
         held_out = frozenset(
             example.prompt for example in self._drawn(np.random.default_rng([1, 0]), 1024, frozenset())
         )
@@ -76,66 +76,69 @@ class StudyTask(abc.ABC):
 
 
 class AdditionTask(StudyTask):
-    """`345+678=` -> `1023`: carries run from the last digit to the first, against the order of reading."""
+    """`345+678=` -> `1023`: carries go from the last digit to the first, from right to left."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Two numbers of three digits, and their sum with four digits."""
+        """Draws two numbers of three digits; the answer is their sum with four digits."""
         first, second = generator.integers(0, 1000, 2)
         return Example(f"{first:03d}+{second:03d}=", f"{first + second:04d}")
 
 
 class CopyTask(StudyTask):
-    """`kqpaczmvbre>` -> `kqpaczmvbre`: each token is copied from the same distance, so no order of writing is better."""
+    """`kqpaczmvbre>` -> `kqpaczmvbre`: each token is copied from the same distance, so all orders are equally good."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Eleven letters, and the same again."""
+        """Draws eleven letters; the answer is the same letters."""
         text = _letters(generator)
         return Example(f"{text}>", f"{text}{END}")
 
 
 class ReversalTask(StudyTask):
-    """`kqpaczmvbre<` -> `erbvmzcapqk`: like copying, but the first token of the answer has its source nearest."""
+    """`kqpaczmvbre<` -> `erbvmzcapqk`: like copying, but the first token of the answer is nearest to its source."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Eleven letters, and the same from the last to the first."""
+        """Draws eleven letters; the answer is the letters from the last to the first."""
         text = _letters(generator)
         return Example(f"{text}<", f"{text[::-1]}{END}")
 
 
 class SudokuTask(StudyTask):
-    """4x4 sudoku, its cells in a row, 0 for an empty cell: the cell that is easiest to write differs between puzzles."""
+    """4x4 sudoku as 16 digits, 0 for an empty cell: the cell that is easiest to write differs between puzzles."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Not used: `examples` takes puzzles of `data.sudoku`, which keeps the solutions of its splits apart."""
+        """Raises NotImplementedError: `examples` uses `data.sudoku`, whose splits have no solution in common."""
         raise NotImplementedError
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
-        """Puzzles with 6 to 12 givens and one solution; no solution is in both splits."""
+        """Returns puzzles with 6 to 12 givens and one solution each; no solution is in both splits."""
         source = SudokuSource(split, seed=0 if split == "test" else seed, size=number, min_givens=6)
         flat = lambda text: text.replace("\n", "")
         return [Example(flat(row.prompt), flat(row.response)) for row in map(source.__getitem__, range(number))]
 
 
 class ScatteredSudokuTask(SudokuTask):
-    """The same puzzles with the cells in another order: no block of four holds two cells of one row, column or box."""
+    """The puzzles of `SudokuTask` with the cells in another order.
+
+    No block of four tokens contains two cells of the same row, column or box.
+    """
 
     def examples(self, split: str, seed: int, number: int) -> list[Example]:
-        """As `SudokuTask.examples`."""
+        """Returns the puzzles of `SudokuTask.examples` with their cells in the other order."""
         found = super().examples(split, seed, number)
         moved = lambda text: "".join(text[cell] for cell in _SCATTERED)
         return [Example(moved(prompt), moved(answer)) for prompt, answer in found]
 
 
-# Cells are sorted by their value in a solved grid, because equal values never share a row, a column or a box.
+# The cells are sorted by their value in a solved grid, because equal values are never in the same row, column or box.
 _SOLVED = "0123230110323210"
 _SCATTERED = sorted(range(16), key=lambda cell: (_SOLVED[cell], cell))
 
 
 class CountdownTask(StudyTask):
-    """`352>006:` -> `3+5=8,8-2=6`: several answers may be right, and the steps of one must agree with each other."""
+    """`352>006:` -> `3+5=8,8-2=6`: several answers may be correct, and the two steps of an answer must fit together."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """Three numbers from 1 to 7, and a target that sums and differences of all three reach."""
+        """Draws three numbers from 1 to 7, and a target that a sum or difference of all three gives."""
         while True:
             numbers = generator.integers(1, 8, 3)
             a, b, c = (int(number) for number in generator.permutation(numbers))
@@ -149,7 +152,7 @@ class CountdownTask(StudyTask):
                 return Example(prompt, answer.ljust(self.answer_width, END))
 
     def is_right(self, example: Example, answer: str) -> bool:
-        """Whether the answer reaches the target, uses each number once and has no wrong step."""
+        """Returns whether the answer reaches the target, uses each number once and has no wrong step."""
         steps = answer.split(END)[0].split(",")
         at_hand = list(example.prompt[:3])
         if len(steps) != 2:
@@ -176,7 +179,7 @@ def _applied(left: int, sign: str, right: int) -> int:
 
 
 def _step(text: str) -> tuple[str, str, str] | None:
-    """The two numbers and the result of a step like `3+5=8`, or None where the text is no step or is wrong."""
+    """Returns the two numbers and the result of a step like `3+5=8`, or None if the text is not a correct step."""
     for sign in "+-":
         left, found, rest = text.partition(sign)
         right, equals, result = rest.partition("=")

@@ -1,4 +1,4 @@
-"""Trains one variant on one task with the train step of dream_jax, and turns examples into tokens and back."""
+"""Trains one variant on one task with the train step of dream_jax, and converts examples to tokens and back."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dream_jax.train_step import StepConfig, init_state, make_train_step, put_ba
 from mask_study.tasks import END, Example, StudyTask
 from mask_study.variants import Variant
 
-BATCH = 64
+BATCH = 64  # rows per step
 _LEARNING_RATE = 2e-3  # the default of train.py for random weights
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A trained model and how its training went.
+    """A trained model with the curve and the time of its training.
 
     Attributes:
-      model: with the weights after the last step.
-      nll: of the training rows, in nats per masked token: the mean of each twentieth of the run.
-      seconds: that the run took, without compilation.
+      model: the model with the weights after the last step.
+      nll: negative log-likelihood of the training rows in nats per masked token, the mean of each twentieth of the run.
+      seconds: time of the training without the first step, which compiles.
     """
 
     model: Dream
@@ -38,35 +38,35 @@ class TrainedModel:
 
 
 def tokenizer() -> Tokenizer:
-    """The tokenizer of all tasks: a token per byte."""
+    """Returns the tokenizer of all tasks, which has one token per byte."""
     return load_tokenizer("bytes")
 
 
 def encode(text: str, words: Tokenizer) -> list[int]:
-    """One token per character; trailing `END`s become end-of-text tokens."""
+    """Returns one token id per character; each `END` at the end of the text becomes the end-of-text token."""
     text, ends = text.rstrip(END), len(text) - len(text.rstrip(END))
     return [*words.encode(text), *[words.eos_id] * ends]
 
 
 def decode(tokens: np.ndarray, words: Tokenizer) -> str:
-    """The inverse of `encode`; other special tokens become the tokenizer's names for them, which no judge accepts."""
+    """Returns the text of the tokens, the inverse of `encode`. Other special tokens become their names."""
     return "".join(END if token == words.eos_id else words.decode([token]) for token in map(int, tokens))
 
 
 def rows_of(examples: Sequence[Example], words: Tokenizer) -> np.ndarray:
-    """The tokens of prompts and answers, int32 [rows, tokens]."""
+    """Returns the tokens of the prompts and answers, int32 [rows, tokens]; all rows must have the same width."""
     return np.array([encode(f"{prompt}{answer}", words) for prompt, answer in examples], np.int32)
 
 
 def learned(
     tokens_RT: np.ndarray, task: StudyTask, variant: Variant, words: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens may be masked and learned, and which are valid for attention: bool [rows, tokens] each."""
+    """Returns which tokens may be masked and learned, and which are valid for attention: bool [rows, tokens] each."""
     answer_RT = np.broadcast_to(np.arange(tokens_RT.shape[1]) >= task.prompt_width, tokens_RT.shape)
     valid_RT = np.ones(tokens_RT.shape, bool)
     if variant.hide_pads:
         ends_RT = tokens_RT == words.eos_id
-        # The first end-of-text token belongs to the answer: with it the model says that the answer is over.
+        # The first end-of-text token belongs to the answer, because with it the model ends the answer.
         valid_RT = ~(ends_RT & (np.cumsum(ends_RT, axis=1) > 1))
     return answer_RT & valid_RT, valid_RT
 
@@ -75,14 +75,14 @@ def train(task: StudyTask, variant: Variant, seed: int, steps: int, *, batch: in
     """Trains a model with random weights on one device.
 
     Args:
-      task: whose train split is learned.
-      variant: the mask, the loss weight and the shift.
-      seed: of weights, rows, noise levels and masked positions, which are the same for all variants.
-      steps: optimizer steps.
-      batch: rows per step.
+      task: the task whose train split the model learns.
+      variant: the variant, which decides the mask, the loss weight and the shift.
+      seed: decides the weights, rows, noise levels and masked positions, which are the same for all variants.
+      steps: number of optimizer steps.
+      batch: number of rows per step.
 
     Raises:
-      FloatingPointError: a loss is not finite.
+      FloatingPointError: the loss of a step is not finite.
     """
     words = tokenizer()
     mesh = sharding.make_mesh("1x1")

@@ -1,4 +1,4 @@
-"""The variants that are compared: their masks, loss weights and shifts, and the models built from them."""
+"""Defines the variants that are compared: their masks, loss weights and shifts, and the models with them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Variant:
     """One way to build and train the model.
 
     Attributes:
-      name: as tables show it.
-      mask: a name that `masks.parse` reads.
-      shift: whether position i is predicted from the hidden state at i - 1, as Dream does, or from that at i.
-      weight: name of the loss weight.
-      hide_pads: whether tokens after the first end-of-text token are hidden and not learned. Dream attends to them and
-        learns them.
+      name: the name of the variant in tables.
+      mask: the name of the mask, as `masks.parse` reads it.
+      shift: if true, position i is predicted from the hidden state at i - 1, as in Dream; if false, from that at i.
+      weight: the name of the loss weight, a key of `_WEIGHTS`.
+      hide_pads: whether tokens after the first end-of-text token are hidden from attention and not learned. Dream
+        attends to them and learns them.
 
     Raises:
-      ValueError: an unknown mask or weight.
+      ValueError: the mask or the weight is unknown.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Variant:
             raise ValueError(f"{self.weight=} is not one of {sorted(_WEIGHTS)}")
 
     def loss_weight(self) -> LossWeight:
-        """The loss weight that the name stands for."""
+        """Returns the loss weight with the name `weight`."""
         return _WEIGHTS[self.weight]
 
     def model(self, seed: int) -> Dream:
-        """A model with random weights, which are the same for all variants of one seed."""
+        """Returns a model with random weights, which are the same for all variants with the same seed."""
         make = Dream if self.shift else UnshiftedDream
         model = jax.jit(lambda: make(PRESETS[MODEL], rngs=nnx.Rngs(seed)))()
         model.trained_mask = self.mask
@@ -64,11 +64,11 @@ class Variant:
 
 
 class UnshiftedDream(Dream):
-    """Predicts each position from its own hidden state, as LLaDA does.
+    """A model that predicts each position from the hidden state at the same position, as LLaDA does.
 
-    The objective and the sampler read the hidden state one position before the one they predict, so this model returns
-    each hidden state one position early. That of the first position is lost: rows must begin with a prompt. Cached sampling
-    does not support it.
+    The objective and the sampler read the hidden state one position on the left of the position that they predict, so
+    this model moves each hidden state one position to the left. The first hidden state is not available then, so rows
+    must begin with a prompt. Sampling with a key/value cache does not support this model.
     """
 
     def hidden(
@@ -78,7 +78,7 @@ class UnshiftedDream(Dream):
         positions_BT: Int[jax.Array, "B T"],
         dropout_keys: DropoutKeys = None,
     ) -> Float[jax.Array, "B T D"]:
-        """The hidden states of `Dream.hidden`, each moved one position to the left."""
+        """Returns the hidden states of `Dream.hidden`, each moved one position to the left."""
         return jnp.roll(super().hidden(tokens_BT, mask, positions_BT, dropout_keys), -1, axis=1)
 
 
@@ -88,9 +88,10 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         *(Variant(name=mask, mask=mask) for mask in MASKS),
-        # On sudoku one block is the prompt, which then sees nothing of the answer, and one block is the answer.
+        # On sudoku the first block is the prompt, which cannot attend to the answer; the second block is the answer.
         Variant(name="block-causal:16", mask="block-causal:16"),
-        # With the shift the answer's first cell is predicted at the prompt's last position, which sees no answer either.
+        # With the shift the first cell of the answer is predicted at the last position of the prompt, which cannot
+        # attend to the answer. Without the shift it is predicted at its own position, which can.
         Variant(name="block-causal:16, unshifted", mask="block-causal:16", shift=False),
         Variant(name="bidirectional, unshifted", shift=False),
         Variant(name="block-causal:4, unshifted", mask="block-causal:4", shift=False),

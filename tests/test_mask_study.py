@@ -159,7 +159,7 @@ def test_keys_may_be_kept_where_nothing_later_is_seen(models):
     for mask in ("bidirectional", "window:4"):
         assert found[mask].largest > 1e-3
     assert found["causal"].computed == pytest.approx(8 / 24)
-    with pytest.raises(ValueError, match="whole blocks of 4"):
+    with pytest.raises(ValueError, match="multiples of block=4"):
         cached_against_computed(models["causal"], rows, 6)
     with pytest.raises(ValueError, match="its own hidden state"):
         cached_against_computed(VARIANTS["bidirectional, unshifted"].model(0), rows, 8)
@@ -180,8 +180,8 @@ def test_plan_refuses():
     for options, told in (
         ({"tasks": ("chess",)}, "chess"),
         ({"variants": ("diagonal",)}, "diagonal"),
-        ({"seeds": 0}, "nothing to do"),
-        ({"length": 0.0}, "nothing to do"),
+        ({"seeds": 0}, "seeds >= 1"),
+        ({"length": 0.0}, "length > 0"),
         ({"test_rows": 5000}, "5000"),
     ):
         with pytest.raises(ValueError, match=told):
