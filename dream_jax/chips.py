@@ -74,8 +74,8 @@ def _tpu(
     example: str,
     devices_per_chip: int = 1,
 ) -> Chip:
-    # Rates are per chip, memory is per device. link_gbs is the documented sum over all links and both directions,
-    # divided by 2 * links.
+    """Returns a TPU: rates are per chip, memory is per device, link_gbs is for one link in one direction."""
+    # The documentation gives the sum over all links and both directions: the table has this sum / (2 * links).
     return Chip(
         name=name,
         platform="tpu",
@@ -94,6 +94,7 @@ def _tpu(
 def _gpu(
     name: str, kinds: tuple[str, ...], *, gib: float, tflops: float, memory_gbs: float, nvlink_gbs: float, usd: float
 ) -> Chip:
+    """Returns a GPU of a node of eight; memory in GiB as the driver reports it, nvlink_gbs is for one direction."""
     return Chip(
         name=name,
         platform="gpu",

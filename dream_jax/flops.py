@@ -37,13 +37,9 @@ class FlopCounter:
         return self._token * tokens + self._head * masked
 
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
-        """Returns the share of the peak rate of all devices of the mesh, in [0, 1]; None if the peak is not known.
+        """Returns the share of the peak rate of all devices that a step reached, in [0, 1]; None for unknown devices.
 
-        Args:
-          tokens: number of computed tokens of the step, over all devices.
-          masked: number of masked positions of the step, over all devices.
-          seconds: duration of the step.
-          mesh: the devices, all of one kind.
+        The numbers of computed tokens and masked positions are those of all devices of the mesh, as in `step`.
         """
         chip = chip_of(mesh.devices.flat[0].device_kind)
         if chip is None:

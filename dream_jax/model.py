@@ -129,7 +129,7 @@ def rotary_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) 
 
     The result is float32 [B, T, 1, H/2]; the axis of size 1 broadcasts over the heads.
     """
-    # float32: bfloat16 rounds position 257 to 256, and sin(257) is nothing like sin(256).
+    # float32 is needed: bfloat16 rounds position 257 to 256, and sin(257) is far from sin(256).
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / (theta**exponents)
     return jnp.asarray(positions_BT, jnp.float32)[:, :, None, None] * frequencies
@@ -162,7 +162,7 @@ def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention. The projections q, k and v have biases, the output projection o has none."""
+    """Grouped-query self-attention, with biases in the projections q, k and v, and none in the output projection o."""
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         width, head = config.hidden_size, config.head_dim
@@ -364,11 +364,7 @@ class Dream(nnx.Module):
     ) -> Float[jax.Array, "B T D"]:
         """Returns the hidden states after the final norm, in the compute dtype. `unembed` turns them into logits.
 
-        Args:
-          tokens_BT: token ids in [0, V), not checked.
-          mask: the attention mask of T queries and T keys.
-          positions_BT: positions for the rotary embedding.
-          dropout_keys: one random key per row, for the dropout of an adapter; None means no dropout.
+        The token ids are not checked. `dropout_keys` are random keys for the dropout of an adapter, see `Linear`.
         """
         return self._hidden(tokens_BT, mask, positions_BT, return_kv=False, dropout_keys=dropout_keys)[0]
 
@@ -413,6 +409,7 @@ class Dream(nnx.Module):
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], KVCache | None]:
+        """Returns the hidden states, and with `return_kv` the keys and values [L, B, T, K, H] of these tokens."""
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
@@ -473,6 +470,7 @@ def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
 
 @jax.jit
 def _logits(model: Dream, tokens_BT: jax.Array, mask: masks.Mask, positions_BT: jax.Array) -> jax.Array:
+    """Returns the logits of every position, float32 [B, T, V], for checked arguments."""
     tokens_BT = constrain(tokens_BT, "batch", "tokens")
     return constrain(model.unembed(model.hidden(tokens_BT, mask, positions_BT)), "batch", "tokens", "vocab")
 
@@ -495,18 +493,10 @@ def check_ids(tokens: Any, vocab_size: int) -> None:
 def mask_and_positions(
     shape: tuple[int, ...], attention_mask: Any, positions: Any
 ) -> tuple[masks.Mask, Int[jax.Array, "B T"]]:
-    """Converts the arguments `attention_mask` and `positions` of `Dream.__call__` to a mask and an array.
-
-    Args:
-      shape: the shape of the tokens, (B, T).
-      attention_mask: as in `Dream.__call__`.
-      positions: as in `Dream.__call__`.
-
-    Returns:
-      The attention mask, and the positions for the rotary embedding.
+    """Converts the last two arguments of `Dream.__call__` to a mask, and the positions for the rotary embedding.
 
     Raises:
-      ValueError: the tokens do not have two axes, or one of the arrays does not have their shape.
+      ValueError: `shape`, the shape of the tokens, is not [B, T], or one of the arrays has another shape.
     """
     if len(shape) != 2:
         raise ValueError(f"tokens have shape {shape}, expected [batch, tokens]")
@@ -553,6 +543,7 @@ def merge_params(graphdef: nnx.GraphDef[Dream], params: ParamTree) -> Dream:
 
 
 def _as_params(tree: ParamTree) -> ParamTree:
+    """Returns the tree with every array as an `nnx.Param`."""
     return {key: _as_params(value) if isinstance(value, dict) else nnx.Param(value) for key, value in tree.items()}
 
 

@@ -183,7 +183,7 @@ def masked_diffusion_loss(
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
     dropout_keys: DropoutKeys = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """Computes the weighted cross entropy of the clean tokens at masked positions, per masked position.
+    """Computes the weighted cross entropy of the clean tokens: its sum over masked positions, divided by their number.
 
     Args:
       model: the model, with float32 or bfloat16 parameters.
@@ -262,6 +262,7 @@ def _loss(
     weight: LossWeight,
     focal: Focal | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes `masked_diffusion_loss` for checked arguments, with one mask that combines both masks."""
     noisy_BT = sharding.constrain(jnp.where(masked_BT, model.config.mask_token_id, tokens_BT), "batch", "tokens")
     hidden_BTD = model.hidden(noisy_BT, mask, positions_BT, dropout_keys)
     with jax.named_scope("loss"):
@@ -300,13 +301,11 @@ def _masked_cross_entropy(
     masked_BT: Bool[jax.Array, "B T"],
     weight_BT: Float[jax.Array, "B T"],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes the cross entropies of the masked positions.
+    """Returns the sum of the weighted cross entropies (float32), and two arrays [B, T] for reports.
 
-    `groups` has the number of shards of B and that of T. If T is sharded, the hidden states must be shifted already.
-
-    Returns:
-      The sum of the weighted cross entropies (float32 scalar); the cross entropy of each masked position (float32 [B,
-      T], 0 elsewhere); and whether the most probable token is correct (bool [B, T], false elsewhere).
+    These are the cross entropy of each masked position (float32, 0 elsewhere), and whether its most probable token is
+    correct (bool, false elsewhere). `groups` has the number of shards of B and that of T. If T is sharded, the hidden
+    states must be shifted already.
     """
     outputs, _ = _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, gradients="none")
     return outputs
@@ -354,7 +353,7 @@ def _over_chunks(
 
     The B x T positions are divided into S groups of R positions, one for each shard of B and T. Each group is sorted so
     that masked positions come first; no position leaves its device. A chunk has C positions of every group. The loop
-    ends when it has computed all masked positions of the group that has most of them.
+    ends after the last masked position of the group with the largest number of masked positions.
     """
     batch, length, width = hidden_BTD.shape
     vocab = kernel_DV.shape[1]

@@ -47,6 +47,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _library_refusal(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Returns why the installed cuDNN does not support this head width, with a remedy; None if it does."""
     # What cuDNN supports depends on its version and on the GPU. jax checks it when it traces a call: here a small one.
     x_BTNH = jax.ShapeDtypeStruct((1, 8, 1, head_dim), dtype)
     try:
@@ -116,7 +117,7 @@ def native_mask(mask: masks.Mask, num_queries: int, num_keys: int) -> NativeMask
 def _without_mask(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *lengths: jax.Array, causal: bool, lookback: int | None
 ) -> jax.Array:
-    # One device computes this with its shards of the arrays.
+    """Computes attention on one device from its shards of the arrays, without a bias."""
     options: dict[str, Any] = {}
     if lengths:
         # Only the keys get lengths: queries that are padding attend to the valid keys, as the mask says.
@@ -129,8 +130,9 @@ def _without_mask(
 
 
 def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    # One device computes this with its shards of the arrays. cuDNN's gradients with a mask need even lengths, so odd
-    # lengths get one more query, whose output is removed again, and one more key, which is hidden.
+    """Computes attention on one device from its shards of the arrays, with the mask as a bias."""
+    # cuDNN's gradients with a mask need even lengths. So odd lengths get one more query, whose output is removed again,
+    # or one more key, which is hidden.
     num_queries, odd_T, odd_S = q_BTNH.shape[1], q_BTNH.shape[1] % 2, k_BSKH.shape[1] % 2
     allowed_BTS = jnp.pad(allowed_BTS, ((0, 0), (0, odd_T), (0, odd_S)))
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))

@@ -20,9 +20,9 @@ def per_device(
     """Applies a kernel, which the compiler cannot partition, on each device to the shards of that device.
 
     Under a mesh, rows are sharded like the axis "batch", queries like "tokens" and heads like "heads" in the tables of
-    `sharding`. Every device gets all tokens of its keys and values. An axis is not sharded if its size is not a multiple
-    of the mesh axis. Query heads and key/value heads are sharded together or not at all, because a query head needs its
-    key/value head on the same device.
+    `sharding`. Every device gets the keys and values of all tokens. An axis whose size is not a multiple of the mesh
+    axis is not sharded. Query heads and key/value heads are sharded together or not at all, because a query head needs
+    its key/value head on the same device.
 
     Args:
       kernel: a function of q, k, v and the arrays of `rest` that returns the attended values in the shape of q.
@@ -55,11 +55,12 @@ def splits_queries(num_queries: int) -> bool:
 
 
 def _is_whole() -> bool:
-    # Nothing is to divide: there is one device, or the caller is already inside a shard_map over all axes.
+    """Returns whether there is one device only, or the caller is already inside a shard_map over all mesh axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual)
 
 
 def _mesh_axis(axis: str, size: int) -> str | None:
+    """Returns the mesh axis that shards an array axis of this name and size, or None."""
     spec = partition_spec((axis,), (size,), dict(jax.sharding.get_abstract_mesh().shape))
     return spec[0] if spec else None

@@ -43,6 +43,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | None:
+    """Returns why splash does not support the mask, with a remedy; None if it does."""
     fixed, of_rows = _split(mask)
     for conjunct in of_rows:
         if not isinstance(conjunct, masks.KeyPadding | masks.KeyLengths | masks.Segments):
@@ -135,13 +136,8 @@ def segment_ids(
 class _TiledMask(splash_attention_mask.Mask):
     """A mask in the form that the kernel takes: padded to whole tiles, and evaluated one tile at a time.
 
-    The added keys are hidden. The added queries may attend to the same keys as the last query.
-
-    Attributes:
-      mask: a mask without arrays.
-      num_queries: number of queries without padding.
-      num_keys: number of keys without padding.
-      padded: numbers of queries and keys with padding.
+    The added keys are hidden. The added queries may attend to the same keys as the last query. `padded` has the numbers
+    of queries and keys with the padding.
     """
 
     mask: masks.Mask
@@ -167,6 +163,7 @@ def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
 
 
 def _compiled_in(fixed: masks.Mask, num_queries: int, num_keys: int, padded: tuple[int, int]) -> Any:
+    """Returns the mask in a class of the splash library, for numbers of queries and keys that include padding."""
     if isinstance(fixed, masks.Bidirectional):
         return splash_attention_mask.FullMask(padded)
     # The kernel computes causal and local masks itself. Of other masks it stores the tiles that are partly hidden.
@@ -185,7 +182,7 @@ def _kernel(
     fixed: masks.Mask,
     interpret: bool,
 ) -> jax.Array:
-    # One device computes this with its shards of the arrays. `ids` are the two arrays of `segment_ids`, or empty.
+    """Computes attention on one device from its shards of the arrays. `ids` are those of `segment_ids`, or empty."""
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
     more_T, more_S = -num_queries % _LANES, -num_keys % _LANES
@@ -230,5 +227,5 @@ def _kernel(
 
 
 def _block(length: int) -> int:
-    # The largest block that divides the length, as the kernel requires. The length is a multiple of _LANES.
+    """Returns the largest block size that divides the length, as the kernel requires: a multiple of _LANES."""
     return max(block for block in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if length % block == 0)

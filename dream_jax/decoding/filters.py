@@ -207,6 +207,7 @@ def _edge(
 
 
 def _as_float(bits: Int[jax.Array, "*b"]) -> Float[jax.Array, "*b"]:
+    """Returns the float32 numbers that have these int32 bits."""
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

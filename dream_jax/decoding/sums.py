@@ -39,14 +39,10 @@ def in_blocks(x_RV: Float[jax.Array, "R V"]) -> Blocks:
 
 
 def first_exceeding(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array, "R"]:
-    """Returns the first token of each row that has a positive number and at which the running sum exceeds the target.
+    """Returns the first token with a positive number at which the running sum exceeds the target, int32 [R].
 
-    Args:
-      x: the numbers of all tokens; at least one in each row must be positive.
-      target_R: the target of each row, 0 or above.
-
-    Returns:
-      Token ids, int32 [R]. If no running sum exceeds the target, it is the last token with a positive number.
+    At least one number in each row must be positive, and the target must be 0 or above. If no running sum exceeds it,
+    the result is the last token with a positive number.
     """
     width = x.x_RCW.shape[-1]
     running_RC = jnp.cumsum(x.sum_RC, axis=-1)
@@ -63,5 +59,6 @@ def first_exceeding(x: Blocks, target_R: Float[jax.Array, "R"]) -> Int[jax.Array
 
 
 def _last_positive(x: Float[jax.Array, "R C"]) -> Int[jax.Array, "R"]:
+    """Returns the index of the last positive number of each row."""
     size = x.shape[-1]
     return size - 1 - jnp.argmax(jnp.flip(x > 0, axis=-1), axis=-1)

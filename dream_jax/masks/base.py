@@ -241,10 +241,7 @@ class Queries(Mask):
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    """Returns the masks that `mask` combines by `&`.
-
-    It is one mask if `mask` is not such a combination, and none if it is `Bidirectional`.
-    """
+    """Returns the masks that `mask` combines by `&`: only `mask` if it combines none, and () for `Bidirectional`."""
     if isinstance(mask, And):
         return (*conjuncts(mask.left), *conjuncts(mask.right))
     return () if isinstance(mask, Bidirectional) else (mask,)

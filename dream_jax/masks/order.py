@@ -188,8 +188,7 @@ class Annealed(Mask):
         ###
 
     Attributes:
-      drawn_TS: bool [T, T], true where a query may attend to a later key; `anneal` draws it. Other values have no
-        effect.
+      drawn_TS: bool [T, T], true where a query may attend to a later key; `anneal` draws it.
     """
 
     drawn_TS: Bool[Array, "T S"]
@@ -212,6 +211,7 @@ def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Ar
 
 
 def _keys(num_keys: int) -> Int[jax.Array, "S"]:
+    """Returns the indices of the keys, int32 [S]."""
     return jnp.arange(num_keys, dtype=jnp.int32)
 
 
