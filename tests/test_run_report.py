@@ -153,8 +153,8 @@ def test_overwriting_forgets_the_old_run(finished, tmp_path):
     train_and_report(settings(out, steps=2, eval_rows=0, overwrite=True, weight="cart"))
     assert not (out / "samples.json").exists() and not read_incidents(out)
     text = (out / "report.md").read_text()
-    assert "None: the run has no held-out rows to ask" in text and "2 steps of 8 rows" in text
-    assert "Nothing: no warning" in text and "the run asked for no held-out rows" in text
+    assert "None: the run has no held-out rows, samples" in text and "2 steps of 8 rows" in text
+    assert "Nothing: no warning" in text and "the run has no held-out rows (`--eval-rows 0`)" in text
 
 
 def test_incidents_survive_a_line_cut_short(tmp_path):
@@ -186,7 +186,7 @@ def test_an_evaluation_table_is_shown_when_there_is_one(finished, tmp_path):
     (out / "eval.csv").write_text("step,nll,masked_accuracy,grid\n" + rows.replace("20,2.8", "20,1.0"))
     other = render_report(read_record(out))
     assert "The best: nll 2.6 after step 40." in other and "| 20 | 1 |" not in other
-    assert "3 evaluations on other rows are in eval.csv and not here." in other
+    assert "3 evaluations on other rows are in eval.csv, but not listed here." in other
     assert "| 1 | 2.99 | 0.5 |" in text and "| 40 | 2.6 | 0.5 |" in text and "| 41 |" not in text
 
 
@@ -197,7 +197,7 @@ def test_steps_that_changed_nothing_are_told(finished, tmp_path):
     marked[6] = marked[6].replace(rows[6].split(",")[1], "nan", 1)
     (out / "metrics.csv").write_text("\n".join([f"{head},skipped", *marked]) + "\n")
     text = render_report(read_record(out))
-    assert "no number: 3, 7." in text and "| 7 | - |" in text
+    assert "not finite: 3, 7." in text and "| 7 | - |" in text
 
 
 def test_two_runs_side_by_side(finished, tmp_path):
@@ -331,9 +331,9 @@ def test_the_time_of_a_segment_that_was_killed_counts(finished, tmp_path, monkey
     shutil.copy(tmp_path / "copy" / "parts.json", out)
     (out / "parts.json").write_text((out / "parts.json").read_text().replace("true", "false"))
     text = render_report(read_record(out))
-    assert "1 of them killed; the last one still runs, or was killed |" in text
+    assert "1 of them killed; the last one is still running or was killed |" in text
     cost = run_cost([first, last])
-    assert f"| cost | {cost.rmb:.2f} RMB, {cost.usd:.2f} USD, at 3.00 USD a chip and hour |" in text
+    assert f"| cost | {cost.rmb:.2f} RMB, {cost.usd:.2f} USD, at 3.00 USD per chip and hour |" in text
 
 
 def test_a_price_that_is_given_late_is_in_every_report(finished, tmp_path):
@@ -344,7 +344,7 @@ def test_a_price_that_is_given_late_is_in_every_report(finished, tmp_path):
     (out / "parts.json").write_text(json.dumps([free]))
     given = json.loads((out / "settings.json").read_text()) | {"price_per_chip_hour": 2.0, "currency": "usd"}
     (out / "settings.json").write_text(json.dumps(given))
-    assert "2.00 USD, at 2.00 USD a chip and hour |" in render_report(read_record(out))
+    assert "2.00 USD, at 2.00 USD per chip and hour |" in render_report(read_record(out))
     # Of a run that did not keep its segments: what its summary says.
     (out / "parts.json").unlink()
     (out / "summary.json").write_text(json.dumps(summary))

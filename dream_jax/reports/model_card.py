@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint, its README.md: what the run's files say, and what nobody has checked."""
+"""The model card (README.md) of an exported checkpoint: facts from the files of the run, and what was not checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 
 from dream_jax.reports.record import Record, read_record, table
 
+# The settings in the card. Others do not change the trained weights, or are described in the text.
 _SETTINGS = (
     "recipe",
     "steps",
@@ -38,7 +39,7 @@ _SETTINGS = (
 
 
 def find_run(*directories: pathlib.Path | None) -> pathlib.Path | None:
-    """The folder of the run that made one of these directories as its `model` or `adapter`; None if they were moved."""
+    """Returns the folder of the run whose `model` or `adapter` one of these directories is; None if there is none."""
     for path in directories:
         if path is not None and (path.parent / "settings.json").is_file() and path.name in ("model", "adapter"):
             return path.parent
@@ -46,13 +47,13 @@ def find_run(*directories: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool) -> str:
-    """The card as Markdown.
+    """Returns the model card as Markdown.
 
     Args:
-      run: folder of the run that made the weights; None when nothing is known of how they were made.
-      name: of the model, for the title.
-      dtype: that its weights are stored in.
-      adapter: whether an adapter was added to a base.
+      run: folder of the run that made the weights; None if it is not known.
+      name: name of the model, for the title.
+      dtype: name of the dtype of the exported weights.
+      adapter: whether the weights are a base with an adapter added to it.
 
     Raises:
       FileNotFoundError, ValueError: as `read_record`.
@@ -68,8 +69,8 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
         f"# {name}",
         "",
         f"A masked-diffusion language model of the Dream architecture: {made}, exported by dream_jax in the published "
-        f"layout, stored in {dtype}. The published PyTorch code loads it, and `diffusion_generate` samples from it; loaded "
-        "as a causal Qwen2 it computes something else.",
+        f"layout, stored in {dtype}. The published PyTorch code loads it, and `diffusion_generate` samples from it. "
+        "Code for causal Qwen2 models can load it too, but gives wrong results.",
         "",
     ]
     sections = {"Data": _data(record), "Settings": _settings(record), "Evaluation": _evaluation(record)}
@@ -79,18 +80,18 @@ def model_card(run: pathlib.Path | None, *, name: str, dtype: str, adapter: bool
 
 
 def _on_hub(name: str, record: Record | None) -> bool:
-    """Whether the run read it from the hub: a path of one machine says nothing on another."""
+    """Returns whether the run read this model or data set from the hub; only then the card shows its full name."""
     return record is not None and record.data.get("sources", {}).get(name) == "hub"
 
 
 def _named(name: str, record: Record) -> str:
-    """As a reader elsewhere may know it: of a path the last name."""
+    """Returns the name in backticks; of a local path only the last part, because the rest means nothing elsewhere."""
     return f"`{name}`" if _on_hub(name, record) else f"`{pathlib.Path(name).name}`"
 
 
 _SOURCES = {
     "hub": " of the Hugging Face hub",
-    "local": ", a directory of the machine that the run was made on: what it held is not recorded here",
+    "local": ", a directory of the machine that the run was made on: its contents are not recorded here",
     "built in": ", a preset of dream_jax: random weights",
 }
 
@@ -102,7 +103,7 @@ def _data(record: Record | None) -> list[str]:
         return _UNKNOWN
     names = ", ".join(_named(str(name), record) for name in (record.settings["data"], *record.settings.get("mix", ())))
     if not record.data:
-        return [f"{names}; the run left no data.json."]
+        return [f"{names}; the run has no data.json."]
     rows, batches = record.data["rows"], record.data["batches"]
     return [
         f"{names}: {rows['kept']} rows were trained on and {rows['dropped']} dropped, {batches['epochs']:.2f} epochs. "
@@ -114,7 +115,7 @@ def _data(record: Record | None) -> list[str]:
 def _settings(record: Record | None) -> list[str]:
     if record is None:
         return _UNKNOWN
-    # What was left to the run, and what it took.
+    # Values that the run chose itself, for settings without a given value.
     taken = {"learning_rate": record.summary.get("learning_rate")}
     taken["max_length"] = record.data["rows"]["max_length"] if record.data else None
     values = {name: record.settings.get(name) for name in _SETTINGS}
@@ -143,21 +144,21 @@ def _evaluation(record: Record | None) -> list[str]:
 
 def _unchecked(record: Record | None, dtype: str) -> list[str]:
     lines = [
-        "No benchmark was run on these exported weights by the export; what is above was measured before it.",
+        "The exported weights: the export runs no benchmark; the numbers above were measured before it.",
         "Whether any evaluation data, here or elsewhere, was in the training data of this model or of its base.",
         "Safety, bias, truthfulness, languages and domains other than those of the data.",
-        "The licenses of the base and of the data, which bind this model as well.",
+        "The licenses of the base and of the data, which also apply to this model.",
     ]
     if record is None:
-        return ["How these weights were trained, on what, and how good they are.", *lines]
+        return ["How these weights were trained, on which data, and how good they are.", *lines]
     if dtype != "float32":
-        lines.append(f"What rounding the trained weights to {dtype} changes.")
+        lines.append(f"The effect of rounding the trained weights to {dtype}.")
     evaluated = record.summary.get("eval") or {}
-    lines.append("One run with one seed: how much another seed would differ.")
+    lines.append("The variation between seeds: this is one run with one seed.")
     if not evaluated.get("rows"):
         lines.append("Answers: no held-out row was answered by sampling.")
     elif evaluated["rows"] < 200:
         lines.append(
             f"Only {evaluated['rows']} held-out rows were answered: the accuracy is uncertain by several points."
         )
-    return [*lines, "The base on the same rows: no gain over it is claimed."]
+    return [*lines, "The base on the same rows: it was not evaluated, so no gain over it is claimed."]

@@ -1,4 +1,4 @@
-"""The report of a run: what it was and what came of it, as `report.md` and `curves.png` in its folder."""
+"""The report of a run: settings, data, results, cost and incidents, as `report.md` and `curves.png` in its folder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.setting_groups import PriceSettings
 
 FILE = "report.md"
+# Largest numbers of rows in a table of steps, of characters of a sample, and of incidents in the report.
 _POINTS = 12
 _SHOWN_CHARACTERS = 600
 _SHOWN_INCIDENTS = 40
 
 
 def write_report(record: Record) -> list[pathlib.Path]:
-    """Writes `report.md` and `curves.png`, and returns their paths."""
+    """Writes `report.md` and `curves.png` into the folder of the run, and returns their paths."""
     path, drawn = record.folder / FILE, draw_curves(record)
     write_file(path, render_report(record))
     return [path, drawn]
 
 
 def render_report(record: Record) -> str:
-    """The report as Markdown, which shows `curves.png` beside it."""
+    """Returns the report as Markdown; it refers to `curves.png` in the same folder."""
     settings, summary = record.settings, record.summary
     recipe = f", recipe `{settings['recipe']}`" if settings.get("recipe") else ""
     lines = [
@@ -71,7 +72,7 @@ def _settings(record: Record) -> list[str]:
 
 def _data(record: Record) -> list[str]:
     if not record.data:
-        return ["Not known: the run did not begin."]
+        return ["Not known: the run ended before its first step."]
     rows, batches = record.data["rows"], record.data["batches"]
     facts = [
         ("rows kept", rows["kept"]),
@@ -115,7 +116,7 @@ def _losses(record: Record) -> list[str]:
 
 
 def _spread(count: int) -> list[int]:
-    """The indices of a few of `count` rows, evenly spread, with the first and the last among them."""
+    """Returns at most `_POINTS` indices of `count` rows, evenly spaced, including the first and the last."""
     return sorted({round(point * (count - 1) / (_POINTS - 1)) for point in range(_POINTS)})
 
 
@@ -123,7 +124,7 @@ def _evaluation(record: Record) -> list[str]:
     lines = []
     if record.evaluations:
         names = [name for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy") if name in record.evaluations[0]]
-        # Scores on other rows (a run may be resumed with other --eval-rows) cannot be compared with these.
+        # Only scores on the same rows can be compared; a run may have been resumed with other --eval-rows.
         alike = record.alike
         others = len(record.evaluations) - len(alike)
         kept = [alike[index] for index in _spread(len(alike))]
@@ -131,8 +132,8 @@ def _evaluation(record: Record) -> list[str]:
         lines += ["During the run, on held-out rows at fixed noise levels with fixed masks:", ""]
         lines += [*table(("step", *names), rows), ""]
         if others:
-            known = "on other rows" if all(record.grids) else "on rows that are others or not recorded"
-            lines += [f"{others} evaluations {known} are in eval.csv and not here.", ""]
+            known = "on other rows" if all(record.grids) else "on rows that differ or are not recorded"
+            lines += [f"{others} evaluations {known} are in eval.csv, but not listed here.", ""]
         best = record.best()
         if best is not None:
             lines += [f"The best: nll {shown(best['nll'])} after step {int(best['step'])}.", ""]
@@ -140,16 +141,16 @@ def _evaluation(record: Record) -> list[str]:
     if found:
         rows = [[name.replace("_", " "), value] for name, value in found.items()]
         return [*lines, "At the end:", "", *table(("what", "value"), rows)]
-    reason = "asked for no held-out rows" if not record.settings.get("eval_rows") else "has not come to its end"
-    return [*lines, f"At the end: none; the run {reason}."]
+    reason = "has no held-out rows (`--eval-rows 0`)" if not record.settings.get("eval_rows") else "is not finished"
+    return [*lines, f"At the end: none, because the run {reason}."]
 
 
 def _samples(record: Record) -> list[str]:
     samples = record.samples
     if not samples:
         return [
-            "None: the run has no held-out rows to ask, was told not to (`--samples 0`), none of its prompts fit, or its "
-            "samples.json is not here."
+            "None: the run has no held-out rows, samples were disabled (`--samples 0`), no prompt was short enough, or "
+            "samples.json is missing."
         ]
     lines = [
         f"Held-out prompts, answered with {samples['tokens']} tokens at temperature {samples['temperature']}, seed "
@@ -172,9 +173,10 @@ def _samples(record: Record) -> list[str]:
 
 
 def _quoted(text: str | None) -> list[str]:
+    """Returns a text as a Markdown code block, cut to `_SHOWN_CHARACTERS` characters."""
     if text is None:
         return ["not taken"]
-    # An untrained model writes control characters, which would hide what follows them.
+    # The answers of an untrained model contain control characters, which can hide the text after them.
     text = "".join(one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
     cut = text[:_SHOWN_CHARACTERS] + (f" ... ({len(text)} characters)" if len(text) > _SHOWN_CHARACTERS else "")
     fence = "`" * max(3, 1 + max((len(run) for run in _ticks(cut)), default=0))
@@ -182,6 +184,7 @@ def _quoted(text: str | None) -> list[str]:
 
 
 def _ticks(text: str) -> list[str]:
+    """Returns all runs of backticks in a text, so that the fence of a code block can be longer than each."""
     return "".join(one if one == "`" else " " for one in text).split()
 
 
@@ -195,7 +198,7 @@ def _time(record: Record) -> list[str]:
         )
         of = f" in {len(record.segments)} segments, {cut} of them killed" if len(record.segments) > 1 else ""
         if not record.finished and not record.segments[-1].ended:
-            of += "; the last one still runs, or was killed"
+            of += "; the last one is still running or was killed"
         facts.append(("seconds, everything included", f"{seconds:.0f}{of}"))
         facts.append(
             ("devices", ", then ".join(name for name, _ in itertools.groupby(one.devices for one in record.segments)))
@@ -219,14 +222,14 @@ def _money(cost: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = [("chip hours", f"{cost['chip_hours']:.3f} ({cost['chips']} chips)")]
     if cost["usd"] is None:
         return [*found, ("cost", "no price is known for this hardware; pass --price-per-chip-hour")]
-    price = f"{cost['usd_per_chip_hour']:.2f} USD a chip and hour"
+    price = f"{cost['usd_per_chip_hour']:.2f} USD per chip and hour"
     return [*found, ("cost", f"{cost['rmb']:.2f} RMB, {cost['usd']:.2f} USD, at {price}")]
 
 
 def _incidents(record: Record) -> list[str]:
     skipped = [int(row["step"]) for row in record.steps if row.get("skipped") == 1.0]
     told = (
-        [f"Steps that changed nothing, their loss or gradient being no number: {shown(skipped)}.", ""]
+        [f"Steps that were skipped, because their loss or gradient was not finite: {shown(skipped)}.", ""]
         if skipped
         else []
     )
@@ -235,7 +238,7 @@ def _incidents(record: Record) -> list[str]:
     counts = collections.Counter(one["kind"] for one in record.incidents)
     lines = [*told, ", ".join(f"{kind}: {count}" for kind, count in counts.items()) + ".", ""]
     rows = [(one["time"], one["kind"], one["step"], one["text"]) for one in record.incidents[:_SHOWN_INCIDENTS]]
-    lines += table(("when (UTC)", "what", "step", "said"), rows)
+    lines += table(("time (UTC)", "kind", "step", "text"), rows)
     if len(record.incidents) > _SHOWN_INCIDENTS:
-        lines += ["", f"And {len(record.incidents) - _SHOWN_INCIDENTS} more, in incidents.jsonl."]
+        lines += ["", f"And {len(record.incidents) - _SHOWN_INCIDENTS} more in incidents.jsonl."]
     return lines
