@@ -1,8 +1,8 @@
-"""The chat probe: questions of one's own, with what a good answer contains.
+"""The judge of task `chat`: your own questions, each with texts that a good answer must or must not contain.
 
-A row has `question` (or `messages`) and one or more of: `contains`, texts that all must occur; `any_of`, texts of which
-one must; `excludes`, texts that must not; `matches`, a regular expression that must be found. Texts are compared
-without regard to case and to runs of space.
+A row has `question` or `messages`, and one or more of: `contains`, texts that must all occur in the answer; `any_of`,
+texts of which at least one must occur; `excludes`, texts that must not occur; `matches`, a regular expression that must
+be found. Texts are compared without regard to case, and any run of spaces counts as one space.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXPECTATIONS = ("contains", "any_of", "excludes", "matches")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What an answer must and must not contain; see the module."""
+    """The texts that an answer must and must not contain; the docstring of the module explains the fields."""
 
     contains: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Expectation:
     matches: re.Pattern[str] | None = None
 
     def __call__(self, answer: str) -> Verdict:
-        """Judges an answer. An empty one is wrong even where nothing is asked but absences."""
+        """Judges an answer. An empty answer is always wrong, also if the only condition is `excludes`."""
         text = _plain(answer)
 
         def verdict(reason: str, correct: bool = False) -> Verdict:
@@ -53,7 +53,7 @@ def _plain(text: str) -> str:
 
 
 def parse_expectation(found: Mapping[str, Any], where: str) -> Expectation:
-    """The expectation of one row. Raises ValueError, opening with `where`, for one that is missing or bad."""
+    """Returns the expectation of one row. Raises ValueError, which begins with `where`, if it is missing or invalid."""
     given: dict[str, Any] = {}
     for name in ("contains", "any_of", "excludes"):
         if name not in found:
@@ -75,7 +75,7 @@ def parse_expectation(found: Mapping[str, Any], where: str) -> Expectation:
         try:
             given["matches"] = re.compile(found["matches"])
         except re.error as error:
-            raise ValueError(f"{where}: 'matches' is no regular expression: {error}") from error
+            raise ValueError(f"{where}: 'matches' is not a valid regular expression: {error}") from error
     if not given:
-        raise ValueError(f"{where}: nothing says what a good answer is; give one of {list(EXPECTATIONS)}")
+        raise ValueError(f"{where}: the row has no condition for a good answer; give one of {list(EXPECTATIONS)}")
     return Expectation(**given)

@@ -1,7 +1,7 @@
 """Judges of Dream's two planning games: 4x4 sudoku and countdown.
 
-An answer is right only when it is a solution from its first character to its last, the space around it aside. Which
-solution does not matter. What a model writes after its answer has been cut off before (`TaskFormat.cut`).
+An answer is correct only if the whole text, without the space around it, is a solution. Any solution is accepted. Text
+that a model writes after its answer must have been cut off before (`TaskFormat.cut`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dream_jax.data.sudoku import is_solution, solutions
 from dream_jax.evaluation.problems import Verdict
 
 _GRID = re.compile(r"(?:[1-4]{4}\n){3}[1-4]{4}")
-# [0-9], not \d, which takes the digits of every script; and no leading zero: 086 is not the 86 that was given.
+# The pattern has [0-9] because \d would match the digits of every script. It allows no leading zero: 086 is not 86.
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 _STEP = re.compile(rf"({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER})")
-_LONGEST_NUMBER = 30  # digits; a model that repeats one digit would otherwise have us multiply for a long time
+_LONGEST_NUMBER = 30  # digits; arithmetic with the very long numbers of a repetitive model would take too long
 
 
 def judge_sudoku(puzzle: str, answer: str) -> Verdict:
-    """Whether `answer` is four lines of four digits that keep the givens and solve `puzzle`. See `data.sudoku`."""
+    """Judges whether `answer` is four lines of four digits that keep the given digits and solve `puzzle`.
+
+    The format of puzzles is that of `data.sudoku`.
+    """
     grid = answer.strip()
     if not _GRID.fullmatch(grid):
         return Verdict(correct=False, found=None, reason="not four lines of four digits 1..4")
@@ -31,12 +34,13 @@ def judge_sudoku(puzzle: str, answer: str) -> Verdict:
     changed = [cell for cell in range(16) if given[cell] not in ("0", written[cell])]
     if changed:
         row, column = divmod(changed[0], 4)
-        return Verdict(correct=False, found=grid, reason=f"the given in row {row + 1}, column {column + 1} was changed")
+        reason = f"the given digit in row {row + 1}, column {column + 1} was changed"
+        return Verdict(correct=False, found=grid, reason=reason)
     return Verdict(correct=False, found=grid, reason="a digit is repeated in a row, a column or a box")
 
 
 def check_puzzle(puzzle: str, where: str) -> None:
-    """Raises ValueError, opening with `where`, for text that is no puzzle, or one without a solution."""
+    """Raises ValueError, which begins with `where`, if the text is not a puzzle, or if the puzzle has no solution."""
     try:
         number = len(solutions(puzzle))
     except ValueError as error:
@@ -46,24 +50,24 @@ def check_puzzle(puzzle: str, where: str) -> None:
 
 
 def parse_countdown(problem: str, where: str = "countdown") -> tuple[list[int], int]:
-    """Numbers and target of "86,28,13,31,96": the target comes last.
+    """Returns the numbers and the target of a problem such as "86,28,13,31,96", where the target is the last number.
 
-    Raises: ValueError, opening with `where`, for anything else.
+    Raises: ValueError, which begins with `where`, for a text of another form.
     """
     parts = problem.strip().split(",")
     if len(parts) < 3 or not all(re.fullmatch(_NUMBER, part) for part in parts):
         raise ValueError(
-            f"{where}: {problem!r:.60} is no countdown problem: at least two numbers and a target, by commas"
+            f"{where}: {problem!r:.60} is no countdown problem: write two or more numbers and a target, with commas"
         )
     *numbers, target = map(int, parts)
     return numbers, target
 
 
 def judge_countdown(problem: str, answer: str) -> Verdict:
-    """Whether `answer` is a chain of steps such as "86+28=114,31-13=18,114-18=96" that reaches the target.
+    """Judges whether `answer` is a list of steps such as "86+28=114,31-13=18,114-18=96" that reaches the target.
 
-    Each step is true, takes two numbers that are there, and leaves its result instead. At the end every number has
-    been used and the target alone is left. Numbers are natural and written without space, as published.
+    Each step must be a true equation. It takes two of the numbers that are left and puts back its result. After the
+    last step only the target may be left. Numbers are nonnegative integers and are written without space, as published.
     """
     numbers, target = parse_countdown(problem)
     text = answer.strip()
@@ -75,7 +79,7 @@ def judge_countdown(problem: str, answer: str) -> Verdict:
     for step in text.split(","):
         parsed = _STEP.fullmatch(step)
         if not parsed or max(map(len, parsed.groups())) > _LONGEST_NUMBER:
-            return wrong(f"{step!r:.40} is no step such as 3+4=7")
+            return wrong(f"{step!r:.40} is not a step of the form 3+4=7")
         first, sign, second, result = int(parsed[1]), parsed[2], int(parsed[3]), int(parsed[4])
         if sign == "/" and second == 0:
             return wrong(f"{step} divides by zero")
@@ -89,7 +93,7 @@ def judge_countdown(problem: str, answer: str) -> Verdict:
             return wrong(f"{step} is not true")
         for number in (first, second):
             if not left[number]:
-                return wrong(f"{step} takes {number}, which is not there or has been used")
+                return wrong(f"{step} takes {number}, which is not in the problem or has been used")
             left[number] -= 1
         left[result] += 1
     remaining = sorted(left.elements())

@@ -1,12 +1,12 @@
-"""The tasks that are scored by likelihood: choices, of which the likeliest is the answer, and texts, of which bits per byte
-are reported.
+"""The tasks that are scored by likelihood: `choice` takes the most likely of several choices as the answer, and
+`likelihood` reports the bits per byte of texts.
 
-A row of task `choice` has `question`, `choices` (texts, at least two) and `answer` (the number of the right one, from 0).
-A row of task `likelihood` has `text`, and may have `before` and `after`: what stands around it, always seen and not scored.
-With `after` it is the likelihood of an infilling.
+A row of task `choice` has `question`, `choices` (a list of at least two texts) and `answer` (the index of the correct
+choice, from 0). A row of task `likelihood` has `text`, and may have `before` and `after`: the texts around it, which
+the model always sees and which are not scored. With `after`, the result is the likelihood of an infilling.
 
-lm-evaluation-harness asks both kinds of questions too, through `harness`. What it cannot do, and these tasks are for: the
-Monte Carlo error of every likelihood, several seeds, resuming after a kill, and the paired comparison of two runs.
+lm-evaluation-harness has both kinds of tasks too, through `harness`. These tasks add what the harness cannot do: the
+Monte Carlo error of each likelihood, several seeds, resuming after a kill, and the paired comparison of two runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from dream_jax.tokenizer import Template, Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A question with choices; `answer` is the number of the right one."""
+    """One row of task `choice`.
+
+    Attributes:
+      number: its line in the file, from 1.
+      where: "FILE:LINE", with which error messages begin.
+      question, choices: the question and its possible answers.
+      answer: index of the correct choice, from 0.
+    """
 
     number: int
     where: str
@@ -37,7 +44,10 @@ class Choice:
     answer: int
 
     def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
-        """Each choice after the question, the choice scored: an assistant turn under "chat", "Answer:" under "raw"."""
+        """Returns one passage for each choice: the question, and then the choice, which is scored.
+
+        With "chat" the choice is an assistant turn; with "raw" it follows "Answer:".
+        """
         if template == "chat":
             before = tokenizer.chat([{"role": "user", "content": self.question}])
             return [passage(before, tokenizer.encode(choice), []) for choice in self.choices]
@@ -45,11 +55,11 @@ class Choice:
         return [passage(before, tokenizer.encode(f" {choice}"), []) for choice in self.choices]
 
     def seeds(self, seed: int) -> list[tuple[int, ...]]:
-        """What the masks of each choice are drawn from."""
+        """Returns the seed for the masks of each choice, as `likelihood.draw_masks` takes it."""
         return [(seed, self.number, index) for index in range(len(self.choices))]
 
     def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
-        """The row of the ledger, without seed and number."""
+        """Returns the row of items.jsonl, without seed and number; the arguments have one entry for each choice."""
         nats = [bound.nats for bound in bounds]
         chosen, chosen_by_byte = likeliest(nats, self.choices)
         return {
@@ -64,7 +74,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredText:
-    """A text, and what stands around it."""
+    """One row of task `likelihood`: a text that is scored, and the texts `before` and `after` it, which are not."""
 
     number: int
     where: str
@@ -73,17 +83,20 @@ class ScoredText:
     after: str = ""
 
     def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
-        """Its tokens, under either template as they are. Where nothing stands before it, the beginning-of-text token does:
-        a first token is predicted from what is before it."""
+        """Returns the one passage of this text, which is the same for both templates.
+
+        If `before` is empty, the beginning-of-text token comes first, because a token is predicted from the one
+        before it.
+        """
         before = tokenizer.encode(self.before) or [tokenizer.bos_id]
         return [passage(before, tokenizer.encode(self.text), tokenizer.encode(self.after))]
 
     def seeds(self, seed: int) -> list[tuple[int, ...]]:
-        """What its masks are drawn from."""
+        """Returns the seed for the masks of the text, in a list of length 1."""
         return [(seed, self.number)]
 
     def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
-        """The row of the ledger, without seed and number."""
+        """Returns the row of items.jsonl, without seed and number; the arguments have the one entry of this text."""
         return {
             "identity": identify(self.text, self.before, self.after),
             **dataclasses.asdict(bounds[0]),
@@ -93,7 +106,7 @@ class ScoredText:
 
 
 def passage(before: list[int], scored: list[int], after: list[int]) -> Passage:
-    """Tokens of which those in the middle are scored. Raises ValueError when there are none of these."""
+    """Returns the passage of three lists of token ids; the middle one is scored. Raises ValueError if that is empty."""
     tokens = np.array([*before, *scored, *after], np.int32)
     mask = np.zeros(len(tokens), bool)
     mask[len(before) : len(before) + len(scored)] = True
@@ -101,21 +114,23 @@ def passage(before: list[int], scored: list[int], after: list[int]) -> Passage:
 
 
 def likeliest(nats: Sequence[float], choices: Sequence[str]) -> tuple[int, int]:
-    """Which choice has the fewest nats, and which the fewest a byte (by which length is no loss); of equals the first.
+    """Returns the index of the choice with the fewest nats, and of that with the fewest nats per byte.
+
+    The second is fair to long choices, which have more nats. Of equal choices the first one is returned.
 
     Raises:
-      ValueError: nats that are no number, or not one for each choice.
+      ValueError: a likelihood is NaN, or their number is not that of the choices.
     """
     if len(nats) != len(choices) or any(math.isnan(one) for one in nats):
         raise ValueError(
-            f"got the likelihoods {list(nats)} for {len(choices)} choices: there must be a number for each"
+            f"got the likelihoods {list(nats)} for {len(choices)} choices: every choice must have a number"
         )
     by_byte = [one / len(text.encode()) for one, text in zip(nats, choices, strict=True)]
     return min(range(len(nats)), key=nats.__getitem__), min(range(len(nats)), key=by_byte.__getitem__)
 
 
 def read_choices(path: pathlib.Path) -> list[Choice]:
-    """All rows of a file of task `choice`. Raises: ValueError naming file and line; FileNotFoundError."""
+    """Returns all rows of a file of task `choice`. Raises ValueError with file and line, or FileNotFoundError."""
     return [_choice(found, where) for where, found in read_json_lines(path)]
 
 
@@ -129,13 +144,13 @@ def _choice(found: Mapping[str, Any], where: str) -> Choice:
         raise ValueError(f"{where}: two of the choices are the same")
     answer = found.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
-        raise ValueError(f"{where}: 'answer' must be the number of a choice, 0..{len(texts) - 1}, not {answer!r:.60}")
+        raise ValueError(f"{where}: 'answer' must be the index of a choice, 0..{len(texts) - 1}, not {answer!r:.60}")
     question = text_field(found, "question", where)
     return Choice(number=line_number(where), where=where, question=question, choices=texts, answer=answer)
 
 
 def read_texts(path: pathlib.Path) -> list[ScoredText]:
-    """All rows of a file of task `likelihood`. Raises: ValueError naming file and line; FileNotFoundError."""
+    """Returns all rows of a file of task `likelihood`. Raises ValueError with file and line, or FileNotFoundError."""
     return [_text(found, where) for where, found in read_json_lines(path)]
 
 

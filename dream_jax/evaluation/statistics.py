@@ -1,7 +1,7 @@
-"""Intervals and tests for scores of the same problems under several seeds, or of two runs.
+"""Confidence intervals and tests for the scores of one run with several seeds, or of two runs on the same problems.
 
-Scores are float64 [problems, seeds] in 0..1. What varies from problem to problem is what makes a score uncertain; seeds
-of one problem are not independent of each other, and are never counted as if they were.
+Scores are float64 [problems, seeds] in 0..1. Problems are treated as independent samples. The seeds of one problem are
+not independent of each other and are never treated as if they were.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 import scipy.stats
 
 Z_95 = float(scipy.stats.norm.ppf(0.975))
-"""Half the width of a 95 % interval in standard errors."""
+"""Half of the width of a 95 % interval of a normal distribution, in standard errors: 1.96."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number and its 95 % interval."""
+    """An estimated number `value` and its 95 % confidence interval from `low` to `high`."""
 
     value: float
     low: float
@@ -26,14 +26,17 @@ class Estimate:
 
 
 def mean_score(scores: np.ndarray) -> Estimate:
-    """The mean over problems and seeds with Wilson's interval.
+    """Returns the mean over problems and seeds with Wilson's interval.
 
-    With one seed and right-or-wrong scores this is Wilson's interval as it stands. With more, the number of trials is the
-    one that would vary as much as the means of the problems do: between problems, when seeds say nothing new, and
-    problems times seeds. That is no whole number, which scipy's interval asks for. It stays honest at 0 and 1, where a
-    normal interval has no width.
+    With one seed and scores of 0 or 1 this is exactly Wilson's interval. With more seeds, the number of trials is the
+    one for which a binomial mean has the variance that the means of the problems show. It lies between the number of
+    problems (all seeds score the same) and problems times seeds. It is not an integer, so scipy's function cannot be
+    used. Unlike a normal interval, Wilson's interval has a positive width if the mean is 0 or 1.
 
-    Raises: ValueError for no problem, or scores outside 0..1.
+    Args:
+      scores: float [problems, seeds] in 0..1.
+
+    Raises: ValueError if there are no scores, or if a score is outside 0..1.
     """
     scores = _checked(scores)
     problems, seeds = scores.shape
@@ -41,17 +44,17 @@ def mean_score(scores: np.ndarray) -> Estimate:
     p = float(by_problem.mean())
     spread, trials = float(by_problem.var()), float(problems)
     if 0 < p < 1:
-        most = float(problems * seeds)
-        trials = most if spread == 0 else min(max(problems * p * (1 - p) / spread, problems), most)
+        max_trials = float(problems * seeds)
+        trials = max_trials if spread == 0 else min(max(problems * p * (1 - p) / spread, problems), max_trials)
     centre = (p + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
     half = Z_95 / (1 + Z_95**2 / trials) * math.sqrt(p * (1 - p) / trials + Z_95**2 / (4 * trials**2))
     return Estimate(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)))
 
 
 def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of values [n] of any range, with the normal interval; no width for a single one.
+    """Returns the mean of values, float [n], with a normal interval; the interval of a single value has no width.
 
-    Raises: ValueError for no value.
+    Raises: ValueError if there are no values.
     """
     values = np.asarray(values, np.float64)
     if values.size == 0:
@@ -62,9 +65,12 @@ def mean_of(values: np.ndarray) -> Estimate:
 
 
 def agreement(scores: np.ndarray) -> float:
-    """The chance that two different seeds score a problem alike, over problems and pairs; 1 for a single seed.
+    """Returns the share of pairs of different seeds that score a problem equally, over all problems; 1 for one seed.
 
-    Scores are 0 or 1.
+    Args:
+      scores: float [problems, seeds], each 0 or 1.
+
+    Raises: ValueError if there are no scores, or if a score is outside 0..1.
     """
     scores = _checked(scores)
     seeds = scores.shape[1]
@@ -78,14 +84,15 @@ def agreement(scores: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Paired:
-    """How the second of two runs differs from the first on the same problems.
+    """The difference between the scores of two runs on the same problems.
 
     Attributes:
-      difference: mean score of the second minus that of the first.
-      interval: 95 % interval of it.
-      p_value: of the two-sided sign-flip test: the chance of a difference at least as large if each problem's difference
-        were as likely to have the other sign. With one seed a run this is the exact McNemar test.
-      gained, lost: how many problems scored higher, and lower, in the second.
+      difference: mean score of the second run minus mean score of the first, in -1..1.
+      interval: 95 % interval of `difference`, (low, high).
+      p_value: p-value of the two-sided sign-flip test: the probability of a difference at least as large, if the
+        difference of each problem had either sign with equal probability. With one seed in each run this is the exact
+        McNemar test.
+      gained, lost: number of problems with a higher, and with a lower score in the second run.
     """
 
     difference: float
@@ -96,17 +103,20 @@ class Paired:
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compares scores of the same problems, [problems, seeds of the first] and [problems, seeds of the second], 0 or 1.
+    """Compares the scores of two runs on the same problems.
 
-    The interval is Bonett and Price's: two problems are added, one won and one lost, so that it has a width even when
-    nothing changed.
+    The interval is that of Bonett and Price: two problems are added, one gained and one lost, so that the interval has
+    a positive width even if no score changed.
 
-    Raises: ValueError for different problems or none.
+    Args:
+      first, second: scores of 0 or 1, float [problems, seeds of the run], with the problems in the same order.
+
+    Raises: ValueError if the numbers of problems differ or are 0, or if a score is outside 0..1.
     """
     first, second = _checked(first), _checked(second)
     if len(first) != len(second):
-        raise ValueError(f"the runs have {len(first)} and {len(second)} problems; pair them first")
-    # Whole numbers: score differences in units of 1 / (seeds * seeds).
+        raise ValueError(f"the runs have {len(first)} and {len(second)} problems; pass the problems that both have")
+    # Differences of scores as integers, in units of 1 / (seeds of the first * seeds of the second).
     unit = first.shape[1] * second.shape[1]
     change = np.rint(second.sum(axis=1) * first.shape[1] - first.sum(axis=1) * second.shape[1]).astype(np.int64)
     padded = np.concatenate([change / unit, [1.0, -1.0]])
@@ -122,9 +132,10 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
 
 def _sign_flip(change: np.ndarray) -> float:
-    """P(|sum of the changes with random signs| >= |their sum|), exactly.
+    """Returns the exact probability that |sum of the changes with random signs| >= |sum of the changes|.
 
-    Changes of one size add up to size * (2 * k - count) with k binomial; sizes are independent of each other.
+    The sum over the changes of one size is size * (2 * k - count) with a binomial k. Sums of different sizes are
+    independent, so their distributions are convolved.
     """
     sizes, counts = np.unique(np.abs(change[change != 0]), return_counts=True)
     chance = np.ones(1)
@@ -141,5 +152,5 @@ def _checked(scores: np.ndarray) -> np.ndarray:
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores have shape {scores.shape}; expected [problems, seeds] with at least one of each")
     if not (np.all(scores >= 0) and np.all(scores <= 1)):
-        raise ValueError("scores must lie in 0..1")
+        raise ValueError(f"scores lie in {scores.min()}..{scores.max()}, but must lie in 0..1")
     return scores
