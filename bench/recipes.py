@@ -21,7 +21,7 @@ from dream_jax.plan import PlanSettings, make_plan
 from dream_jax.trainer.recipes import Recipe, names, read_recipe
 
 FOLDER = report.REPOSITORY / "recipes"
-MARK = "# What it would take; written by bench/recipes.py."
+MARK = "# Plans for some hardware; written by bench/recipes.py."
 
 # What changes with the hardware, by recipe and topology. One H100 has no room for a second copy of all gradients, which
 # accumulation needs: full fine-tuning there takes batches as large as fit at once, and more steps of a smaller rate.
