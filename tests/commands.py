@@ -1,4 +1,4 @@
-"""The scripts at the top of the repository, run within the test's process or in one of their own."""
+"""Runs the scripts of the repository, in the process of the test or in a new process."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Finished(typing.NamedTuple):
-    """What a script has said, and its exit status."""
+    """The exit status of a script, and all that it wrote to stdout and stderr."""
 
     returncode: int
     stdout: str
@@ -21,11 +21,11 @@ class Finished(typing.NamedTuple):
 
 
 def run_script(script: str, *arguments: object) -> Finished:
-    """Runs `script` as `python script arguments` would, in this process: a new one takes seconds to import everything."""
+    """Runs `python script arguments` in this process, which saves the seconds that a new process needs for imports."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(unittest.mock.patch.object(sys, "argv", [script, *map(str, arguments)]))
-        # As Python does for a script, whose neighbours may be imported.
+        # Python puts the folder of a script first on sys.path, so that the script can import its neighbours.
         stack.enter_context(unittest.mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -40,6 +40,9 @@ def run_script(script: str, *arguments: object) -> Finished:
 
 
 def start_script(script: str, *arguments: object, **options: typing.Any) -> subprocess.Popen[str]:
-    """Starts `python script arguments` in the repository's folder; unless told otherwise stderr comes with stdout."""
+    """Starts `python script arguments` in the folder of the repository.
+
+    stdout is a pipe, to which stderr is written too; `options` are those of `subprocess.Popen`, and override this.
+    """
     defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=ROOT, text=True, **defaults | options)

@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, strict dtype promotion, checked shapes, no network."""
+"""Sets up every test session: eight CPU devices, strict dtype promotion, checked shapes, no network."""
 
 import gc
 import importlib.util
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before jax is imported. A test session on an accelerator says so: JAX_PLATFORMS=cuda make test.
+# These variables must be set before jax is imported. To test on an accelerator: JAX_PLATFORMS=cuda make test.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once, with a clear message
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that tries to download fails at once, with a clear message
 
-# Tests spend most of their time in XLA's compiler: it optimises less here, and what it has compiled is kept, for the other
-# workers, for the processes that tests start and for the next run (docs/testing.md).
-# DREAM_JAX_XLA=default (make test-optimised) compiles as users do.
+# Tests spend most of their time in the XLA compiler. Here it optimises less, and compiled programs are cached on the
+# disk for the other workers, for the processes that tests start and for the next session (docs/testing.md).
+# DREAM_JAX_XLA=default (make test-optimised) compiles with the default options, as for users.
 TESTS = Path(__file__).parent
 PROGRAMS = TESTS.parent / ".pytest_cache" / "programs"
 if os.environ.get("DREAM_JAX_XLA", "fast") == "fast":
@@ -33,11 +33,12 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# int32 + float32 and the like are errors: a silent promotion doubles the memory of what it touches.
+# An operation that mixes types, such as int32 + float32, is an error, because a silent promotion may double the memory.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Before dream_jax is imported: in these modules, whose annotations have shapes, they are checked at every call (under jit,
-# at every trace). By beartype: typeguard 4, which tyro asks for, fails at the "B T" of a postponed annotation.
+# In these modules, whose annotations have shapes, the annotations are checked at every call (under jit, at every
+# trace). The hook must be installed before dream_jax is imported. It uses beartype, because typeguard 4 (a dependency
+# of tyro) fails at shapes such as "B T" in postponed annotations.
 SHAPED = ["masks", "schedule", "decoding", "sharding", "attention", "model", "objective", "hf", "lora"]
 SHAPED += ["optimizer", "train_step", "sampler", "quantisation"]
 CHECKED = importlib.util.find_spec("beartype") is not None
@@ -46,23 +47,23 @@ if CHECKED:
 
 from dream_jax.distributed import provide_cpu_devices  # noqa: E402 - after the hook
 
-provide_cpu_devices(8)  # before the first device is asked for, which fixes their number
+provide_cpu_devices(8)  # jax fixes the number of devices when the first one is used
 
 
 def pytest_report_header() -> str:
-    """One line at the top of every report."""
+    """Returns the line at the top of every report, which says whether shapes are checked."""
     return f"shapes: {'checked at every call' if CHECKED else 'NOT checked, beartype is not installed'}"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Old programs go when they take too much of the disk: those of code that has changed since are never read again."""
+    """Removes the cached programs if they take more than 4 GB: many are of code that has changed since."""
     if "PYTEST_XDIST_WORKER" not in os.environ and PROGRAMS.is_dir():
         size = sum(entry.stat().st_size for entry in os.scandir(PROGRAMS))
         if size > 4e9:
             shutil.rmtree(PROGRAMS)
 
 
-# Files that take minutes, the longest first: begun last they would hold up the end of a run by several workers.
+# Test files that take minutes, the longest first. If a worker started one of them last, the other workers would wait.
 LONG = ("sampler", "interruptions", "trainer", "sampler_blocks", "mask_family", "adapters", "run_report", "optimizer")
 LONG += ("train_step", "lora", "mask_study", "docs", "examples", "evaluation_run", "inference", "sampler_stream")
 LONG += ("sampler_control", "export", "sample_cli", "attention_backends", "trained_mask", "skipped_steps", "objective")
@@ -70,25 +71,25 @@ LONG += ("model", "checkpoint", "autoregressive", "hf", "plan", "evaluation_harn
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others as they come."""
+    """Moves the files in `LONG` to the beginning; the other files keep their order."""
     rank = {f"test_{name}": number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))  # stable: within a file nothing moves
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))  # a stable sort: tests keep their order in a file
 
 
-# Linux allows a process 65530 memory maps (vm.max_map_count), and a compiled program holds five to several hundred.
-# A worker that kept all of its programs would crash in the compiler, in whichever test came then.
+# Linux allows 65530 memory maps per process (vm.max_map_count), and a compiled program has five to several hundred. A
+# worker that never dropped a program would crash in the compiler, in an arbitrary test.
 MOST_MAPS = 40_000
 
 
 def forget_programs() -> None:
-    """Drops the compiled programs of this process; the cache on the disk keeps them."""
+    """Drops the compiled programs from the memory of this process; they remain in the cache on the disk."""
     jax.clear_caches()
     gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_file() -> Iterator[None]:
-    """Drops the programs of a file at its end: hardly one of them serves another file."""
+    """Drops the compiled programs after each test file, because other files use hardly any of them."""
     yield
     forget_programs()
 
@@ -98,7 +99,7 @@ _tests_done = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def enough_maps() -> Iterator[None]:
-    """Drops them amid a file too, should there be very many."""
+    """Drops the compiled programs also within a file if the process has more than `MOST_MAPS` memory maps."""
     yield
     maps = Path("/proc/self/maps")
     if next(_tests_done) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
@@ -107,7 +108,7 @@ def enough_maps() -> Iterator[None]:
 
 @pytest.fixture
 def compiled_anew() -> Iterator[None]:
-    """For tests of how long compiling takes: nothing is read from the cache, nor written to it."""
+    """Switches off the cache of compiled programs, for tests that measure the time of compilation."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
@@ -117,7 +118,7 @@ def compiled_anew() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """As users run: only the project's own checks refuse, not those of the annotations."""
+    """Switches off the checks of shapes in annotations, so that only the checks of the project raise, as for users."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -125,7 +126,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the nano model (tests/shared_run.py): to be read, or copied."""
+    """The folder of a finished run of the nano model (tests/shared_run.py); tests must not change it."""
     import shared_run
 
     return shared_run.make_once(shared_run.session_folder(tmp_path_factory))
@@ -133,17 +134,17 @@ def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Tiny checkpoints in the published layout, and the numbers the published code gives on them."""
+    """The folder of tiny checkpoints in the published layout, with the numbers that the published code computes."""
     return TESTS / "golden"
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Files of the published model and of data sets that are not part of the project."""
+    """The folder DREAM_JAX_ASSETS, with published model files and data sets; without it, the test is skipped."""
     named = os.environ.get("DREAM_JAX_ASSETS")
     if not named:
         pytest.skip("DREAM_JAX_ASSETS does not name the folder with the published files")
     path = Path(named)
-    if not path.is_dir():  # a typo must not silently skip tests
+    if not path.is_dir():  # the test fails, because a typing error must not skip tests without notice
         pytest.fail(f"DREAM_JAX_ASSETS={named} is not a folder")
     return path

@@ -1,8 +1,8 @@
-"""Deliberate faults, at least one a module, that the default tests must notice: `python tests/faults.py [NAME ...]`.
+"""Makes deliberate faults in the code, which the default tests must notice: `python tests/faults.py [NAME ...]`.
 
-Each fault is a text that occurs exactly once in a file (tests/test_suite.py checks that) and another in its place. The
-script makes the change in a copy of the tracked files, runs the tests named beside it as `make test` would, and says
-whether they failed. docs/testing.md lists them.
+A fault replaces a text that occurs exactly once in a file (tests/test_suite.py checks this) by another text. The script
+makes the change in a copy of the tracked files, runs the tests that belong to the fault as `make test` does, and prints
+whether they failed. docs/testing.md lists the faults.
 """
 
 import argparse
@@ -21,7 +21,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Fault(NamedTuple):
-    """What is wrong, in which file, the text and what stands in its place, and the arguments of the pytest that notices."""
+    """One deliberate fault.
+
+    Attributes:
+      name: the module, and what the fault makes wrong.
+      path: file that is changed, relative to the repository.
+      text: text that is replaced; it occurs exactly once in the file.
+      instead: text that replaces it.
+      tests: arguments of pytest that select the tests which must fail.
+    """
 
     name: str
     path: str
@@ -39,28 +47,28 @@ FAULTS = (
         "tests/test_model.py -k every_parameter_matters",
     ),
     Fault(
-        "model: the rotation turns the wrong way",
+        "model: the rotary embedding has a wrong sign",
         "dream_jax/model.py",
         "second * cos + first * sin",
         "second * cos - first * sin",
         "tests/test_model.py -k rotary",
     ),
     Fault(
-        "attention: scores are not scaled by the width of a head",
+        "attention: scores are not divided by the square root of the head dimension",
         "dream_jax/attention/xla.py",
         "scale = q_BTNH.shape[-1] ** -0.5",
         "scale = 1.0",
         "tests/test_attention.py",
     ),
     Fault(
-        "masks: causal the other way round",
+        "masks: a causal mask shows later tokens, not earlier ones",
         "dream_jax/masks/order.py",
         "return _keys(num_keys) <= ",
         "return _keys(num_keys) >= ",
         "tests/test_masks.py -k drawing",
     ),
     Fault(
-        "masks: padding is seen and tokens are hidden",
+        "masks: padding may be attended to, and valid tokens are hidden",
         "dream_jax/masks/rows.py",
         "return jnp.asarray(self.valid_BS)[:, None, :]",
         "return ~jnp.asarray(self.valid_BS)[:, None, :]",
@@ -81,28 +89,28 @@ FAULTS = (
         "tests/test_objective.py -k test_loss",
     ),
     Fault(
-        "objective: CART's weight counts both sides in full",
+        "objective: CART's weight counts the tokens of both sides in full",
         "dream_jax/objective.py",
         "return 0.5 * self.geometric_p * (",
         "return self.geometric_p * (",
         "tests/test_objective.py -k test_weights",
     ),
     Fault(
-        "train step: the denominator is that of a microbatch's rows",
+        "train step: the loss is divided by all positions, not by the masked ones",
         "dream_jax/train_step.py",
         "normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)",
         "normalizer = jnp.float32(masked_BT.size)",
         "tests/test_train_step.py -k adamw_by_hand",
     ),
     Fault(
-        "schedule: counts are rounded, not cut off",
+        "schedule: counts are rounded to the nearest integer, not down",
         "dream_jax/schedule.py",
         "jnp.floor(",
         "jnp.round(",
         "tests/test_schedule.py -k counts",
     ),
     Fault(
-        "decoding: the least confident first",
+        "decoding: the least confident positions are written first",
         "dream_jax/decoding/choosing.py",
         "jnp.lexsort((-confidence_BM",
         "jnp.lexsort((confidence_BM",
@@ -123,7 +131,7 @@ FAULTS = (
         "tests/test_sampler_blocks.py -k full_pass_every_time",
     ),
     Fault(
-        "sampler: a confidence equal to the threshold is not enough",
+        "sampler: a token whose confidence is equal to the threshold is not written",
         "dream_jax/sampler/rules.py",
         "return sorted_BM >= value\n",
         "return sorted_BM > value\n",
@@ -144,14 +152,14 @@ FAULTS = (
         "tests/test_optimizer.py -k no_bias",
     ),
     Fault(
-        "lora: the correction is not divided by the rank",
+        "lora: the product of the adapter is not divided by the rank",
         "dream_jax/lora.py",
         "linear.lora_alpha / rank * jnp.matmul",
         "linear.lora_alpha * jnp.matmul",
         "tests/test_lora.py -k merged_is",
     ),
     Fault(
-        "quantisation: one scale for a row, not for each block of it",
+        "quantisation: a row has one scale, not one for each block",
         "dream_jax/quantisation.py",
         "scales = jnp.max(jnp.abs(blocks), axis=-1)",
         "scales = jnp.broadcast_to(jnp.max(jnp.abs(blocks), axis=(-2, -1))[..., None], blocks.shape[:-1])",
@@ -172,14 +180,14 @@ FAULTS = (
         "tests/test_tokenizer.py -k byte_ids",
     ),
     Fault(
-        "tokenizer: the turn that is to be written is the user's",
+        "tokenizer: a chat prompt ends with the start of a user turn, not of an assistant turn",
         "dream_jax/tokenizer.py",
         'ids += [self.im_start_id, *b"assistant\\n"]',
         'ids += [self.im_start_id, *b"user\\n"]',
         "tests/test_tokenizer.py -k byte_chat",
     ),
     Fault(
-        "data: one end-of-text token too many",
+        "data: a row is filled with one end-of-text token too many",
         "dream_jax/data/layout.py",
         "self._lengths.response[rows] + self._options.eos_tail",
         "self._lengths.response[rows] + self._options.eos_tail + 1",
@@ -200,21 +208,21 @@ FAULTS = (
         "tests/test_checkpoint.py -k damaged_newest_step",
     ),
     Fault(
-        "trainer: a run that is resumed begins its data anew",
+        "trainer: a resumed run starts again at the beginning of its data",
         "dream_jax/trainer/steps.py",
         'run.batches.set_state(meta["data"])',
         "pass",
         "tests/test_trainer.py -k with_an_unfinished_run",
     ),
     Fault(
-        "trainer: the cost is that of the last segment only",
+        "trainer: the cost counts the last segment of a run only",
         "dream_jax/trainer/cost.py",
         "chip_hours = sum(hours)",
         "chip_hours = hours[-1]",
         "tests/test_run_report.py -k cost_of_a_run",
     ),
     Fault(
-        "evaluation: the interval is one of 90 %, not of 95 %",
+        "evaluation: the confidence interval covers 90 %, not 95 %",
         "dream_jax/evaluation/statistics.py",
         "scipy.stats.norm.ppf(0.975)",
         "scipy.stats.norm.ppf(0.95)",
@@ -235,14 +243,14 @@ FAULTS = (
         "tests/test_evaluation_judges.py -k test_numbers",
     ),
     Fault(
-        "plan: the work of attention is forgotten",
+        "plan: the FLOPs of attention are not counted",
         "dream_jax/plan/arithmetic.py",
         "(products + attention + head)",
         "(products + head)",
         "tests/test_plan.py -k flops_of_a_token",
     ),
     Fault(
-        "flops: the work of an adapter is forgotten",
+        "flops: the FLOPs of an adapter are not counted",
         "dream_jax/flops.py",
         "matrices = each * layers + 6 * adapter",
         "matrices = each * layers",
@@ -252,7 +260,7 @@ FAULTS = (
 
 
 def wrong_places(root: pathlib.Path) -> list[str]:
-    """The faults whose text does not stand exactly once in its file, with how often it does."""
+    """Returns one message for each fault whose text does not occur exactly once in its file."""
     found = []
     for fault in FAULTS:
         path = root / fault.path
@@ -263,13 +271,13 @@ def wrong_places(root: pathlib.Path) -> list[str]:
 
 
 def table() -> str:
-    """The table of docs/testing.md."""
+    """Returns the Markdown table of the faults for docs/testing.md."""
     rows = [f"| {fault.name} | `{fault.path}` | `{fault.tests}` |" for fault in FAULTS]
     return "\n".join(["| fault | in | noticed by |", "| --- | --- | --- |", *rows]) + "\n"
 
 
 def copy_tree(target: pathlib.Path) -> None:
-    """The tracked files, as they are on the disk."""
+    """Copies the tracked files, with their present contents on the disk, into the folder `target`."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -278,11 +286,15 @@ def copy_tree(target: pathlib.Path) -> None:
 
 
 def try_out(fault: Fault, tree: pathlib.Path) -> tuple[int, str]:
-    """Exit status and last lines of the named tests with this fault in a copy of the tree, which is whole again after."""
+    """Runs the tests of a fault in `tree`, a copy of the repository, and then restores the changed file.
+
+    Returns:
+      The exit status of pytest, and the last three lines of its output.
+    """
     path = tree / fault.path
     content = path.read_text()
     path.write_text(content.replace(fault.text, fault.instead))
-    # Compiled programs are shared with the tests of the tree itself: most are the same.
+    # The tests share the compiled programs of the repository, because most programs are the same.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "programs")}
     try:
@@ -295,11 +307,11 @@ def try_out(fault: Fault, tree: pathlib.Path) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Prints a line a fault; 0 when each was noticed."""
+    """Prints one line per fault. Returns 0 if all faults were noticed, 1 if not, and 2 if the list has errors."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="parts of names; without any, all faults")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
-    parser.add_argument("--table", action="store_true", help="only print the table of docs/testing.md")
+    parser.add_argument("names", nargs="*", help="substrings of the names of faults; by default all faults")
+    parser.add_argument("--jobs", type=int, default=1, help="number of faults that are tried at the same time")
+    parser.add_argument("--table", action="store_true", help="only print the table for docs/testing.md")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(), end="")
@@ -324,7 +336,8 @@ def main() -> int:
 
         with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
             for fault, code, said, seconds in pool.map(visit, chosen):
-                # 1: tests failed. 0: none did. Anything else, 5 (no such test) say, is an error of this list.
+                # pytest returns 1 if tests failed and 0 if none failed. Any other status, such as 5 (no test selected),
+                # is an error in this list.
                 verdict = {0: "NOT CAUGHT", 1: "caught"}.get(code, f"ERROR {code}")
                 missed += code != 1
                 print(f"{verdict:10}  {fault.name}  [{fault.tests}]  {seconds:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""Parameters of a test that only `make test-all` runs."""
+"""Marks parameters of a test that only `make test-all` uses."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ import pytest
 
 
 def slow(*values: Any, **options: Any) -> Any:
-    """One set of a test's parameters, marked slow: others of the same test protect most of what it does."""
+    """Returns one set of parameters, marked slow. The test needs other sets too, so that the default tests run it."""
     return pytest.param(*values, marks=pytest.mark.slow, **options)

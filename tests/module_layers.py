@@ -1,7 +1,6 @@
-"""Reads the imports of the project with `ast`, and derives from them which module may come before which.
+"""Reads the imports of the project with `ast`, without importing it, and derives the order of its modules from them.
 
-Nothing of the project is imported. `python tests/module_layers.py` writes the table of the layers into every page of
-docs/ that has a place for it.
+`python tests/module_layers.py` writes the table of the layers into every page of docs/ that has the marks for it.
 """
 
 import ast
@@ -15,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dream_jax"
 
-# From the bottom up. A module is a file of dream_jax or a folder of files; its rank is not written here, but derived from
-# the imports. A new module goes into the lowest layer that has everything it imports in or below it.
+# The layers from the bottom up. A module is a file of dream_jax or a folder of files; its rank is derived from the
+# imports. A new module belongs to the lowest layer such that all modules that it imports are in this layer or below.
 LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("config", "shapes", "chips", "target"),
     "basics": (
@@ -42,12 +41,12 @@ ABOUT_LAYERS = {
     "applications": "a frozen dataclass of settings, wiring, printing",
 }
 
-FACADE = "__init__"  # dream_jax/__init__.py: the public exports. It may import any module, and no module imports it.
+FACADE = "__init__"  # dream_jax/__init__.py has the public exports: it may import any module, but no module imports it
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported dotted name, and the line where it stands."""
+    """One imported dotted name, and the number of the line that imports it."""
 
     name: str
     line: int
@@ -60,13 +59,18 @@ def _import_statements(text: str) -> list[ast.Import | ast.ImportFrom]:
 
 @dataclass(frozen=True)
 class Sources:
-    """Source texts by dotted name; a folder's `__init__.py` has the folder's name."""
+    """The source texts of Python files, by dotted name; the name of an `__init__.py` is the name of its folder.
+
+    Attributes:
+      texts: text of each file.
+      folders: dotted names of the files that are an `__init__.py`.
+    """
 
     texts: Mapping[str, str]
     folders: frozenset[str] = field(default_factory=frozenset)
 
     def imports(self, name: str) -> Iterator[Import]:
-        """Every module that a file imports, inside functions too, as the longest dotted name that is a file here."""
+        """Yields all imports of a file, also those in functions, by the longest dotted name that is in `texts`."""
         parents = name.split(".") if name in self.folders else name.split(".")[:-1]
         for node in _import_statements(self.texts[name]):
             if isinstance(node, ast.Import):
@@ -80,12 +84,12 @@ class Sources:
                     yield Import(longer if longer in self.texts else base, node.lineno)
 
     def graph(self) -> dict[str, set[str]]:
-        """The imports among these files, as edges from a file to those it imports."""
+        """Returns for each file the set of the other files in `texts` that it imports."""
         return {name: {one.name for one in self.imports(name)} & self.texts.keys() - {name} for name in self.texts}
 
 
 def read_sources(paths: Iterable[Path], root: Path = ROOT) -> Sources:
-    """The files at these paths, named relative to `root`."""
+    """Reads the files at these paths; their dotted names are relative to `root`."""
     texts, folders = {}, set()
     for path in paths:
         parts = path.relative_to(root).with_suffix("").parts
@@ -97,24 +101,24 @@ def read_sources(paths: Iterable[Path], root: Path = ROOT) -> Sources:
 
 
 def package_sources() -> Sources:
-    """All of dream_jax."""
+    """Returns the sources of all files of dream_jax."""
     return read_sources(sorted((ROOT / PACKAGE).rglob("*.py")))
 
 
 def application_sources() -> Sources:
-    """The scripts at the top level and the folders beside the package, tests left out."""
+    """Returns the sources of the scripts at the top level and of the folders beside the package, without tests."""
     folders = ("convert", "mask_study", "bench", "examples")
     nested = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return read_sources(sorted([*ROOT.glob("*.py"), *nested]))
 
 
 def module_of(name: str) -> str:
-    """`dream_jax.sampler.loop` -> `sampler`; the package itself is the facade."""
+    """Returns the module of a dotted name: `sampler` for `dream_jax.sampler.loop`, `FACADE` for `dream_jax`."""
     return name.split(".")[1] if "." in name else FACADE
 
 
 def module_graph(sources: Sources) -> dict[str, set[str]]:
-    """The imports among modules of dream_jax, the facade left out."""
+    """Returns for each module of dream_jax, except the facade, the set of the other modules that it imports."""
     graph: dict[str, set[str]] = {module_of(name): set() for name in sources.texts if name != PACKAGE}
     for name, imported in sources.graph().items():
         if name != PACKAGE:
@@ -123,10 +127,10 @@ def module_graph(sources: Sources) -> dict[str, set[str]]:
 
 
 def ranks(graph: Mapping[str, set[str]]) -> dict[str, int]:
-    """For each node the length of the longest chain of imports below it: 0 for one that imports none of the others.
+    """Returns for each node the length of its longest chain of imports; 0 for a node that imports no other node.
 
     Raises:
-      ValueError: there is a circle; the message names it.
+      ValueError: some nodes import each other in a circle; the message names them.
     """
     found: dict[str, int] = {}
 
@@ -144,7 +148,7 @@ def ranks(graph: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def reachable(graph: Mapping[str, set[str]], start: Iterable[str]) -> set[str]:
-    """The start nodes and everything that they import, directly or not."""
+    """Returns the start nodes and all nodes that they import, directly or indirectly."""
     found: set[str] = set()
     waiting = list(start)
     while waiting:
@@ -159,7 +163,7 @@ _MARK = re.compile(r"(<!-- module_layers\.py writes: layers -->\n)(.*?)(<!-- end
 
 
 def layer_table() -> str:
-    """The layers as a Markdown table, from the top down, each module with its derived rank."""
+    """Returns the layers as a Markdown table, from the top down, in which each module has its derived rank."""
     derived = ranks(module_graph(package_sources()))
     lines = ["| layer | modules, each with its rank | what it is about |", "| --- | --- | --- |"]
     folders = ("convert", "mask_study", "bench", "examples")
@@ -178,12 +182,12 @@ def layer_table() -> str:
 
 
 def pages_with_table() -> list[Path]:
-    """Pages of docs/ that have a marked place for the table."""
+    """Returns the pages of docs/ that have the marks between which the table is written."""
     return [path for path in sorted((ROOT / "docs").glob("*.md")) if _MARK.search(path.read_text(encoding="utf-8"))]
 
 
 def fill(text: str, table: str) -> str:
-    """The page's text with the table between its marks."""
+    """Returns the text of a page with the table between its marks."""
     return _MARK.sub(lambda found: found[1] + table + found[3], text)
 
 

@@ -1,9 +1,9 @@
-"""Makes the folder of compiled programs safe to share between processes, also between processes that are killed.
+"""Makes the folder of compiled programs safe for several processes, even if some of them are killed.
 
-jax writes a program straight into its file, so a reader, or a kill, may find half of one. Here a program is written beside
-it and then renamed. jax imports every module of the namespace package `jax_plugins` and calls its `initialize` before it
-compiles anything: in the workers of pytest, and in the processes that tests start (tests/conftest.py puts this folder on
-PYTHONPATH).
+jax writes a program directly into its file, so another process may read an incomplete program, and a kill may leave one
+behind. This module writes the program to a temporary file, which it then renames. Before jax compiles anything, it
+imports every module of the namespace package `jax_plugins` and calls its `initialize`: in the workers of pytest, and in
+the processes that tests start (tests/conftest.py puts this folder on PYTHONPATH).
 """
 
 import os
@@ -11,7 +11,7 @@ import threading
 
 
 def initialize() -> None:
-    """Replaces how jax's file cache writes."""
+    """Replaces the method of jax's file cache that writes a program."""
     from jax._src import lru_cache
 
     def put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
