@@ -75,8 +75,7 @@ def hardware() -> dict[str, Any]:
 
 def spread(settings: StudySettings, console: Console) -> None:
     """Starts the workers and waits for them; if one fails, ends the others and raises RuntimeError."""
-    # Each worker is bound to one core before jax counts the cores, because a second core would not help so small a
-    # model.
+    # Each worker is bound to one core before jax counts the cores, as a second core does not help a small model.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = []
     for number in range(settings.processes):

@@ -241,6 +241,7 @@ class DreamTokenizer:
         self.im_end_id = self._special("<|im_end|>")
 
     def _named(self, role: str) -> int:
+        """Returns the id of the special token with a role in the files, such as "mask_token"."""
         text = self._stock.special_tokens_map.get(role)
         if text is None:
             raise ValueError(

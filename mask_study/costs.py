@@ -21,7 +21,7 @@ from dream_jax.sampler import SamplerConfig, WindowCache, generate
 from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
 from mask_study.variants import VARIANTS
 
-ROWS, TOKENS = 4, 512  # of a training batch
+ROWS, TOKENS = 4, 512  # number of rows and of tokens per row of a training batch
 NEW, BLOCK = 128, 32  # number of tokens of each prompt and of each answer, and of a block of the answer
 _REPEATS = 5
 

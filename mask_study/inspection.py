@@ -117,6 +117,7 @@ def _statistics(
     fixed = tuple(map(cut, (full_BTS, kinds_BTQ, positions_BT)))
 
     def layer_sums(layer: Layer, x_BTD: jax.Array) -> jax.Array:
+        """Returns the sums of the statistics in one layer, [N, kinds, statistics]."""
         normal_BTD = layer.attn_norm(x_BTD)
         q_BTKGH = rotate(layer.attn.q(normal_BTD), turn).reshape(batch, length, -1, groups, config.head_dim)
         k_BSKH = rotate(layer.attn.k(normal_BTD), turn)

@@ -126,7 +126,7 @@ def write_in_order(model: Dream, prompts_BP: np.ndarray, order_BN: np.ndarray, w
     """
     width = order_BN.shape[1]
     if not np.array_equal(np.sort(order_BN, axis=1), np.broadcast_to(np.arange(width), order_BN.shape)):
-        raise ValueError(f"{order_BN=} does not name each of {width} positions once in each row")
+        raise ValueError(f"{order_BN=} must have each of {width} positions once in each row")
     canvas_BT = np.pad(prompts_BP, ((0, 0), (0, width)), constant_values=model.config.mask_token_id)
     allowed_V = np.arange(model.config.vocab_size) < words.vocab_limit
     allowed_V[words.mask_id] = False

@@ -83,8 +83,7 @@ class StudyPlan:
         return max(1, round(self.length * TASKS[task].steps))
 
     def runs(self) -> list[StudyRun]:
-        """Returns the runs of the plan in the order in which they are made, without those that `_is_informative`
-        excludes.
+        """Returns the runs in the order in which they are made, without those that `_is_informative` excludes.
 
         The variants that differ only in the mask come first, so that a study that is stopped early can already compare
         the masks. Within each group all runs of seed 0 come first, then those of seed 1, and so on.
@@ -192,12 +191,14 @@ class Study:
         return trained.seconds
 
     def _settings(self, run: StudyRun) -> dict[str, int]:
+        """Returns the settings that results must have been made with to belong to the plan."""
         return {"steps": self.plan.steps(run.task), "batch": BATCH, "test_rows": self.plan.test_rows}
 
     def _path(self, run: StudyRun) -> pathlib.Path:
         return self.folder / "runs" / run.file
 
     def _read(self, run: StudyRun) -> dict[str, Any] | None:
+        """Returns the results of a run from its file or from `runs.jsonl`, or None if there are none."""
         path = self._path(run)
         if not path.is_file():
             return self._packed.get(run)
@@ -253,7 +254,7 @@ class Study:
         """
         rows = list(self.rows())
         if not rows:
-            raise ValueError(f"{self.folder} has no run of this plan yet")
+            raise ValueError(f"{self.folder} has no finished run of this plan; make the runs first")
         written = [write_table(self.folder / RESULTS, rows), write_table(self.folder / SUMMARY, summarise(rows))]
         different = differences(rows)
         if different:

@@ -112,7 +112,9 @@ def train(task: StudyTask, variant: Variant, seed: int, steps: int, *, batch: in
     found = np.array(jax.device_get(nll))
     seconds = time.perf_counter() - begun
     if not np.isfinite(found).all():
-        raise FloatingPointError(f"{task.name} under {variant.name!r}, seed {seed}: the loss became {found[-1]}")
+        raise FloatingPointError(
+            f"{task.name} under {variant.name!r}, seed {seed}: a loss is not finite, the last is {found[-1]}"
+        )
     model = merge_params(graphdef, state.params)
     model.trained_mask = variant.mask
     pieces = np.array_split(found, min(20, steps))

@@ -49,7 +49,7 @@ class Variant:
     def __post_init__(self) -> None:
         masks.parse(self.mask)
         if self.weight not in _WEIGHTS:
-            raise ValueError(f"{self.weight=} is not one of {sorted(_WEIGHTS)}")
+            raise ValueError(f"weight={self.weight!r} is not one of {sorted(_WEIGHTS)}")
 
     def loss_weight(self) -> LossWeight:
         """Returns the loss weight with the name `weight`."""

@@ -95,7 +95,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         directory("train.jsonl"),
         r"no test\.jsonl, .* in .*data; .* or give the path of one file",
     ),
-    "two train files": (directory("train.jsonl", "train.json"), "which is the train split\\? Give one of them"),
+    "two train files": (
+        directory("train.jsonl", "train.json"),
+        "only one can be the train split; give the path of one of them",
+    ),
     "broken saved data set": (
         lambda folder: content(b"{}", "dataset_info.json")(folder).parent,
         "cannot be read as a saved dataset",

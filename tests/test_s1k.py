@@ -203,7 +203,7 @@ def test_a_test_split_that_is_there_is_taken(tmp_path: Path) -> None:
             f"{split}{n}" for n in range(4)
         ]
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match="which is the train split"):
+    with pytest.raises(ValueError, match="only one can be the train split"):
         open_source(tmp_path)
 
 

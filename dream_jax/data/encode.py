@@ -14,6 +14,7 @@ from dream_jax.data.options import EncodeOptions, LengthPolicy
 from dream_jax.data.rows import Piece, Row
 from dream_jax.tokenizer import Tokenizer, turn_text
 
+# The reasons why a length policy drops a row.
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt, answer and end token longer than max_length"
 ALL_PROMPT = "prompt alone fills max_length"

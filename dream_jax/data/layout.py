@@ -146,6 +146,7 @@ class BatchPlanner:
         )
 
     def _plan(self, batch: int) -> BatchPlan:
+        """Returns the plan of a whole batch whose rows affect the layout of each other."""
         size, options = self._batch_size, self._options
         # `cut_responses` needs rows in random order: if rows of nearly equal length were put together, cutting all of
         # them to the text length of one row would remove little more than their end tokens.

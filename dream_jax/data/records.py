@@ -98,8 +98,8 @@ def split_files(directory: Path, split: str) -> list[Path]:
         found = whole + shards
         if len(whole) > 1 or (whole and shards):
             raise ValueError(
-                f"{folder} has {', '.join(path.name for path in found)}: which is the {split} split? "
-                "Give one of them as the file"
+                f"{folder} has {', '.join(path.name for path in found)}, but only one can be the {split} split; "
+                "give the path of one of them"
             )
         if found:
             return found
@@ -141,11 +141,13 @@ def hub_splits(hub_id: str) -> dict[str, Iterable[Record]]:
 
 
 def _by_split(found: Any, name: str) -> dict[str, Iterable[Record]]:
+    """Returns split -> records of a data set or a dict of data sets; a single data set is the split "train"."""
     splits = found if isinstance(found, Mapping) else {"train": found}
     return {str(split): _numbered(rows, f"{name}, {split}") for split, rows in splits.items()}
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]], name: str, start: int = 1) -> Iterator[Record]:
+    """Yields the rows as records with the locations "NAME:row N", from N = start on."""
     return ((f"{name}:row {number}", _without_nulls(row)) for number, row in enumerate(rows, start=start))
 
 
@@ -154,6 +156,7 @@ def _without_nulls(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_line(raw: bytes, where: str, *, first: bool) -> dict[str, Any]:
+    """Returns the JSON object of one line; only the first line of a file may begin with a byte order mark."""
     try:
         line = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -182,7 +185,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({_first_line(error)}); get the file again") from error
     if start == 1:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: no rows; the parquet file is empty")
 
 
 def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:

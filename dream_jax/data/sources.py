@@ -125,6 +125,7 @@ def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowLi
 
 
 def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
+    """Returns the rows of one split of a file, of a directory with data files, or of a saved data set."""
     if not path.is_dir():
         return hold_out(read_rows(path, options), split, str(path), options.held_out)
     if records.is_saved_dataset(path):
@@ -144,6 +145,7 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
 
 
 def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
+    """Returns the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
     if "train" not in splits:
         raise ValueError(f"{name} has the splits {sorted(splits)}, but needs one with the name train")
     rows = _rows(splits[split if "test" in splits else "train"], options, name)
@@ -166,7 +168,7 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
         why = "has only one prompt" if share else "is used for training only (held_out=0)"
         raise ValueError(
             f"{name} {why}, so no test split can be held out; give a directory with "
-            "train.jsonl and test.jsonl, or evaluate on no rows"
+            "train.jsonl and test.jsonl, or use no test rows (--eval-rows 0)"
         )
     side = [rows[index] for index, value in enumerate(by_prompt) if (value in held) == (split == "test")]
     return RowList(side, rows.intake)

@@ -147,6 +147,7 @@ class SudokuSource:
         return grid, int(masks[bits % len(masks)])
 
     def _draw_distinct(self) -> list[tuple[int, int]]:
+        """Returns (grid, shown cells) of each test puzzle, all different; draws again if a puzzle repeats."""
         drawn: dict[tuple[int, int], None] = {}
         for index in range(self._size):
             for attempt in range(1000):
