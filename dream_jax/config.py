@@ -36,7 +36,7 @@ _SWITCHES: Mapping[str, tuple[Any, ...]] = {
 }
 
 # Keys of config.json that do not change what the model computes from its weights. sliding_window and max_window_layers
-# have an effect only with use_sliding_window, which _SWITCHES allows only to be false.
+# have an effect only if use_sliding_window is true, which _SWITCHES refuses.
 _IGNORED_KEYS = frozenset(
     {
         "_name_or_path",
@@ -59,6 +59,8 @@ _IGNORED_KEYS = frozenset(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DreamConfig:
     """The architecture of a Dream checkpoint. The fields have the names and meanings of the published `config.json`.
+
+    `initializer_range` is the standard deviation of random initial weights.
 
     Raises:
       ValueError: a field has a wrong type or range, or sizes contradict each other; the message has the values.

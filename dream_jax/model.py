@@ -78,9 +78,9 @@ class Linear(nnx.Module):
           The outputs, [..., *out_shape].
         """
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        # Flattened to a product of two matrices, because the gradient of the unflattened product sums over two axes (B
-        # and T). For such a sum the CPU backend copies its operand and computes it again, and a training step takes
-        # twice as long.
+        # x and the kernel are flattened to matrices [R, I] and [I, O], because the gradient of the unflattened product
+        # sums over two axes (B and T). For such a sum the CPU backend copies its operand and computes it again, and a
+        # training step takes twice as long.
         x_RI = x.reshape(math.prod(leading), math.prod(self.in_shape))
         if self.kernel is None:
             y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
@@ -274,8 +274,8 @@ class Dream(nnx.Module):
 
     Attributes:
       config: the architecture.
-      compute_dtype: dtype of the activations, and of the weights inside a layer. The mean square of a norm, the rotary
-        angles, the softmax and the logits are always float32.
+      compute_dtype: dtype of the activations, and of the weights inside a layer; `param_dtype`, the dtype of the
+        parameters, by default. The mean square of a norm, rotary angles, softmax and logits are always float32.
       attention_backend: name of the attention backend, see `attention.attention`.
       remat: which activations are saved for the backward pass; the others are recomputed. "none" saves all of them,
         "dots" the results of matrix products, "full" only the input of each layer, and "offload" only this input, in
@@ -462,7 +462,7 @@ class Dream(nnx.Module):
 def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
     """Casts a leaf of a layer to the compute dtype, except the codes and scales of a quantised kernel."""
     if leaf.dtype == dtype or any(getattr(entry, "name", None) in ("codes", "scales") for entry in path):
-        # No barrier here: so the backward pass can read the leaf from the stacked parameters and saves no copy of it.
+        # There is no barrier here, so the backward pass reads the leaf from the stacked parameters and saves no copy.
         return leaf
     # The barrier keeps the cast inside the loop. Otherwise XLA would cast all layers before the loop and store them.
     return jax.lax.optimization_barrier(leaf).astype(dtype)

@@ -17,8 +17,11 @@ the same letters.
 | V | vocabulary | vocab_size |
 | L | layers | num_hidden_layers |
 | P | prompt tokens | |
-| M | masked positions that are computed | |
+| M | masked positions whose logits are computed | |
 | R | rows of a flat [R, D] or [R, V] array | |
+| W | tokens of a window of queries on the KV cache | |
+
+A module that uses further letters explains them.
 """
 
 from __future__ import annotations

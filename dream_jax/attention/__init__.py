@@ -38,9 +38,9 @@ def attention(
       k_BSKH: keys after the rotary embedding. N must be a multiple of K.
       v_BSKH: values. All three arrays must have the same dtype.
       mask: the mask that says which query may attend to which key.
-      backend: "xla" runs on every platform and stores the scores [B, N, T, S]. "cudnn" (NVIDIA GPUs, half precision)
-        and "splash" (TPUs) do not store them. "auto" is the first of "cudnn", "splash" and "xla" that supports the
-        call; this depends on the target platform, the dtypes, the shapes and the mask when jax traces the call.
+      backend: "xla" runs on every platform and stores the scores [B, N, T, S]. "cudnn" (NVIDIA GPUs, bfloat16
+        or float16) and "splash" (TPUs) do not store them. "auto" is the first of "cudnn", "splash" and "xla" that
+        supports the call: this depends on the target platform, the dtypes, the shapes and the mask.
 
     Returns:
       The attended values, in the dtype of the queries.

@@ -60,7 +60,7 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
     if splits_queries(num_queries):
         return (
             "the mesh divides the tokens, but the mask is compiled into the kernel, which is the same on all devices; "
-            'use the backend "xla" or "auto", or no third number in the mesh'
+            'use the backend "xla" or "auto", or leave out the third number of the mesh'
         )
     if not _every_query_sees_a_key(fixed, num_queries):
         return 'it has no result for queries that may attend to no key; use the backend "xla" or "auto"'
@@ -166,7 +166,7 @@ def _compiled_in(fixed: masks.Mask, num_queries: int, num_keys: int, padded: tup
     """Returns the mask in a class of the splash library, for numbers of queries and keys that include padding."""
     if isinstance(fixed, masks.Bidirectional):
         return splash_attention_mask.FullMask(padded)
-    # The kernel computes causal and local masks itself. Of other masks it stores the tiles that are partly hidden.
+    # The kernel computes causal masks and windows itself. Of other masks it stores the tiles that are partly hidden.
     if isinstance(fixed, masks.Causal):
         return splash_attention_mask.CausalMask(padded)
     if isinstance(fixed, masks.SlidingWindow):

@@ -20,8 +20,8 @@ def attention(
     mask: masks.Mask,
 ) -> Float[jax.Array, "B T N H"]:
     """Computes `dream_jax.attention.attention` for any platform, dtype, mask and shape."""
-    # In this layout all query heads of a key/value head need one matrix product only. On a CPU this takes half the time
-    # of jax.nn.dot_product_attention.
+    # In this layout one matrix product serves all query heads of a key/value head. On a CPU this takes half the time of
+    # jax.nn.dot_product_attention.
     q_BKGTH = einops.rearrange(q_BTNH, "B T (K G) H -> B K G T H", K=k_BSKH.shape[2])
     scale = q_BTNH.shape[-1] ** -0.5
     scores_BKGTS = jnp.einsum("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32) * scale

@@ -113,7 +113,7 @@ class Bidirectional(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
-    """The mask that `&` makes: it allows what both masks allow. Drawn for `Causal` and a window of one token back:
+    """The mask that `&` makes: it allows what both masks allow. Drawn for `Causal` and `SlidingWindow(1, 1)`:
 
     ::
 
@@ -126,26 +126,26 @@ class And(Mask):
     right: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """True where both masks are true."""
+        """Returns bool, true where both masks allow attention."""
         return self.left.allowed(position_bT, num_keys) & self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """True where both masks are true."""
+        """Returns bool, true where both masks allow attention."""
         return self.left.dense(num_queries, num_keys) & self.right.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Applies `at` to both masks."""
+        """Returns the same combination, after `at` was applied to both masks."""
         return self.left.at(position_BT) & self.right.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Applies `for_rows` to both masks."""
+        """Returns the same combination, after `for_rows` was applied to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) & self.right.for_rows(valid_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
-    """The mask that `|` makes: it allows what at least one mask allows. Drawn for `Causal` and the first two keys:
+    """The mask that `|` makes: it allows what at least one mask allows. Drawn for `Causal` and `KeyLengths` of two:
 
     ::
 
@@ -158,19 +158,19 @@ class Or(Mask):
     right: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """True where at least one of the masks is true."""
+        """Returns bool, true where at least one of the masks allows attention."""
         return self.left.allowed(position_bT, num_keys) | self.right.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """True where at least one of the masks is true."""
+        """Returns bool, true where at least one of the masks allows attention."""
         return self.left.dense(num_queries, num_keys) | self.right.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Applies `at` to both masks."""
+        """Returns the same combination, after `at` was applied to both masks."""
         return self.left.at(position_BT) | self.right.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Applies `for_rows` to both masks."""
+        """Returns the same combination, after `for_rows` was applied to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) | self.right.for_rows(valid_BT, answer_BT)
 
 
@@ -189,19 +189,19 @@ class Not(Mask):
     mask: Mask
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """True where the mask is false."""
+        """Returns bool, true where the given mask does not allow attention."""
         return ~self.mask.allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
-        """True where the mask is false."""
+        """Returns bool, true where the given mask does not allow attention."""
         return ~self.mask.dense(num_queries, num_keys)
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
-        """Applies `at` to the mask."""
+        """Returns the inverse of the mask after `at` was applied to it."""
         return ~self.mask.at(position_BT)
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Applies `for_rows` to the mask."""
+        """Returns the inverse of the mask after `for_rows` was applied to it."""
         return ~self.mask.for_rows(valid_BT, answer_BT)
 
 
