@@ -41,7 +41,6 @@ WORDS = {
 ALLOWED = {
     ("dream_jax.data.encode", "NO_ROOM"): "space that a row has left",
     ("dream_jax.trainer.samples", "room"): "tokens that still fit",
-    ("dream_jax.plan.planner", "_ROOM"): "a share of the memory",
     ("dream_jax.trainer.console", "clock"): "hours, minutes and seconds",
     ("dream_jax.trainer.steps", "clock"): "the time in seconds",
 }

@@ -35,8 +35,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
-# Number of log-likelihood requests that are computed together. Continuations of one token need one row each, so that
-# many requests are needed to fill a batch.
+# Number of log-likelihood requests that are computed together: one with a single scored token has only one row.
 _GROUP = 256
 
 # Options of the sampler that a task may set, in addition to `until` and the length.
@@ -122,10 +121,10 @@ class DreamHarness(TemplateLM):
         self._preset, self._published = sampler, preset
         self._config({}, 1)  # raises for invalid settings before the weights are read, which takes long
         self._model = prepared.load()
-        most = self._model.config.max_position_embeddings
-        self._max_length = min(2048, most) if max_length is None else max_length
-        if not 1 < self._max_length <= most:
-            raise ValueError(f"{max_length=} is outside 2..{most}, the range of the model")
+        longest = self._model.config.max_position_embeddings
+        self._max_length = min(2048, longest) if max_length is None else max_length
+        if not 1 < self._max_length <= longest:
+            raise ValueError(f"{max_length=} is outside 2..{longest}, the range of the model")
         self._name = pretrained
         self._nll = likelihood.model_nll(self._model, self._tokenizer, self.batch_size)
         self._chats: dict[str, list[int]] = {}

@@ -84,10 +84,7 @@ class Ledger:
         return self._seconds.rows
 
     def append(self, rows: Sequence[JsonRow], seconds: JsonRow) -> None:
-        """Writes the rows and the time of the next unit to the disk.
-
-        Raises: ValueError if the rows are not those that the plan has for this unit.
-        """
+        """Writes the rows and the time of the next unit to the disk. Raises ValueError if the plan has other rows."""
         unit = self._plan[self.done]
         if [_name(row) for row in rows] != list(unit.names):
             raise ValueError(f"unit {self.done} should make rows {unit.names}, not {[_name(row) for row in rows]}")

@@ -122,8 +122,7 @@ def draw_masks(scored: np.ndarray, samples: int, seed: Sequence[int]) -> Draws:
         return Draws(masks=scored[None, :].copy(), stratum=np.zeros(1, int))
     generator = np.random.default_rng(list(seed))
     if 2 * len(positions) <= samples:
-        # Samples beyond a multiple of N go to the smallest sets: their large weight N / m gives them the largest
-        # variance.
+        # Samples beyond a multiple of N go to the smallest sets, whose large weight N / m gives the largest variance.
         stratum = np.sort(np.arange(samples) % len(positions))
         counts = stratum + 1
     else:

@@ -20,13 +20,7 @@ Advance = Callable[[int, Sequence[dict[str, Any]]], None]
 
 @contextlib.contextmanager
 def watch(console: Console, *, total: int, done: int) -> Iterator[Advance]:
-    """Shows the progress while the block runs, which calls the yielded function after every unit.
-
-    Args:
-      console: where the progress is shown.
-      total: the number of rows of the whole evaluation.
-      done: the number of rows that were there before the block.
-    """
+    """Shows the progress from `done` to `total` rows while the block runs; the block calls the yielded function."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:

@@ -21,10 +21,7 @@ _LONGEST_NUMBER = 30  # digits; arithmetic with the very long numbers of a repet
 
 
 def judge_sudoku(puzzle: str, answer: str) -> Verdict:
-    """Judges whether `answer` is four lines of four digits that keep the given digits and solve `puzzle`.
-
-    The format of puzzles is that of `data.sudoku`.
-    """
+    """Judges whether `answer`, four lines of four digits, solves `puzzle`, which has the format of `data.sudoku`."""
     grid = answer.strip()
     if not _GRID.fullmatch(grid):
         return Verdict(correct=False, found=None, reason="not four lines of four digits 1..4")

@@ -72,12 +72,9 @@ def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
 
 
 def summarize(task: str, rows: Sequence[JsonRow], seconds: Sequence[JsonRow]) -> Summary:
-    """Returns the results of a finished run; the README explains each. Raises ValueError if the run is not finished.
+    """Returns the results of a finished run from all rows of items.jsonl and seconds.jsonl; the README explains each.
 
-    Args:
-      task: the name of the task.
-      rows: all rows of items.jsonl.
-      seconds: all rows of seconds.jsonl.
+    Raises: ValueError if the run is not finished.
     """
     if task == "likelihood":
         found = _likelihood(rows)

@@ -55,13 +55,9 @@ class Work:
 def evaluate(settings: EvaluateSettings, console: Console | None = None) -> report.Summary:
     """Runs an evaluation or resumes one, writes its results into `settings.folder`, and returns their summary.
 
-    Args:
-      settings: what to evaluate and how.
-      console: where progress and results are printed; by default the terminal.
+    Progress is printed to `console`, by default the terminal.
 
-    Raises:
-      ValueError: settings or files are wrong, or the folder has results of other settings.
-      OSError: a file cannot be read or written.
+    Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; OSError.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     prepared = _prepare(settings)
@@ -140,8 +136,7 @@ def _sampled(
 ) -> Work:
     shots = settings.shots
     if shots is None:
-        # Byte-level models are trained on rows without examples, and examples with a token for each byte would fill
-        # their context.
+        # Byte-level models are trained without examples, and examples with a token for each byte fill their context.
         shots = 0 if isinstance(tokenizer, ByteTokenizer) else task.shots[template]
     examples, problems = split_examples(
         task, read_problems(task, settings.file), settings.file, settings.examples, shots

@@ -44,10 +44,7 @@ class Choice:
     answer: int
 
     def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
-        """Returns one passage for each choice: the question, and then the choice, which is scored.
-
-        With "chat" the choice is an assistant turn; with "raw" it follows "Answer:".
-        """
+        """Returns a passage for each choice, which is scored: an assistant turn ("chat") or after "Answer:" ("raw")."""
         if template == "chat":
             before = tokenizer.chat([{"role": "user", "content": self.question}])
             return [passage(before, tokenizer.encode(choice), []) for choice in self.choices]

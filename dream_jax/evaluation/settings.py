@@ -110,15 +110,10 @@ def published_sampler(
     max_new_tokens: int,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> SamplerConfig:
-    """Returns the sampler of `preset` with other values: from `given`, else from `published`, else from `asked`.
+    """Returns the sampler of `preset`, at temperature 0, changed by other settings.
 
-    Args:
-      preset: exact, balanced or fast; its temperature is 0 if nothing sets another.
-      published: the published evaluation whose sampler settings are used, or None.
-      given: values of `SamplerConfig` that the user has set.
-      tokenizer: has the ids of the special tokens.
-      max_new_tokens: maximum number of tokens of an answer.
-      asked: values that the task asks for.
+    For each field of `SamplerConfig` the first that sets it counts: `given` (values of the user), the settings of the
+    evaluation `published`, `asked` (values of the task), and the preset.
 
     Raises: ValueError for a value outside its range, and for `steps` with a preset that commits by confidence.
     """

@@ -26,15 +26,12 @@ class Estimate:
 
 
 def mean_score(scores: np.ndarray) -> Estimate:
-    """Returns the mean over problems and seeds with Wilson's interval.
+    """Returns the mean of scores, float [problems, seeds] in 0..1, with Wilson's interval.
 
     With one seed and scores of 0 or 1 this is exactly Wilson's interval. With more seeds, the number of trials is the
     one for which a binomial mean has the variance that the means of the problems show. It lies between the number of
     problems (all seeds score the same) and problems times seeds. It is not an integer, so scipy's function cannot be
     used. Unlike a normal interval, Wilson's interval has a positive width if the mean is 0 or 1.
-
-    Args:
-      scores: float [problems, seeds] in 0..1.
 
     Raises: ValueError if there are no scores, or if a score is outside 0..1.
     """
@@ -67,10 +64,7 @@ def mean_of(values: np.ndarray) -> Estimate:
 def agreement(scores: np.ndarray) -> float:
     """Returns the share of pairs of different seeds that score a problem equally, over all problems; 1 for one seed.
 
-    Args:
-      scores: float [problems, seeds], each 0 or 1.
-
-    Raises: ValueError if there are no scores, or if a score is outside 0..1.
+    Scores are 0 or 1, float [problems, seeds]. Raises ValueError if there are none, or if one is outside 0..1.
     """
     scores = _checked(scores)
     seeds = scores.shape[1]

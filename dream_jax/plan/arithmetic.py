@@ -86,11 +86,6 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     results of its matrix products ("dots") or all its results ("none"); one layer needs its gathered weights twice,
     because those of the next layer are gathered meanwhile, and its results; the loss needs the gathered projection and
     its float32 gradient, the gradient of the hidden states, and the logits of one chunk.
-
-    Args:
-      step: the result of `abstract_step`.
-      shape: the batch, the mesh and the settings of the step.
-      platform: "tpu", "gpu" or "cpu".
     """
     model, config = step.model, step.model.config
     width = jax.numpy.dtype(model.compute_dtype).itemsize
@@ -182,8 +177,8 @@ def loss_chunks(shape: StepShape, vocab: int, platform: str) -> int:
     times = (np.arange(rows) + 0.5) / rows
     generator = np.random.default_rng(0)
     draws = [np.max(generator.permutation(times).reshape(split, -1).mean(axis=1)) for _ in range(64)]
-    most = float(np.mean(draws)) * 2 * shape.masked_share * shape.tokens
-    return max(1, math.ceil(most / chunk_rows(shape.tokens, vocab, platform)))
+    max_masked = float(np.mean(draws)) * 2 * shape.masked_share * shape.tokens
+    return max(1, math.ceil(max_masked / chunk_rows(shape.tokens, vocab, platform)))
 
 
 def model_flops(step: AbstractStep, shape: StepShape) -> float:
@@ -230,9 +225,8 @@ def _adapter_count(step: AbstractStep) -> int:
 def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
     """Estimates the collectives of one step, for use without a compiler.
 
-    They are: all-gathers of the weights for each pass, reduce-scatters of the gradients, all-reduces of activations
-    with tensor parallelism, and all-gathers of keys and values with context parallelism. With the last two the estimate
-    is too low.
+    They are all-gathers of weights and reduce-scatters of gradients, with tensor parallelism all-reduces of
+    activations, and with context parallelism all-gathers of keys and values. With the last two it is too low.
     """
     ways, passes = shape.groups, shape.accumulation * (2 if shape.remat in ("none", "dots") else 3)
     config, tensor = step.model.config, shape.mesh["tensor"]

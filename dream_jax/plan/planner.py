@@ -35,17 +35,13 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"lora_rank": 32, "base": "nf4"},
 )
 # Arithmetic is less exact than the compiler, so a suggestion must fit into this share of the memory.
-_ROOM = 0.9
+_MEMORY_SHARE = 0.9
 _SUGGESTIONS = 4
 _MEASURED_ROWS = 1000
 
 
 def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
     """Returns the predicted memory, time and price of a run.
-
-    Args:
-      settings: the settings of the run.
-      wanted: the hardware, and how the plan is made.
 
     Raises:
       ValueError: hardware, mesh, model and batch do not match, or data or a tokenizer that is needed cannot be read.
@@ -136,7 +132,7 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, chang
         needed = _estimate(changed, dataclasses.replace(hardware, devices=None), rows)
     except ValueError:  # the change and the other settings exclude each other, so it is not suggested
         return None
-    if needed > _ROOM * hardware.chip.memory:
+    if needed > _MEMORY_SHARE * hardware.chip.memory:
         return None
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
@@ -160,7 +156,7 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
         if microbatch % (fsdp * times):
             break
         needed = _estimate(settings.replaced(mesh=mesh), larger, rows)
-        if needed <= _ROOM * hardware.chip.memory:
+        if needed <= _MEMORY_SHARE * hardware.chip.memory:
             found.append(
                 f"{larger.num_devices} devices of {hardware.chip.name}, --mesh {mesh}: about {needed / 2**30:.1f} GiB each"
             )
@@ -169,7 +165,7 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     same = [
         chip.name
         for chip in CHIPS.values()
-        if chip.topology and chip.platform == hardware.chip.platform and needed <= _ROOM * chip.memory
+        if chip.topology and chip.platform == hardware.chip.platform and needed <= _MEMORY_SHARE * chip.memory
     ]
     if same:
         found.append(f"as many devices of {' or '.join(same)}: about {needed / 2**30:.1f} GiB each")

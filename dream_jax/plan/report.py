@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dream_jax.plan.settings import MemoryPlan, RunPlan
 
-# A plan that needs more than this share of the memory is called tight, because the memory that a program can use
-# differs by about 3 % between versions of the runtime.
+# A plan that needs more than this share of the memory is called tight, because runtimes differ by about 3 %.
 _TIGHT = 0.97
 
 
