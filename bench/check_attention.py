@@ -1,15 +1,15 @@
-"""Checks every attention backend against plain attention on the accelerator that is here, and times them.
+"""Compares every attention backend with plain attention on the accelerator of this machine, and times them.
 
     PYTHONPATH=. python bench/check_attention.py [--batch 4] [--tokens 2048] [--dtype bfloat16] [--mesh 4x2]
 
-For each kind of mask: outputs and gradients of q, k and v of each backend that can serve, against plain attention in
-float32 on the same (rounded) numbers, as the largest difference over the largest value. A backend may be off by twice
-what plain attention in the same dtype is, plus one rounding (at least 1e-5); one that is further off is marked, and the
-exit status is 1. Then the times of the forward pass and of forward and backward, and the temporary memory of the latter.
-Lengths that are no multiple of anything are among the checks, without times.
+For each kind of mask, the outputs and the gradients of q, k and v of each backend that supports the call are compared with
+plain attention in float32 on the same (rounded) inputs. The error is the largest difference divided by the largest value. A
+backend may have twice the error of plain attention in the same dtype, plus one rounding (at least 1e-5); a backend with a
+larger error is marked, and the exit status is 1. Then come the times of the forward pass and of forward and backward, and
+the temporary memory of the latter. Odd lengths are checked too, without times.
 
-Needs jax, flax, numpy, einops and jaxtyping, as a bare accelerator image has them. Default sizes are those of a layer of
-Dream-7B. On a CPU `--interpret` carries the TPU kernel out by array operations; pass small sizes then.
+Needs jax, flax, numpy, einops and jaxtyping. The default sizes are those of a layer of Dream-7B. On a CPU, `--interpret`
+interprets the TPU kernel with array operations; pass small sizes with it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AttentionShape:
     head_dim: int
 
     def arrays(self, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
-        """Random q, k and v, and the weight of each output in the sum whose gradients are compared."""
+        """Returns random q, k and v, and the weights of the outputs in the sum whose gradients are compared."""
         keys = jax.random.split(jax.random.key(0), 4)
         q_BTNH = (self.batch, self.queries, self.heads, self.head_dim)
         k_BSKH = (self.batch, self.keys, self.kv_heads, self.head_dim)
@@ -55,7 +55,7 @@ class AttentionShape:
         return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
     def masks(self) -> Iterator[tuple[str, masks.Mask]]:
-        """One mask of each kind. Padding grows from row to row, and so do the lengths of packed texts."""
+        """Yields the name and one mask of each kind. Padding and the borders of packed texts differ from row to row."""
         rows, keys = np.arange(self.batch)[:, None], np.arange(self.keys)
         padding_B1 = rows * (self.keys // (2 * self.batch))
         yield "bidirectional", masks.Bidirectional()
@@ -67,7 +67,7 @@ class AttentionShape:
 
 
 def forward(backend: attention.Backend) -> Step:
-    """A compiled function that returns the outputs."""
+    """Returns a compiled function of arrays and mask that returns the outputs."""
 
     def step(arrays: list[jax.Array], mask: masks.Mask) -> jax.Array:
         q_BTNH, k_BSKH, v_BSKH, _ = arrays
@@ -77,7 +77,7 @@ def forward(backend: attention.Backend) -> Step:
 
 
 def backward(backend: attention.Backend) -> Step:
-    """A compiled function that returns the outputs and the gradients of q, k and v."""
+    """Returns a compiled function of arrays and mask that returns the outputs and the gradients of q, k and v."""
 
     def loss(qkv: list[jax.Array], weight: jax.Array, mask: masks.Mask) -> tuple[jax.Array, jax.Array]:
         q_BTNH, k_BSKH, v_BSKH = qkv
@@ -92,7 +92,7 @@ def backward(backend: attention.Backend) -> Step:
 
 
 def errors(found: list[jax.Array], wanted: list[np.ndarray]) -> dict[str, float]:
-    """Largest difference over largest value, of outputs and of each gradient; infinite where one is not finite."""
+    """Returns largest difference / largest value for each of `ARRAYS`; infinite if a difference is not finite."""
     result = {}
     for name, a, b in zip(ARRAYS, found, wanted, strict=True):
         error = float(np.max(np.abs(np.asarray(a, np.float32) - b)) / np.max(np.abs(b)))
@@ -101,7 +101,7 @@ def errors(found: list[jax.Array], wanted: list[np.ndarray]) -> dict[str, float]
 
 
 def milliseconds(step: Step, arrays: list[jax.Array], mask: masks.Mask, repeats: int) -> float:
-    """Median time of a compiled step."""
+    """Returns the median time of `repeats` calls of a compiled step, in milliseconds."""
     jax.block_until_ready(step(arrays, mask))
     times = []
     for _ in range(repeats):
@@ -112,14 +112,14 @@ def milliseconds(step: Step, arrays: list[jax.Array], mask: masks.Mask, repeats:
 
 
 def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
-    """Prints a line for each mask and backend, and returns whether all were within bounds; 0 repeats time nothing."""
+    """Prints a line per mask and backend; returns whether all errors are within bounds. With 0 repeats nothing is timed."""
     print(f"\n{shape}")
     print(f"{'mask':<14}{'backend':<15}" + "".join(f"{name:>9}" for name in ARRAYS) + "   fwd ms  +bwd ms  temp MiB")
     good = True
     refused: dict[str, list[str]] = {}
     arrays = shape.arrays(dtype)
     for name, mask in shape.masks():
-        # The reference is plain attention in float32, on the numbers as the dtype rounds them.
+        # The reference is plain attention in float32, on inputs that are rounded to the dtype.
         with jax.default_matmul_precision("highest"):
             exact = backward("xla")([x.astype(jnp.float32) for x in arrays], mask)
         wanted = [np.asarray(x, np.float32) for x in exact]
@@ -129,7 +129,7 @@ def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
             reason = attention.refusal(backend, arrays[0], arrays[1], mask)
             label = f"{backend} (auto)" if backend == auto else backend
             if reason is not None:
-                refused.setdefault(f"{backend} cannot serve: {reason}", []).append(name)
+                refused.setdefault(f"{backend} is not used: {reason}", []).append(name)
                 continue
             step = backward(backend)
             found = errors(step(arrays, mask), wanted)
@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--mesh", default=None, help="FSDPxTENSOR, such as 4x2; by default one device")
-    parser.add_argument("--repeats", type=int, default=10, help="timed runs; 0 only checks")
-    parser.add_argument("--interpret", action="store_true", help="check the TPU kernel on this CPU")
+    parser.add_argument("--repeats", type=int, default=10, help="number of timed runs; 0 times nothing")
+    parser.add_argument("--interpret", action="store_true", help="interpret the TPU kernel on this CPU")
     args = parser.parse_args()
 
     whole = AttentionShape(args.batch, args.tokens, args.tokens, args.heads, args.kv_heads, args.head_dim)

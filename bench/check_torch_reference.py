@@ -1,9 +1,9 @@
-"""Holds `torch_reference.py` to the numbers of the published code: `python bench/check_torch_reference.py`.
+"""Compares `torch_reference.py` with the recorded numbers of the published code: `python bench/check_torch_reference.py`.
 
-Compares, on every tiny checkpoint under `tests/golden/`: logits with and without padding, each sampler case
-token by token and step by step, losses, weights and gradients; both values of `head_rows`. Also that
-attention is bidirectional and fused, and that the base of the rotary embedding takes effect. Prints a table;
-exits with 1 when anything differs.
+On every tiny checkpoint under `tests/golden/` it compares logits with and without padding, the tokens of each sampler
+case after every step, losses, weights and gradients, with both values of `head_rows`. It also checks that attention is
+bidirectional and fused, and that the base of the rotary embedding has an effect. It prints a table, and its exit status is
+1 if anything differs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHTS: dict[str, reference.WeightFn] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the table: the largest difference that was found, and the largest allowed."""
+    """One line of the table: the largest difference that was found, and the largest that is allowed."""
 
     name: str
     difference: float
@@ -44,7 +44,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed; NaN is not."""
+        """Whether the difference is allowed; a NaN is not allowed."""
         return self.difference <= self.allowed
 
 
@@ -73,7 +73,7 @@ def check_model(model: Any, fields: dict[str, Any], arrays: Any) -> Iterator[Che
         padded = reference.logits(model, torch.from_numpy(arrays["pad_tokens"]), mask, positions)
         valid = mask.bool()
         yield Check(
-            name="padded logits (real tokens)",
+            name="padded logits (valid tokens)",
             difference=_largest(padded[valid], arrays["pad_logits"][valid.numpy()]),
             allowed=1e-5,
         )
@@ -82,7 +82,7 @@ def check_model(model: Any, fields: dict[str, Any], arrays: Any) -> Iterator[Che
         moved = (reference.logits(model, changed) - plain)[:, :-1].abs().amax(dim=-1).min().item()
         yield Check(name="blind to a later token", difference=float(moved < 1e-6), allowed=0)
         with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.FLASH_ATTENTION]):
-            fused = reference.logits(model, tokens)  # raises when the fused kernel refuses these inputs
+            fused = reference.logits(model, tokens)  # raises if the fused kernel does not support these inputs
         yield Check(name="fused attention only", difference=(fused - plain).abs().max().item(), allowed=0)
         other = reference.build_model({**fields, "rope_theta": 123.0})
         other.load_state_dict(model.state_dict())
@@ -91,7 +91,7 @@ def check_model(model: Any, fields: dict[str, Any], arrays: Any) -> Iterator[Che
 
 
 def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[dict[str, Any]]) -> Iterator[Check]:
-    """Tokens and the canvas after every step, for each deterministic case."""
+    """Checks the tokens and the canvas after every step of each deterministic case, and that random cases run."""
     known = {field.name for field in dataclasses.fields(reference.SamplerSettings)}
     for head_rows in ("all", "masked"):
         wrong = 0
@@ -109,7 +109,7 @@ def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[d
             wrong += (tokens.numpy() != arrays[f"{case['id']}_sequences"]).sum()
             wrong += (torch.stack(history).numpy() != arrays[f"{case['id']}_history"]).sum()
         yield Check(name=f"wrong tokens in {len(cases)} sampler cases, {head_rows} rows", difference=wrong, allowed=0)
-        # Random draws have no golden numbers, though their filters do (above): here each branch only has to run.
+        # Random draws have no golden numbers (their filters have, above), so here each branch only has to run.
         torch.manual_seed(0)
         prompt = torch.from_numpy(arrays["s0_prompt"])
         left = changed = 0
@@ -128,7 +128,7 @@ def check_sampler(model: Any, fields: dict[str, Any], arrays: Any, cases: list[d
 
 
 def check_loss(model: Any, fields: dict[str, Any], arrays: Any, losses: dict[str, Any]) -> Iterator[Check]:
-    """Relative differences of the losses, of the gradient norm of every weight, and of the recorded gradients."""
+    """Checks the CART weights, and relative differences of losses, gradient norms and the recorded gradients."""
     tokens, masked = torch.from_numpy(arrays["loss_tokens"]), torch.from_numpy(arrays["loss_masked"])
     t = torch.from_numpy(arrays["loss_t"])
     for p in ("0.1", "0.3", "0.8"):

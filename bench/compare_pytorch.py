@@ -1,16 +1,15 @@
-"""Times dream_jax against PyTorch: same run, same machine, same weights, float32 on the CPU.
+"""Times dream_jax and PyTorch in one run on one machine, with the same weights, in float32 on the CPU.
 
     python bench/compare_pytorch.py [--only forward|train|sampler] [--repeats 7] [--out FILE]
 
-Three workloads on the preset `small` (a small body under the real vocabulary of 152,064): a forward pass with
-full logits, a training step, and sampling. Each first has to agree: logits within 1e-3, losses within 1e-4
-relative. Then both are warmed up and the repeats alternate, so that a change in the machine's speed falls on
-every side alike.
+There are three workloads on the preset `small` (few small layers with the vocabulary of Dream-7B, 152,064 tokens): a
+forward pass with all logits, a training step, and sampling. Both sides must first agree: logits within 1e-3 absolute,
+losses within 1e-4 relative. Then all are warmed up, and the timed runs alternate, so that a change in the speed of the
+machine affects all of them.
 
-Contestants: `torch`, the published algorithm in eager PyTorch (`torch_reference.py`); `torch_masked_rows`,
-the same but for a vocabulary projection at masked positions only, which tells how much of a difference is the
-algorithm's and how much the framework's; `jax`, this project through its public functions. Needs the extra
-`bench`.
+`torch` is the published algorithm in eager PyTorch (`torch_reference.py`). `torch_masked_rows` computes logits at masked
+positions only, which shows how much of a difference is due to the algorithm and how much to the framework. `jax` is this
+project through its public functions. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from dream_jax.model import split_params
 LOGITS_TOLERANCE = 1e-3  # absolute
 LOSS_TOLERANCE = 1e-4  # relative
 CHECKED_TRAIN_STEPS = 3
-MOST_OTHER_WORK = 0.05  # share of the cores
+MOST_OTHER_WORK = 0.05  # maximum share of the cores that other processes may use
 IDLE_CHECK_SECONDS = 3.0
-SETTLE_SECONDS = 0.05  # so that the other framework's worker threads stop spinning
+SETTLE_SECONDS = 0.05  # until the worker threads of the other framework stop spinning
 
 Workload = Literal["forward", "train", "sampler"]
 
@@ -55,17 +54,17 @@ class PyTorchComparisonSettings:
     """Sizes of the workloads, and how often each runs."""
 
     only: Workload | None = None
-    """One workload; all three when not given."""
+    """The only workload to run; by default all three run."""
     repeats: int = 7
-    """Timed runs of each contestant."""
+    """Number of timed runs of each side."""
     warmup: int = 2
-    """Runs of each contestant before the timed ones."""
+    """Number of runs of each side before the timed ones."""
     out: pathlib.Path | None = None
-    """Result file; bench/results/pytorch_cpu.json, or pytorch_cpu_WORKLOAD.json under --only, by default."""
+    """Result file; by default bench/results/pytorch_cpu.json, or pytorch_cpu_WORKLOAD.json with --only."""
     preset: str = "small"
-    """Architecture."""
+    """Name of the architecture in `dream_jax.config.PRESETS`."""
     allow_busy: bool = False
-    """Time even while other processes compute; the result then says so and is no evidence."""
+    """Measure even while other processes compute. The result records their share, and should not be quoted."""
     seed: int = 0
     """Seed of the weights, tokens and masked positions."""
     forward_batch: int = 2
@@ -87,14 +86,14 @@ class PyTorchComparisonSettings:
 
     @property
     def result_path(self) -> pathlib.Path:
-        """`out`, or its default."""
+        """The result file: `out`, or its default."""
         name = "pytorch_cpu.json" if self.only is None else f"pytorch_cpu_{self.only}.json"
         return self.out or report.RESULTS / name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sides:
-    """The same weights in both frameworks."""
+    """One model with the same weights in both frameworks."""
 
     torch: Any
     jax: Any
@@ -105,7 +104,7 @@ class Sides:
 
 
 def make_sides(settings: PyTorchComparisonSettings) -> Sides:
-    """Random torch weights, carried over to jax through a Hugging Face directory in the published names."""
+    """Draws random weights in torch, and loads them in jax from a Hugging Face directory."""
     config = PRESETS[settings.preset]
     model = reference.random_model(config.to_dict(), seed=settings.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,13 +114,13 @@ def make_sides(settings: PyTorchComparisonSettings) -> Sides:
 
 
 def random_tokens(settings: PyTorchComparisonSettings, config: DreamConfig, batch: int, length: int) -> np.ndarray:
-    """Token ids int64 [B, T], none of them special."""
+    """Returns random token ids int64 [B, T], none of them special tokens."""
     special = min(config.mask_token_id, config.pad_token_id)
     return np.random.default_rng(settings.seed).integers(0, special, (batch, length))
 
 
 def require_equal_logits(sides: Sides, tokens_BT: np.ndarray) -> float:
-    """Largest difference of the logits. Raises AssertionError when it exceeds LOGITS_TOLERANCE."""
+    """Returns the largest difference of the logits. Raises AssertionError if it exceeds LOGITS_TOLERANCE."""
     with torch.inference_mode():
         theirs = reference.logits(sides.torch, torch.from_numpy(tokens_BT)).numpy()
     difference = float(np.abs(theirs - np.asarray(sides.jax(tokens_BT))).max())
@@ -134,20 +133,20 @@ def require_equal_logits(sides: Sides, tokens_BT: np.ndarray) -> float:
 
 
 def require_quiet(other_share: float, settings: PyTorchComparisonSettings) -> None:
-    """Raises RuntimeError when others use the machine: it does not slow both sides alike.
+    """Raises RuntimeError if other processes use the machine, because they do not slow both sides equally.
 
-    torch's OpenMP threads wait for each other by spinning. With one of two cores taken by another process, a
-    run of 0.2 s took up to 4 s, while jax lost little: the ratio would be an artefact.
+    The OpenMP threads of torch wait for each other by spinning. While another process used one of two cores, a run of 0.2 s
+    took up to 4 s in torch, while jax was hardly slower, so the ratio would mean nothing.
     """
     if other_share > MOST_OTHER_WORK and not settings.allow_busy:
         raise RuntimeError(
             f"other processes use {other_share:.0%} of the cores, more than {MOST_OTHER_WORK:.0%}; "
-            f"wait for a quiet machine, or pass --allow-busy to try the script out"
+            f"wait until they have ended, or pass --allow-busy to try the script"
         )
 
 
 def time_alternating(runs: Mapping[str, Callable[[], Any]], settings: PyTorchComparisonSettings) -> dict[str, Any]:
-    """Runs A B C A B C ..., and returns each one's times and its median over that of "jax"."""
+    """Runs A B C A B C ..., and returns the times of each and the ratio of its median to that of "jax"."""
     for _ in range(settings.warmup):
         for run in runs.values():
             run()
@@ -174,7 +173,7 @@ def time_alternating(runs: Mapping[str, Callable[[], Any]], settings: PyTorchCom
 
 
 def compare_forward(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
-    """Logits float32 [B, T, V] of a batch without padding."""
+    """Compares the time of the logits, float32 [B, T, V], of a batch without padding."""
     tokens_BT = random_tokens(settings, sides.config, settings.forward_batch, settings.forward_length)
     agreement = {"logits_max_difference": require_equal_logits(sides, tokens_BT)}
     torch_tokens = torch.from_numpy(tokens_BT)
@@ -193,7 +192,7 @@ def compare_forward(sides: Sides, settings: PyTorchComparisonSettings) -> dict[s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JaxTraining:
-    """dream_jax's own training step on one batch, and what it will draw, for torch to train on the same."""
+    """The training step of dream_jax on one batch, and the noise and learning rates of its steps for use in torch."""
 
     step: Callable[[], float]
     """Runs the next step and returns the loss before its update."""
@@ -206,7 +205,7 @@ class JaxTraining:
 def make_jax_training(
     sides: Sides, settings: PyTorchComparisonSettings, tokens_BT: np.ndarray, num_steps: int
 ) -> JaxTraining:
-    """Builds the step; no other function here uses `dream_jax.train_step`."""
+    """Builds the training step of dream_jax, on random masks of the given tokens, for `num_steps` steps."""
     mesh = sharding.make_mesh("1x1")
     optimizer = train_step.OptimizerConfig(learning_rate=settings.learning_rate, total_steps=num_steps)
     schedule = optimizer.schedule()
@@ -233,7 +232,7 @@ def make_jax_training(
 
 
 def compare_train(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
-    """Loss with CART weights, backward, clipping, AdamW; same tokens, masks, times, rates at each step."""
+    """Compares the time of a training step (CART loss, gradients, clipping, AdamW) on the same masks and rates."""
     tokens_BT = random_tokens(settings, sides.config, settings.train_batch, settings.train_length)
     logits_difference = require_equal_logits(sides, tokens_BT)
     num_steps = CHECKED_TRAIN_STEPS + settings.warmup + settings.repeats
@@ -282,7 +281,7 @@ def compare_train(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str
 
 
 def compare_sampler(sides: Sides, settings: PyTorchComparisonSettings) -> dict[str, Any]:
-    """One prompt, `alg="entropy"`, temperature and top_p; every jax run gets a fresh key."""
+    """Compares the time of sampling from one prompt by entropy; every jax run gets a new random key."""
     prompt_BP = random_tokens(settings, sides.config, 1, settings.prompt_length)
     canvas_BT = np.pad(prompt_BP, ((0, 0), (0, settings.new_tokens)), constant_values=sides.config.mask_token_id)
     agreement: dict[str, Any] = {"logits_max_difference": require_equal_logits(sides, canvas_BT)}

@@ -1,16 +1,16 @@
-"""Times the conversion of a 7B checkpoint, there and back, against `cp -r` of the same folder; peak memory.
+"""Measures time and peak memory of the conversion of a 7B checkpoint in both directions, and the time of `cp -r`.
 
-    python bench/convert_7b.py --config DIR --work DIR       # on random weights in the published layout
-    python bench/convert_7b.py --source DIR --work DIR       # on a checkpoint that is at hand
+    python bench/convert_7b.py --config DIR --work DIR       # with random weights in the published layout
+    python bench/convert_7b.py --source DIR --work DIR       # with a downloaded checkpoint
 
-One run: copy (to warm up), copy (timed), `convert/hf_to_flax.py` (timed, memory sampled), copy (timed),
-`convert/flax_to_hf.py` (timed, memory sampled), then every tensor of the way back is compared bit for bit
-with the source. Times include `sync`. At most three copies of the checkpoint are on disk at once; all of it
-lives in a fresh folder under `--work` that is removed in the end, also after an error or an interrupt.
+A run copies the folder (to warm up), copies it (timed), runs `convert/hf_to_flax.py` (timed, memory sampled), copies the
+folder (timed), runs `convert/flax_to_hf.py` (timed, memory sampled), and compares every tensor of the result bit for bit
+with the source. Times include `sync`. At most three copies of the checkpoint are on the disk at once, in a new folder under
+`--work` that is removed at the end, also after an error or an interrupt.
 
-Memory of a conversion is its process and children, sampled: `rss` counts page-cache pages of mapped files,
-which the kernel takes back at will; `anonymous` is what the process really holds. `maxrss` is the kernel's
-own record of the largest single process, in the sense of `rss`.
+The memory of a conversion is sampled over its process and the children. `rss` includes page-cache pages of mapped files,
+which the kernel can take back at any time; `anonymous` is the memory that the process has allocated. `maxrss` is the
+largest `rss` of one process as the kernel records it.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from rich.table import Table
 
 CHUNK_BYTES = 64 * 2**20
 SAMPLE_SECONDS = 0.1
-MOST_COPIES = 3  # source, converted, and one of: cp, way back
+MOST_COPIES = 3  # the source, the converted directory, and the copy of `cp` or the result of the way back
 KIB = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConversionBenchSettings:
-    """What to convert and where to work."""
+    """The checkpoint to convert, and the folder to work in."""
 
     work: pathlib.Path
-    """An existing directory with room for three copies of the checkpoint."""
+    """An existing directory on a disk with free space for three copies of the checkpoint."""
     config: pathlib.Path | None = None
-    """Directory with a published config.json: a synthetic checkpoint is made from it."""
+    """Directory with a published config.json, from which a synthetic checkpoint is made."""
     source: pathlib.Path | None = None
     """A Hugging Face checkpoint directory to use instead; it is only read."""
     layers: int | None = None
-    """Number of layers of the synthetic checkpoint; the configuration's own when not given."""
+    """Number of layers of the synthetic checkpoint; by default that of the configuration."""
     out: pathlib.Path = report.RESULTS / "convert_7b.json"
-    """Where the result goes."""
+    """Result file."""
 
     def __post_init__(self) -> None:
         if (self.config is None) == (self.source is None):
@@ -69,7 +69,7 @@ class ConversionBenchSettings:
 
 @contextlib.contextmanager
 def working_folder(parent: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A fresh folder that does not outlive the block, however it ends: SIGINT and SIGTERM included."""
+    """Yields a new folder, and removes it when the block ends, also by SIGINT or SIGTERM."""
 
     def terminate(signum: int, frame: Any) -> None:
         raise SystemExit(128 + signum)
@@ -84,7 +84,7 @@ def working_folder(parent: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def folder_bytes(folder: pathlib.Path) -> int:
-    """Sum of file sizes below a folder."""
+    """Returns the sum of the sizes of all files in a folder and its subfolders, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -93,7 +93,7 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 @dataclasses.dataclass(kw_only=True)
 class Peak:
-    """The largest sums of memory over a process and its children, in bytes."""
+    """The largest sampled memory of a process together with its children, in bytes."""
 
     rss: int = 0
     pss: int = 0
@@ -101,7 +101,7 @@ class Peak:
     samples: int = 0
 
     def sample(self, pid: int) -> None:
-        """Takes one sample from /proc; a process that ends meanwhile counts as 0."""
+        """Takes one sample from /proc; a process that ends during the sample counts as 0."""
         rss = pss = anonymous = 0
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
@@ -119,7 +119,7 @@ class Peak:
 
 
 def timed_copy(source: pathlib.Path, target: pathlib.Path) -> float:
-    """Seconds of `cp -r` and `sync`; the copy is removed."""
+    """Returns the seconds that `cp -r` and `sync` take; the copy is then removed."""
     os.sync()
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
@@ -130,10 +130,10 @@ def timed_copy(source: pathlib.Path, target: pathlib.Path) -> float:
 
 
 def timed_command(command: Sequence[str]) -> dict[str, Any]:
-    """Runs a command in the repository's root: seconds with `sync`, and peak memory.
+    """Runs a command in the root of the repository; returns its seconds with `sync`, and its peak memory.
 
     Raises:
-      subprocess.CalledProcessError: the command failed; its own output says why.
+      subprocess.CalledProcessError: the command failed; its output on the terminal says why.
     """
     os.sync()
     peak = Peak()
@@ -141,8 +141,7 @@ def timed_command(command: Sequence[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, cwd=report.REPOSITORY)
     try:
         while True:
-            # wait4: the resource usage of this child alone. RUSAGE_CHILDREN would be the largest child so
-            # far.
+            # wait4 returns the resource usage of this child alone; RUSAGE_CHILDREN is the largest child so far.
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
@@ -184,7 +183,7 @@ class Entry:
 
 
 def read_entries(folder: pathlib.Path) -> dict[str, Entry]:
-    """Every tensor of every safetensors file of a folder. Raises ValueError for a name that occurs twice."""
+    """Returns name -> entry for all safetensors files of a folder. Raises ValueError if a name occurs twice."""
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -220,10 +219,10 @@ def _same_bytes(left: Entry, right: Entry) -> bool:
 
 
 def compare_checkpoints(source: pathlib.Path, back: pathlib.Path) -> int:
-    """Number of tensors, all equal in name, dtype, shape and every bit. Reads a chunk at a time.
+    """Returns the number of tensors, after checking that name, dtype, shape and every bit are equal.
 
     Raises:
-      ValueError: anything differs; the message names it.
+      ValueError: something differs; the message says what.
     """
     ours, theirs = read_entries(source), read_entries(back)
     if not ours:
@@ -243,7 +242,7 @@ def compare_checkpoints(source: pathlib.Path, back: pathlib.Path) -> int:
 
 
 def measure(settings: ConversionBenchSettings, folder: pathlib.Path, console: Console) -> dict[str, Any]:
-    """Measures everything, in a folder that the caller removes."""
+    """Returns all measurements; the caller removes the folder."""
     if settings.source is not None:
         source = settings.source.resolve()
     else:
@@ -252,7 +251,7 @@ def measure(settings: ConversionBenchSettings, folder: pathlib.Path, console: Co
             settings.config, folder / "source", layers=settings.layers, console=console
         )
     size = folder_bytes(source)
-    copies = MOST_COPIES - 1  # the source is on the disk already
+    copies = MOST_COPIES - 1  # the source is already on the disk
     free = shutil.disk_usage(folder).free
     if free < copies * size:
         raise OSError(f"{folder} has {free / 1e9:.1f} GB free, {copies * size / 1e9:.1f} GB are needed")
@@ -286,7 +285,7 @@ def measure(settings: ConversionBenchSettings, folder: pathlib.Path, console: Co
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """One row for each direction, with `cp -r` beside it."""
+    """Prints one row for `cp -r` and one for each direction."""
     table = Table("", "seconds", "times cp -r", "peak RSS, GB", "peak anonymous, GB")
     table.add_row("cp -r", " and ".join(f"{seconds:.1f}" for seconds in result["copy_s"]), "1", "", "")
     for name in ("hf_to_flax", "flax_to_hf"):

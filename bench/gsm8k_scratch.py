@@ -1,11 +1,11 @@
-"""A real run, small enough for two cores: GSM8K's 7,473 questions, the real vocabulary, a nano body, from random weights.
+"""Trains a model from random weights on GSM8K, small enough for two CPU cores: nano layers with Dream's vocabulary.
 
     python bench/gsm8k_scratch.py --assets DIR [--steps 320] [--weight uniform] [--out docs/runs/gsm8k-nano]
 
-DIR is what `DREAM_JAX_ASSETS` names: it holds `data/gsm8k`, and `dream-v0-instruct-7b` with the tokenizer. Trains by
-`dream_jax.trainer.train` as `train.py` does, evaluates on test questions on the fixed grid of noise levels as it goes, and
-keeps the run's report, curves and evaluations in OUT. Says at the end whether the nll fell, and whether it rose again.
-Needs the extra `report` for the curves.
+DIR holds `data/gsm8k` (7,473 training questions) and `dream-v0-instruct-7b` with the tokenizer, as for the environment
+variable `DREAM_JAX_ASSETS`. The script trains with `dream_jax.trainer.train` as `train.py` does, evaluates on test
+questions at a fixed grid of noise levels during the run, and writes report, curves and evaluations of the run to OUT. It
+prints whether the nll fell, and whether it rose again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEPT = ("eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json",
 
 
 RISE = 0.01
-"""Of the least nll, from there to the end."""
+"""Allowed rise of the nll from its minimum to the end, as a share of the minimum."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Gsm8kScratchSettings:
     """Size and folders of the run."""
 
     assets: pathlib.Path
-    """Folder with data/gsm8k and dream-v0-instruct-7b."""
+    """Folder that holds data/gsm8k and dream-v0-instruct-7b."""
     steps: int = 320
     batch_size: int = 8
     max_length: int = 256
@@ -51,7 +51,7 @@ class Gsm8kScratchSettings:
     eval_rows: int = 64
     learning_rate: float = 1e-3
     weight: Literal["uniform", "linear", "inverse-time", "cart"] = "uniform"
-    """of the loss; uniform is what the evaluation measures"""
+    """weight of the loss; uniform is the weight of the evaluation"""
     out: pathlib.Path = report.REPOSITORY / "docs" / "runs" / "gsm8k-nano"
     """folder of the results; must not exist yet"""
 
@@ -65,9 +65,9 @@ def make_model(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
 
 
 def verdict(path: pathlib.Path) -> tuple[bool, str]:
-    """Whether the nll fell and stayed low, and a sentence that says so.
+    """Returns whether the nll fell and stayed low, and a sentence with the numbers.
 
-    Each score is of the same rows, levels and masks: between two of them far less is chance than their intervals say.
+    All scores use the same rows, noise levels and masks, so their differences are less random than their intervals suggest.
     """
     with path.open(newline="", encoding="utf-8") as file:
         rows = [(int(row["step"]), float(row["nll"]), float(row["nll_se"])) for row in csv.DictReader(file)]
@@ -80,15 +80,15 @@ def verdict(path: pathlib.Path) -> tuple[bool, str]:
 
 
 def main(settings: Gsm8kScratchSettings) -> int:
-    """Trains, stores the run and judges it; returns 1 when the nll did not fall or did not stay low."""
+    """Trains, stores the run and prints the verdict; returns 1 if the nll did not fall or did not stay low."""
     console = Console()
     if settings.out.exists():
-        raise FileExistsError(f"{settings.out} is there; remove it, or give another --out")
+        raise FileExistsError(f"{settings.out} exists; remove it, or give another --out")
     settings = dataclasses.replace(settings, out=settings.out.resolve())
     assets = settings.assets.resolve()
     os.environ["DREAM_JAX_ASSETS"] = str(assets)
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        # The working directory is that folder, so that the stored files name no path of this machine.
+        # Paths are relative to the temporary folder, so that the stored files contain no path of this machine.
         make_model(pathlib.Path("weights"), assets / "dream-v0-instruct-7b")
         train(
             TrainSettings.flat(
@@ -103,7 +103,7 @@ def main(settings: Gsm8kScratchSettings) -> int:
                 weight=settings.weight,
                 eval_every=settings.eval_every,
                 eval_rows=settings.eval_rows,
-                eval_tokens=0,  # a model this small answers nothing right, so only its likelihood is measured
+                eval_tokens=0,  # a model of this size gives no correct answer, so only its likelihood is measured
                 samples=2,
                 sample_tokens=48,
                 save_every=settings.steps,
@@ -115,7 +115,7 @@ def main(settings: Gsm8kScratchSettings) -> int:
             for name in KEPT:
                 if (path := pathlib.Path("run") / settings.out.name / name).is_file():
                     shutil.copyfile(path, unfinished / name)
-    # The samples are left out, because they are text of the data set.
+    # The samples are not stored, because they contain text of the data set.
     write_report(read_record(settings.out))
     holds, words = verdict(settings.out / "eval.csv")
     console.print(words)

@@ -1,11 +1,11 @@
-"""Memory and time of the masked cross entropy with both gradients, against forming all logits.
+"""Compares memory and time of the masked cross entropy with those of a loss that stores all logits.
 
     python bench/loss.py [--tokens 2048] [--width 512] [--vocab 152064] [--mesh 4x2] [--out FILE]
 
-Both get the same hidden states [B, T, D] and projection [D, V] in float32 and give the loss and both gradients. "all
-logits" is what one would write first: [B, T, V] logits, their log-sum-exp, weights that are zero where nothing is masked.
-Temporaries are the compiler's (`memory_analysis`), a device; times are medians of alternating calls; gradients are
-compared as the largest difference over the largest value. Needs the extra `bench`.
+Both compute the loss and its gradients for hidden states [B, T, D] and an output projection [D, V] in float32. "all logits"
+is the straightforward program: logits [B, T, V], their log-sum-exp, and weights that are zero at positions without a mask.
+Temporary memory per device is that of the compiler's `memory_analysis`; times are medians of alternating calls; gradients
+are compared by largest difference / largest value. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossBenchSettings:
-    """Sizes of the comparison."""
+    """Sizes of the arrays that the comparison uses."""
 
     batch: int = 1
     """rows of the batch"""
@@ -45,15 +45,15 @@ class LossBenchSettings:
     masked: float = 0.5
     """share of positions that are masked"""
     mesh: str = "1x1"
-    """what train.py --mesh accepts"""
+    """mesh of the devices, as for train.py --mesh"""
     repeats: int = 5
-    """timed calls of each; 0 measures memory alone"""
+    """number of timed calls of each; 0 measures memory only"""
     out: pathlib.Path = report.RESULTS / "loss.json"
-    """result file; results of other meshes in it stay"""
+    """result file; its results for other meshes are not changed"""
 
 
 def ours(hidden_BTD: jax.Array, kernel_DV: jax.Array, *rest: jax.Array) -> jax.Array:
-    """The loss of training, from the hidden states on."""
+    """Returns the loss of training, computed from the hidden states."""
     groups = sharding.token_shards(*hidden_BTD.shape[:2])
     return objective._masked_cross_entropy(None, groups, hidden_BTD, kernel_DV, *rest)[0]
 
@@ -61,7 +61,7 @@ def ours(hidden_BTD: jax.Array, kernel_DV: jax.Array, *rest: jax.Array) -> jax.A
 def all_logits(
     hidden_BTD: jax.Array, kernel_DV: jax.Array, tokens_BT: jax.Array, masked_BT: jax.Array, weight_BT: jax.Array
 ) -> jax.Array:
-    """The same loss, from the logits of all positions."""
+    """Returns the same loss, computed from the logits of all positions."""
     shifted_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
     logits_BTV = sharding.constrain(jnp.einsum("BTD,DV->BTV", shifted_BTD, kernel_DV), "batch", "tokens", "vocab")
     target_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0]
@@ -70,7 +70,7 @@ def all_logits(
 
 
 def arguments(settings: LossBenchSettings, mesh: jax.sharding.Mesh) -> Arrays:
-    """Random arguments with the shardings of training."""
+    """Returns random hidden states, projection, tokens, masked positions and weights, with the shardings of training."""
     rng = np.random.default_rng(0)
     shape = (settings.batch, settings.tokens)
     batch = NamedSharding(mesh, sharding.partition_spec(("batch", "tokens"), shape, dict(mesh.shape)))
@@ -88,7 +88,7 @@ def arguments(settings: LossBenchSettings, mesh: jax.sharding.Mesh) -> Arrays:
 
 
 def compiled(function: Callable[..., jax.Array], arrays: Arrays, mesh: jax.sharding.Mesh) -> Any:
-    """The compiled loss with both gradients, each with the sharding of its argument."""
+    """Returns the compiled loss with both gradients; each gradient has the sharding of its argument."""
     shardings = (arrays[0].sharding, arrays[1].sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
     program = jax.jit(jax.value_and_grad(function, argnums=(0, 1)), out_shardings=(replicated, shardings))
@@ -96,7 +96,7 @@ def compiled(function: Callable[..., jax.Array], arrays: Arrays, mesh: jax.shard
 
 
 def measure(settings: LossBenchSettings) -> dict[str, Any]:
-    """Temporary memory and times of both, and how far their results differ."""
+    """Returns temporary memory (MiB) and times (seconds) of both, and the differences of their results."""
     mesh = sharding.make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
         arrays = arguments(settings, mesh)
@@ -130,7 +130,7 @@ def measure(settings: LossBenchSettings) -> dict[str, Any]:
 
 def main(settings: LossBenchSettings) -> None:
     """Measures, prints, and adds the result to the file."""
-    sharding.make_mesh(settings.mesh)  # before the backend starts, so that a CPU has the devices
+    sharding.make_mesh(settings.mesh)  # must run before the backend starts, so that a CPU provides the devices
     other_work = report.OtherWork()
     found = measure(settings)
     result = {

@@ -1,12 +1,11 @@
-"""Writes random weights in the layout of a published checkpoint, to convert and to time without a download.
+"""Writes a checkpoint of random weights in the published layout, for tests of the conversion without a download.
 
     python bench/make_synthetic_7b.py --config DIR --out OUT
 
-DIR holds a published `config.json` and, beside it, the tokenizer files and `model.safetensors.index.json` if
-at hand. OUT gets the same names, shapes and dtype as the real checkpoint (Dream-7B: 339 tensors, 15.2 GB of
-bfloat16), shard by shard as the index says, with the other files copied beside them. Nothing else is needed
-than numpy: the safetensors header is written here, and the tensor table comes from `config.json` alone, so
-that a converter is tested against a checkpoint that it had no part in.
+DIR holds a published `config.json` and optionally the tokenizer files and `model.safetensors.index.json`. OUT has the
+names, shapes and dtype of the published checkpoint (Dream-7B: 339 tensors, 15.2 GB of bfloat16), in the files that the
+index lists; the other files are copied. The script uses numpy only: it writes the safetensors header itself and derives the
+tensors from `config.json`, so that the tested converter has no influence on the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from rich.progress import (
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 INDEX = "model.safetensors.index.json"
 BYTES_PER_WEIGHT = 2
-SHARDS = 4  # when no index says otherwise
+SHARDS = 4  # number of files if there is no index
 CHUNK_BYTES = 32 * 2**20
-SPARE_BYTES = 2**30  # left free on the disk
+SPARE_BYTES = 2**30  # free space that must remain on the disk
 
-# A bfloat16 is sign (1 bit), exponent (8), mantissa (7). From 16 random bits keep the sign, two bits of
-# exponent and the mantissa, then add 118 to the exponent: sign * 2^-9..2^-5, all finite, nearly all
-# different. Four at a time; the sum never carries out of the 15 lower bits.
+# A bfloat16 has a sign (1 bit), an exponent (8 bits) and a mantissa (7 bits). The sign, two bits of the exponent and the
+# mantissa are kept from 16 random bits, and 118 is added to the exponent. All results are finite, with magnitudes in
+# [2^-9, 2^-5). Each 64-bit word holds four of them; the sum never carries out of the 15 lower bits.
 _KEPT_BITS = np.uint64(0x81FF_81FF_81FF_81FF)
 _LOWEST_EXPONENT = np.uint64(0x3B00_3B00_3B00_3B00)
 
@@ -54,17 +53,17 @@ class SyntheticCheckpointSettings:
     """The configuration, the directory to make and the number of layers."""
 
     config: pathlib.Path
-    """Directory with a published config.json (and tokenizer files and safetensors index, if at hand)."""
+    """Directory with a published config.json, and optionally with tokenizer files and the safetensors index."""
     out: pathlib.Path
-    """Directory to make; must not exist, and must lie outside the repository."""
+    """Directory to make; it must not exist, and must be outside the repository."""
     layers: int | None = None
-    """Number of transformer layers; the configuration's own when not given."""
+    """Number of transformer layers; by default that of the configuration."""
     seed: int = 0
-    """the same seed makes the same bytes"""
+    """seed of the weights; the same seed makes the same bytes"""
 
 
 def tensor_shapes(fields: Mapping[str, Any]) -> dict[str, Shape]:
-    """Name and shape of every tensor of a published checkpoint, in the order of the model's definition."""
+    """Returns name -> shape of every tensor of a published checkpoint, in the order of the model definition."""
     width, mlp, vocab = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
     key_value = width // fields["num_attention_heads"] * fields["num_key_value_heads"]
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, width)}
@@ -95,7 +94,7 @@ def _num_bytes(shape: Shape) -> int:
 
 
 def assign_files(shapes: Mapping[str, Shape], index: Mapping[str, str] | None) -> dict[str, str]:
-    """Shard file of each tensor: the index's if it names exactly these tensors, else `SHARDS` by size."""
+    """Returns tensor name -> file name: as in the index if it lists exactly these tensors, else `SHARDS` files by size."""
     if index is not None and index.keys() == shapes.keys():
         return {name: index[name] for name in shapes}
     total = sum(map(_num_bytes, shapes.values()))
@@ -111,7 +110,7 @@ def assign_files(shapes: Mapping[str, Shape], index: Mapping[str, str] | None) -
 
 
 def safetensors_header(shapes: Mapping[str, Shape], dtype: str = "BF16") -> bytes:
-    """Length (8 bytes, little-endian) and JSON of a safetensors file, padded with spaces to 8 bytes."""
+    """Returns the header of a safetensors file: length (8 bytes, little-endian) and JSON, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -124,10 +123,9 @@ def safetensors_header(shapes: Mapping[str, Shape], dtype: str = "BF16") -> byte
 
 
 def random_chunks(name: str, shape: Shape, seed: int) -> Iterator[memoryview]:
-    """The tensor's bytes, in pieces: bfloat16 of random sign and mantissa, magnitudes in [2^-9, 2^-5).
+    """Yields the bytes of a tensor in pieces: random bfloat16 numbers with magnitudes in [2^-9, 2^-5).
 
-    A stream of its own for every name, so that a tensor does not depend on the others or on the number of
-    layers.
+    Every name has its own random stream, so that a tensor does not depend on the others or on the number of layers.
     """
     stream = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     left = _num_bytes(shape)
@@ -185,22 +183,23 @@ def make_checkpoint(
     seed: int = 0,
     console: Console | None = None,
 ) -> pathlib.Path:
-    """Makes the directory `out`; it appears under that name only when complete.
+    """Makes the directory `out`, which appears only when it is complete.
 
     Args:
-      config: directory with `config.json`, and with the files to copy beside the weights.
-      out: must not exist; outside the repository.
-      layers: replaces the configuration's number of layers.
-      seed: same seed, same bytes.
-      console: where the progress bar goes; nowhere by default.
+      config: directory with `config.json`, and with other files to copy.
+      out: the directory to make; it must not exist, and must be outside the repository.
+      layers: number of layers; None for that of the configuration.
+      seed: seed of the weights; the same seed makes the same bytes.
+      console: where the progress bar is shown; None for no progress bar.
 
     Returns:
-      `out`, resolved.
+      The absolute path of `out`.
 
     Raises:
       ValueError: `out` lies inside the repository, or `layers` is below 1.
       FileExistsError: `out` exists.
-      OSError: too little space on the disk.
+      FileNotFoundError: the parent directory of `out` does not exist.
+      OSError: the disk has too little free space.
     """
     if layers is not None and layers < 1:
         raise ValueError(f"{layers=} must be at least 1")
@@ -229,14 +228,14 @@ def make_checkpoint(
         _write_shards(unfinished, shards, seed, console or Console(quiet=True))
         unfinished.chmod(0o755)  # mkdtemp makes directories that only their owner can read
         os.rename(unfinished, out)
-    except BaseException:  # also on Ctrl-C: an incomplete checkpoint must not stay
+    except BaseException:  # also on Ctrl-C: an incomplete checkpoint must be removed
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return out
 
 
 def main(settings: SyntheticCheckpointSettings) -> None:
-    """Makes the checkpoint and prints what it made."""
+    """Makes the checkpoint and prints its number of files and its size."""
     console = Console()
     console.print(settings)
     out = make_checkpoint(settings.config, settings.out, layers=settings.layers, seed=settings.seed, console=console)

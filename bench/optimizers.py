@@ -1,10 +1,10 @@
-"""Does a smaller optimizer state learn as well? Trains one model with each variant and seed, and compares the curves.
+"""Compares optimizer states of different sizes: trains one model with each variant and seed, and compares the curves.
 
     python bench/optimizers.py [--steps 600] [--seeds 0 1 2] [--variants float32 int8] [--out FILE]
 
-Each run is `dream_jax.trainer.train` on sudoku, the same data, noise and weights for a seed whatever the variant.
-Writes FILE (JSON: per variant the last losses, held-out accuracy and likelihood, bytes of state; how far each variant
-is from float32, in standard errors) and, beside it, the curves as CSV: variant, seed, step, loss, nll, grad_norm.
+Each run is `dream_jax.trainer.train` on sudoku; for one seed all variants use the same data, noise and initial weights.
+Writes FILE (JSON: for each variant the last losses, held-out accuracy and likelihood, bytes of state, and the difference
+from float32 with its standard error) and the curves as CSV in the same folder: variant, seed, step, loss, nll, grad_norm.
 Needs the extra `bench`.
 """
 
@@ -38,7 +38,7 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
     "adafactor": {"optimizer": "adafactor"},
 }
 CURVE = ("loss", "nll", "grad_norm")
-LAST = 50  # steps that a last loss is the mean of: a single one is mostly its noise level t
+LAST = 50  # number of last steps whose mean is the last loss; the loss of one step depends mostly on its noise level t
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,27 +50,27 @@ class OptimizerBenchSettings:
     batch_size: int = 64
     """rows per step"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of weights, data order and noise; each variant runs with each"""
+    """seeds of weights, data order and noise; each variant runs with each seed"""
     variants: tuple[OptimizerVariant, ...] = get_args(OptimizerVariant)
-    """which variants; the others are compared with float32"""
+    """variants to run; each is compared with float32"""
     mesh: str = "1x1"
-    """As in train.py."""
+    """Mesh of the devices, as for train.py."""
     model: str = "nano"
-    """A preset or a directory."""
+    """A preset, or the directory of a model."""
     data: str = "sudoku"
-    """As in train.py."""
+    """Data, as for train.py."""
     eval_rows: int = 200
-    """Held-out rows at the end of each run."""
+    """Number of held-out rows that are evaluated at the end of each run."""
     out: pathlib.Path = report.RESULTS / "optimizers.json"
-    """Result file; the curves go beside it."""
+    """Result file; the curves are written to the same folder."""
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.variants:
             raise ValueError(f"{self.seeds=} and {self.variants=} must not be empty")
-        self.training("float32", 0, pathlib.Path("unused"))  # settings that are wrong are refused before any run
+        self.training("float32", 0, pathlib.Path("unused"))  # wrong settings raise before the first run
 
     def training(self, variant: str, seed: int, out: pathlib.Path) -> TrainSettings:
-        """The settings of the run of one variant and seed."""
+        """Returns the training settings of the run of one variant and seed."""
         return TrainSettings.flat(
             mesh=self.mesh,
             model=self.model,
@@ -88,7 +88,7 @@ class OptimizerBenchSettings:
 def one_run(
     settings: OptimizerBenchSettings, variant: str, seed: int, folder: pathlib.Path
 ) -> tuple[dict[str, Any], list[Any]]:
-    """The result of a run, and the rows of its curve."""
+    """Trains one variant with one seed; returns the result of the run, and the rows of its curve."""
     training = settings.training(variant, seed, folder / f"{variant}-{seed}")
     try:
         summary = train(training)
@@ -108,13 +108,13 @@ def one_run(
 
 
 def curve(run: pathlib.Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv."""
+    """Returns the rows of the metrics.csv of a run, with the columns step and `CURVE`."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{name: float(row[name]) for name in ("step", *CURVE)} for row in csv.DictReader(file)]
 
 
 def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The last nll of each variant minus that of float32: the mean over seeds and its standard error."""
+    """Returns, for each variant, its last nll minus that of float32: the mean over seeds and the standard error."""
     found: dict[str, Any] = {}
     base = {run["seed"]: run["last_nll"] for run in results.get("float32", ()) if "last_nll" in run}
     for variant, runs in results.items():
@@ -131,7 +131,7 @@ def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
 
 
 def main(settings: OptimizerBenchSettings) -> None:
-    """Runs everything, prints a table and writes both files."""
+    """Runs all variants and seeds, prints a table and writes both files."""
     console = Console()
     console.print(settings)
     other_work = report.OtherWork()

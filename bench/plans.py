@@ -1,10 +1,10 @@
-"""Makes the plans of the documentation: compiles Dream-7B's train step for each, and writes memory, time and price.
+"""Makes the plans of the documentation: compiles the train step of Dream-7B, and writes memory, time and price.
 
     python bench/plans.py [--only v6e-8x1 h200-1] [--docs]
 
-Each takes one to several minutes of two cores. Needs the extra `plan`, and `plan-gpu` for GPUs: plans that cannot be
-compiled here keep the result that the file has. Writes bench/results/plans.json after each plan, and at the end the tables
-in docs/memory.md, which --docs alone writes from that file.
+Each plan takes one to several minutes on two cores. Needs the extra `plan`, and `plan-gpu` for GPUs: if a plan cannot be
+compiled on this machine, the result file keeps its old result. Writes bench/results/plans.json after each plan, and at the
+end the tables in docs/memory.md; with --docs it only writes the tables from the result file.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanTableSettings:
-    """Which plans are made."""
+    """The choice of the plans to make."""
 
     only: tuple[str, ...] = ()
-    """names; all by default"""
+    """names of plans; all by default"""
     docs: bool = False
-    """compile nothing, only write the tables"""
+    """compile nothing, write the tables only"""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.only) - set(CASES))
         if unknown:
-            raise ValueError(f"{unknown} are no plans; there are {', '.join(CASES)}")
+            raise ValueError(f"{unknown} are not names of plans; the names are {', '.join(CASES)}")
 
 
 def results() -> dict[str, Any]:
-    """The plans that the result file has, by name."""
+    """Returns name -> plan from the result file."""
     return read_json(RESULTS) if RESULTS.is_file() else {}
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """The tables of docs/memory.md, from the file's content."""
+    """Returns the tables of docs/memory.md, made from the content of the result file."""
     lines = [
         "| plan | hardware | mesh | rows x tokens | remat, moments | given | working | peak | has | fits | arithmetic |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -123,7 +123,7 @@ def _trains(settings: Mapping[str, Any]) -> str:
 
 
 def write_tables() -> None:
-    """Puts the tables between their marks in docs/memory.md."""
+    """Writes the tables between their marks in docs/memory.md."""
     text = DOCS.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -131,6 +131,7 @@ def write_tables() -> None:
 
 
 def one_plan(name: str) -> RunPlan:
+    """Returns the plan of one of `CASES`, compiled if the compiler is installed."""
     topology, settings = CASES[name]
     training = TrainSettings.flat(out=pathlib.Path("unused"), **settings)
     return make_plan(training, PlanSettings(plan=True, topology=topology))
@@ -147,7 +148,7 @@ def main(settings: PlanTableSettings) -> None:
             flush=True,
         )
         if plan.compile_seconds is None:
-            print(f"  {'; '.join(plan.advice)}: the file keeps what it has")
+            print(f"  {'; '.join(plan.advice)}: the file keeps its old result")
             continue
         plain = plan.plain()
         plain["settings"].pop("out")

@@ -1,10 +1,10 @@
-"""How far the logits of a quantised base are from those of its float weights, and how much memory it takes.
+"""Measures the memory of a quantised base, and the difference of its logits from those of the float weights.
 
     python bench/quantised_base.py --model PATH|PRESET [--data sudoku] [--rows 16] [--out FILE]
 
-Runs the rows of a data set, half of their response masked, through the float32 model and through each kind of base, and
-compares the logits of the masked positions: root mean square error over that of the logits, mean KL divergence in nats,
-share of positions with the same most probable token. Writes FILE (JSON). Needs the extra `bench`.
+Rows of a data set, with half of each response masked, go through the float32 model and through each kind of base. The
+logits of the masked positions are compared: root mean square of the error / root mean square of the logits, mean KL
+divergence in nats, and share of positions with the same most probable token. Writes FILE (JSON). Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class QuantisedBaseSettings:
     """The model and the rows of the comparison."""
 
     model: str = "runs/demo/model"
-    """A directory or a preset; random weights say little about trained ones."""
+    """A directory or a preset; a preset has random weights, whose results say little about trained ones."""
     tokenizer: str | None = None
-    """Directory or "bytes"; by default the model's own."""
+    """Directory of a tokenizer, or "bytes"; by default the tokenizer of the model."""
     data: str = "sudoku"
-    """what train.py --data accepts; its held-out rows are used"""
+    """data as for train.py --data, of which held-out rows are used"""
     rows: int = 16
-    """How many rows."""
+    """Number of rows."""
     out: pathlib.Path = report.RESULTS / "quantised_base.json"
     """Result file."""
 
@@ -49,7 +49,7 @@ class QuantisedBaseSettings:
 
 
 def canvases(settings: QuantisedBaseSettings, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids with half of each response masked, [B, T], and which positions are."""
+    """Returns token ids int32 [B, T] with half of each response masked, and bool [B, T], true at masked positions."""
     rows = TokenizedRows(open_source(settings.data, "test", 0), tokenizer)
     longest = length_report(rows, 2048, limit=settings.rows).longest
     found = [row for _, row in rows.first(settings.rows, longest)]
@@ -61,7 +61,7 @@ def canvases(settings: QuantisedBaseSettings, tokenizer: Tokenizer) -> tuple[np.
 
 
 def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:
-    """The logits that predict the masked positions, float32 [masked positions, V]."""
+    """Returns the logits that predict the masked positions, float32 [masked positions, V]."""
     # With the right shift the logits at i - 1 predict token i.
     return jnp.asarray(np.asarray(model(tokens))[:, :-1][masked[:, 1:]])
 

@@ -1,9 +1,9 @@
-"""Plans every recipe for one H100, one H200 and a v6e-8, and writes hours, price and memory into the recipe's file.
+"""Plans every recipe for one H100, one H200 and a v6e-8, and writes hours, price and memory to the file of the recipe.
 
     python bench/recipes.py [--only s1k-full-4096] [--compile]
 
-By arithmetic each takes seconds; with --compile the step is compiled where the compiler is installed (the extras `plan` and
-`plan-gpu`), a minute or more each. Behind the mark the file of a recipe is this script's.
+A plan by arithmetic takes seconds. With --compile the step is compiled if the compiler is installed (the extras `plan` and
+`plan-gpu`), which takes a minute or more. Everything after the line `MARK` in the file of a recipe is overwritten.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dream_jax.trainer.recipes import Recipe, names, read_recipe
 FOLDER = report.REPOSITORY / "recipes"
 MARK = "# Plans for some hardware; written by bench/recipes.py."
 
-# What changes with the hardware, by recipe and topology. One H100 has no room for a second copy of all gradients, which
-# accumulation needs: full fine-tuning there takes batches as large as fit at once, and more steps of a smaller rate.
+# Settings that differ from the recipe, by recipe and topology. One H100 has too little memory for the second copy of all
+# gradients that accumulation needs, so full fine-tuning on it uses smaller batches, more steps and a lower rate.
 _H100_ROWS = {2048: 8, 4096: 4, 8192: 2}
 _H100: Mapping[str, Any] = {"accumulation": 1, "remat": "offload"}
 
@@ -63,18 +63,18 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeCostSettings:
-    """Which recipes are planned, and how."""
+    """The choice of recipes and hardware, and the way to plan."""
 
     only: tuple[str, ...] = ()
-    """names; all by default"""
+    """names of recipes; all by default"""
     topology: tuple[str, ...] = ()
-    """only these topologies; what the file says of others stays"""
+    """topologies to plan, all by default; the file keeps its results for others"""
     compile: bool = False
-    """compile the steps rather than estimate"""
+    """compile the steps instead of estimating by arithmetic"""
 
 
 def blocks(recipe: Recipe, settings: RecipeCostSettings) -> list[str]:
-    """The [[planned]] tables of a recipe, one for each hardware."""
+    """Returns the [[planned]] tables of a recipe as TOML, one for each topology."""
     known = {one.topology: one for one in recipe.planned}
     found = []
     for topology, changes in CASES[recipe.name].items():
@@ -119,9 +119,10 @@ def _toml(value: Any) -> str:
 
 
 def main(settings: RecipeCostSettings) -> None:
+    """Plans the chosen recipes and writes their files."""
     unknown = sorted(set(settings.only) - set(CASES)) + sorted(set(names(FOLDER)) ^ set(CASES))
     if unknown:
-        raise ValueError(f"{unknown} have no recipe, or no case here")
+        raise ValueError(f"{unknown} must have both a file in recipes/ and an entry in CASES of bench/recipes.py")
     for name in settings.only or tuple(CASES):
         recipe = read_recipe(name, FOLDER)
         before = recipe.file.read_text(encoding="utf-8").partition(MARK)[0].rstrip()

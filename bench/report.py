@@ -1,4 +1,4 @@
-"""Hardware, versions and date that each benchmark's result states, and the functions that write a result."""
+"""Collects the hardware, versions and date of a benchmark, and writes results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 
 
 def _first_value(path: str, key: str) -> str | None:
-    """The value of the first `key: value` line of a /proc file; None where there is no such file or line."""
+    """Returns the value of the first `key: value` line of a /proc file; None if there is no such file or line."""
     file = pathlib.Path(path)
     if not file.exists():
         return None
@@ -31,12 +31,12 @@ def _first_value(path: str, key: str) -> str | None:
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use, which may be fewer than the machine has."""
+    """Returns the number of cores that this process may use, which can be less than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, usable cores, memory in GB (1e9 bytes), operating system."""
+    """Returns the CPU model, the number of usable cores, the memory in GB (1e9 bytes) and the operating system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -47,7 +47,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's and the packages' versions, and the repository's commit, "+" after it when files differ."""
+    """Returns the versions of Python and the packages, and the git commit, with "+" if tracked files were changed."""
     found = {"python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in packages}
 
@@ -55,7 +55,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    # Empty outside a git checkout (or before the first commit).
+    # The output is empty outside a git checkout, or before the first commit.
     commit = git("rev-parse", "--verify", "--quiet", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no")
     found["commit"] = commit + ("+" if commit and changed else "")
@@ -63,7 +63,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 class OtherWork:
-    """Measures the share of the machine's cores that other processes use, from its creation on."""
+    """Measures the share of the cores of the machine that other processes have used since its creation."""
 
     def __init__(self) -> None:
         self._machine, self._own, self._wall = self._read()
@@ -71,33 +71,33 @@ class OtherWork:
     @staticmethod
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
-        # Stolen time counts, because another guest of the same host disturbs just as much. `user` includes `guest`.
+        # Time stolen by other virtual machines counts, because it disturbs a measurement as much. `user` includes `guest`.
         busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
         return busy, time.process_time(), time.perf_counter()
 
     def share(self) -> float:
-        """From 0 (no other process computed) to 1 (others used every core)."""
+        """Returns a number from 0 (no other process computed) to 1 (other processes used every core)."""
         machine, own, wall = self._read()
         available = (wall - self._wall) * (os.cpu_count() or 1)
         return max(0.0, (machine - self._machine) - (own - self._own)) / available
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Returns the current time in UTC as ISO 8601 text, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, Any]:
-    """The median, the least and all of some times, in seconds."""
+    """Returns the median, the minimum and all of some times, in seconds."""
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "all_s": list(seconds)}
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes a result as JSON; makes its folder where there is none."""
+    """Writes a result as JSON, and makes its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
 
 
 def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:
-    """Adds a result under its name to a JSON file of several results, or replaces it there."""
+    """Adds a result to a JSON file of results by name, or replaces the one of the same name."""
     write_json(path, (files.read_json(path) if path.exists() else {}) | {name: value})

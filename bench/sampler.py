@@ -1,15 +1,14 @@
-"""What the sampler's modes cost: time beside what the machine could do, and answers beside the right ones.
+"""Measures the modes of the sampler: speed relative to the machine's peak, and the share of correct answers.
 
     python bench/sampler.py speed [--batches 1 4] [--lengths 64+64 64+256] [--torch] [--out FILE]
     python bench/sampler.py quality --model runs/demo/model [--out FILE]
 
-`speed` runs random weights under several modes. Each is timed after a warm-up, its tokens a second stand beside a roofline:
-the floating point operations of its passes over the rate of a large matrix product measured in the same run. Modes with
-several tokens a pass write what the clock says: random weights are sure of nothing, so confidence rules would write one.
-`--torch` times the published loop (`torch_reference.py`) as well.
+`speed` samples from random weights in several modes and times each after a warm-up. Its tokens per second are compared
+with a roofline: the rate of a large matrix product, measured in the same run, divided by the operations per token. Modes
+that write several tokens per pass follow a fixed schedule, because with random weights no token is confident enough
+for a rule by confidence. `--torch` also times the published loop (`torch_reference.py`).
 
-`quality` lets a model that was trained on sudoku solve held-out puzzles under every preset and a few settings between
-them.
+`quality` lets a model that was trained on sudoku solve held-out puzzles with every preset and some settings between them.
 """
 
 from __future__ import annotations
@@ -41,32 +40,33 @@ from dream_jax.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Measures the time of each mode."""
+    """Measures the speed of each mode, with random weights."""
 
     preset: str = "small"
-    """Architecture."""
+    """Name of the architecture in `dream_jax.config.PRESETS`."""
     dtype: str = "float32"
     """Dtype of weights and computation."""
     batches: tuple[int, ...] = (1, 4)
+    """Numbers of rows."""
     lengths: tuple[str, ...] = ("64+64", "64+256")
-    """Prompt tokens + new tokens."""
+    """Numbers of prompt tokens and new tokens, as PROMPT+NEW."""
     block_length: int = 32
     repeats: int = 3
     torch: bool = False
-    """Time the published PyTorch loop as well (batch 1; needs the extra `bench`)."""
+    """Also time the published PyTorch loop (batch 1; needs the extra `bench`)."""
     allow_busy: bool = False
-    """Time even while other processes compute; the result then says so and is no evidence."""
+    """Measure even while other processes compute. The result records their share, and should not be quoted."""
     out: pathlib.Path = report.RESULTS / "sampler_speed.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Measures how many sudokus each mode solves."""
+    """Measures how many sudoku puzzles each mode solves."""
 
     model: str = "runs/demo/model"
     puzzles: int = 1600
-    """How many held-out ones. They begin with the 200 that train.py solves, on which no setting can be told from another
-    that solves one in a hundred less."""
+    """Number of held-out puzzles. The first 200 are those that train.py solves, which are too few to distinguish
+    settings that differ by 1 %."""
     batch_size: int = 200
     out: pathlib.Path = report.RESULTS / "sampler_quality.json"
 
@@ -75,7 +75,7 @@ class Quality:
 
 
 def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
-    """The configuration of each mode, for `new` tokens."""
+    """Returns name -> configuration of each mode, for `new` tokens in blocks of `block`."""
     block = min(block, new)
     cached = SamplerConfig(max_new_tokens=new, alg="entropy", block_length=block, cache=WindowCache())
     modes = {"exact": SamplerConfig.preset("exact", max_new_tokens=new)}
@@ -90,7 +90,7 @@ def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
 
 
 def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
-    """Floating-point operations of all layers for `tokens` queries of a row, each attending to `keys` keys."""
+    """Returns the floating-point operations of all layers for `tokens` queries, each of which attends to `keys` keys."""
     width, head = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     weights = width * head * (2 * heads + 2 * kv_heads) + 3 * width * config.intermediate_size
@@ -99,14 +99,14 @@ def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
 
 
 def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps_B: np.ndarray, passes: int) -> float:
-    """The least that one row's passes must compute: its layers, and the logits of its masked positions.
+    """Returns the minimum of floating-point operations of the passes of one row: layers, and logits of masked positions.
 
     Args:
-      config: architecture.
-      sampler: mode.
-      prompt: prompt tokens.
-      steps_B: the step that wrote each new token.
-      passes: forward passes of the row.
+      config: the architecture.
+      sampler: the configuration of the mode.
+      prompt: number of prompt tokens.
+      steps_B: int [new tokens], the step that wrote each new token.
+      passes: number of forward passes of the row.
     """
     new, length = sampler.max_new_tokens, prompt + sampler.max_new_tokens
     order = np.unique(steps_B, return_inverse=True)[1]
@@ -123,7 +123,7 @@ def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps
 
 
 def peak_rate(dtype: str, seconds: float = 1.0) -> float:
-    """Floating-point operations per second of a large matrix product: the best of a few runs."""
+    """Returns the floating-point operations per second of a large matrix product: the best rate within `seconds`."""
     size = 2048
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
@@ -137,6 +137,7 @@ def peak_rate(dtype: str, seconds: float = 1.0) -> float:
 
 
 def measured(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Returns the times of `repeats` calls, as `report.summarize`."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -146,6 +147,7 @@ def measured(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
 
 def speed(settings: Speed, console: Console) -> None:
+    """Times every mode, prints a table and writes the result."""
     config = PRESETS[settings.preset]
     model = jax.jit(lambda: dream_jax.Dream(config, rngs=nnx.Rngs(0), param_dtype=settings.dtype))()
     peak = peak_rate(settings.dtype)
@@ -182,11 +184,14 @@ def speed(settings: Speed, console: Console) -> None:
     console.print(table)
     busy = other_work.share()
     if busy > 0.05 and not settings.allow_busy:
-        raise RuntimeError(f"other processes used {busy:.0%} of the cores; wait for a quiet machine, or --allow-busy")
+        raise RuntimeError(
+            f"other processes used {busy:.0%} of the cores; wait until they have ended, or pass --allow-busy"
+        )
     write(settings, console, {"peak_flops": peak, "other_work_share": busy, "rows": rows})
 
 
 def torch_loop(config: DreamConfig, prompt_length: int, new: int, repeats: int) -> dict[str, Any]:
+    """Returns the times of the published loop in PyTorch, for one row."""
     import torch
     import torch_reference as reference
 
@@ -206,7 +211,7 @@ def torch_loop(config: DreamConfig, prompt_length: int, new: int, repeats: int) 
 
 
 def quality_modes(new: int) -> Mapping[str, SamplerConfig]:
-    """The modes, from the most accurate to the fastest."""
+    """Returns name -> configuration of each mode, from the most accurate to the fastest."""
     exact = SamplerConfig.preset("exact", max_new_tokens=new)
     balanced = SamplerConfig.preset("balanced", max_new_tokens=new)
     narrow = dataclasses.replace(balanced, cache=WindowCache(left=8, refresh_passes=4))
@@ -233,6 +238,7 @@ def quality_modes(new: int) -> Mapping[str, SamplerConfig]:
 
 
 def quality(settings: Quality, console: Console) -> None:
+    """Solves the puzzles in every mode, prints a table and writes the result."""
     model = dream_jax.load(settings.model)
     if model.tokenizer_dir is None:
         raise ValueError(f"{settings.model} has no tokenizer; train it with train.py --data sudoku")
@@ -274,11 +280,12 @@ def quality(settings: Quality, console: Console) -> None:
 
 
 def write(settings: Speed | Quality, console: Console, results: dict[str, Any]) -> None:
+    """Writes results with date, hardware, versions and settings to `settings.out`."""
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     if "model" in plain:
         plain["model"] = pathlib.Path(
             plain["model"]
-        ).name  # the name only: a path of this machine says nothing elsewhere
+        ).name  # only the name is stored, because a path means nothing on another machine
     about = {
         "date": report.now(),
         "hardware": report.hardware() | {"devices": [str(device) for device in jax.devices()]},

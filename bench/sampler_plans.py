@@ -1,9 +1,9 @@
-"""The compiled sampler of Dream-7B on TPUs that are not here: compiles it for each mesh and mode, and writes what it takes.
+"""Compiles the sampler of Dream-7B for TPUs that this machine does not have, and writes the memory that it needs.
 
     python bench/sampler_plans.py [--only v6e:2x4/1x8] [--out FILE]
 
-512 prompt tokens and 512 new ones, bfloat16 weights, one row and sixteen. Peak bytes on a device are what the compiler
-says. Needs the extra `plan`; about a minute a program on two cores.
+Each mesh and mode is compiled for 512 prompt tokens and 512 new tokens, bfloat16 weights, and batches of 1 and 16 rows. The
+peak memory of a device is that of the compiler. Needs the extra `plan`; a program takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ MODES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerPlansSettings:
-    """Which programs are compiled, and where the result goes."""
+    """The choice of programs to compile, and the result file."""
 
     only: tuple[str, ...] = HARDWARE_AND_MESH
-    """hardware and mesh, as TOPOLOGY/MESH"""
+    """hardware and meshes, each as TOPOLOGY/MESH"""
     out: pathlib.Path = report.RESULTS / "sampler_plans.json"
 
 
 def sharded_shapes(mesh: jax.sharding.Mesh) -> Dream:
-    """The shapes of the 7B in bfloat16, with their shardings over the mesh."""
+    """Returns an abstract Dream-7B: shapes in bfloat16 with their shardings over the mesh."""
     graphdef, state = nnx.split(abstract_model(dream_jax.PRESETS["dream-7b"], param_dtype=jnp.bfloat16))
     params = nnx.to_pure_dict(state)
     sharded = jax.tree.map(
@@ -64,7 +64,7 @@ def sharded_shapes(mesh: jax.sharding.Mesh) -> Dream:
 
 
 def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict[str, Any]:
-    """Memory in bytes and compile time of one compiled program."""
+    """Compiles one program; returns its memory per device in bytes, and the compile time in seconds."""
     model = sharded_shapes(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 

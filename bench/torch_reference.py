@@ -1,13 +1,13 @@
-"""Dream in PyTorch: the published model, sampler and loss, which `compare_pytorch.py` compares with.
+"""Implements the published model, sampler and loss of Dream in PyTorch, for comparisons with dream_jax.
 
-The transformer is the stock Qwen2 of `transformers` with its causal mask removed; what Dream adds to it (the
-right shift, `diffusion_generate`, the weighted loss) is written here from its description, in eager PyTorch
-that wastes nothing beyond what the published algorithm does: inference mode, fused attention, fused AdamW,
-filters on masked rows only. `check_torch_reference.py` holds it to the numbers that the published code gives.
+The transformer is the Qwen2 of `transformers` without its causal mask. What Dream adds to it (the right shift,
+`diffusion_generate`, the weighted loss) is written here from its description, in efficient eager PyTorch: inference mode,
+fused attention, fused AdamW, filters on masked rows only. `check_torch_reference.py` compares it with numbers of the
+published code.
 
-It uses neither jax nor `dream_jax`: the two sides meet only in a Hugging Face directory. Every function takes
-`head_rows`: "all" multiplies by the vocabulary at every position, as published; "masked" does so at masked
-positions only, the first thing a careful reader of the published code would change.
+It uses neither jax nor `dream_jax`; the two sides share only a Hugging Face directory. The argument `head_rows` says where
+logits are computed: "all" at every position, as in the published code; "masked" at masked positions only, which is a simple
+improvement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 HeadRows = Literal["all", "masked"]
 WeightFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The fields that decide what the weights compute. They are read key by key, so that no library's default replaces one.
+# Fields that determine what the weights compute. They are read key by key, so that no default of a library replaces one.
 _COPIED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -45,23 +45,23 @@ _COPIED_FIELDS = (
 
 
 def qwen2_config(fields: Mapping[str, Any]) -> Qwen2Config:
-    """Qwen2's configuration of a published Dream `config.json`. Raises KeyError for a missing field."""
+    """Returns the Qwen2 configuration for a published Dream `config.json`. Raises KeyError for a missing field."""
     return Qwen2Config(
         **{name: fields[name] for name in _COPIED_FIELDS},
         hidden_act="silu",
         attention_dropout=0.0,
         use_sliding_window=False,
         use_cache=False,
-        # transformers 5 reads the base from here only; a top-level rope_theta would be a silent 10,000.
+        # transformers 5 reads the base from here only; with a top-level rope_theta it would silently use 10,000.
         rope_parameters={"rope_type": "default", "rope_theta": float(fields["rope_theta"])},
     )
 
 
 def build_model(fields: Mapping[str, Any]) -> Qwen2ForCausalLM:
-    """A float32 bidirectional Qwen2 with transformers' initial weights, on SDPA.
+    """Returns a bidirectional Qwen2 in float32, with the initial weights of transformers and SDPA attention.
 
     Raises:
-      RuntimeError: this release of transformers does not honour `rope_theta`.
+      RuntimeError: this release of transformers ignores `rope_theta`.
     """
     config = qwen2_config(fields)
     model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
@@ -75,10 +75,10 @@ def build_model(fields: Mapping[str, Any]) -> Qwen2ForCausalLM:
 
 
 def random_model(fields: Mapping[str, Any], *, seed: int) -> Qwen2ForCausalLM:
-    """`build_model` with every weight random: biases and norm scales too, so that a comparison sees them.
+    """Returns a model whose weights, biases and norm scales are all random, so that a comparison depends on each.
 
-    Matrices are twice transformers' size: at its 0.02, masked positions are equally sure to within rounding,
-    and which of them a sampler writes first is noise.
+    Matrices are multiplied by 2: with the standard deviation 0.02 of transformers, the confidences of masked positions are
+    equal up to rounding, and the order in which a sampler writes them is random.
     """
     torch.manual_seed(seed)
     model = build_model(fields)
@@ -94,7 +94,7 @@ def random_model(fields: Mapping[str, Any], *, seed: int) -> Qwen2ForCausalLM:
 
 
 def load_model(directory: str | pathlib.Path) -> Qwen2ForCausalLM:
-    """Reads `config.json` and all safetensors of a directory; the names must match exactly."""
+    """Returns the model of a directory with `config.json` and safetensors, whose tensor names must match exactly."""
     directory = pathlib.Path(directory)
     model = build_model(json.loads((directory / "config.json").read_text()))
     state = {}
@@ -107,7 +107,7 @@ def load_model(directory: str | pathlib.Path) -> Qwen2ForCausalLM:
 
 
 def save_model(model: Qwen2ForCausalLM, fields: Mapping[str, Any], directory: str | pathlib.Path) -> None:
-    """Writes `config.json` (the given fields) and `model.safetensors` under the published names."""
+    """Writes `config.json` with the given fields, and `model.safetensors` with the published tensor names."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -123,12 +123,12 @@ def hidden_states(
     attention_mask_BS: torch.Tensor | None = None,
     positions_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Final-norm hidden states [B, T, D], not shifted. Without a mask, attention takes its fast path."""
+    """Returns the hidden states [B, T, D] after the final norm, not shifted. Attention is faster without a mask."""
     mask = None
     if attention_mask_BS is not None:
         batch, length = tokens_BT.shape
         mask = attention_mask_BS.bool()[:, None, None, :].expand(batch, 1, length, length)
-    # A ready-made mapping keeps Qwen2Model from building its causal mask.
+    # If the mask is a mapping, Qwen2Model does not make its causal mask.
     outputs = model.model(
         input_ids=tokens_BT,
         attention_mask={"full_attention": mask},
@@ -144,18 +144,18 @@ def logits(
     attention_mask_BS: torch.Tensor | None = None,
     positions_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [B, T, V] at every position, not shifted."""
+    """Returns the logits [B, T, V] at every position, not shifted."""
     return model.lm_head(hidden_states(model, tokens_BT, attention_mask_BS, positions_BT))
 
 
 def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """Positions [B, T] that count valid tokens from 0; padding gets 1, as in the published code."""
+    """Returns positions [B, T] that count valid tokens from 0; padding gets 1, as in the published code."""
     positions = attention_mask_BT.long().cumsum(-1) - 1
     return positions.masked_fill(attention_mask_BT == 0, 1)
 
 
 def shift_right(values_BTX: torch.Tensor) -> torch.Tensor:
-    """Moves row i-1 to row i: Dream predicts token i from position i-1. Row 0 is duplicated."""
+    """Moves position i - 1 to i, because Dream predicts token i at position i - 1. Position 0 is duplicated."""
     return torch.cat([values_BTX[:, :1], values_BTX[:, :-1]], dim=1)
 
 
@@ -167,7 +167,7 @@ def _masked_row_logits(
     positions_BT: torch.Tensor | None,
     head_rows: HeadRows,
 ) -> torch.Tensor:
-    """Shifted logits [rows, V] of the masked positions, in row-major order."""
+    """Returns the shifted logits [rows, V] of the masked positions, in row-major order."""
     hidden_BTD = hidden_states(model, noisy_BT, attention_mask_BT, positions_BT)
     if head_rows == "all":
         return shift_right(model.lm_head(hidden_BTD))[masked_BT]
@@ -179,7 +179,7 @@ def _masked_row_logits(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """The published generation config, under its own names and defaults."""
+    """The published generation config, with its names and defaults."""
 
     max_new_tokens: int
     steps: int = 512
@@ -192,7 +192,7 @@ class SamplerSettings:
 
 
 def _filter_top_p(logits_RV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keeps the most likely tokens up to and including the one with which their sum exceeds `top_p`."""
+    """Keeps the most probable tokens up to and including the one at which their sum exceeds `top_p`."""
     sorted_RV, order_RV = logits_RV.sort(dim=-1, descending=True)
     drop_RV = sorted_RV.softmax(dim=-1).cumsum(dim=-1) > top_p
     drop_RV = F.pad(drop_RV[:, :-1], (1, 0), value=False)
@@ -201,13 +201,13 @@ def _filter_top_p(logits_RV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _filter_top_k(logits_RV: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Keeps every token at least as likely as the k-th."""
+    """Keeps every token that is at least as probable as the k-th."""
     kth_R1 = logits_RV.topk(min(top_k, logits_RV.shape[-1]), dim=-1).values[:, -1:]
     return logits_RV.masked_fill(logits_RV < kth_R1, torch.finfo(logits_RV.dtype).min)
 
 
 def _choose_tokens(logits_RV: torch.Tensor, settings: SamplerSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token and its confidence for each row, both [rows], from the filtered distribution."""
+    """Returns a token and its confidence for each row, both [rows], from the filtered distribution."""
     if settings.temperature > 0:
         logits_RV = logits_RV / settings.temperature
     if settings.top_p is not None and settings.top_p < 1:
@@ -239,18 +239,18 @@ def diffusion_generate(
     head_rows: HeadRows = "all",
     history: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The published sampler: a full forward per step, then the most confident masked positions are written.
+    """Runs the published sampler: each step is a forward pass, after which the most confident masked positions are written.
 
-    As published, the number written per row comes from the batch mean of masked positions.
+    As published, the number of positions that are written in a row comes from the mean number of masked positions per row.
 
     Args:
-      model: from `load_model` or `random_model`.
-      prompt_BP: token ids, left-padded where rows differ in length.
+      model: a model from `load_model` or `random_model`.
+      prompt_BP: token ids [B, P], padded on the left if rows differ in length.
       settings: the generation config.
-      mask_token_id: what an unwritten position holds.
-      prompt_mask_BP: 1 at real tokens; None when there is no padding.
-      head_rows: where the vocabulary projection is computed.
-      history: when given, receives the canvas after each step.
+      mask_token_id: the token id of a masked position.
+      prompt_mask_BP: 1 at valid tokens, 0 at padding; None if there is no padding.
+      head_rows: "all" or "masked", where logits are computed.
+      history: a list to which the canvas after each step is appended, or None.
 
     Returns:
       Token ids [B, P + max_new_tokens].
@@ -295,22 +295,22 @@ def diffusion_generate(
 
 
 def inverse_time_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-    """`original`: 1/t at every position."""
+    """Returns the weight "original", 1 / t at every position [B, T]."""
     return (1 / t_B)[:, None].expand(masked_BT.shape)
 
 
 def linear_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-    """`linear`: 1-t at every position."""
+    """Returns the weight "linear", 1 - t at every position [B, T]."""
     return (1 - t_B)[:, None].expand(masked_BT.shape)
 
 
 def uniform_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-    """`uniform`: 1 at every position."""
+    """Returns the weight "uniform", 1 at every position [B, T]."""
     return torch.ones(masked_BT.shape, dtype=t_B.dtype)
 
 
 def cart_weight(masked_BT: torch.Tensor, t_B: torch.Tensor, *, p: float = 0.1) -> torch.Tensor:
-    """`cart`: at i, the sum over unmasked j of 0.5 p (1-p)^(|i-j|-1), by the published T x T matrix."""
+    """Returns the weight "cart": at i, the sum over unmasked j of 0.5 p (1-p)^(|i-j|-1), by the published T x T matrix."""
     positions_T = torch.arange(masked_BT.shape[1], device=t_B.device)
     distance_TT = (positions_T[:, None] - positions_T[None, :]).abs()
     kernel_TT = 0.5 * p * (1 - p) ** (distance_TT - 1).to(t_B.dtype)
@@ -328,7 +328,7 @@ def masked_diffusion_loss(
     weight: WeightFn = cart_weight,
     head_rows: HeadRows = "all",
 ) -> torch.Tensor:
-    """Weighted cross entropy at masked positions over their number; `tokens_BT` are clean.
+    """Returns the weighted cross entropy of the clean `tokens_BT` at masked positions, divided by their number.
 
     With `head_rows="all"` the cross entropy is computed at every position and then masked, as published.
     """
@@ -345,7 +345,7 @@ def masked_diffusion_loss(
 
 
 def adamw(model: Qwen2ForCausalLM, *, learning_rate: float) -> torch.optim.AdamW:
-    """The published optimizer (betas .9 and .95, weight decay .01 on everything), fused."""
+    """Returns the published optimizer (betas 0.9 and 0.95, weight decay 0.01 on all parameters), fused."""
     return torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
     )
@@ -361,7 +361,7 @@ def train_step(
     mask_token_id: int,
     head_rows: HeadRows = "all",
 ) -> float:
-    """Loss with CART weights, backward, clipping to norm 1, AdamW. Returns the loss before the update."""
+    """Does a step with CART weights, gradients clipped to norm 1, and AdamW; returns the loss before the update."""
     optimizer.zero_grad(set_to_none=True)
     loss = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, mask_token_id=mask_token_id, head_rows=head_rows)
     loss.backward()

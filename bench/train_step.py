@@ -1,18 +1,17 @@
-"""Times the training step on the devices that are here: tokens/s, MFU, memory.
+"""Measures the training step on the devices of this machine: tokens per second, MFU and memory.
 
     PYTHONPATH=. python bench/train_step.py --preset 7b-4096 [--mesh 1x1] [--remat full] [--torch] [--trace DIR]
     PYTHONPATH=. python bench/train_step.py --list
 
-The step is that of training (`dream_jax.train_step`) on random weights and random tokens, of which the whole row may be
-masked. A flag replaces what the preset says. MFU counts 6 FLOPs a weight and token, attention in full (bidirectional),
-the vocabulary at masked positions only, and no recomputation, over the dense bfloat16 peak of `dream_jax.chips`. Memory:
-what the compiler plans, and what the allocator saw at most. Each result is added to FILE under its name.
+The step is that of training (`dream_jax.train_step`), with random weights and random tokens, all of which may be masked.
+Flags override the settings of the preset. MFU counts 6 FLOPs per weight and token, attention over all pairs of tokens,
+logits at masked positions only, and no recomputation, divided by the dense bfloat16 peak in `dream_jax.chips`. Memory is
+both that of the compiler and the peak of the allocator. The result is added to FILE (--out) under the name of the preset.
 
-`--torch` then runs the same shape in plain PyTorch (`torch_reference.py`: SDPA, fused AdamW, bfloat16 autocast over float32
-weights, a layer's activations recomputed under remat full, the vocabulary at masked rows only) on the same card.
+`--torch` then runs the same step in plain PyTorch (`torch_reference.py`: SDPA, fused AdamW, bfloat16 autocast over float32
+weights, activations of each layer recomputed unless --remat none, logits at masked positions only) on the same device.
 
-Needs jax, flax, optax, numpy, einops and jaxtyping, as a bare accelerator image has them; psutil for the machine's
-load; torch, transformers and safetensors for `--torch`.
+Needs jax, flax, optax, numpy, einops, jaxtyping and psutil; for `--torch` also torch, transformers and safetensors.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStepBenchSettings:
-    """One measurement: the model, the batch and how it is trained."""
+    """Settings of one measurement: the model, the batch, the mesh and the optimizer."""
 
     model: str = "dream-7b"
     layers: int | None = None
@@ -67,11 +66,12 @@ class TrainStepBenchSettings:
     steps: int = 10
 
     def config(self) -> DreamConfig:
+        """Returns the configuration of the model, with `layers` layers if given."""
         config = MODELS[self.model]
         return config if self.layers is None else dataclasses.replace(config, num_hidden_layers=self.layers)
 
 
-# Runs that fit one accelerator; with int8 moments full fine-tuning of the 7B fits into 80 GB.
+# These runs fit on one accelerator; with int8 moments, full fine-tuning of the 7B fits into 80 GB.
 PRESETS: Mapping[str, TrainStepBenchSettings] = {
     "7b-2048": TrainStepBenchSettings(batch=8, tokens=2048, moments="int8"),
     "7b-4096": TrainStepBenchSettings(batch=4, tokens=4096, moments="int8"),
@@ -87,14 +87,14 @@ PRESETS: Mapping[str, TrainStepBenchSettings] = {
 
 
 def make_model(settings: TrainStepBenchSettings) -> Dream:
-    """A model with random weights; a base that is not trained is stored in the compute dtype."""
+    """Returns a model with arbitrary weights; with an adapter, the base is stored in `base_dtype`."""
     dtype = settings.base_dtype if settings.lora_rank else "float32"
     options = {"compute_dtype": settings.compute_dtype, "remat": settings.remat}
     options |= {"param_dtype": dtype, "attention_backend": settings.attention}
     config, mesh = settings.config(), sharding.make_mesh(settings.mesh)
     graphdef, shapes = split_params(abstract_model(config, **options))
 
-    # One leaf at a time, of simple values: the time of a step does not depend on them.
+    # One leaf is made at a time, with simple values, because the time of a step does not depend on the values.
     def draw(leaf: Any, leaf_sharding: Any) -> jax.Array:
         fill = lambda: (0.02 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32))).reshape(leaf.shape).astype(leaf.dtype)
         return jax.jit(fill, out_shardings=leaf_sharding)()
@@ -108,14 +108,19 @@ def make_model(settings: TrainStepBenchSettings) -> Dream:
 
 
 def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
-    """Random tokens; every position may be masked."""
+    """Returns a batch of random tokens, in which every position may be masked."""
     shape = (settings.batch, settings.tokens)
     tokens = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
     return Batch(tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32))
 
 
 def measure(settings: TrainStepBenchSettings, trace: pathlib.Path | None) -> dict[str, Any]:
-    """Measures the step: seconds, tokens per second, MFU and memory."""
+    """Returns the measurements of the step: seconds, tokens per second, MFU and memory (GiB).
+
+    Args:
+      settings: the settings of the measurement.
+      trace: folder for a profile of one warm-up step; None for no profile.
+    """
     mesh = sharding.make_mesh(settings.mesh)
     optimizer = OptimizerConfig(
         learning_rate=1e-5,
@@ -173,7 +178,7 @@ def timed(
     settings: TrainStepBenchSettings,
     trace: pathlib.Path | None,
 ) -> tuple[list[float], list[float], float]:
-    """Seconds and losses of the steps after the warm-up, and the mean number of masked positions per step."""
+    """Returns seconds and losses of the steps after the warm-up, and the mean number of masked positions per step."""
     seconds, losses, masked = [], [], []
     for number in range(settings.warmup + settings.steps):
         # Only the second step of the warm-up is traced, so that tracing slows none of the timed steps.
@@ -191,13 +196,13 @@ def timed(
 
 
 def peak_bytes(device: jax.Device) -> float | None:
-    """Peak of the memory in use, in GiB; None where the allocator does not count it (on a CPU)."""
+    """Returns the peak of the memory in use in GiB; None if the allocator does not count it (on a CPU)."""
     stats = device.memory_stats() or {}
     return stats["peak_bytes_in_use"] / GIB if "peak_bytes_in_use" in stats else None
 
 
 def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
-    """The same model and batch in plain PyTorch, on the first GPU or on the CPU."""
+    """Measures the same model and batch in plain PyTorch, on the first GPU or else on the CPU."""
     import torch
     import torch_reference as reference
 
@@ -216,7 +221,7 @@ def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
         generator = torch.Generator(device).manual_seed(number)
         t_B = (
             torch.arange(settings.batch, device=device) + 0.5
-        ) / settings.batch  # stratified over the batch, as dream_jax draws it
+        ) / settings.batch  # evenly spaced levels; dream_jax also spreads them over the batch
         masked_BT = torch.rand(tokens_BT.shape, device=device, generator=generator) < t_B[:, None]
         begun = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -237,8 +242,8 @@ def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="nano-cpu")
-    parser.add_argument("--list", action="store_true", help="print the presets")
-    parser.add_argument("--torch", action="store_true", help="compare with plain PyTorch")
+    parser.add_argument("--list", action="store_true", help="print the presets and exit")
+    parser.add_argument("--torch", action="store_true", help="also measure plain PyTorch")
     parser.add_argument("--trace", type=pathlib.Path, help="folder for a profile of one step")
     parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS / "train_step.json")
     for field in dataclasses.fields(TrainStepBenchSettings):
@@ -258,7 +263,7 @@ def main() -> None:
     settings = dataclasses.replace(
         PRESETS[given["preset"]], **{name: value for name, value in changes.items() if value is not None}
     )
-    sharding.make_mesh(settings.mesh)  # before the backend starts, so that a CPU has the devices
+    sharding.make_mesh(settings.mesh)  # must run before the backend starts, so that a CPU provides the devices
     print(settings, flush=True)
     other_work = report.OtherWork()
     result: dict[str, Any] = {
