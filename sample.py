@@ -225,7 +225,7 @@ def answer_file(
     console.print(
         f"wrote {settings.out}: {len(todo)} new answers in {seconds:.1f} s with compilation: {useful} tokens before the "
         f"end token ({useful / seconds:.1f} a second), {canvas} on the canvas ({canvas / seconds:.1f} a second); "
-        f"{stream.forwards} forward passes, {passes / max(useful, 1):.2f} a row and useful token"
+        f"{stream.forwards} forward passes; each row took part in {passes / max(useful, 1):.2f} per token before the end"
     )
 
 

@@ -1,7 +1,7 @@
 """The processes of one run: how they find each other, wait for each other and end together; also CPU devices.
 
 When a process has died, jax notices it and ends the other processes from one of its threads; their last output is then
-a stack of jax internals. A helper process that lives longer explains after it what has happened and what to do.
+a stack of jax internals. A helper process, which is not ended, explains after it what has happened and what to do.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _share_cpu_devices(num_devices: int, num_processes: int) -> None:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the run has called this with the same name."""
+    """Waits until every process of the run has called this function with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"dream_jax.{name}")
 
@@ -135,7 +135,7 @@ def find_cluster(
     if wanted == "off":
         return None
     slurm = all(name in environment for name in _SLURM)
-    # A job step with one task has no other processes, and jax would hide all GPUs but one from it.
+    # A job step with one task has no other processes to join, and joining would make jax use only one of its GPUs.
     if slurm and wanted in ("slurm", "auto") and (wanted == "slurm" or int(environment["SLURM_NTASKS"]) > 1):
         return "slurm"
     if wanted == "slurm":
@@ -155,7 +155,7 @@ def find_cluster(
     return None
 
 
-# This must be a separate process: jax ends this process from C++, so that a thread of it could not write anything.
+# The helper must be a separate process: jax ends this process from C++, and with it all of its threads.
 _HELPER = """
 import os, sys
 if not sys.stdin.buffer.read():

@@ -25,7 +25,7 @@ from dream_jax.distributed import barrier, from_first
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 1 << 24
-_THREADS = 8  # reading and zlib both release Python's lock
+_THREADS = 8  # threads run in parallel here, because reading and zlib release Python's global lock
 _SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:  # also on Ctrl-C
+    except BaseException:  # Ctrl-C (KeyboardInterrupt) must remove the file too
         temporary.unlink(missing_ok=True)
         raise
 
@@ -142,7 +142,7 @@ def new_directory(
             if error.errno == errno.ENOSPC:
                 raise OSError(errno.ENOSPC, f"the disk is full: {target} needs {needed_bytes} bytes") from error
             raise
-        except BaseException:  # also on Ctrl-C
+        except BaseException:  # Ctrl-C (KeyboardInterrupt) must remove the directory too
             shutil.rmtree(directory, ignore_errors=True)
             raise
     barrier("new_directory.named")

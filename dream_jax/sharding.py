@@ -24,7 +24,7 @@ MESH_AXES = ("fsdp", "tensor", "sequence")
 # A mesh of devices; or a mesh without devices, for planning where it is not possible to compile for them.
 AnyMesh = Mesh | AbstractMesh
 
-# Table one: parameter path -> logical axes, one per dimension.
+# Table one: path of a parameter -> its logical axes, one per dimension.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "embed.embedding": ("vocab", "embed"),
     "layers.attn_norm.scale": ("layers", "norm"),
@@ -39,7 +39,7 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "layers.mlp.gate.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.up.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.down.kernel": ("layers", "mlp", "embed"),
-    # Adapters: a product of two narrow matrices beside each kernel, sharded like the axes of the kernel.
+    # An adapter has two narrow matrices beside each kernel; the axes that they share with the kernel are sharded alike.
     "layers.attn.q.lora_a": ("layers", "embed", "lora_rank"),
     "layers.attn.q.lora_b": ("layers", "lora_rank", "heads", "head_dim"),
     "layers.attn.k.lora_a": ("layers", "embed", "lora_rank"),
@@ -71,7 +71,7 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "lora_rank": None,
     "layers": None,
-    "norm": None,  # [D] vectors: sharding them saves no memory worth a collective for each
+    "norm": None,  # vectors [D]: sharding saves too little memory to justify a collective for each of them
     # Axes of activations:
     "batch": "fsdp",
     "tokens": "sequence",

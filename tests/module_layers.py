@@ -32,13 +32,13 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 
 ABOUT_LAYERS = {
     "settings": "frozen settings, the axis alphabet, tables of accelerators",
-    "basics": "one idea each: masks, noise levels, choosing tokens, codes of weights, shardings, tokenizers, files",
+    "basics": "building blocks: masks, noise levels, choice of tokens, quantisation, shardings, tokenizers, files",
     "model": "the transformer, and one attention function with its backends",
-    "parts": "losses, AdamW and its moments, adapters, Hugging Face's layout, checkpoints, text to arrays",
-    "programs": "the compiled train step and sampler, directories of models, from prompts to answers",
-    "runs": "the loops: data, steps, logs, checkpoints, stopping and resuming",
-    "services": "how good a model is, what a run would take, what a run was",
-    "applications": "a frozen dataclass of settings, wiring, printing",
+    "parts": "losses, AdamW and its moments, adapters, the Hugging Face layout, checkpoints, data from text to arrays",
+    "programs": "the compiled train step and sampler, model directories, inference from prompts to answers",
+    "runs": "the training loops: data, steps, logs, checkpoints, stopping and resuming",
+    "services": "serving and evaluating models, planning the memory and time of runs, reports of runs",
+    "applications": "scripts: a frozen dataclass of settings, calls of the package, printed results",
 }
 
 FACADE = "__init__"  # dream_jax/__init__.py has the public exports: it may import any module, but no module imports it

@@ -151,7 +151,7 @@ def test_several_answers_to_each_prompt(weights, tmp_path, sample):
         arguments = ("--model", weights, "--prompts", prompts, "--out", out, "--max-new-tokens", 12)
         done = sample(*arguments, "--temperature", 1.5, "--samples", samples, "--preset", "balanced")
         assert done.returncode == 0, done.stderr
-        assert "a row and useful token" in done.stdout
+        assert "per token before the end" in done.stdout
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         found[samples] = {(row["line"], row.get("sample", 0)): row["answer"] for row in rows}
     assert sorted(found[3]) == [(line, sample) for line in (1, 2) for sample in range(3)]

@@ -37,12 +37,12 @@ class Moment(NamedTuple):
 TokenHook = Callable[[Moment], Int[jax.Array, "B T"]]
 
 # A logits hook is called before tokens are chosen. It receives the moment, positions of the canvas [B, M] and their
-# float32 logits [B, M, V], and returns the logits to use. Tokens that must not be written have minus infinity before it
-# and after it.
+# float32 logits [B, M, V], and returns the logits to use. The logits of tokens that must not be written are minus
+# infinity before and after the call.
 LogitsHook = Callable[[Moment, Int[jax.Array, "B M"], Float[jax.Array, "B M V"]], Float[jax.Array, "B M V"]]
 
 
-# A compiled loop is shared by all callers, so it contains only the id of a listener, which is looked up here.
+# All callers share a compiled loop, so it contains only the id of a listener, by which the listener is found here.
 _listeners: dict[int, tuple[Callable[[int, np.ndarray], None], int]] = {}
 _listener_ids = itertools.count()
 

@@ -169,7 +169,7 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config:
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"the prompt must be integers of shape [batch, tokens], got {prompt.dtype} {prompt.shape}")
     if prompt.shape[0] == 0:
-        raise ValueError(f"the prompt has shape {prompt.shape}: no rows to denoise")
+        raise ValueError(f"the prompt has shape {prompt.shape}: no rows to denoise; pass at least one row")
     if prompt.shape[1] + config.max_new_tokens == 0:
         raise ValueError("the canvas is empty: the prompt has no tokens and max_new_tokens is 0")
     if valid_BP.shape != prompt.shape:
