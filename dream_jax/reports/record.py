@@ -128,6 +128,7 @@ def _table(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def _number(text: str) -> float:
+    """Parses a number; NaN for other text."""
     try:
         return float(text)
     except ValueError:
@@ -152,4 +153,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
+    """Escapes the characters that would end a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

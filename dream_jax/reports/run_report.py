@@ -57,6 +57,7 @@ def render_report(record: Record) -> str:
 
 
 def _state(record: Record) -> str:
+    """Returns whether the run is finished, as a sentence."""
     if record.finished:
         return "Finished."
     return f"NOT finished: {int(record.steps[-1]['step']) if record.steps else 0} steps are done."
@@ -217,6 +218,7 @@ def _time(record: Record) -> list[str]:
 
 
 def _money(cost: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    """Returns rows of the table with chip hours and cost; `cost` has the fields of `Cost`."""
     if not cost:
         return []
     found: list[tuple[str, Any]] = [("chip hours", f"{cost['chip_hours']:.3f} ({cost['chips']} chips)")]

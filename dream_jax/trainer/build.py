@@ -28,7 +28,7 @@ class Build:
 
     Attributes:
       model: the model with shapes (`jax.ShapeDtypeStruct`) instead of weights.
-      graphdef: the model without its parameters, for `nnx.merge`.
+      graphdef: the model without its parameters, for `merge_params`.
       optimizer: the transformation from gradients to updates.
       step: the step, which is compiled at its first call.
     """

@@ -103,17 +103,10 @@ class RunConsole:
         data: Sequence[str],
         max_length: int,
     ) -> None:
-        """Prints the data, the number of trained parameters, and the bytes that they take on each device.
+        """Prints the data, the number of trained parameters, and the bytes on each device; call it before `live`.
 
-        Must be called before `live` and `step`.
-
-        Args:
-          state: the state before the first step.
-          frozen: the parameters that are not trained.
-          whole: number of parameters of the model, without an adapter.
-          done: number of steps that are already taken.
-          data: lines of text about the data.
-          max_length: length of the rows in tokens.
+        `whole` is the number of parameters of the model without an adapter, `done` the number of steps that are already
+        taken, `data` lines of text about the data, and `max_length` the length of the rows in tokens.
         """
         for line in data:
             self.say(f"data: {line}")

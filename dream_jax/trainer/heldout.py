@@ -27,7 +27,7 @@ from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.settings import TrainSettings
 
 Pair = tuple[Row, TokenRow]
-"""A row, and the same row as tokens."""
+"""A row as text, and the same row as tokens."""
 LEVELS = tuple((number + 0.5) / 8 for number in range(8))
 """The noise levels of the grid: probabilities that a maskable position is masked."""
 
@@ -70,7 +70,7 @@ class GridScore:
 
 
 class Grid:
-    """Rows with fixed masks, and the compiled function that scores a model on them."""
+    """Held-out rows with fixed masked positions, and the compiled function that scores a model on them."""
 
     def __init__(self, rows: Batch[np.ndarray], size: int, mesh: Mesh):
         """Draws the masked positions of the rows for each noise level.
@@ -100,7 +100,7 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """A SHA-256 digest (hexadecimal) of tokens and masks; only scores with equal digests may be compared."""
+        """A SHA-256 digest of tokens and masked positions; only scores with equal digests may be compared."""
         found = hashlib.sha256(self._tokens_RT.tobytes() + self._valid_RT.tobytes())
         for masked_RT in self._masked:
             found.update(masked_RT.tobytes())
@@ -148,10 +148,10 @@ def lay_out_held_out(
 ) -> Batch[np.ndarray]:
     """Puts all rows into one batch [R, max_length], each with as many end-of-text tokens as in training.
 
-    Positions that remain are hidden (not valid) before the row. If the number of end-of-text tokens depends on
-    the other rows
-    of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would count end-of-text
-    tokens that training does not show.
+    The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text
+    tokens depends on
+    the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
+    include end-of-text tokens that do not occur in training.
 
     Args:
       rows: the rows as tokens, none longer than `max_length`.

@@ -68,6 +68,7 @@ def open_loggers(
 
 
 def _open(name: LoggerName, folder: pathlib.Path, config: Mapping[str, Any], done: int) -> Logger:
+    """Opens one logger; the arguments are those of `open_loggers`."""
     if name == "tensorboard":
         return _TensorBoard(folder, done)
     if name == "wandb":

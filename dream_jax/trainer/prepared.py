@@ -40,7 +40,7 @@ class PreparedRun:
       settings: the settings of the run.
       mesh: the mesh of all devices of the run.
       model: the model with shapes instead of weights.
-      graphdef: the model without its parameters, for `nnx.merge`.
+      graphdef: the model without its parameters, for `merge_params`.
       tokenizer: the tokenizer of the model.
       template: how prompts are converted to tokens ("raw" or "chat"); it is saved, because sampling must use the same.
       max_length: length of the rows in tokens.

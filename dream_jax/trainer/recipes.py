@@ -28,6 +28,7 @@ from dream_jax.config import PRESETS
 from dream_jax.trainer.settings import SETTING_TYPES, TrainSettings
 
 SUFFIX = ".toml"
+# Width of the table of recipes, in characters.
 _WIDTH = 100
 
 
@@ -167,6 +168,7 @@ def listing(folder: pathlib.Path) -> str:
 
 
 def _hours(value: float) -> str:
+    """Formats a number of hours: two decimals below 10, none above."""
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
@@ -249,6 +251,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _flag(name: str, value: Any) -> str:
+    """Returns a setting as a flag for the command line, such as "--batch-size 8" or "--no-focal"."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

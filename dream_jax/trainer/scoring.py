@@ -37,13 +37,13 @@ def evaluate(
       score: the score of the model on the fixed grid of noise levels, if known already; else it is computed.
 
     Returns:
-      `exact_accuracy` (share of answers equal to the response of their row, apart from surrounding whitespace; absent
-      if no row was answered), `rows` (number of answered rows), `too_long` (number of rows without an answer:
-      documents, and rows that do not fit the model or whose answer is longer than `eval_tokens`), `forwards` (the
-      largest number of forward passes of a batch), and from the fixed grid `nll` (nats per masked token), `nll_se`,
-      `masked_accuracy` and `eos_accuracy`; each of the last three is None if there was nothing to measure. `grid` and
-      `answered` identify the
-      rows: only numbers with equal ones may be compared. Only `rows` and `too_long` if no row fits.
+      A dict with `exact_accuracy` (share of answers equal to the response of their row, apart from surrounding
+      whitespace; absent if no row was answered), `rows` (number of answered rows), `too_long` (number of rows without
+      an answer: documents, and rows that do not fit the model or whose response is longer than `eval_tokens`),
+      `forwards` (the largest number of forward passes of a batch), and the score on the fixed grid: `nll` (nats per
+      masked token), `nll_se`, `masked_accuracy`, `eos_accuracy` (the last three are None if there was nothing to
+      measure). The digests `grid` (of the rows in the score) and `answered` (of the rows with an answer) tell whether
+      two results may be compared. If no row fits the model, the dict has only `rows` and `too_long`.
     """
     encoded, tokenizer = held_out.first(settings.evaluation.eval_rows, max_length), held_out.tokenizer
     asked = min(settings.evaluation.eval_rows, len(held_out))
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def _digest(pairs: Sequence[Pair]) -> str | None:
-    """Returns a digest of rows (12 hexadecimal digits), None without rows; only accuracies with equal ones compare."""
+    """Returns a digest of the rows as 12 hexadecimal digits, or None without rows."""
     found = hashlib.sha256()
     for _, one in pairs:
         found.update(np.asarray(one.tokens, np.int64).tobytes() + b"end")
@@ -101,6 +101,7 @@ def _batches(pairs: Sequence[Pair], size: int, longest: int) -> Iterator[list[Pa
 
 
 def _answer_length(one: TokenRow) -> int:
+    """Returns the number of tokens of a row after its prompt."""
     return one.length - one.prompt_length
 
 

@@ -38,13 +38,11 @@ class RunSettings:
     """The run: its folder, its number of steps and what it saves."""
 
     recipe: str | None = None
-    """recipe with the settings to begin with: a name (--recipe alone lists the names) or a TOML file; other
-    flags override it"""
+    """recipe with the settings to begin with: a name (--recipe alone lists them) or a TOML file; flags override it"""
     out: pathlib.Path = pathlib.Path("runs/train")
     """folder of the run; if it contains an unfinished run with the same settings, that run is resumed"""
     overwrite: bool = False
-    """delete the run in the folder if it is finished or has other settings; an unfinished run with the same settings is
-    still resumed"""
+    """delete the run in the folder if it is finished or has other settings; any other run is still resumed"""
     steps: int = 1500
     """number of optimizer steps"""
     seed: int = 0
@@ -74,8 +72,7 @@ class NetworkSettings:
     """The model that the run starts from, and how it is computed."""
 
     model: str = "nano"
-    """a Hugging Face or converted directory, a hub id, or a preset with random weights (nano, small,
-    dream-0.5b, dream-7b)"""
+    """a Hugging Face or converted directory, a hub id, or a preset (random weights): nano, small, dream-0.5b, dream-7b"""
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
@@ -83,8 +80,7 @@ class NetworkSettings:
     window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with the model, or
     bidirectional if none is. The mask is saved with the trained weights"""
     anneal_steps: int = 0
-    """number of first steps in which attention changes gradually from causal to bidirectional, for a run that starts
-    from an autoregressive model"""
+    """number of first steps in which attention changes from causal to bidirectional, if the model is autoregressive"""
     remat: Remat = "none"
     """which activations the backward pass recomputes, to save memory: none; all but the outputs of matrix products
     (dots); all but the inputs of the layers (full); offload is like full, with these inputs in host memory"""
@@ -120,15 +116,13 @@ class RowSettings:
     mix_weights: tuple[float, ...] = ()
     """relative frequencies of the rows of --data and of each --mix, in this order; by default their numbers of rows"""
     answer_format: AnswerFormat = "s1"
-    """how a reasoning trace and an answer are joined to one response (s1K): as s1's think and answer turns, or
-    in d1's tags"""
+    """how a reasoning trace and an answer are joined to one response (s1K): as s1's turns, or in d1's tags"""
     only_correct: bool = False
     """use only the rows of s1K-1.1 whose deepseek_grade is "Yes\""""
     skip_bad_rows: bool = False
     """leave out rows that cannot be read, and report them; by default the first one ends the run with an error"""
     held_out: float = 0.05
-    """share of the prompts that is held out for evaluation if the data has no test split; 0 (which needs --eval-rows 0)
-    trains on all"""
+    """share of prompts to hold out for evaluation if data has no test split; 0 (with --eval-rows 0) trains on all"""
     max_length: int | None = None
     """length of a row in tokens; shorter rows are padded on the right, for longer rows see --length-policy. By default
     the length of the longest row, at most 2048"""
@@ -170,11 +164,9 @@ class BatchSettings:
     batch_size: int = 32
     """number of rows in a step, over all devices and processes"""
     accumulation: int = 1
-    """number of microbatches in which a batch is computed one after another, to save memory; changes results only by
-    rounding"""
+    """number of microbatches into which a batch is divided, to save memory; results change only by rounding"""
     eos_tail: int | None = None
-    """maximum number of end-of-text tokens after each answer, which are attended to and learned; by default they
-    fill the row"""
+    """maximum number of end-of-text tokens after an answer, attended to and learned; by default they fill the row"""
     cut_responses: bool = False
     """cut or pad all responses of a batch to the length of one of them, which is drawn at random in each step; prompts
     are padded on the left"""
@@ -261,8 +253,7 @@ class OptimizationSettings:
     """The optimizer and its learning rate."""
 
     learning_rate: float | None = None
-    """peak learning rate; by default 2e-3 for random weights, 5e-6 (as published) for a checkpoint, 5e-5
-    for an adapter"""
+    """peak learning rate; default 2e-3 for random weights, 5e-6 (as published) for a checkpoint, 5e-5 for an adapter"""
     warmup_share: float = 0.1
     """share of the steps with linear warm-up; the remaining steps have a cosine decay to zero"""
     weight_decay: float = 0.01
@@ -286,8 +277,7 @@ class LossSettings:
     """The loss and the weight of each masked position in it."""
 
     weight: Literal["cart", "inverse-time", "linear", "uniform"] = "cart"
-    """weight of each masked position; t is the noise level: context-adaptive (cart), 1/t (inverse-time), 1-t
-    (linear), 1 (uniform)"""
+    """weight of a masked position at noise level t: context-adaptive (cart), 1/t (inverse-time), 1-t (linear) or 1"""
     cart_p: float = 0.1
     """p of the cart weight, in (0, 1): with a larger value only nearer unmasked tokens count"""
     focal: bool = False
@@ -315,8 +305,7 @@ class HeldOutSettings:
     eval_tokens: int = 512
     """maximum length in tokens of the answers at the end; rows with longer answers only count in the likelihood"""
     samples: int = 3
-    """number of held-out prompts to answer before the first step and after the last, for report.md;
-    needs --eval-rows"""
+    """number of held-out prompts to answer before the first step and after the last, for report.md"""
     sample_tokens: int = 128
     """maximum length in tokens of the answers for --samples; less if the answers in the data are shorter"""
 
@@ -364,8 +353,7 @@ class DeviceSettings:
     """The devices, and the other processes of the run."""
 
     mesh: str = "1x1"
-    """numbers of devices along the axes fsdp x tensor (x sequence), such as 8x1 or 2x1x4; a CPU is divided into as many
-    devices as needed"""
+    """devices along the axes fsdp x tensor (x sequence), such as 8x1 or 2x1x4; a CPU is divided into as many as that"""
     cluster: Literal["auto", "slurm", "tpu", "off"] = "auto"
     """how the processes of the run find each other without --coordinator. auto: as on a TPU slice, or as under Slurm
     with several tasks, if there is one; off: this process runs alone"""

@@ -43,7 +43,7 @@ def first_state(
       run: the run; if a checkpoint is read, `run.batches` continues after the batches that it has used.
       params: the parameters to train in a new run; their memory is reused. None reads the newest checkpoint instead.
       frozen: the weights that are not trained.
-      checkpoints: the checkpoints of the run.
+      checkpoints: those of the run.
 
     Raises:
       ValueError: no checkpoint can be read, or the frozen weights are not those that the run began with.
@@ -89,13 +89,7 @@ def take_steps(
 ) -> tuple[TrainState, GridScore | None]:
     """Takes the remaining steps; logs each, and evaluates and saves checkpoints as often as the settings say.
 
-    Args:
-      run: the run.
-      state: the state after `done` steps; its arrays are donated to the first step.
-      frozen: the weights that are not trained.
-      done: number of steps that are already taken.
-      checkpoints: the checkpoints of the run.
-      console: prints the progress.
+    `state` is the state after `done` steps; its arrays are donated to the first step.
 
     Returns:
       The last state, and its score on the held-out grid, or None if it was not evaluated.
@@ -143,8 +137,7 @@ def take_steps(
                 console.say(f"evaluation after step {number}: {score.line()}")
                 if log:
                     log.evaluated(number, score.row(), run.grid.digest)
-                # A best state is not saved in a series of skipped steps (see below), and later the weights
-                # are different.
+                # In a series of skipped steps no best state is saved (see below); after it the weights are different.
                 due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step's time must not include the evaluation
             due |= number % settings.run.save_every == 0
@@ -166,10 +159,7 @@ def take_steps(
 
 
 def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
-    """Returns whether the score is better than every saved one.
-
-    All processes get the answer of process 0, because on a shared file system the others may see fewer checkpoints.
-    """
+    """Returns whether the score is better than every saved one, as process 0 sees it: others may see older files."""
     best = checkpoints.best_step()
     before = None if best is None else checkpoints.score(best)
     return bool(from_first(not math.isnan(score.nll) and (before is None or score.nll < before)))

@@ -34,8 +34,5 @@ class StopSignal:
         os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
 
     def requested(self) -> bool:
-        """Returns whether any process of the run has received a signal.
-
-        All processes must call it after every step; all get the same answer, and so stop after the same step.
-        """
+        """Returns in all processes whether any of them got a signal; all must call it, and so stop at the same step."""
         return bool(which_say(self._asked))

@@ -59,10 +59,14 @@ def summarize(
     checkpoints: RunCheckpoints,
     segments: Sequence[RunSegment],
 ) -> dict[str, Any]:
-    """Returns the contents of `summary.json`.
+    """Returns the contents of `summary.json`: settings and results of the run.
+
+    Among them are the numbers of all and of trained parameters, the bytes of parameters and optimizer state on each
+    device, the last losses, `eval` (the final evaluation), `best` (step and nll of the best evaluation, or None),
+    `step` (after which the weights were exported), and `seconds` and `cost` (see `Cost`) over all segments.
 
     Args:
-      run: the run.
+      run: the run, whose settings and data are included.
       state: the state whose weights are exported.
       frozen: the weights that were not trained.
       trained: the exported model.
