@@ -66,7 +66,7 @@ class EvaluateSettings(ModelSettings):
     temperature: float | None = None
     """temperature of the token probabilities, at least 0; 0, the default, takes the most probable token"""
     top_p: float | None = None
-    """sample from the smallest set of tokens whose probabilities sum to this number, in (0, 1]"""
+    """sample from the smallest set of tokens whose probabilities sum to at least this number, in (0, 1]"""
     top_k: int | None = None
     """sample from this many most probable tokens"""
     alg_temp: float | None = None
