@@ -99,14 +99,14 @@ def config_of(model: Dream) -> LoraConfig | None:
     Raises:
       ValueError: the adapters of the projections differ in rank, alpha or dropout.
     """
-    found = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
-    if not found:
+    adapted = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
+    if not adapted:
         return None
-    kinds = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for linear in found.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"the projections have adapters with different (rank, alpha, dropout): {sorted(kinds)}")
-    rank, alpha, dropout = kinds.pop()
-    return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(found))
+    settings = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for linear in adapted.values()}
+    if len(settings) > 1:
+        raise ValueError(f"the projections have adapters with different (rank, alpha, dropout): {sorted(settings)}")
+    rank, alpha, dropout = settings.pop()
+    return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(adapted))
 
 
 def base_of(model: Dream) -> str:
@@ -134,8 +134,7 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
     """Returns the model with a new adapter, which does not change its output yet because B is zero.
 
     A is drawn uniformly from +-1/sqrt(number of inputs), as in PEFT, because published learning rates belong to that
-    choice. (The LoRA paper says "Gaussian" without a width.) A and B are float32 for every dtype
-    of the base.
+    choice. (The LoRA paper says "Gaussian" without a width.) A and B are float32, whatever the dtype of the base is.
 
     Args:
       model: a model without an adapter; it is not changed. For a model of shapes see `attached_shapes`.
@@ -147,31 +146,32 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
     """
     if config_of(model) is not None:
         raise ValueError("the model has an adapter already; merge it first, or continue training that one")
-    found = _copy(model)
-    sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(found).items())
+    adapted = _copy(model)
+    sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(adapted).items())
     sizes = tuple(size for size in sizes if size[0] in config.targets)
     with sharding.mesh_context(model):
-        made = _initial(key, sizes, model.config.num_hidden_layers, config.rank)
+        leaves = _initial(key, sizes, model.config.num_hidden_layers, config.rank)
     for name in config.targets:
-        linear = projections(found)[name]
-        linear.lora_a, linear.lora_b = nnx.Param(made[name]["lora_a"]), nnx.Param(made[name]["lora_b"])
+        linear = projections(adapted)[name]
+        linear.lora_a, linear.lora_b = nnx.Param(leaves[name]["lora_a"]), nnx.Param(leaves[name]["lora_b"])
         linear.lora_alpha, linear.lora_dropout = float(config.alpha), float(config.dropout)
-    return found
+    return adapted
 
 
+# (name, in_shape, out_shape) of each projection
 Sizes = tuple[tuple[Target, tuple[int, ...], tuple[int, ...]], ...]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _initial(key: jax.Array, sizes: Sizes, layers: int, rank: int) -> dict[Target, dict[str, jax.Array]]:
-    found = {}
+    leaves_by_name = {}
     for name, in_shape, out_shape in sizes:
         bound = 1 / math.sqrt(math.prod(in_shape))
         target_key = jax.random.fold_in(key, TARGETS.index(name))
         lora_a = jax.random.uniform(target_key, (layers, *in_shape, rank), jnp.float32, -bound, bound)
         leaves = {"lora_a": lora_a, "lora_b": jnp.zeros((layers, rank, *out_shape), jnp.float32)}
-        found[name] = _sharded(name, leaves)
-    return found
+        leaves_by_name[name] = _sharded(name, leaves)
+    return leaves_by_name
 
 
 def attached_shapes(model: Dream, config: LoraConfig) -> Dream:
@@ -196,7 +196,7 @@ def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
 
 
 def merge(model: Dream, *, dequantised: bool = False) -> Dream:
-    """Returns the model with the adapter added to its kernels; without the two extra products it is faster.
+    """Returns the model with A B alpha / rank added to its kernels; it is faster, because it computes fewer products.
 
     The sum is computed in float32. A kernel keeps its dtype, unless it was quantised.
 
@@ -216,10 +216,10 @@ def merge(model: Dream, *, dequantised: bool = False) -> Dream:
             f"the base is {base_of(model)}, which cannot store the sum: load the float base with this adapter and "
             "merge that, or pass dequantised=True (merge_adapter) to get float kernels with the error of the codes"
         )
-    found = _copy(model)
+    merged = _copy(model)
     changed = {
         name: linear
-        for name, linear in projections(found).items()
+        for name, linear in projections(merged).items()
         if linear.lora_a is not None or linear.kernel is None
     }
     with sharding.mesh_context(model):
@@ -228,13 +228,13 @@ def merge(model: Dream, *, dequantised: bool = False) -> Dream:
         linear.kernel = nnx.Param(kernels[name])
         linear.codes = linear.scales = linear.lora_a = linear.lora_b = None
         linear.lora_alpha = linear.lora_dropout = 0.0
-    found.base_identity = None
-    return found
+    merged.base_identity = None
+    return merged
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Target, jax.Array]:
-    # One layer at a time: the float32 sums of all layers would be larger than the model.
+    # One layer at a time, because the float32 sums of all layers would be larger than the model.
     return {
         name: _sharded(name, {"kernel": jax.lax.map(functools.partial(_merged, dtype=dtype), linear)})["kernel"]
         for name, linear in linears.items()
@@ -274,23 +274,23 @@ def with_base(model: Dream, base: CodeKind) -> Dream:
     if base not in KINDS:
         raise ValueError(f"{base=} is not one of {KINDS}")
     if base_of(model) in KINDS:
-        raise ValueError(f"the base is {base_of(model)} already; load the float weights")
-    found = _copy(model)
+        raise ValueError(f"the base is {base_of(model)} already and cannot be quantised again; load the float weights")
+    quantised_model = _copy(model)
     abstract = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
-    found.base_identity = None if abstract else identity(model)
+    quantised_model.base_identity = None if abstract else identity(model)
     with sharding.mesh_context(model):
-        made = _quantised({name: linear.kernel[...] for name, linear in projections(model).items()}, base)
-    for name, linear in projections(found).items():
-        linear.codes, linear.scales = nnx.Param(made[name]["codes"]), nnx.Param(made[name]["scales"])
+        codes_by_name = _quantised({name: linear.kernel[...] for name, linear in projections(model).items()}, base)
+    for name, linear in projections(quantised_model).items():
+        linear.codes, linear.scales = nnx.Param(codes_by_name[name]["codes"]), nnx.Param(codes_by_name[name]["scales"])
         linear.kernel = None
-    return found
+    return quantised_model
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind) -> dict[Target, dict[str, jax.Array]]:
     # One layer at a time, because float32 intermediate values of all layers would need too much memory.
-    one = functools.partial(quantise, kind=kind)
-    return {name: _sharded(name, jax.lax.map(one, kernel)._asdict()) for name, kernel in kernels.items()}
+    quantise_layer = functools.partial(quantise, kind=kind)
+    return {name: _sharded(name, jax.lax.map(quantise_layer, kernel)._asdict()) for name, kernel in kernels.items()}
 
 
 def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
@@ -302,8 +302,7 @@ def identity(model: Dream) -> str:
     """Returns 64 hexadecimal digits, a hash of the base weights of a model, which tells whether two bases are equal.
 
     It is computed from the weights without the adapter, rounded to bfloat16. It therefore depends neither on the
-    mesh nor on whether the weights are loaded as float32 or bfloat16. For a quantised base it is the hash from
-    before quantisation.
+    mesh nor on whether the weights are float32 or bfloat16. For a quantised base it is the hash before quantisation.
 
     Raises:
       ValueError: the base is quantised, and the model does not have that hash.
@@ -334,11 +333,11 @@ def prints(params: ParamTree, layer: int | None) -> list[Print]:
       One pair of name and hash for each parameter; `digest` combines them, in any order.
     """
     with sharding.mesh_context(params):
-        found = _prints(params, stacked=False)
+        unit_prints = _prints(params, stacked=False)
     if layer is None:
-        return found
+        return unit_prints
     # The names are those that `_prints` gives to stacked weights.
-    return [(f"{layer}.{name.removeprefix('layers.')}", value) for name, value in found]
+    return [(f"{layer}.{name.removeprefix('layers.')}", value) for name, value in unit_prints]
 
 
 def digest(found: list[Print]) -> str:

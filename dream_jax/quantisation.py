@@ -167,12 +167,12 @@ product.defvjp(_forward, _backward)
 
 def quantised_kernels(params: ParamTree, kind: CodeKind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:
     """Returns the tree with each leaf `kernel` replaced by `codes` and `scales`, and other leaves by `others(leaf)`."""
-    found: ParamTree = {}
+    new_params: ParamTree = {}
     for name, value in params.items():
         if isinstance(value, dict):
-            found[name] = quantised_kernels(value, kind, others)
+            new_params[name] = quantised_kernels(value, kind, others)
         elif name == "kernel":
-            found |= quantise(value, kind)._asdict()
+            new_params |= quantise(value, kind)._asdict()
         else:
-            found[name] = others(value)
-    return found
+            new_params[name] = others(value)
+    return new_params

@@ -204,8 +204,8 @@ class TrainStep:
         # Annealed steps are a separate program, because attention is faster under the mask of the later steps.
         annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
         with jax.set_mesh(self._devices()):
-            found: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
-            return found
+            after: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
+            return after
 
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
         """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings.

@@ -498,7 +498,7 @@ def test_identity_sees_every_change():
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"targets": ("q", "gates")}, "gates"),
         ({"targets": ()}, "must be some of q, k, v"),
-        ({"targets": ("q", "q")}, "each once"),
+        ({"targets": ("q", "q")}, "none of them twice"),
     ],
 )
 def test_configurations_that_cannot_be(change, message):

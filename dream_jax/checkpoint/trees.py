@@ -15,7 +15,7 @@ def tree_differences(expected: Any, found: Any, *, dtypes: bool = True) -> list[
     """
     wanted, present = _leaves(expected), _leaves(found)
     lines = [f"{name} is missing" for name in wanted if name not in present]
-    lines += [f"{name} is left over" for name in present if name not in wanted]
+    lines += [f"{name} is not expected" for name in present if name not in wanted]
     for name in wanted.keys() & present.keys():
         ours, theirs = wanted[name], present[name]
         if tuple(ours.shape) != tuple(theirs.shape):

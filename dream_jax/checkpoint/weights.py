@@ -165,6 +165,6 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
     args = ocp.checkpoint_utils.construct_restore_args(target)
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
-        if differences := tree_differences(stored, target, dtypes=False):
+        if differences := tree_differences(target, stored, dtypes=False):
             raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}; convert the source again")
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
