@@ -128,7 +128,6 @@ def _table(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def _number(text: str) -> float:
-    """Parses a number; NaN for other text."""
     try:
         return float(text)
     except ValueError:

@@ -57,7 +57,6 @@ def render_report(record: Record) -> str:
 
 
 def _state(record: Record) -> str:
-    """Returns whether the run is finished, as a sentence."""
     if record.finished:
         return "Finished."
     return f"NOT finished: {int(record.steps[-1]['step']) if record.steps else 0} steps are done."

@@ -66,7 +66,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def kept(self, folder: pathlib.Path, ends: Mapping[type[Exception], Kind]) -> Iterator[None]:
-        """Saves incidents in this folder during the block, and those from before it.
+        """Saves incidents in this folder during the block; those from before the block are saved at its start.
 
         `ends` maps types of exceptions that may end the block to the kind of incident that is saved for them.
         """
@@ -145,10 +145,7 @@ class RunConsole:
                 self.say(f"{name}: {value}")
 
     def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
-        """Shows the metrics of one step, in the live line or (every `log_every` steps) as a new line.
-
-        `mfu` is the share of the peak FLOP/s of the devices that is used, in [0, 1]; None if it is not known.
-        """
+        """Shows the metrics of one step in the live line, or every `log_every` steps as a line; `mfu` is in [0, 1]."""
         # The first step includes compilation, so the remaining time is estimated from the second step on.
         if number == self._done_then + 1:
             self._begun, self._done = time.monotonic(), number

@@ -135,8 +135,7 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
     processes of the run must enter the block.
 
     Raises:
-      FileExistsError, ValueError: as `check_folder`.
-      BlockingIOError: another process has locked the folder.
+      FileExistsError, ValueError: as `check_folder`. BlockingIOError: another process has locked the folder.
     """
     with contextlib.ExitStack() as stack:
         resumes = check_folder(settings)
@@ -214,10 +213,7 @@ class MetricsLog:
 
 
 class _Table:
-    """A CSV file with one row per step; opening it removes rows of steps after `done`.
-
-    Each row is passed to the operating system at once, so that it survives a kill of the process.
-    """
+    """A CSV file with one row per step; opening it removes the rows of steps after `done`."""
 
     def __init__(self, path: pathlib.Path, fields: Sequence[str], done: int):
         rows = []

@@ -151,13 +151,7 @@ def lay_out_held_out(
     The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text
     tokens depends on
     the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
-    include end-of-text tokens that do not occur in training.
-
-    Args:
-      rows: the rows as tokens, none longer than `max_length`.
-      max_length: width of the batch in tokens.
-      pad_id: the end-of-text token.
-      options: the options of the training batches; by default `BatchOptions()`.
+    include end-of-text tokens that do not occur in training. `options` are the options of the training batches.
     """
     options = BatchOptions() if options is None else options
     lengths = np.array([row.length for row in rows])
@@ -184,10 +178,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _ratio_error(total_R: np.ndarray, count_R: np.ndarray) -> float:
-    """Returns the standard error of sum(total) / sum(count) for independently drawn rows, by linearisation.
-
-    NaN for fewer than two rows or no masked token.
-    """
+    """Returns the standard error, by linearisation, of sum(total) / sum(count) for independent rows; NaN below two."""
     rows, count = len(total_R), count_R.sum()
     if rows < 2 or not count:
         return math.nan

@@ -22,11 +22,7 @@ class Incidents:
         self._path = None if folder is None else folder / FILE
 
     def add(self, kind: Kind, text: str, step: int | None = None) -> None:
-        """Appends an incident to the file at once, so that it survives a kill.
-
-        Raises:
-          ValueError: the kind is unknown.
-        """
+        """Appends an incident to the file at once, so that it survives a kill. Raises ValueError for a wrong kind."""
         if kind not in get_args(Kind):
             raise ValueError(f"{kind=} is not one of {', '.join(get_args(Kind))}")
         if self._path is None:
@@ -50,7 +46,6 @@ def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _incident(line: str, number: int) -> dict[str, Any]:
-    """Parses line `number` of the file."""
     try:
         found = json.loads(line)
     except ValueError:

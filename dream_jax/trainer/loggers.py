@@ -40,11 +40,7 @@ class Logger(Protocol):
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Checks, without importing them, that the packages of all named loggers are installed.
-
-    Raises:
-      ModuleNotFoundError: a package is missing; the message names the package to install.
-    """
+    """Raises ModuleNotFoundError, with the package to install, if a logger is not installed; imports no package."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
@@ -68,7 +64,6 @@ def open_loggers(
 
 
 def _open(name: LoggerName, folder: pathlib.Path, config: Mapping[str, Any], done: int) -> Logger:
-    """Opens one logger; the arguments are those of `open_loggers`."""
     if name == "tensorboard":
         return _TensorBoard(folder, done)
     if name == "wandb":

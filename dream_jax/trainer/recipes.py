@@ -168,7 +168,6 @@ def listing(folder: pathlib.Path) -> str:
 
 
 def _hours(value: float) -> str:
-    """Formats a number of hours: two decimals below 10, none above."""
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
@@ -213,10 +212,7 @@ def _in_order(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[s
 
 
 def _explained(complaint: str, found: Any) -> str:
-    """Rewrites an error message of msgspec: first the key, then its value, then the most similar allowed name.
-
-    `complaint` is the message, and `found` the contents of the file.
-    """
+    """Rewrites a message of msgspec about the contents `found`: first the key, then its value, then a similar name."""
     message, _, path = complaint.partition(" - at `$")
     steps = re.findall(r"\w+", path)
     for step in steps:
