@@ -106,6 +106,7 @@ def main() -> int:
 
 
 def run(settings: SampleSettings) -> int:
+    """Prints the settings that are not defaults, answers, and returns the exit code 0."""
     console = Console(highlight=False, soft_wrap=True)
     for field in dataclasses.fields(settings):
         if (value := getattr(settings, field.name)) != field.default:
@@ -128,6 +129,7 @@ def check_length(ids: list[int], sampler: dream_jax.SamplerConfig, model: dream_
 def answer_one(
     settings: SampleSettings, prepared: PreparedModel, sampler: dream_jax.SamplerConfig, console: Console
 ) -> None:
+    """Prints the answer to --prompt, the number of forward passes, and the time that it took."""
     tokenizer = prepared.tokenizer
     ids = inference.encode_prompt(settings.prompt or "", prepared.template, tokenizer, allow_special=True)
     check_length(ids, sampler, prepared.model, "--prompt")
@@ -173,6 +175,7 @@ def watching(
 def converse(
     settings: SampleSettings, prepared: PreparedModel, sampler: dream_jax.SamplerConfig, console: Console
 ) -> None:
+    """Reads the turns of the user from stdin and prints the answers, until a line is empty or the input ends."""
     model, tokenizer = prepared.load(), prepared.tokenizer
     messages: list[dict[str, str]] = []
     for turn in itertools.count():
@@ -194,6 +197,7 @@ def converse(
 def answer_file(
     settings: SampleSettings, prepared: PreparedModel, sampler: dream_jax.SamplerConfig, console: Console
 ) -> None:
+    """Appends the answers to the prompts of a file that have no answer yet to --out, and prints a summary."""
     assert settings.prompts is not None
     tokenizer = prepared.tokenizer
     questions = read_questions(settings.prompts, prepared.template, tokenizer)

@@ -88,6 +88,7 @@ def join(
 
 
 def _share_cpu_devices(num_devices: int, num_processes: int) -> None:
+    """Gives this process its equal share of the CPU devices. Raises ValueError if there is no equal share."""
     if num_devices % num_processes:
         raise ValueError(
             f"the mesh has {num_devices} devices, which {num_processes} processes cannot share evenly; choose a mesh whose "

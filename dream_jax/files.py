@@ -149,6 +149,7 @@ def new_directory(
 
 
 def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None, marker: str) -> None:
+    """Removes stale directories and checks the arguments of `new_directory`. Raises its errors."""
     if reads is not None and target == reads.resolve():
         raise ValueError(f"{target} is the source itself; give another directory")
     _remove_stale(target)
@@ -171,6 +172,7 @@ def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pa
 
 
 def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    """Renames the complete directory to `target`, and removes the directory that it replaces."""
     if not (overwrite and target.exists()):
         directory.rename(target)  # raises OSError if another process has created the target in the meantime
         return
@@ -181,6 +183,7 @@ def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -
 
 
 def _remove_stale(target: pathlib.Path) -> None:
+    """Removes or restores the directories beside `target` that killed runs have left."""
     for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):
         if target.exists():
             shutil.rmtree(old)
@@ -251,6 +254,7 @@ def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str | 
 
 
 def _difference(path: pathlib.Path, wanted: Any) -> str | None:
+    """Returns a sentence if the file has another [size, CRC-32] than `wanted`, otherwise None."""
     if not path.is_file():
         return f"{path} is missing"
     size, checksum = wanted
@@ -261,6 +265,7 @@ def _difference(path: pathlib.Path, wanted: Any) -> str | None:
 
 
 def _size_and_sum(path: pathlib.Path) -> tuple[int, int]:
+    """Returns the size of a file in bytes, and its CRC-32."""
     size = checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -148,6 +148,7 @@ def mesh_over(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mes
 
 
 def _adopt(mesh: Mesh) -> Mesh:
+    """Returns a mesh over the same devices with all `MESH_AXES` and automatic axis types."""
     if mesh.axis_names != MESH_AXES[: len(mesh.axis_names)] or len(mesh.axis_names) < 2:
         raise ValueError(
             f"a mesh with the axes {mesh.axis_names} was given, but parameters are sharded over {MESH_AXES}; "
@@ -245,7 +246,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def platform_of(mesh: AnyMesh) -> str:
-    """Returns the jax name ("cpu", "gpu" or "tpu") of the platform of a mesh; its devices need not be present."""
+    """Returns the name that jax gives to the platform of a mesh, such as "tpu"; its devices need not be present."""
     device = mesh.abstract_mesh.abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 

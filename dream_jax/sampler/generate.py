@@ -199,6 +199,7 @@ def check_key(config: SamplerConfig, key: jax.Array | None) -> None:
 
 
 def _row_keys(key: jax.Array | None, rows: int) -> jax.Array:
+    """Returns one key per row ([rows]). Raises ValueError if `key` is not a key, or not one key per row."""
     if key is None:
         key = jax.random.key(0)  # the program needs some key, but its result does not depend on it
     if not isinstance(key, jax.Array | np.ndarray):

@@ -35,7 +35,19 @@ def denoise(
     *,
     static: StaticSettings,
 ) -> State:
-    """Runs steps until every row is done. Returns the last state, replicated on all devices, without its KV cache."""
+    """Runs steps until every row is done.
+
+    Args:
+      model: any Dream.
+      canvas_BT: token ids; the sampler writes a token at each mask token.
+      valid_BT: false at padding.
+      keys_B: the random key of each row.
+      dynamic, static: the settings of the sampler.
+      listener_id: the id that `callbacks.listening` yields; None without a listener.
+
+    Returns:
+      The last state, replicated on all devices, without its KV cache.
+    """
     state = begin(model, sharding.constrain(canvas_BT, "batch", None), static)
     layout = canvas_layout(model, valid_BT, static)
     state = _run(model, layout, keys_B, dynamic, listener_id, state, static, jnp.int32(canvas_BT.shape[0]))
@@ -314,7 +326,7 @@ def _write(
 
 
 def _fill_after_end(model: Dream, state: State, step_id_B: Int[jax.Array, "B"]) -> State:
-    """Fills all masks of a row with end-of-text tokens if no mask is left before the first one that was written."""
+    """Fills the masks of a row with end-of-text tokens if none is before its first written end-of-text token."""
     masked_BT = state.canvas_BT == model.config.mask_token_id
     end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0)
     filled_BT = masked_BT & (first(end_BT) < first(masked_BT))[:, None]

@@ -1,4 +1,7 @@
-"""Forward passes, over all tokens or with a KV cache, that return the hidden states at a few positions of each row."""
+"""Forward passes, over all tokens or with a KV cache, that return the hidden states at some positions of each row.
+
+A source position is the position whose hidden state predicts a token: with the right shift, the one before the token.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,7 @@ def _window_pass(
     policy: KVCachePolicy,
     block_length: int,
 ) -> tuple[jax.Array, KVCache]:
+    """Makes a window pass over all rows; only rows marked in `window_B` change the KV cache. Returns as `cached`."""
     length = canvas_BT.shape[1]
     right = length if policy.right is None else policy.right
     width = min(policy.left + block_length + right, length)
