@@ -151,6 +151,7 @@ def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
 
 
 def main() -> None:
+    """Runs the checks and ends with exit status 1 if an error is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)

@@ -205,6 +205,7 @@ def read_entries(folder: pathlib.Path) -> dict[str, Entry]:
 
 
 def _same_bytes(left: Entry, right: Entry) -> bool:
+    """Returns whether two tensors of equal size have the same bytes."""
     with open(left.path, "rb") as left_file, open(right.path, "rb") as right_file:
         left_file.seek(left.start)
         right_file.seek(right.start)

@@ -139,6 +139,7 @@ def random_chunks(name: str, shape: Shape, seed: int) -> Iterator[memoryview]:
 
 
 def _check_target(out: pathlib.Path, num_bytes: int) -> None:
+    """Raises the errors of `make_checkpoint` if `out` cannot be made with `num_bytes` of weights."""
     if out.is_relative_to(REPOSITORY):
         raise ValueError(f"{out} is inside the repository {REPOSITORY}; give a directory outside it")
     if out.exists():
@@ -156,6 +157,7 @@ def _check_target(out: pathlib.Path, num_bytes: int) -> None:
 def _write_shards(
     directory: pathlib.Path, shards: Mapping[str, Mapping[str, Shape]], seed: int, console: Console
 ) -> None:
+    """Writes the files of weights; `shards` maps a file name to the names and shapes of its tensors."""
     columns: Sequence[Any] = (
         TextColumn("{task.description}"),
         BarColumn(),

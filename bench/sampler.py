@@ -296,6 +296,7 @@ def write(settings: Speed | Quality, console: Console, results: dict[str, Any]) 
 
 
 def main() -> int:
+    """Runs the chosen command and returns the exit status."""
     chosen = tyro.cli(
         Annotated[Speed, tyro.conf.subcommand("speed")] | Annotated[Quality, tyro.conf.subcommand("quality")],
         description=__doc__,

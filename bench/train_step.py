@@ -240,6 +240,7 @@ def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measures, prints and adds the result to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="nano-cpu")
     parser.add_argument("--list", action="store_true", help="print the presets and exit")

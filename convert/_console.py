@@ -53,7 +53,7 @@ class Meter:
             )
 
     def stop(self) -> None:
-        """Ends the bar."""
+        """Ends the bar on a terminal."""
         if self._console.is_terminal:
             self._bar.stop()
 

@@ -42,6 +42,8 @@ class ExportSettings:
 
 
 def main(settings: ExportSettings) -> None:
+    """Converts SRC into DST and writes the model card."""
+
     def card(conversion: Conversion) -> str:
         found = settings.run or find_run(settings.adapter, conversion.source)
         adapted = settings.adapter is not None

@@ -21,7 +21,7 @@ from dream_jax.files import write_file
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrangeSettings:
-    """Source, target and schema."""
+    """Source, target and schema of the rows."""
 
     src: tyro.conf.Positional[pathlib.Path]
     """The train.jsonl or test.jsonl of GSM8K, or the directory with its train.jsonl."""
@@ -49,9 +49,10 @@ def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:
 
 
 def main(settings: ArrangeSettings) -> None:
+    """Writes the rows. Raises FileExistsError if DST exists, ValueError for a row that is not as expected."""
     source = settings.src / "train.jsonl" if settings.src.is_dir() else settings.src
     if settings.dst.exists():
-        raise FileExistsError(f"{settings.dst} exists; remove it, or give another name")
+        raise FileExistsError(f"{settings.dst} exists; remove it, or give another DST")
     rows = parse_lines(source, parse_gsm8k)
     count = len(rows) if settings.rows is None else min(settings.rows, len(rows))
     lines = []

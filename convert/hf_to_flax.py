@@ -33,6 +33,7 @@ class ImportSettings:
 
 
 def main(settings: ImportSettings) -> None:
+    """Converts the checkpoint SRC into the directory DST."""
     run(
         settings,
         convert_from_hf,

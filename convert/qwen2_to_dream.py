@@ -40,6 +40,7 @@ class AdaptSettings:
 
 
 def main(settings: AdaptSettings) -> None:
+    """Writes the Dream checkpoint DST and prints its size and its mask token."""
     config = adapt_qwen2(
         settings.src,
         settings.dst,

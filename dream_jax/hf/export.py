@@ -115,6 +115,7 @@ def export_from(
 
 
 def _shards(sizes: Mapping[str, int], max_shard_size: int) -> Iterator[list[str]]:
+    """Yields the tensor names of each file; `sizes` maps names to bytes."""
     names: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -134,6 +135,7 @@ def _write_shard(
     code: str,
     progress: Callable[[int], object],
 ) -> None:
+    """Writes one safetensors file; `code` is the name of the dtype in its header, such as "BF16"."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name in sorted(destinations):  # the order inside a published file: by name

@@ -99,6 +99,7 @@ class SafetensorsSource:
             self._check_tied(*(self.tensors[name] for name in table.TIED_NAMES))
 
     def _check_tied(self, embedding: Tensor, head: Tensor) -> None:
+        """Raises ValueError if the two tensors are not equal bit for bit."""
         same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
         for start in range(0, embedding.nbytes if same else 0, _PIECE_BYTES):
             size = min(_PIECE_BYTES, embedding.nbytes - start)
@@ -135,6 +136,7 @@ class SafetensorsSource:
             yield functools.partial(self._fill, tensor, start, min(start + step, last), views)
 
     def _fill(self, tensor: Tensor, start: int, stop: int, views: Sequence[tuple[slice, slice, np.ndarray]]) -> int:
+        """Reads rows [start, stop) into the views (rows, columns, array); returns the number of source bytes."""
         low = min(columns.start for _, columns, _ in views)
         high = max(columns.stop for _, columns, _ in views)
         width = tensor.nbytes // tensor.shape[0]
@@ -226,8 +228,8 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
             if name in tensors:
                 raise ValueError(f"tensor {name} is in both {tensors[name].path} and {directory / file}")
             if weight_map.get(name) != file:
-                said = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise ValueError(f"{directory / file} holds tensor {name}, but {INDEX} {said}")
+                listing = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise ValueError(f"{directory / file} holds tensor {name}, but {INDEX} {listing}")
         absent = [name for name, wanted in weight_map.items() if wanted == file and name not in found]
         if absent:
             raise ValueError(f"{directory / file} lacks tensors that {INDEX} lists for it: {', '.join(sorted(absent))}")
@@ -236,6 +238,8 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Returns tensor name -> file name from an index. Raises ValueError if the index is damaged."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
@@ -257,6 +261,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+    """Returns name -> tensor of one file. Raises ValueError if it is truncated, damaged or of another dtype."""
     try:
         with safe_open(path, framework="numpy"):  # checks that lengths and offsets leave no gap and no overlap
             pass

@@ -79,7 +79,7 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
     """
     config = lora.config_of(model)
     if config is None:
-        raise ValueError("the model has no adapter; dream_jax.save writes whole models")
+        raise ValueError("the model has no adapter; use dream_jax.save for a model without one")
     identity = lora.identity(model)
     params = lora.split(split_params(model)[1])[0]
     unit = _unit(params, None)
@@ -102,6 +102,7 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
 
 
 def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.WeightUnit:
+    """Returns the unit under which the parameters of an adapter are stored."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     return checkpoint.WeightUnit("adapter", None, shapes, {} if mesh is None else parameter_specs(shapes, mesh))
 
@@ -164,11 +165,11 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
             lora.identity(model),
             "load the weights that it was trained on, or pass any_base=True (--any-base) to use these",
         )
-    found = lora.attach(model, adapter.config, jax.random.key(0))
-    found.trained_mask = adapter.mask
+    adapted = lora.attach(model, adapter.config, jax.random.key(0))
+    adapted.trained_mask = adapter.mask
     params = adapter_params(adapter, mesh_of(model))["layers"]
-    for name, linear in lora.projections(found).items():
+    for name, linear in lora.projections(adapted).items():
         if name in adapter.config.targets:
             leaves = params["attn" if name in params.get("attn", {}) else "mlp"][name]
             linear.lora_a, linear.lora_b = nnx.Param(leaves["lora_a"]), nnx.Param(leaves["lora_b"])
-    return found
+    return adapted

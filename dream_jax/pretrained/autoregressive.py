@@ -81,8 +81,13 @@ def dream_config(
                 f"{name}={number} is outside the embedding table of vocab_size={fields['vocab_size']} rows; give the id of "
                 f"a row that no token uses (--{name.replace('_', '-')})"
             )
-    told = {"model_type": "Dream", "rope_theta": theta, "mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
-    return DreamConfig.from_dict(given | told, ignore=ignore)
+    dream_fields = {
+        "model_type": "Dream",
+        "rope_theta": theta,
+        "mask_token_id": mask_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    return DreamConfig.from_dict(given | dream_fields, ignore=ignore)
 
 
 def adapt_qwen2(
@@ -196,10 +201,10 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
         roles = {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         _write(target / "special_tokens_map.json", _read(target / "special_tokens_map.json") | roles)
     if (target / "tokenizer.json").is_file():
-        whole = _read(target / "tokenizer.json")
+        contents = _read(target / "tokenizer.json")
         for name, number in ((BEGIN, begin), (MASK, config.mask_token_id)):
-            whole["added_tokens"].append({"id": number, "content": name, **plain, "special": True})
-        _write(target / "tokenizer.json", whole)
+            contents["added_tokens"].append({"id": number, "content": name, **plain, "special": True})
+        _write(target / "tokenizer.json", contents)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

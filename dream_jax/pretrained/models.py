@@ -143,6 +143,7 @@ def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib
 
 
 def _random(config: DreamConfig, shapes: ParamTree, seed: int, mesh: Mesh | None) -> ParamTree:
+    """Returns random parameters of these shapes, sharded over the mesh."""
     dtype = jax.tree.leaves(shapes)[0].dtype
 
     def init(key: jax.Array) -> ParamTree:
