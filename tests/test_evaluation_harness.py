@@ -111,7 +111,7 @@ def test_arguments_that_cannot_be():
 
     with pytest.raises(ValueError, match="preset='fastest' is not one of"):
         DreamHarness("nano", preset="fastest")
-    with pytest.raises(ValueError, match="batch_size='auto' must be a positive number"):
+    with pytest.raises(ValueError, match="batch_size='auto' must be a positive integer"):
         DreamHarness("nano", batch_size="auto")
     with pytest.raises(ValueError, match="max_length=1 is outside"):
         DreamHarness("nano", max_length=1)
