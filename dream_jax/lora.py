@@ -340,9 +340,9 @@ def prints(params: ParamTree, layer: int | None) -> list[Print]:
     return [(f"{layer}.{name.removeprefix('layers.')}", value) for name, value in unit_prints]
 
 
-def digest(found: list[Print]) -> str:
+def digest(hashes: list[Print]) -> str:
     """Combines the hashes of all parameters of a model, in any order, into 64 hexadecimal digits."""
-    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(hashes)).encode()).hexdigest()
 
 
 def _prints(params: ParamTree, *, stacked: bool) -> list[Print]:

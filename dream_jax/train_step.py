@@ -272,6 +272,7 @@ def _train_step(
     batch: Batch[jax.Array],
     frozen: ParamTree,
 ) -> tuple[TrainState, Metrics]:
+    """Computes one step, as `make_train_step` describes it; `annealing` is true in the first `anneal_steps` steps."""
     tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
     with jax.named_scope("noise"):
         key = noise_key(config.seed, state.step)

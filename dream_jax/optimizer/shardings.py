@@ -64,21 +64,21 @@ def opt_state_shardings(state: Any, params: ParamTree, mesh: sharding.AnyMesh) -
 
 
 def _axes_left(
-    names: tuple[str, ...], shape: tuple[int, ...], name: tuple[str, ...], whole: tuple[int, ...]
+    names: tuple[str, ...], shape: tuple[int, ...], name: tuple[str, ...], param_shape: tuple[int, ...]
 ) -> tuple[str, ...] | None:
     """Returns the logical axes of an array in the state, or None if it is not sharded like its parameter.
 
-    `names` is the path of the array and `shape` its shape; `name` and `whole` are the path and shape of the parameter.
+    `names` and `shape` are the path and shape of the array, `name` and `param_shape` those of its parameter.
     """
     axes = sharding.PARAMETER_AXES[".".join(name)]
-    if shape == whole or (names[-1] == "absmax" and shape[:-1] == whole[:-1]):
+    if shape == param_shape or (names[-1] == "absmax" and shape[:-1] == param_shape[:-1]):
         return axes
     # The name is needed too, because rows and columns of a square matrix have the same shape but different axes.
     for field, rank in (("v_row", -1), ("v_col", -2)):
-        if field in names and len(whole) > 1:
+        if field in names and len(param_shape) > 1:
             # optax averages v_row over the longest axis, and v_col over the second longest.
-            missing = int(np.argsort(whole)[rank])
-            if shape == (*whole[:missing], *whole[missing + 1 :]):
+            missing = int(np.argsort(param_shape)[rank])
+            if shape == (*param_shape[:missing], *param_shape[missing + 1 :]):
                 return (*axes[:missing], *axes[missing + 1 :])
     return None
 
