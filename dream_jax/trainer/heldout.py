@@ -55,7 +55,7 @@ class GridScore:
     rows: int
 
     def row(self) -> dict[str, float]:
-        """Returns the score by the columns of `eval.csv`."""
+        """Returns the numbers of the score, by the names of the columns of `eval.csv`."""
         plain = dataclasses.asdict(self)
         by_time = dict(zip(NLL_BY_TIME, plain.pop("nll_by_time"), strict=True))
         return {"nll": plain.pop("nll"), "nll_se": plain.pop("nll_se"), **by_time, **plain}
@@ -148,9 +148,8 @@ def lay_out_held_out(
 ) -> Batch[np.ndarray]:
     """Puts all rows into one batch [R, max_length], each with as many end-of-text tokens as in training.
 
-    The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text
-    tokens depends on
-    the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
+    The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text tokens depends
+    on the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
     include end-of-text tokens that do not occur in training. `options` are the options of the training batches.
     """
     options = BatchOptions() if options is None else options

@@ -119,8 +119,8 @@ class TrainSettings:
         network, chosen, found = self.network, self.optimization, []
         if self.loss.weight == "inverse-time":
             found.append(
-                "--weight inverse-time gives a masked position the weight 1/t, so rows with a small noise level dominate; "
-                "with one row per batch it acts like 1/t^2, because the loss is divided by the number of masked positions"
+                "--weight inverse-time gives each masked position the weight 1/t, so the positions of rows with few masked "
+                "tokens count most; with one row per batch it acts like 1/t^2, as the loss is divided by the masked count"
             )
         rate = self.optimizer_config().learning_rate
         if self.lora.adapts:
