@@ -72,7 +72,7 @@ class NetworkSettings:
     """The model that the run starts from, and how it is computed."""
 
     model: str = "nano"
-    """a Hugging Face or converted directory, a hub id, or a preset: nano, small, dream-0.5b or dream-7b (random weights)"""
+    """a Hugging Face or converted directory, a hub id, or for random weights nano, small, dream-0.5b or dream-7b"""
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
