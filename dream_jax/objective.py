@@ -74,7 +74,8 @@ class InverseTimeWeight(LossWeight):
     """The weight is 1 / t, as in the likelihood bound (called "original" in the published code).
 
     The number of masked positions of a row grows with t, so all rows of a batch have about the same total weight. In
-    rows with a small t, each of the few masked positions therefore counts most.
+    rows with a small t, each of the few masked positions therefore counts most. The loss is divided by the number of
+    masked positions of the batch; with one row per batch this number grows with t too, and the weight acts like 1 / t^2.
     """
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:

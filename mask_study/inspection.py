@@ -2,6 +2,9 @@
 
 The attention probabilities are computed from the queries and keys of the model, for one chunk of queries at a time.
 Only their statistics are stored.
+
+Letters of axes here: t is a query of one chunk, Q a kind of query (`QUERIES`), X a statistic (`STATISTICS`), and b is B,
+or 1 if the mask is the same in all rows. The other letters are those of the model.
 """
 
 from __future__ import annotations
@@ -33,16 +36,16 @@ STATISTICS = (
     "masked",
     "first",
 )
-"""Averages over queries. entropy: in nats. entropy share: that entropy / the entropy of uniform attention to
-all keys that the query may attend to. distance, offset: mean distance and mean signed offset of keys in tokens
-(positive: to the right). The others are shares of the attention: on keys to the right, on the query itself, on the
-token before it, on the prompt, on masked tokens, and on the first token."""
+"""The statistics; each is an average over queries. entropy: of the attention, in nats. entropy share: that entropy
+divided by the entropy of uniform attention to all keys that the query may attend to. distance, offset: mean of
+|key - query| and of key - query in tokens, weighted by the attention. The others are the shares of the attention on keys
+to the right, on the query itself, on the token before it, on the prompt, on masked tokens, and on the first token."""
 
 QUERIES = ("prompt", "masked", "written")
 """Kinds of queries, averaged separately: tokens of the prompt, masked tokens, other tokens of the answer."""
 
 LEVELS = (0.1, 0.5, 0.9, 1.0)
-"""Default noise levels: shares of the answer tokens that are masked."""
+"""Default noise levels: the probability with which each token of the answer is masked."""
 
 _CHUNK = 128  # number of queries at a time; the probabilities are [rows, heads, 128, tokens]
 
@@ -131,6 +134,7 @@ def _statistics(
             p_BKGtS = jnp.where(attended_B11tS, p_BKGtS, 0.0)
             ahead_BtS = (positions_BT[:, None, :] - position_Bt[:, :, None]).astype(jnp.float32)
             entropy = -jnp.sum(p_BKGtS * jnp.log(jnp.where(p_BKGtS > 0, p_BKGtS, 1.0)), axis=-1)
+            # Log 2 at least: with one key the entropy is 0, and its share 0 instead of 0 / 0.
             log_most = jnp.log(jnp.maximum(jnp.sum(attended_BtS, axis=-1), 2).astype(jnp.float32))[:, None, None]
             weights = (
                 jnp.abs(ahead_BtS),
@@ -189,11 +193,17 @@ def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> Ins
 def inspect(model: Dream, rows: InspectedRows, seed: int, levels: Sequence[float] = LEVELS) -> Iterator[dict[str, Any]]:
     """Yields the rows of a table: `STATISTICS` for each noise level, layer, head and kind of query.
 
+    A row is a dict with the keys "t" (the noise level), "layer", "head" (indices from 0), "queries" (one of `QUERIES`) and
+    the names in `STATISTICS`. Kinds of which there is no query are left out.
+
     Args:
       model: a Dream; its `trained_mask` is used.
       rows: the rows that the model reads.
       seed: decides which positions are masked. A position that is masked at one level is also masked at higher levels.
-      levels: noise levels in [0, 1], the shares of answer tokens that are masked.
+      levels: noise levels in [0, 1]: the probability with which each token of the answer is masked.
+
+    Raises:
+      ValueError: the rows are longer than `max_position_embeddings` of the model.
     """
     uniform_BT = np.random.default_rng(seed).random(rows.tokens_BT.shape)
     for level in levels:
@@ -207,9 +217,12 @@ def inspect(model: Dream, rows: InspectedRows, seed: int, levels: Sequence[float
 
 
 def draw(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
-    """Draws a figure of the rows of `inspect`: heat maps (layers x heads) and means by noise level; returns `path`.
+    """Writes a PNG of the rows of `inspect`: heat maps (layers x heads) and means by noise level; returns `path`.
 
     The heat maps are for masked queries, at the noise level nearest to 0.5.
+
+    Raises:
+      ValueError: no row is for masked queries.
     """
     shown = ("entropy share", "distance", "right", "prompt", "masked", "first")
     levels = sorted({line["t"] for line in lines})

@@ -1,4 +1,4 @@
-"""Splash attention, the flash kernel for TPUs that comes with jax. It stores neither scores [T, S] nor a mask [T, S].
+"""Computes attention with splash, the flash kernel for TPUs in jax, which stores neither scores nor a mask [T, S].
 
 The kernel gets padding and packed texts as segment ids, one for each query and key: a query attends to the keys with the
 same id. A mask that is the same in all rows is compiled into the kernel, which skips the tiles that the mask hides.
@@ -56,7 +56,7 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
     if isinstance(fixed, masks.Bidirectional):
         return None
     if num_queries != num_keys:
-        return f"the mask needs as many queries ({num_queries}) as keys ({num_keys}); give their positions with `at`"
+        return f'this mask needs as many queries ({num_queries}) as keys ({num_keys}); use the backend "xla" or "auto"'
     if splits_queries(num_queries):
         return (
             "the mesh divides the tokens, but the mask is compiled into the kernel, which is the same on all devices; "
@@ -94,11 +94,14 @@ def attention(
     """Computes `dream_jax.attention.attention` for calls for which `refusal` returns None.
 
     Args:
-      q_BTNH: queries after the rotary embedding.
-      k_BSKH: keys after the rotary embedding.
-      v_BSKH: values.
+      q_BTNH: queries after the rotary embedding, float32 or bfloat16.
+      k_BSKH: keys after the rotary embedding, of the same dtype.
+      v_BSKH: values of the same dtype.
       mask: the mask that says which query may attend to which key.
-      interpret: runs the kernel as array operations on any device, for tests.
+      interpret: whether to run the kernel as array operations on any device, for tests.
+
+    Returns:
+      The attention outputs, of the dtype of the queries.
     """
     fixed, of_rows = _split(mask)
     kernel = functools.partial(_kernel, fixed=fixed, interpret=interpret)
@@ -112,10 +115,20 @@ def attention(
 def segment_ids(
     of_rows: list[masks.Mask], batch: int, num_queries: int, num_keys: int
 ) -> tuple[Int[jax.Array, "B T"], Int[jax.Array, "B S"]] | None:
-    """Returns int32 ids of the queries and of the keys, equal where all masks allow attention; None without masks.
+    """Returns segment ids of queries and keys: a query may attend to the keys with its own id.
 
-    Padding gets an id that no query has, but only as a key. As a query it has the id of valid tokens: it attends to
-    valid keys, as the masks say, so that its output and gradients are finite.
+    A query has the id that `masks.Segments` gives it, or _VALID without such a mask, even if it is padding: it then
+    attends to valid keys, as the masks say, so that its output and gradients are finite. A key that the other masks hide
+    gets an id that no query has.
+
+    Args:
+      of_rows: the masks that differ between rows: KeyPadding, KeyLengths and at most one Segments.
+      batch: number of rows B.
+      num_queries: number of queries T of each row.
+      num_keys: number of keys S of each row.
+
+    Returns:
+      The int32 ids of the queries and of the keys; None if `of_rows` is empty.
     """
     if not of_rows:
         return None
@@ -134,10 +147,14 @@ def segment_ids(
 
 @dataclasses.dataclass(frozen=True)
 class _TiledMask(splash_attention_mask.Mask):
-    """A mask in the form that the kernel takes: padded to whole tiles, and evaluated one tile at a time.
+    """A mask in the form that the kernel reads: padded to whole tiles, and evaluated one tile at a time.
 
-    The added keys are hidden. The added queries may attend to the same keys as the last query. `padded` has the numbers
-    of queries and keys with the padding.
+    The added keys are hidden. The added queries may attend to the same keys as the last query.
+
+    Attributes:
+      mask: a mask that is the same in all rows.
+      num_queries, num_keys: numbers of queries and keys without the padding.
+      padded: numbers of queries and keys with the padding.
     """
 
     mask: masks.Mask
@@ -155,6 +172,7 @@ class _TiledMask(splash_attention_mask.Mask):
 
 @functools.lru_cache(maxsize=2)  # the kernel reads all tiles of the same queries one after the other
 def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
+    """Returns which keys the queries range(*queries) may attend to, bool [queries, padded keys]."""
     position_T = np.minimum(np.arange(*queries, dtype=np.int32), tiled.num_queries - 1)
     with jax.ensure_compile_time_eval():
         allowed = np.asarray(tiled.mask.allowed(position_T[None], tiled.num_keys))[0]
@@ -163,7 +181,10 @@ def _allowed_for(tiled: _TiledMask, *queries: int) -> np.ndarray:
 
 
 def _compiled_in(fixed: masks.Mask, num_queries: int, num_keys: int, padded: tuple[int, int]) -> Any:
-    """Returns the mask in a class of the splash library, for numbers of queries and keys that include padding."""
+    """Returns a mask of the splash library, of shape `padded`; `num_queries` and `num_keys` do not count the padding.
+
+    Full, causal and window masks do not hide the added keys; `_kernel` hides those by segment ids.
+    """
     if isinstance(fixed, masks.Bidirectional):
         return splash_attention_mask.FullMask(padded)
     # The kernel computes causal masks and windows itself. Of other masks it stores the tiles that are partly hidden.
@@ -182,11 +203,14 @@ def _kernel(
     fixed: masks.Mask,
     interpret: bool,
 ) -> jax.Array:
-    """Computes attention on one device from its shards of the arrays. `ids` are those of `segment_ids`, or empty."""
+    """Computes attention on one device from its shards of the arrays; the result has the dtype of the queries.
+
+    `ids` are the two arrays of `segment_ids`, or nothing if it returns None.
+    """
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
-    more_T, more_S = -num_queries % _LANES, -num_keys % _LANES
-    if not ids and more_S:
+    added_queries, added_keys = -num_queries % _LANES, -num_keys % _LANES
+    if not ids and added_keys:
         ids = tuple(jnp.full((batch, length), _VALID, jnp.int32) for length in (num_queries, num_keys))
     segments = None
     if ids:
@@ -194,31 +218,31 @@ def _kernel(
         # The added keys get an id that no query has. The added queries get the id of the last query (mode="edge"), so
         # that they may attend to a key; their outputs are removed again.
         hidden_id = jnp.min(query_BT) - 1
-        key_BS = jnp.concatenate([key_BS, jnp.full((batch, more_S), hidden_id, jnp.int32)], axis=1)
-        query_BT = jnp.pad(query_BT, ((0, 0), (0, more_T)), mode="edge")
+        key_BS = jnp.concatenate([key_BS, jnp.full((batch, added_keys), hidden_id, jnp.int32)], axis=1)
+        query_BT = jnp.pad(query_BT, ((0, 0), (0, added_queries)), mode="edge")
         segments = splash_attention_kernel.SegmentIds(q=query_BT, kv=key_BS)
     # The kernel does not scale the scores by 1 / sqrt(H), so the queries are scaled.
     q_BTNH = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
     q_BNTH, k_BKSH, v_BKSH = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
-        for x, more in ((q_BTNH, more_T), (k_BSKH, more_S), (v_BSKH, more_S))
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, added), (0, 0)))
+        for x, added in ((q_BTNH, added_queries), (k_BSKH, added_keys), (v_BSKH, added_keys))
     )
-    length_T, length_S = num_queries + more_T, num_keys + more_S
-    block_T, block_S = _block(length_T), _block(length_S)
-    compiled_in = _compiled_in(fixed, num_queries, num_keys, (length_T, length_S))
+    padded = num_queries + added_queries, num_keys + added_keys
+    query_block, key_block = _block(padded[0]), _block(padded[1])
+    compiled_in = _compiled_in(fixed, num_queries, num_keys, padded)
     splash = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([compiled_in] * num_heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block_T,
-            block_kv=block_S,
-            block_kv_compute=block_S,
-            block_q_dkv=block_T,
-            block_kv_dkv=block_S,
-            block_kv_dkv_compute=block_S,
-            block_q_dq=block_T,
-            block_kv_dq=block_S,
+            block_q=query_block,
+            block_kv=key_block,
+            block_kv_compute=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_kv_dkv_compute=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
         ),
         interpret=interpret,
     )
@@ -227,5 +251,5 @@ def _kernel(
 
 
 def _block(length: int) -> int:
-    """Returns the largest block size that divides the length, as the kernel requires: a multiple of _LANES."""
+    """Returns the largest multiple of _LANES, at most _LARGEST_BLOCK, that divides `length`, as the kernel requires."""
     return max(block for block in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if length % block == 0)

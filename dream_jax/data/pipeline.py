@@ -27,7 +27,7 @@ class Batches:
     """An endless iterator over the batches of one process, as `make_batches` returns it.
 
     Use it in a `with` block, or call `close` at the end.
-    report: the `LengthReport` of the source: how many of its rows fit into max_length.
+    report: the `LengthReport` of the source: how many of its rows the length policy keeps at max_length.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch[np.ndarray]:
+        """Returns the next batch. Raises ValueError after `close`, or if a row has another length than was measured."""
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Batches:
         self._iterator.set_state(state["grain"])
 
     def outlook(self, steps: int) -> Outlook:
-        """Returns statistics of the first `steps` batches, such as epochs and the share of padding."""
+        """Returns statistics of the first `steps` batches; see `Outlook` for how many of them are counted."""
         return self._planner.outlook(steps)
 
     def close(self) -> None:
@@ -103,17 +104,17 @@ def make_batches(
     """Returns an endless iterator over the batches of one process.
 
     Each batch has batch_size / process_count rows. Local row j is row j * process_count + process_index of the global
-    batch. T is max_length; with options.width_step it is the smallest multiple of the step that holds the longest row
-    of the global batch, at most max_length. valid_BT is None unless options.hides.
+    batch. Its number of tokens T is max_length; with options.width_step it is the smallest multiple of the step that
+    holds the longest row of the global batch as laid out, at most max_length. valid_BT is None unless options.hides.
 
-    Every epoch is another permutation of the rows that fit; a batch may contain rows of two epochs. In a `Mixture`
-    every source has its own epochs, and the weights decide which source is next. This function measures all rows before
-    they are divided among the processes; `Batches.report` has the result.
-    seed: of the permutations and of the draws in the layout, 0 <= seed < 2**32.
+    Every epoch is another permutation of the rows that the length policy keeps; a batch may contain rows of two epochs.
+    In a `Mixture` every source has its own epochs, and the weights decide which source is next. This function measures
+    all rows before they are divided among the processes; `Batches.report` has the result.
+    seed: decides the permutations and the random choices in the layout, 0 <= seed < 2**32.
     num_threads, prefetch: number of threads, which prepare up to `prefetch` batches ahead. With 0 threads the calling
     thread prepares each batch. The batches and the states do not depend on these two.
-    Raises: ValueError if batch_size is not a multiple of process_count, a number is out of range, a source of a mixture
-    has no row that fits, the source has no rows, or no row fits.
+    Raises: ValueError if batch_size is not a multiple of process_count, a number is out of range, the source has no rows,
+    or the length policy keeps no row of the source or of one source of a mixture.
     """
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise ValueError(
@@ -161,7 +162,11 @@ def make_batches(
 
 
 def _stream(source: RowSource, numbers: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
-    """Returns the endless stream: position -> index into `numbers`, shuffled again in every epoch."""
+    """Returns the endless stream of rows: position (0, 1, 2, ...) -> index into `numbers`, shuffled in every epoch.
+
+    `numbers` are the indices of the rows that the length policy keeps, ascending. Raises ValueError if a source of a
+    mixture has none of them.
+    """
     if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(numbers)).seed(seed).shuffle().repeat(None)
     sources = []

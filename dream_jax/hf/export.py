@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the published layout, one tensor at a time, so that memory use does not grow with the model."""
+"""Writes a checkpoint in the published layout, one tensor at a time, so that a whole model need not be in memory."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def export(
     """Writes parameters that are in memory; for the arguments see `export_from`.
 
     Raises:
-      ValueError: the names or shapes of the parameters do not fit the configuration, they have several dtypes, or some of
-        them are on other hosts.
+      ValueError: the names or shapes of the parameters do not fit the configuration; they have several dtypes, or a dtype
+        that published checkpoints do not have; some of them are on other hosts; or `max_shard_size` is below 1.
+      FileExistsError, OSError: as for `export_from`.
     """
     arrays: dict[str, jax.Array] = flat(params)
     shapes = table.parameter_shapes(config)
@@ -78,16 +79,19 @@ def export_from(
     A larger tensor gets a file of its own. With tied embeddings no `lm_head.weight` is written.
 
     Args:
-      fetch: returns one parameter, or one layer of a stacked one; it is called once for each.
+      fetch: maps (dotted path, layer) to the values of a parameter, without a layer axis; the layer is None outside the
+        layers. It is called once for each tensor, in the order of `table.destinations`.
       config: the configuration whose tensors are written.
       dtype: the dtype of the arrays from `fetch` and of the tensors in the files.
-      directory: an existing directory.
+      directory: an existing directory without files of these names. After an error it may contain incomplete files.
       max_shard_size: the maximum number of bytes of weights in one file.
       progress: called from several threads with the number of bytes that were just written (not a total).
 
     Raises:
-      ValueError: a dtype that published checkpoints do not have, or a `max_shard_size` below 1.
-      OSError: the disk is full.
+      ValueError: published checkpoints do not have this dtype; `max_shard_size` is below 1; or `fetch` returns an array of
+        another shape or dtype.
+      FileExistsError: the directory already has a file of one of these names.
+      OSError: the disk is full, or the directory is missing or not writable. Exceptions of `fetch` are passed on.
     """
     directory = pathlib.Path(directory)
     code = next((code for code, known in DTYPES.items() if known == dtype), None)
@@ -165,6 +169,10 @@ def _write_shard(
 
 
 def _as_source(array: np.ndarray, destination: Destination, dtype: np.dtype) -> np.ndarray:
+    """Returns a parameter as its published tensor, with two axes: a vector gets a first axis of size 1.
+
+    Raises ValueError for another shape or dtype than expected.
+    """
     if array.shape != destination.shape or array.dtype != dtype:
         raise ValueError(
             f"{destination.rule.target}: got {array.dtype}{list(array.shape)}, expected {dtype}{list(destination.shape)}"
@@ -174,6 +182,7 @@ def _as_source(array: np.ndarray, destination: Destination, dtype: np.dtype) -> 
 
 
 def _row_blocks(shape: Shape) -> Iterator[slice]:
+    """Yields slices of rows that together cover a matrix, each of about _BLOCK_BYTES in float32."""
     step = max(1, _BLOCK_BYTES // (4 * shape[1]))
     return (slice(row, min(row + step, shape[0])) for row in range(0, shape[0], step))
 

@@ -28,8 +28,8 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 _PIECE_BYTES = 32 * 2**20  # approximate number of bytes that one job of the thread pool reads
-# Number of rows that are read, cast and transposed at once. With fewer rows, transposing writes rows that are too short,
-# at half the speed.
+# Number of rows that are read, cast and transposed at once. Transposed, n rows become pieces of n neighbouring numbers;
+# with far fewer rows these pieces are so short that writing them takes twice as long.
 _BLOCK_ROWS = 512
 
 # A region of a parameter (slices of its axes without the layer axis), and an array of this shape to read the region into.
@@ -53,7 +53,12 @@ class Tensor:
 
 
 class SafetensorsSource:
-    """An opened checkpoint: `tensors` maps names to `Tensor`. As a context manager it closes the files at the end."""
+    """An opened checkpoint; a context manager that closes its files at the end.
+
+    Attributes:
+      directory: the directory of the checkpoint.
+      tensors: name -> location of each tensor.
+    """
 
     def __init__(self, directory: pathlib.Path, tensors: Mapping[str, Tensor]):
         self.directory = directory
@@ -79,10 +84,14 @@ class SafetensorsSource:
         return next(iter(self.tensors.values())).dtype
 
     def check(self, config: DreamConfig) -> None:
-        """Checks names and shapes of the tensors, and that the two tables are equal if the configuration ties them.
+        """Checks that the tensors have the names and shapes of a configuration.
+
+        If the configuration ties the embeddings and the checkpoint has an `lm_head.weight` nevertheless, both tensors are
+        read and must be equal.
 
         Raises:
-          ValueError: a tensor is missing, unknown, or of another shape; the message has names and shapes.
+          ValueError: a tensor is missing, unknown or of another shape, and the message has names and shapes; or tied
+            tensors differ; or a file has become shorter since it was opened.
         """
         try:
             table.check_names(self.tensors, config)
@@ -118,6 +127,15 @@ class SafetensorsSource:
 
         Each job can run in its own thread. Only rows that the regions need are read, each row once, and cast to the dtype
         of the regions; with the same dtype every bit is copied.
+
+        Args:
+          name: the name of the tensor.
+          destination: the parameter, or layer of a parameter, that the tensor becomes.
+          regions: regions of that parameter, each with the contiguous array to fill.
+
+        Raises:
+          ValueError: an array of a region is not contiguous, or a region is no slice of the tensor. A job raises
+            ValueError if the file has become shorter.
         """
         tensor = self.tensors[name]
         views = []
@@ -136,10 +154,13 @@ class SafetensorsSource:
             yield functools.partial(self._fill, tensor, start, min(start + step, last), views)
 
     def _fill(self, tensor: Tensor, start: int, stop: int, views: Sequence[tuple[slice, slice, np.ndarray]]) -> int:
-        """Reads rows [start, stop) into the views (rows, columns, array); returns the number of source bytes."""
+        """Reads rows [start, stop) of a tensor into the views; returns the number of source bytes.
+
+        A view is (rows, columns, array): the region of the tensor, as slices, and the array to fill with it.
+        """
         low = min(columns.start for _, columns, _ in views)
         high = max(columns.stop for _, columns, _ in views)
-        width = tensor.nbytes // tensor.shape[0]
+        row_bytes = tensor.nbytes // tensor.shape[0]
         for row in range(start, stop, _BLOCK_ROWS):
             end = min(row + _BLOCK_ROWS, stop)
             block = self._rows(tensor, row, end, low, high)
@@ -148,10 +169,13 @@ class SafetensorsSource:
                 if top < bottom:
                     piece = block[top - row : bottom - row, columns.start - low : columns.stop - low]
                     copy_cast(view[top - rows.start : bottom - rows.start], piece)
-        return (stop - start) * width
+        return (stop - start) * row_bytes
 
     def _rows(self, tensor: Tensor, start: int, stop: int, low: int, high: int) -> np.ndarray:
-        """Returns rows [start, stop) and columns [low, high); the next call in this thread overwrites the array."""
+        """Returns rows [start, stop) and columns [low, high) of a tensor.
+
+        The next call in this thread overwrites the array.
+        """
         size = tensor.dtype.itemsize
         width = tensor.nbytes // tensor.shape[0] // size
         # Seeking takes as long as reading a few kilobytes, so columns are skipped only when most of them are not needed.
@@ -180,7 +204,7 @@ class SafetensorsSource:
 
 
 def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies one matrix into another of any strides, and casts it if the dtypes differ.
+    """Copies a matrix into `target`, of the same shape and any strides, and casts it if the dtypes differ.
 
     It copies block by block: an element-wise copy from rows to columns of a large matrix misses the CPU cache at every
     element, which is about six times slower.
@@ -209,8 +233,9 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
 
     Raises:
       FileNotFoundError: neither `model.safetensors` nor the index is there, or a listed file is missing.
-      ValueError: a file is truncated or not a safetensors file, has a dtype other than float32, bfloat16 or float16, or
-        does not have exactly the tensors that the index lists for it; the message names the file and the tensor.
+      ValueError: the index is damaged; a file is truncated or not a safetensors file, has a dtype other than float32,
+        bfloat16 or float16, or does not have exactly the tensors that the index lists for it; or two files have the same
+        tensor. The message names the file and the tensor.
     """
     directory = pathlib.Path(directory)
     if (directory / SINGLE).is_file():
@@ -286,7 +311,10 @@ def _raw_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
 
 
 def _what_is_cut(path: pathlib.Path) -> str | None:
-    """Returns a description of the first tensor that a truncated file lacks; None if the header cannot be read."""
+    """Returns the size of a truncated file and the first tensor that ends after it, as text for a message.
+
+    Returns None if no tensor does, or if the header cannot be read.
+    """
     length = path.stat().st_size
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -318,10 +346,11 @@ def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
 
     Args:
       hub_id: the name of the repository, organisation/name.
-      weights: whether to download the safetensors files too, or only the small files.
+      weights: whether to download the safetensors files too. JSON, text and chat template files always are.
 
     Raises:
-      ConnectionError: the checkpoint is not in the cache, and the hub cannot be reached or refuses it.
+      ConnectionError: the checkpoint is not in the cache, and the hub cannot be reached or refuses it; or the cache
+        cannot be written.
     """
     patterns = [*_HUB_TEXT, *(["*.safetensors"] if weights else [])]
     from huggingface_hub import snapshot_download

@@ -24,13 +24,13 @@ def step_time(
     traffic: float,
     collectives: Iterable[Collective],
 ) -> StepTime:
-    """Returns the time of one step at the low and at the high utilization.
+    """Returns the slowest and the fastest time of one step, at the low and at the high utilization.
 
     Args:
       hardware: the hardware that the step runs on.
-      utilization: share of the chip's peak that computation reaches, (low, high), in (0, 1].
-      model_flops, remat_flops: floating-point operations of one step over all devices, and those recomputed
-        in addition.
+      utilization: (low, high): the smallest and the largest share of the chip's peak rate that is expected, in (0, 1].
+      model_flops: floating-point operations of one step over all devices, without recomputation.
+      remat_flops: floating-point operations that the backward pass recomputes, in addition.
       traffic: bytes that one device reads and writes in its memory in one step.
       collectives: the collectives of one step, with the bytes that one device sends.
     """
@@ -62,7 +62,7 @@ def step_time(
 
 
 def price(hardware: Hardware, time: StepTime, settings: TrainSettings) -> RunPrice:
-    """Returns the hours and price of all steps, at the price in `settings` or else that of the price list."""
+    """Returns the hours and the price of all steps, with the price per hour in `settings` or else in the price list."""
     hours = (settings.run.steps * time.fast / 3600, settings.run.steps * time.slow / 3600)
     each = usd_per_chip_hour(settings.price, hardware.chip)
     usd = None if each is None else (hours[0] * hardware.num_chips * each, hours[1] * hardware.num_chips * each)

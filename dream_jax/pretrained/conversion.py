@@ -1,4 +1,4 @@
-"""Converts models between the two layouts of directories, unit by unit: a whole model is never in memory."""
+"""Converts between Hugging Face and converted directories, unit by unit, so that a whole model is never in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dream_jax.sharding import make_mesh
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
 
 Named = dict[tuple[str, int | None], np.ndarray]
-"""(dotted path, layer) -> values of a parameter; the layer is None outside the layers."""
+"""The parameters of one unit: (dotted path, layer index or None outside the layers) -> values, without a layer axis."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +61,33 @@ def convert_from_hf(
     started: Callable[[Conversion], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Conversion:
-    """Converts a Hugging Face checkpoint into a converted directory, with a few hundred megabytes in memory at a time.
+    """Converts a Hugging Face checkpoint into a converted directory, unit by unit.
 
-    Everything about the source is checked before anything is written.
+    At most two units (the embedding, a layer or the head) are in memory at a time: 2.3 GB for Dream-7B in bfloat16. The
+    names, shapes and files of the source are checked before anything is written.
 
     Args:
       source: a Hugging Face directory or a hub id.
       target: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
       dtype: the dtype of the written weights; None for that of the source.
-      mesh: every array is written as one chunk for each of its shards on this mesh; any other mesh can load it too.
+      mesh: a Mesh or "FSDPxTENSOR". Every array is written as one chunk for each of its shards on this mesh; any other
+        mesh can load it too. None writes one chunk per array.
       overwrite: whether to replace a checkpoint at `target`, when the new one is complete.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
-      started: called once, when all checks have passed.
+      started: called once with the description of the conversion, when these checks have passed.
       progress: called with the number of bytes that were just written to the target (not a total).
 
+    Returns:
+      The description of the conversion.
+
     Raises:
-      The exceptions of `load` and `save`.
+      FileNotFoundError: `source` does not exist or is incomplete.
+      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      ValueError: the source is already converted, damaged or of another architecture; it has several dtypes and `dtype`
+        is None; `target` is the source; `dtype` or `mesh` is not valid.
+      ConnectionError: the hub id cannot be downloaded.
+      OSError: the disk is full, or a file cannot be read or written.
+      RuntimeError: process 0 cannot create `target`; raised in the other processes.
     """
     mesh = None if mesh is None else make_mesh(mesh)
     directory = find_directory(source)
@@ -103,7 +114,7 @@ def _stream_from_hf(
     mesh: Mesh | None,
     progress: Callable[[int], object],
 ) -> None:
-    """Reads the next unit in threads while the current one is written."""
+    """Writes all units of the opened source to `directory`; threads read the next unit while one is written."""
     buffers = hf.Buffers()
     pending = checkpoint.units(config, dtype, mesh)
     with ThreadPoolExecutor(hf.reading_threads()) as pool:
@@ -138,15 +149,29 @@ def convert_to_hf(
 
     Args:
       source: a converted directory; with an adapter, a Hugging Face directory or a hub id is accepted too.
-      target, dtype, overwrite, started, progress: as for `convert_from_hf`.
+      target, dtype, overwrite: as for `convert_from_hf`.
       adapter: the directory of an adapter to add to the weights; None for none.
       any_base: whether to accept an adapter that was trained on other weights with the same shapes.
       card: returns the text of the README.md for the weights; called before anything is written.
-      max_shard_size: the maximum number of bytes of weights in one file.
+      max_shard_size: the maximum number of bytes of weights in one file; a larger tensor gets a file of its own.
+      started: called once with the description of the conversion, before weights are read. Whether an adapter was trained
+        on these weights is checked later, because all of them must be read for it.
+      progress: called from several threads with the number of bytes that were just written (not a total).
+
+    Returns:
+      The description of the conversion.
 
     Raises:
-      The exceptions of `load` and `save`. A ValueError for an adapter that was trained on other weights is raised after
-      the whole source has been read, and the target is removed.
+      FileNotFoundError: `source` or the adapter does not exist or is incomplete.
+      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      ValueError: the source or the adapter is damaged; the source is not converted and there is no adapter; the adapter
+        is for another architecture; the mask of the weights is not bidirectional; `target` is the source; `dtype` or
+        `max_shard_size` is not valid. Also if the adapter was trained on other weights and `any_base` is false: this is
+        raised after the whole source has been read. After an error no new directory is left, and an existing target is
+        unchanged.
+      ConnectionError: the hub id cannot be downloaded.
+      OSError: the disk is full, or a file cannot be read or written.
+      RuntimeError: process 0 cannot create `target`; raised in the other processes.
     """
     directory = find_directory(source)
     found = None if adapter is None else describe_adapter(adapter)
@@ -196,14 +221,17 @@ class _MergedUnits:
         adapter: Adapter,
     ):
         self._units, self._read, self._adapter = units, read, adapter
-        self._prints: list[lora.Print] = []
+        self._hashes: list[lora.Print] = []
         stacked = hf.flat(adapter_params(adapter, None))
         self._added = {name: np.asarray(leaf, np.float32) for name, leaf in stacked.items()}
 
     def __call__(self, unit: checkpoint.WeightUnit) -> Named:
-        """Returns one unit in the dtype of its shapes. The sum is computed in float32 and rounded once."""
+        """Returns the parameters of a unit with the adapter added, in the dtype of `unit.shapes`.
+
+        The sum is computed in float32 and rounded once.
+        """
         exact = self._read(self._units[unit.name])
-        self._prints += lora.prints(exact, unit.layer)
+        self._hashes += lora.prints(exact, unit.layer)
         params = {name: np.asarray(leaf) for name, leaf in hf.flat(exact).items()}
         wanted = hf.flat(unit.shapes)
         found: Named = {}
@@ -214,6 +242,10 @@ class _MergedUnits:
         return found
 
     def _correction(self, name: str, layer: int) -> np.ndarray:
+        """Returns what the adapter adds to one kernel, float32 [I, O]: I merged input axes, O merged output axes.
+
+        `name` is the dotted path of the kernel without "kernel"; r is the rank of the adapter.
+        """
         config = self._adapter.config
         a_Ir = self._added[name + "lora_a"][layer].reshape(-1, config.rank)
         b_rO = self._added[name + "lora_b"][layer].reshape(config.rank, -1)
@@ -222,13 +254,14 @@ class _MergedUnits:
     def check(self) -> None:
         """Raises ValueError if the adapter was trained on another base. All units must have been read before."""
         self._adapter.check_identity(
-            lora.digest(self._prints),
+            lora.digest(self._hashes),
             "give the weights that it was trained on, or pass any_base=True (--any-base) to use these",
         )
 
 
 @contextlib.contextmanager
 def _merged_units(directory: pathlib.Path, config: DreamConfig, adapter: Adapter) -> Iterator[_MergedUnits]:
+    """Opens the base in `directory` and yields the reader of its units with the adapter added."""
     # The units are read in float32, whatever the dtype of the base is, so that the sum is rounded only once.
     units = {unit.name: unit for unit in checkpoint.units(config, "float32")}
     with unit_reader(directory, config, None) as read:
@@ -249,7 +282,10 @@ def _read_named(directory: pathlib.Path, unit: checkpoint.WeightUnit) -> Named:
 def _fetch_ahead(
     read: Callable[[checkpoint.WeightUnit], Named], units: list[checkpoint.WeightUnit], pool: ThreadPoolExecutor
 ) -> Callable[[str, int | None], np.ndarray]:
-    """Returns a function that returns parameters in the order of the units, and reads one unit ahead."""
+    """Returns a function (dotted path, layer) -> values for `hf.export_from`; it reads one unit ahead in `pool`.
+
+    It must be called in the order of the units, once for each parameter; otherwise it raises ValueError.
+    """
     pending = iter(units)
     current: Named = {}
 

@@ -86,13 +86,14 @@ class StaticSettings:
 class DynamicSettings(NamedTuple):
     """The settings that are arguments of the compiled program, so that one program serves all their values.
 
-    None switches a setting off; this is compiled in.
+    None switches a setting off. Which settings are None is part of the compiled program: a change compiles another one.
 
     Attributes:
       filters: parameters of the token distribution.
-      alg_temp: as in SamplerConfig, but never 0.
-      rule: the parameter of the commit rule; None if it has no parameter.
-      fractions_S: for each step of the schedule, the share of the masked positions that the step writes, in [0, 1].
+      alg_temp: as in SamplerConfig, float32 scalar; None instead of 0.
+      rule: the parameter of the commit rule, float32 scalar; None if it has no parameter.
+      fractions_S: float32 [steps]: for each step of the schedule, the fraction of the masked positions that the step
+        writes, in [0, 1].
     """
 
     filters: propose.Filters
@@ -125,14 +126,16 @@ class State(NamedTuple):
 
     Attributes:
       canvas_BT: token ids of prompts, written tokens and mask tokens.
-      commit_step_BT: id of the step that last wrote each position; -1 at positions that no step has written.
+      commit_step_BT: id of the step that last wrote each position; -1 at positions that no step has written, or that a
+        token hook has masked again.
       passes_B: number of forward passes that each row took part in.
       block_start_B: first position of the current block of each row; T if the row is done.
       schedule_step_B: index in the schedule of the next step of the block.
-      block_passes_B: number of passes made in the block.
-      passes_since_full_B: number of passes from the last full pass of the row on, that pass included; -1 before it.
-      blocks_since_full_B: number of blocks begun since the last full pass of the row.
-      kv_cache: cached keys and values; None without a cache.
+      block_passes_B: number of steps made in the block; a random step (alg "origin") counts even if it needed no pass.
+      passes_since_full_B: number of passes from the last full pass of the row on, that pass included; before the first
+        full pass -1. Without a cache the value has no meaning.
+      blocks_since_full_B: number of blocks finished since the last full pass of the row.
+      kv_cache: cached keys and values, of 2 B rows under guidance and B rows otherwise; None without a cache.
       forwards: number of forward passes made by the program.
     """
 

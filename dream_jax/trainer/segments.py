@@ -32,7 +32,8 @@ class RunSegment:
       chips: number of chips that were used.
       usd_per_chip_hour: price of a chip in US dollars per hour; None if it is not known.
       rmb_per_usd: exchange rate for the price in RMB.
-      ended: True if the command ended by itself; False while it runs, and if it was killed.
+      ended: True if the block of `RunSegments.kept` has ended, also by an exception or a handled SIGTERM; False while the
+        command runs, and after it was killed (SIGKILL).
     """
 
     begun: str
@@ -49,6 +50,7 @@ def read_segments(folder: pathlib.Path) -> list[RunSegment]:
 
     Raises:
       ValueError: the file is damaged.
+      OSError: the file cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -70,11 +72,15 @@ class RunSegments:
         """Reads the earlier segments.
 
         Args:
-          folder: the folder of the run, or None (on processes other than 0): nothing is read or written. A damaged file
-            in it is renamed.
+          folder: the folder of the run; a damaged file in it is renamed. None (on processes other than 0) means that
+            nothing is read or written.
           present: the present segment; its `seconds` are not used.
           began: value of `time.monotonic()` at its start, which may be before the run had a folder.
-          told: function that is called with a warning if the file cannot be read or written; the run continues.
+          told: function that prints or logs a warning. It is called if the file is damaged or cannot be written, perhaps
+            from a background thread; the run continues.
+
+        Raises:
+          OSError: the file cannot be read, or a damaged one cannot be renamed.
         """
         self._folder, self._present, self._began, self._told = folder, present, began, told
         self._writing = threading.Lock()
@@ -88,13 +94,16 @@ class RunSegments:
                 told(f"warning: {FILE} is damaged and was renamed {aside.name}: the time of earlier segments is lost")
 
     def now(self, *, ended: bool = False) -> list[RunSegment]:
-        """Returns all segments, the present one last, with its seconds until now."""
+        """Returns all segments; the last is the present one, with its seconds until now and with this `ended`."""
         seconds = time.monotonic() - self._began
         return [*self._earlier, dataclasses.replace(self._present, seconds=seconds, ended=ended)]
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[RunSegments]:
-        """Writes the file every `EVERY` seconds during the block, and at its end."""
+        """Keeps the file up to date during the block, and yields this object.
+
+        The file is written at the start, every `EVERY` seconds, and at the end with `ended` True; without a folder, never.
+        """
         if self._folder is None:
             yield self
             return
@@ -115,7 +124,7 @@ class RunSegments:
             self.write(self.now(ended=True))
 
     def write(self, segments: Sequence[RunSegment]) -> None:
-        """Writes the file; if that fails it only warns, because the next write may succeed."""
+        """Writes these segments to the file; an OSError only causes a warning, because the next write may succeed."""
         if self._folder is None:
             return
         try:

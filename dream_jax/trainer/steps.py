@@ -1,4 +1,4 @@
-"""The steps of a run, from the first state on, with logs, evaluations and checkpoints, and the ways to end early."""
+"""Takes the steps of a run, with logs, evaluations and checkpoints, and ends it early after a signal or divergence."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def first_state(
       run: the run; if a checkpoint is read, `run.batches` continues after the batches that it has used.
       params: the parameters to train in a new run; their memory is reused. None reads the newest checkpoint instead.
       frozen: the weights that are not trained.
-      checkpoints: those of the run.
+      checkpoints: the checkpoints of the run.
 
     Raises:
-      ValueError: no checkpoint can be read, or the frozen weights are not those that the run began with.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: no checkpoint can be read, the frozen weights are not those that the run began with, or the position in
+        the data is of other data settings, text or tokenizer.
     """
     if params is not None:
         return init_state(params, run.optimizer, run.mesh, donate=True), 0
@@ -54,7 +56,8 @@ def first_state(
     if meta.get("base") != frozen.identity:
         raise ValueError(
             f"the weights in {run.settings.network.model} are not those that this run began with ({frozen.identity} "
-            f"now, {meta.get('base')} then), so its adapter does not fit; restore them, or begin another run (--out)"
+            f"now, {meta.get('base')} then), so its adapter does not fit; restore those weights, or start a new run "
+            "with another --out"
         )
     run.batches.set_state(meta["data"])
     return state, int(state.step)
@@ -66,6 +69,7 @@ def best_state(state: TrainState, best: int, checkpoints: RunCheckpoints) -> Tra
     Deletes the arrays of `state` first, so that both states never need memory at the same time.
 
     Raises:
+      FileNotFoundError: there is no checkpoint of this step.
       ValueError: the checkpoint cannot be read.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -92,17 +96,18 @@ def take_steps(
     `state` is the state after `done` steps; its arrays are donated to the first step.
 
     Returns:
-      The last state, and its score on the held-out grid, or None if it was not evaluated.
+      The last state, and its score on the held-out grid; None if there is no grid, or if no step was left to take.
 
     Raises:
-      Stopped: a SIGINT or SIGTERM arrived.
-      Diverged: `max_skipped` steps in a row were skipped.
+      Stopped: a SIGINT or SIGTERM arrived; the checkpoint of the last step is saved.
+      Diverged: `max_skipped` steps in a row were skipped; their batches are saved.
     """
     settings, evaluation = run.settings, run.settings.evaluation
     log = MetricsLog(settings, done) if console.leads else None
-    widths = functools.cache(functools.partial(FlopCounter, run.model))  # a batch may be narrower than max_length
+    # FLOP counters by the number of tokens per row: a batch may be narrower than max_length.
+    flop_counter = functools.cache(functools.partial(FlopCounter, run.model))
     stop = StopSignal()
-    skipped: dict[int, Batch[np.ndarray]] = {}  # batches of the uninterrupted series of skipped steps that ends here
+    skipped: dict[int, Batch[np.ndarray]] = {}  # the batches since the last step that was not skipped, by step
     due, score = False, None
     with stop, console.live(), contextlib.closing(log) if log else contextlib.nullcontext():
         clock = time.monotonic()
@@ -112,9 +117,9 @@ def take_steps(
             state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             now = time.monotonic()
-            positions = settings.batches.batch_size * width
+            positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
-            mfu = widths(width).mfu(positions, row["num_masked"], now - clock, run.mesh)
+            mfu = flop_counter(width).mfu(positions, row["num_masked"], now - clock, run.mesh)
             clock = now
             if log:
                 log.write(number, row)
@@ -137,7 +142,7 @@ def take_steps(
                 console.say(f"evaluation after step {number}: {score.line()}")
                 if log:
                     log.evaluated(number, score.row(), run.grid.digest)
-                # In a series of skipped steps no best state is saved (see below); after it the weights are different.
+                # During skipped steps no best state is saved (see below); the next normal step changes the weights.
                 due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step's time must not include the evaluation
             due |= number % settings.run.save_every == 0
@@ -159,7 +164,10 @@ def take_steps(
 
 
 def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
-    """Returns whether the score is better than every saved one, as process 0 sees it: others may see older files."""
+    """Returns whether the score is better than that of every saved checkpoint.
+
+    Process 0 decides it for all processes, because the others may see older files. A NaN is never better.
+    """
     best = checkpoints.best_step()
     before = None if best is None else checkpoints.score(best)
     return bool(from_first(not math.isnan(score.nll) and (before is None or score.nll < before)))
