@@ -320,7 +320,7 @@ def test_going_on_from_an_adapter(finished, weights, tmp_path):
     model = dream_jax.load(weights)
     model.norm.scale[...] = model.norm.scale[...] * 1.5
     dream_jax.save(model, other, tokenizer_dir=weights)
-    with pytest.raises(ValueError, match="give --model those that it was trained on"):
+    with pytest.raises(ValueError, match="give --model the weights that it was trained on"):
         train(settings(other, tmp_path / "x", **changes))
     assert not (tmp_path / "x").exists()
 

@@ -86,9 +86,9 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDes
     """Reads `dream_jax.json` and compares it with the configuration and with the files in the directory.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: `dream_jax.json` has another format, or lacks an entry; or the number of parameters does not fit the
-        configuration; or the size of a file is not the size that was written.
+      FileNotFoundError: `dream_jax.json` or a file of weights is missing.
+      ValueError: `dream_jax.json` is damaged, has another format, or lacks an entry; or the number of parameters does not
+        fit the configuration; or the size of a file is not the size that was written.
     """
     path, fields = directory / DESCRIPTION, _description_fields(directory)
     missing = [key for key in ("dtype", "parameters", "files") if key not in fields]
@@ -123,7 +123,7 @@ def read_mask(directory: pathlib.Path) -> str:
 
     Raises:
       FileNotFoundError: there is no `dream_jax.json`.
-      ValueError: `dream_jax.json` has another format, or there is no mask of that name.
+      ValueError: `dream_jax.json` is damaged or has another format, or there is no mask of that name.
     """
     name = str(_description_fields(directory).get("mask", "bidirectional"))
     try:

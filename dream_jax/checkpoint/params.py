@@ -23,11 +23,11 @@ def load_params(
     """Reads a converted directory into a nested dict of parameters whose layers are stacked.
 
     The peak memory is that of the result plus one unit, the largest of which is the embedding or the head. `dtype` is
-    the dtype of the result and may differ from that of the files. Without a mesh the result is on
-    the default device.
+    the dtype of the result and may differ from that of the files. Without a mesh the result is on the default device.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_description`.
+      FileNotFoundError: a file is missing.
+      ValueError: as for `read_description`; or the stored parameters have other names or shapes than the configuration.
     """
     directory = pathlib.Path(directory)
     read_description(directory, config)

@@ -179,7 +179,9 @@ def load_params(
       A nested dict of arrays, in which the parameters of the layers are stacked on a first axis L.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_source` and `SafetensorsSource.check`.
+      FileNotFoundError: as for `open_source`.
+      ValueError: as for `open_source` and `SafetensorsSource.check`.
+      OSError: a file cannot be read.
     """
     if not isinstance(source_dir, SafetensorsSource):
         with open_source(source_dir) as source:

@@ -75,7 +75,8 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false, or it is not an adapter.
       ValueError: the model has no adapter.
-      OSError: the disk is full.
+      OSError: the disk is full, or the directory cannot be written.
+      RuntimeError: process 0 cannot create the directory; raised in the other processes.
     """
     config = lora.config_of(model)
     if config is None:
@@ -136,7 +137,10 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
-    """Returns the nested dict of the weights of an adapter, sharded over the mesh; None for one device."""
+    """Returns the weights of an adapter, a nested dict of arrays sharded over the mesh; a mesh of None is one device.
+
+    Raises ValueError if the stored weights have other names or shapes than `adapter.json` describes.
+    """
     model = lora.attached_shapes(abstract_model(adapter.base), adapter.config)
     unit = _unit(lora.split(split_params(model)[1])[0], mesh)
     params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
@@ -152,7 +156,8 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
       any_base: whether to accept other weights than those that the adapter was trained on.
 
     Raises:
-      ValueError: the model has another configuration, other weights, or already an adapter.
+      ValueError: the model has another configuration or already an adapter; or, if `any_base` is false, it has other
+        weights or is in float16, in which weights cannot be compared.
     """
     adapter.check_fits(model)
     if not any_base:

@@ -50,8 +50,8 @@ def dream_config(
       ignore: keys of config.json that are known not to change what the weights compute.
 
     Raises:
-      ValueError: this is not a Qwen2 configuration, it has an unknown key, sliding windows or a scaled rotary embedding,
-        or a token id is outside the embedding table.
+      ValueError: this is not a Qwen2 configuration; it has an unknown key, sliding windows or a scaled rotary embedding, or
+        no rope_theta; or a token id is outside the embedding table.
     """
     if fields.get("model_type") != "qwen2":
         raise ValueError(
@@ -119,10 +119,12 @@ def adapt_qwen2(
       The configuration of the Dream model.
 
     Raises:
-      FileNotFoundError, ConnectionError: as for `hf.open_source` and `hf.fetch`.
-      FileExistsError, OSError: as for `new_directory`.
-      ValueError: as for `dream_config`; or the weights do not fit the configuration; or the two tokens cannot be added to
-        the tokenizer with these ids.
+      FileNotFoundError: there is no directory at `source`, or it has no config.json or not all of its weights.
+      ConnectionError: the hub id cannot be downloaded.
+      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      OSError: the disk is full, or a file cannot be read or written.
+      ValueError: as for `dream_config`; or the weights are damaged, do not fit the configuration or have several dtypes; or
+        the two tokens cannot be added to the tokenizer with these ids; or `mask_row` is unknown; or `target` is the source.
     """
     if mask_row not in get_args(MaskRow):
         raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")

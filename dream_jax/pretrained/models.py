@@ -59,9 +59,9 @@ def load(
       The model. Its `tokenizer_dir` is the directory of the model if tokenizer files are in it, else None.
 
     Raises:
-      FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter.
-      ValueError: the checkpoint is damaged or of another architecture; the dtype is unknown; the mesh or the adapter does
-        not fit the model.
+      FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter, or one of its files is missing.
+      ValueError: the checkpoint is damaged or of another architecture; a dtype is unknown; the mesh or the adapter does not
+        fit the model; the adapter was trained on other weights, and `any_base` is false.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     mesh = None if mesh is None else make_mesh(mesh)
@@ -118,7 +118,9 @@ def describe(
       The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.
 
     Raises:
-      The exceptions of `load`, if the path, `config.json` or an option is wrong.
+      FileNotFoundError: the path does not exist or has no `config.json`.
+      ValueError: `config.json` or `dream_jax.json` is damaged or of another architecture; a dtype or option is unknown.
+      ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     directory = _directory(path, weights=False)
     has_tokenizer = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
@@ -174,7 +176,8 @@ def save(
       FileExistsError: `path` exists and `overwrite` is false, or it is not a checkpoint.
       ValueError: the model has an adapter or a quantised base, or its parameters do not fit its configuration or have
         several dtypes.
-      OSError: the disk is full.
+      OSError: the disk is full, or the directory cannot be written.
+      RuntimeError: process 0 cannot create the directory; raised in the other processes.
     """
     params = _plain(model)
     with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
@@ -211,12 +214,12 @@ def export_hf(
 
     Args:
       model, path, tokenizer_dir, overwrite: as for `save`.
-      max_shard_size: the maximum number of bytes of weights in one file.
+      max_shard_size: the maximum number of bytes of weights in one file; a larger tensor gets a file of its own.
 
     Raises:
-      FileExistsError, OSError: as for `save`.
-      ValueError: as for `save`; or some parameters are on other hosts, or the model was trained under a mask other than
-        the bidirectional one of the published code.
+      FileExistsError, OSError, RuntimeError: as for `save`.
+      ValueError: as for `save`; or some parameters are on other hosts; or the model was trained under a mask other than
+        the bidirectional one of the published code; or `max_shard_size` is below 1.
     """
     check_published_mask(model.trained_mask)
     params = _plain(model)

@@ -46,7 +46,14 @@ def start_unit(
 def unit_reader(
     directory: pathlib.Path, config: DreamConfig, mesh: Mesh | None
 ) -> Iterator[Callable[[checkpoint.WeightUnit], ParamTree]]:
-    """Checks a converted or Hugging Face directory, and yields a function that reads one unit of its model."""
+    """Checks a converted or Hugging Face directory, and yields a function that reads one unit of its model.
+
+    The function returns a nested dict of jax arrays in the dtype of `unit.shapes`, on the mesh (None: on one device).
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or the directory does not fit the configuration.
+    """
     if checkpoint.is_converted(directory):
         checkpoint.read_description(directory, config)
         yield lambda unit: jax.tree.map(jnp.asarray, checkpoint.read_unit(directory, unit, mesh))
@@ -76,6 +83,9 @@ def quantised_params(
 
     Returns:
       The parameters, and the identity of the float weights (see `lora.identity`).
+
+    Raises:
+      FileNotFoundError, ValueError: as for `unit_reader`.
     """
     shardings = None if mesh is None else parameter_shardings(shapes, mesh)["layers"]
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["layers"])

@@ -27,8 +27,8 @@ class Sample:
 
     Attributes:
       tokens: int32 [B, P + N], the prompt as it was given (padding included) and the answer.
-      commit_step: int32 [B, P + N], id of the step that last wrote each position, from 0; -1 at tokens of the prompt
-        and at forced tokens. Without blocks and with `Count`, the id is the index in the published schedule, in which
+      commit_step: int32 [B, P + N], id of the step that last wrote each position, from 0; -1 at positions that no step
+        has written (given tokens, forced tokens) or that a token hook has masked again for good. Without blocks and with `Count`, the id is the index in the published schedule, in which
         steps that write nothing count too; otherwise it is the number of forward passes that the row had made before.
       forwards: int32 scalar, number of forward passes made. With a cache, full and window passes count as one each.
       passes: int32 [B], number of forward passes that each row took part in: its cost if it were alone in the batch.
@@ -77,8 +77,9 @@ def generate(
 
     Raises:
       ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
-        vocabulary, or is too long for the model; prompt_mask has another shape; the key is missing or has another
-        number of rows.
+        vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
+        shape; a forced or forbidden token is outside the vocabulary, or no token may be written; the key is missing, is
+        not a random key, or has another number of rows.
     """
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)

@@ -1,6 +1,9 @@
 """Forward passes, over all tokens or with a KV cache, that return the hidden states at some positions of each row.
 
 A source position is the position whose hidden state predicts a token: with the right shift, the one before the token.
+
+Letters of axes here: M source positions, W tokens of a window, G shards of the batch, R rows of a group (in `index_GR`
+those of each shard, in `tokens_RT` those of all shards). The other letters are those of the model.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class CanvasLayout(NamedTuple):
 
     Attributes:
       valid_BT: false at padding.
-      positions_BT: rotary positions.
+      positions_BT: int32 position of each token in its text, for the rotary embedding.
       mask: the attention mask; the first axis of every array in it is the batch.
     """
 

@@ -165,7 +165,7 @@ def choose(
     *,
     score_BM: Float[jax.Array, "B M"] | None = None,
 ) -> Bool[jax.Array, "B M"]:
-    """Marks the candidates that a rule writes in this step.
+    """Returns true at the candidates that a rule writes in this step, and false elsewhere.
 
     The confidences decide how many candidates are marked. The scores (by default the confidences) decide which: the
     highest are marked, and of equal scores those at earlier positions.

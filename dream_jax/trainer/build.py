@@ -59,7 +59,10 @@ class AbstractStep:
 
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
-    """Returns the model with shapes instead of weights; of a hub id only the small files are downloaded."""
+    """Returns the model with shapes instead of weights; of a hub id only the small files are downloaded.
+
+    Raises as `weights.describe`.
+    """
     return weights.describe(settings, compute_dtype(settings, mesh))
 
 
@@ -102,7 +105,8 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
       max_length: length of the rows in tokens.
 
     Raises:
-      ValueError: as `build_step`; or `max_length` is larger than the maximum length of the model.
+      ValueError: as for `build_step` and `weights.describe`; or `max_length` exceeds the maximum length of the model.
+      FileNotFoundError, ConnectionError: as for `weights.describe`.
     """
     model = describe_model(settings, mesh)
     check_length(model, max_length)

@@ -32,7 +32,10 @@ class RunConsole:
     """
 
     def __init__(self, settings: TrainSettings, origins: Mapping[str, str] | None = None):
-        """Makes the console of a run. `origins` has for some settings, by name, where their values come from."""
+        """Makes the console of a run.
+
+        `origins` maps names of settings to texts that say where their values come from, such as "recipe"; it may lack some.
+        """
         self._settings, self._origins = settings, origins or {}
         self._incidents: Incidents | None = None
         self._unkept: list[tuple[Kind, str, int | None]] = []
@@ -117,8 +120,8 @@ class RunConsole:
         trees = {"frozen base": frozen} if frozen else {}
         for name, tree in (trees | {"parameters": state.params, "optimizer state": state.opt_state}).items():
             sizes = sharding.bytes_per_device(tree)
-            whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-            self.say(f"{name}: {whole:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
+            nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            self.say(f"{name}: {nbytes:,} bytes, {max(sizes.values()):,} on each of {len(sizes)} device(s)")
         if done:
             self.say(f"resuming after step {done}")
             if self._incidents is not None:

@@ -135,7 +135,9 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
     processes of the run must enter the block.
 
     Raises:
-      FileExistsError, ValueError: as `check_folder`. BlockingIOError: another process has locked the folder.
+      FileExistsError, ValueError: as for `check_folder`.
+      BlockingIOError: another process has locked the folder.
+      OSError: the folder or a file in it cannot be written or removed.
     """
     with contextlib.ExitStack() as stack:
         resumes = check_folder(settings)

@@ -107,9 +107,10 @@ class Grid:
         return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
-        """Scores a model whose parameters are on the mesh, with the attention mask that it was trained with."""
+        """Returns the score of a model whose parameters are on the mesh, under the mask that it was trained with."""
         attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
+        # Sums over the masked tokens of each level and row, [L, R]: nll, correct tokens, correct end-of-text tokens.
         nll_LR, right_LR, ends_right_LR = (np.zeros((len(LEVELS), rows)) for _ in range(3))
         for number, (level, masked_RT) in enumerate(zip(LEVELS, self._masked, strict=True)):
             for start in range(0, rows, self._size):
@@ -150,7 +151,8 @@ def lay_out_held_out(
 
     The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text tokens depends
     on the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
-    include end-of-text tokens that do not occur in training. `options` are the options of the training batches.
+    include end-of-text tokens that do not occur in training. `options` are the options of the training batches; None is
+    the default options. R is the number of rows.
     """
     options = BatchOptions() if options is None else options
     lengths = np.array([row.length for row in rows])

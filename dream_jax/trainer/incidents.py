@@ -22,7 +22,12 @@ class Incidents:
         self._path = None if folder is None else folder / FILE
 
     def add(self, kind: Kind, text: str, step: int | None = None) -> None:
-        """Appends an incident to the file at once, so that it survives a kill. Raises ValueError for a wrong kind."""
+        """Appends an incident to the file at once, so that it survives a kill.
+
+        Raises:
+          ValueError: the kind is unknown.
+          OSError: the file cannot be written.
+        """
         if kind not in get_args(Kind):
             raise ValueError(f"{kind=} is not one of {', '.join(get_args(Kind))}")
         if self._path is None:
@@ -30,9 +35,9 @@ class Incidents:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self._path.open("ab") as file:
             # After an incomplete line, which a kill has left, a new line must be started.
-            begun = file.tell() > 0 and self._path.read_bytes()[-1:] != b"\n"
+            incomplete = file.tell() > 0 and self._path.read_bytes()[-1:] != b"\n"
             line = json.dumps({"time": now, "kind": kind, "step": step, "text": text})
-            file.write(f"{begun * chr(10)}{line}\n".encode())
+            file.write(f"{incomplete * chr(10)}{line}\n".encode())
 
 
 def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
 
     Raises:
       ValueError, OSError: settings, data or files are wrong; most such errors are raised before any file is changed.
+      ModuleNotFoundError: the package of a logger is not installed.
       Stopped: a SIGINT or SIGTERM arrived; a checkpoint of the last step is saved.
       Diverged: the loss or its gradient was not finite in `max_skipped` steps in a row.
     """

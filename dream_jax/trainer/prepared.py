@@ -90,7 +90,7 @@ def join_devices(devices: DeviceSettings) -> Mesh:
     """Connects this process to the other processes of the run, if any, and returns the mesh over all devices.
 
     Raises:
-      ValueError: as `distributed.join` and `sharding.make_mesh`.
+      ValueError: as for `distributed.join` and `sharding.make_mesh`, for example if there are too few devices.
     """
     distributed.join(
         num_devices=math.prod(sharding.parse_mesh_shape(devices.mesh)),

@@ -70,7 +70,7 @@ def take_samples(
 
 
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the contents of `samples.json`; an empty dict if there is no such file."""
+    """Returns the contents of `samples.json`; an empty dict if there is no such file. Raises ValueError if damaged."""
     path = folder / FILE
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found

@@ -43,8 +43,9 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     Its `trained_mask` is the mask of the settings, or else that of the adapter or model that the run begins with.
 
     Raises:
-      ValueError, OSError: as `pretrained.describe` and `pretrained.describe_adapter`; or the adapter does not
-        fit the model.
+      ValueError: `config.json` or the adapter is damaged, or the adapter does not fit the model.
+      FileNotFoundError: the model or the adapter does not exist.
+      ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     model = pretrained.describe(
         settings.network.model,
@@ -102,7 +103,8 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
       The weights to train (None if `begins` is False), and the frozen weights.
 
     Raises:
-      ValueError, OSError: as `pretrained.load`; or the adapter was trained on other weights.
+      ValueError: the model or the adapter is damaged, or the adapter was trained on other weights.
+      OSError: a file is missing or cannot be read, or (ConnectionError) the hub id cannot be downloaded.
     """
     if not settings.lora.adapts:
         frozen = Frozen(params={}, identity=None)
@@ -118,14 +120,17 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
         return None, frozen
     if settings.lora.adapter is not None:
         adapter = pretrained.describe_adapter(settings.lora.adapter)
-        adapter.check_identity(lora.identity(model), "give --model those that it was trained on")
+        adapter.check_identity(lora.identity(model), "give --model the weights that it was trained on")
         return pretrained.adapter_params(adapter, mesh), frozen
     key = jax.random.fold_in(jax.random.key(settings.run.seed), _ADAPTER)
     return lora.split(split_params(lora.attach(model, _adapter(settings), key))[1])[0], frozen
 
 
 def save(trained: Dream, settings: TrainSettings) -> dict[Literal["adapter", "model"], pathlib.Path]:
-    """Writes OUT/adapter, OUT/model or both, as the settings say, and returns their paths by name."""
+    """Writes OUT/adapter, OUT/model or both, as the settings say, and returns their paths by name.
+
+    Existing ones are replaced. All processes must call this. Raises OSError if the disk is full.
+    """
     made: dict[Literal["adapter", "model"], pathlib.Path] = {}
     if settings.lora.adapts:
         made["adapter"] = settings.run.out / "adapter"
