@@ -28,8 +28,9 @@ class Sample:
     Attributes:
       tokens: int32 [B, P + N], the prompt as it was given (padding included) and the answer.
       commit_step: int32 [B, P + N], id of the step that last wrote each position, from 0; -1 at positions that no step
-        has written (given tokens, forced tokens) or that a token hook has masked again for good. Without blocks and with `Count`, the id is the index in the published schedule, in which
-        steps that write nothing count too; otherwise it is the number of forward passes that the row had made before.
+        has written (tokens of the prompt, forced tokens) or that a token hook has masked again. Without blocks and with
+        `Count`, the id is the index in the published schedule, in which steps that write nothing count too; otherwise it
+        is the number of forward passes that the row had made before.
       forwards: int32 scalar, number of forward passes made. With a cache, full and window passes count as one each.
       passes: int32 [B], number of forward passes that each row took part in: its cost if it were alone in the batch.
       mask_token_id: id of the mask token, which stands at positions that are not yet written.

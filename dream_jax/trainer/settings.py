@@ -109,7 +109,13 @@ class TrainSettings:
         )
 
     def source(self, split: str) -> RowSource:
-        """Returns the rows of --data and --mix for the split "train" or "test". Raises as `data.open_mixture`."""
+        """Returns the rows of --data and --mix for the split "train" or "test".
+
+        Raises:
+          ValueError: a data set or its weight is not valid.
+          FileNotFoundError: a file is missing.
+          ConnectionError: a hub data set is neither cached nor reachable.
+        """
         rows = self.rows
         names = (rows.data, *rows.mix)
         return open_mixture(names, rows.mix_weights or None, split, self.run.seed, rows.read_options())
