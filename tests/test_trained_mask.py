@@ -81,7 +81,7 @@ def test_training_goes_on_under_it_and_adapters_carry_theirs(run, tmp_path):
     assert describe_model(untold, mesh).trained_mask == "prefix"
     untold = untold.replaced(adapter=str(adapter))
     assert describe_model(untold, mesh).trained_mask == "block-causal:4"
-    with pytest.raises(ValueError, match="trained under the mask 'block-causal:4', and the published code"):
+    with pytest.raises(ValueError, match="trained under the mask 'block-causal:4', but the published code"):
         pretrained.convert_to_hf(out / "model", tmp_path / "hf", adapter=adapter)
 
 
