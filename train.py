@@ -5,7 +5,9 @@
 --compare compares two runs, and --report writes the report of one run.
 """
 
+import contextlib
 import dataclasses
+import io
 import pathlib
 import sys
 from typing import Annotated
@@ -117,6 +119,29 @@ def lay_side_by_side(asked: Looking) -> int:
     return 0
 
 
+def parsed(begun: Command | None) -> Command:
+    """Returns the command line as a `Command`; `begun` gives the defaults.
+
+    Raises:
+      ValueError: a group of settings refuses a value. tyro itself would print that message in a box and exit with 2, as
+        it does for a flag that does not exist.
+    """
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            command = tyro.cli(Command, description=__doc__, default=begun, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as end:
+        # tyro names the whole group as a str where a group's own check failed, and a single flag otherwise.
+        error = end.__context__
+        cause = None if error is None else error.__context__
+        if isinstance(getattr(error, "arg", None), str) and isinstance(cause, ValueError):
+            raise cause from None
+        sys.stderr.write(refusal.getvalue())
+        raise
+    assert command is not None  # the type of tyro.cli allows None, because `default` may be None
+    return command
+
+
 def main() -> int:
     try:
         asked = asked_recipe(sys.argv[1:])
@@ -125,8 +150,7 @@ def main() -> int:
             return 0
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
-        command = tyro.cli(Command, description=__doc__, default=begun, config=(tyro.conf.OmitArgPrefixes,))
-        assert command is not None  # the type of tyro.cli allows None, because `default` may be None
+        command = parsed(begun)
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
                 "--plan is for a future run, but --report and --compare are for existing runs; give one of them"

@@ -36,8 +36,13 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
     A reader therefore sees the old file or the complete new file, even after a power failure. After an error the
-    temporary file is removed, and `path` is unchanged.
+    temporary file is removed, and `path` is unchanged. A symbolic link stays, and the file that it names is replaced. A
+    pipe or a device cannot be replaced: there the block writes to `path` itself.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         yield temporary
@@ -191,6 +196,8 @@ def _remove_stale(target: pathlib.Path) -> None:
             old.rename(target)
             _log.warning("put %s back: a run that was replacing it was killed", target)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.incomplete-*"):
+        if not stale.is_dir():  # an unfinished file of `replacing`
+            continue
         try:
             with open(stale / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """Files that are replaced as a whole, and JSON that is read with a clear error."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,24 @@ def test_json_of_another_form_is_refused(tmp_path: Path, content: bytes, message
 def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"x\.json"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("before")
+    link.symlink_to(target)
+    files.write_file(link, "after")
+    assert link.is_symlink() and target.read_text() == "after"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_file(pipe, "through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_an_unfinished_file_does_not_stop_a_new_directory(tmp_path: Path) -> None:
+    (tmp_path / ".made.incomplete-1").write_text("")
+    with files.new_directory(tmp_path / "made") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "made" / "config.json").is_file()

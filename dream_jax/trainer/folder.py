@@ -152,6 +152,9 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
                     f"another process is writing the run in {settings.run.out}; wait for it, or give another --out. "
                     "To join several processes into one run, give --coordinator"
                 ) from error
+            for left in settings.run.out.glob(".*.incomplete-*"):
+                if left.is_file():  # a killed run was writing it
+                    left.unlink()
             if not resumes:
                 for name in _MADE:
                     path = settings.run.out / name

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dream_jax import sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.files import write_json
 from dream_jax.trainer import weights
@@ -37,8 +38,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
       Diverged: the loss or its gradient was not finite in `max_skipped` steps in a row.
     """
     out = settings.run.out
-    mesh = join_devices(settings.devices)
-    begun = time.monotonic()
+    join_devices(settings.devices)
+    begun = time.monotonic()  # before the mesh, because its first use starts the accelerators
+    mesh = sharding.make_mesh(settings.devices.mesh)
     console = RunConsole(settings, origins)
     console.settings(mesh)
     run = prepare(settings, mesh)

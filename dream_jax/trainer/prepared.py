@@ -86,12 +86,8 @@ class PreparedRun:
         return evaluate(model, self.held_out, self.settings, self.max_length, self.mesh, score)
 
 
-def join_devices(devices: DeviceSettings) -> Mesh:
-    """Connects this process to the other processes of the run, if any, and returns the mesh over all devices.
-
-    Raises:
-      ValueError: as for `distributed.join` and `sharding.make_mesh`, for example if there are too few devices.
-    """
+def join_devices(devices: DeviceSettings) -> None:
+    """Connects this process to the other processes of the run, if any. Raises ValueError as `distributed.join`."""
     distributed.join(
         num_devices=math.prod(sharding.parse_mesh_shape(devices.mesh)),
         coordinator=devices.coordinator,
@@ -99,7 +95,6 @@ def join_devices(devices: DeviceSettings) -> Mesh:
         process_id=devices.process_id,
         cluster=devices.cluster,
     )
-    return sharding.make_mesh(devices.mesh)
 
 
 def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
