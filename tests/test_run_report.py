@@ -144,7 +144,9 @@ def test_a_refused_value_is_one_line_and_a_mistyped_flag_is_the_parsers():
         done = run_script("train.py", flag, value)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
         assert done.stderr.count("\n") == 1
-    assert run_script("train.py", "--steps", "many").returncode == run_script("train.py", "--stpes", "3").returncode == 2
+    assert (
+        run_script("train.py", "--steps", "many").returncode == run_script("train.py", "--stpes", "3").returncode == 2
+    )
 
 
 def test_a_run_that_diverges_says_so(tmp_path):
