@@ -312,8 +312,8 @@ def open_answers(
     if not path.exists() or not path.stat().st_size:
         beside.unlink(missing_ok=True)
         path.touch()  # raises now, before the weights are read, if the folder cannot be written
-    agree_on_settings(beside, path, recipe, "or give another --out")
-    answers = RowFile(path)
+    agree_on_settings(beside, path, recipe, "give another --out")
+    answers = RowFile(path, start=b'{"line": ')
     for number, row in enumerate(answers.rows, 1):
         question = questions.get(row["line"]) if isinstance(row.get("line"), int) else None
         if question is None or question.prompt != row.get("prompt"):

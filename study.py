@@ -137,8 +137,6 @@ def study(settings: StudySettings, console: Console) -> None:
     seeds = QUICK_SEEDS if settings.quick else settings.seeds
     plan = StudyPlan(tasks=tasks, variants=variants, seeds=seeds, length=settings.length, test_rows=settings.test_rows)
     made = Study(settings.out, plan)
-    if settings.pack:
-        console.print("packed into", str(made.pack()))
     if "DREAM_JAX_STUDY_WORKER" in os.environ:
         import jax
 
@@ -156,6 +154,8 @@ def study(settings: StudySettings, console: Console) -> None:
     console.print(f"{len(plan.runs())} runs, {missing} of them to make, in {settings.out}")
     if missing and settings.processes:
         spread(settings, console)
+    if settings.pack:  # after the workers have ended: they write the files that are packed
+        console.print("packed into", str(made.pack()))
     if settings.costs:
         from mask_study.costs import costs
         from mask_study.runs import write_table

@@ -20,21 +20,28 @@ JsonRow = dict[str, Any]
 class RowFile:
     """A .jsonl file with one JSON object in each line.
 
-    Attributes:
+    Args:
       path: path of the file, which need not exist.
+      start: the first bytes of every row. A last line without a newline counts as a row that was cut short, which `keep`
+        removes, only if it begins like this; anything else is refused, because somebody else has written it.
+
+    Attributes:
+      path: path of the file.
       rows: the objects in the file, in order.
 
     Raises:
       ValueError: a line is not a JSON object in UTF-8; the message names file and line.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, start: bytes = b""):
         self.path = path
         self.rows: list[JsonRow] = []
         self._sizes: list[int] = []
         content = path.read_bytes() if path.exists() else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
+                if not line.startswith(start[: len(line)]):
+                    raise ValueError(f"{path}:{number}: not a row that was cut short; this is not a file of rows")
                 break
             try:
                 row = json.loads(line.decode("utf-8"))
@@ -90,4 +97,6 @@ def agree_on_settings(path: pathlib.Path, rows: pathlib.Path, settings: Mapping[
         if before.get(name) != now.get(name)  # a setting that is missing in an older file counts as None
     )
     if changed:
-        raise ValueError(f"{rows} holds a run with other settings ({changed}); give the same settings again, {remedy}")
+        raise ValueError(
+            f"{rows} holds a run with other settings ({changed}); give the same settings again; otherwise {remedy}"
+        )

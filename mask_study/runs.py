@@ -216,6 +216,7 @@ class Study:
         Raises:
           ValueError: the folder has no runs.
         """
+        self._packed |= {_run_of(record): record for record in _read_packed(self.folder / PACKED)}
         files = sorted((self.folder / "runs").glob("*.json"))
         records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         self._packed |= {_run_of(record): record for record in records}
@@ -225,7 +226,7 @@ class Study:
         path = self.folder / PACKED
         write_file(path, "".join(lines))
         for file in files:
-            file.unlink()
+            file.unlink(missing_ok=True)
         return path
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -160,15 +160,30 @@ def test_a_file_of_rows_resumes_wherever_it_was_cut(tmp_path):
         RowFile(path)
 
 
+def test_only_a_row_that_was_cut_short_is_removed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for tail, ours in (('{"li', True), ('{"line": 2, "te', True), ("# notes of somebody", False)):
+        path.write_text('{"line": 1}\n' + tail)
+        if ours:
+            rows = RowFile(path, start=b'{"line": ')
+            rows.keep(1)
+            assert path.read_text() == '{"line": 1}\n'
+        else:
+            with pytest.raises(ValueError, match="rows.jsonl:2: not a row that was cut short"):
+                RowFile(path, start=b'{"line": ')
+            assert path.read_text().endswith(tail)
+
+
 def test_rows_of_other_settings_are_refused(tmp_path):
     rows, beside = tmp_path / "rows.jsonl", tmp_path / "settings.json"
-    agree_on_settings(beside, rows, {"a": (1,)}, "or go")
+    agree_on_settings(beside, rows, {"a": (1,)}, "go elsewhere")
     RowFile(rows).append([{}])
-    agree_on_settings(beside, rows, {"a": (1,), "new": None}, "or go")  # from before the setting was known
+    agree_on_settings(beside, rows, {"a": (1,), "new": None}, "go elsewhere")  # from before the setting was known
     with pytest.raises(
-        ValueError, match=r"a was \[1\], now 2; b was None, now 3\); give the same settings again, or go"
+        ValueError,
+        match=r"a was \[1\], now 2; b was None, now 3\); give the same settings again; otherwise go elsewhere",
     ):
-        agree_on_settings(beside, rows, {"a": 2, "b": 3}, "or go")
+        agree_on_settings(beside, rows, {"a": 2, "b": 3}, "go elsewhere")
     beside.unlink()
-    with pytest.raises(ValueError, match=r"settings\.json, .* is missing; or go"):
-        agree_on_settings(beside, rows, {"a": 1}, "or go")
+    with pytest.raises(ValueError, match=r"settings\.json, .* is missing; go elsewhere"):
+        agree_on_settings(beside, rows, {"a": 1}, "go elsewhere")

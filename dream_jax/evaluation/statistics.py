@@ -132,13 +132,17 @@ def _sign_flip(change: np.ndarray) -> float:
     independent, so their distributions are convolved.
     """
     sizes, counts = np.unique(np.abs(change[change != 0]), return_counts=True)
+    common = (
+        np.gcd.reduce(sizes) if len(sizes) else 1
+    )  # the sums are multiples of it, so the arrays need no entries between
+    sizes, observed = sizes // common, abs(int(change.sum())) // common
     chance = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
         of_size = np.zeros(2 * size * count + 1)
         of_size[:: 2 * size] = scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)
         chance = np.convolve(chance, of_size)
     sums = np.abs(np.arange(len(chance)) - len(chance) // 2)
-    return float(min(1.0, chance[sums >= abs(int(change.sum()))].sum()))
+    return float(min(1.0, chance[sums >= observed].sum()))
 
 
 def _checked(scores: np.ndarray) -> np.ndarray:
