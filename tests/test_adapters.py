@@ -341,7 +341,7 @@ def test_sampling_with_an_adapter(finished, weights, capsys):
     with pytest.raises(ValueError, match="--any-base"):
         script["run"](script["SampleSettings"](**given | {"model": "nano"}))
     assert script["run"](script["SampleSettings"](**given | {"model": "nano", "any_base": True})) == 0
-    with pytest.raises(ValueError, match="give --adapter as well"):
+    with pytest.raises(ValueError, match="--any-base needs an adapter"):
         script["SampleSettings"](prompt="x", any_base=True)
 
 

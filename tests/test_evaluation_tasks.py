@@ -162,7 +162,7 @@ def test_files_that_are_none(tmp_path, task):
     [
         ("sudoku", {"input": "1234"}, "not a 4x4 puzzle"),
         ("sudoku", {"input": "1100\n0000\n0000\n0000"}, "no solution"),
-        ("sudoku", {"output": "1234\n3412\n2143\n4321"}, "given in row 1, column 1"),
+        ("sudoku", {"output": "1234\n3412\n2143\n4321"}, "the given digit in row 1, column 1 was changed"),
         ("countdown", {"input": "1,2"}, "no countdown problem"),
         ("countdown", {"output": "86+28=114"}, "no solution of 'input'"),
         ("gsm8k", {"answer": "three"}, "#### NUMBER"),
@@ -269,7 +269,7 @@ def test_a_ledger_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"settings\.json is not valid JSON"):
         Ledger(tmp_path, {"a": 1}, PLAN)
     (tmp_path / SETTINGS).unlink()
-    with pytest.raises(ValueError, match=r"no settings\.json"):
+    with pytest.raises(ValueError, match=r"settings\.json, the file of their settings, is missing"):
         Ledger(tmp_path, {"a": 1}, PLAN)
 
 
@@ -369,6 +369,6 @@ def test_published_settings_give_way_to_ones_own():
     assert (plain.alg, plain.temperature, plain.top_p) == ("entropy", 0.0, None)
     fast = EvaluateSettings(published="instruct", sampler="fast").sampler_config(tokenizer, 64)
     assert (fast.alg, fast.temperature, fast.block_length) == ("maskgit_plus", 0.1, 32)
-    with pytest.raises(ValueError, match="steps=8 means nothing"):
+    with pytest.raises(ValueError, match="steps=8 has no effect"):
         EvaluateSettings(sampler="fast", steps=8).sampler_config(tokenizer, 64)
     assert plain.forbidden_tokens == (tokenizer.mask_id,) and plain.vocab_limit == tokenizer.vocab_limit

@@ -34,7 +34,7 @@ def test_all_but_the_weights_is_known_before_they_are_read(model, tmp_path):
     assert causal.model.trained_mask == causal.load().trained_mask == "causal"
     with pytest.raises(ValueError, match="'sideways' is not one of"):
         ModelSettings(mask="sideways")
-    with pytest.raises(ValueError, match="give --adapter as well"):
+    with pytest.raises(ValueError, match="--any-base needs an adapter"):
         ModelSettings(any_base=True)
     with pytest.raises(ValueError, match="no tokenizer files; pass --tokenizer"):
         inference.prepare(ModelSettings(model="small"))
@@ -128,7 +128,7 @@ def test_prompts_that_do_not_fit(model):
     for wrong in ([], [1] * (most - 7)):
         with pytest.raises(ValueError, match=f"f:1: a prompt of {len(wrong)} tokens"):
             check_length(wrong, 8, model, "f:1")
-    with pytest.raises(ValueError, match="a prompt of 0 tokens and 0 new ones"):
+    with pytest.raises(ValueError, match="a prompt of 0 tokens and 0 new tokens make 0"):
         check_length([], 0, model, "f:1", shortest=0)
 
 
