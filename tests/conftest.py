@@ -50,11 +50,6 @@ from dream_jax.distributed import provide_cpu_devices  # noqa: E402 - after the 
 provide_cpu_devices(8)  # jax fixes the number of devices when the first one is used
 
 
-# Tracing makes many objects that live on, and Python's collector walks through them again and again. With fewer walks a
-# file of small tests takes about a tenth less CPU time.
-gc.set_threshold(20_000, 20, 50)
-
-
 def pytest_report_header() -> str:
     """Returns the line at the top of every report, which says whether shapes are checked."""
     return f"shapes: {'checked at every call' if CHECKED else 'NOT checked, beartype is not installed'}"

@@ -303,6 +303,7 @@ def test_a_base_that_changed_since_is_noticed(finished, weights, tmp_path):
     assert losses(out) == before and (out / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter(finished, weights, tmp_path):
     """On another kind of base and another mesh; with --merge the whole model is written too."""
     out = tmp_path / "more"

@@ -636,6 +636,7 @@ def test_close_ends_the_threads() -> None:
         next(batches)
 
 
+@pytest.mark.slow
 def test_sudoku_batches_are_fast_enough_and_an_open_iterator_does_not_hold_up_the_exit() -> None:
     """CPU time a row, from drawing to batch: about 40 microseconds; the limit is for a busy machine.
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from marking import slow
 
 from dream_jax import decoding
 from dream_jax.decoding import choosing, filters
@@ -94,7 +95,7 @@ def test_tokens_and_confidences(temperature, top_p, top_k):
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, temperature, top_p, top_k)
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, None), (0.8, 5)])
+@pytest.mark.parametrize(("top_p", "top_k"), [slow(0.9, None), (0.8, 5)])
 def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
     """Random, peaked, tied, flat: as the sort."""
     rows, vocab = 100_000, 64
@@ -236,6 +237,7 @@ def test_flat_rows(top_p, top_k, kept):
         np.testing.assert_allclose(sure, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ties_at_the_edge_of_the_nucleus():
     """0.4, then four of 0.15: at 0.6 two of the four fit after the first; those of lowest id stay."""
     p = np.array([0.15, 0.15, 0.4, 0.15, 0.15])

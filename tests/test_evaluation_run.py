@@ -102,6 +102,7 @@ def test_the_batch_an_answer_is_in_changes_nothing(tmp_path):
     assert len({row["answer"] for row in one.values()}) > 1
 
 
+@pytest.mark.slow
 def test_another_mask_than_the_trained_one(tmp_path):
     """Asked for, it is that of answers and likelihoods; a run under one mask does not resume under another."""
     path = tmp_path / "texts.jsonl"
@@ -277,6 +278,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_as_the_model_it_makes(model, tmp_path):
     ByteTokenizer().save(tmp_path / "tokenizer")
     dream_jax.save(model, tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")

@@ -45,6 +45,7 @@ def test_every_example_is_run():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client")
 def test_notebook():

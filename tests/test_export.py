@@ -186,6 +186,7 @@ def test_torch_computes_the_same(runs, tmp_path):
     assert np.abs(ours - causal).max() > 1e-2  # the mask was off
 
 
+@pytest.mark.slow
 def test_real_tokenizer_files_come_out_unchanged(assets, tmp_path):
     """From a checkpoint through a run's folder to the export: the bytes that the published tokenizer was read from."""
     published = assets / "dream-v0-instruct-7b"

@@ -366,6 +366,7 @@ def test_no_second_copy_of_the_base_exists(remat):
     assert size < 4 * 2 * activations + 0.25 * kernels, (size, kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_no_second_copy_of_the_codes_exists():
     """They are found in the stack of all layers; one of int8 would be half a byte a weight larger than one of nf4."""

@@ -134,6 +134,7 @@ def models():
     return found
 
 
+@pytest.mark.slow
 def test_left_to_right_is_the_samplers(models):
     words, task = training.tokenizer(), TASKS["countdown"]
     prompts = training.rows_of([Example(one.prompt, "") for one in task.examples("test", 0, 8)], words)
@@ -149,6 +150,7 @@ def test_left_to_right_is_the_samplers(models):
         write_in_order(model, prompts, forward * 0, words)
 
 
+@pytest.mark.slow
 def test_keys_may_be_kept_where_nothing_later_is_seen(models):
     """Equal logits under the masks that look ahead no further than their block, and an error that is seen elsewhere."""
     task = TASKS["countdown"]
@@ -349,6 +351,7 @@ def test_end_mark_is_no_letter_of_a_task():
         assert not any(END in one.prompt for one in task.examples("test", 0, 100))
 
 
+@pytest.mark.slow
 def test_costs(monkeypatch):
     monkeypatch.setattr(costs, "TOKENS", 16)
     monkeypatch.setattr(costs, "NEW", 4)

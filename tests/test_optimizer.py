@@ -525,6 +525,7 @@ def kinds(state):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [slow("float32"), "int8"])
 def test_moments_on_host_stay_there_and_change_nothing(variant, tmp_path):
     optimizer, mesh = config(variant, total_steps=STEPS, moments_on_host=True), sharding.make_mesh("4x2")

@@ -161,6 +161,7 @@ def test_recipe_alone_lists_them(monkeypatch, capsys):
     assert code == 1 and "error: no recipe 's1k'" in error
 
 
+@pytest.mark.slow
 def test_flags_override_and_the_run_says_where_settings_come_from(monkeypatch, capsys, tmp_path):
     path = written(tmp_path, recipe_text("steps = 2\nbatch_size = 8\neval_rows = 0\nseed = 5"))
     out = tmp_path / "run"

@@ -82,6 +82,7 @@ def test_curves_are_drawn(finished):
     assert "![curves](curves.png)" in (finished / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_a_stopped_run_comes_to_the_same_end_and_says_that_it_was_stopped(finished, tmp_path):
     """Stopped between two steps by SIGINT, then the same command: the same losses, bit for bit."""

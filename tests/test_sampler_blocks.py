@@ -202,6 +202,7 @@ def test_full_passes_in_groups(monkeypatch):
     loop.denoise.clear_cache()
 
 
+@pytest.mark.slow
 def test_mesh_changes_nothing(monkeypatch):
     monkeypatch.setattr(passes, "_REFRESH_TOKENS", 1)
     loop.denoise.clear_cache()

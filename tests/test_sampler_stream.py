@@ -62,6 +62,7 @@ def test_nothing_to_write():
     assert list(Stream(dream, [], config)) == []
 
 
+@pytest.mark.slow
 def test_mesh_changes_nothing():
     spread, asked, keys = load(GOLDEN / "tiny_a" / "hf", mesh="2x2"), prompts(5), jax.random.split(jax.random.key(3), 5)
     wanted = {answer.prompt: answer for answer in Stream(model("tiny_a"), asked, CACHED, keys, batch_size=2)}

@@ -71,6 +71,7 @@ def test_too_few_devices_message():
         sharding.make_mesh(f"{count + 1}x1")
 
 
+@pytest.mark.slow
 def test_cpu_devices_are_made_for_the_mesh():
     """In a process of its own, whose backend has not started."""
     code = "from dream_jax.sharding import make_mesh; print(dict(make_mesh('3x2').shape), len(__import__('jax').devices()))"

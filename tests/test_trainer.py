@@ -255,6 +255,7 @@ def test_the_best_state_is_kept_and_can_be_handed_over(tmp_path):
     np.testing.assert_allclose(score.nll, scores[best], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_that_fit_alone_are_answered_though_they_would_not_fit_together(tmp_path):
     """A long prompt with a short answer, and the reverse: no batch is wider than the model."""
     (tmp_path / "tokenizer").mkdir()
