@@ -38,10 +38,6 @@ class TokenizedRows:
         self._kept[number] = self[number]
         return self._kept[number]
 
-    def forget(self, number: int) -> None:
-        """Releases the memory of row `number`; it is tokenised again if it is read."""
-        self._kept.pop(number, None)
-
     def fit(self, row: TokenRow, max_length: int) -> TokenRow | str:
         """Returns `TokenRow.fit` of the row under the length policy of the options."""
         return row.fit(max_length, self.options.length_policy)
@@ -160,8 +156,6 @@ def fitting_rows(rows: TokenizedRows, max_length: int) -> tuple[np.ndarray | ran
     if len(numbers) == 1:  # A source of uniform length may have a million rows; these values need no memory per row.
         every = range(len(rows))
         return every, RowLengths(*(np.broadcast_to(column, len(rows)) for column in lengths)), report
-    for number in np.delete(numbers, kept).tolist():
-        rows.forget(number)
     counts = stands_for[kept]
     lengths = RowLengths(*(np.repeat(column, counts) for column in lengths))
     if report.dropped == 0:
