@@ -262,6 +262,7 @@ def test_a_run_leaves_an_adapter_and_nothing_of_the_base(finished, weights):
     assert summary["eval"]["nll"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_a_run_that_goes_on_comes_to_the_same_end(finished, weights, tmp_path, capsys):
     """The base comes from its directory again, quantised to the same codes. Kills are test_interruptions.py's."""

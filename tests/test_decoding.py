@@ -95,6 +95,7 @@ def test_tokens_and_confidences(temperature, top_p, top_k):
     check(rows_of_logits(ROWS, VOCAB), UNIFORM, temperature, top_p, top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_p", "top_k"), [slow(0.9, None), (0.8, 5)])
 def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
     """Random, peaked, tied, flat: as the sort."""
@@ -274,6 +275,7 @@ def test_samples_follow_the_filtered_distribution(temperature, top_p, top_k):
     assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 4  # beyond the 0.9999 quantile of chi-square
 
 
+@pytest.mark.slow
 @given(
     row=st.lists(
         st.sampled_from([-np.inf, -30.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 30.0]), min_size=12, max_size=12

@@ -46,6 +46,7 @@ def flax_to_hf(*arguments):
     return run_script("convert/flax_to_hf.py", *arguments)
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_its_card(runs, tmp_path):
     done = flax_to_hf(runs / "whole" / "model", tmp_path / "out")
     assert done.returncode == 0, done.stderr

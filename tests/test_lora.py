@@ -356,6 +356,7 @@ def grown(kind, remat):
     return (sizes[12] - sizes[4]) / 8, parameter_count(abstract_model(config).layers) // 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.optimised
 def test_no_second_copy_of_the_base_exists(remat):

@@ -114,6 +114,7 @@ def test_hidden_pads_are_neither_seen_nor_learned():
     assert valid.all() and maskable[0].tolist() == [False] * 8 + [True] * 16
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats():
     run = lambda mask: training.train(TASKS["addition"], VARIANTS[mask], 0, 12, batch=16)
     causal, bidirectional = run("causal"), run("bidirectional")

@@ -307,6 +307,7 @@ def loss_gradient(dream, text):
     return jax.jit(jax.grad(loss)).lower(params, text), params
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_remat_changes_memory_and_nothing_else():
     dream = make(dataclasses.replace(SMALL, num_hidden_layers=4))

@@ -353,6 +353,7 @@ def test_state_of_7b_is_divided(variant, mesh):
     assert per_device < 1.001 / 8 * state_bytes(state)
 
 
+@pytest.mark.slow
 def test_update_of_7b_moves_no_moment_between_devices():
     """Compiled for eight devices: besides the sum of the clipped norm, a block's maximum stays on its device."""
     mesh, transform = sharding.make_mesh("8x1"), config("int8").make()

@@ -150,6 +150,7 @@ def test_logits_in_chunks(monkeypatch):
         np.testing.assert_array_equal(chunked.commit_step, whole.commit_step)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_all_logits_never_exist():
     """Compiled for B=4, T=1024, V=152,064: no array has as many elements, and all temporary memory is less than theirs."""
@@ -205,6 +206,7 @@ def test_key_decides(config):
     assert not np.any(np.asarray(one.canvas_at(config.steps - 1)) == dream.config.mask_token_id)
 
 
+@pytest.mark.slow
 def test_key_is_asked_for_only_when_something_is_random():
     dream, (start, _) = model("tiny_a"), prompt(6)
     for config in RANDOM:
@@ -332,6 +334,7 @@ def test_forbidden_tokens_are_never_written(alg):
     np.testing.assert_array_equal(generate(dream, start, greedy).tokens[:, 5:], logits.argmax(-1))
 
 
+@pytest.mark.slow
 def test_filters_have_an_effect():
     dream, (start, _) = model("tiny_a"), prompt(6)
     base = SamplerConfig(max_new_tokens=12, steps=12, alg="entropy", temperature=2.0)
@@ -347,6 +350,7 @@ def test_filters_have_an_effect():
     np.testing.assert_array_equal(hot, greedy)
 
 
+@pytest.mark.slow
 def test_alg_temp_softens_the_order():
     """A small one keeps the strict order, a large one draws positions almost evenly."""
     dream, (start, _) = model("tiny_a"), prompt(6)

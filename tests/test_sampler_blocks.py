@@ -187,6 +187,7 @@ def test_rows_do_not_depend_on_the_batch(config, temperature):
         assert int(together.passes[row]) == int(alone.passes[0])
 
 
+@pytest.mark.slow
 def test_full_passes_in_groups(monkeypatch):
     """Rows that want a full pass, a few at a time: the same answers, and no row pays for another's."""
     dream, (start, valid) = model("tiny_a"), prompt(4, 8, 6, 1, 7)

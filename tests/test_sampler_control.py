@@ -131,6 +131,7 @@ def test_guidance_is_that_of_two_canvases():
     assert int(out.forwards) == 1
 
 
+@pytest.mark.slow
 def test_guidance_with_a_cache():
     """Exact when every pass is full; rows do not depend on the batch."""
     dream, (start, valid) = model("tiny_b"), prompt(5, 8, 3)

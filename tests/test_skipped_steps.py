@@ -121,6 +121,7 @@ def test_after_a_skip_the_update_is_the_one_it_would_have_been():
 WIDE = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "name"), [("1x1", "adamw"), slow("1x1", "int8"), slow("8x1", "adamw"), slow("8x1", "bfloat16")]
 )

@@ -160,6 +160,7 @@ def test_step_is_adamw_by_hand():
     assert wanted["grad_norm"] > optimizer.clip_norm
 
 
+@pytest.mark.slow
 def test_rows_may_come_in_any_order():
     data, order = batch(0), np.random.default_rng(0).permutation(ROWS)
     permuted = jax.tree.map(lambda value: value[order], data)
@@ -168,6 +169,7 @@ def test_rows_may_come_in_any_order():
     assert metrics["num_masked"] == run("8x1")[0][0, 3]
 
 
+@pytest.mark.slow
 def test_what_is_hidden_before_a_row_changes_nothing():
     """Rows of which the first tokens do not exist; also in parts, and split over rows and tokens."""
     start = np.arange(ROWS)[:, None] % 6
@@ -339,6 +341,7 @@ def test_annealing_begins_causal_and_ends_bidirectional():
     assert losses(annealed, 2, tokens) != losses(plain, 2, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [slow("2x2x2"), "8x1"])
 def test_annealing_does_not_depend_on_the_mesh(mesh):
     valid, data = np.arange(LENGTH) >= np.arange(ROWS)[:, None] % 4, batch(0)

@@ -146,6 +146,7 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path):
         train(plain(out, **options))
 
 
+@pytest.mark.slow
 def test_a_diverged_run_keeps_its_batches_and_saves_nothing_of_it(tmp_path):
     out = tmp_path / "wild"
     wild = plain(out, learning_rate=1e30, clip_norm=0, save_every=1, max_skipped=3, eval_rows=0)
@@ -236,6 +237,7 @@ def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
         assert checkpoints.latest_step() == 3 and checkpoints.score(3) == float(row["nll"])
 
 
+@pytest.mark.slow
 def test_the_best_state_is_kept_and_can_be_handed_over(tmp_path):
     """A learning rate that wrecks what it has learned: the best evaluation is not the last."""
     options = {"steps": 12, "eval_every": 2, "save_every": 100, "keep": 1, "warmup_share": 0.9, "learning_rate": 0.5}
