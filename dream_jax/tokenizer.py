@@ -8,12 +8,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 PROMPT_FORMAT_FILE = "prompt_format.json"
+
+_GUARD = "\ue000"  # a private-use character; its runs mark texts of messages that look like special tokens
 
 Template = Literal["chat", "raw"]
 """How a prompt is turned into tokens: with the chat template, or as raw text."""
@@ -258,9 +260,12 @@ class DreamTokenizer:
         return self._specials[text]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Returns the ids of `text`; see `Tokenizer.encode`."""
+        """Returns the ids of `text`; see `Tokenizer.encode`. Half of a surrogate pair raises ValueError."""
         if not allow_special:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            try:
+                return list(self._backend.encode(text, add_special_tokens=False).ids)
+            except TypeError as error:  # The Rust library accepts no text that UTF-8 cannot represent.
+                raise ValueError(f"{text!r:.60} has half of a surrogate pair, which is not text") from error
         return self._encode_pieces(self._special_pattern.split(text))
 
     def _encode_pieces(self, pieces: Iterable[str]) -> list[int]:
@@ -283,12 +288,10 @@ class DreamTokenizer:
                 f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
                 "chat_template.jinja"
             )
-        # A character that no message contains is inserted into the name of every special token in the messages. After
-        # the template is applied, only the special tokens of the template itself match; then the character is removed.
-        told = str([list(messages), list(tools)])
-        guard = next(
-            mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in told and repr(mark)[1:-1] not in told
-        )
+        # A text that no message contains is inserted into the name of every special token in the messages. After the
+        # template is applied, only the special tokens of the template itself match; then the text is removed. The text is
+        # a run of one character, with more of it than all messages have together.
+        guard = _GUARD * (1 + sum(text.count(_GUARD) for text in _texts_of([list(messages), list(tools)])))
 
         def guarded(value: Any) -> Any:
             if isinstance(value, str):
@@ -314,6 +317,17 @@ class DreamTokenizer:
         for name in TOKENIZER_FILES:
             if (self._directory / name).is_file():
                 shutil.copyfile(self._directory / name, target / name)
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Yields every text in lists and mappings, names too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_of([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_of(one)
 
 
 def turn_text(message: Message) -> str:

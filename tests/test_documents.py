@@ -87,7 +87,7 @@ def test_bad_documents(tmp_path, line, complaint):
 
 def test_a_row_with_a_text_beside_prompt_and_response_is_no_document(tmp_path):
     file = tmp_path / "rows.jsonl"
-    rows = [{"text": "both", "prompt": f"p{n}", "response": "r"} for n in range(4)]
+    rows = [{"text": f"both p{n} and r", "prompt": f"p{n}", "response": "r"} for n in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert open_source(file)[0].response == "r"
 

@@ -1,8 +1,10 @@
 """Reads text as rows, turns rows into tokens, and lays tokens out in batches. This package does not import jax."""
 
+from dream_jax.data.chats import Chat, read_chat, read_question
 from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook
 from dream_jax.data.lengths import LengthReport, TokenizedRows, length_report, longest_row
+from dream_jax.data.messages import parse_messages
 from dream_jax.data.options import (
     AnswerFormat,
     BatchOptions,
@@ -14,7 +16,6 @@ from dream_jax.data.options import (
 from dream_jax.data.pipeline import Batches, make_batches
 from dream_jax.data.records import read_json_lines, text_field
 from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers
-from dream_jax.data.schemas import parse_messages
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -22,6 +23,7 @@ __all__ = [
     "AnswerFormat",
     "BatchOptions",
     "Batches",
+    "Chat",
     "EncodeOptions",
     "Intake",
     "LearnedTurns",
@@ -47,7 +49,9 @@ __all__ = [
     "open_mixture",
     "open_source",
     "parse_messages",
+    "read_chat",
     "read_json_lines",
+    "read_question",
     "text_field",
     "token_row",
 ]

@@ -178,7 +178,7 @@ def _prompt_pieces(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> li
             return [("prompt", whole)]
         pieces, done = list[tuple[Kind, list[int]]](), list[int]()
         for index, turn in enumerate(row.prompt):
-            if turn["role"] != "assistant" or index == 0:
+            if turn["role"] != "assistant" or index == 0 or index in row.given_turns:
                 continue
             head = tokenizer.chat(row.prompt[:index], tools=row.tools)
             closed = tokenizer.chat(row.prompt[: index + 1], add_generation_prompt=False, tools=row.tools)

@@ -62,7 +62,7 @@ class LengthReport:
     cut: number of rows that were kept but shortened.
     whole: number of rows that were kept with their complete answer and its end token.
     reasons: reason why rows were dropped -> number of rows.
-    bad, filtered: rows that could not be read or that a filter left out; see `Intake`.
+    bad, filtered, unread, ignored, ends_early: rows and fields that were left out when the files were read; see `Intake`.
     histogram: range of lengths, from each power of two up to the next ("64 to 127") -> number of rows.
     """
 
@@ -80,6 +80,9 @@ class LengthReport:
     reasons: Mapping[str, int] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
     filtered: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    ends_early: int = 0
     histogram: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -102,6 +105,14 @@ class LengthReport:
         found += [f"bad row skipped: {complaint}" for complaint in self.bad[:shown]]
         if len(self.bad) > shown:
             found.append(f"bad rows skipped: {len(self.bad)} in all")
+        for what, names in (("not read", self.unread), ("left out on request (--ignore-field)", self.ignored)):
+            if names:
+                counts = ", ".join(f"{name} ({count} rows)" for name, count in sorted(names.items()))
+                found.append(f"fields that are {what}: {counts}")
+        if self.ends_early:
+            found.append(
+                f"chats that end at their last turn to be learned; the turns after it are left out: {self.ends_early}"
+            )
         share = self.whole / self.kept
         found.append(f"answers kept whole, with their end token: {self.whole} of {self.kept} ({share:.1%})")
         if self.cut:
@@ -230,6 +241,9 @@ def _measure(
         reasons=dict(reasons),
         bad=intake.bad,
         filtered=dict(intake.filtered),
+        unread=dict(intake.unread),
+        ignored=dict(intake.ignored),
+        ends_early=intake.ends_early,
         histogram=_histogram(full, stands_for),
     )
     return np.array(kept), RowLengths(*np.array(lengths, dtype=np.int64).T), report

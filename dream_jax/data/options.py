@@ -1,5 +1,6 @@
 """Defines the options for reading text, tokenising it and laying it out in batches; all are validated."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +20,9 @@ LearnedTurns = Literal["last", "all"]
 """Which assistant turns of a chat the model learns: only the last one, or all."""
 
 
+_NAME = re.compile(r"\w[\w.-]*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
     """Options for reading rows from files.
@@ -27,14 +31,33 @@ class ReadOptions:
     only_correct: keep only rows with deepseek_grade "Yes" (s1K-1.1); a row without this field raises ValueError.
     skip_bad: leave out rows that cannot be read and list them in `Intake`, instead of raising ValueError.
     held_out: share of the prompts, in [0, 1), that becomes the test split if the data has none; 0: all rows are train.
+    ignored_fields: names of fields of rows and of messages that are left out, as if the file did not have them.
+    split: the name of the split that is read for training; None: "train".
+    test_split: the name of the test split; None: "test", or without such a split, and always if `split` is given, a
+      share of the prompts of the training split is held out.
+    config: the configuration of a hub data set, or the folder of a data directory that is read; None: there is only one.
     """
 
     answer_format: AnswerFormat = "s1"
     only_correct: bool = False
     skip_bad: bool = False
     held_out: float = 0.05
+    ignored_fields: tuple[str, ...] = ()
+    split: str | None = None
+    test_split: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
+        for name, flag in (("split", "--data-split"), ("test_split", "--eval-split"), ("config", "--data-config")):
+            value = getattr(self, name)
+            if value is not None and not _NAME.fullmatch(value):
+                raise ValueError(
+                    f"{name}={value!r} ({flag}) is not a name: give letters, digits, '_', '-' and '.', such as train_sft"
+                )
+        if self.test_split is not None and self.test_split == (self.split or "train"):
+            raise ValueError(
+                f"test_split={self.test_split!r} is the split that is trained on; give another one, or none"
+            )
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out={self.held_out} is outside [0, 1): it is a share of the prompts")
         _check_choice("answer_format", self.answer_format, get_args(AnswerFormat))

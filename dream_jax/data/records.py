@@ -5,6 +5,7 @@ Every record comes with its location, "FILE:LINE" or "FILE:row N". `datasets` an
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+_BATCH = 256  # rows of a file with columns that are converted together
+
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of these into a directory
 
 
 def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
     """Returns the records of one file, in order. The end of its name decides the format; .json is a list or JSON lines.
 
-    Fields with the value null are left out, because a parquet file has every column in every row.
+    Fields with the value null are left out. A file with columns has every field in every row, and every object in it has
+    the fields of all others, so there nulls are left out of objects at every depth, but not out of lists, and not out of
+    JSON text or values of the type JSON. In JSON files nulls inside a field stay.
     Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for a record that cannot be read
     if on_bad is None, and always for a truncated list or parquet file, because its other records cannot be found.
     """
@@ -63,6 +68,26 @@ def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
                 yield where, found
     if empty:
         raise ValueError(f"{path}: no rows; it should hold one JSON object a line")
+
+
+def parse_json(text: str) -> Any:
+    """Returns what a text of JSON stands for.
+
+    Raises: ValueError for a text that is not JSON, is nested too deeply, or has an object with a name twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of these names and values. Raises ValueError for a name that occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice!r} occurs twice in one object")
+    return found
 
 
 def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
@@ -124,16 +149,22 @@ def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
         raise ValueError(f"{directory} cannot be read as a saved dataset: {_first_line(error)}") from error
 
 
-def hub_splits(hub_id: str) -> dict[str, Iterable[Record]]:
+def hub_splits(hub_id: str, config: str | None = None) -> dict[str, Iterable[Record]]:
     """Returns split -> records of a data set on the Hugging Face hub, which is downloaded into the cache of the hub.
 
-    Raises: ConnectionError if it does not exist, or is neither cached nor reachable.
+    config: the name of its configuration; None: it has only one.
+    Raises: ConnectionError if it does not exist, or is neither cached nor reachable; ValueError if it has several
+    configurations and none is chosen, or not the one that is chosen.
     """
     import datasets
 
     try:
-        return _by_split(datasets.load_dataset(hub_id), hub_id)
+        return _by_split(datasets.load_dataset(hub_id, *([config] if config else [])), hub_id)
     except Exception as error:  # The library has no common exception class for errors of hub, network and files.
+        if isinstance(error, ValueError) and "config" in str(error).casefold():
+            raise ValueError(
+                f"{hub_id}: {' '.join(str(error).split()):.400}; choose a configuration with --data-config"
+            ) from error
         raise ConnectionError(
             f"there is no local file or directory {hub_id}, and no data set of this name could be loaded from the "
             f"Hugging Face hub: {_first_line(error)}; download it elsewhere and give the path"
@@ -143,12 +174,49 @@ def hub_splits(hub_id: str) -> dict[str, Iterable[Record]]:
 def _by_split(found: Any, name: str) -> dict[str, Iterable[Record]]:
     """Returns split -> records of a data set or a dict of data sets; a single data set is the split "train"."""
     splits = found if isinstance(found, Mapping) else {"train": found}
-    return {str(split): _numbered(rows, f"{name}, {split}") for split, rows in splits.items()}
+    return {str(split): _dataset_records(rows, f"{name}, {split}") for split, rows in splits.items()}
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]], name: str, start: int = 1) -> Iterator[Record]:
-    """Yields the rows as records with the locations "NAME:row N", from N = start on."""
-    return ((f"{name}:row {number}", _without_nulls(row)) for number, row in enumerate(rows, start=start))
+def _dataset_records(rows: Any, name: str) -> Iterator[Record]:
+    """Yields the records of a data set of `datasets`; it is read as Arrow tables, which tell padding from values."""
+    import pyarrow
+
+    start = 1
+    try:
+        for table in rows.with_format("arrow").iter(batch_size=_BATCH):
+            yield from _table_records(table, name, start)
+            start += table.num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: cannot be read ({_first_line(error)}); get the data again") from error
+
+
+def _table_records(table: Any, name: str, start: int) -> Iterator[Record]:
+    """Yields the rows of an Arrow table as records with the locations "NAME:row N", from N = start on."""
+    columns = [(field.name, field.type) for field in table.schema]
+    for number, row in enumerate(table.to_pylist(), start=start):
+        found = {field: _without_padding(row[field], kind) for field, kind in columns if row[field] is not None}
+        yield f"{name}:row {number}", found
+
+
+def _without_padding(value: Any, kind: Any) -> Any:
+    """Returns a value of the Arrow type `kind` without the nulls with which Arrow fills up objects."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if isinstance(kind, pyarrow.JsonType):
+        return parse_json(value)
+    if pyarrow.types.is_struct(kind):
+        return {
+            field.name: _without_padding(value[field.name], field.type)
+            for field in kind
+            if value[field.name] is not None
+        }
+    if pyarrow.types.is_map(kind):  # Every entry of a map is its own; nothing is filled up.
+        return {name: _without_padding(inside, kind.item_type) for name, inside in value}
+    if isinstance(value, list):
+        return [_without_padding(inside, kind.value_type) for inside in value]
+    return value
 
 
 def _without_nulls(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +232,8 @@ def _parse_line(raw: bytes, where: str, *, first: bool) -> dict[str, Any]:
             f"{where}: not UTF-8 ({error}); save the file as UTF-8 text, one JSON object a line"
         ) from error
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where}: a {type(found).__name__}, but each line must be one JSON object")
@@ -179,8 +247,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         start = 1
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from _numbered(batch.to_pylist(), str(path), start)
+            for batch in file.iter_batches(batch_size=_BATCH):
+                yield from _table_records(batch, str(path), start)
                 start += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({_first_line(error)}); get the file again") from error
@@ -194,7 +262,7 @@ def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save the file as UTF-8 text") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, space = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\s*")
 
     def skip(position: int) -> int:
         found = space.match(text, position)

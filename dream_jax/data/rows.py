@@ -34,9 +34,12 @@ class Row:
     response: the text that the model learns to write, without an end token.
     pieces: the consecutive pieces of the response; empty if the response is one piece of the kind "text".
     tools: functions that the chat template announces, as JSON schemas.
+    given_turns: indices in the prompt of assistant turns that are never learned, because the row says so.
     document: whether the response is a whole text without a question. Its prompt must be empty; `<|beginoftext|>` then
     takes the place of the prompt, because the first token is predicted from the position on its left.
     meta: "where" the row was found, and values that scoring needs; training does not read it.
+    unread: names of the fields of its record that nobody has read.
+    ends_early: whether turns at the end of the chat are left out, because they are marked as not to be learned.
     Raises: ValueError if the texts of the pieces do not make up the response, or if a document has a prompt.
     """
 
@@ -44,8 +47,11 @@ class Row:
     response: str
     pieces: tuple[Piece, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    given_turns: tuple[int, ...] = ()
     document: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    ends_early: bool = False
 
     def __post_init__(self) -> None:
         if self.pieces and "".join(piece.text for piece in self.pieces) != self.response:
@@ -56,19 +62,41 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """The rows of its files that a source left out.
+    """The rows and fields of its files that a source left out.
 
     bad: an error message, with file and line, for each row that could not be read.
     filtered: reason for leaving rows out -> number of rows.
+    unread: name of a field that was not read -> number of rows that have it; "messages.name" is a field of messages.
+    ignored: name of a field that was left out on request -> number of rows that have it.
+    ends_early: number of chats without their last turns, which are marked as not to be learned.
     """
 
     bad: tuple[str, ...] = ()
     filtered: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    ends_early: int = 0
 
     @property
     def left_out(self) -> int:
         """Number of rows that were left out, bad and filtered ones together."""
         return len(self.bad) + sum(self.filtered.values())
+
+    @classmethod
+    def joined(cls, intakes: "Sequence[Intake]") -> "Intake":
+        """Returns the numbers of several sources together."""
+        filtered, unread, ignored = Counter[str](), Counter[str](), Counter[str]()
+        for one in intakes:
+            filtered.update(one.filtered)
+            unread.update(one.unread)
+            ignored.update(one.ignored)
+        return cls(
+            bad=tuple(bad for one in intakes for bad in one.bad),
+            filtered=dict(filtered),
+            unread=dict(unread),
+            ignored=dict(ignored),
+            ends_early=sum(one.ends_early for one in intakes),
+        )
 
 
 class RowSource(Protocol):
@@ -78,7 +106,7 @@ class RowSource(Protocol):
     """Whether all rows have the same number of tokens. If so, only the first row is measured."""
 
     intake: Intake
-    """The rows of its files that the source left out."""
+    """The rows and fields of its files that the source left out."""
 
     def __len__(self) -> int: ...
 
@@ -128,10 +156,7 @@ class Mixture:
             raise ValueError(f"weights {weights} must be positive and finite; leave a source out instead of weight 0")
         self.parts, self.weights = tuple(parts), weights
         self.starts = tuple(itertools.accumulate((len(part) for part in parts), initial=0))
-        filtered: Counter[str] = Counter()
-        for part in parts:
-            filtered.update(part.intake.filtered)
-        self.intake = Intake(bad=tuple(bad for part in parts for bad in part.intake.bad), filtered=dict(filtered))
+        self.intake = Intake.joined([part.intake for part in parts])
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -1,76 +1,104 @@
-"""Converts records with named fields to rows: one function for each schema.
+"""Converts records with named fields to rows: one function for each kind of row.
 
 Each function takes a record and `where`, the location of the record in its file ("FILE:LINE" or "FILE:row N"). If a
-field is missing, empty or of a wrong type, it raises a ValueError whose message begins with `where`. Other fields
-are ignored.
+field is missing, empty or of a wrong type, it raises a ValueError whose message begins with `where`. A field that no
+function reads is refused if its name belongs to a prompt or to an answer; otherwise its name is in `Row.unread`.
 """
 
-import json
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from dream_jax.data.chats import ANSWER_FIELDS, QUESTION_FIELDS, read_chat, read_prompt, settle
+from dream_jax.data.fields import FieldReader
+from dream_jax.data.messages import CHAT_FIELDS
 from dream_jax.data.options import AnswerFormat, ReadOptions
 from dream_jax.data.records import text_field
 from dream_jax.data.rows import Piece, Row
-from dream_jax.tokenizer import ROLES, Message, turn_text
+from dream_jax.tokenizer import turn_text
 
 Parser = Callable[[Mapping[str, Any], str], Row | str]
-"""A function (record, location) -> row. For a record that the `ReadOptions` exclude, it returns the reason (str)."""
+"""A function (record, location) -> row. For a record that is left out, it returns the reason (str)."""
+
+RowKind = Literal["chat", "reasoning", "puzzle", "document"]
+"""The kinds of rows: chats, as messages or as columns; s1K's questions with a reasoning trace; puzzles of `input` and
+`output`, which have no chat template; and documents."""
+
+NOTHING_LEARNED = "no turn of the assistant is to be learned"
 
 
-def find_parser(found: Mapping[str, Any], where: str, options: ReadOptions) -> Parser:
-    """Returns the parser for records that have the same fields as `found`: that of the first schema that matches.
+def kind_of(found: Mapping[str, Any]) -> RowKind | None:
+    """Returns the kind of a record, which depends only on the names of its fields; None if it is of no known kind."""
+    names = found.keys()
+    traced = ({"deepseek_thinking_trajectory", "deepseek_attempt"}, {"thinking_trajectories", "attempt"})
+    if not names.isdisjoint(CHAT_FIELDS) or ("prompt" in names and not names.isdisjoint(ANSWER_FIELDS)):
+        return "chat"
+    if "question" in names and any(fields <= names for fields in traced):
+        return "reasoning"
+    if not (names.isdisjoint(QUESTION_FIELDS) or names.isdisjoint(ANSWER_FIELDS)):
+        return "chat"
+    if {"input", "output"} <= names:
+        return "puzzle"
+    return "document" if "text" in names else None
 
-    A schema matches if the record has all of its fields.
-    Raises: ValueError if no schema matches; the message lists the schemas.
-    """
 
-    def parse_graded(found: Mapping[str, Any], where: str) -> Row | str:
-        row = parse_s1k(found, where, options.answer_format)
-        return (_wrong_grade(found, where) if options.only_correct else None) or row
+def check_kind(found: Mapping[str, Any], where: str) -> RowKind:
+    """Returns the kind of a record. Raises ValueError, which lists the kinds, if it is of none."""
+    kind = kind_of(found)
+    if kind is None:
+        raise ValueError(
+            f"{where}: fields {sorted(found)} match no known schema; a row needs one of these sets of fields: 'messages'; "
+            "'prompt' and 'response' (or 'completion'); 'question' and 'answer'; 'instruction' and 'output' (and 'input'); "
+            "'input' and 'output'; 'text' (a whole document); 'question', 'thinking_trajectories' and 'attempt' (s1K); "
+            "'question', 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
+        )
+    return kind
 
-    parsers: tuple[tuple[set[str], Parser], ...] = (
-        ({"messages"}, parse_chat),
-        ({"prompt", "response"}, parse_chat),
-        ({"question", "deepseek_thinking_trajectory", "deepseek_attempt"}, parse_graded),
-        ({"question", "thinking_trajectories", "attempt"}, parse_graded),
-        ({"question", "answer"}, parse_gsm8k),
-        ({"input", "output"}, parse_puzzle),
-        ({"text"}, parse_document),  # last, because records of the other schemas may also have a field "text"
-    )
-    for fields, parser in parsers:
-        if fields <= found.keys():
-            return parser
-    raise ValueError(
-        f"{where}: fields {sorted(found)} match no known schema; a row needs one of these sets of fields: 'messages'; "
-        "'prompt' and 'response'; 'question' and 'answer'; 'input' and 'output'; 'text' (a whole document); "
-        "'question', 'thinking_trajectories' and 'attempt' (s1K); "
-        "'question', 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
-    )
+
+def parser_of(kind: RowKind, options: ReadOptions) -> Parser:
+    """Returns the parser for the records of a kind."""
+    parsers: dict[RowKind, Parser] = {
+        "chat": parse_chat,
+        "reasoning": functools.partial(_parse_graded, options),
+        "puzzle": parse_puzzle,
+        "document": parse_document,
+    }
+    return parsers[kind]
+
+
+def _parse_graded(options: ReadOptions, found: Mapping[str, Any], where: str) -> Row | str:
+    row = parse_s1k(found, where, options.answer_format)
+    return (_wrong_grade(found, where) if options.only_correct else None) or row
 
 
 def parse_document(found: Mapping[str, Any], where: str) -> Row:
     """Returns the row of `{"text": str}`: a document without a prompt, every token of which is learned."""
-    return Row(prompt="", response=text_field(found, "text", where), document=True, meta={"where": where})
+    fields = FieldReader(found, where)
+    text = fields.text("text")
+    return Row(prompt="", response=text, document=True, meta={"where": where}, unread=settle(fields, (), text))
 
 
-def parse_gsm8k(found: Mapping[str, Any], where: str) -> Row:
+def parse_gsm8k(found: Mapping[str, Any], where: str) -> Row | str:
     """Returns the row of a GSM8K record `{"question": str, "answer": str}`.
 
     The prompt is one user turn with the question. The response is the answer, which ends with "#### NUMBER".
     """
-    question = {"role": "user", "content": text_field(found, "question", where)}
-    return Row(prompt=(question,), response=text_field(found, "answer", where), meta={"where": where})
+    for name in ("question", "answer"):
+        text_field(found, name, where)
+    return parse_chat(found, where)
 
 
 def parse_puzzle(found: Mapping[str, Any], where: str) -> Row:
     """Returns the row of `{"input": str, "output": str}`, Dream's format of puzzles, which has no chat template."""
-    return puzzle_row(text_field(found, "input", where), text_field(found, "output", where), {"where": where})
+    fields = FieldReader(found, where)
+    question, answer = fields.text("input"), fields.text("output")
+    shown = ({"role": "user", "content": question},)
+    return puzzle_row(question, answer, {"where": where}, settle(fields, shown, answer))
 
 
-def puzzle_row(question: str, answer: str, meta: Mapping[str, Any]) -> Row:
+def puzzle_row(question: str, answer: str, meta: Mapping[str, Any], unread: tuple[str, ...] = ()) -> Row:
     """Returns the row of a puzzle: the prompt is the question and a newline, without a template."""
-    return Row(prompt=question + "\n", response=answer, meta=meta)
+    return Row(prompt=question + "\n", response=answer, meta=meta, unread=unread)
 
 
 # --- s1K ---
@@ -81,22 +109,25 @@ def parse_s1k(found: Mapping[str, Any], where: str, answer_format: AnswerFormat 
 
     s1K has `question`, `thinking_trajectories` (a list) and `attempt`; s1K-1.1 has `question`,
     `deepseek_thinking_trajectory`, `deepseek_attempt` and `deepseek_grade`. The prompt is one user turn with the
-    question; `reasoning` joins the response. If present, `solution`, `source_type` and `deepseek_grade` are copied
-    to `meta`.
+    question (and what else `read_prompt` reads, such as `system`); `reasoning` joins the response. If present, `solution`,
+    `source_type` and `deepseek_grade` are copied to `meta`.
     """
+    fields = FieldReader(found, where)
     if "deepseek_attempt" in found:
-        trace = text_field(found, "deepseek_thinking_trajectory", where)
-        answer = text_field(found, "deepseek_attempt", where)
+        trace, answer = fields.text("deepseek_thinking_trajectory"), fields.text("deepseek_attempt")
     else:
-        trace, answer = _joined_traces(found, where), text_field(found, "attempt", where)
-    question = {"role": "user", "content": text_field(found, "question", where)}
+        fields.take("thinking_trajectories")
+        trace, answer = _joined_traces(found, where), fields.text("attempt")
+    text_field(found, "question", where)
+    prompt = read_prompt(fields)
     pieces = reasoning(trace, answer, answer_format)
-    carried = {name: found[name] for name in ("solution", "source_type", "deepseek_grade") if name in found}
+    carried = {name: fields.take(name) for name in ("solution", "source_type", "deepseek_grade") if name in fields}
     return Row(
-        prompt=(question,),
+        prompt=prompt,
         response="".join(piece.text for piece in pieces),
         pieces=pieces,
         meta={"where": where, **carried},
+        unread=settle(fields, prompt, f"{trace}\n{answer}"),
     )
 
 
@@ -154,89 +185,30 @@ def _joined_traces(found: Mapping[str, Any], where: str) -> str:
 # --- Chats ---
 
 
-def parse_chat(found: Mapping[str, Any], where: str) -> Row:
-    """Returns the row of `{"messages": [{"role", "content"}, ...], "tools": [...]}` or of `{"prompt", "response"}`.
+def parse_chat(found: Mapping[str, Any], where: str) -> Row | str:
+    """Returns the row of a chat, which `read_chat` reads from messages or from columns such as `prompt` and `response`.
 
-    The last message must be from the assistant; its text is the response. All earlier messages are the prompt. `tools`,
-    if present, is a list of functions as JSON schemas. An assistant message may have `tool_calls`, a list of {"name",
-    "arguments"} or of {"function": {"name", "arguments"}}; "arguments" is an object or a string of JSON. Messages with
-    the role `tool` contain the results of these calls.
-    Raises: ValueError for a missing, empty or mistyped field, an unknown role, a last message that is not from the
-    assistant, or a chat with one message only.
+    The response is the text of the last turn of the assistant, and all earlier messages are the prompt. Turns that the row
+    marks as not to be learned are only given; a chat that ends with them ends earlier, at its last turn to be learned. If
+    there is none, `NOTHING_LEARNED` is returned.
+    Raises: ValueError as `read_chat`.
     """
-    meta = {"where": where}
-    if "messages" in found:
-        turns = parse_messages(found["messages"], where)
-        if turns[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{where}: the last message is the {turns[-1]['role']}'s; "
-                "it must be the assistant's, because it is the response that the model learns"
-            )
-        if len(turns) == 1:
-            raise ValueError(f"{where}: the assistant's message is the only one; put at least one message before it")
-        tools = _parse_tools(found.get("tools"), where)
-        return Row(prompt=tuple(turns[:-1]), response=turn_text(turns[-1]), tools=tools, meta=meta)
-    if "prompt" in found and "response" in found:
-        prompt = {"role": "user", "content": text_field(found, "prompt", where)}
-        return Row(prompt=(prompt,), response=text_field(found, "response", where), meta=meta)
-    raise ValueError(
-        f"{where}: a chat record needs 'messages', or 'prompt' and 'response', but has the fields {sorted(found)}"
+    chat = read_chat(found, where)
+    turns = chat.messages
+    learned = [
+        index
+        for index, turn in enumerate(turns)
+        if index > 0 and turn["role"] == "assistant" and index not in chat.given
+    ]
+    if not learned:
+        return NOTHING_LEARNED
+    end = learned[-1]
+    return Row(
+        prompt=turns[:end],
+        response=turn_text(turns[end]),
+        tools=chat.tools,
+        given_turns=tuple(index for index in chat.given if index < end),
+        meta={"where": where},
+        unread=chat.unread,
+        ends_early=end < len(turns) - 1,
     )
-
-
-def parse_messages(messages: object, where: str) -> list[Message]:
-    """Returns the messages of a chat, at least one, each a dict with `role` and `content`.
-
-    An assistant message with calls also has `tool_calls`, a list of {"name": str, "arguments": dict}.
-    Raises: ValueError for a wrong type, an unknown role or an empty content.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list with at least one message, not {messages!r:.60}")
-    turns: list[Message] = []
-    for index, message in enumerate(messages):
-        at = f"{where}: message {index}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{at}: must be an object with 'role' and 'content', not {message!r:.60}")
-        role = text_field(message, "role", at)
-        if role not in ROLES:
-            raise ValueError(f"{at}: role {role!r} must be one of {', '.join(ROLES)}")
-        turn: dict[str, Any] = {"role": role}
-        if role == "assistant" and message.get("tool_calls"):
-            turn["content"] = text_field(message, "content", at) if message.get("content") else ""
-            turn["tool_calls"] = _parse_calls(message["tool_calls"], at)
-        else:
-            turn["content"] = text_field(message, "content", at)
-        turns.append(turn)
-    return turns
-
-
-def _parse_calls(calls: object, at: str) -> list[dict[str, Any]]:
-    """Returns the tool calls as {"name": str, "arguments": dict}; arguments that are null are left out."""
-    if not isinstance(calls, list):
-        raise ValueError(f"{at}: 'tool_calls' must be a list, not {calls!r:.60}")
-    parsed = []
-    for call in calls:
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            call = call["function"]
-        if not isinstance(call, dict) or "arguments" not in call:
-            raise ValueError(f"{at}: a tool call must have 'name' and 'arguments', not {call!r:.60}")
-        arguments = call["arguments"]
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise ValueError(f"{at}: the arguments of a tool call are not JSON ({error})") from error
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{at}: the arguments of a tool call must be an object, not {arguments!r:.60}")
-        # A parquet file stores every argument in every row; its value is null if the call did not give it.
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        parsed.append({"name": text_field(call, "name", at), "arguments": arguments})
-    return parsed
-
-
-def _parse_tools(tools: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    if tools is None:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where}: 'tools' must be a list of objects, not {tools!r:.60}")
-    return tuple(tools)

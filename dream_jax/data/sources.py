@@ -1,18 +1,21 @@
 """Opens sources of rows by name or path, and divides data that has no test split."""
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dream_jax.data import records
+from dream_jax.data.chats import MESSAGE_LISTS
+from dream_jax.data.fields import without_fields
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
-from dream_jax.data.schemas import Parser, find_parser, parse_gsm8k
+from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
 from dream_jax.data.sudoku import SudokuSource
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
@@ -39,16 +42,19 @@ def open_source(
     A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or a data
     set that `datasets` saved there. A file: see `read_rows`.
     organisation/name, if no such path exists: a data set that is downloaded from the Hugging Face hub.
-    A file, saved data set, shards or hub data set without a test split are divided by `hold_out`.
+    A file, saved data set, shards or hub data set without a test split are divided by `hold_out`. Other names of splits,
+    and the configuration, are in `options`.
     Raises: ValueError for an unknown name or split, or for a bad row unless options.skip_bad; FileNotFoundError for a
     missing file; ConnectionError if a hub data set is neither cached nor reachable.
     """
     check_split(split)
     name, path = str(name_or_path), Path(name_or_path)
+    if name in ("sudoku", "gsm8k"):
+        _check_no_choice(name, options)
     if name == "sudoku":
         return SudokuSource(split, seed=seed, min_givens=SUDOKU_GIVENS)
     if name == "gsm8k":
-        return parse_lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k)
+        return parse_lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k, options)
     if name == "s1k":
         return _open_path(_asset("s1k", ["s1k", *(f"s1k{suffix}" for suffix in records.SUFFIXES)]), split, options)
     if path.exists():
@@ -57,7 +63,7 @@ def open_source(
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
     # If a folder has the name of the organisation, the user probably mistyped a path, so nothing is downloaded.
     if records.HUB_ID.fullmatch(name) and not path.parent.exists():
-        return _one_split(records.hub_splits(name), split, name, options)
+        return _one_split(records.hub_splits(name, options.config), split, name, options)
     raise ValueError(f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}")
 
 
@@ -68,13 +74,21 @@ def open_mixture(
     seed: int = 0,
     options: ReadOptions = ReadOptions(),
 ) -> RowSource:
-    """Opens several sources as a `Mixture`, or a single one as itself. Raises like `open_source` and `Mixture`."""
-    parts = [open_source(name, split, seed, options) for name in names_or_paths]
+    """Opens several sources as a `Mixture`, or a single one as itself.
+
+    The names of splits and the configuration in `options` are those of the first source.
+    Raises: like `open_source` and `Mixture`; ValueError if no row for training has a field of `options.ignored_fields`.
+    """
+    rest = dataclasses.replace(options, split=None, test_split=None, config=None)
+    parts = [open_source(name, split, seed, rest if number else options) for number, name in enumerate(names_or_paths)]
+    missing = sorted(set(options.ignored_fields) - {name for part in parts for name in part.intake.ignored})
+    if missing and split == "train":
+        raise ValueError(f"no row has the field(s) {missing} of --ignore-field; leave out what the data does not have")
     return parts[0] if len(parts) == 1 and not weights else Mixture(parts, weights)
 
 
 def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
-    """Returns all rows of a file. The first record with the fields of a known schema decides the schema of all rows.
+    """Returns all rows of a file, which must be of one kind, whatever their order.
 
     Raises: ValueError, with file and line, for a bad row unless options.skip_bad, or if no row is left;
     FileNotFoundError if the file is missing.
@@ -82,23 +96,30 @@ def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
     return _read_files([path], options, str(path))
 
 
-def parse_lines(path: Path, parser: Callable[[Mapping[str, Any], str], Row]) -> RowList:
+def parse_lines(path: Path, parser: Parser, options: ReadOptions = ReadOptions()) -> RowList:
     """Returns all rows of a file of JSON lines, read with `parser`. Raises like `read_json_lines` and the parser."""
-    return RowList([parser(found, where) for where, found in records.read_json_lines(path)])
+    return _rows(records.read_json_lines(path), options, str(path), parser=parser)
 
 
 def _rows(
-    found: Iterable[records.Record], options: ReadOptions, name: str, bad: list[ValueError] | None = None
+    found: Iterable[records.Record],
+    options: ReadOptions,
+    name: str,
+    bad: list[ValueError] | None = None,
+    parser: Parser | None = None,
 ) -> RowList:
-    """Returns the rows of the records. The first record with the fields of a known schema decides the schema of all.
+    """Returns the rows of the records, which must be of one kind; what is not read of them is counted.
 
     bad: collects the errors of records that could not be read; it also grows while `found` is read.
+    parser: reads the records; None: the parser of their kind.
     """
     rows, left_out, bad = list[Row](), Counter[str](), [] if bad is None else bad
-    parse: Parser | None = None
+    unread, ignored = Counter[str](), Counter[str]()
+    parse = parser or _OneKind(options)
     for where, record in found:
         try:
-            parse = parse or find_parser(record, where, options)
+            record, had = without_fields(record, options.ignored_fields, MESSAGE_LISTS)
+            ignored.update(had)
             row = parse(record, where)
         except ValueError as complaint:
             if not options.skip_bad:
@@ -107,14 +128,43 @@ def _rows(
             continue
         if isinstance(row, Row):
             rows.append(row)
+            unread.update(row.unread)
         else:
             left_out[row] += 1
     if not rows:
         first = f"; the first bad row: {bad[0]}" if bad else ""
+        reasons = f" ({', '.join(left_out)})" if left_out else ""
         raise ValueError(
-            f"{name}: no row is left; {len(bad)} rows are bad, {left_out.total()} are left out by a filter{first}"
+            f"{name}: no row is left; {len(bad)} rows are bad, {left_out.total()} are left out by a filter{reasons}{first}"
         )
-    return RowList(rows, Intake(bad=tuple(map(str, bad)), filtered=dict(left_out)))
+    intake = Intake(
+        bad=tuple(map(str, bad)),
+        filtered=dict(left_out),
+        unread=dict(unread),
+        ignored=dict(ignored),
+        ends_early=sum(row.ends_early for row in rows),
+    )
+    return RowList(rows, intake)
+
+
+class _OneKind:
+    """Parses records, and refuses a record of another kind than the first one, so that their order decides nothing."""
+
+    def __init__(self, options: ReadOptions):
+        self._options = options
+        self._first: tuple[RowKind, str] | None = None
+
+    def __call__(self, record: Mapping[str, Any], where: str) -> Row | str:
+        if self._first is None:
+            self._first = check_kind(record, where), where
+        kind, first = self._first
+        found = kind_of(record)
+        if found not in (kind, None):
+            raise ValueError(
+                f"{where}: the fields {sorted(record)} make a {found} row, but {first} is a {kind} row; all rows of a file "
+                "must be of one kind (docs/data.md), so give them as two files (--data and --mix)"
+            )
+        return parser_of(kind, self._options)(record, where)
 
 
 def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowList:
@@ -124,32 +174,64 @@ def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowLi
     return _rows(chain.from_iterable(records.read_records(path, on_bad) for path in paths), options, name, bad)
 
 
+def _check_no_choice(name: str, options: ReadOptions) -> None:
+    """Raises ValueError if a split or a configuration is chosen of data that has none."""
+    given = {"--data-split": options.split, "--eval-split": options.test_split, "--data-config": options.config}
+    for flag, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} has nothing to choose from with {flag} {value}, which is for directories, saved data sets and hub "
+                "data sets; leave it out"
+            )
+
+
 def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
     """Returns the rows of one split of a file, of a directory with data files, or of a saved data set."""
     if not path.is_dir():
+        _check_no_choice(str(path), options)
         return hold_out(read_rows(path, options), split, str(path), options.held_out)
+    if options.config is not None:
+        if not (path / options.config).is_dir():
+            folders = sorted(one.name for one in path.iterdir() if one.is_dir())
+            raise ValueError(f"{path} has no folder {options.config!r} for --data-config; its folders are {folders}")
+        path = path / options.config
     if records.is_saved_dataset(path):
         return _one_split(records.saved_splits(path), split, str(path), options)
-    files = records.split_files(path, split)
-    train = records.split_files(path, "train")
+    train_name, test_name = _split_names(options)
+    train = records.split_files(path, train_name)
+    test = records.split_files(path, test_name) if test_name else []
     # If train.jsonl or train.json exists, a missing test file is an error. Parquet shards often have no test split.
-    sharded = [file for file in train if file.suffix == ".parquet"]
-    if not files and not sharded:
+    alone = not test and (
+        test_name is None or (not options.test_split and any(one.suffix == ".parquet" for one in train))
+    )
+    files = test if split == "test" and not alone else train
+    if not files:
+        missing = train_name if split == "train" or alone else test_name
         raise FileNotFoundError(
-            f"no {split}.jsonl, {split}.json or {split}.parquet in {path}; a data directory needs train.jsonl and "
-            "test.jsonl; or give the path of one file"
+            f"no {missing}.jsonl, {missing}.json or {missing}.parquet in {path}; a data directory needs train.jsonl and "
+            "test.jsonl, or other names that --data-split and --eval-split give; or give the path of one file"
         )
-    rows = _read_files(files or train, options, str(path))
-    alone = bool(sharded) and not records.split_files(path, "test")
+    rows = _read_files(files, options, str(path))
     return hold_out(rows, split, str(path), options.held_out) if alone else rows
+
+
+def _split_names(options: ReadOptions) -> tuple[str, str | None]:
+    """Returns the names of the training split and of the test split; None if the test split is always held out."""
+    return options.split or "train", options.test_split or (None if options.split else "test")
 
 
 def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
     """Returns the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
-    if "train" not in splits:
-        raise ValueError(f"{name} has the splits {sorted(splits)}, but needs one with the name train")
-    rows = _rows(splits[split if "test" in splits else "train"], options, name)
-    return rows if "test" in splits else hold_out(rows, split, name, options.held_out)
+    train, test = _split_names(options)
+    for wanted in (train, options.test_split):
+        if wanted is not None and wanted not in splits:
+            raise ValueError(
+                f"{name} has the splits {sorted(splits)}, and none is called {wanted}; choose one to train on with "
+                "--data-split, and one for evaluation with --eval-split"
+            )
+    separate = test is not None and test in splits
+    rows = _rows(splits[test if test is not None and separate and split == "test" else train], options, name)
+    return rows if separate else hold_out(rows, split, name, options.held_out)
 
 
 def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:

@@ -80,6 +80,9 @@ def _data(record: Record) -> list[str]:
         *((f"dropped: {reason}", count) for reason, count in rows["reasons"].items()),
         *((f"left out by a filter: {reason}", count) for reason, count in rows["filtered"].items()),
         ("bad rows skipped", len(rows["bad"])),
+        # Runs of earlier versions have no numbers of fields.
+        *((f"field that is not read: {name}", count) for name, count in rows.get("unread", {}).items()),
+        *((f"field that is left out on request: {name}", count) for name, count in rows.get("ignored", {}).items()),
         ("answers kept whole, with their end token", f"{rows['whole']} ({rows['whole'] / max(rows['kept'], 1):.1%})"),
         ("rows that were shortened", rows["cut"]),
         ("tokens: shortest, mean, longest", f"{rows['shortest']}, {rows['mean']:.1f}, {rows['longest']}"),

@@ -111,10 +111,12 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
     """Returns why the run in the folder cannot be resumed with these settings and what to do; None if it can."""
     if (settings.run.out / "summary.json").is_file():
         return "a finished run; pass --overwrite to delete it, or give another --out"
+    # A setting that an earlier version did not have counts as its default.
+    before = TrainSettings().plain() | dict(before)
     changed = [
-        f"{name} was {before.get(name)!r}, now {value!r}"
+        f"{name} was {before[name]!r}, now {value!r}"
         for name, value in settings.plain().items()
-        if name not in FREE and before.get(name) != value
+        if name not in FREE and before[name] != value
     ]
     if not changed:
         return None

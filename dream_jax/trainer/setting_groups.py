@@ -113,6 +113,14 @@ class RowSettings:
     organisation/name to download"""
     mix: tuple[str, ...] = ()
     """further data sets to mix with --data, each given like --data"""
+    data_split: str | None = None
+    """name of the split of --data to train on, if it is not called train (such as train_sft)"""
+    eval_split: str | None = None
+    """name of the split of --data to evaluate on; by default test, or with --data-split a share of that split"""
+    data_config: str | None = None
+    """configuration of the hub data set --data (such as main), or folder in the directory --data"""
+    ignore_field: tuple[str, ...] = ()
+    """names of fields of rows or messages to train without, as if the data did not have them"""
     mix_weights: tuple[float, ...] = ()
     """relative frequencies of the rows of --data and of each --mix, in this order; by default their numbers of rows"""
     answer_format: AnswerFormat = "s1"
@@ -147,6 +155,10 @@ class RowSettings:
         """Returns the options for reading files as rows."""
         return ReadOptions(
             answer_format=self.answer_format,
+            ignored_fields=self.ignore_field,
+            split=self.data_split,
+            test_split=self.eval_split,
+            config=self.data_config,
             only_correct=self.only_correct,
             skip_bad=self.skip_bad_rows,
             held_out=self.held_out,
