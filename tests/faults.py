@@ -236,10 +236,10 @@ FAULTS = (
         "tests/test_inference.py -k end_at_the_end_token",
     ),
     Fault(
-        "evaluation: the first number of an answer counts, not the last",
-        "dream_jax/evaluation/gsm8k.py",
-        "_value(numbers[-1])",
-        "_value(numbers[0])",
+        "evaluation: the first sentence of an answer counts, not the last",
+        "dream_jax/evaluation/conclusions.py",
+        "for sentence in reversed(_sentences(text)):",
+        "for sentence in _sentences(text):",
         "tests/test_evaluation_judges.py -k test_numbers",
     ),
     Fault(

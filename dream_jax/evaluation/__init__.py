@@ -4,6 +4,7 @@
 |---|---|
 | `problems` | the types Problem, Judge and Verdict |
 | `puzzles`, `gsm8k`, `probe` | judges: of sudoku and countdown; of the final number of an answer; of expected texts |
+| `conclusions`, `sentences`, `numerals` | the number with which an answer concludes; of a sentence; numbers in a text |
 | `tasks` | tasks with sampled answers: their files and prompts |
 | `scored_texts` | tasks that are scored by likelihood: multiple choice and texts |
 | `likelihood` | the Monte Carlo bound on log p(text) |

@@ -1,26 +1,23 @@
-"""The judge of GSM8K: finds the final number of an answer in words, and compares it with the reference."""
+r"""The judge of GSM8K: compares the number with which an answer concludes with the number of the reference answer.
+
+`conclusions` finds the number. If the reference is only one of several numbers that the author may have meant, the
+verdict is "undecided": it counts as not correct, and the report says how many verdicts are undecided.
+"""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
+from dream_jax.evaluation.conclusions import conclude
+from dream_jax.evaluation.numerals import CURRENCY, MAX_DIGITS, plain
 from dream_jax.evaluation.problems import Verdict
 
-# Digits with or without thousands separators (a comma, or "{,}" and "\," in LaTeX), and then decimals. A group after a
-# separator has three digits, so "1,2,3" is three numbers.
-_DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-# A minus is a sign only if no number or word stands before it: 5-3 ends in 3, not in -3. A minus with a space after it
-# is a subtraction or the bullet of a list. The minus may stand before or after a currency sign.
-_NUMBER = re.compile(
-    r"(?<![\w.])(?<![0-9] )(?P<minus>[-\u2212])?(?:\\?[$\u20ac\u00a3])?(?P<minus2>[-\u2212])?"
-    rf"(?P<digits>{_DIGITS}|\.[0-9]+)|(?P<plain>{_DIGITS})"
+_STRICT = re.compile(
+    rf"(?P<minus>-)?[{CURRENCY}]?(?P<minus2>-)?(?P<digits>(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,{MAX_DIGITS}}})"
+    rf"(?:\.[0-9]{{1,{MAX_DIGITS}}})?|\.[0-9]{{1,{MAX_DIGITS}}})"
 )
-_FRACTION = re.compile(
-    r"(?P<sign>-?)\s*(?:\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+))(?![0-9]|\.[0-9])"
-)
-_ANNOUNCED = re.compile(r"\banswer\b(?:[^.\n0-9]{0,40}?\b(?:is|be|comes to)\b|[\s*_]*[:=])", re.IGNORECASE)
-_LONGEST = 100_000  # Only this many characters at the end of an answer are searched.
+_STRICT_FRACTION = re.compile(rf"(-?[0-9]{{1,{MAX_DIGITS}}}) ?/ ?([0-9]{{1,{MAX_DIGITS}}})")
 
 
 def to_number(text: str) -> Fraction | None:
@@ -28,71 +25,13 @@ def to_number(text: str) -> Fraction | None:
 
     The number may be a fraction, and may have a currency sign, thousands separators, a per cent sign and a full stop.
     """
-    text = text.strip().rstrip(".").rstrip("%\\").strip()
-    fraction = _FRACTION.fullmatch(text)
-    if fraction:
-        return _fraction_value(fraction)
-    found = _NUMBER.fullmatch(text)
-    return None if found is None else _value(found)
-
-
-def _value(found: re.Match[str]) -> Fraction:
-    digits = re.sub(r"[{}\\,]", "", found["digits"] or found["plain"])
-    return Fraction(digits) * (-1 if found["minus"] or found["minus2"] else 1)
-
-
-def _fraction_value(found: re.Match[str]) -> Fraction | None:
-    top, bottom = int(found[2] or found[4]), int(found[3] or found[5])
-    return None if bottom == 0 else Fraction(top, bottom) * (-1 if found["sign"] else 1)
-
-
-def _first_number(text: str) -> Fraction | None:
-    """Returns the first number of the first sentence, or that after its last "=" if it has one ("3 * 4 = 12")."""
-    sentence = re.split(r"\n|\.\s", text.lstrip(), maxsplit=1)[0].rpartition("=")[2]
-    numbers = _NUMBER.search(sentence)
-    fraction = _FRACTION.search(sentence)
-    if fraction and numbers and fraction.start() <= numbers.start():
-        return _fraction_value(fraction)
-    return None if numbers is None else _value(numbers)
-
-
-def final_number(answer: str) -> tuple[Fraction, str] | None:
-    r"""Returns the final number of an answer and a text that says where it was found; None if there is no number.
-
-    The first of these places that has a number counts: after the last "####", in the last `\boxed{...}`, after the last
-    "answer is" or "answer:", and otherwise the last number of the text.
-    """
-    text = answer[-_LONGEST:]
-    if "####" in text and (value := _first_number(text.rpartition("####")[2])) is not None:
-        return value, "after ####"
-    if "\\boxed{" in text and (value := _first_number(_braced(text.rpartition("\\boxed{")[2]))) is not None:
-        return value, "in a box"
-    # Only an announcement with a number counts: in "The answer is 5. That answer is right." it is the first.
-    for announced in reversed(list(_ANNOUNCED.finditer(text))):
-        if (value := _first_number(text[announced.end() :])) is not None:
-            return value, "announced as the answer"
-    numbers = list(_NUMBER.finditer(text))
-    return (_value(numbers[-1]), "the last number") if numbers else None
-
-
-def _braced(text: str) -> str:
-    """Returns `text` up to the brace that closes the group whose opening brace stands just before `text`."""
-    depth = 1
-    for at, sign in enumerate(text):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return text[:at]
-    return text
-
-
-def judge_number(expected: Fraction, answer: str) -> Verdict:
-    """Judges whether the final number of `answer` is exactly `expected`; 18, 18.00 and $18 are equal."""
-    found = final_number(answer)
-    if found is None:
-        return Verdict(correct=False, found=None, reason="no number in the answer")
-    value, how = found
-    shown = str(value.numerator) if value.denominator == 1 else f"{float(value):g}"
-    return Verdict(correct=value == expected, found=shown, reason=how)
+    text = plain(text[: 4 * MAX_DIGITS]).strip().rstrip(".").rstrip("%").strip()
+    if fraction := _STRICT_FRACTION.fullmatch(text):
+        return Fraction(int(fraction[1]), int(fraction[2])) if int(fraction[2]) else None
+    found = _STRICT.fullmatch(text)
+    if found is None or len(found["digits"]) > 2 * MAX_DIGITS:
+        return None
+    return Fraction(found["digits"].replace(",", "")) * (-1 if found["minus"] or found["minus2"] else 1)
 
 
 def expected_number(answer: str, where: str) -> Fraction:
@@ -100,7 +39,32 @@ def expected_number(answer: str, where: str) -> Fraction:
 
     Raises: ValueError, which begins with `where`, if there is no such number.
     """
-    value = to_number(answer.rpartition("####")[2]) if "####" in answer else None
+    after = answer.rpartition("####")[2]
+    value = to_number(after) if "####" in answer and len(after) <= 4 * MAX_DIGITS else None
     if value is None:
         raise ValueError(f'{where}: the answer does not end with "#### NUMBER": {answer[-40:]!r}')
     return value
+
+
+def final_number(answer: str) -> tuple[Fraction, str] | None:
+    """Returns the number with which an answer concludes and a text that says where; None if that is not sure."""
+    found = conclude(answer)
+    return None if found is None or found.value is None else (found.value, found.how)
+
+
+def judge_number(expected: Fraction, answer: str) -> Verdict:
+    """Judges whether an answer concludes with exactly `expected`; 18, 18.00 and $18 are equal. It never raises."""
+    found = conclude(answer)
+    if found is None or not (found.readings or found.unfinished):
+        return Verdict(correct=False, found=None, reason="no number in the answer")
+    shown = None if found.value is None else _shown(found.value)
+    if found.value == expected:
+        return Verdict(correct=True, found=shown, reason=found.how)
+    if expected in found.others or (found.unfinished and found.value is None):
+        why = f"{found.how}, but not sure: the reference is one of several numbers that may be meant"
+        return Verdict(correct=False, found=shown, reason=why, decided=False)
+    return Verdict(correct=False, found=shown, reason=found.how)
+
+
+def _shown(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):g}"

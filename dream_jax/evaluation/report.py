@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dream_jax.evaluation.ledger import ITEMS, SETTINGS
+from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS
 from dream_jax.evaluation.likelihood import Bound, total
 from dream_jax.evaluation.statistics import Estimate, Paired, agreement, mean_of, mean_score, paired
 from dream_jax.files import read_json
@@ -21,11 +21,14 @@ from dream_jax.row_file import JsonRow, RowFile
 SUMMARY, TABLE, FIGURE = "summary.json", "report.md", "figure.png"
 
 SHOWN_CHANGES = 10
+SHOWN_REASONS = 5
+
+_REMEDY = "the file is damaged; give another --out, or --overwrite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The results of a run: each is an Estimate, a number, a list of numbers, or None if it was not measured."""
+    """The results of a run: each is an Estimate, a number, a list of numbers or texts, or None if it was not measured."""
 
     task: str
     numbers: dict[str, Any]
@@ -52,7 +55,45 @@ def _shown(value: Any) -> str:
         return f"{_shown(value.value)} (95 %: {_shown(value.low)} to {_shown(value.high)})"
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
+    if isinstance(value, str):
+        return " ".join(value.split()).replace("|", "\\|")  # A bar would begin the next cell of the table.
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_COUNT, _NUMBER, _FLAG, _TEXT = (int,), (int, float), (bool,), (str,)
+_NAMED: Mapping[str, tuple[type, ...]] = {"seed": _COUNT, "number": _COUNT, "identity": _TEXT}
+_SAMPLED: Mapping[str, tuple[type, ...]] = {
+    "correct": _FLAG,
+    "reason": _TEXT,
+    "answer": _TEXT,
+    "tokens_to_end": (int, type(None)),
+    "room": _COUNT,
+    "forwards": _COUNT,
+}
+_SCORED: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "choice": {"correct": _FLAG, "correct_by_byte": _FLAG},
+    "likelihood": {"nats": _NUMBER, "variance": _NUMBER, "freedom": _NUMBER, "tokens": _COUNT, "bytes": _COUNT},
+}
+
+
+def check_rows(folder: pathlib.Path, task: str, rows: Sequence[JsonRow], seconds: Sequence[JsonRow]) -> None:
+    """Checks that the rows of items.jsonl and seconds.jsonl have the fields of the task, with values of their types.
+
+    Raises: ValueError with the file, the line, the field and its value.
+    """
+    _check_fields(folder / ITEMS, rows, {**_NAMED, **_SCORED.get(task, _SAMPLED)})
+    _check_fields(folder / SECONDS, seconds, {"rows": _COUNT, "seconds": _NUMBER, "compiled": _FLAG})
+
+
+def _check_fields(path: pathlib.Path, rows: Sequence[JsonRow], fields: Mapping[str, tuple[type, ...]]) -> None:
+    for number, row in enumerate(rows, 1):
+        for name, kinds in fields.items():
+            if name not in row:
+                raise ValueError(f"{path}:{number}: the row lacks the field {name!r}; {_REMEDY}")
+            value = row[name]
+            if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{path}:{number}: {name} is {value!r:.60}, which is not of type {wanted}; {_REMEDY}")
 
 
 def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
@@ -108,7 +149,13 @@ def _sampled(rows: Sequence[JsonRow], seconds: Sequence[JsonRow], seeds: int) ->
             steady_seconds += one["seconds"]
         start += one["rows"]
     everything = sum(one["seconds"] for one in seconds)
+    undecided = collections.Counter(row["reason"] for row in rows if not row.get("decided", True))
+    shown: dict[str, Any] = {}
+    if undecided:
+        shown["undecided_reasons"] = [f"{count} x {reason}" for reason, count in undecided.most_common(SHOWN_REASONS)]
     return {
+        "undecided_answers": undecided.total(),
+        **shown,
         "same_text_under_all_seeds": sum(len(found) == 1 for found in texts.values()) / len(texts)
         if seeds > 1
         else None,
@@ -190,7 +237,8 @@ class Comparison:
 
 def _judged(row: JsonRow) -> str:
     answer = row.get("found", row.get("chosen"))
-    return f"{'right' if row['correct'] else 'wrong'} {answer!r:.60}"
+    verdict = "right" if row["correct"] else "wrong" if row.get("decided", True) else "undecided"
+    return f"{verdict} {answer!r:.60}"
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> Comparison:
@@ -243,9 +291,7 @@ def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple
     A key is (identity, number of earlier problems with the same identity).
     """
     rows = RowFile(folder / ITEMS).rows
-    for number, row in enumerate(rows, 1):
-        if not {"seed", "number", "identity", field} <= row.keys():
-            raise ValueError(f"{folder / ITEMS}:{number}: the row lacks one of seed, number, identity and {field}")
+    _check_fields(folder / ITEMS, rows, {**_NAMED, field: _NUMBER if field == "nats" else _FLAG})
     try:
         table = scores(rows, field)
     except ValueError as error:

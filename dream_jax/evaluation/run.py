@@ -89,6 +89,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
         **work.recipe,
     }
     ledger = Ledger(settings.folder, recipe, plan, overwrite=settings.overwrite)
+    report.check_rows(settings.folder, settings.task, ledger.rows, ledger.seconds)
     console.print(
         f"{settings.task}: {len(work.numbers)} problems x {settings.seeds} seed(s), {work.note}", markup=False
     )

@@ -56,7 +56,11 @@ class Choice:
         return [(seed, self.number, index) for index in range(len(self.choices))]
 
     def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
-        """Returns the row of items.jsonl, without seed and number; the arguments have one entry for each choice."""
+        """Returns the row of items.jsonl, without seed and number; the arguments have one entry for each choice.
+
+        Raises: ValueError, which begins with `where`, if a likelihood is NaN or infinite.
+        """
+        _check_bounds(self.where, bounds)
         nats = [bound.nats for bound in bounds]
         chosen, chosen_by_byte = likeliest(nats, self.choices)
         return {
@@ -93,7 +97,11 @@ class ScoredText:
         return [(seed, self.number)]
 
     def row(self, passages: Sequence[Passage], bounds: Sequence[Bound]) -> JsonRow:
-        """Returns the row of items.jsonl, without seed and number; the arguments have the one entry of this text."""
+        """Returns the row of items.jsonl, without seed and number; the arguments have the one entry of this text.
+
+        Raises: ValueError, which begins with `where`, if the likelihood is NaN or infinite.
+        """
+        _check_bounds(self.where, bounds)
         return {
             "identity": identify(self.text, self.before, self.after),
             **dataclasses.asdict(bounds[0]),
@@ -108,6 +116,15 @@ def passage(before: list[int], scored: list[int], after: list[int]) -> Passage:
     mask = np.zeros(len(tokens), bool)
     mask[len(before) : len(before) + len(scored)] = True
     return Passage(tokens=tokens, scored=mask)
+
+
+def _check_bounds(where: str, bounds: Sequence[Bound]) -> None:
+    for bound in bounds:
+        if not (math.isfinite(bound.nats) and math.isfinite(bound.variance)):
+            raise ValueError(
+                f"{where}: the likelihood of this row is {bound.nats} nats (variance {bound.variance}), because logits "
+                "of the model are NaN or infinite; check the weights, or pass --dtype float32"
+            )
 
 
 def likeliest(nats: Sequence[float], choices: Sequence[str]) -> tuple[int, int]:
