@@ -50,6 +50,12 @@ def test_answers_that_a_person_has_judged():
     assert not mistakes
     # How often the judge is not sure where a person is. A change that makes these numbers larger makes the judge worse.
     assert (counted["right", "undecided"], counted["wrong", "undecided"]) == (9, 3), counted
+    persons = collections.Counter(row["verdict"] for row in answers())
+    page = (ANSWERS.parent.parent / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    assert f"Of {len(answers())} answers that a person judged" in page
+    assert f"undecided for 9 of {persons['right']} right ones and 3 of {persons['wrong']} wrong ones" in " ".join(
+        page.split()
+    )
 
 
 def test_the_problems_of_these_answers(assets):

@@ -176,7 +176,8 @@ def _worked(after: str, how: str) -> Conclusion | None:
     direct = begins_with(first, how) if first and not re.match(r"\s*[0-9]{1,2}[.)]\s", line) else None
     phrase = _BRACKETS.sub("", first)
     before = phrase[: terms[0].start] if (terms := find_terms(phrase)) else ""
-    short = len(phrase.split()) <= 6 and len(before.split()) <= 1 and not EQUALS.search(phrase)
+    begins = len(before.split()) <= 1 and not before.rstrip().endswith(":")  # "Monday: 3" begins a solution
+    short = len(phrase.split()) <= 6 and begins and not EQUALS.search(phrase)
     if direct is not None and short and len(sentences) == 1 and (not rest.strip() or rest.startswith("\n")):
         return direct
     if direct is not None and short and len(sentences) == 1 and _CHECK.match(rest):

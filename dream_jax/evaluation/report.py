@@ -113,7 +113,7 @@ def scores(rows: Sequence[JsonRow], field: str = "correct") -> np.ndarray:
 
 
 def summarize(task: str, rows: Sequence[JsonRow], seconds: Sequence[JsonRow]) -> Summary:
-    """Returns the results of a finished run from all rows of items.jsonl and seconds.jsonl; the README explains each.
+    """Returns the results of a finished run from all rows of items.jsonl and seconds.jsonl; docs/evaluate.md explains them.
 
     Raises: ValueError if the run is not finished.
     """
