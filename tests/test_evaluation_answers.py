@@ -13,6 +13,7 @@ import time
 from fractions import Fraction
 
 import pytest
+from marking import slow
 
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.likelihood import Bound
@@ -64,17 +65,17 @@ def test_the_problems_of_these_answers(assets):
         assert json.loads(lines[row["problem"] - 1])["answer"].endswith(f"#### {row['expected']}")
 
 
-def test_every_reference_answer_is_right(assets):
-    count, prose = 0, collections.Counter()
-    for name in ("test", "train"):
-        for line in (assets / "data" / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)["answer"]
-            expected = expected_number(answer, "f:1")
-            assert judge_number(expected, answer).correct, answer
-            count += 1
-            if count % 8 == 0:  # The solution without its last line is prose that a judge must understand by itself.
-                prose[said(judge_number(expected, answer.rpartition("####")[0]))] += 1
-    assert count == 8792
+@pytest.mark.parametrize(("split", "count"), [("test", 1319), slow("train", 7473)])
+def test_every_reference_answer_is_right(assets, split, count):
+    lines = (assets / "data" / "gsm8k" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    prose: collections.Counter[str] = collections.Counter()
+    for number, line in enumerate(lines):
+        answer = json.loads(line)["answer"]
+        expected = expected_number(answer, "f:1")
+        assert judge_number(expected, answer).correct, answer
+        if number % 4 == 0:  # The solution without its last line is prose that a judge must understand by itself.
+            prose[said(judge_number(expected, answer.rpartition("####")[0]))] += 1
+    assert len(lines) == count
     assert prose["right"] > 0.97 * sum(prose.values()), prose
 
 
@@ -285,14 +286,14 @@ def test_a_million_characters(task):
 def test_the_time_is_linear_in_the_length():
     """Ten times the text takes about ten times as long; quadratic code takes a hundred times as long."""
     slow = []
-    for piece in PIECES:
+    for piece in PIECES[:27] + PIECES[27::3]:  # those that begin something, and some of the others
         seconds = []
-        for length in (3_000, 30_000):
+        for length in (2_000, 20_000):
             text = (piece * length)[:length]
             begun = time.process_time()
             JUDGES["gsm8k"](text)
             seconds.append(time.process_time() - begun)
-        if seconds[1] > 0.1 and seconds[1] > 40 * seconds[0]:
+        if seconds[1] > 0.2 and seconds[1] > 40 * seconds[0]:
             slow.append((piece, seconds))
     assert not slow
 
@@ -311,7 +312,7 @@ def test_a_search_that_takes_years_is_stopped():
     pattern = "^(([0-9\n]|[0-9\n]|[0-9\n]|[0-9\n])+)+X"
     begun = time.monotonic()
     verdict = parse_expectation({"matches": pattern}, "f:1")("0012\n0000\n0000\n0003\n" * 3)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 13
     assert said(verdict) == "undecided" and "was stopped" in verdict.reason
 
 

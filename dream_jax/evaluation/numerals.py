@@ -142,7 +142,7 @@ _SCALE = re.compile(
 _LETTER = re.compile(r"([kKM])(?![\w'])")
 _NEGATIVE = re.compile(r"(?:(?<![0-9] )\bminus|\bnegative) $", re.IGNORECASE)
 _CODE = re.compile(r"(?<![A-Za-z])(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CHF|CAD|AUD|US|Rs\.?)$")
-_CLOCK = re.compile(r"(?::00)? ?[aApP]\.?[mM]\b")
+_HOUR = re.compile(r"(?::00)? ?[aApP]\.?[mM]\b")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -213,7 +213,7 @@ def _suffixes(
         power = int(found[1])
         small = abs(power) <= _MAX_EXPONENT and abs(value) < 10**6 and value.denominator < 10**6
         return (value**power if small and value else None), others, found.end()
-    if whole and (found := _CLOCK.match(text, end)):
+    if whole and (found := _HOUR.match(text, end)):
         return value, others, found.end()
     if whole and (found := _MIXED.match(text, end)) and int(found[2]):
         part = Fraction(int(found[1]), int(found[2]))
@@ -310,9 +310,10 @@ def spelt_numbers(text: str) -> Iterator[Numeral]:
     for found in _SPELT.finditer(text):
         words = [word for word in re.split(r"[ -]", found[0].lower()) if word != "and"]
         if len(words) <= 16:
-            value, others = _spelt(words), frozenset[Fraction]()
+            value = _spelt(words)
+            others: frozenset[Fraction] = frozenset()
             if value is not None and text[found.end() : found.end() + 6].lower() == " dozen":
-                value, others = None, frozenset({value, value * 12})
+                others, value = frozenset({value, value * 12}), None
             yield Numeral(start=found.start(), end=found.end(), value=value, others=others)
 
 
