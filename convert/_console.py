@@ -34,6 +34,8 @@ class Meter:
         self._console.print(
             f"checked {conversion.source}: {conversion.tensors} tensors, {conversion.parameters:,} parameters"
         )
+        if conversion.note is not None:
+            self._console.print(conversion.note, markup=False)
         self._total = conversion.nbytes
         if self._console.is_terminal:
             self._task = self._bar.add_task("", total=self._total)

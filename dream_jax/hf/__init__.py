@@ -1,7 +1,8 @@
 """Reads and writes checkpoints in the layout of Hugging Face: safetensors files with published names and shapes.
 
 `table` maps published tensors to parameters, `source` opens and reads files, `load` turns them into jax arrays, and
-`export` writes files. Code that comes with a checkpoint is never executed, and only `fetch` uses the network.
+`export` writes files; `peft` reads and writes adapters in the layout of PEFT. Code that comes with a checkpoint is never
+executed, and only `fetch` uses the network.
 """
 
 from dream_jax.hf.export import MAX_SHARD_SIZE, export, export_from
@@ -14,6 +15,15 @@ from dream_jax.hf.load import (
     nested,
     reading_threads,
     start_reading,
+)
+from dream_jax.hf.peft import (
+    PEFT_CONFIG,
+    PEFT_PICKLE,
+    PEFT_WEIGHTS,
+    PeftAdapter,
+    PeftConfig,
+    read_peft,
+    write_peft,
 )
 from dream_jax.hf.source import INDEX, SINGLE, SafetensorsSource, Tensor, fetch, is_hub_id, open_source
 from dream_jax.hf.table import (
@@ -29,11 +39,16 @@ from dream_jax.hf.table import (
 __all__ = [
     "INDEX",
     "MAX_SHARD_SIZE",
+    "PEFT_CONFIG",
+    "PEFT_PICKLE",
+    "PEFT_WEIGHTS",
     "RULES",
     "SINGLE",
     "Buffers",
     "ConversionRule",
     "Destination",
+    "PeftAdapter",
+    "PeftConfig",
     "Reading",
     "SafetensorsSource",
     "Tensor",
@@ -50,6 +65,8 @@ __all__ = [
     "nested",
     "open_source",
     "parameter_shapes",
+    "read_peft",
     "reading_threads",
     "start_reading",
+    "write_peft",
 ]

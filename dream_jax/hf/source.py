@@ -153,6 +153,14 @@ class SafetensorsSource:
         for start in range(first, last, step):
             yield functools.partial(self._fill, tensor, start, min(start + step, last), views)
 
+    def read(self, name: str) -> np.ndarray:
+        """Returns a whole tensor. Raises ValueError if the file has become shorter since it was opened."""
+        tensor = self.tensors[name]
+        values = np.empty(tensor.shape, tensor.dtype)
+        if values.nbytes:
+            self._read(tensor, 0, values)
+        return values
+
     def _fill(self, tensor: Tensor, start: int, stop: int, views: Sequence[tuple[slice, slice, np.ndarray]]) -> int:
         """Reads rows [start, stop) of a tensor into the views; returns the number of source bytes.
 
@@ -226,6 +234,17 @@ def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
         for column in range(0, target.shape[1], 512):
             block = np.s_[row : row + 128, column : column + 512]
             target[block] = source[block]
+
+
+def open_file(path: pathlib.Path) -> SafetensorsSource:
+    """Opens a single safetensors file; raises as `open_source` does for a file."""
+    return SafetensorsSource(path.parent, _read_header(path))
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """Returns the texts, by name, that the header of a safetensors file has beside its tensors."""
+    with safe_open(path, framework="np") as file:
+        return dict(file.metadata() or {})
 
 
 def open_source(directory: str | pathlib.Path) -> SafetensorsSource:

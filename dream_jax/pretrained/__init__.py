@@ -2,7 +2,8 @@
 
 `models` loads, saves and exports whole models; `conversion` converts between the two layouts, also with an adapter added;
 `directories` finds and identifies directories; `quantised` reads a model and quantises it to 8 or 4 bits; `adapter` saves
-and loads adapters; `autoregressive` makes a Dream checkpoint, from which training starts, from a Qwen2 one.
+and loads adapters, also in the layout of PEFT; `autoregressive` makes a Dream checkpoint, from which training starts, from
+a Qwen2 one.
 """
 
 from dream_jax.lora import merge as merge_adapter
@@ -11,6 +12,7 @@ from dream_jax.pretrained.adapter import (
     Adapter,
     adapter_params,
     describe_adapter,
+    export_peft,
     put_on,
     save_adapter,
 )
@@ -34,6 +36,7 @@ __all__ = [
     "describe_adapter",
     "dream_config",
     "export_hf",
+    "export_peft",
     "fingerprint",
     "load",
     "merge_adapter",

@@ -1,7 +1,8 @@
 """Saving and loading adapters, each in a separate directory of a few megabytes.
 
 The directory of an adapter holds `adapter.json` (the configuration of the adapter, the base that it was trained on, and the
-size of every file), `weights/adapter` (Orbax) and, if the base has one, `prompt_format.json`.
+size of every file), `weights/adapter` (Orbax) and, if the base has one, `prompt_format.json`. A directory in the layout of
+PEFT (`adapter_config.json` and `adapter_model.safetensors`) can be used in its place, and `export_peft` writes one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dream_jax import checkpoint, lora, masks
+from dream_jax import checkpoint, hf, lora, masks
 from dream_jax.config import DreamConfig
 from dream_jax.files import new_directory, read_json, write_json
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, abstract_model, split_params
+from dream_jax.pretrained.directories import check_published_mask
 from dream_jax.shapes import ParamTree
-from dream_jax.sharding import mesh_of, parameter_specs
+from dream_jax.sharding import mesh_of, parameter_shardings, parameter_specs
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
 
 ADAPTER = "adapter.json"
@@ -35,19 +37,35 @@ class Adapter:
     Attributes:
       directory: the directory of the adapter.
       config: the rank, alpha, dropout and targets of the adapter.
-      base: the configuration of the model that the adapter belongs to.
-      identity: the digest, by `lora.identity`, of the weights that the adapter was trained on.
+      base: the configuration of the model that the adapter belongs to; None for a PEFT directory, which has none.
+      identity: the digest, by `lora.identity`, of the weights that the adapter was trained on; None if it is not known.
       mask: the name of the attention mask that the adapter was trained with, as for `masks.parse`.
+      peft: the adapter in a PEFT directory; None for a directory of this project.
     """
 
     directory: pathlib.Path
     config: LoraConfig
-    base: DreamConfig
-    identity: str
+    base: DreamConfig | None
+    identity: str | None
     mask: str
+    peft: hf.PeftAdapter | None = None
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know about a PEFT adapter, as one line; None for an adapter of this project."""
+        if self.peft is None:
+            return None
+        config = self.config
+        about = f"PEFT adapter of rank {config.rank}, alpha {config.alpha:g} on {', '.join(config.targets)}"
+        unknown = "" if self.identity else "; whether these are the weights that it was trained on cannot be checked"
+        return f"{about}: {self.peft.origin}{unknown}"
 
     def check_fits(self, model: Dream) -> None:
-        """Raises ValueError if the model has another configuration than `base`; the message lists the differences."""
+        """Raises ValueError if the adapter belongs to a model of another configuration; the message has the differences."""
+        if self.base is None:
+            assert self.peft is not None
+            self.peft.check(model.config)
+            return
         ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(self.base)
         # initializer_range affects random weights only.
         different = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
@@ -56,8 +74,11 @@ class Adapter:
             raise ValueError(f"the adapter in {self.directory} belongs to another model: {lines}")
 
     def check_identity(self, identity: str, remedy: str) -> None:
-        """Raises ValueError, with the remedy in its message, if the adapter was trained on weights of another identity."""
-        if identity != self.identity:
+        """Raises ValueError, with the remedy in its message, if the adapter was trained on weights of another identity.
+
+        If the identity of those weights is not known, nothing is checked.
+        """
+        if self.identity is not None and identity != self.identity:
             raise ValueError(
                 f"the adapter in {self.directory} was trained on the weights with identity {self.identity[:12]}, but these "
                 f"weights of the same shapes have identity {identity[:12]}: {remedy}"
@@ -109,16 +130,26 @@ def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Weigh
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Reads the `adapter.json` of a directory, and checks that the files it lists have the sizes that were written.
+    """Reads the description of an adapter: the `adapter.json` of this project, or the `adapter_config.json` of PEFT.
+
+    The files that `adapter.json` lists must have the sizes that were written. For a PEFT directory the names of the tensors
+    are checked.
 
     Raises:
-      FileNotFoundError: the directory has no `adapter.json`, or a file that it lists is missing.
-      ValueError: `adapter.json` is damaged or of another format, or the size of a file is wrong.
+      FileNotFoundError: the directory holds neither, and the message says what it holds; or a file of weights is missing.
+      ValueError: the description is damaged, of another format or not implemented; or the size of a file is wrong; or the
+        directory has both descriptions.
     """
     directory = pathlib.Path(path).expanduser().resolve()
     file = directory / ADAPTER
+    if (directory / hf.PEFT_CONFIG).is_file():
+        if file.is_file():
+            raise ValueError(
+                f"{directory} holds two adapters, {ADAPTER} of this project and {hf.PEFT_CONFIG} of PEFT; remove one"
+            )
+        return _describe_peft(directory)
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no {ADAPTER}: it is not the directory of an adapter")
+        raise FileNotFoundError(f"{directory} {_what_is_there(directory)}")
     fields = read_json(file, "save it again")
     if fields.get("format") != FORMAT:
         raise ValueError(
@@ -136,15 +167,113 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
     return Adapter(directory=directory, config=config, base=base, identity=identity, mask=mask)
 
 
-def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None) -> ParamTree:
+def _describe_peft(directory: pathlib.Path) -> Adapter:
+    """Returns the description of the adapter in a PEFT directory. Raises as `hf.read_peft`."""
+    found = hf.read_peft(directory)
+    targets = tuple(name for name in lora.TARGETS if name in found.targets)
+    try:
+        config = LoraConfig(rank=found.rank, alpha=found.alpha, dropout=found.config.dropout, targets=targets)
+    except ValueError as error:
+        raise ValueError(f"{directory / hf.PEFT_CONFIG}: {error}") from error
+    # PEFT runs the published code, which has bidirectional attention only.
+    return Adapter(
+        directory=directory, config=config, base=None, identity=found.identity, mask="bidirectional", peft=found
+    )
+
+
+def _what_is_there(directory: pathlib.Path) -> str:
+    """Returns what a path without an adapter is, as the rest of an error message, with what to give instead."""
+    if not directory.exists():
+        return "does not exist; give the directory of an adapter (adapters are not downloaded)"
+    if not directory.is_dir():
+        return "is a file; give the directory of an adapter"
+    inside = next((name for name in ("adapter", "default") if (directory / name).is_dir()), None)
+    names = sorted(path.name for path in directory.iterdir())
+    if hf.PEFT_WEIGHTS in names or hf.PEFT_PICKLE in names:
+        found = f"it has weights of PEFT without their {hf.PEFT_CONFIG}; copy that file there too"
+    elif inside is not None:
+        found = f"did you mean its folder {inside}?"
+    elif "config.json" in names:
+        found = "it holds config.json, so it is the directory of a model: give it as the model"
+    else:
+        found = f"it holds {', '.join(names[:5])}{' and more' if names[5:] else ''}" if names else "it is empty"
+    return f"holds no {ADAPTER} (of this project) and no {hf.PEFT_CONFIG} (of PEFT), so it is not an adapter: {found}"
+
+
+def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None, *, base: DreamConfig | None = None) -> ParamTree:
     """Returns the weights of an adapter, a nested dict of arrays sharded over the mesh; a mesh of None is one device.
 
-    Raises ValueError if the stored weights have other names or shapes than `adapter.json` describes.
+    `base` is the configuration of the model; it is needed for an adapter in a PEFT directory, which does not have it.
+    Raises ValueError if the stored weights have other names or shapes than the description says, or are not finite.
     """
-    model = lora.attached_shapes(abstract_model(adapter.base), adapter.config)
-    unit = _unit(lora.split(split_params(model)[1])[0], mesh)
-    params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
-    return params
+    config = adapter.base or base
+    if config is None:
+        raise ValueError(
+            f"the adapter in {adapter.directory} does not say for which model it is; pass base=model.config"
+        )
+    model = lora.attached_shapes(abstract_model(config), adapter.config)
+    shapes = lora.split(split_params(model)[1])[0]
+    if adapter.peft is None:
+        unit = _unit(shapes, mesh)
+        params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
+        return params
+    found = hf.nested(adapter.peft.read(config))
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, found)
+    # Every process reads the whole adapter, and gives each of its devices the part that belongs there.
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]),
+        found,
+        parameter_shardings(shapes, mesh),
+    )
+
+
+def export_peft(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> Adapter:
+    """Writes the adapter in a directory of this project as a PEFT directory, in float32.
+
+    Args:
+      source: the directory of an adapter, with an `adapter.json`.
+      target: the directory to write. It must not exist, except with `overwrite`; it appears only when it is complete.
+      base_model: the name or path of the model that the adapter was trained on, for `base_model_name_or_path`.
+      overwrite: whether to replace a PEFT directory at `target`, when the new one is complete.
+
+    Returns:
+      The description of the adapter that was written.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `describe_adapter`; or the source is a PEFT directory already; or the adapter
+        was trained under a mask other than the bidirectional one of the published code.
+      FileExistsError: `target` exists and `overwrite` is false, or it is not a PEFT directory.
+      OSError: the disk is full, or the directory cannot be written.
+    """
+    adapter = describe_adapter(source)
+    if adapter.peft is not None:
+        raise ValueError(f"{adapter.directory} is a PEFT directory already; copy it")
+    check_published_mask(adapter.mask)
+    params = {name: np.asarray(leaf, np.float32) for name, leaf in hf.flat(adapter_params(adapter, None)).items()}
+    needed = sum(array.nbytes for array in params.values())
+    with new_directory(
+        target, overwrite=overwrite, needed_bytes=needed, reads=adapter.directory, marker=hf.PEFT_CONFIG
+    ) as directory:
+        if jax.process_index() == 0:
+            hf.write_peft(
+                directory,
+                params,
+                rank=adapter.config.rank,
+                alpha=adapter.config.alpha,
+                dropout=adapter.config.dropout,
+                base_model=base_model,
+                identity=adapter.identity,
+            )
+            if (adapter.directory / PROMPT_FORMAT_FILE).is_file():
+                shutil.copyfile(adapter.directory / PROMPT_FORMAT_FILE, directory / PROMPT_FORMAT_FILE)
+    return describe_adapter(target)
 
 
 def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
@@ -153,14 +282,15 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
     Args:
       model: a model with the configuration of the base of the adapter.
       adapter: the description of the adapter, from `describe_adapter`.
-      any_base: whether to accept other weights than those that the adapter was trained on.
+      any_base: whether to accept other weights than those that the adapter was trained on. An adapter of PEFT does not know
+        them, so it is put on any weights.
 
     Raises:
       ValueError: the model has another configuration or already an adapter; or, if `any_base` is false, it has other
         weights or is in float16, in which weights cannot be compared.
     """
     adapter.check_fits(model)
-    if not any_base:
+    if not any_base and adapter.identity is not None:
         if model.embed.embedding.dtype == np.float16:
             raise ValueError(
                 "float16 rounds the weights, so they cannot be compared with those that the adapter was trained on; load "
@@ -172,7 +302,7 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
         )
     adapted = lora.attach(model, adapter.config, jax.random.key(0))
     adapted.trained_mask = adapter.mask
-    params = adapter_params(adapter, mesh_of(model))["layers"]
+    params = adapter_params(adapter, mesh_of(model), base=model.config)["layers"]
     for name, linear in lora.projections(adapted).items():
         if name in adapter.config.targets:
             leaves = params["attn" if name in params.get("attn", {}) else "mlp"][name]

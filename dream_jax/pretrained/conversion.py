@@ -40,6 +40,7 @@ class Conversion:
       tensors: the number of tensors in the published layout.
       parameters: the number of weights.
       nbytes: the size of the weights in the target, in bytes.
+      note: what a user should know about the adapter that is added, as one line; None for nothing.
     """
 
     source: pathlib.Path
@@ -48,6 +49,7 @@ class Conversion:
     tensors: int
     parameters: int
     nbytes: int
+    note: str | None = None
 
 
 def convert_from_hf(
@@ -186,6 +188,8 @@ def convert_to_hf(
         check_published_mask(checkpoint.read_mask(directory))
     stored = _stored_dtype(directory, config) if dtype is None else as_dtype(dtype)
     conversion = _conversion(directory, pathlib.Path(target), config, stored)
+    if found is not None:
+        conversion = dataclasses.replace(conversion, note=found.note)
     readme = None if card is None else card(conversion)
     with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
         started(conversion)
@@ -219,10 +223,11 @@ class _MergedUnits:
         units: dict[str, checkpoint.WeightUnit],
         read: Callable[[checkpoint.WeightUnit], ParamTree],
         adapter: Adapter,
+        config: DreamConfig,
     ):
         self._units, self._read, self._adapter = units, read, adapter
         self._hashes: list[lora.Print] = []
-        stacked = hf.flat(adapter_params(adapter, None))
+        stacked = hf.flat(adapter_params(adapter, None, base=config))
         self._added = {name: np.asarray(leaf, np.float32) for name, leaf in stacked.items()}
 
     def __call__(self, unit: checkpoint.WeightUnit) -> Named:
@@ -265,7 +270,7 @@ def _merged_units(directory: pathlib.Path, config: DreamConfig, adapter: Adapter
     # The units are read in float32, whatever the dtype of the base is, so that the sum is rounded only once.
     units = {unit.name: unit for unit in checkpoint.units(config, "float32")}
     with unit_reader(directory, config, None) as read:
-        yield _MergedUnits(units, read, adapter)
+        yield _MergedUnits(units, read, adapter, config)
 
 
 def _stored_dtype(directory: pathlib.Path, config: DreamConfig) -> np.dtype:

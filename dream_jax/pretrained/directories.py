@@ -24,7 +24,7 @@ DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 # a second, and enough that every layer of a model has some of them.
 _PIECE, _SAMPLES = 1 << 16, 512
 # Files that describe a model, besides weights and tokenizer. Other JSON files in the directory may be results.
-_DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", PROMPT_FORMAT_FILE)
+_DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", hf.PEFT_CONFIG, PROMPT_FORMAT_FILE)
 
 # Keys of a published config.json that do not affect what the weights compute; they are copied as they are.
 _CARRIED_KEYS = (

@@ -52,7 +52,8 @@ def load(
       base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other, so that the whole model is never
         in memory in floating point; `dtype` is then the dtype of all other parameters. Such a model can run and have an
         adapter, but it cannot be saved.
-      adapter: the directory of an adapter to attach to the model. `merge_adapter` can then add it to the weights.
+      adapter: the directory of an adapter to attach to the model, written by `save_adapter` or by PEFT. `merge_adapter` can
+        then add it to the weights.
       any_base: whether to accept an adapter that was trained on other weights with the same shapes.
 
     Returns:

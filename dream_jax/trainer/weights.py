@@ -90,6 +90,11 @@ def _adapter(settings: TrainSettings) -> LoraConfig:
     return dataclasses.replace(config, dropout=settings.lora.lora_dropout)
 
 
+def adapter_note(settings: TrainSettings) -> str | None:
+    """Returns what a user should know about the adapter that the run begins with, as one line; None for nothing."""
+    return None if settings.lora.adapter is None else pretrained.describe_adapter(settings.lora.adapter).note
+
+
 def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: bool) -> tuple[ParamTree | None, Frozen]:
     """Reads the frozen weights, and for a new run the weights to train.
 
@@ -121,7 +126,7 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
     if settings.lora.adapter is not None:
         adapter = pretrained.describe_adapter(settings.lora.adapter)
         adapter.check_identity(lora.identity(model), "give --model the weights that it was trained on")
-        return pretrained.adapter_params(adapter, mesh), frozen
+        return pretrained.adapter_params(adapter, mesh, base=model.config), frozen
     key = jax.random.fold_in(jax.random.key(settings.run.seed), _ADAPTER)
     return lora.split(split_params(lora.attach(model, _adapter(settings), key))[1])[0], frozen
 
