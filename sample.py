@@ -112,6 +112,8 @@ def run(settings: SampleSettings) -> int:
         if (value := getattr(settings, field.name)) != field.default:
             console.print(f"{field.name}: {value!r}", markup=False)
     prepared = inference.prepare(settings)
+    if prepared.note is not None:
+        console.print(prepared.note, markup=False)
     sampler = settings.sampler(prepared.tokenizer)
     if settings.chat:
         converse(settings, prepared, sampler, console)
@@ -131,7 +133,9 @@ def answer_one(
 ) -> None:
     """Prints the answer to --prompt, the number of forward passes, and the time that it took."""
     tokenizer = prepared.tokenizer
-    ids = inference.encode_prompt(settings.prompt or "", prepared.template, tokenizer, allow_special=True)
+    ids = inference.encode_prompt(
+        settings.prompt or "", prepared.template, tokenizer, instruction=prepared.instruction, allow_special=True
+    )
     check_length(ids, sampler, prepared.model, "--prompt")
     model = prepared.load()
     # If the prompt itself has positions to fill in, it is printed together with the answer.
@@ -183,7 +187,9 @@ def converse(
         asked = sys.stdin.readline().strip()
         if not asked:
             break
-        messages.append({"role": "user", "content": asked})
+        # Training puts an instruction before the first question only.
+        content = asked if messages else inference.with_instruction(asked, prepared.instruction)
+        messages.append({"role": "user", "content": content})
         ids = tokenizer.chat(messages)
         check_length(ids, sampler, model, "the conversation")
         key = jax.random.fold_in(jax.random.key(settings.seed), turn)
@@ -200,7 +206,7 @@ def answer_file(
     """Appends the answers to the prompts of a file that have no answer yet to --out, and prints a summary."""
     assert settings.prompts is not None
     tokenizer = prepared.tokenizer
-    questions = read_questions(settings.prompts, prepared.template, tokenizer)
+    questions = read_questions(settings.prompts, prepared.template, tokenizer, prepared.instruction)
     for line, question in questions.items():
         check_length(question.ids, sampler, prepared.model, f"{settings.prompts}:{line}")
     answers = open_answers(settings, prepared, sampler, questions)
@@ -246,8 +252,12 @@ class Question:
     ids: list[int]
 
 
-def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer) -> dict[int, Question]:
+def read_questions(
+    path: pathlib.Path, template: Template, tokenizer: Tokenizer, instruction: str = ""
+) -> dict[int, Question]:
     """Returns the questions of a file by their line numbers, which are counted from 1.
+
+    `instruction` is the text before each question that is a text, as for `inference.encode_prompt`.
 
     Raises:
       ValueError: a line is not a prompt or a list of messages; the message names file and line.
@@ -263,7 +273,7 @@ def read_questions(path: pathlib.Path, template: Template, tokenizer: Tokenizer)
         elif not all(isinstance(message, dict) for message in prompt):
             raise ValueError(f"{where}: each item of `messages` must be an object with `role` and `content`")
         try:
-            ids = inference.encode_prompt(prompt, template, tokenizer, allow_special=True)
+            ids = inference.encode_prompt(prompt, template, tokenizer, instruction=instruction, allow_special=True)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         questions[int(where.rpartition(":")[2])] = Question(prompt=prompt, ids=ids)
@@ -305,6 +315,8 @@ def open_answers(
         recipe["tokenizer"] = pretrained.fingerprint(settings.tokenizer)
     if settings.adapter is not None:
         recipe["adapter"] = [settings.adapter, pretrained.fingerprint(settings.adapter)]
+    if prepared.instruction:
+        recipe["instruction"] = prepared.instruction
     if settings.base != "auto":
         recipe["base"] = settings.base
     beside = path.with_name(path.name + ".settings.json")

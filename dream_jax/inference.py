@@ -19,7 +19,15 @@ from dream_jax import masks, pretrained, sharding
 from dream_jax.attention import Backend
 from dream_jax.model import Dream
 from dream_jax.sampler import Preset, SamplerConfig, bucket_length, generate
-from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, load_tokenizer, read_template
+from dream_jax.tokenizer import (
+    ByteTokenizer,
+    Message,
+    Template,
+    Tokenizer,
+    load_tokenizer,
+    read_instruction,
+    read_template,
+)
 
 DtypeFlag = Literal["auto", "float32", "bfloat16"]
 BaseFlag = Literal["auto", "int8", "nf4"]
@@ -81,6 +89,8 @@ class PreparedModel:
       model: an abstract model: shapes in place of weights. Its `trained_mask` is the mask under which it will answer.
       tokenizer: the tokenizer that the settings name, or that of the model.
       template: how prompts become tokens.
+      instruction: the text that comes before each question, because the model was trained with it; "" for none.
+      note: what a user should know about the adapter, as one line; None for nothing.
     """
 
     settings: ModelSettings
@@ -89,6 +99,8 @@ class PreparedModel:
     model: Dream
     tokenizer: Tokenizer
     template: Template
+    instruction: str = ""
+    note: str | None = None
 
     def load(self) -> Dream:
         """Returns the model with its weights.
@@ -134,11 +146,11 @@ def prepare(settings: ModelSettings, *, default_template: Template | None = None
     dtype: str = settings.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = pretrained.describe(settings.model)
+    model, note = pretrained.describe(settings.model), None
     if settings.adapter is not None:
         adapter = pretrained.describe_adapter(settings.adapter)
         adapter.check_fits(model)
-        model.trained_mask = adapter.mask
+        model.trained_mask, note = adapter.mask, adapter.note
     if settings.mask is not None:
         model.trained_mask = settings.mask
     tokenizer = find_tokenizer(settings.tokenizer, settings.model, model)
@@ -146,7 +158,17 @@ def prepare(settings: ModelSettings, *, default_template: Template | None = None
         template: Template = settings.template
     else:
         template = noted_template(settings.adapter, model) or default_template or by_tokenizer(tokenizer)
-    return PreparedModel(settings=settings, mesh=mesh, dtype=dtype, model=model, tokenizer=tokenizer, template=template)
+    return PreparedModel(
+        settings=settings,
+        mesh=mesh,
+        dtype=dtype,
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
+        # The instruction of a training belongs into a user turn, so a raw prompt is asked without it.
+        instruction=noted_instruction(settings.adapter, model) if template == "chat" else "",
+        note=note,
+    )
 
 
 def find_tokenizer(named: str | None, name: str, model: Dream) -> Tokenizer:
@@ -179,11 +201,31 @@ def noted_template(adapter: str | None, model: Dream) -> Template | None:
     Raises:
       ValueError: a note cannot be read.
     """
+    directory = _noting_directory(adapter, model)
+    return None if directory is None else read_template(directory)
+
+
+def noted_instruction(adapter: str | None, model: Dream) -> str:
+    """Returns the text before each question that training noted where `noted_template` finds the template; "" for none.
+
+    Raises:
+      ValueError: a note cannot be read.
+    """
+    directory = _noting_directory(adapter, model)
+    return "" if directory is None else read_instruction(directory)
+
+
+def _noting_directory(adapter: str | None, model: Dream) -> str | None:
+    """Returns the directory of the adapter if training left a note there, or else that of the model, or else None."""
     for directory in (adapter, model.tokenizer_dir):
-        noted = None if directory is None else read_template(directory)
-        if noted is not None:
-            return noted
+        if directory is not None and read_template(directory) is not None:
+            return directory
     return None
+
+
+def with_instruction(question: str, instruction: str) -> str:
+    """Returns a question with the instruction and an empty line before it; the question itself if there is none."""
+    return f"{instruction}\n\n{question}" if instruction else question
 
 
 def by_tokenizer(tokenizer: Tokenizer) -> Template:
@@ -219,7 +261,12 @@ def make_sampler(tokenizer: Tokenizer, max_new_tokens: int, preset: Preset = "ex
 
 
 def encode_prompt(
-    prompt: str | Sequence[Message], template: Template, tokenizer: Tokenizer, *, allow_special: bool = False
+    prompt: str | Sequence[Message],
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    instruction: str = "",
+    allow_special: bool = False,
 ) -> list[int]:
     """Returns the token ids of a prompt.
 
@@ -227,6 +274,7 @@ def encode_prompt(
       prompt: the messages of a chat, or a text.
       template: "chat" makes a text one user turn, "raw" encodes it without a template. Messages are always a chat.
       tokenizer: the tokenizer of the model.
+      instruction: the text before a question that is a text, as `PreparedModel.instruction`; only for "chat".
       allow_special: whether "<|mask|>" and other special tokens that are written in a raw text become these tokens;
         otherwise their characters are encoded as ordinary text.
 
@@ -236,7 +284,7 @@ def encode_prompt(
     if not isinstance(prompt, str):
         return tokenizer.chat(prompt)
     if template == "chat":
-        return tokenizer.chat([{"role": "user", "content": prompt}])
+        return tokenizer.chat([{"role": "user", "content": with_instruction(prompt, instruction)}])
     return tokenizer.encode(prompt, allow_special=allow_special)
 
 

@@ -372,23 +372,39 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | Drea
     raise FileNotFoundError(f"no tokenizer in {path}: {remedy}")
 
 
-def write_template(directory: str | os.PathLike[str], template: Template) -> None:
-    """Writes to `directory` which template the prompts of the training had, for `read_template`."""
-    text = json.dumps({"template": template}) + "\n"
+def write_template(directory: str | os.PathLike[str], template: Template, instruction: str = "") -> None:
+    """Writes to `directory` which template and which instruction the prompts of the training had.
+
+    `read_template` and `read_instruction` read them. The instruction is the text before each question; "" for none.
+    """
+    text = json.dumps({"template": template} | ({"instruction": instruction} if instruction else {})) + "\n"
     (Path(directory) / PROMPT_FORMAT_FILE).write_text(text, encoding="utf-8")
 
 
 def read_template(directory: str | os.PathLike[str]) -> Template | None:
     """Returns the template that `write_template` wrote, or None. Raises ValueError for other contents."""
+    return _read_format(directory)[0]
+
+
+def read_instruction(directory: str | os.PathLike[str]) -> str:
+    """Returns the instruction that `write_template` wrote, "" for none. Raises ValueError for other contents."""
+    return _read_format(directory)[1]
+
+
+def _read_format(directory: str | os.PathLike[str]) -> tuple[Template | None, str]:
     path = Path(directory) / PROMPT_FORMAT_FILE
     if not path.is_file():
-        return None
+        return None, ""
     found = json.loads(path.read_text(encoding="utf-8"))
-    for template in get_args(Template):
-        if found == {"template": template}:
-            known: Template = template
-            return known
-    raise ValueError(f"{path} contains {found}; it must contain {{'template': 'chat'}} or {{'template': 'raw'}}")
+    instruction = found.pop("instruction", "") if isinstance(found, dict) else ""
+    if isinstance(instruction, str):
+        for template in get_args(Template):
+            if found == {"template": template}:
+                return template, instruction
+    raise ValueError(
+        f"{path} contains {found}; it must contain {{'template': 'chat'}} or {{'template': 'raw'}}, and may have a text "
+        "'instruction'"
+    )
 
 
 def _check_id(token_id: int, vocab_limit: int) -> int:

@@ -91,10 +91,74 @@ def rows_of(source: Any) -> list[Row]:
 def test_both_schemas_give_the_same_row(ten: Path) -> None:
     row = read_rows(ten)[3]
     assert row.prompt == ({"role": "user", "content": "q"},)
-    assert row.response == "<|im_start|>think\n" + "t" * 40 + "\n<|im_start|>answer\na3"
+    assert row.response == "<|im_start|>think\n" + "t" * 40 + "\n<|im_start|>answer\nAnswer: a3"
     assert row.meta["where"] == f"{ten}:4" and row.meta["solution"] == "s3"
     d1 = read_rows(ten, ReadOptions(answer_format="d1"))[3]
     assert d1.response == "<reasoning>" + "t" * 40 + "</reasoning>\n<answer>a3</answer>"
+
+
+def whole_text(record: Mapping[str, Any], answer_format: Any) -> str:
+    """A row of s1K as the model reads it, special tokens by name."""
+    row = parse_s1k(record, "here:1", answer_format)
+    return BYTES.decode(token_row(row, BYTES).tokens)
+
+
+PUBLISHED = {
+    "question": "What is 2+2?",
+    "thinking_trajectories": ["Two and two\nmake four.\n", "Or count."],
+    "attempt": " Adding gives \\boxed{4}.\n",
+}
+USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+# What the published code of s1 and d1 makes of this row, within the chat template of the byte tokenizer.
+GOLDEN = {
+    "s1": (
+        f"{USER}What is 2+2?{ASSISTANT}<|im_start|>think\nTwo and two\nmake four.\n\nOr count.\n<|im_start|>answer\n"
+        "Answer:  Adding gives \\boxed{4}.<|endoftext|>"
+    ),
+    "d1": (
+        f"{USER}\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
+        "<answer>\n...\n</answer>\n"
+        f"\n\nWhat is 2+2?{ASSISTANT}<reasoning>Two and two\nmake four.\n</reasoning>\n"
+        "<answer> Adding gives \\boxed{4}.\n</answer><|endoftext|>"
+    ),
+    "s1-0.1": (
+        f"{USER}What is 2+2?{ASSISTANT}<|im_start|>think\nTwo and two\nmake four.\n\nOr count.\n<|im_start|>answer\n"
+        "Adding gives \\boxed{4}.<|endoftext|>"
+    ),
+    "d1-0.1": (
+        f"{USER}What is 2+2?{ASSISTANT}<reasoning>Two and two\nmake four.\n\nOr count.</reasoning>\n"
+        "<answer>Adding gives \\boxed{4}.</answer><|endoftext|>"
+    ),
+}
+
+
+@pytest.mark.parametrize("answer_format", GOLDEN)
+def test_the_whole_text_of_a_row(answer_format: str) -> None:
+    assert whole_text(PUBLISHED, answer_format) == GOLDEN[answer_format]
+
+
+def test_an_answer_that_says_answer_gets_no_second_one() -> None:
+    for attempt in ("Answer: 4", "So.\n**Final Answer:** 4"):
+        text = whole_text(PUBLISHED | {"attempt": attempt}, "s1")
+        assert text.endswith(f"<|im_start|>answer\n{attempt}<|endoftext|>")
+    assert "answer\nAnswer: ANSWER: 4<" in whole_text(PUBLISHED | {"attempt": "ANSWER: 4"}, "s1")
+
+
+def test_geminis_traces_are_read_where_deepseeks_are_missing(tmp_path: Path) -> None:
+    record = {name: value for name, value in s1k_1_1_row(0).items() if not name.startswith("deepseek")}
+    file = write_lines(tmp_path / "g.jsonl", [record, record | {"gemini_grade": "No"}])
+    rows = read_rows(file, ReadOptions(only_correct=True))
+    assert len(rows) == 1 and rows.intake.filtered == {"gemini_grade is 'No'": 1}
+    assert rows[0].response == "<|im_start|>think\nnot this\n<|im_start|>answer\nAnswer: nor this"
+
+
+def test_the_division_does_not_depend_on_the_format(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "many.jsonl", [s1k_row(0) | {"question": f"q{n}"} for n in range(40)])
+    divided = {
+        tuple(row.meta["where"] for row in rows_of(open_source(file, "test", options=ReadOptions(answer_format=name))))
+        for name in ("s1", "d1", "d1-0.1")
+    }
+    assert len(divided) == 1
 
 
 def test_the_format_writes_special_tokens_and_the_text_cannot() -> None:
@@ -108,7 +172,7 @@ def test_the_format_writes_special_tokens_and_the_text_cannot() -> None:
 
 
 def one_row(row: Mapping[str, Any]) -> Row:
-    return parse_s1k(row, "here:1")
+    return parse_s1k(row, "here:1", "s1-0.1")
 
 
 def test_only_correct_keeps_graded_rows_and_needs_grades(tmp_path: Path) -> None:
@@ -312,9 +376,13 @@ def test_broken_files(tmp_path: Path) -> None:
 # --- length policies, by hand ---
 
 
-def report_of(file: Path, policy: str, **reading: Any) -> Any:
+# Formats without "Answer: " and without an instruction, so that the lengths are easy to count.
+SHORT, SHORT_D1 = ReadOptions(answer_format="s1-0.1"), ReadOptions(answer_format="d1-0.1")
+
+
+def report_of(file: Path, policy: str, reading: ReadOptions = SHORT) -> Any:
     options = EncodeOptions(length_policy=policy)
-    return length_report(TokenizedRows(read_rows(file, ReadOptions(**reading)), BYTES, options), LENGTH)
+    return length_report(TokenizedRows(read_rows(file, reading), BYTES, options), LENGTH)
 
 
 def test_filter(ten: Path) -> None:
@@ -330,7 +398,7 @@ def test_right_loses_the_long_answers_and_middle_keeps_them_all(ten: Path) -> No
     assert (right.kept, right.dropped, right.cut, right.whole) == (10, 0, 4, 6)
     assert (middle.kept, middle.dropped, middle.cut, middle.whole) == (10, 0, 4, 10)
     assert "answers kept whole, with their end token: 6 of 10 (60.0%)" in right.lines()
-    for n, row in enumerate(rows_of(read_rows(ten))):
+    for n, row in enumerate(rows_of(read_rows(ten, SHORT))):
         texts = {}
         for policy in ("right", "middle"):
             encoded = encode_row(row, BYTES, LENGTH, EncodeOptions(length_policy=policy))
@@ -352,20 +420,20 @@ def test_answer_only(ten: Path) -> None:
     report = report_of(ten, "answer_only")
     assert (report.kept, report.dropped, report.cut, report.whole) == (10, 0, 0, 10)
     assert report.shortest == report.longest == 31  # no marker, trace and newline of the thinking: 39 - 8
-    encoded = encode_row(read_rows(ten)[9], BYTES, LENGTH, EncodeOptions(length_policy="answer_only"))
+    encoded = encode_row(read_rows(ten, SHORT)[9], BYTES, LENGTH, EncodeOptions(length_policy="answer_only"))
     assert encoded is not None
     assert BYTES.decode(encoded.tokens[PROMPT:31]) == "<|im_start|>answer\na9<|endoftext|>"
 
 
 def test_policies_of_the_d1_format(ten: Path) -> None:
     # 20 + 11 + 13 + 8 + 2 + 9 + 1 = 64 beside the trace: 74, 84, 94, 104, ...
-    reports = {policy: report_of(ten, policy, answer_format="d1") for policy in ("filter", "right", "middle")}
+    reports = {policy: report_of(ten, policy, SHORT_D1) for policy in ("filter", "right", "middle")}
     assert {policy: (one.kept, one.cut, one.whole) for policy, one in reports.items()} == {
         "filter": (3, 0, 3),
         "right": (10, 7, 3),
         "middle": (10, 7, 10),
     }
-    row = read_rows(ten, ReadOptions(answer_format="d1"))[9]
+    row = read_rows(ten, SHORT_D1)[9]
     encoded = encode_row(row, BYTES, LENGTH, EncodeOptions(length_policy="middle"))
     assert encoded is not None
     text = BYTES.decode(encoded.tokens[PROMPT:])
@@ -404,13 +472,13 @@ def test_what_no_policy_can_fit() -> None:
 
 def test_a_report_of_nothing_and_settings_that_cannot_be(ten: Path) -> None:
     with pytest.raises(ValueError, match=r"no row fits into max_length=30: .* shortest has 49 tokens, the longest 139"):
-        length_report(TokenizedRows(read_rows(ten), BYTES), 30)
+        length_report(TokenizedRows(read_rows(ten, SHORT), BYTES), 30)
     with pytest.raises(ValueError, match="length_policy='left' is not one of filter, right, middle, answer_only"):
         EncodeOptions(length_policy="left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="answer_format='s2' is not one of s1, d1"):
         ReadOptions(answer_format="s2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="do not make up the response"):
-        Row(prompt="p", response="other", pieces=read_rows(ten)[0].pieces)
+        Row(prompt="p", response="other", pieces=read_rows(ten, SHORT)[0].pieces)
 
 
 # --- GSM8K in this dress, with the real tokenizer ---
@@ -432,7 +500,7 @@ def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str, monkey
     rows = read_rows(arranged, ReadOptions(only_correct=schema == "s1k-1.1"))
     first = rows[0]
     assert first.response.startswith("<|im_start|>think\nNatalia sold 48/2")
-    assert first.response.endswith("\n<|im_start|>answer\nThe answer is \\boxed{72}.")
+    assert first.response.endswith("\n<|im_start|>answer\nAnswer: The answer is \\boxed{72}.")
     kept = {}
     for policy in ("filter", "right", "middle", "answer_only"):
         options = EncodeOptions(length_policy=policy)
@@ -447,7 +515,7 @@ def test_gsm8k_arranged_as_s1k(tmp_path: Path, assets: Path, schema: str, monkey
             text = dream.decode(tokens)
             assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
             assert policy == "right" or (
-                "<|im_start|>answer\nThe answer is \\boxed{" in text and "<|endoftext|>" in text
+                "<|im_start|>answer\nAnswer: The answer is \\boxed{" in text and "<|endoftext|>" in text
             )
     # The same 160 tokens: `middle` keeps every answer of the rows it keeps, `right` loses those of the long rows.
     assert kept["filter"][0] == kept["filter"][1] == kept["right"][1] < kept["middle"][0] == kept["middle"][1]

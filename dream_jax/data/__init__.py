@@ -15,7 +15,7 @@ from dream_jax.data.options import (
 )
 from dream_jax.data.pipeline import Batches, make_batches
 from dream_jax.data.records import read_json_lines, text_field
-from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers
+from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers, has_traces
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -41,6 +41,7 @@ __all__ = [
     "TokenizedRows",
     "encode_row",
     "first_numbers",
+    "has_traces",
     "is_solution",
     "lay_out",
     "length_report",

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-AnswerFormat = Literal["s1", "d1"]
-"""The format that joins a trace and an answer into one response; see `dream_jax.data.schemas.reasoning`."""
+AnswerFormat = Literal["s1", "d1", "s1-0.1", "d1-0.1"]
+"""The format of rows with a trace and an answer; see `dream_jax.data.answer_formats`."""
 
 LengthPolicy = Literal["filter", "right", "middle", "answer_only"]
 """What happens to a row of more than max_length tokens.
@@ -27,7 +27,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 class ReadOptions:
     """Options for reading rows from files.
 
-    answer_format: the format of responses with a reasoning trace.
+    answer_format: the format of rows with a reasoning trace.
     only_correct: keep only rows with deepseek_grade "Yes" (s1K-1.1); a row without this field raises ValueError.
     skip_bad: leave out rows that cannot be read and list them in `Intake`, instead of raising ValueError.
     held_out: share of the prompts, in [0, 1), that becomes the test split if the data has none; 0: all rows are train.

@@ -35,6 +35,8 @@ class Row:
     pieces: the consecutive pieces of the response; empty if the response is one piece of the kind "text".
     tools: functions that the chat template announces, as JSON schemas.
     given_turns: indices in the prompt of assistant turns that are never learned, because the row says so.
+    instruction: the text that the answer format put before the question, and that is the beginning of the first user turn;
+    "" for none. A model that is trained on such rows must be asked with it.
     document: whether the response is a whole text without a question. Its prompt must be empty; `<|beginoftext|>` then
     takes the place of the prompt, because the first token is predicted from the position on its left.
     meta: "where" the row was found, and values that scoring needs; training does not read it.
@@ -48,6 +50,7 @@ class Row:
     pieces: tuple[Piece, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     given_turns: tuple[int, ...] = ()
+    instruction: str = ""
     document: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -111,6 +114,14 @@ class RowSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: SupportsIndex) -> Row: ...
+
+
+def has_traces(source: RowSource) -> bool:
+    """Returns whether a row of the source has a reasoning trace, so that the answer format matters."""
+    if isinstance(source, Mixture):
+        return any(map(has_traces, source.parts))
+    number = 1 if source.uniform_length else len(source)
+    return any(source[index].pieces for index in range(number))
 
 
 class RowList:

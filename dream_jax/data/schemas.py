@@ -9,13 +9,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from dream_jax.data.answer_formats import instruction_of, reasoning
 from dream_jax.data.chats import ANSWER_FIELDS, QUESTION_FIELDS, read_chat, read_prompt, settle
 from dream_jax.data.fields import FieldReader
 from dream_jax.data.messages import CHAT_FIELDS
 from dream_jax.data.options import AnswerFormat, ReadOptions
 from dream_jax.data.records import text_field
-from dream_jax.data.rows import Piece, Row
-from dream_jax.tokenizer import turn_text
+from dream_jax.data.rows import Row
+from dream_jax.tokenizer import Message, turn_text
 
 Parser = Callable[[Mapping[str, Any], str], Row | str]
 """A function (record, location) -> row. For a record that is left out, it returns the reason (str)."""
@@ -24,13 +25,21 @@ RowKind = Literal["chat", "reasoning", "puzzle", "document"]
 """The kinds of rows: chats, as messages or as columns; s1K's questions with a reasoning trace; puzzles of `input` and
 `output`, which have no chat template; and documents."""
 
+# For each variant of s1K, the fields with the traces, the answer and the grade of the answer; the first one that a record
+# has is read. s1K-1.1 has the answers of two models; s1.1 was trained on those of DeepSeek.
+_S1K_FIELDS = (
+    ("deepseek_thinking_trajectory", "deepseek_attempt", "deepseek_grade"),
+    ("thinking_trajectories", "attempt", None),
+    ("gemini_thinking_trajectory", "gemini_attempt", "gemini_grade"),
+)
+
 NOTHING_LEARNED = "no turn of the assistant is to be learned"
 
 
 def kind_of(found: Mapping[str, Any]) -> RowKind | None:
     """Returns the kind of a record, which depends only on the names of its fields; None if it is of no known kind."""
     names = found.keys()
-    traced = ({"deepseek_thinking_trajectory", "deepseek_attempt"}, {"thinking_trajectories", "attempt"})
+    traced = [set(fields[:2]) for fields in _S1K_FIELDS]
     if not names.isdisjoint(CHAT_FIELDS) or ("prompt" in names and not names.isdisjoint(ANSWER_FIELDS)):
         return "chat"
     if "question" in names and any(fields <= names for fields in traced):
@@ -108,52 +117,48 @@ def parse_s1k(found: Mapping[str, Any], where: str, answer_format: AnswerFormat 
     """Returns the row of an s1K record: a question, and a response with a reasoning trace and an answer.
 
     s1K has `question`, `thinking_trajectories` (a list) and `attempt`; s1K-1.1 has `question`,
-    `deepseek_thinking_trajectory`, `deepseek_attempt` and `deepseek_grade`. The prompt is one user turn with the
-    question (and what else `read_prompt` reads, such as `system`); `reasoning` joins the response. If present, `solution`,
-    `source_type` and `deepseek_grade` are copied to `meta`.
+    `deepseek_thinking_trajectory`, `deepseek_attempt` and `deepseek_grade`, and the same of Gemini, which are read if
+    those of DeepSeek are missing. The prompt is one user turn with the question (and what else `read_prompt` reads, such
+    as `system`); the instruction of the format, if it has one, comes before the question. `reasoning` joins the response.
+    If present, `solution`, `source_type` and `deepseek_grade` are copied to `meta`.
     """
     fields = FieldReader(found, where)
-    if "deepseek_attempt" in found:
-        trace, answer = fields.text("deepseek_thinking_trajectory"), fields.text("deepseek_attempt")
+    traces_field, answer_field, _ = _s1k_fields(found)
+    if traces_field == "thinking_trajectories":
+        fields.take(traces_field)
+        traces, answer = _texts(found, traces_field, where), fields.text(answer_field)
     else:
-        fields.take("thinking_trajectories")
-        trace, answer = _joined_traces(found, where), fields.text("attempt")
+        traces, answer = [fields.text(traces_field)], fields.text(answer_field)
     text_field(found, "question", where)
-    prompt = read_prompt(fields)
-    pieces = reasoning(trace, answer, answer_format)
+    prompt, instruction = read_prompt(fields), instruction_of(answer_format)
+    pieces = reasoning(traces, answer, answer_format)
     carried = {name: fields.take(name) for name in ("solution", "source_type", "deepseek_grade") if name in fields}
     return Row(
-        prompt=prompt,
+        prompt=_with_instruction(prompt, instruction),
         response="".join(piece.text for piece in pieces),
         pieces=pieces,
+        instruction=instruction,
         meta={"where": where, **carried},
-        unread=settle(fields, prompt, f"{trace}\n{answer}"),
+        unread=settle(fields, prompt, "\n".join([*traces, answer])),
     )
 
 
-def reasoning(trace: str, answer: str, answer_format: AnswerFormat) -> tuple[Piece, ...]:
-    """Returns the pieces of a response that consists of a trace and an answer, each without whitespace at its ends.
+def _with_instruction(prompt: tuple[Message, ...], instruction: str) -> tuple[Message, ...]:
+    """Returns the messages with an instruction and an empty line before the text of the first user turn."""
+    if not instruction:
+        return prompt
+    first = next(index for index, turn in enumerate(prompt) if turn["role"] == "user")
+    asked = {**prompt[first], "content": f"{instruction}\n\n{prompt[first]['content']}"}
+    return (*prompt[:first], asked, *prompt[first + 1 :])
 
-    s1: `<|im_start|>think\\n`, trace, `\\n<|im_start|>answer\\n`, answer, where `<|im_start|>` is the special token.
-    d1: `<reasoning>`, trace, `</reasoning>\\n<answer>`, answer, `</answer>`.
-    """
-    trace, answer = trace.strip(), answer.strip()
-    if answer_format == "s1":
-        return (
-            Piece("opening", "<|im_start|>think\n"),
-            Piece("trace", trace),
-            Piece("opening", "\n"),
-            Piece("mark", "<|im_start|>answer\n"),
-            Piece("text", answer),
-        )
-    return (
-        Piece("opening", "<reasoning>"),
-        Piece("trace", trace),
-        Piece("opening", "</reasoning>\n"),
-        Piece("mark", "<answer>"),
-        Piece("text", answer),
-        Piece("mark", "</answer>"),
-    )
+
+def _s1k_fields(found: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Returns the entry of `_S1K_FIELDS` for a record; Gemini's is taken only if there is nothing of DeepSeek."""
+    deepseek, plain, gemini = _S1K_FIELDS
+    names = {name for name, value in found.items() if value is not None}
+    if deepseek[1] in names or (any(name.startswith("deepseek_") for name in names) and names.isdisjoint(plain[:2])):
+        return deepseek
+    return gemini if gemini[1] in names and plain[1] not in names else plain
 
 
 def _wrong_grade(found: Mapping[str, Any], where: str) -> str | None:
@@ -161,25 +166,25 @@ def _wrong_grade(found: Mapping[str, Any], where: str) -> str | None:
 
     Raises: ValueError if the record has no grade.
     """
-    if "deepseek_grade" not in found:
+    name = _s1k_fields(found)[2] or "deepseek_grade"
+    if name not in found:
         raise ValueError(
-            f"{where}: no field 'deepseek_grade'; the record has the fields {sorted(found)}. "
+            f"{where}: no field {name!r}; the record has the fields {sorted(found)}. "
             "Use s1K-1.1, which has grades, or leave out --only-correct"
         )
-    grade = text_field(found, "deepseek_grade", where).strip()
-    return None if grade.casefold() == "yes" else f"deepseek_grade is {grade!r}"
+    grade = text_field(found, name, where).strip()
+    return None if grade.casefold() == "yes" else f"{name} is {grade!r}"
 
 
-def _joined_traces(found: Mapping[str, Any], where: str) -> str:
-    """Returns the texts of `thinking_trajectories`, joined by newlines. Raises ValueError if there are none."""
-    name = "thinking_trajectories"
+def _texts(found: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """Returns the texts of a field that is a list. Raises ValueError if there are none, or an item is no text."""
     if name not in found:
         raise ValueError(f"{where}: no field {name!r}; the record has the fields {sorted(found)}")
     traces = found[name]
     if not isinstance(traces, list) or not traces:
         raise ValueError(f"{where}: {name!r} must be a list with at least one text, not {traces!r:.60}")
     trace_by_field = {f"{name}[{index}]": trace for index, trace in enumerate(traces)}
-    return "\n".join(text_field(trace_by_field, field, where) for field in trace_by_field)
+    return [text_field(trace_by_field, field, where) for field in trace_by_field]
 
 
 # --- Chats ---

@@ -264,6 +264,9 @@ def _prompt_hash(row: Row) -> int:
         prompt = row.prompt
     else:
         prompt = [[turn["role"], turn["content"], *turn.get("tool_calls", ())] for turn in row.prompt]
+        if row.instruction:  # The division must not depend on the answer format.
+            asked = next(turn for turn in prompt if turn[0] == "user")
+            asked[1] = asked[1].removeprefix(f"{row.instruction}\n\n")
     return int.from_bytes(hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest(), "big")
 
 

@@ -61,6 +61,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     prepared = _prepare(settings)
+    if settings.instruction is None and prepared.instruction:
+        settings = _with_instruction(settings, prepared.instruction)
     fsdp = prepared.mesh.shape["fsdp"]
     if settings.batch_size % fsdp:
         raise ValueError(
@@ -90,6 +92,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     }
     ledger = Ledger(settings.folder, recipe, plan, overwrite=settings.overwrite)
     report.check_rows(settings.folder, settings.task, ledger.rows, ledger.seconds)
+    if prepared.note is not None:
+        console.print(prepared.note, markup=False)
     console.print(
         f"{settings.task}: {len(work.numbers)} problems x {settings.seeds} seed(s), {work.note}", markup=False
     )
@@ -105,6 +109,13 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     console.print(summary.to_markdown(settings.model), markup=False)
     console.print(f"wrote {settings.folder}: items.jsonl, {report.SUMMARY}, {report.TABLE}", markup=False)
     return summary
+
+
+def _with_instruction(settings: EvaluateSettings, trained: str) -> EvaluateSettings:
+    """Returns the settings with the instruction for a model that was trained with the instruction `trained`."""
+    if settings.task == "choice" or settings.task == "likelihood":
+        return settings
+    return dataclasses.replace(settings, instruction=TASKS[settings.task].instruction_after(trained))
 
 
 def _compute(work: Work, plan: Sequence[WorkUnit], ledger: Ledger, model: Dream, console: Console) -> None:

@@ -39,6 +39,7 @@ class TaskFormat:
       name: name of the task.
       read: function from one row of the file and its "FILE:LINE" to a Problem; raises ValueError for a bad row.
       instruction: default text at the beginning of a prompt.
+      explains: whether the instruction explains the problem; otherwise it only says how to write the answer.
       labels: three texts of a raw prompt: before each question, before the answer of each example, and at the end of
         the prompt. The tokenizer joins a space to the word after it, but not to a digit. So the last label has no space
         at its end if answers begin with words: the tokens of the answer are then those of the examples.
@@ -51,6 +52,7 @@ class TaskFormat:
     name: SampledTask
     read: Callable[[Mapping[str, Any], str], Problem]
     instruction: str
+    explains: bool
     labels: tuple[str, str, str]
     bare: str | None
     stops: tuple[str, ...]
@@ -87,6 +89,13 @@ class TaskFormat:
         parts += [f"{before_question}{one.question}{before_answer}{one.answer}" for one in examples]
         parts.append(f"{before_question}{problem.question}{opening}")
         return "\n\n".join(parts)
+
+    def instruction_after(self, trained: str) -> str:
+        """Returns the instruction for a model that was trained with the instruction `trained` before each question.
+
+        It replaces that of the task, except where the problem could not be understood without the latter.
+        """
+        return f"{trained}\n\n{self.instruction}" if self.explains else trained
 
     def cut(self, answer: str, template: Template) -> str:
         """Returns the part of a generated text to judge: for "raw", without leading space, up to the first stop.
@@ -161,6 +170,7 @@ TASKS: Mapping[SampledTask, TaskFormat] = {
             "Each input is a 4x4 grid; 0 marks an empty cell. Fill the empty cells with digits from 1 to 4 so that no "
             "digit occurs twice in a row, in a column or in one of the four 2x2 boxes. The output is the whole grid."
         ),
+        explains=True,
         labels=("Input:\n", "\nOutput:\n", "\nOutput:\n"),
         bare="\n",
         stops=("\n\n",),
@@ -174,6 +184,7 @@ TASKS: Mapping[SampledTask, TaskFormat] = {
             "Each input is a list of numbers; the last one is the target. Reach the target with +, -, * and /, using "
             "each of the other numbers exactly once. The output is the steps, each with two numbers and its result."
         ),
+        explains=True,
         labels=("Input: ", "\nOutput: ", "\nOutput: "),
         bare="\n",
         stops=("\n",),
@@ -184,6 +195,7 @@ TASKS: Mapping[SampledTask, TaskFormat] = {
         name="gsm8k",
         read=_gsm8k,
         instruction='Solve the problem step by step. End with a line that holds "#### " and the final number alone.',
+        explains=False,
         labels=("Question: ", "\nAnswer: ", "\nAnswer:"),
         bare=None,
         stops=("\n\nQuestion:", "\nQuestion:"),
@@ -194,6 +206,7 @@ TASKS: Mapping[SampledTask, TaskFormat] = {
         name="chat",
         read=_chat,
         instruction="",
+        explains=False,
         labels=("Question: ", "\nAnswer: ", "\nAnswer:"),
         bare="\n",
         stops=(),

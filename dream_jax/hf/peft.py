@@ -330,7 +330,7 @@ def write_peft(
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, -1).T)
     metadata = {"format": "pt"} | ({} if identity is None else {_IDENTITY: identity})
     save_file(tensors, pathlib.Path(directory) / PEFT_WEIGHTS, metadata=metadata)
-    fields = {
+    fields: dict[str, Any] = {
         "peft_type": "LORA",
         # With a task type PEFT needs methods that the published model does not have.
         "task_type": None,

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from dream_jax.batch import Batch
+from dream_jax.data import RowSource, has_traces
 from dream_jax.distributed import barrier, from_first
-from dream_jax.files import replacing, write_json
+from dream_jax.files import read_json, replacing, write_json
 from dream_jax.tokenizer import Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
@@ -33,6 +34,9 @@ EVALUATED = ("nll", "nll_se", *NLL_BY_TIME, "masked_accuracy", "eos_accuracy", "
 GRID = "grid"
 """The column of `eval.csv` with the first 12 hexadecimal digits of `Grid.digest`, which identifies the rows and masks
 that were scored. Only scores with equal values may be compared."""
+
+FORMATS = "answer_formats"
+"""The key of `data.json` with the version of the answer formats, 2. Runs of version 0.1 of this project do not have it."""
 
 # The files and folders that a run creates; --overwrite removes these and nothing else. settings.json is removed last,
 # so that a folder whose removal was interrupted is still recognised as the folder of a run.
@@ -113,9 +117,12 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         return "a finished run; pass --overwrite to delete it, or give another --out"
     # A setting that an earlier version did not have counts as its default.
     before = TrainSettings().plain() | dict(before)
+    given = settings.plain()
+    if _has_first_formats(settings.run.out):  # what is "s1-0.1" now was called "s1"
+        given["answer_format"] = settings.rows.answer_format.removesuffix("-0.1")
     changed = [
         f"{name} was {before[name]!r}, now {value!r}"
-        for name, value in settings.plain().items()
+        for name, value in given.items()
         if name not in FREE and before[name] != value
     ]
     if not changed:
@@ -124,6 +131,33 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         f"a run with other settings ({'; '.join(changed)}); "
         "give the same settings to resume it, pass --overwrite to delete it, or give another --out"
     )
+
+
+def check_answer_format(settings: TrainSettings, source: RowSource) -> None:
+    """Checks that a run of version 0.1, which is resumed, goes on with the answer format that it began with.
+
+    Args:
+      settings: the settings of the run; its folder contains the run to resume.
+      source: the rows that it trains on.
+
+    Raises:
+      ValueError: the rows have reasoning traces, and the settings have the answer format of a later version.
+    """
+    name = settings.rows.answer_format
+    if not name.endswith("-0.1") and _has_first_formats(settings.run.out) and has_traces(source):
+        raise ValueError(
+            f"the run in {settings.run.out} was begun by version 0.1, whose answer format {name} is not the present "
+            f"{name}; pass --answer-format {name}-0.1 to resume it as it began, or give another --out"
+        )
+
+
+def _has_first_formats(folder: pathlib.Path) -> bool:
+    """Returns whether the run in a folder was begun by version 0.1, whose `data.json` has no version of the formats."""
+    path = folder / "data.json"
+    try:
+        return path.is_file() and FORMATS not in read_json(path)
+    except ValueError:
+        return False  # The file is damaged and will be replaced; the checkpoints know the digest of the rows too.
 
 
 _LOCK = ".lock"
@@ -269,9 +303,9 @@ def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]])
 
 
 def save_tokenizer(
-    settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template
+    settings: TrainSettings, tokenizer: Tokenizer, source: str | None, template: Template, instruction: str = ""
 ) -> pathlib.Path:
-    """Writes tokenizer and template to OUT/tokenizer, and returns that folder; all processes must call this.
+    """Writes tokenizer, template and instruction to OUT/tokenizer, and returns that folder; all processes must call this.
 
     Also copies config files and *.py files from the directory `source`, which may be deleted before the run ends.
     """
@@ -279,7 +313,7 @@ def save_tokenizer(
     if jax.process_index() == 0:
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)
-        write_template(folder, template)
+        write_template(folder, template, instruction)
         beside = pathlib.Path(source) if source else folder
         for path in (beside / "config.json", beside / "generation_config.json", *beside.glob("*.py")):
             if path.is_file() and beside != folder:

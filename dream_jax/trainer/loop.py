@@ -44,6 +44,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     console = RunConsole(settings, origins)
     console.settings(mesh)
     run = prepare(settings, mesh)
+    note = weights.adapter_note(settings)
+    if note is not None:
+        console.say(note)
     begins = not holds_checkpoint(settings)
     read = functools.partial(weights.read, settings, mesh, run.model.compute_dtype.name, begins=begins)
     # A new run reads its weights here, so that an error in them is raised before --overwrite deletes anything. A
@@ -67,7 +70,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         for step, problem in checkpoints.damaged.items():
             console.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory now belongs to the state
-        tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template)
+        tokenizer_dir = save_tokenizer(settings, run.tokenizer, run.model.tokenizer_dir, run.template, run.instruction)
         if console.leads:
             write_json(out / "data.json", data_facts(run))
         data_lines = [*run.batches.report.lines(), *run.batches.outlook(settings.run.steps).lines()]

@@ -23,7 +23,7 @@ from dream_jax.trainer.build import (
     describe_model,
     open_tokenizer,
 )
-from dream_jax.trainer.folder import check_folder
+from dream_jax.trainer.folder import check_answer_format, check_folder
 from dream_jax.trainer.heldout import Grid, GridScore, lay_out_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
 from dream_jax.trainer.samples import When, take_samples
@@ -43,6 +43,7 @@ class PreparedRun:
       graphdef: the model without its parameters, for `merge_params`.
       tokenizer: the tokenizer of the model.
       template: how prompts are converted to tokens ("raw" or "chat"); it is saved, because sampling must use the same.
+      instruction: the text before each question, "" for none; it is saved with the template.
       max_length: length of the rows in tokens.
       batches: an iterator over the training batches; each has the rows that this process reads.
       held_out: the held-out rows; None without evaluation.
@@ -57,6 +58,7 @@ class PreparedRun:
     graphdef: nnx.GraphDef[Dream]
     tokenizer: Tokenizer
     template: Template
+    instruction: str
     max_length: int
     batches: Batches
     held_out: TokenizedRows | None
@@ -113,7 +115,9 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     check_loggers(settings.logs.log_to)
     source = settings.source("train")
     test_source = settings.source("test") if settings.evaluation.eval_rows else None
-    check_folder(settings)
+    if check_folder(settings):
+        check_answer_format(settings, source)
+    first = source[0]
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     encoding, options = settings.rows.encode_options(), settings.batches.options()
@@ -135,7 +139,8 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
         model=model,
         graphdef=built.graphdef,
         tokenizer=tokenizer,
-        template="raw" if isinstance(source[0].prompt, str) else "chat",
+        template="raw" if isinstance(first.prompt, str) else "chat",
+        instruction=first.instruction,
         max_length=max_length,
         batches=make_batches(
             rows,

@@ -124,9 +124,10 @@ class RowSettings:
     mix_weights: tuple[float, ...] = ()
     """relative frequencies of the rows of --data and of each --mix, in this order; by default their numbers of rows"""
     answer_format: AnswerFormat = "s1"
-    """how a reasoning trace and an answer are joined to one response (s1K): as s1's turns, or in d1's tags"""
+    """how rows of s1K are written: s1, as s1's two turns; d1, in d1's tags and with d1's instruction before the question;
+    s1-0.1, d1-0.1: as version 0.1 of this project did, to resume its runs"""
     only_correct: bool = False
-    """use only the rows of s1K-1.1 whose deepseek_grade is "Yes\""""
+    """use only the rows of s1K-1.1 whose deepseek_grade (without one: gemini_grade) is "Yes\""""
     skip_bad_rows: bool = False
     """leave out rows that cannot be read, and report them; by default the first one ends the run with an error"""
     held_out: float = 0.05

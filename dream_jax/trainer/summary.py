@@ -16,7 +16,7 @@ from dream_jax.hf import is_hub_id
 from dream_jax.model import Dream, parameter_count
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.cost import run_cost
-from dream_jax.trainer.folder import last_losses
+from dream_jax.trainer.folder import FORMATS, last_losses
 from dream_jax.trainer.prepared import PreparedRun
 from dream_jax.trainer.segments import RunSegment
 from dream_jax.trainer.settings import TrainSettings
@@ -24,11 +24,12 @@ from dream_jax.trainer.weights import Frozen
 
 
 def data_facts(run: PreparedRun) -> dict[str, Any]:
-    """Returns the contents of `data.json`: facts about the rows and the batches, and the origin of model and data."""
+    """Returns the contents of `data.json`: facts about rows and batches, the origin of model and data, and versions."""
     return {
         "rows": run.batches.report.plain(),
         "batches": dataclasses.asdict(run.batches.outlook(run.settings.run.steps)),
         "sources": _sources(run.settings),
+        FORMATS: 2,
     }
 
 

@@ -1,0 +1,61 @@
+"""The forms in which s1 and d1 train on a question, a reasoning trace and an answer (rows of s1K).
+
+They are those of the published code: s1's `data/tokenization.py` and `preprocess_dataset` in d1's `SFT/sft_trainer.py`.
+The chat template around them is that of the model that is trained, so its default system turn is Dream's and not that of
+s1's Qwen2.5, and a response ends with the end-of-text token as in Dream's own training.
+"""
+
+from collections.abc import Sequence
+
+from dream_jax.data.options import AnswerFormat
+from dream_jax.data.rows import Piece
+
+# The instruction of d1, character for character: with the line breaks at both ends.
+_D1_INSTRUCTION = """
+Respond in the following format:
+<reasoning>
+Your reasoning here
+</reasoning>
+<answer>
+...
+</answer>
+"""
+
+
+def instruction_of(answer_format: AnswerFormat) -> str:
+    """Returns the text that a format puts before a question, with an empty line between them; "" for none."""
+    return _D1_INSTRUCTION if answer_format == "d1" else ""
+
+
+def reasoning(traces: Sequence[str], answer: str, answer_format: AnswerFormat) -> tuple[Piece, ...]:
+    """Returns the pieces of a response that consists of reasoning and an answer.
+
+    s1: `<|im_start|>think\\n`, the traces joined by line breaks, `\\n<|im_start|>answer\\n`, the answer, where
+    `<|im_start|>` is the special token. `Answer: ` comes before an answer that does not contain "Answer:". Then the traces
+    and the answer lose the whitespace at their ends.
+    d1: `<reasoning>`, the first trace, `</reasoning>\\n<answer>`, the answer, `</answer>`; no whitespace is removed.
+
+    "s1-0.1" and "d1-0.1" are what version 0.1 of this project wrote under these names: without "Answer: ", with all
+    traces, and without whitespace at the ends. Runs that were begun with them are resumed with them.
+    """
+    if answer_format == "s1" and "Answer:" not in answer:
+        answer = f"Answer: {answer}"
+    trace = traces[0] if answer_format == "d1" else "\n".join(traces).strip()
+    if answer_format != "d1":
+        answer = answer.strip()
+    if answer_format in ("s1", "s1-0.1"):
+        return (
+            Piece("opening", "<|im_start|>think\n"),
+            Piece("trace", trace),
+            Piece("opening", "\n"),
+            Piece("mark", "<|im_start|>answer\n"),
+            Piece("text", answer),
+        )
+    return (
+        Piece("opening", "<reasoning>"),
+        Piece("trace", trace),
+        Piece("opening", "</reasoning>\n"),
+        Piece("mark", "<answer>"),
+        Piece("text", answer),
+        Piece("mark", "</answer>"),
+    )
