@@ -218,6 +218,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tools": [{"a": json.loads("[" * 90 + "]" * 90)}], "messages": TURNS},
         "more than 64 levels",
     ),
+    "several answers": ({"question": "q", "answer": ["a", "b"]}, r"'answer' must be a string, not list \['a', 'b'\]"),
     "a sender": ({"conversations": [{"from": "critic", "value": "u"}]}, "'from' 'critic' must be one of human"),
     "no such mark": ({"messages": [user("u"), assistant("a", weight=0.5)]}, "'weight' must be 0 or 1"),
     "marks that differ": ({"messages": [user("u"), assistant("a", weight=0, train=True)]}, "contradict each other"),
@@ -254,7 +255,15 @@ def test_other_fields_are_counted_and_printed(tmp_path: Path) -> None:
     counts = {"id": 2, "score": 1, "answer": 1, "text": 1, "prompt": 1, "messages.name": 1, "messages.logprob": 1}
     assert source.intake.unread == counts
     lines = length_report(TokenizedRows(source, BYTES), 200).lines()
-    assert any(line.startswith("fields that are not read: answer (1 rows), id (2 rows), messages.") for line in lines)
+    assert any(
+        line.startswith("fields of the files that are not read: answer (1 rows), id (2 rows), messages.")
+        for line in lines
+    )
+    odd = {"prompt": "p", "response": "r", "\ud800": 1, "\x1b[2J": 1} | {f"f{number}": 1 for number in range(60)}
+    source = open_source(write("jsonl", tmp_path, [odd]), options=ALL)
+    (line,) = [one for one in length_report(TokenizedRows(source, BYTES), 200).lines() if "not read" in one]
+    assert line.isprintable() and r"'\x1b[2J' (1 rows)" in line and line.endswith(" and 22 others")
+    file = write("jsonl", tmp_path, [first, second])
     mixed = open_mixture([str(file), str(file)], options=ALL)
     assert mixed.intake.unread == {name: 2 * count for name, count in counts.items()}
 
@@ -270,7 +279,7 @@ def test_ignored_fields_are_left_out_and_counted(tmp_path: Path) -> None:
     assert source[0].prompt == source[1].prompt and source.intake.ignored == {"context": 1, "reasoning_content": 1}
     report = length_report(TokenizedRows(source, BYTES), 200)
     assert (
-        "fields that are left out on request (--ignore-field): context (1 rows), reasoning_content (1 rows)"
+        "fields of the files that are left out on request (--ignore-field): context (1 rows), reasoning_content (1 rows)"
         in report.lines()
     )
     assert report.plain()["ignored"] == {"context": 1, "reasoning_content": 1}
@@ -388,6 +397,13 @@ def test_a_map_is_an_object(tmp_path: Path) -> None:
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 2], messages)})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     assert '{"city": "Paris", "unit": null}' in open_rows(tmp_path / "rows.parquet")[0].response
+
+
+def test_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([["p"], ["q"], ["r"]], names=["prompt", "prompt", "response"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet: the columns \['prompt'\] occur twice"):
+        open_rows(tmp_path / "rows.parquet")
 
 
 @pytest.fixture(scope="module")

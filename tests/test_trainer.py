@@ -117,6 +117,18 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         pass  # let go of
 
 
+def test_settings_that_an_earlier_version_did_not_have_are_at_their_defaults(tmp_path):
+    out = tmp_path / "out"
+    with claimed_folder(plain(out)):
+        kept = json.loads((out / "settings.json").read_text())
+        for name in ("ignore_field", "data_split", "eval_split", "data_config"):
+            del kept[name]
+        (out / "settings.json").write_text(json.dumps(kept))
+    assert check_folder(plain(out))
+    with pytest.raises(FileExistsError, match="data_split was None, now 'a'"):
+        check_folder(plain(out, data_split="a"))
+
+
 def test_what_is_left_of_a_removal_is_still_a_run(tmp_path):
     """Killed while --overwrite was removing a run: the same command can do it again."""
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dream_jax.data.fields import FieldReader, check_texts, from_json_text, is_empty
+from dream_jax.data.fields import FieldReader, check_texts, from_json_text, holds_messages, is_empty
 from dream_jax.data.messages import CHAT_FIELDS, MessageReader
 from dream_jax.data.records import text_field
 from dream_jax.tokenizer import Message, turn_text
@@ -151,7 +151,7 @@ def _read_prompt(fields: FieldReader, reader: MessageReader) -> str | None:
         name = fields.one_of(QUESTION_FIELDS)
         if name is None:
             raise ValueError(f"{where}: no field {_either(QUESTION_FIELDS)}; the record has {sorted(fields.found)}")
-        if isinstance(fields.found[name], list):
+        if holds_messages(fields.found[name]):
             reader.add(fields.take(name), name)
             reader.given += [index for index, turn in enumerate(reader.turns) if turn["role"] == "assistant"]
             if reader.turns[-1]["role"] == "assistant":

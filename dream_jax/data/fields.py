@@ -114,8 +114,18 @@ class FieldReader:
                     f"{self.where}: the field {name!r} says what is learned, but beside the fields {others} it has no "
                     f"place; {remedy.format(name=name)}"
                 )
-            left_out.append(name)
+            left_out.append(shown_name(name))
         return tuple(left_out)
+
+
+def shown_name(name: str) -> str:
+    """Returns the name of a field; one that cannot be printed, or would change the terminal, is returned with escapes."""
+    return name if name.isprintable() else ascii(name)
+
+
+def holds_messages(value: object) -> bool:
+    """Returns whether a value is a list with objects in it, so that it is meant as messages and not as a text."""
+    return isinstance(value, list) and any(isinstance(one, dict) for one in value)
 
 
 def is_empty(value: object) -> bool:

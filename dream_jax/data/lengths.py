@@ -13,6 +13,8 @@ from dream_jax.data.options import EncodeOptions
 from dream_jax.data.rows import Mixture, Row, RowSource, first_numbers
 from dream_jax.tokenizer import Tokenizer
 
+_SHOWN = 40  # names of fields that a report prints
+
 
 class TokenizedRows:
     """The rows of a source as tokens, before any cut: `rows[i]` is the `TokenRow` of row i.
@@ -107,8 +109,9 @@ class LengthReport:
             found.append(f"bad rows skipped: {len(self.bad)} in all")
         for what, names in (("not read", self.unread), ("left out on request (--ignore-field)", self.ignored)):
             if names:
-                counts = ", ".join(f"{name} ({count} rows)" for name, count in sorted(names.items()))
-                found.append(f"fields that are {what}: {counts}")
+                counts = [f"{name} ({count} rows)" for name, count in sorted(names.items())]
+                rest = f" and {len(counts) - _SHOWN} others" if len(counts) > _SHOWN else ""
+                found.append(f"fields of the files that are {what}: {', '.join(counts[:_SHOWN])}{rest}")
         if self.ends_early:
             found.append(
                 f"chats that end at their last turn to be learned; the turns after it are left out: {self.ends_early}"

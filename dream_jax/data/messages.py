@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dream_jax.data.fields import FieldReader, check_texts, from_json_text, is_empty
+from dream_jax.data.fields import FieldReader, check_texts, from_json_text, holds_messages, is_empty, shown_name
 from dream_jax.data.records import text_field
 from dream_jax.tokenizer import ROLES, Message
 
@@ -66,7 +66,7 @@ class MessageReader:
 
     def add_answer(self, fields: FieldReader, name: str) -> None:
         """Adds the answer of a column: a text, or messages."""
-        if isinstance(fields.found[name], list):
+        if holds_messages(fields.found[name]):
             self.add(fields.take(name), name)
         else:
             self.turns.append({"role": "assistant", "content": fields.text(name)})
@@ -124,7 +124,7 @@ class MessageReader:
                         f"can be read, not {part!r:.60}"
                     )
                 self.unread.update(
-                    f"messages.content.{name}"
+                    f"messages.content.{shown_name(name)}"
                     for name, value in part.items()
                     if name not in ("type", "text") and not is_empty(value)
                 )
@@ -157,7 +157,7 @@ class MessageReader:
                 raise ValueError(f"{at}: the arguments of a tool call must be an object, not {arguments!r:.60}")
             check_texts(arguments, "arguments", at)
             self.unread.update(
-                f"messages.tool_calls.{name}"
+                f"messages.tool_calls.{shown_name(name)}"
                 for name, value in {**call, **inside}.items()
                 if name not in _CALL_FIELDS and not is_empty(value)
             )

@@ -193,6 +193,9 @@ def _dataset_records(rows: Any, name: str) -> Iterator[Record]:
 def _table_records(table: Any, name: str, start: int) -> Iterator[Record]:
     """Yields the rows of an Arrow table as records with the locations "NAME:row N", from N = start on."""
     columns = [(field.name, field.type) for field in table.schema]
+    twice = [field for field, count in Counter(field for field, _ in columns).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name}: the columns {twice} occur twice; rename one of each")
     for number, row in enumerate(table.to_pylist(), start=start):
         found = {field: _without_padding(row[field], kind) for field, kind in columns if row[field] is not None}
         yield f"{name}:row {number}", found
