@@ -50,11 +50,11 @@ def test_answers_that_a_person_has_judged():
             mistakes.append((row["answer"], row["verdict"], verdict))
     assert not mistakes
     # How often the judge is not sure where a person is. A change that makes these numbers larger makes the judge worse.
-    assert (counted["right", "undecided"], counted["wrong", "undecided"]) == (9, 3), counted
+    assert (counted["right", "undecided"], counted["wrong", "undecided"]) == (8, 4), counted
     persons = collections.Counter(row["verdict"] for row in answers())
     page = (ANSWERS.parent.parent / "docs" / "evaluate.md").read_text(encoding="utf-8")
     assert f"Of {len(answers())} answers that a person judged" in page
-    assert f"undecided for 9 of {persons['right']} right ones and 3 of {persons['wrong']} wrong ones" in " ".join(
+    assert f"undecided for 8 of {persons['right']} right ones and 4 of {persons['wrong']} wrong ones" in " ".join(
         page.split()
     )
 
@@ -119,6 +119,9 @@ def test_every_reference_answer_is_right(assets, split, count):
         ("18%", 18),
         ("USD18", 18),
         ("5:00 PM", 5),
+        ("Rs.18", 18),
+        ("_18_", 18),
+        ("1&nbsp;000", 1000),
         # no single value: another reader would read it differently, or nobody can say
         ("12:30", None),
         ("7:11", None),

@@ -23,13 +23,16 @@ _LONGEST = 100_000  # Only this many characters at the end of an answer are read
 _LONGEST_SENTENCE = 400  # Only this many characters of a sentence are read after an announcement.
 
 
-_SENTENCE_END = re.compile(r"\n|(?<=[.!?])[\"')\]*]*\s|(?<=[.!?])$")
+# A full stop ends a sentence, but not that of an abbreviation.
+_SENTENCE_END = re.compile(
+    r"\n|(?<=[.!?])(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bapprox\.)(?<!\bRs\.)(?<!\bNo\.)[\"')\]*]*\s|(?<=[.!?])$"
+)
 _MARKER = re.compile(
     r"^\s*(?:(?:[-*+>\u2022]|\(?[0-9]{1,2}[.)]|[a-z][.)]|#{1,6})\s+|step [0-9]{1,3}\b[.:]?)+(?=\s*\S)", re.I
 )
 _CHECK = re.compile(
     r"\W*(?:check|verif|to (?:check|verify|confirm)|double[- ]check|let(?:'s| me| us) (?:check|verify)|"
-    r"proof|note|p\.?s\.?\b|we can (?:check|verify)|explanation:)",
+    r"proof|note|confidence|p\.?s\.?\b|we can (?:check|verify)|explanation:)",
     re.IGNORECASE,
 )
 
@@ -45,7 +48,7 @@ def _unmarked(sentence: str) -> str:
 
 def _last_sentence(text: str, how: str) -> Conclusion | None:
     """Returns the conclusion of the last sentence with a number that is neither a question nor a check."""
-    spelt: frozenset[Fraction] = frozenset()
+    spelt: list[tuple[Fraction, bool]] = []  # numbers in words, and whether each stands where results stand
     for sentence in reversed(_sentences(text)):
         sentence = _unmarked(sentence)
         if sentence.rstrip(" *\"')").endswith("?") or _CHECK.match(sentence):
@@ -53,13 +56,18 @@ def _last_sentence(text: str, how: str) -> Conclusion | None:
         found = stated_in_prose(sentence[-_LONGEST_SENTENCE * 10 :], how)
         if found is not None:
             if spelt:  # A later sentence has a number in words.
-                return Conclusion(value=None, others=found.readings | spelt, how=how)
+                return Conclusion(value=None, others=found.readings | {value for value, _ in spelt}, how=how)
             return found
         for word in spelt_numbers(sentence[-_LONGEST_SENTENCE:]):
-            result = RESULT.search(sentence[: word.start][-60:]) or not sentence[: word.start].strip()
-            if word.value is not None and (word.value > 3 or result):
-                spelt |= {word.value}
-    return Conclusion(value=None, others=spelt, how="only in words") if spelt else None
+            result = RESULT.search(sentence[-_LONGEST_SENTENCE:][: word.start][-60:]) is not None
+            if word.value is not None and (word.value > 3 or result or not sentence[: word.start].strip()):
+                spelt.append((word.value, result))
+    if not spelt:
+        return None
+    values = frozenset(value for value, _ in spelt)
+    if len(spelt) == 1 and spelt[0][1] and spelt[0][0] > 3:  # "She makes eighteen dollars."
+        return Conclusion(value=spelt[0][0], how="only in words")
+    return Conclusion(value=None, others=values, how="only in words")
 
 
 _TURN = re.compile(
@@ -113,7 +121,7 @@ def _announced(text: str, one: _Announcement, boxes: Sequence[_Announcement]) ->
     """Returns the conclusion of one announcement; None if no number follows it, or if it does not announce one."""
     after = text[one.end : one.stop]
     if one.kind == "mark":
-        line = after[:_LONGEST_SENTENCE].lstrip(" ").partition("\n")[0]
+        line = after[:_LONGEST_SENTENCE].lstrip().partition("\n")[0]
         if _HEADING.match(line) or (line[:1].isalpha() and "=" not in line and not find_terms(line[:4])):
             return None  # A heading of Markdown has such marks too.
         return begins_with(line, "after ####")
@@ -136,15 +144,20 @@ def _announced(text: str, one: _Announcement, boxes: Sequence[_Announcement]) ->
 
 
 def _braced(text: str) -> str:
-    """Returns the content of the group with which a text begins, without braces; all of the line if it is not closed."""
-    line = text[:_LONGEST_SENTENCE].partition("\n")[0]
-    depth = 0
-    for at, sign in enumerate(line):
+    """Returns the content of the group with which a text begins, without braces; its first line if it is not closed.
+
+    If the text does not begin with a brace, the result is its first word.
+    """
+    text = text[:_LONGEST_SENTENCE]
+    depth, end = 0, len(text.partition("\n")[0])
+    if not text.startswith("{"):
+        return re.split(r"\s", text, maxsplit=1)[0]
+    for at, sign in enumerate(text):
         depth += (sign == "{") - (sign == "}")
-        if depth <= 0:
-            line = line[: at + 1] if sign == "}" else line.partition(" ")[0]
+        if depth == 0:
+            end = at
             break
-    return re.sub(r"[{}]", " ", line)
+    return re.sub(r"[{}\n]", " ", text[:end])
 
 
 def _with_neighbours(text: str, one: _Announcement, boxes: Sequence[_Announcement], found: Conclusion) -> Conclusion:

@@ -11,6 +11,7 @@ reading of the English reader as its `value`, or None if that reader could not b
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def _same(character: str) -> str:
 
 _LATEX = (
     (re.compile(r"<<[^<>\n]{0,200}>>"), ""),  # the calculator notes of GSM8K
+    (re.compile(r"\\\\(?=[A-Za-z])"), r"\\"),  # A backslash that was escaped twice.
+    (re.compile(r"\\\\"), "\n"),  # a line break
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\,"), _GROUP),
@@ -98,6 +101,8 @@ _LATEX = (
     (re.compile(r"\$\$"), " "),
     (re.compile(r"(?<=[0-9])\*\*(?=[0-9])"), "^"),
     (re.compile(r"\*\*|__|`"), ""),
+    (re.compile(r"<answer>", re.IGNORECASE), "\nAnswer: "),
+    (re.compile(r"</answer>", re.IGNORECASE), "\n\n"),
     (re.compile(r"</?[A-Za-z][^<>\n]{0,80}>"), " "),
     (re.compile(r"(?<=[0-9]), (?=0[0-9]{2}(?![0-9]))"), ","),
     (re.compile(r"[ \t]+"), " "),
@@ -106,7 +111,7 @@ _LATEX = (
 
 def plain(text: str) -> str:
     """Returns the text with ASCII digits and signs, without Markdown, tags and most of LaTeX; braces remain."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = html.unescape(text).replace("\r\n", "\n").replace("\r", "\n")
     text = _SUPERSCRIPT.sub(_raised, text)
     odd = {character for character in set(text) if character > "~" or (character < " " and character not in "\n\t")}
     text = text.translate({ord(one): " " if one < " " else _same(one) for one in odd})
@@ -123,7 +128,7 @@ def _raised(found: re.Match[str]) -> str:
 # A run of digits and separators. Possessive repetitions (++ and *+) never give back what they took, so the time is
 # linear. A space separates thousands only before exactly three digits.
 _RUN = re.compile(
-    rf"(?:(?<![0-9])\.)?[0-9]++(?:[.,'_{_GROUP}][0-9]++| (?=[0-9]{{3}}(?![0-9]))[0-9]{{3}})*+",
+    rf"(?:(?<![\w)])\.)?[0-9]++(?:[.,'_{_GROUP}][0-9]++| (?=[0-9]{{3}}(?![0-9]))[0-9]{{3}})*+",
 )
 _EXPONENT = re.compile(r"[eE]([+-]?[0-9]{1,9})(?!\w|\.[0-9])")
 _TOO_LONG = re.compile(r"[eE][+-]?[0-9]")  # an exponent that `_EXPONENT` refuses
@@ -164,7 +169,8 @@ def _numeral(text: str, run: re.Match[str]) -> Numeral | None:
     start, end = run.span()
     before = text[start - 1] if start else ""
     # A letter of a script with capitals; no space stands between words and numbers in Chinese.
-    if before in ("^", "_", "\\") or (before.isalpha() and unicodedata.category(before) != "Lo"):
+    subscript = before == "_" and start > 1 and text[start - 2].isalnum()
+    if before == "^" or subscript or (before.isalpha() and unicodedata.category(before) != "Lo"):
         code = _CODE.search(text[max(0, start - 8) : start])
         if code is None:
             return None

@@ -124,7 +124,7 @@ RESULT = re.compile(
     r"(?:\b(?:is|are|was|were|be|been|it's|that's|makes?|made|earns?|earned|gets?|got|costs?|spends?|spent|pays?|paid|has|"
     r"have|had|needs?|needed|leaves?|left with|so|totals?|total of|equals?|gives?|gave|sells?|sold|runs?|ran|takes?|took|"
     r"travels?|scores?|scored|drives?|drove|saves?|saved|receives?|received|eats?|ate|drinks?|drank|buys?|bought|"
-    r"becomes?|reach(?:es)?|or|answer|collects?|charges?|walks?|weighs?|owes?|profit of|use[sd]?|reads?|"
+    r"becomes?|reach(?:es)?|answer|collects?|charges?|walks?|weighs?|owes?|profit of|use[sd]?|reads?|"
     r"(?:up|ends?) with)|[:>\u2192])"
     r"(?: (?:about|approximately|around|only|exactly|just|now|still|a|an|the|total|of|all|altogether|therefore|thus|also|"
     rf"equal|to))*[ {CURRENCY}(]*$",
@@ -136,7 +136,17 @@ _DETAIL = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(r"\b(?:because|since|as|when|if|while|where)\b", re.IGNORECASE)
-_LIST = re.compile(r"[^.\n]{0,30}?(?:[,;/|]|\bor\b|\band\b|\bto\b|[-\u2013~])[^.\n]{0,12}", re.IGNORECASE)
+_GIVEN = re.compile(
+    r"\b(?:the|those|these|his|her|their|its|my|our|[a-z]+'s)(?: (?:remaining|other|first|last|next|same|initial))? "
+    rf"?[{CURRENCY}]*$",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(r"(?<= )\([^()]*\)")
+_WHICH = re.compile(r"\bwhich (?:is|are|was|were)(?: (?:about|only|just|exactly))? ?$", re.IGNORECASE)
+_MORE = re.compile(
+    r"[ \w-]{0,20}\b(?:more|less|fewer|greater|higher|lower|longer|shorter|older|younger)\b", re.IGNORECASE
+)
+_LIST = re.compile(r"[^.\n]{0,30}?(?:[,;/|\u00b1]|\bor\b|\band\b|\bto\b|[-\u2013~])[^.\n]{0,12}", re.IGNORECASE)
 _CHOICE = re.compile(r"(?:\beither\b|\bbetween\b|\bfrom\b)[^0-9]{0,20}$", re.IGNORECASE)
 _RESTATED = re.compile(r"which (?:is|are|equals|means)\b|\bthat is\b|\bi\.e\b|\bor\b|[(\[=]", re.IGNORECASE)
 _MORE_TO_COMPUTE = re.compile(r"[^,;(.0-9]{0,40}[-+*/\u00f7][^,;(]*")
@@ -175,6 +185,27 @@ def _after_equals(text: str, how: str) -> Conclusion | None:
     return _of_term(first, how)
 
 
+def _without_details(text: str, terms: Sequence[Term]) -> Sequence[Term]:
+    """Returns the terms without numbers that are clearly no results: "the 9 eggs", "(2 hours)", "which is 5 more".
+
+    If nothing else remains, or only a computation, all terms are returned.
+    """
+    brackets = [found.span() for found in _REMARK.finditer(text)]
+    kept = [
+        term
+        for term in terms
+        if not (
+            _GIVEN.search(text[max(0, term.start - 40) : term.start])
+            or any(start < term.start and term.end < end for start, end in brackets)
+            or (
+                _WHICH.search(text[max(0, term.start - 40) : term.start])
+                and _MORE.match(text[term.end : term.end + 40])
+            )
+        )
+    ]
+    return kept if any(not term.computed for term in kept) else terms
+
+
 def stated_in_prose(text: str, how: str) -> Conclusion | None:
     """Returns the conclusion of a sentence that announces nothing; None if it has no number."""
     terms = find_terms(text)
@@ -182,13 +213,13 @@ def stated_in_prose(text: str, how: str) -> Conclusion | None:
         return None
     if (found := _after_equals(text, how)) is not None:
         return found
-    last, others = terms[-1], _all(terms)
+    others = _all(terms)
+    terms = _without_details(text, terms)
+    last = terms[-1]
     if len(terms) == 1:
-        found = _of_term(last, how)
-    elif len(others) == 1:
-        found = Conclusion(value=next(iter(others)), how=how)
-    elif any(not term.computed and term.others == others and term.value is None for term in terms):
-        found = Conclusion(value=None, others=others, how=how)
+        found = dataclasses.replace(_of_term(last, how), others=others - {last.value})
+    elif len(_all(terms)) == 1:
+        found = Conclusion(value=next(iter(_all(terms))), others=others - _all(terms), how=how)
     else:
         before = text[max(0, last.start - 60) : last.start]
         reason = _REASON.search(text[terms[-2].end : last.start])
