@@ -185,7 +185,7 @@ def _after_equals(text: str, how: str) -> Conclusion | None:
     return _of_term(first, how)
 
 
-def _without_details(text: str, terms: Sequence[Term]) -> Sequence[Term]:
+def _without_details(text: str, terms: list[Term]) -> list[Term]:
     """Returns the terms without numbers that are clearly no results: "the 9 eggs", "(2 hours)", "which is 5 more".
 
     If nothing else remains, or only a computation, all terms are returned.
