@@ -17,11 +17,17 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from dream_jax.evaluation.numerals import plain, spelt_numbers
-from dream_jax.evaluation.sentences import EQUALS, RESULT, Conclusion, begins_with, find_terms, stated_in_prose
+from dream_jax.evaluation.sentences import (
+    EQUALS,
+    RESULT,
+    Conclusion,
+    find_terms,
+    stated_after_announcement,
+    stated_in_prose,
+)
 
 _LONGEST = 100_000  # Only this many characters at the end of an answer are read.
 _LONGEST_SENTENCE = 400  # Only this many characters of a sentence are read after an announcement.
-
 
 # A full stop ends a sentence, but not that of an abbreviation.
 _SENTENCE_END = re.compile(
@@ -38,6 +44,7 @@ _CHECK = re.compile(
 
 
 def _sentences(text: str) -> list[str]:
+    """Returns the sentences and lines of a text that are not blank."""
     return [one for one in _SENTENCE_END.split(text) if one and not one.isspace()]
 
 
@@ -75,6 +82,7 @@ _TURN = re.compile(
     r"\n[ *#]{0,6}(?:question|user|human|q|instruction|problem|prompt)[ *]{0,3}[0-9]{0,3}[ *]{0,3}:",
     re.IGNORECASE,
 )
+# Kinds of announcements: "####", a box, a heading "Final Answer", "the answer is not", "the answer is", and "Answer:".
 _ANNOUNCEMENT = re.compile(
     r"(?P<mark>####)"
     r"|(?P<box>\\?\b(?:boxed|fbox) ?(?=[{0-9$]))"
@@ -104,6 +112,7 @@ class _Announcement:
 
 
 def _announcements(text: str) -> list[_Announcement]:
+    """Returns all announcements of a text in their order; the text of each ends where the next one begins."""
     found = list(_ANNOUNCEMENT.finditer(text))
     stops = [*(one.start() for one in found), len(text)][1:]
     return [
@@ -113,6 +122,7 @@ def _announcements(text: str) -> list[_Announcement]:
 
 
 def _first_sentence(text: str) -> str:
+    """Returns the first sentence of a text, without marks before it; empty if there is none."""
     text = text.lstrip(" \n\t:*>\"'")[:_LONGEST_SENTENCE]
     return next(iter(_sentences(text)), "")
 
@@ -124,9 +134,9 @@ def _announced(text: str, one: _Announcement, boxes: Sequence[_Announcement]) ->
         line = after[:_LONGEST_SENTENCE].lstrip().partition("\n")[0]
         if _HEADING.match(line) or (line[:1].isalpha() and "=" not in line and not find_terms(line[:4])):
             return None  # A heading of Markdown has such marks too.
-        return begins_with(line, "after ####")
+        return stated_after_announcement(line, "after ####")
     if one.kind == "box":
-        found = begins_with(_braced(after), "in a box")
+        found = stated_after_announcement(_braced(after), "in a box")
         return None if found is None else _with_neighbours(text, one, boxes, found)
     if _CONDITION.search(text[max(0, one.start - 60) : one.start]):
         return None
@@ -137,9 +147,11 @@ def _announced(text: str, one: _Announcement, boxes: Sequence[_Announcement]) ->
         return None
     if one.kind == "not":
         instead = _INSTEAD.search(sentence)
-        return None if instead is None else begins_with(sentence[instead.end() :], "announced as the answer")
+        return (
+            None if instead is None else stated_after_announcement(sentence[instead.end() :], "announced as the answer")
+        )
     if one.kind == "is":
-        return begins_with(sentence, "announced as the answer")
+        return stated_after_announcement(sentence, "announced as the answer")
     return _worked(after, "announced as the answer")
 
 
@@ -169,7 +181,7 @@ def _with_neighbours(text: str, one: _Announcement, boxes: Sequence[_Announcemen
         between = text[box.end : one.start][-_LONGEST_SENTENCE:]
         if re.search(r"[.;!?]\s|\n", between) or len(between) >= _LONGEST_SENTENCE or not between.count("}"):
             break
-        neighbour = begins_with(_braced(text[box.end : box.stop]), "in a box")
+        neighbour = stated_after_announcement(_braced(text[box.end : box.stop]), "in a box")
         if neighbour is not None:
             others |= neighbour.readings
     if others <= found.readings:
@@ -186,7 +198,7 @@ def _worked(after: str, how: str) -> Conclusion | None:
     line, _, rest = after.partition("\n")
     sentences = _sentences(line[:_LONGEST_SENTENCE])
     first = _unmarked(sentences[0]) if sentences else ""
-    direct = begins_with(first, how) if first and not re.match(r"\s*[0-9]{1,2}[.)]\s", line) else None
+    direct = stated_after_announcement(first, how) if first and not re.match(r"\s*[0-9]{1,2}[.)]\s", line) else None
     phrase = _BRACKETS.sub("", first)
     before = phrase[: terms[0].start] if (terms := find_terms(phrase)) else ""
     begins = len(before.split()) <= 1 and not before.rstrip().endswith(":")  # "Monday: 3" begins a solution

@@ -118,6 +118,7 @@ def _evaluate(run: Sequence[Numeral], signs: Sequence[str]) -> Fraction | None:
     return sums + product
 
 
+# Where a result stands (RESULT, up to the number), and where a detail stands that is no result (_DETAIL, _GIVEN, ...).
 EQUALS = re.compile(r"[=\u2248]| equals | is equal to ")
 _THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|altogether|in total|for a total of|making|giving)\b", re.I)
 RESULT = re.compile(
@@ -154,6 +155,7 @@ _LOSS = re.compile(r"\b(?:loss of|in debt|deficit|below zero|below 0|short by)\b
 
 
 def _all(terms: Sequence[Term]) -> frozenset[Fraction]:
+    """Returns all readings of all terms."""
     return frozenset[Fraction]().union(*(term.readings for term in terms))
 
 
@@ -234,8 +236,11 @@ def stated_in_prose(text: str, how: str) -> Conclusion | None:
     return found
 
 
-def begins_with(text: str, how: str) -> Conclusion | None:
-    """Returns the number that a sentence after an announcement begins with; None if the sentence has no number."""
+def stated_after_announcement(text: str, how: str) -> Conclusion | None:
+    """Returns the conclusion of the sentence after an announcement, such as "18 dollars."; None if it has no number.
+
+    The first number counts: an explanation may follow it. In an equation, its result counts.
+    """
     spelt = next(spelt_numbers(text), None)
     terms = find_terms(text)
     if not terms:

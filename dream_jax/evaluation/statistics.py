@@ -132,9 +132,8 @@ def _sign_flip(change: np.ndarray) -> float:
     independent, so their distributions are convolved.
     """
     sizes, counts = np.unique(np.abs(change[change != 0]), return_counts=True)
-    common = (
-        np.gcd.reduce(sizes) if len(sizes) else 1
-    )  # the sums are multiples of it, so the arrays need no entries between
+    # All sums are multiples of the common divisor, so the arrays need no entries between the multiples.
+    common = np.gcd.reduce(sizes) if len(sizes) else 1
     sizes, observed = sizes // common, abs(int(change.sum())) // common
     chance = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
