@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from fractions import Fraction
 
 import pytest
 from commands import run_script
@@ -14,6 +15,7 @@ from dream_jax.data import RowList, has_traces, token_row
 from dream_jax.data.answer_formats import instruction_of
 from dream_jax.data.schemas import parse_s1k
 from dream_jax.evaluation import EvaluateSettings, evaluate
+from dream_jax.evaluation.gsm8k import judge_number
 from dream_jax.evaluation.tasks import TASKS
 from dream_jax.inference import ModelSettings
 from dream_jax.tokenizer import ByteTokenizer, read_instruction, read_template, write_template
@@ -104,6 +106,22 @@ def test_evaluate_asks_so(trained, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["instruction"] == D1
     assert TASKS["sudoku"].instruction_after(D1) == f"{D1}\n\n{TASKS['sudoku'].instruction}"
     assert TASKS["chat"].instruction_after(D1) == D1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<reasoning>The answer is 20? \\boxed{20}? No.</reasoning>\n<answer>18</answer>",
+        "<reasoning>the answer is 20.</reasoning>\n<answer>She has \\boxed{18}.</answer>",
+        "<|im_start|>think\nThe answer is 20. \\boxed{20}\n<|im_start|>answer\nAnswer: 9 + 9 = 18, so \\boxed{18}.",
+        "<|im_start|>think\nthe answer is 20\n<|im_start|>answer\nAnswer: She has 18 eggs left.",
+        "<|im_start|>think\nThe answer is 18.\n<|im_start|>answer\nThat is it.",
+    ],
+)
+def test_the_answer_is_judged_and_not_the_reasoning_before_it(answer):
+    found = judge_number(Fraction(18), answer)
+    assert found.correct, found
+    assert not judge_number(Fraction(20), answer).correct
 
 
 def test_what_version_0_1_noted_is_asked_without_an_instruction(tmp_path):

@@ -213,6 +213,9 @@ def _worked(after: str, how: str) -> Conclusion | None:
     return Conclusion(value=None, others=direct.readings | concluded.readings, how=how)
 
 
+_REASONED = re.compile(r"</reasoning>|<\|im_start\|>answer\n")
+
+
 def _turns(text: str) -> Iterator[str]:
     """Yields the parts of a text between the beginnings of turns such as "Question:"; blank parts are left out."""
     begin = 0
@@ -226,7 +229,10 @@ def _turns(text: str) -> Iterator[str]:
 
 def conclude(answer: str) -> Conclusion | None:
     """Returns the conclusion of an answer; None if the answer has no number."""
-    text = plain(answer[-_LONGEST:].rpartition("</think>")[2])
+    text = answer[-_LONGEST:].rpartition("</think>")[2]
+    # In the formats of d1 and s1 the answer begins after the reasoning, which may have announced and boxed other numbers.
+    reasoned = _REASONED.search(text)
+    text = plain(text if reasoned is None else text[reasoned.end() :])
     text = text if any(sign.isdigit() for sign in text) else plain(answer[-_LONGEST:])
     parts = list(_turns(text.strip()))
     for part in parts:
