@@ -5,10 +5,12 @@ import sys
 import tyro
 
 from dream_jax.evaluation import EvaluateSettings, compare, evaluate
+from dream_jax.tokenizer import check_texts
 
 
 def main() -> int:
     try:
+        check_texts(sys.argv[1:])
         settings = tyro.cli(EvaluateSettings, description=__doc__)
         if settings.compare is not None:
             first, second = settings.compare

@@ -27,7 +27,7 @@ from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.row_file import RowFile, agree_on_settings
 from dream_jax.sampler import Preset, Stream
-from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer
+from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, check_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ class SampleSettings(inference.ModelSettings):
 
 def main() -> int:
     try:
+        check_texts(sys.argv[1:])
         return run(tyro.cli(SampleSettings, description=__doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
+from dream_jax.tokenizer import check_texts
 from dream_jax.trainer import Diverged, Stopped, TrainSettings, leave, train
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
 
@@ -144,6 +145,7 @@ def parsed(begun: Command | None) -> Command:
 
 def main() -> int:
     try:
+        check_texts(sys.argv[1:])
         asked = asked_recipe(sys.argv[1:])
         if asked == "":
             print(listing(RECIPES))

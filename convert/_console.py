@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from dream_jax.pretrained import Conversion
+from dream_jax.tokenizer import check_texts
 
 PLAIN_SECONDS = 5.0  # between two lines of progress when the output is not a terminal
 
@@ -72,6 +73,7 @@ def peak_bytes() -> int:
 def errors_end_the_command() -> Iterator[None]:
     """Ends the process with exit status 1 and one line on stderr after a ValueError or OSError, which users can correct."""
     try:
+        check_texts(sys.argv[1:])
         yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,11 +93,11 @@ def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> No
     # The CPU is enough, because nothing is computed; the memory of an accelerator may be too small.
     jax.config.update("jax_platforms", "cpu")
     console = Console(highlight=False, soft_wrap=True)
-    for field in dataclasses.fields(settings):
-        console.print(f"{field.name}: {getattr(settings, field.name)}", markup=False)
     begun = time.monotonic()
     meter = Meter(console)
     with errors_end_the_command():
+        for field in dataclasses.fields(settings):
+            console.print(f"{field.name}: {getattr(settings, field.name)}", markup=False)
         try:
             made = convert(settings.src, settings.dst, started=meter.started, progress=meter.progress, **options)
         finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dream_jax.side_files import read_json
 
 # Keys that config.json must have. They have no defaults here, because libraries change their defaults between releases.
 _REQUIRED_KEYS = (
@@ -134,7 +135,8 @@ class DreamConfig:
         """Reads the dictionary of a published `config.json`, key by key.
 
         Args:
-          fields: the dictionary. Architectural keys have no defaults: all must be there.
+          fields: the dictionary. Architectural keys have no defaults: all must be there. `rope_parameters` of
+            transformers 5 may stand for `rope_theta` (see `with_rope_theta`).
           ignore: further keys that are known not to change what the model computes; they are not checked.
 
         Raises:
@@ -145,12 +147,15 @@ class DreamConfig:
                 "config.json has model_type='qwen2', an autoregressive Qwen2 model and not a Dream model; convert it "
                 "with convert/qwen2_to_dream.py SRC DST"
             )
+        ignore = frozenset(ignore)
+        if "rope_parameters" not in ignore:
+            fields = with_rope_theta(fields)
         missing = [key for key in _REQUIRED_KEYS if key not in fields]
         if missing:
             raise ValueError(
                 f"config.json lacks {missing}, which have no defaults; add them from the source of the checkpoint"
             )
-        ignored = _IGNORED_KEYS | frozenset(ignore)
+        ignored = _IGNORED_KEYS | ignore
         for key, value in fields.items():
             if key in _SWITCHES:
                 if value not in _SWITCHES[key] and key not in ignore:
@@ -161,6 +166,10 @@ class DreamConfig:
                     f"config.json has the unknown key {key}={value!r}, which may change what the model computes; "
                     f"if it does not, name it in `ignore` (--ignore-config-key {key} on the command line)"
                 )
+        if not isinstance(fields.get("auto_map") or {}, Mapping):
+            raise ValueError(
+                f"config.json has auto_map={fields['auto_map']!r:.80}, which must be an object: correct it or remove it"
+            )
         if "model_type" not in fields:
             raise ValueError("config.json lacks 'model_type'; expected 'Dream'")
         for name in ("rope_theta", "rms_norm_eps"):
@@ -190,12 +199,7 @@ class DreamConfig:
             path = path / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a checkpoint directory must hold a config.json")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
+        fields = read_json(path, "restore it from the source of the checkpoint")
         try:
             return cls.from_dict(fields, ignore=ignore)
         except ValueError as error:
@@ -220,6 +224,45 @@ class DreamConfig:
             "use_sliding_window": False,
             **dataclasses.asdict(self),
         }
+
+
+def with_rope_theta(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dictionary of a `config.json` with `rope_theta` at its top level, and without `rope_parameters`.
+
+    transformers 4 writes the base of the rotary embedding as `rope_theta`, and transformers 5 as
+    `{"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}`.
+
+    Raises:
+      ValueError: `rope_parameters` is not an object, has another type than "default" or an unknown key, or gives another
+        `rope_theta` than the top level.
+    """
+    plain = {key: value for key, value in fields.items() if key != "rope_parameters"}
+    found = fields.get("rope_parameters")
+    if found is None:
+        return plain
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config.json has rope_parameters={found!r:.80}, which must be an object")
+    for key in ("rope_type", "type"):
+        if found.get(key, "default") != "default":
+            raise ValueError(
+                f"config.json has rope_parameters with {key}={found[key]!r:.80}, but only 'default' is implemented: a "
+                "rotary embedding without scaling"
+            )
+    unknown = sorted(found.keys() - {"rope_type", "type", "rope_theta"})
+    if unknown:
+        raise ValueError(
+            f"config.json has rope_parameters with {unknown[0]}={found[unknown[0]]!r:.80}, but only rope_theta and "
+            "rope_type 'default' are implemented"
+        )
+    theta = found.get("rope_theta")
+    if theta is None:
+        return plain
+    if plain.get("rope_theta") not in (None, theta):
+        raise ValueError(
+            f"config.json has rope_theta={plain['rope_theta']!r:.80} and rope_parameters with rope_theta={theta!r:.80}; "
+            "keep the one that the model was trained with"
+        )
+    return plain | {"rope_theta": theta}
 
 
 # Ids of the special tokens in the vocabulary of Qwen2.5, with the mask token that Dream added.

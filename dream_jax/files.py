@@ -1,6 +1,6 @@
 """Writes files and directories that are either complete or absent, and checksums that show later changes of files.
 
-Several processes may write one directory together. This module does not interpret the contents of the files.
+`read_typed` reads JSON files that have a fixed form. Several processes may write one directory together.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import msgspec
 
 from dream_jax.distributed import barrier, from_first
+from dream_jax.side_files import REMEDY, read_json_value
+from dream_jax.side_files import read_json as read_json  # beside `write_json`, for the modules that use both
+
+T = TypeVar("T")
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 1 << 24
@@ -29,6 +34,29 @@ _THREADS = 8  # threads run in parallel here, because reading and zlib release P
 _SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
 
 _log = logging.getLogger(__name__)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether an error says that the disk, or the part of it that this user may use, is full.
+
+    Libraries may raise another type of error with the text of the system's error.
+    """
+    texts = [os.strerror(number) for number in _FULL]
+    return (isinstance(error, OSError) and error.errno in _FULL) or any(text in str(error) for text in texts)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: pathlib.Path) -> Iterator[None]:
+    """Adds the path of the file that is written in the block to the error of a full disk, which does not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(error.errno, f"the disk is full, so {path} was not written") from error
 
 
 @contextlib.contextmanager
@@ -45,9 +73,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        with naming_full_disk(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:  # Ctrl-C (KeyboardInterrupt) must remove the file too
         temporary.unlink(missing_ok=True)
@@ -65,24 +94,30 @@ def write_json(path: pathlib.Path, content: Any, *, indent: int = 2) -> None:
     write_file(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def read_json(path: pathlib.Path, remedy: str = "remove the file or restore it from a copy") -> dict[str, Any]:
-    """Returns the JSON object in a file.
+def read_typed(path: pathlib.Path, kind: type[T], remedy: str = REMEDY) -> T:
+    """Returns the JSON value in a file as an object of a type, as `typed` makes it. Raises as `read_json` and `typed`."""
+    return typed(read_json_value(path, remedy), kind, path, remedy)
+
+
+def typed(found: Any, kind: type[T], where: object, remedy: str = REMEDY) -> T:
+    """Returns a value that was read from JSON as an object of a type.
 
     Args:
-      path: path of the file.
-      remedy: what the user can do if the file holds something else; the error message ends with it.
+      found: lists, dicts, texts and numbers, as JSON has them.
+      kind: the type: a dataclass, a msgspec.Struct, or a type such as `list[int]`. Keys that a class does not have are
+        left out.
+      where: the origin of the value, such as a path; the error message begins with it.
+      remedy: what the user can do after an error; the message ends with it.
 
     Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: the file is not valid JSON in UTF-8, or holds something other than an object.
+      ValueError: a value has another type, or a key without a default is missing.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON in UTF-8 ({error}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; {remedy}")
-    return found
+        return msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        place = place.strip("`").removeprefix(".")
+        raise ValueError(f"{where}: {f'{place}: ' if place else ''}{message}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -144,7 +179,7 @@ def new_directory(
             _give_name(directory, target, overwrite)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
-            if error.errno == errno.ENOSPC:
+            if error.errno in _FULL:
                 raise OSError(errno.ENOSPC, f"the disk is full: {target} needs {needed_bytes} bytes") from error
             raise
         except BaseException:  # Ctrl-C (KeyboardInterrupt) must remove the directory too
@@ -227,10 +262,10 @@ def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **
 def read_checksums(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the contents of `checksums.json`; None if the file is missing, cannot be read or has another form."""
     try:
-        found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        found = read_json(folder / CHECKSUMS)
     except (OSError, ValueError):
         return None
-    files = found.get("files") if isinstance(found, dict) else None
+    files = found.get("files")
     # A damaged file may still be valid JSON, so every entry is checked.
     return found if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
 

@@ -12,7 +12,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dream_jax.files import read_json, write_json
+from dream_jax.files import naming_full_disk, read_json, write_json
+from dream_jax.side_files import parse_json
+
+_DAMAGED = "the file is damaged, or it is not a file of rows"
 
 JsonRow = dict[str, Any]
 
@@ -43,12 +46,8 @@ class RowFile:
                 if not line.startswith(start[: len(line)]):
                     raise ValueError(f"{path}:{number}: not a row that was cut short; this is not a file of rows")
                 break
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: not a row of JSON ({error}); the file is damaged, or it is not a file of rows"
-                ) from error
+            # Older versions wrote NaN into rows.
+            row = parse_json(line, f"{path}:{number}: not a row of JSON: it", _DAMAGED, nan=True)
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: a {type(row).__name__}, not an object; this is not a file of rows")
             self.rows.append(row)
@@ -63,7 +62,7 @@ class RowFile:
     def append(self, rows: Sequence[JsonRow]) -> None:
         """Appends rows to the file, and returns when they are on the disk. Raises OSError if they cannot be written."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())

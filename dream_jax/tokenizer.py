@@ -12,10 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
+from dream_jax.chat_template import ChatTemplate
+from dream_jax.side_files import DEEPEST, LARGEST, read_json, read_json_value
+
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 PROMPT_FORMAT_FILE = "prompt_format.json"
 
 _GUARD = "\ue000"  # a private-use character; its runs mark texts of messages that look like special tokens
+_ESCAPED_GUARD = r"\ue000"  # how a template that writes JSON in ASCII writes it
 
 Template = Literal["chat", "raw"]
 """How a prompt is turned into tokens: with the chat template, or as raw text."""
@@ -36,6 +40,7 @@ TOKENIZER_FILES = (
 )
 """Names of the files that belong to a tokenizer. A directory has some of them. `save` copies them unchanged."""
 
+_REMEDY = "copy the tokenizer files of the checkpoint again"
 ROLES = ("system", "user", "assistant", "tool")
 """The roles of a chat message. Other roles raise ValueError, because the published template silently drops them."""
 
@@ -79,6 +84,7 @@ class Tokenizer(Protocol):
 
         By default the name of a special token in the text, such as "<|mask|>", is encoded as plain text, so data cannot
         produce special tokens. With allow_special=True each such name becomes the id of its token.
+        Raises: ValueError if the text has half of a surrogate pair, or a byte that is not UTF-8 (see `check_text`).
         """
         ...
 
@@ -95,7 +101,8 @@ class Tokenizer(Protocol):
 
         With add_generation_prompt they end with the beginning of an assistant turn, for the model to continue. `tools`
         are listed in the system turn. Names of special tokens in contents, calls and tools are encoded as plain text.
-        Raises: ValueError if there is no message, a role is unknown, or a content is not a string.
+        Raises: ValueError if there is no message, a role is unknown, a content is not a string, a text has half of a
+        surrogate pair, or the chat template raises an error or takes too long.
         """
         ...
 
@@ -130,10 +137,8 @@ class ByteTokenizer:
     _special_pattern = re.compile("(" + "|".join(map(re.escape, _specials)) + ")")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Returns the ids of `text`, one per byte; see `Tokenizer.encode`.
-
-        Raises: UnicodeEncodeError, which is a ValueError, if the text has half of a surrogate pair.
-        """
+        """Returns the ids of `text`, one per byte; see `Tokenizer.encode`."""
+        check_text(text)
         if not allow_special:
             return list(text.encode("utf-8"))
         ids: list[int] = []
@@ -183,10 +188,11 @@ class ByteTokenizer:
 
     @classmethod
     def _from_file(cls, path: Path) -> "ByteTokenizer":
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_value(path, "save the tokenizer again")
         if found != cls._description():
             raise ValueError(
-                f"{path} contains {found}, but this version reads only {cls._description()}; save the tokenizer again"
+                f"{path} contains {found!r:.200}, but this version reads only {cls._description()}; save the tokenizer "
+                "again"
             )
         return cls()
 
@@ -209,6 +215,7 @@ class DreamTokenizer:
                 f"{self._directory} has neither tokenizer.json nor vocab.json with merges.txt; copy the "
                 "tokenizer files of the checkpoint there"
             )
+        self._check_files(names)
         # Without torch, transformers warns at import that "models won't be available"; only its tokenizer is used.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import Qwen2Tokenizer
@@ -217,11 +224,17 @@ class DreamTokenizer:
         try:
             self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
         except Exception as error:  # The Rust library raises plain Exception for a damaged file.
-            raise ValueError(f"the tokenizer files in {self._directory} cannot be read: {error}") from error
+            for name in ("tokenizer.json", "vocab.json"):  # not checked before, because reading them takes long
+                if name in names:
+                    read_json(self._directory / name, _REMEDY)
+            raise ValueError(
+                f"the tokenizer files in {self._directory} cannot be read: {error!r:.500}; {_REMEDY}"
+            ) from error
         # The Rust tokenizer gives the same ids as its Python wrapper. The wrapper sets options on it at every call,
         # which is not safe in the threads of the data pipeline, so it is called directly and not modified after the
         # next line.
         self._backend = self._stock.backend_tokenizer
+        self._templates: dict[bool, ChatTemplate] = {}
         self._backend.encode_special_tokens = True  # Despite its name, this encodes special tokens as plain text.
 
         added = self._stock.added_tokens_decoder
@@ -242,6 +255,36 @@ class DreamTokenizer:
         self.im_start_id = self._special("<|im_start|>")
         self.im_end_id = self._special("<|im_end|>")
 
+    def _check_files(self, names: Iterable[str]) -> None:
+        """Raises ValueError, which names the file, for a file that is too large, and for a small one that is damaged."""
+        for name in names:
+            path = self._directory / name
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"{path} has more than {LARGEST:,} bytes, the most that it may have; {_REMEDY}")
+        for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+            if name in names:
+                read_json(self._directory / name, _REMEDY)
+
+    def _template(self, tools: bool) -> ChatTemplate:
+        """Returns the chat template, of which the files may have another one for chats with tools."""
+        found = self._templates.get(tools)
+        if found is None:
+            own = self._directory / "chat_template.jinja"
+            file = own if own.is_file() else self._directory / "tokenizer_config.json"
+            if self._stock.chat_template is None:
+                raise ValueError(
+                    f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
+                    "chat_template.jinja"
+                )
+            try:
+                text = self._stock.get_chat_template(tools=[{}] if tools else None)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            if not isinstance(text, str):
+                raise ValueError(f"{file}: the chat template is {text!r:.80}, not a text; {_REMEDY}")
+            found = self._templates[tools] = ChatTemplate(file, text, self._stock.special_tokens_map)
+        return found
+
     def _named(self, role: str) -> int:
         """Returns the id of the special token with a role in the files, such as "mask_token"."""
         text = self._stock.special_tokens_map.get(role)
@@ -260,12 +303,10 @@ class DreamTokenizer:
         return self._specials[text]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Returns the ids of `text`; see `Tokenizer.encode`. Half of a surrogate pair raises ValueError."""
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
+        check_text(text)
         if not allow_special:
-            try:
-                return list(self._backend.encode(text, add_special_tokens=False).ids)
-            except TypeError as error:  # The Rust library accepts no text that UTF-8 cannot represent.
-                raise ValueError(f"{text!r:.60} has half of a surrogate pair, which is not text") from error
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
         return self._encode_pieces(self._special_pattern.split(text))
 
     def _encode_pieces(self, pieces: Iterable[str]) -> list[int]:
@@ -283,15 +324,12 @@ class DreamTokenizer:
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
         """Returns the ids of `messages`; see `Tokenizer.chat`. Files without a chat template also raise ValueError."""
         _check_messages(messages)
-        if self._stock.chat_template is None:
-            raise ValueError(
-                f"{self._directory} has no chat template; add the checkpoint's tokenizer_config.json or "
-                "chat_template.jinja"
-            )
+        template = self._template(bool(tools))
         # A text that no message contains is inserted into the name of every special token in the messages. After the
         # template is applied, only the special tokens of the template itself match; then the text is removed. The text is
-        # a run of one character, with more of it than all messages have together.
-        guard = _GUARD * (1 + sum(text.count(_GUARD) for text in _texts_of([list(messages), list(tools)])))
+        # a run of one character, with more of it than all messages have together, also as JSON writes it in ASCII.
+        texts = [template.text, *_texts_of([messages, tools])]
+        guard = _GUARD * (1 + sum(text.count(_GUARD) + text.count(_ESCAPED_GUARD) for text in texts))
 
         def guarded(value: Any) -> Any:
             if isinstance(value, str):
@@ -300,12 +338,11 @@ class DreamTokenizer:
                 return {guarded(name): guarded(inside) for name, inside in value.items()}
             return [guarded(inside) for inside in value] if isinstance(value, list | tuple) else value
 
-        text = self._stock.apply_chat_template(
-            guarded(messages), tools=guarded(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = template.render(guarded(messages), guarded(tools), add_generation_prompt)
+        escaped = _ESCAPED_GUARD * len(guard)
         return self._encode_pieces(
-            piece if piece in self._specials else piece.replace(guard, "")
-            for piece in self._special_pattern.split(str(text))
+            piece if piece in self._specials else piece.replace(guard, "").replace(escaped, "")
+            for piece in self._special_pattern.split(text)
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -319,15 +356,18 @@ class DreamTokenizer:
                 shutil.copyfile(self._directory / name, target / name)
 
 
-def _texts_of(value: Any) -> Iterator[str]:
-    """Yields every text in lists and mappings, names too."""
+def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yields every text in lists and mappings, names too. Raises ValueError if they lie too deep inside one another."""
+    if depth > DEEPEST:
+        raise ValueError(f"a message or a tool has more than {DEEPEST} lists or objects inside one another")
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _texts_of([*value, *value.values()])
+        for one in (*value, *value.values()):
+            yield from _texts_of(one, depth + 1)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _texts_of(one)
+            yield from _texts_of(one, depth + 1)
 
 
 def turn_text(message: Message) -> str:
@@ -342,6 +382,33 @@ def turn_text(message: Message) -> str:
         for call in message.get("tool_calls") or ()
     ]
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError if a text is not valid Unicode: it cannot be written in UTF-8, so no tokenizer can encode it.
+
+    Such texts come from JSON with half of a surrogate pair (`"\\ud83d"`), and from a command line with bytes that are not
+    UTF-8, each of which Python keeps as one of the characters U+DC80 to U+DCFF.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = (
+            f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8"
+            if 0xDC80 <= code <= 0xDCFF
+            else "half of a surrogate pair"
+        )
+        raise ValueError(
+            f"the text {text[max(0, error.start - 20) : error.start + 20]!r} has U+{code:04X} at character {error.start}: "
+            f"{what}; write the text as valid Unicode"
+        ) from error
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Raises ValueError for the first of several texts, such as the arguments of a command, that `check_text` refuses."""
+    for text in texts:
+        check_text(text)
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | DreamTokenizer:
@@ -395,15 +462,16 @@ def _read_format(directory: str | os.PathLike[str]) -> tuple[Template | None, st
     path = Path(directory) / PROMPT_FORMAT_FILE
     if not path.is_file():
         return None, ""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "correct it, or remove it and give --template"
+    found = read_json_value(path, remedy)
     instruction = found.pop("instruction", "") if isinstance(found, dict) else ""
     if isinstance(instruction, str):
         for template in get_args(Template):
             if found == {"template": template}:
                 return template, instruction
     raise ValueError(
-        f"{path} contains {found}; it must contain {{'template': 'chat'}} or {{'template': 'raw'}}, and may have a text "
-        "'instruction'"
+        f"{path} contains {found!r:.200}; it must contain {{'template': 'chat'}} or {{'template': 'raw'}}, and may have a "
+        f"text 'instruction': {remedy}"
     )
 
 

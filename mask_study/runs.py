@@ -15,11 +15,13 @@ import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from scipy import stats
 
-from dream_jax.files import replacing, write_file
+from dream_jax.files import read_json, replacing, typed, write_file
+from dream_jax.side_files import parse_json, read_csv
 from mask_study.caching import cached_against_computed
 from mask_study.measures import Measured, measure
 from mask_study.tasks import TASKS
@@ -28,6 +30,7 @@ from mask_study.variants import MASKS, VARIANTS
 
 PACKED, RESULTS, SUMMARY, DIFFERENCES = "runs.jsonl", "results.csv", "summary.csv", "differences.csv"
 BASELINES = ("bidirectional", "causal")
+_REMEDY = "remove the file, then the same command makes its run again"
 _CACHED_ROWS = 64  # number of test rows for which cached logits are compared with those of full passes
 
 _Z_95 = float(stats.norm.ppf(0.975))
@@ -116,7 +119,36 @@ def _is_informative(task: str, variant: str) -> bool:
 def _read_packed(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().splitlines()
+    return [_checked(parse_json(line, f"{path}:{n}", _REMEDY), f"{path}:{n}") for n, line in enumerate(lines, 1)]
+
+
+class _RecordVariant(msgspec.Struct):
+    name: str
+
+
+class _RecordSettings(msgspec.Struct):
+    steps: int
+    batch: int
+    test_rows: int
+
+
+class _RunRecord(msgspec.Struct):
+    """The entries of the results of a run, with their types."""
+
+    task: str
+    variant: _RecordVariant
+    seed: int
+    settings: _RecordSettings
+    training_nll: Annotated[list[float], msgspec.Meta(min_length=1)]
+    measured: list[tuple[str, str, float, float]]
+
+
+def _checked(record: Any, where: object) -> dict[str, Any]:
+    """Returns the results of a run. Raises ValueError, which begins with `where`, if they have another form."""
+    typed(record, _RunRecord, where, _REMEDY)
+    found: dict[str, Any] = record
+    return found
 
 
 def _run_of(record: dict[str, Any]) -> StudyRun:
@@ -202,8 +234,7 @@ class Study:
         path = self._path(run)
         if not path.is_file():
             return self._packed.get(run)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return _checked(read_json(path, _REMEDY), path)
 
     def pack(self) -> pathlib.Path:
         """Moves all files of `runs/` into `runs.jsonl`, one line for each run, also runs of other plans.
@@ -218,7 +249,7 @@ class Study:
         """
         self._packed |= {_run_of(record): record for record in _read_packed(self.folder / PACKED)}
         files = sorted((self.folder / "runs").glob("*.json"))
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        records = [_checked(read_json(file, _REMEDY), file) for file in files]
         self._packed |= {_run_of(record): record for record in records}
         if not self._packed:
             raise ValueError(f"{self.folder} has no run to put into {PACKED}")
@@ -339,10 +370,13 @@ def _wilson(share: float, rows: float) -> tuple[float, float]:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of a table that `write_table` wrote, with all numbers as floats."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    remedy = "remove it, then study.py writes it again"
+    rows = read_csv(path, ("task", "variant") if path.name != "costs.csv" else ("mask",), remedy)
     texts = {"task", "variant", "measure", "of", "minus", "mask"}
-    return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
+    try:
+        return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from error
 
 
 def write_table(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> pathlib.Path:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from commands import run_script
 from safetensors.numpy import load_file, save_file
+from tiny_tokenizer import save_again, write_tokenizer
 
 import dream_jax
 from dream_jax import hf, masks
@@ -160,6 +161,13 @@ def test_transformers_4_wrote_the_base_elsewhere():
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
         ({"vocab_size": 200}, "mask_token_id=260 is outside the embedding table of vocab_size=200"),
         ({"qk_norm": True}, "unknown key qk_norm"),
+        ({"layer_types": 5}, "layer_types=5"),
+        ({"layer_types": [["full_attention"]]}, "layer_types="),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\], which must be an object"),
+        ({"rope_parameters": {"factor": 2.0, "rope_theta": 1e4}}, "factor=2.0"),
+        ({"rope_theta": 5.0}, "rope_theta=5.0 and rope_parameters with rope_theta=10000.0"),
+        ({"vocab_size": None}, "vocab_size=None, which must be a positive integer"),
+        ({"vocab_size": "264"}, "vocab_size='264'"),
     ],
 )
 def test_what_cannot_become_a_dream(change, message):
@@ -226,6 +234,73 @@ def test_the_tokenizer_gets_the_tokens_of_dreams(assets, tmp_path):
     assert load_tokenizer(tmp_path / "again").mask_id == 151666
     with pytest.raises(ValueError, match="cannot be token 151670"):
         adapt_qwen2(tmp_path / "qwen2", tmp_path / "far", mask_token_id=151670)
+
+
+def test_a_configuration_without_vocab_size():
+    with pytest.raises(ValueError, match="config.json lacks vocab_size"):
+        dream_config({key: value for key, value in QWEN2.items() if key != "vocab_size"}, **TOKENS)
+
+
+def with_tokenizer(checkpoint, tokenizer, target):
+    """Returns a copy of a checkpoint with the files of a tokenizer."""
+    shutil.copytree(checkpoint, target)
+    shutil.copytree(tokenizer, target, dirs_exist_ok=True)
+    return target
+
+
+@pytest.mark.parametrize("layout", ["transformers 4", "transformers 5", "both"])
+def test_added_tokens_in_any_layout(layout, qwen2, tmp_path):
+    """transformers 5 lists the added tokens in tokenizer.json alone, and writes neither vocab.json nor merges.txt."""
+    dream = load_tokenizer(write_tokenizer(tmp_path / "dream"))
+    source = write_tokenizer(tmp_path / "files", dream=False)
+    if layout != "transformers 4":
+        again = save_again(source, tmp_path / "again")
+        names = {path.name for path in again.iterdir()}
+        assert "tokenizer.json" in names and not names & {"vocab.json", "merges.txt", "added_tokens.json"}
+        if layout == "both":
+            shutil.copyfile(again / "tokenizer.json", source / "tokenizer.json")
+        else:
+            source = again
+    given = with_tokenizer(qwen2, source, tmp_path / "given")
+    adapt_qwen2(given, tmp_path / "out", mask_token_id=260, pad_token_id=256)
+    ours = load_tokenizer(tmp_path / "out")
+    assert (ours.mask_id, ours.bos_id, ours.pad_id, ours.vocab_limit) == (260, 259, 256, 261)
+    text, chat = "a <|mask|> é<|im_end|>", [{"role": "user", "content": "a<|mask|>"}]
+    assert ours.encode(text, True) == dream.encode(text, True) and ours.encode(text) == dream.encode(text)
+    assert ours.chat(chat) == dream.chat(chat)
+    # A Dream tokenizer that transformers 5 has saved is one, and is copied as it is.
+    last = with_tokenizer(qwen2, save_again(tmp_path / "out", tmp_path / "saved"), tmp_path / "given again")
+    assert load_tokenizer(last).chat(chat) == dream.chat(chat)
+    adapt_qwen2(last, tmp_path / "copied", mask_token_id=260, pad_token_id=256)
+    assert (tmp_path / "copied" / "tokenizer.json").read_bytes() == (last / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "[]", r"tokenizer.json: Expected `object`, got `array`"),
+        ("tokenizer.json", "{}", r"tokenizer.json: Object missing required field `added_tokens`"),
+        ("tokenizer.json", '{"added_tokens": [{"content": "x"}]}', "a token in added_tokens has no id"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [{"id": 300, "content": "<|im_end|>"}]}',
+            "gives the token <|im_end|> the id",
+        ),
+        ("added_tokens.json", '{"x": "1"}', "added_tokens.json: .*Expected `int`, got `str`"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {"content": "y"}}}',
+            "has the key 'x', which is no id",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens_decoder: Expected `object`"),
+    ],
+)
+def test_tokenizer_files_of_another_form_are_named(file, content, message, qwen2, tmp_path):
+    given = with_tokenizer(qwen2, write_tokenizer(tmp_path / "files", dream=False), tmp_path / "given")
+    (given / file).write_text(content)
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        adapt_qwen2(given, tmp_path / "out", mask_token_id=260, pad_token_id=256)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(qwen2, tmp_path):

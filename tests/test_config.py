@@ -152,6 +152,52 @@ def test_inconsistent_sizes_raise(changes, named):
     assert all(name in str(error.value) for name in named)
 
 
+def test_rope_theta_of_transformers_5():
+    fields = published()
+    theta = fields.pop("rope_theta")
+    for parameters in ({"rope_theta": theta}, {"rope_type": "default", "rope_theta": theta}, {"type": "default"}):
+        given = fields | {"rope_parameters": parameters} | ({} if "rope_theta" in parameters else {"rope_theta": theta})
+        assert DreamConfig.from_dict(given) == PRESETS["nano"]
+    assert DreamConfig.from_dict(published(rope_parameters={"rope_theta": theta})) == PRESETS["nano"]
+    assert DreamConfig.from_dict(published(rope_parameters=None)) == PRESETS["nano"]
+    assert DreamConfig.from_dict(published(rope_parameters=5), ignore=["rope_parameters"]) == PRESETS["nano"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ([10000.0], r"rope_parameters=\[10000.0\], which must be an object"),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rope_type='yarn', but only 'default'"),
+        ({"type": "linear"}, "type='linear', but only 'default'"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, but only rope_theta"),
+        ({"full_attention": {"rope_theta": 1e4}}, "full_attention="),
+        ({"rope_theta": 1e6}, r"rope_theta=10000.0 and rope_parameters with rope_theta=1000000.0; keep the one"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4'"),
+        ({"rope_theta": {}}, r"rope_theta=\{\}"),
+    ],
+)
+def test_rope_parameters_that_are_refused(parameters, message):
+    fields = published(rope_parameters=parameters)
+    with pytest.raises(ValueError, match=message):
+        DreamConfig.from_dict(fields)
+
+
+def test_rope_theta_nowhere():
+    fields = published(rope_parameters={"rope_type": "default"})
+    del fields["rope_theta"]
+    with pytest.raises(ValueError, match=r"config.json lacks \['rope_theta'\]"):
+        DreamConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("value", [[], [1], "x", 5, True])
+def test_auto_map_must_be_an_object(value):
+    if value:
+        with pytest.raises(ValueError, match="auto_map=.*which must be an object"):
+            DreamConfig.from_dict(published(auto_map=value))
+    else:
+        assert DreamConfig.from_dict(published(auto_map=value)) == PRESETS["nano"]
+
+
 def test_config_is_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["nano"].hidden_size = 1
@@ -165,7 +211,7 @@ def test_files(tmp_path):
     path = tmp_path / "config.json"
     for text, message in [
         ("{", "not valid JSON"),
-        ("[]", "holds a list, expected a JSON object"),
+        ("[]", "holds a list, not an object"),
         (json.dumps(published(hidden_act="gelu")), "hidden_act='gelu'"),
     ]:
         path.write_text(text)

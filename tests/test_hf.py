@@ -332,8 +332,8 @@ def test_name_twice_in_index(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a valid index"),
-        ("[]", "no weight_map"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a list, not an object"),
         ('{"weight_map": {}}', "no weight_map"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "not the name of a file"),
         ('{"weight_map": {"a": 3}}', "lists a in 3"),

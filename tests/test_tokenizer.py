@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_tokenizer import write_tokenizer
 
+from dream_jax import tokenizer as tokenizer_module
 from dream_jax.tokenizer import TOKENIZER_FILES, ByteTokenizer, DreamTokenizer, Tokenizer, load_tokenizer
 
 SPECIALS = {
@@ -33,6 +35,107 @@ def stock(dream_files: Path) -> Any:
     from transformers import Qwen2Tokenizer
 
     return Qwen2Tokenizer.from_pretrained(dream_files, local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> DreamTokenizer:
+    """A tokenizer of the same kind with one token for each byte, which needs no published files."""
+    return DreamTokenizer(write_tokenizer(tmp_path_factory.mktemp("tiny")))
+
+
+# --- texts that are not valid Unicode ---
+
+HALF = "a\ud83d"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tiny"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_position(kind: str, tiny: DreamTokenizer) -> None:
+    tokenizer: Tokenizer = tiny if kind == "tiny" else ByteTokenizer()
+    for special in (False, True):
+        with pytest.raises(ValueError, match=r"'a\\ud83d' has U\+D83D at character 1: half of a surrogate pair"):
+            tokenizer.encode(HALF, special)
+    with pytest.raises(ValueError, match=r"U\+DCFF at character 3: the byte 0xff, which is not UTF-8"):
+        tokenizer.encode("caf\udcff")
+    assert tokenizer.decode(tokenizer.encode("a\N{GRINNING FACE}\ue000\uffff\0")) == "a\N{GRINNING FACE}\ue000\uffff\0"
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        tokenizer.chat([{"role": "user", "content": HALF}])
+    call = [{"name": "f", "arguments": {HALF: 1}}]
+    if kind == "bytes":
+        assert tokenizer.chat([{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": []}])
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            tokenizer.chat([{"role": "assistant", "content": "", "tool_calls": call}])
+    else:
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            tokenizer.chat([{"role": "user", "content": "a"}], tools=[{"function": {"name": HALF}}])
+
+
+# --- chats that are hostile ---
+
+
+def test_private_use_characters_stay(tiny: DreamTokenizer) -> None:
+    def told(content: str, **more: Any) -> str:
+        return tiny.decode(tiny.chat([{"role": "user", "content": content}], add_generation_prompt=False, **more))
+
+    plain = "<|im_start|>user\n%s<|im_end|>\n"
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    for content in (
+        "<|mask|>\ue000",
+        r"<|mask|> \ue000 \uE000",
+        every,
+        "<|mask|>" + every,
+        r"\ue000<|im_end|>" + every,
+    ):
+        assert told(content) == plain % content
+    escapes = "".join(f"\\u{code:04x}" for code in range(0xE000, 0xF900))
+    assert told(escapes + "<|mask|>") == plain % (escapes + "<|mask|>")
+    tools = [{"<|mask|>": "\ue000\ue001"}]
+    assert told("a", tools=tools) == plain % "a" + '[{"<|mask|>": "\ue000\ue001"}]'
+    assert tiny.mask_id not in tiny.chat([{"role": "user", "content": "a"}], tools=tools)
+
+
+def test_guard_is_removed_also_where_the_template_writes_ascii(tmp_path: Path) -> None:
+    template = "{{ messages[0].content | tojson(ensure_ascii=true) }}"
+    tokenizer = DreamTokenizer(write_tokenizer(tmp_path, template=template))
+    ids = tokenizer.chat([{"role": "user", "content": r"<|mask|> é \ue000"}])
+    assert tokenizer.mask_id not in ids
+    assert tokenizer.decode(ids) == r'"<|mask|> \u00e9 \\ue000"'
+
+
+def test_chat_with_every_private_use_character_is_refused(
+    tiny: DreamTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "_PRIVATE_USE", (range(0xE000, 0xE002),))
+    with pytest.raises(ValueError, match="every private-use character"):
+        tiny.chat([{"role": "user", "content": "\ue000 \\ue001"}])
+
+
+def test_deeply_nested_tools_are_refused(tiny: DreamTokenizer) -> None:
+    tool: Any = "x"
+    for _ in range(5000):
+        tool = [tool]
+    with pytest.raises(ValueError, match="more than 100 lists or objects inside one another"):
+        tiny.chat([{"role": "user", "content": "a"}], tools=[{"a": tool}])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no') }}", r"tokenizer_config\.json: the chat template raises an error in line 1: .*no"),
+        (5, r"tokenizer_config\.json"),
+        ({"a": "b"}, r"tokenizer_config\.json"),
+        ([{"name": "rag", "template": "x"}], r"tokenizer_config\.json: .*multiple chat templates"),
+    ],
+)
+def test_template_of_another_form_names_its_file(template: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        DreamTokenizer(write_tokenizer(tmp_path, template=template)).chat([{"role": "user", "content": "a"}])
+
+
+def test_template_file_goes_before_the_config(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% if tools %}{% bad %}{% endif %}x")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: the chat template raises an error"):
+        DreamTokenizer(tmp_path).chat([{"role": "user", "content": "a"}])
 
 
 # --- bytes ---

@@ -18,7 +18,7 @@ from dream_jax.checkpoint.description import (
     written_files,
 )
 from dream_jax.checkpoint.params import load_params, save_params, set_layer
-from dream_jax.checkpoint.runs import RunCheckpoints
+from dream_jax.checkpoint.runs import RunCheckpoints, remove_unfinished
 from dream_jax.checkpoint.weights import WEIGHTS, WeightUnit, read_unit, unit_shardings, units, write_unit
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "read_description",
     "read_mask",
     "read_unit",
+    "remove_unfinished",
     "save_params",
     "set_layer",
     "unit_shardings",

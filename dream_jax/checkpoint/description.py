@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from dream_jax import masks
 from dream_jax.checkpoint.weights import WEIGHTS
 from dream_jax.config import DreamConfig
-from dream_jax.files import read_json, write_json
+from dream_jax.files import read_json, typed, write_json
 
 DESCRIPTION = "dream_jax.json"
 FORMAT = 1
+_REMEDY = "convert the source again"
 
 
 def write_description(
@@ -82,6 +84,14 @@ class WeightsDescription:
     files: Mapping[str, int]
 
 
+class _DescriptionFile(msgspec.Struct):
+    """The entries of `dream_jax.json` that `read_description` reads, with their types."""
+
+    dtype: str
+    parameters: int
+    files: dict[str, int]
+
+
 def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDescription:
     """Reads `dream_jax.json` and compares it with the configuration and with the files in the directory.
 
@@ -93,27 +103,28 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDes
     path, fields = directory / DESCRIPTION, _description_fields(directory)
     missing = [key for key in ("dtype", "parameters", "files") if key not in fields]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; convert the source again")
-    description = WeightsDescription(
-        dtype=jnp.dtype(fields["dtype"]), parameters=fields["parameters"], files=fields["files"]
-    )
+        raise ValueError(f"{path} lacks {', '.join(missing)}; {_REMEDY}")
+    found = typed(fields, _DescriptionFile, path, _REMEDY)
+    try:
+        dtype = jnp.dtype(found.dtype)
+    except TypeError as error:
+        raise ValueError(f"{path} has dtype {found.dtype!r:.80}, which is no dtype; {_REMEDY}") from error
+    description = WeightsDescription(dtype=dtype, parameters=found.parameters, files=found.files)
     expected = config.num_parameters
     if description.parameters != expected:
         raise ValueError(
-            f"{path} describes {description.parameters} parameters, but a model of config.json has {expected}; "
-            "convert the source again"
+            f"{path} describes {description.parameters} parameters, but a model of config.json has {expected}; {_REMEDY}"
         )
-    check_files(directory, description.files, "convert the source again")
+    check_files(directory, description.files, _REMEDY)
     return description
 
 
 def _description_fields(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
-    fields = read_json(path, "convert the source again")
+    fields = read_json(path, _REMEDY)
     if fields.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {fields.get('format')!r}, but this version reads format {FORMAT}; "
-            "convert the source again"
+            f"{path} has format {fields.get('format')!r:.80}, but this version reads format {FORMAT}; {_REMEDY}"
         )
     return fields
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -17,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from dream_jax import distributed, files
 from dream_jax.checkpoint.trees import tree_differences
-from dream_jax.checkpoint.weights import HANDLERS
+from dream_jax.checkpoint.weights import HANDLERS, naming_damage, without_noise
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class RunCheckpoints:
         self.directory = pathlib.Path(directory).resolve()
         self.damaged: dict[int, str] = {}
         self._scores: dict[int, float | None] = {}
+        self._state_bytes = 0
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(without_noise())
         # ChecksummedPath refers to `scores` and not to `self`: the threads of `self` end when it is deleted, and a
         # reference cycle would delay that.
         scores = self._scores
@@ -108,15 +113,38 @@ class RunCheckpoints:
         Raises:
           ValueError: the step was saved before.
           TypeError: `meta` is not serialisable as JSON.
-          Exception: the error of the earlier checkpoint if writing it failed, for example OSError.
+          OSError: the disk became full while the earlier checkpoint was written.
+          Exception: another error for which the earlier checkpoint could not be written.
         """
         json.dumps(meta)
         if step in self.steps():
             raise ValueError(f"{self.directory} already holds step {step}; delete that checkpoint first")
         self._scores[step] = None if score is None or math.isnan(score) else float(score)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta)))
-        # force: by default Orbax silently skips a step that is not newer than the last one.
-        self._manager.save(step, args=args, force=True)
+        self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with self._naming_full_disk():
+            # force: by default Orbax silently skips a step that is not newer than the last one.
+            self._manager.save(step, args=args, force=True)
+
+    @contextlib.contextmanager
+    def _naming_full_disk(self) -> Iterator[None]:
+        """Raises OSError with the size of a checkpoint for the errors that Orbax raises when the disk is full.
+
+        The temporary folder of the unfinished checkpoint is removed.
+        """
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if not files.is_disk_full(error):
+                raise
+            if jax.process_count() == 1:  # other processes could still be writing into it
+                remove_unfinished(self.directory)
+            free = shutil.disk_usage(self.directory).free
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: a checkpoint takes about {self._state_bytes:,} bytes, and {free:,} are free now on the "
+                f"disk of {self.directory}",
+            ) from error
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, in ascending order."""
@@ -160,19 +188,23 @@ class RunCheckpoints:
         if step is not None and step not in steps:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint of step {step}, only of {steps}")
         chosen = self._undamaged(steps[::-1] if step is None else [step])
-        stored = self._manager.item_metadata(chosen)["state"].tree
-        if differences := tree_differences(abstract_state, stored, dtypes=False):
+        path, remedy = self.directory / str(chosen), "put a copy back, or rename this folder to use an older checkpoint"
+        with naming_damage(path, remedy):
+            stored = self._manager.item_metadata(chosen)["state"].tree
+            differences = tree_differences(abstract_state, stored, dtypes=False)
+        if differences:
             raise ValueError(
                 f"the checkpoint {self.directory / str(chosen)} does not fit the parameters and the optimizer of this "
                 f"run: {'; '.join(differences)}; use the settings of the run that wrote it, or another folder"
             )
         args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        restored = self._manager.restore(
-            chosen,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(abstract_state, restore_args=args), meta=ocp.args.JsonRestore()
-            ),
-        )
+        with naming_damage(path, remedy):
+            restored = self._manager.restore(
+                chosen,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(abstract_state, restore_args=args), meta=ocp.args.JsonRestore()
+                ),
+            )
         return restored["state"], restored["meta"]
 
     def _undamaged(self, candidates: Sequence[int]) -> int:
@@ -225,11 +257,22 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Waits until all checkpoints are written; raises the error of a checkpoint that could not be written."""
-        self._manager.wait_until_finished()
+        with self._naming_full_disk():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits like `wait`, then stops the background threads; no other method may be called afterwards."""
-        self._manager.close()
+        try:
+            with self._naming_full_disk():
+                self._manager.close()
+        finally:
+            self._quiet.close()
+
+
+def remove_unfinished(directory: pathlib.Path) -> None:
+    """Removes the temporary folders of checkpoints that a kill or a full disk has left in the folder of checkpoints."""
+    for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _best(scores: Mapping[int, float | None], steps: Iterable[int]) -> int | None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dream_jax.checkpoint.trees import tree_differences
 from dream_jax.config import DreamConfig
+from dream_jax.files import is_disk_full
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import parameter_specs
@@ -108,11 +109,13 @@ def _checkpointer() -> ocp.Checkpointer:
 
 # Orbax logs two useless messages: without OCDBT, a warning at every save that there is nothing to merge; and the stack
 # trace of an error in a background thread, although it also raises that error in the calling thread.
-_NOISE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception")
+_NOISE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception", "Save Finalize thread")
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
+    """Hides the messages of `_NOISE` during the block."""
+
     def keep(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in _NOISE)
 
@@ -137,10 +140,10 @@ def write_unit(directory: pathlib.Path, unit: WeightUnit, params: ParamTree) -> 
         raise ValueError(f"{unit.name} cannot be written: {'; '.join(differences)}")
     path = directory.resolve() / WEIGHTS / unit.name
     try:
-        with _checkpointer() as checkpointer, _without_noise():
+        with _checkpointer() as checkpointer, without_noise():
             checkpointer.save(path, args=ocp.args.PyTreeSave(params))
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises ValueError for errors of the system
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise OSError(errno.ENOSPC, f"the disk is full: {path} needs {unit.nbytes} bytes") from error
         raise
 
@@ -163,8 +166,21 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
             unit_shardings(unit, mesh),
         )
     args = ocp.checkpoint_utils.construct_restore_args(target)
-    with _checkpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata.tree
-        if differences := tree_differences(target, stored, dtypes=False):
+    with _checkpointer() as checkpointer, without_noise():
+        with naming_damage(path, "convert the source again"):
+            differences = tree_differences(target, checkpointer.metadata(path).item_metadata.tree, dtypes=False)
+        if differences:
             raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}; convert the source again")
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
+        with naming_damage(path, "convert the source again"):
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
+
+
+@contextlib.contextmanager
+def naming_damage(path: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Raises ValueError, with the path and the remedy, for each type of error that Orbax raises for damaged files."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise  # for example the memory of a device is full
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, so Orbax cannot read it ({error!r:.300}); {remedy}") from error

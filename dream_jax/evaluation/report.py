@@ -82,6 +82,11 @@ def check_rows(folder: pathlib.Path, task: str, rows: Sequence[JsonRow], seconds
     Raises: ValueError with the file, the line, the field and its value.
     """
     _check_fields(folder / ITEMS, rows, {**_NAMED, **_SCORED.get(task, _SAMPLED)})
+    for number, row in enumerate(rows if task == "likelihood" else (), 1):
+        if min(row["tokens"], row["bytes"]) < 1 or min(row["variance"], row["freedom"]) < 0:
+            raise ValueError(
+                f"{folder / ITEMS}:{number}: tokens and bytes must be at least 1, the others at least 0; {_REMEDY}"
+            )
     _check_fields(folder / SECONDS, seconds, {"rows": _COUNT, "seconds": _NUMBER, "compiled": _FLAG})
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from dream_jax.config import DreamConfig
 from dream_jax.hf import table
 from dream_jax.hf.table import Destination, Shape, Slices
+from dream_jax.side_files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +32,8 @@ _PIECE_BYTES = 32 * 2**20  # approximate number of bytes that one job of the thr
 # Number of rows that are read, cast and transposed at once. Transposed, n rows become pieces of n neighbouring numbers;
 # with far fewer rows these pieces are so short that writing them takes twice as long.
 _BLOCK_ROWS = 512
+
+_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library for the header of a file, in bytes
 
 # A region of a parameter (slices of its axes without the layer axis), and an array of this shape to read the region into.
 Region = tuple[Slices, np.ndarray]
@@ -283,19 +286,8 @@ def open_source(directory: str | pathlib.Path) -> SafetensorsSource:
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     """Returns tensor name -> file name from an index. Raises ValueError if the index is damaged."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if twice:
-            raise ValueError(f"{', '.join(twice)} occurs twice")
-        return dict(pairs)
-
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a valid index: {error}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_json(path, "restore it from the source of the checkpoint")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map that lists tensors")
     for name, file in weight_map.items():
@@ -337,12 +329,12 @@ def _what_is_cut(path: pathlib.Path) -> str | None:
     length = path.stat().st_size
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-    if length < 8 or size > length - 8:
+    if length < 8 or size > min(length - 8, _LARGEST_HEADER):
         return None
     try:
         header = _raw_header(path)[1]
         ends = sorted((int(entry["data_offsets"][1]), name) for name, entry in header.items())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     for end, name in ends:
         if 8 + size + end > length:

@@ -11,15 +11,17 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from flax import nnx
 
 from dream_jax import checkpoint, hf, lora, masks
 from dream_jax.config import DreamConfig
-from dream_jax.files import new_directory, read_json, write_json
-from dream_jax.lora import LoraConfig
+from dream_jax.files import new_directory, read_json, typed, write_json
+from dream_jax.lora import LoraConfig, Target
 from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.pretrained.directories import check_published_mask
 from dream_jax.shapes import ParamTree
@@ -153,18 +155,34 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
     fields = read_json(file, "save it again")
     if fields.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {fields.get('format')!r}, but this version reads format {FORMAT}; save it again"
+            f"{file} has format {fields.get('format')!r:.80}, but this version reads format {FORMAT}; save it again"
         )
+    found = typed(fields, _AdapterFile, f"{file} is not what save_adapter writes", "save it again")
     try:
-        given = {field.name: fields[field.name] for field in dataclasses.fields(LoraConfig)}
-        config = LoraConfig(**given | {"targets": tuple(given["targets"])})
-        base, identity = DreamConfig.from_dict(fields["base"]["config"]), str(fields["base"]["identity"])
-        mask = str(fields.get("mask", "bidirectional"))
-        masks.parse(mask)
-        checkpoint.check_files(directory, fields["files"], "save the adapter again")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what save_adapter writes: {error!r}; save it again") from error
-    return Adapter(directory=directory, config=config, base=base, identity=identity, mask=mask)
+        config = LoraConfig(rank=found.rank, alpha=found.alpha, dropout=found.dropout, targets=found.targets)
+        base = DreamConfig.from_dict(found.base.config)
+        masks.parse(found.mask)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; save it again") from error
+    checkpoint.check_files(directory, found.files, "save the adapter again")
+    return Adapter(directory=directory, config=config, base=base, identity=found.base.identity, mask=found.mask)
+
+
+class _Base(msgspec.Struct):
+    identity: str
+    config: dict[str, Any]
+
+
+class _AdapterFile(msgspec.Struct):
+    """The entries of `adapter.json`, with their types."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[Target, ...]
+    base: _Base
+    files: dict[str, int]
+    mask: str = "bidirectional"
 
 
 def _describe_peft(directory: pathlib.Path) -> Adapter:

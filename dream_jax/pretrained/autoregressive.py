@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
 
 from dream_jax import hf
-from dream_jax.config import DreamConfig
-from dream_jax.files import new_directory
+from dream_jax.config import DreamConfig, with_rope_theta
+from dream_jax.files import new_directory, read_json, read_typed
 from dream_jax.pretrained.directories import find_directory
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
@@ -36,6 +37,7 @@ _QWEN2_SWITCHES: Mapping[str, tuple[Any, ...]] = {
 _DROPPED = frozenset({"model_type", "architectures", "rope_parameters", "rope_theta", "layer_types"})
 _DROPPED |= {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"}
 _BLOCK_ROWS = 4096
+_REMEDY = "copy the tokenizer files of the checkpoint again, or give --tokenizer"
 
 
 def dream_config(
@@ -60,30 +62,33 @@ def dream_config(
     for key, known in _QWEN2_SWITCHES.items():
         if fields.get(key) not in known:
             raise ValueError(f"config.json has {key}={fields[key]!r}, but only {known[0]!r} can become a Dream")
-    kinds = set(fields.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"config.json has layers of {sorted(kinds)}, but only full attention can become a Dream")
-    rope = dict(fields.get("rope_parameters") or {})
-    kind = rope.pop("rope_type", "default")
-    theta = rope.pop("rope_theta", fields.get("rope_theta"))
-    if theta is None:
+    layers = fields.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise ValueError(
+            f"config.json has layer_types={layers!r:.200}, but only full attention in every layer can become a Dream"
+        )
+    fields = with_rope_theta(fields)
+    if fields.get("rope_theta") is None:
         raise ValueError(
             "config.json has neither rope_theta nor rope_parameters with rope_theta; add the one of its training"
         )
-    if kind != "default" or rope:
+    rows = fields.get("vocab_size")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise ValueError(
-            f"config.json has rope_parameters={fields['rope_parameters']!r}, but only rope_type 'default' is supported"
+            f"config.json has vocab_size={rows!r:.80}, which must be a positive integer: the rows of the embedding table"
+            if "vocab_size" in fields
+            else "config.json lacks vocab_size, the number of rows of the embedding table; add it"
         )
     given = {key: value for key, value in fields.items() if key not in _DROPPED}
     for name, number in (("mask_token_id", mask_token_id), ("pad_token_id", pad_token_id)):
-        if not 0 <= number < fields["vocab_size"]:
+        if not 0 <= number < rows:
             raise ValueError(
-                f"{name}={number} is outside the embedding table of vocab_size={fields['vocab_size']} rows; give the id of "
+                f"{name}={number} is outside the embedding table of vocab_size={rows} rows; give the id of "
                 f"a row that no token uses (--{name.replace('_', '-')})"
             )
     dream_fields = {
         "model_type": "Dream",
-        "rope_theta": theta,
+        "rope_theta": fields["rope_theta"],
         "mask_token_id": mask_token_id,
         "pad_token_id": pad_token_id,
     }
@@ -129,8 +134,8 @@ def adapt_qwen2(
     if mask_row not in get_args(MaskRow):
         raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")
     directory = find_directory(source)
+    fields = read_json(directory / "config.json", "restore it from the source of the checkpoint")
     try:
-        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = dream_config(fields, mask_token_id=mask_token_id, pad_token_id=pad_token_id, ignore=ignore_config_keys)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from error
@@ -176,10 +181,7 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
         shutil.copyfile(source / name, target / name)
     if not extend or not found or BYTE_TOKENIZER_FILE in found:
         return
-    settings = _read(target / "tokenizer_config.json")
-    decoder = settings.setdefault("added_tokens_decoder", {})
-    names = {entry["content"]: int(number) for number, entry in decoder.items()}
-    names |= _read(target / "added_tokens.json")
+    names = _added_tokens(target)
     if names.get(MASK) == config.mask_token_id:
         return  # this is already a Dream tokenizer
     begin = config.mask_token_id - 1
@@ -192,26 +194,79 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
             )
         taken[number] = BEGIN if number == begin else MASK
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    for name, number in ((BEGIN, begin), (MASK, config.mask_token_id)):
-        decoder[str(number)] = {"content": name, **plain, "special": True}
-        names[name] = number
-    settings |= {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    new = {BEGIN: begin, MASK: config.mask_token_id}
+    roles = {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings = _read(target / "tokenizer_config.json") | roles
+    # transformers 5 lists the added tokens in tokenizer.json alone; each file that has a list gets the two tokens.
+    if "added_tokens_decoder" in settings or not (target / "tokenizer.json").is_file():
+        decoder = settings.setdefault("added_tokens_decoder", {})
+        for name, number in new.items():
+            decoder[str(number)] = {"content": name, **plain, "special": True}
     _write(target / "tokenizer_config.json", settings)
     if (target / "added_tokens.json").is_file():
-        _write(target / "added_tokens.json", names)
+        _write(target / "added_tokens.json", names | new)
     if (target / "special_tokens_map.json").is_file():
-        roles = {"bos_token": BEGIN, "mask_token": MASK, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         _write(target / "special_tokens_map.json", _read(target / "special_tokens_map.json") | roles)
     if (target / "tokenizer.json").is_file():
         contents = _read(target / "tokenizer.json")
-        for name, number in ((BEGIN, begin), (MASK, config.mask_token_id)):
+        for name, number in new.items():
             contents["added_tokens"].append({"id": number, "content": name, **plain, "special": True})
         _write(target / "tokenizer.json", contents)
 
 
+class _AddedToken(msgspec.Struct):
+    content: str
+    id: int | None = None
+
+
+class _TokenizerConfig(msgspec.Struct):
+    added_tokens_decoder: dict[str, _AddedToken] = {}
+
+
+class _TokenizerJson(msgspec.Struct):
+    added_tokens: list[_AddedToken]
+
+
+def _added_tokens(directory: pathlib.Path) -> dict[str, int]:
+    """Returns the ids of the added tokens by their texts, from all files that list such tokens.
+
+    Raises ValueError if a file is damaged, or if two files give a token different ids.
+    """
+    listed: dict[str, dict[str, int]] = {}
+    for file, read in (
+        ("tokenizer_config.json", _of_config),
+        ("added_tokens.json", lambda path: read_typed(path, dict[str, int], _REMEDY)),
+        ("tokenizer.json", _of_tokenizer),
+    ):
+        if (directory / file).is_file():
+            listed[file] = read(directory / file)
+    names: dict[str, int] = {}
+    for file, found in listed.items():
+        for name, number in found.items():
+            if names.setdefault(name, number) != number:
+                raise ValueError(
+                    f"{directory / file} gives the token {name} the id {number}, another file {names[name]}; {_REMEDY}"
+                )
+    return names
+
+
+def _of_config(path: pathlib.Path) -> dict[str, int]:
+    found = read_typed(path, _TokenizerConfig, _REMEDY).added_tokens_decoder
+    wrong = [number for number in found if not number.isdecimal()]
+    if wrong:
+        raise ValueError(f"{path}: added_tokens_decoder has the key {wrong[0]!r:.80}, which is no id; {_REMEDY}")
+    return {token.content: int(number) for number, token in found.items()}
+
+
+def _of_tokenizer(path: pathlib.Path) -> dict[str, int]:
+    found = read_typed(path, _TokenizerJson, _REMEDY).added_tokens
+    if any(token.id is None for token in found):
+        raise ValueError(f"{path}: a token in added_tokens has no id; {_REMEDY}")
+    return {token.content: token.id for token in found if token.id is not None}
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    return read_json(path, _REMEDY) if path.is_file() else {}
 
 
 def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:

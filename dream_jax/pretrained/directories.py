@@ -15,6 +15,7 @@ import numpy as np
 
 from dream_jax import checkpoint, hf
 from dream_jax.config import PRESETS, DreamConfig
+from dream_jax.files import read_json
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -131,9 +132,9 @@ def write_companions(
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
         if (source / "config.json").is_file():
-            published = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            published = read_json(source / "config.json")
     carried = {key: published[key] for key in _CARRIED_KEYS if key in published}
-    modules = {str(entry).rpartition(".")[0] for entry in carried.get("auto_map", {}).values()}
+    modules = {str(entry).rpartition(".")[0] for entry in (carried.get("auto_map") or {}).values()}
     if not all((directory / f"{module}.py").is_file() for module in modules):
         del carried["auto_map"]  # auto_map would refer to code that was not copied
     # The release of transformers that runs the published code reads torch_dtype; newer releases write dtype and read both.

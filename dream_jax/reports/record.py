@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dream_jax.trainer.folder import GRID
+import msgspec
+
+from dream_jax.files import read_json, typed
+from dream_jax.trainer.folder import GRID, read_table
 from dream_jax.trainer.incidents import read_incidents
 from dream_jax.trainer.samples import read_samples
 from dream_jax.trainer.segments import RunSegment, read_segments
+from dream_jax.trainer.setting_groups import Currency
 from dream_jax.trainer.settings import TrainSettings
 
 LAST = 10
@@ -91,13 +93,13 @@ def read_record(folder: pathlib.Path) -> Record:
     """
     if not (folder / "settings.json").is_file():
         raise FileNotFoundError(f"{folder} holds no settings.json: it is not the folder of a run")
-    evaluations = _table(folder / "eval.csv")
+    evaluations = read_table(folder / "eval.csv", ("nll",))
     return Record(
         folder=folder,
-        settings=_json(folder / "settings.json"),
-        summary=_json(folder / "summary.json"),
-        data=_json(folder / "data.json"),
-        steps=[{name: _number(value) for name, value in row.items()} for row in _table(folder / "metrics.csv")],
+        settings=_json(folder / "settings.json", _Settings),
+        summary=_json(folder / "summary.json", _Summary),
+        data=_json(folder / "data.json", _Data),
+        steps=[{name: _number(value) for name, value in row.items()} for row in read_table(folder / "metrics.csv")],
         evaluations=[{name: _number(value) for name, value in row.items() if name != GRID} for row in evaluations],
         grids=[row.get(GRID, "") for row in evaluations],
         segments=read_segments(folder),
@@ -106,32 +108,92 @@ def read_record(folder: pathlib.Path) -> Record:
     )
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty dict if there is no such file."""
+# The entries that reports use, with their types. The files may have further entries.
+
+
+class _Settings(msgspec.Struct):
+    """The entries of `settings.json`."""
+
+    model: str
+    data: str
+    steps: int
+    batch_size: int
+    recipe: str | None = None
+    mix: list[str] = []
+    eval_rows: int | None = None
+    price_per_chip_hour: float | None = None
+    currency: Currency | None = None
+    rmb_per_usd: float | None = None
+
+
+class _Cost(msgspec.Struct):
+    """The entry `cost` of `summary.json`; see `Cost`."""
+
+    chips: int
+    chip_hours: float
+    usd_per_chip_hour: float | None
+    usd: float | None
+    rmb: float | None
+
+
+class _Summary(msgspec.Struct):
+    """The entries of `summary.json`."""
+
+    seconds: float
+    devices: str
+    eval: dict[str, str | float | None] = {}
+    cost: _Cost | None = None
+    step: int | None = None
+    learning_rate: float | None = None
+
+
+class _Rows(msgspec.Struct):
+    """The entry `rows` of `data.json`; see `LengthReport`."""
+
+    kept: int
+    dropped: int
+    reasons: dict[str, int]
+    filtered: dict[str, int]
+    bad: list[str]
+    whole: int
+    cut: int
+    shortest: int
+    mean: float
+    longest: int
+    max_length: int
+    histogram: dict[str, int]
+    digest: str
+
+
+class _Outlook(msgspec.Struct):
+    """The entry `batches` of `data.json`; see `Outlook`."""
+
+    epochs: float
+    eos_share: float
+    padding_share: float
+    whole_share: float
+
+
+class _Data(msgspec.Struct):
+    """The entries of `data.json`."""
+
+    rows: _Rows
+    batches: _Outlook
+    sources: dict[str, str] = {}
+
+
+def _json(path: pathlib.Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Returns the object in a JSON file, whose entries must have the types of `kind`; an empty dict without the file."""
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it, or move it away") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
+    remedy = "restore it, or move it away"
+    found = read_json(path, remedy)
+    typed(found, kind, path, remedy)
     return found
 
 
-def _table(path: pathlib.Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file, without incomplete lines; an empty list if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
 def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return float(text or "nan")
 
 
 def shown(value: Any) -> str:

@@ -224,7 +224,7 @@ def _money(cost: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     if not cost:
         return []
     found: list[tuple[str, Any]] = [("chip hours", f"{cost['chip_hours']:.3f} ({cost['chips']} chips)")]
-    if cost["usd"] is None:
+    if None in (cost["usd"], cost["rmb"], cost["usd_per_chip_hour"]):
         return [*found, ("cost", "no price is known for this hardware; pass --price-per-chip-hour")]
     price = f"{cost['usd_per_chip_hour']:.2f} USD per chip and hour"
     return [*found, ("cost", f"{cost['rmb']:.2f} RMB, {cost['usd']:.2f} USD, at {price}")]

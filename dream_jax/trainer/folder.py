@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import json
 import math
 import pathlib
 import shutil
@@ -16,9 +15,11 @@ import jax
 import numpy as np
 
 from dream_jax.batch import Batch
+from dream_jax.checkpoint import remove_unfinished
 from dream_jax.data import RowSource, has_traces
 from dream_jax.distributed import barrier, from_first
-from dream_jax.files import read_json, replacing, write_json
+from dream_jax.files import is_disk_full, naming_full_disk, replacing, write_json
+from dream_jax.side_files import read_csv, read_json, read_json_value
 from dream_jax.tokenizer import Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
@@ -102,12 +103,8 @@ def check_folder(settings: TrainSettings) -> bool:
 def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the contents of `settings.json`; None if the folder has no such file or it is not of a run."""
     path = folder / "settings.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}), so this run cannot be resumed; give another --out"
-        ) from error
+    remedy = "this run cannot be resumed: restore the file from a copy, or give another --out"
+    found = read_json_value(path, remedy) if path.is_file() else None
     return found if isinstance(found, dict) and {"mesh", "model", "data", "steps"} <= found.keys() else None
 
 
@@ -173,9 +170,10 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
     Raises:
       FileExistsError, ValueError: as for `check_folder`.
       BlockingIOError: another process has locked the folder.
-      OSError: the folder or a file in it cannot be written or removed.
+      OSError: the folder or a file in it cannot be written or removed. If the disk became full during the block, the
+        message says what the same command will do next.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _explaining_full_disk(settings.run.out):
         resumes = check_folder(settings)
         barrier("trainer.looked")
         if jax.process_index() == 0:
@@ -191,6 +189,7 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
             for left in settings.run.out.glob(".*.incomplete-*"):
                 if left.is_file():  # a killed run was writing it
                     left.unlink()
+            remove_unfinished(settings.run.out / "checkpoints")
             if not resumes:
                 for name in _MADE:
                     path = settings.run.out / name
@@ -204,14 +203,37 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _explaining_full_disk(out: pathlib.Path) -> Iterator[None]:
+    """Adds to an error about a full disk in the block how the run in the folder `out` can go on."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        steps = saved_steps(out)
+        then = (
+            f"resumes after step {steps[-1]}" if steps else "starts from the beginning, for there is no checkpoint yet"
+        )
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}. Complete checkpoints and the logs are kept, and nothing incomplete counts as a "
+            f"checkpoint: make room on the disk of {out}, then the same command {then}",
+        ) from error
+
+
+def saved_steps(out: pathlib.Path) -> list[int]:
+    """Returns the steps of which the folder of a run has a complete checkpoint, in ascending order."""
+    folder = out / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
 def holds_checkpoint(settings: TrainSettings) -> bool:
     """Returns whether the run's folder contains this run with a checkpoint to resume from. Raises as `check_folder`.
 
     All processes must call it, and get the answer of process 0: on a shared file system the others may see older files.
     """
-    folder = settings.run.out / "checkpoints"
-    found = check_folder(settings) and folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-    return bool(from_first(found))
+    return bool(from_first(check_folder(settings) and bool(saved_steps(settings.run.out))))
 
 
 class MetricsLog:
@@ -253,14 +275,43 @@ class MetricsLog:
             logger.close()
 
 
+def read_table(path: pathlib.Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Returns the rows of `metrics.csv` or `eval.csv` as texts by column, without lines that were cut short.
+
+    Args:
+      path: path of the file; an empty list is returned if it does not exist.
+      columns: columns that the file must have, besides `step`.
+
+    Raises:
+      ValueError: the file is no such table, a step is not a whole number, or another cell (except the digest of the grid)
+        is neither empty nor a number.
+    """
+    if not path.is_file():
+        return []
+    remedy = "restore it from a copy, or move it away: its rows are then missing in the run"
+    rows = read_csv(path, ("step", *columns), remedy)
+    for number, row in enumerate(rows, 1):
+        for name, text in row.items():
+            good = text.isdecimal() and len(text) < 16 if name == "step" else name == GRID or _is_number(text)
+            if not good:
+                raise ValueError(f"{path}: {name} is {text!r:.80} in row {number}, which is not a number; {remedy}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True
+
+
 class _Table:
     """A CSV file with one row per step; opening it removes the rows of steps after `done`."""
 
     def __init__(self, path: pathlib.Path, fields: Sequence[str], done: int):
-        rows = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
+        self._path = path
+        rows = [row for row in read_table(path) if int(row["step"]) <= done]
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fields, extrasaction="ignore")
             writer.writeheader()
@@ -269,9 +320,10 @@ class _Table:
         self._writer = csv.DictWriter(self._file, fields, extrasaction="ignore")
 
     def write(self, step: int, row: Mapping[str, float | str]) -> None:
-        # csv writes floats with repr, which is exact, so that two runs can be compared bit by bit.
-        self._writer.writerow({"step": step, **row})
-        self._file.flush()  # so that the row is not lost if the run is killed
+        with naming_full_disk(self._path):
+            # csv writes floats with repr, which is exact, so that two runs can be compared bit by bit.
+            self._writer.writerow({"step": step, **row})
+            self._file.flush()  # so that the row is not lost if the run is killed
 
     def close(self) -> None:
         self._file.close()
@@ -279,8 +331,7 @@ class _Table:
 
 def last_losses(folder: pathlib.Path, number: int = 10) -> list[float | None]:
     """Returns the losses of the last `number` steps in `metrics.csv`, oldest first; None for NaN and infinity."""
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        found = [float(row["loss"]) for row in csv.DictReader(file)][-number:]
+    found = [float(row["loss"] or "nan") for row in read_table(folder / "metrics.csv", ("loss",))[-number:]]
     return [loss if math.isfinite(loss) else None for loss in found]
 
 

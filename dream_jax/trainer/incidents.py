@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import Any, Literal, get_args
 
+from dream_jax.side_files import parse_json
+
 Kind = Literal["warning", "resumed", "stopped", "skipped", "diverged", "unreadable"]
 """The kind of an incident. warning: about settings, data or files. resumed: the run resumed after this step. stopped:
 the run was stopped by a signal. skipped: the step was skipped, because its loss or gradient was not finite. diverged:
@@ -52,9 +54,11 @@ def read_incidents(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def _incident(line: str, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = parse_json(line.encode(), FILE)
     except ValueError:
         found = None
     if isinstance(found, dict) and found.keys() >= {"time", "kind", "step", "text"}:
-        return found
+        step, texts = found["step"], [found["kind"], found["text"]]
+        if (step is None or type(step) is int) and all(isinstance(text, str) for text in texts):
+            return found
     return {"time": None, "kind": "unreadable", "step": None, "text": f"line {number} of {FILE} cannot be read"}

@@ -32,7 +32,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
       The contents of `summary.json`, as described at `summarize`.
 
     Raises:
-      ValueError, OSError: settings, data or files are wrong; most such errors are raised before any file is changed.
+      ValueError, OSError: settings, data or files are wrong, or the disk is full; most such errors are raised before any
+        file is changed.
       ModuleNotFoundError: the package of a logger is not installed.
       Stopped: a SIGINT or SIGTERM arrived; a checkpoint of the last step is saved.
       Diverged: the loss or its gradient was not finite in `max_skipped` steps in a row.
@@ -47,6 +48,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     note = weights.adapter_note(settings)
     if note is not None:
         console.say(note)
+    console.say(run.check_space())
     begins = not holds_checkpoint(settings)
     read = functools.partial(weights.read, settings, mesh, run.model.compute_dtype.name, begins=begins)
     # A new run reads its weights here, so that an error in them is raised before --overwrite deletes anything. A

@@ -23,13 +23,14 @@ from dream_jax.trainer.build import (
     describe_model,
     open_tokenizer,
 )
-from dream_jax.trainer.folder import check_answer_format, check_folder
+from dream_jax.trainer.folder import check_answer_format, check_folder, holds_checkpoint
 from dream_jax.trainer.heldout import Grid, GridScore, lay_out_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
 from dream_jax.trainer.samples import When, take_samples
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.setting_groups import DeviceSettings
 from dream_jax.trainer.settings import TrainSettings
+from dream_jax.trainer.space import check_space
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,22 @@ class PreparedRun:
         trained = lora.split(params)[0] if self.settings.lora.adapts else params
         return abstract_state(trained, self.optimizer, self.mesh)
 
+    def check_space(self) -> str:
+        """Returns a line about the space on the disk that the run needs. All processes must call this.
+
+        Raises:
+          OSError: the first checkpoint does not fit.
+        """
+        resumes = holds_checkpoint(self.settings)
+        if jax.process_index():
+            return ""
+        state_bytes = _nbytes(self.abstract_state())
+        params, lora_settings = split_params(self.model)[1], self.settings.lora
+        export_bytes = _nbytes(lora.split(params)[0]) if lora_settings.adapts else 0
+        if lora_settings.merge or not lora_settings.adapts:
+            export_bytes += self.model.config.num_parameters * self.model.embed.embedding.dtype.itemsize
+        return check_space(self.settings, state_bytes, export_bytes, evaluates=self.grid is not None, resumes=resumes)
+
     def model_of(self, trained: ParamTree, frozen: ParamTree) -> Dream:
         """Returns the model with these weights; `frozen` is empty without an adapter."""
         return merge_params(self.graphdef, joined(frozen, trained))
@@ -86,6 +103,10 @@ class PreparedRun:
         if self.held_out is None:
             return {}
         return evaluate(model, self.held_out, self.settings, self.max_length, self.mesh, score)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def join_devices(devices: DeviceSettings) -> None:

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_jax.config import PRESETS
+from dream_jax.side_files import read_toml
 from dream_jax.trainer.settings import SETTING_TYPES, TrainSettings
 
 SUFFIX = ".toml"
@@ -120,10 +121,7 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
         raise FileNotFoundError(
             f"no recipe {name_or_file!r}{near}: give a {SUFFIX} file, or one of {', '.join(known) or f'none in {folder}'}"
         )
-    try:
-        found = msgspec.toml.decode(file.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not TOML ({error})") from error
+    found = read_toml(file, "correct it, or give another recipe")
     try:
         # `to_builtins` leaves out the settings that are not set in the file.
         typed = msgspec.to_builtins(msgspec.convert(found, _FILE))

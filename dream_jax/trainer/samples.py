@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, Literal
 
 import jax
+import msgspec
 from jax.sharding import Mesh
 
 from dream_jax.data import TokenizedRows
-from dream_jax.files import write_json
+from dream_jax.files import read_json, typed, write_json
 from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
 from dream_jax.sampler import bucket_length
@@ -72,5 +72,24 @@ def take_samples(
 def read_samples(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the contents of `samples.json`; an empty dict if there is no such file. Raises ValueError if damaged."""
     path = folder / FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    remedy = "move it away: the samples are then missing in the report"
+    found = read_json(path, remedy)
+    checked = typed(found, _SamplesFile, path, remedy)
+    answers = (checked.expected, checked.before or checked.prompts, checked.after or checked.prompts)
+    if any(len(texts) != len(checked.prompts) for texts in answers):
+        raise ValueError(f"{path} does not have one answer for each of its {len(checked.prompts)} prompts; {remedy}")
     return found
+
+
+class _SamplesFile(msgspec.Struct):
+    """The entries of `samples.json`, with their types."""
+
+    prompts: list[str]
+    expected: list[str]
+    tokens: int
+    temperature: float
+    seed: int
+    before: list[str] | None = None
+    after: list[str] | None = None

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from dream_jax.files import write_json
+from dream_jax.files import read_typed, write_json
 
 FILE = "parts.json"
 EVERY = 10.0
@@ -55,12 +54,7 @@ def read_segments(folder: pathlib.Path) -> list[RunSegment]:
     path = folder / FILE
     if not path.is_file():
         return []
-    try:
-        return [RunSegment(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); move it away: the time of earlier segments is then not counted"
-        ) from error
+    return read_typed(path, list[RunSegment], "move it away: the time of earlier segments is then not counted")
 
 
 class RunSegments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 
 from dream_jax import sharding
 from dream_jax.checkpoint import RunCheckpoints
+from dream_jax.files import read_json
 from dream_jax.hf import is_hub_id
 from dream_jax.model import Dream, parameter_count
 from dream_jax.train_step import TrainState
@@ -39,8 +39,8 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
     A resumed run keeps the answers from its first start, because local files may have been deleted since then.
     """
     try:
-        before = json.loads((settings.run.out / "data.json").read_text(encoding="utf-8"))["sources"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = read_json(settings.run.out / "data.json").get("sources")
+    except (OSError, ValueError):
         before = None  # the run is new, or the file is damaged and will be replaced
     if isinstance(before, dict):
         return before

@@ -1,0 +1,267 @@
+"""Renders the chat template of a checkpoint, a Jinja program of unknown origin, in a process of its own.
+
+A template can raise, run for ever, or ask for more memory than the machine has, and no check of its text finds out
+beforehand. A process with limits of its own can always be ended, also while a single operation takes long; a thread cannot.
+The process renders all templates of this program, one after the other. It imports nothing but Jinja, whose sandbox gives a
+template no access to Python, and it can open no files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SECONDS = 5.0
+"""CPU time in seconds that a template may take for one chat. The published one takes less than a millisecond."""
+MEMORY_BYTES = 2 * 2**30
+"""Memory that the process may take."""
+# A template may write this many characters, and this many times the size of its chat.
+_FREE_CHARACTERS, _GROWTH = 2**20, 8
+
+# Names under which the reasoning of a message is given; templates read the first one.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+      file: the file that the template is from; error messages begin with it.
+      text: the template.
+      names: texts that the template can use by name, such as {"eos_token": "<|endoftext|>"}.
+    """
+
+    def __init__(self, file: Path, text: str, names: Mapping[str, str]):
+        self.text = text
+        self._file, self._names = file, dict(names)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Returns the text of a chat.
+
+        A key of a message whose value is None counts as missing, as in transformers.
+
+        Raises:
+          ValueError: the template raises an error, takes longer than `SECONDS`, or needs too much memory; or a message
+            has a value that JSON cannot represent.
+        """
+        given = {
+            "messages": [_message(message) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            request = json.dumps({"template": self.text, "variables": self._names | given})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"a chat must consist of texts, numbers, lists and objects, as JSON has them: {error}"
+            ) from error
+        answer = _RENDERER.ask(request.encode())
+        if "text" in answer:
+            return str(answer["text"])
+        raise ValueError(f"{self._file}: the chat template {answer['error']}; use the template of the checkpoint")
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message without keys whose value is None, and with its reasoning under the names that templates read."""
+    found = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((found[name] for name in _REASONING if name in found), None)
+    return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
+
+
+class _Renderer:
+    """Starts the process when it is needed first, and again after it has ended."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the process without ending it; in the child of a fork, it belongs to the parent."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        """Returns the answer to a request: {"text": ...} or {"error": ...}. Raises OSError if no process can be started."""
+        with self._lock:
+            process = self._process or self._start()
+            self._process = None  # so that an interruption leaves no process whose answer belongs to another request
+            try:
+                line = _exchange(process, request)
+            except BaseException:  # Ctrl-C (KeyboardInterrupt) must end the process too
+                _end(process)
+                raise
+            if line.endswith(b"\n"):
+                self._process = process
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+            _end(process)
+        if process.returncode == -signal.SIGPROF:
+            return {"error": f"did not end within {SECONDS:g} seconds"}
+        return {"error": f"ended the process that renders it (exit status {process.returncode})"}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        kept = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "TZ")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        # Jinja must be found where this process finds it. -P: the modules beside this file must not be found.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        return subprocess.Popen(
+            [sys.executable, "-P", __file__, str(SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+
+
+def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Sends a line to the process and returns the line that it answers; without a newline if the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(request + b"\n")
+        process.stdin.flush()
+    return process.stdout.readline()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with process:  # waits for its end and closes its pipes
+        process.kill()
+
+
+_RENDERER = _Renderer()
+os.register_at_fork(after_in_child=_RENDERER.forget)
+atexit.register(_RENDERER.close)
+
+
+# ------------------------------------------------------------------------------------------ in the process that renders
+
+
+def _serve(seconds: float) -> None:
+    """Answers the requests on stdin, one per line, on stdout, until stdin ends. Each may take `seconds` of CPU time."""
+    # Both are sent to all processes of a job, and the program that asks may still need this one to finish its work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _compiled("")  # imports what is needed, before opening files is forbidden
+    datetime.datetime.now().astimezone()
+    for limit, most in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # some systems lack a limit; the others still hold
+            resource.setrlimit(limit, (most, most))
+    for line in sys.stdin.buffer:
+        # When the time is over, the kernel ends this process with SIGPROF, whatever the process does. It counts the time
+        # of the processor, so that a machine with other work does not make a good template fail.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        answer = json.dumps(_answer(line)).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(answer + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(line: bytes) -> dict[str, str]:
+    """Returns {"text": the text of the chat}, or {"error": the end of the sentence "the chat template ..."}."""
+    try:
+        request = json.loads(line)
+        template = _compiled(request["template"])
+        longest = _FREE_CHARACTERS + _GROWTH * len(line)
+        pieces, length = [], 0
+        for piece in template.generate(request["variables"]):
+            pieces.append(piece)
+            length += len(piece)
+            if length > longest:
+                return {"error": f"writes more than {longest:,} characters"}
+        return {"text": "".join(pieces)}
+    except MemoryError:
+        return {"error": f"needs more than {MEMORY_BYTES / 2**30:g} GiB of memory"}
+    except Exception as error:  # A template can raise an error of any type.
+        number = getattr(error, "lineno", None)
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == "<template>":
+                number = frame.lineno
+        where = "" if number is None else f" in line {number}"
+        return {"error": f"raises an error{where}: {type(error).__name__}: {error!s:.500}"}
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(text: str) -> Any:
+    """Returns the compiled template. The environment is that of transformers, for which templates are written."""
+    import jinja2.ext
+    import jinja2.sandbox
+    import jinja2.utils
+
+    class Namespace(jinja2.utils.Namespace):
+        """A namespace of the template, which cannot have private attributes, such as those of Python itself."""
+
+        def __init__(*args: Any, **names: Any) -> None:
+            self, *rest = args
+            given = dict(*rest, **names)
+            for name in given:
+                _check_name(name)
+            jinja2.utils.Namespace.__init__(self, given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            super().__setitem__(name, value)
+
+    def _check_name(name: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot have the private attribute {name!r}")
+
+    class Generation(jinja2.ext.Extension):
+        """The tag {% generation %} ... {% endgeneration %} around what the assistant writes; it changes nothing here."""
+
+        tags = {"generation"}  # noqa: RUF012 - declared so by Jinja
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "dict": lambda *args, **names: dict(*args, **names),
+        "namespace": Namespace,
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    return environment.from_string(text)
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]))
