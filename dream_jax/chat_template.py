@@ -3,7 +3,7 @@
 A template can raise, run for ever, or ask for more memory than the machine has, and no check of its text finds out
 beforehand. A process with limits of its own can always be ended, also while a single operation takes long; a thread cannot.
 The process renders all templates of this program, one after the other. It imports nothing but Jinja, whose sandbox gives a
-template no access to Python, and it can open no files.
+template no access to Python, and it cannot write files.
 """
 
 from __future__ import annotations
@@ -164,13 +164,10 @@ def _serve(seconds: float) -> None:
     # Both are sent to all processes of a job, and the program that asks may still need this one to finish its work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _compiled("")  # imports what is needed, before opening files is forbidden
-    datetime.datetime.now().astimezone()
     for limit, most in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 0),
     ):
         with contextlib.suppress(ValueError, OSError):  # some systems lack a limit; the others still hold
             resource.setrlimit(limit, (most, most))

@@ -115,9 +115,11 @@ def typed(found: Any, kind: type[T], where: object, remedy: str = REMEDY) -> T:
     try:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `$")
-        place = place.strip("`").removeprefix(".")
-        raise ValueError(f"{where}: {f'{place}: ' if place else ''}{message}; {remedy}") from error
+        message, _, entry = str(error).partition(" - at `$")
+        entry = entry.strip("`").removeprefix(".")
+        raise ValueError(f"{where}: {f'{entry}: ' if entry else ''}{message}; {remedy}") from error
+    except UnicodeEncodeError as error:  # msgspec cannot show such a text in its message
+        raise ValueError(f"{where}: a text has half of a surrogate pair ({error}); {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _check_values(found: Any, where: object, remedy: str, *, nan: bool) -> None:
                 deeper.append(value)
             elif isinstance(value, int) and abs(value) >= 2**64:
                 raise ValueError(
-                    f"{where}: {name!s:.80} is an integer of {value.bit_length()} bits, at most 64 fit; {remedy}"
+                    f"{where}: {name!s:.80} is an integer of {value.bit_length()} bits, but at most 64 fit; {remedy}"
                 )
             elif isinstance(value, float) and not (nan or math.isfinite(value)):
                 raise ValueError(f"{where}: {name!s:.80} is {value}, but must be a finite number; {remedy}")

@@ -228,7 +228,8 @@ class DreamTokenizer:
                 if name in names:
                     read_json(self._directory / name, _REMEDY)
             raise ValueError(
-                f"the tokenizer files in {self._directory} cannot be read: {error!r:.500}; {_REMEDY}"
+                f"the tokenizer files in {self._directory} ({', '.join(sorted(names))}) cannot be read: {error!r:.500}; "
+                f"{_REMEDY}"
             ) from error
         # The Rust tokenizer gives the same ids as its Python wrapper. The wrapper sets options on it at every call,
         # which is not safe in the threads of the data pipeline, so it is called directly and not modified after the

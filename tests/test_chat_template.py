@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marking import slow
 
 from dream_jax import chat_template
 from dream_jax.chat_template import ChatTemplate
@@ -52,15 +53,19 @@ HOSTILE = {
     "import": ("{% include '/etc/passwd' %}", "raises an error"),
     "large range": ("{{ range(10 ** 12) | list }}", "OverflowError: Range too big"),
     "memory": ("{{ 'x' * 10 ** 11 }}", "needs more than 2 GiB of memory"),
-    "doubling": (
-        "{% set n = namespace(s='x') %}{% for _ in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "needs",
-    ),
     "long text": ("{% for _ in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "writes more than 1,0"),
 }
 
 
-@pytest.mark.parametrize(("text", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+# Takes seconds, because all the memory is used before the limit is reached.
+DOUBLING = "{% set n = namespace(s='x') %}{% for _ in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [*HOSTILE.values(), slow(DOUBLING, "needs more than 2 GiB of memory")],
+    ids=[*HOSTILE, "doubling"],
+)
 def test_hostile_template_is_an_error_with_the_name_of_its_file(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"folder/chat_template\.jinja: the chat template ") as raised:
         render(text)
@@ -69,10 +74,8 @@ def test_hostile_template_is_an_error_with_the_name_of_its_file(text: str, messa
 
 
 ENDLESS = {
-    "loops": "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}".replace(
-        "r %", "range(99999) %"
-    ),
-    "one operation": "{{ 7 ** 10 ** 9 }}",  # no check between two operations could end it
+    "loops": "{% for _ in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "one operation": "{{ 7 ** (10 ** 9) }}",  # no check between two operations could end it
 }
 
 

@@ -174,11 +174,6 @@ def test_bytes_refuse_undefined_ids(token_id: int) -> None:
         ByteTokenizer().decode([97, token_id])
 
 
-def test_bytes_refuse_a_lone_surrogate() -> None:
-    with pytest.raises(ValueError, match="surrogates"):
-        ByteTokenizer().encode("\ud800")
-
-
 def test_byte_chat() -> None:
     tokenizer = ByteTokenizer()
     messages = [{"role": "user", "content": "hi <|mask|>"}, {"role": "assistant", "content": "yes"}]

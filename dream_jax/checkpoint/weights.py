@@ -107,9 +107,16 @@ def _checkpointer() -> ocp.Checkpointer:
     )
 
 
-# Orbax logs two useless messages: without OCDBT, a warning at every save that there is nothing to merge; and the stack
-# trace of an error in a background thread, although it also raises that error in the calling thread.
-_NOISE = ("Skipping merge of OCDBT", "_SignalingThread.run() raised an exception", "Save Finalize thread")
+# Orbax logs useless messages: without OCDBT, a warning at every save that there is nothing to merge; the stack trace of an
+# error in a background thread, although it also raises that error in the calling thread; and warnings about damaged
+# metadata, which either is not needed or raises an error.
+_NOISE = (
+    "Skipping merge of OCDBT",
+    "_SignalingThread.run() raised an exception",
+    "Save Finalize thread",
+    "Failed to get item metadata",
+    "Failed to json parse Metadata file",
+)
 
 
 @contextlib.contextmanager
@@ -168,7 +175,10 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
     args = ocp.checkpoint_utils.construct_restore_args(target)
     with _checkpointer() as checkpointer, without_noise():
         with naming_damage(path, "convert the source again"):
-            differences = tree_differences(target, checkpointer.metadata(path).item_metadata.tree, dtypes=False)
+            found = checkpointer.metadata(path).item_metadata
+            if found is None:
+                raise ValueError("one of the files _METADATA, _sharding and .zarray has other contents")
+            differences = tree_differences(target, found.tree, dtypes=False)
         if differences:
             raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}; convert the source again")
         with naming_damage(path, "convert the source again"):

@@ -300,7 +300,7 @@ def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple
     try:
         table = scores(rows, field)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{folder / ITEMS}: {error}") from error
     counted: collections.Counter[str] = collections.Counter()
     found = {}
     for row, values in zip(rows[: len(table)], table, strict=True):

@@ -14,7 +14,7 @@ replaced with `--overwrite`. A run that trains an adapter writes `adapter/`, and
 | `prepared` | everything that is made and checked before a file is written |
 | `loop`, `steps`, `stop_signal` | the order of the work in a run, its steps, and stopping on SIGINT and SIGTERM |
 | `heldout`, `scoring`, `samples` | likelihood during the run, evaluation at its end, and answers for people to read |
-| `folder`, `loggers`, `console`, `incidents` | files of a run, other loggers, the terminal, and a list of problems |
+| `folder`, `space`, `loggers`, `console`, `incidents` | files of a run, space on the disk, loggers, terminal, problems |
 | `segments`, `cost`, `summary` | the time over all restarts, its price, `data.json` and `summary.json` |
 """
 

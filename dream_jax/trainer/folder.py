@@ -82,7 +82,9 @@ def check_folder(settings: TrainSettings) -> bool:
         return False
     before = _settings_in(settings.run.out)
     if before is None:
-        raise FileExistsError(f"{settings.run.out} is not empty and holds no run; give another --out")
+        raise FileExistsError(
+            f"{settings.run.out} is not empty and holds no run (no settings.json of one); give another --out"
+        )
     different = _differences(settings, before)
     if different is None:
         return True

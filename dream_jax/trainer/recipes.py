@@ -218,7 +218,7 @@ def _explained(complaint: str, found: Any) -> str:
     where, keys = path.strip(".`"), [step for step in steps if not step.isdigit()]
     unknown = re.search(r"unknown field `(.*)`", message)
     if unknown is not None:
-        name = unknown[1]
+        name = f"{unknown[1]:.80}"
         if name in _NOT_HERE:
             return f"{name} does not belong in a recipe: give it on the command line"
         known = _ALLOWED if keys[-1:] == ["settings"] else (_PLANNED if keys else _FILE).__struct_fields__
