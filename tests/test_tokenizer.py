@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from dream_jax import tokenizer as tokenizer_module
 from dream_jax.tokenizer import TOKENIZER_FILES, ByteTokenizer, DreamTokenizer, Tokenizer, load_tokenizer
 
 SPECIALS = {
@@ -99,14 +98,6 @@ def test_guard_is_removed_also_where_the_template_writes_ascii(tmp_path: Path) -
     ids = tokenizer.chat([{"role": "user", "content": r"<|mask|> é \ue000"}])
     assert tokenizer.mask_id not in ids
     assert tokenizer.decode(ids) == r'"<|mask|> \u00e9 \\ue000"'
-
-
-def test_chat_with_every_private_use_character_is_refused(
-    tiny: DreamTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizer_module, "_PRIVATE_USE", (range(0xE000, 0xE002),))
-    with pytest.raises(ValueError, match="every private-use character"):
-        tiny.chat([{"role": "user", "content": "\ue000 \\ue001"}])
 
 
 def test_deeply_nested_tools_are_refused(tiny: DreamTokenizer) -> None:

@@ -163,6 +163,8 @@ class _Rows(msgspec.Struct):
     max_length: int
     histogram: dict[str, int]
     digest: str
+    unread: dict[str, int] = {}
+    ignored: dict[str, int] = {}
 
 
 class _Outlook(msgspec.Struct):
