@@ -78,6 +78,9 @@ _READ = frozenset(
         ),
     }
 )
+_LARGEST = 2**31 - 1  # for ranks and alphas
+_SMALLEST = 1e-30  # for the scaling of an adapter, which is computed in float32
+
 # Initialisations that leave the base weights as they are. The others subtract the first B A from the base.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -296,7 +299,15 @@ def read_peft(directory: str | os.PathLike[str]) -> PeftAdapter:
         what = f"only one of lora_A and lora_B for {_list(alone)}" if alone else "no tensors"
         raise ValueError(f"{path} has {what}; {_REMEDY}")
     identity = read_metadata(path).get(_IDENTITY)
-    return PeftAdapter(directory=directory, config=config, tensors=tensors, identity=identity)
+    adapter = PeftAdapter(directory=directory, config=config, tensors=tensors, identity=identity)
+    for module in adapter.modules:
+        for number in (config.scaling_of(module), config.scaling_of(module) / adapter.scaling):
+            if not _SMALLEST < number < 1 / _SMALLEST:
+                raise ValueError(
+                    f"{directory / PEFT_CONFIG} multiplies the adapter of {module} by {config.scaling_of(module):g}, which "
+                    "float32 cannot represent beside the others; check lora_alpha and alpha_pattern"
+                )
+    return adapter
 
 
 def write_peft(
@@ -453,10 +464,9 @@ def _field(path: pathlib.Path, fields: Mapping[str, Any], key: str, kind: type, 
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
         raise ValueError(f"{path} has {key}={value!r:.80}; it must be of the type {kind.__name__}")
-    try:
-        return kind(value)
-    except OverflowError as error:
-        raise ValueError(f"{path} has a {key} of {len(str(value))} digits; it must be a smaller number") from error
+    if type(value) is not bool and not abs(value) <= _LARGEST:
+        raise ValueError(f"{path} has {key}={value!r:.40}; it must be a number up to {_LARGEST}")
+    return kind(value)
 
 
 def _modules(path: pathlib.Path, key: str, value: object) -> str | tuple[str, ...]:
