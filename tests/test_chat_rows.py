@@ -243,8 +243,16 @@ def test_a_name_twice_in_one_object_is_refused(tmp_path: Path) -> None:
 def test_rows_of_two_kinds_are_refused_in_either_order(tmp_path: Path) -> None:
     chat, puzzle = {"instruction": "i", "input": "", "output": "o"}, {"input": "i", "output": "o"}
     for rows in ([chat, puzzle], [puzzle, chat]):
-        with pytest.raises(ValueError, match=r"rows\.jsonl:2: .* make a (puzzle|chat) row, but .*:1 is a"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl:2: .* make a (puzzle|chat) row, but .*:1 is of the kind"):
             open_source(write("jsonl", tmp_path, rows))
+    skip = ReadOptions(skip_bad=True, held_out=0.0)
+    for rows in ([puzzle, chat, chat], [chat, puzzle, chat]):
+        source = open_source(write("jsonl", tmp_path, rows), options=skip)
+        assert (
+            len(source) == 2
+            and len(source.intake.bad) == 1
+            and "most rows are of the kind chat" in source.intake.bad[0]
+        )
 
 
 def test_other_fields_are_counted_and_printed(tmp_path: Path) -> None:

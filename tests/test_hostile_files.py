@@ -112,7 +112,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a list, not an object": (after_good([GOOD]), AT_2 + "a list, but each line must be one JSON object"),
     # rows
     "unknown fields": (lines({"story": "x"}), r"rows\.jsonl:1: fields \['story'\] match no known schema; a row needs "),
-    "another schema half-way": (after_good(S1K), AT_2 + r".* make a reasoning row, but .*rows\.jsonl:1 is a chat row"),
+    "another schema half-way": (
+        after_good(S1K),
+        AT_2 + r".* make a reasoning row, but .*rows\.jsonl:1 is of the kind chat",
+    ),
     "field missing": (
         after_good({"prompt": "q"}),
         AT_2 + r"(no field 'response'|a chat record needs .* fields \['prompt'\])",

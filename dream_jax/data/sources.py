@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -115,11 +115,21 @@ def _rows(
     """
     rows, left_out, bad = list[Row](), Counter[str](), [] if bad is None else bad
     unread, ignored = Counter[str](), Counter[str]()
-    parse = parser or _OneKind(options)
-    for where, record in found:
-        try:
-            record, had = without_fields(record, options.ignored_fields, MESSAGE_LISTS)
+
+    def wanted_fields() -> Iterator[records.Record]:
+        for where, record in found:
+            kept, had = without_fields(record, options.ignored_fields, MESSAGE_LISTS)
             ignored.update(had)
+            yield where, kept
+
+    wanted: Iterable[records.Record] = wanted_fields()
+    if parser is None and options.skip_bad:  # Which rows are bad must not depend on the row that comes first.
+        wanted = list(wanted)
+        kinds: list[RowKind] = [kind for kind in (kind_of(record) for _, record in wanted) if kind is not None]
+        parser = _OneKind(options, Counter(kinds).most_common(1)[0][0] if kinds else None)
+    parse = parser or _OneKind(options)
+    for where, record in wanted:
+        try:
             row = parse(record, where)
         except ValueError as complaint:
             if not options.skip_bad:
@@ -148,21 +158,24 @@ def _rows(
 
 
 class _OneKind:
-    """Parses records, and refuses a record of another kind than the first one, so that their order decides nothing."""
+    """Parses records of one kind, and refuses a record of another kind.
 
-    def __init__(self, options: ReadOptions):
-        self._options = options
-        self._first: tuple[RowKind, str] | None = None
+    Args:
+      options: the options for reading.
+      kind: the kind; None: that of the first record.
+    """
+
+    def __init__(self, options: ReadOptions, kind: RowKind | None = None):
+        self._options, self._kind, self._whose = options, kind, "most rows are"
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row | str:
-        if self._first is None:
-            self._first = check_kind(record, where), where
-        kind, first = self._first
-        found = kind_of(record)
+        if self._kind is None:
+            self._kind, self._whose = check_kind(record, where), f"{where} is"
+        kind, found = self._kind, kind_of(record)
         if found not in (kind, None):
             raise ValueError(
-                f"{where}: the fields {sorted(record)} make a {found} row, but {first} is a {kind} row; all rows of a file "
-                "must be of one kind (docs/data.md), so give them as two files (--data and --mix)"
+                f"{where}: the fields {sorted(record)} make a {found} row, but {self._whose} of the kind {kind}; all "
+                "rows of a file must be of one kind (docs/data.md), so give them as two files (--data and --mix)"
             )
         return parser_of(kind, self._options)(record, where)
 
