@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arguments in depth": (
         {"messages": [user("u"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a":' + "[" * 100_000}])]},
-        "'arguments' is not JSON",
+        "the arguments of a tool call are not JSON",
     ),
     "tools in depth": ({"tools": json.loads("[" * 90 + "]" * 90), "messages": TURNS}, "list of objects"),
     "a schema in depth": (

@@ -188,7 +188,7 @@ def _add_history(fields: FieldReader, reader: MessageReader) -> None:
     if is_empty(history):
         return
     where = fields.where
-    history = from_json_text(history, "history", where)
+    history = from_json_text(history, "'history' is", where)
     if isinstance(history, list) and all(isinstance(one, dict) for one in history):
         reader.add(history, "history")
         return
@@ -242,9 +242,9 @@ def _read_tools(fields: FieldReader) -> tuple[Mapping[str, Any], ...]:
     if name is None:
         return ()
     value = fields.take(name)
-    tools = from_json_text(value, name, where)
+    tools = from_json_text(value, f"{name!r} are", where)
     if isinstance(tools, list):
-        tools = [from_json_text(tool, name, where) for tool in tools]
+        tools = [from_json_text(tool, f"{name!r} are", where) for tool in tools]
     if is_empty(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

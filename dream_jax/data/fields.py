@@ -156,17 +156,17 @@ def without_fields(
     return kept, had
 
 
-def from_json_text(value: Any, name: str, where: str) -> Any:
-    """Returns what a text of JSON stands for; any other value is returned as it is.
+def from_json_text(value: Any, subject: str, where: str) -> Any:
+    """Returns what a text of JSON stands for: a list, an object or null. Any other value is returned as it is.
 
-    Raises: ValueError, beginning with `where`, for a text that is not JSON.
+    Raises: ValueError, beginning with `where` and `subject` ("'tools' are"), for a text that begins like JSON and is not.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "null")):
         return value
     try:
         return parse_json(value)
     except ValueError as error:
-        raise ValueError(f"{where}: the text of {name!r} is not JSON ({error}): {value!r:.60}") from error
+        raise ValueError(f"{where}: {subject} not JSON ({error}): {value!r:.60}") from error
 
 
 def check_texts(value: object, name: str, where: str) -> None:

@@ -47,8 +47,7 @@ class MessageReader:
     def add(self, messages: object, name: str) -> None:
         """Adds the messages of a field. Raises ValueError if it is not a list of messages, or is empty."""
         where = self.where
-        if isinstance(messages, str) and messages.lstrip().startswith("["):
-            messages = from_json_text(messages, name, where)
+        messages = from_json_text(messages, f"{name!r} are", where)
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"{where}: {name!r} must be a list with at least one message, not {messages!r:.60}")
         calls, ids = dict[int, list[str]](), dict[int, str]()
@@ -144,7 +143,7 @@ class MessageReader:
         calls = [single] if is_empty(calls) and not is_empty(single) else calls
         if is_empty(calls):
             return []
-        calls = from_json_text(calls, "tool_calls", at)
+        calls = from_json_text(calls, "'tool_calls' are", at)
         if not isinstance(calls, list):
             raise ValueError(f"{at}: 'tool_calls' must be a list, not {calls!r:.60}")
         parsed = []
@@ -152,7 +151,7 @@ class MessageReader:
             inside = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
             if not isinstance(inside, dict) or inside.get("arguments") is None:
                 raise ValueError(f"{at}: a tool call must have 'name' and 'arguments', not {call!r:.60}")
-            arguments = from_json_text(inside["arguments"], "arguments", at)
+            arguments = from_json_text(inside["arguments"], "the arguments of a tool call are", at)
             if not isinstance(arguments, dict):
                 raise ValueError(f"{at}: the arguments of a tool call must be an object, not {arguments!r:.60}")
             check_texts(arguments, "arguments", at)
