@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import sys
@@ -48,7 +49,7 @@ class SampleSettings(inference.ModelSettings):
     """exact: the published sampler; balanced, fast: blocks with a KV cache, where each pass writes all tokens whose
     probability is high enough"""
     steps: int | None = None
-    """number of denoising steps with --preset exact; by default one per new token"""
+    """number of denoising steps with --preset exact; by default one per mask: those in the prompt and the new ones"""
     alg: Alg | None = None
     """order in which positions are written; by default that of the preset (exact: entropy)"""
     temperature: float = 0.0
@@ -140,9 +141,9 @@ def answer_one(
     check_length(ids, sampler, prepared.model, "--prompt")
     model = prepared.load()
     # If the prompt itself has positions to fill in, it is printed together with the answer.
-    begin = 0 if tokenizer.mask_id in ids else len(ids)
+    show = functools.partial(show_canvas, tokenizer, ids)
     begun = time.monotonic()
-    with watching(settings.watch, tokenizer, begin, console) as on_step:
+    with watching(settings.watch, show, console) as on_step:
         out = dream_jax.generate(model, as_row(ids), sampler, jax.random.key(settings.seed), on_step=on_step)
         forwards = int(out.forwards)
     seconds = time.monotonic() - begun
@@ -150,9 +151,9 @@ def answer_one(
         frames = np.unique(np.linspace(-1, int(np.max(out.commit_step)), 6).astype(int)).tolist()
         for step in frames[:-1]:
             console.print(f"--- canvas {'before the first step' if step < 0 else f'after step {step + 1}'}")
-            console.print(canvas_text(np.asarray(out.canvas_at(step))[0, begin:], tokenizer), markup=False)
+            console.print(show(np.asarray(out.canvas_at(step))[0]), markup=False)
     console.print("--- answer")
-    console.print(canvas_text(np.asarray(out.tokens)[0, begin:], tokenizer), markup=False)
+    console.print(show(np.asarray(out.tokens)[0]), markup=False)
     console.print(f"--- {forwards} forward passes, {seconds:.1f} s with compilation")
 
 
@@ -160,9 +161,15 @@ def as_row(ids: list[int]) -> np.ndarray:
     return np.array(ids, np.int32).reshape(1, -1)
 
 
+def show_canvas(tokenizer: Tokenizer, prompt: list[int], canvas: np.ndarray) -> str:
+    """Returns the text of a canvas [P + N] that is shown as the answer to a prompt of P tokens."""
+    begin, first_end = inference.shown_from(prompt, tokenizer)
+    return canvas_text(canvas[begin:], tokenizer, first_end - begin)
+
+
 @contextlib.contextmanager
 def watching(
-    watch: bool, tokenizer: Tokenizer, begin: int, console: Console
+    watch: bool, show: Callable[[np.ndarray], str], console: Console
 ) -> Iterator[Callable[[int, np.ndarray], None] | None]:
     """Yields a function for `generate(on_step=...)` that shows each canvas on a terminal; None without a terminal."""
     if not (watch and console.is_terminal):
@@ -171,8 +178,7 @@ def watching(
     with Live(Panel(Text("compiling")), console=console, transient=True, auto_refresh=False) as live:
 
         def on_step(step: int, canvas: np.ndarray) -> None:
-            text = Text(canvas_text(canvas[0, begin:], tokenizer))
-            live.update(Panel(text, title=f"step {step + 1}"), refresh=True)
+            live.update(Panel(Text(show(canvas[0])), title=f"step {step + 1}"), refresh=True)
 
         yield on_step
 
@@ -194,9 +200,10 @@ def converse(
         ids = tokenizer.chat(messages)
         check_length(ids, sampler, model, "the conversation")
         key = jax.random.fold_in(jax.random.key(settings.seed), turn)
-        with watching(True, tokenizer, len(ids), console) as on_step:
+        show = functools.partial(show_canvas, tokenizer, ids)
+        with watching(True, show, console) as on_step:
             out = dream_jax.generate(model, as_row(ids), sampler, key, on_step=on_step)
-        answer = canvas_text(np.asarray(out.tokens)[0, len(ids) :], tokenizer).strip()
+        answer = show(np.asarray(out.tokens)[0]).strip()
         console.print(f"model: {answer}", markup=False)
         messages.append({"role": "assistant", "content": answer})
 
@@ -299,6 +306,7 @@ def open_answers(
     path = settings.out
     if path.resolve() == settings.prompts.resolve():
         raise ValueError(f"--out {path} is the file of prompts; give another file for the answers")
+    asked = [question.ids for question in questions.values()]
     recipe = {
         "model": settings.model,
         "weights": pretrained.fingerprint(settings.model),
@@ -306,10 +314,7 @@ def open_answers(
         "dtype": prepared.dtype,
         "seed": settings.seed,
         "samples": settings.samples,
-        **dataclasses.asdict(sampler),
-        # `asdict` gives only the fields of the cache and of the commit rule, not their types.
-        "cache": repr(sampler.cache),
-        "commit": repr(sampler.commit),
+        **inference.sampler_recipe(sampler, asked, prepared.tokenizer),
         "mask": settings.mask,
     }
     if settings.tokenizer not in (None, "bytes"):

@@ -74,12 +74,11 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict
     canvas = jax.ShapeDtypeStruct((batch, PROMPT + NEW), jnp.int32, sharding=everywhere)
     valid = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
     keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
-    dynamic = jax.tree.map(shape, DynamicSettings.of(config))
+    static = StaticSettings.of(config, NEW, [NEW])
+    dynamic = jax.tree.map(shape, DynamicSettings.of(config, static.steps, [NEW] * batch))
     begun = time.monotonic()
     with sharding.mesh_context(model):
-        program = denoise.lower(
-            model, canvas, valid, keys, dynamic, None, static=StaticSettings.of(config, NEW)
-        ).compile()
+        program = denoise.lower(model, canvas, valid, keys, dynamic, None, static=static).compile()
     memory = program.memory_analysis()
     assert memory is not None, "XLA reports the memory of programs for TPUs"
     found = {

@@ -164,7 +164,9 @@ class DreamConfig:
             elif key not in _REQUIRED_KEYS and key not in ignored and key != "head_dim":
                 raise ValueError(
                     f"config.json has the unknown key {key}={value!r}, which may change what the model computes; "
-                    f"if it does not, name it in `ignore` (--ignore-config-key {key} on the command line)"
+                    "if it does not, convert the checkpoint with convert/hf_to_flax.py --ignore-config-key "
+                    f"{key} (for a Qwen2 checkpoint convert/qwen2_to_dream.py --ignore-config-key {key}), or in Python "
+                    f'pass ignore_config_keys=("{key}",) to dream_jax.load'
                 )
         if not isinstance(fields.get("auto_map") or {}, Mapping):
             raise ValueError(

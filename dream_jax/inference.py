@@ -7,7 +7,7 @@ batch. Its users are `sample.py`, `evaluate.py`, the adapter to lm-evaluation-ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,6 +24,7 @@ from dream_jax.tokenizer import (
     Message,
     Template,
     Tokenizer,
+    Tools,
     load_tokenizer,
     read_instruction,
     read_template,
@@ -185,12 +186,14 @@ def find_tokenizer(named: str | None, name: str, model: Dream) -> Tokenizer:
     """
     directory = named or model.tokenizer_dir or ("bytes" if name == "nano" else None)
     if directory is None:
-        raise ValueError(f"{name} has no tokenizer files; pass --tokenizer DIRECTORY, a directory that has them")
+        raise ValueError(
+            f"{name} has no tokenizer files; pass --tokenizer DIRECTORY (tokenizer=DIRECTORY), a directory that has them"
+        )
     tokenizer = load_tokenizer(directory)
     if tokenizer.mask_id != model.config.mask_token_id:
         raise ValueError(
             f"the mask token is {tokenizer.mask_id} in the tokenizer, but {model.config.mask_token_id} in the model; "
-            "pass --tokenizer DIRECTORY with the tokenizer of this model"
+            "pass --tokenizer DIRECTORY (tokenizer=DIRECTORY) with the tokenizer of this model"
         )
     return tokenizer
 
@@ -266,15 +269,18 @@ def encode_prompt(
     tokenizer: Tokenizer,
     *,
     instruction: str = "",
+    tools: Tools = (),
     allow_special: bool = False,
 ) -> list[int]:
     """Returns the token ids of a prompt.
 
     Args:
       prompt: the messages of a chat, or a text.
-      template: "chat" makes a text one user turn, "raw" encodes it without a template. Messages are always a chat.
+      template: "chat" makes a text one user turn, "raw" encodes it without a template. Messages are always a chat, and
+        so is a text with tools.
       tokenizer: the tokenizer of the model.
       instruction: the text before a question that is a text, as `PreparedModel.instruction`; only for "chat".
+      tools: functions that the chat template announces, as JSON schemas.
       allow_special: whether "<|mask|>" and other special tokens that are written in a raw text become these tokens;
         otherwise their characters are encoded as ordinary text.
 
@@ -282,10 +288,23 @@ def encode_prompt(
       ValueError: the messages are not a valid chat.
     """
     if not isinstance(prompt, str):
-        return tokenizer.chat(prompt)
-    if template == "chat":
-        return tokenizer.chat([{"role": "user", "content": with_instruction(prompt, instruction)}])
+        return tokenizer.chat(prompt, tools=tools)
+    if template == "chat" or tools:
+        return tokenizer.chat([{"role": "user", "content": with_instruction(prompt, instruction)}], tools=tools)
     return tokenizer.encode(prompt, allow_special=allow_special)
+
+
+def sampler_recipe(config: SamplerConfig, prompts: Iterable[Sequence[int]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns what the answers to these prompts depend on in the settings of the sampler, as values for JSON.
+
+    If no prompt has a mask to fill in, one step per mask is one step per new token, and the number is returned.
+    """
+    steps = config.steps
+    if steps is None and not any(tokenizer.mask_id in ids for ids in prompts):
+        steps = max(1, config.max_new_tokens)
+    # `asdict` gives only the fields of the cache and of the commit rule, not their types, so their `repr` is added.
+    described = {"steps": steps, "cache": repr(config.cache), "commit": repr(config.commit)}
+    return dataclasses.asdict(config) | described
 
 
 def check_length(
@@ -367,21 +386,32 @@ class TextAnswer:
     """The answer to a prompt.
 
     Attributes:
-      text: the text before the first end-of-text token, without special tokens. It is the text of the answer, or of the
-        prompt and the answer if the prompt itself had mask tokens to fill in.
+      text: the text of the answer before its end, or of the prompt and the answer if the prompt itself had mask tokens
+        to fill in. An answer ends at its first end-of-text token or `<|im_end|>` (`end_ids`). Other special tokens
+        appear by name, such as `<|im_start|>`.
+      canvas: like `text`, but with the end and what the sampler wrote after it, where all special tokens appear by name.
       tokens: token ids of the answer.
-      tokens_to_end: number of tokens of the answer before its first end-of-text token; None if it has no such token.
+      tokens_to_end: number of tokens of the answer before its end; None if it does not end.
       num_written: number of tokens that the sampler wrote, in the answer and at mask tokens of the prompt.
-      num_useful: number of written tokens before the first end-of-text token that the sampler wrote.
+      num_useful: number of written tokens before the end of the answer.
       forwards: number of forward passes: those of the batch, or those of the row in a stream.
     """
 
     text: str
+    canvas: str
     tokens: tuple[int, ...]
     tokens_to_end: int | None
     num_written: int
     num_useful: int
     forwards: int
+
+    def until(self, stops: Sequence[str]) -> str:
+        """Returns the text of the answer before the first place where one of `stops` begins; empty stops are ignored.
+
+        A stop is found in the names of special tokens too, and where it reaches over the end of the answer.
+        """
+        found = [self.canvas.find(stop) for stop in stops if stop]
+        return self.text[: min((at for at in found if at >= 0), default=None)]
 
 
 def read_answer(
@@ -396,18 +426,42 @@ def read_answer(
       commit_step: integers [P + N], as in `Sample`.
       forwards: number of forward passes.
     """
-    begin = 0 if tokenizer.mask_id in prompt else len(prompt)
+    begin, first_end = shown_from(prompt, tokenizer)
     answer, written = tokens[len(prompt) :], commit_step >= 0
-    is_end = answer == tokenizer.eos_id
-    after_end = np.cumsum((tokens == tokenizer.eos_id) & written) > 0
+    is_end = np.isin(answer, end_ids(tokenizer))
+    end = canvas_end(tokens, tokenizer, first_end)
     return TextAnswer(
-        text=canvas_text(tokens[begin:], tokenizer),
+        text=canvas_text(tokens[begin:end], tokenizer, len(tokens)),
+        canvas=canvas_text(tokens[begin:], tokenizer, len(tokens)),
         tokens=tuple(answer.tolist()),
         tokens_to_end=int(np.argmax(is_end)) if is_end.any() else None,
         num_written=int(np.sum(written)),
-        num_useful=int(np.sum(written & ~after_end)),
+        num_useful=int(np.sum(written[:end])),
         forwards=forwards,
     )
+
+
+def shown_from(prompt: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Returns where the text of a canvas begins that is shown as the answer, and from where on an end can end it.
+
+    Both are indices of tokens of the canvas. The answer begins after the prompt. If the prompt has mask tokens to fill
+    in, the text begins with the prompt, and it cannot end before the last token that was given.
+    """
+    given = np.flatnonzero(np.asarray(prompt) != tokenizer.mask_id)
+    if len(given) == len(prompt):
+        return len(prompt), len(prompt)
+    return 0, int(given[-1]) + 1 if len(given) else 0
+
+
+def end_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Returns the ids of the tokens that end an answer: end-of-text, and `<|im_end|>`, which ends a message."""
+    return tokenizer.eos_id, tokenizer.im_end_id
+
+
+def canvas_end(tokens: np.ndarray, tokenizer: Tokenizer, first_end: int = 0) -> int:
+    """Returns the index of the first end token of a canvas [T] at `first_end` or after it; T if there is none."""
+    is_end = np.isin(tokens[first_end:], end_ids(tokenizer))
+    return first_end + int(np.argmax(is_end)) if is_end.any() else len(tokens)
 
 
 def answer(
@@ -438,16 +492,16 @@ def answer(
     ]
 
 
-def canvas_text(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Returns the text of a canvas [T] up to its first end-of-text token, with `MASK_SIGN` at each mask."""
-    text, written = "", []
-    for token in tokens.tolist():
-        if token not in (tokenizer.mask_id, tokenizer.eos_id):
+def canvas_text(tokens: np.ndarray, tokenizer: Tokenizer, first_end: int = 0) -> str:
+    """Returns the text of a canvas [T] up to its first end token (`canvas_end`), with `MASK_SIGN` at each mask.
+
+    Other special tokens appear by name, such as `<|im_start|>`.
+    """
+    text, written = "", list[int]()
+    for token in tokens[: canvas_end(tokens, tokenizer, first_end)].tolist():
+        if token != tokenizer.mask_id:
             written.append(token)
             continue
-        text += tokenizer.decode(written, skip_special=True)
+        text += tokenizer.decode(written) + MASK_SIGN
         written = []
-        if token == tokenizer.eos_id:
-            return text
-        text += MASK_SIGN
-    return text + tokenizer.decode(written, skip_special=True)
+    return text + tokenizer.decode(written)

@@ -47,8 +47,12 @@ def write_fractions(steps: int, eps: float = 1e-3) -> Float[np.ndarray, "steps"]
     return fractions
 
 
-def write_counts(masked_B: Int[jax.Array, "B"], fractions: Float[jax.Array, "steps"]) -> Int[jax.Array, "B steps"]:
+def write_counts(
+    masked_B: Int[jax.Array, "B"], fractions: Float[jax.Array, "*rows steps"]
+) -> Int[jax.Array, "B steps"]:
     """Returns how many positions each step would write in each row if it were the next step, int32 [B, steps].
+
+    `fractions` are those of `write_fractions`, the same for all rows [steps] or one list for each row [B, steps].
 
     It is the number of masked positions of the row times the fraction of the step, rounded down. The published code
     uses the mean number of masked positions of the batch, and so overwrites finished rows if the rows differ.

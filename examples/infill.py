@@ -20,7 +20,7 @@ def main(model: str = "runs/opposites", text: str = "h__ is not col_", gap: str 
     tokens = pieces[0] + [token for piece in pieces[1:] for token in (tokenizer.mask_id, *piece)]
     config = dream_jax.SamplerConfig(
         max_new_tokens=0,  # nothing is appended: only the gaps are written
-        steps=max(1, text.count(gap)),
+        steps=None,  # one step for each gap
         alg="entropy",
         forbidden_tokens=(tokenizer.mask_id, tokenizer.eos_id),
     )

@@ -130,19 +130,19 @@ def test_the_command_says_what_is_wrong(monkeypatch):
 
 def test_the_sampler_of_a_request():
     """The model's arguments come before the preset, and the preset before what a task asks for."""
-    from dream_jax.evaluation.harness import DreamHarness, _until
+    from dream_jax.evaluation.harness import DreamHarness, _stops
 
     lm = DreamHarness("nano", preset="instruct", top_p=0.5, samples=16, greedy=True)
     config = lm._request_config(
         {"until": ["x"], "do_sample": False, "temperature": 0.0, "top_k": 7, "max_gen_toks": 12}
     )
     assert (config.temperature, config.top_p, config.top_k) == (0.1, 0.5, 7)
-    assert (config.max_new_tokens, config.steps) == (12, 12)
+    assert (config.max_new_tokens, config.steps) == (12, None)
     plain = DreamHarness("nano", samples=16)
     assert plain._request_config({"do_sample": False}).temperature == 0
     assert plain._request_config({}).max_new_tokens == 256
     assert plain._request_config({"temperature": 0.7}).temperature == 0.7
-    assert _until("a b c", ["c", "b"]) == "a " and _until("a b c", "b") == "a " and _until("a", [""]) == "a"
+    assert _stops({"until": "b"}) == ["b"] and _stops({"until": ["a", "b"]}) == ["a", "b"] and _stops({}) == []
     assert plain._names(["a", "b", "a"])[::2] == [plain._names(["a"])[0], plain._names(["a", "a"])[1]]
     ids = plain._tokenizer.encode("ab")
     assert plain._fit(list(range(3000)), 48) == list(range(3000 - 2000, 3000))

@@ -362,7 +362,7 @@ def test_settings_that_cannot_be(options, message):
 def test_published_settings_give_way_to_ones_own():
     tokenizer = ByteTokenizer()
     instruct = EvaluateSettings(published="instruct").sampler_config(tokenizer, 64)
-    assert (instruct.alg, instruct.temperature, instruct.top_p, instruct.steps) == ("entropy", 0.1, 0.9, 64)
+    assert (instruct.alg, instruct.temperature, instruct.top_p, instruct.steps) == ("entropy", 0.1, 0.9, None)
     own = EvaluateSettings(published="instruct", temperature=0.5, steps=16).sampler_config(tokenizer, 64)
     assert (own.temperature, own.top_p, own.steps) == (0.5, 0.9, 16)
     plain = EvaluateSettings().sampler_config(tokenizer, 24)

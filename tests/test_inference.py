@@ -58,7 +58,7 @@ def test_prompts_are_written_as_in_training(model, tmp_path):
 
 def test_a_sampler_writes_what_the_tokenizer_has():
     config = inference.make_sampler(ByteTokenizer(), 5, temperature=None, top_p=0.5)
-    assert (config.steps, config.alg, config.temperature, config.top_p) == (5, "entropy", 0.0, 0.5)
+    assert (config.steps, config.alg, config.temperature, config.top_p) == (None, "entropy", 0.0, 0.5)
     assert (config.vocab_limit, config.forbidden_tokens) == (261, (260,))
     assert inference.make_sampler(ByteTokenizer(), 5, "fast", steps=None).block_length == 32
     with pytest.raises(ValueError, match="steps=4 has no effect with"):
@@ -130,6 +130,61 @@ def test_prompts_that_do_not_fit(model):
             check_length(wrong, 8, model, "f:1")
     with pytest.raises(ValueError, match="a prompt of 0 tokens and 0 new tokens make 0"):
         check_length([], 0, model, "f:1", shortest=0)
+
+
+IM_START, IM_END = ByteTokenizer.im_start_id, ByteTokenizer.im_end_id
+
+
+def read(prompt, *answer, given=()):
+    """The answer in a canvas of a prompt and these tokens and texts, in which the masks of the prompt become `given`."""
+    ids = [token for part in answer for token in ([part] if isinstance(part, int) else part.encode())]
+    filled = iter(given)
+    begin = [next(filled) if token == ByteTokenizer.mask_id else token for token in prompt]
+    written = np.array([*(token == ByteTokenizer.mask_id for token in prompt), *[True] * len(ids)])
+    return inference.read_answer(ByteTokenizer(), prompt, np.array([*begin, *ids]), np.where(written, 0, -1), 3)
+
+
+def test_the_end_of_a_turn_ends_an_answer():
+    tokenizer = ByteTokenizer()
+    found = read(b"?", "18.", IM_END, "\n", IM_START, "user\nAnd 3?")
+    assert (found.text, found.tokens_to_end, found.num_useful) == ("18.", 3, 3)
+    assert found.canvas == "18.<|im_end|>\n<|im_start|>user\nAnd 3?"
+    # Marks of a reasoning format are shown, because without them the trace and the answer would run together.
+    found = read(b"?", IM_START, "think\n1", IM_START, "answer\n2", tokenizer.eos_id, IM_START)
+    assert found.text == "<|im_start|>think\n1<|im_start|>answer\n2"
+    assert inference.canvas_text(np.array([*b"a", IM_START, tokenizer.mask_id, IM_END, 66]), tokenizer) == (
+        "a<|im_start|>░"
+    )
+
+
+def test_stops_are_found_in_special_tokens_and_across_tokens():
+    found = read(b"?", "a b", IM_START, "c", IM_END, "\nd")
+    assert found.until([]) == found.until(["", "\n", "d", "zz"]) == "a b<|im_start|>c"
+    assert found.until(["<|im_start|>"]) == "a b" and found.until(["<|im_end|>"]) == found.text
+    assert found.until(["b<|im"]) == "a " and found.until([" b<|im_start|>c<|im_end|>\nd"]) == "a"
+    assert found.until(["b", "a"]) == "" and found.until(["c<|im_end|>"]) == "a b<|im_start|>"
+
+
+def test_an_infilled_text_ends_after_what_was_given():
+    mask, eos = ByteTokenizer.mask_id, ByteTokenizer.eos_id
+    found = read([*b"a", mask, mask, *b"b"], "cd", eos, "e", given=[*b"x", eos])
+    assert found.text == "ax<|endoftext|>bcd"
+    assert (found.num_written, found.num_useful, found.tokens_to_end) == (6, 4, 2)
+    # The masks at the end of a prompt are like new ones.
+    assert read([*b"a", mask, mask, mask], given=[*b"x", eos, *b"y"]).text == "ax"
+    assert read([mask, mask], given=[*b"x", IM_END]).text == "x"
+    assert inference.shown_from([mask], ByteTokenizer()) == (0, 0)
+    assert inference.shown_from(list(b"ab"), ByteTokenizer()) == (2, 2)
+
+
+def test_the_settings_of_answers_are_those_of_earlier_files():
+    """One step per mask was written as one step per new token; it is the same unless prompts have masks."""
+    tokenizer = ByteTokenizer()
+    config = inference.make_sampler(tokenizer, 5)
+    assert config.steps is None
+    assert inference.sampler_recipe(config, [list(b"ab")], tokenizer)["steps"] == 5
+    assert inference.sampler_recipe(config, [[97, tokenizer.mask_id]], tokenizer)["steps"] is None
+    assert inference.sampler_recipe(config, [], tokenizer)["cache"] == "NoCache()"
 
 
 def test_a_canvas_hides_what_follows_the_end_token():

@@ -233,7 +233,7 @@ def test_full_passes_are_those_without_a_cache():
 def test_bidirectional_costs_nothing():
     """The sampler hands the model padding alone, and the loss is the program that it is without any mask."""
     valid = jnp.ones((2, 8), bool)
-    layout = canvas_layout(model(), valid, StaticSettings.of(config(), 4))
+    layout = canvas_layout(model(), valid, StaticSettings.of(config(), 4, [4]))
     assert isinstance(layout.mask, masks.KeyPadding)
     tokens, time = text(8)[None], np.full(1, 0.5, np.float32)
 

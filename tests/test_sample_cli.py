@@ -75,6 +75,12 @@ def test_filling_in(weights, sample):
     assert answer.startswith("a") and "░" not in answer
 
 
+def test_filling_in_takes_a_step_for_each_mask(weights, sample):
+    for prompt, new in (("1+1=" + "<|mask|>" * 6, 0), ("1+1=<|mask|><|mask|>", 4)):
+        done = sample("--model", weights, "--prompt", prompt, "--max-new-tokens", new)
+        assert "5 forward passes" in done.stdout, done.stderr  # as with six new tokens
+
+
 def test_a_file_of_prompts_resumes_where_it_stopped(weights, tmp_path, sample):
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     rows = [{"prompt": "x" * length} for length in (1, 30, 3)] + [{"messages": [{"role": "user", "content": "hi"}]}]

@@ -122,7 +122,9 @@ def test_driver_is_a_python_loop_over_the_step(config):
     canvas[0, 4] = mask_id  # and an infilling
     valid_BT = np.concatenate([valid, np.ones((2, 10), bool)], axis=1)
     keys, positions = jax.random.split(jax.random.key(3), 2), padded_positions(jnp.asarray(valid_BT))
-    static, dynamic = state.StaticSettings.of(config, capacity=12), state.DynamicSettings.of(config)
+    masked_B = [11, 10]
+    static = state.StaticSettings.of(config, 12, masked_B)
+    dynamic = state.DynamicSettings.of(config, static.steps, masked_B)
     canvas = jnp.asarray(canvas, jnp.int32)
     wanted = loop.denoise(dream, canvas, valid_BT, keys, dynamic, None, static=static)
 
@@ -163,7 +165,8 @@ def test_all_logits_never_exist():
         shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
         canvas, valid_BT = shape(jnp.int32, 4, 1024), shape(jnp.bool, 4, 1024)
-        static, dynamic = state.StaticSettings.of(one, capacity=768), state.DynamicSettings.of(one)
+        static = state.StaticSettings.of(one, 768, [768] * 4)
+        dynamic = state.DynamicSettings.of(one, static.steps, [768] * 4)
         compiled = loop.denoise.lower(dream, canvas, valid_BT, keys, dynamic, None, static=static).compile()
         sizes = [
             np.prod([int(size) for size in match.split(",")], dtype=np.int64)
@@ -180,7 +183,8 @@ def test_one_row_pays_only_for_what_it_needs():
     options = SamplerConfig(max_new_tokens=64, steps=64, alg="entropy", block_length=32, cache=WindowCache())
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    static, dynamic = state.StaticSettings.of(options, capacity=32), state.DynamicSettings.of(options)
+    static = state.StaticSettings.of(options, 32, [64])
+    dynamic = state.DynamicSettings.of(options, static.steps, [64])
     arrays = abstract_model(config), shape(jnp.int32, 1, 128), shape(jnp.bool, 1, 128), keys, dynamic, None
     found = set(
         re.findall(r'op_name="jit\(denoise\)/([^"]*)"', loop.denoise.lower(*arrays, static=static).compile().as_text())

@@ -24,12 +24,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from dream_jax.attention import Backend
+from dream_jax.data import parse_messages
 from dream_jax.decoding import Alg
 from dream_jax.evaluation import likelihood
 from dream_jax.evaluation.scored_texts import passage
 from dream_jax.evaluation.settings import Published, published_sampler
-from dream_jax.inference import DtypeFlag, ModelSettings, RowName, answer, batches, make_sampler, prepare
+from dream_jax.inference import BaseFlag, DtypeFlag, ModelSettings, RowName, answer, batches, make_sampler, prepare
 from dream_jax.sampler import Preset, SamplerConfig
+from dream_jax.tokenizer import turn_text
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class DreamHarness(TemplateLM):
       preset: "base", "instruct" or "planning": the sampler settings of this published evaluation of Dream.
       sampler: "exact", "balanced" or "fast", as in `evaluate.py`.
       adapter: directory of a LoRA adapter, which is added to the weights.
+      any_base, base, mask: as in `evaluate.py`.
       alg, temperature, top_p, top_k, alg_temp, steps: sampler settings, as in `evaluate.py`. They override the preset,
         and the preset overrides the options of a task, because most tasks state temperature 0.
       max_new_tokens: maximum number of tokens of an answer; overrides the number of a task.
@@ -74,6 +77,9 @@ class DreamHarness(TemplateLM):
         preset: Published | None = None,
         sampler: Preset = "exact",
         adapter: str | None = None,
+        any_base: bool = False,
+        base: BaseFlag = "auto",
+        mask: str | None = None,
         alg: Alg | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -103,7 +109,15 @@ class DreamHarness(TemplateLM):
         likelihood.check_samples(samples)
         prepared = prepare(
             ModelSettings(
-                model=pretrained, adapter=adapter, mesh=mesh, dtype=dtype, attention=attention, tokenizer=tokenizer
+                model=pretrained,
+                adapter=adapter,
+                any_base=any_base,
+                base=base,
+                mask=mask,
+                mesh=mesh,
+                dtype=dtype,
+                attention=attention,
+                tokenizer=tokenizer,
             )
         )
         self._tokenizer = prepared.tokenizer
@@ -154,11 +168,28 @@ class DreamHarness(TemplateLM):
         """
         return f"the chat template of {self._name}" if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns a chat as text and stores its token ids for `tok_encode`, so no message can forge control tokens."""
-        ids = self._tokenizer.chat(chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # The model continues the last turn, so the end of that turn is removed.
-            ids = ids[: len(ids) - 1 - ids[::-1].index(self._tokenizer.im_end_id)]
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Returns a chat as text and stores its token ids for `tok_encode`, so no message can forge control tokens.
+
+        The ids are those that training makes of these messages. Without `add_generation_prompt` the model continues the
+        last message, which must be the assistant's.
+
+        Raises: ValueError if the messages are not a chat, or if it is not the model's turn.
+        """
+        where = "chat_history"
+        turns = parse_messages(chat_history, where)
+        started: list[int] = []
+        if add_generation_prompt == (turns[-1]["role"] == "assistant"):
+            wanted = "must not be the assistant's: a new turn begins after it"
+            if not add_generation_prompt:
+                wanted = "must be the assistant's: the model continues it"
+            raise ValueError(f"{where}: the last message is the {turns[-1]['role']}'s, but it {wanted}")
+        if not add_generation_prompt:
+            # Training encodes the text of a turn apart from what stands before it.
+            started = self._tokenizer.encode(turn_text(turns.pop()))
+        if not turns:
+            raise ValueError(f"{where}: the assistant's message is the only one; put at least one message before it")
+        ids = [*self._tokenizer.chat(turns), *started]
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
         return text
@@ -179,7 +210,10 @@ class DreamHarness(TemplateLM):
     # Requests.
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each request, up to the first of the stop texts (`until`) of the request."""
+        """Returns the answer to each request, up to its end or to the first of the stop texts (`until`) of the request.
+
+        A stop may be the name of a special token, such as "<|im_start|>".
+        """
         groups: dict[SamplerConfig, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
             groups[self._request_config(request.args[1])].append(index)
@@ -192,7 +226,7 @@ class DreamHarness(TemplateLM):
                 answered = answer(self._model, self._tokenizer, asked, named, config, self.batch_size)
                 for number, one in zip(batch, answered, strict=True):
                     request = requests[group[number]]
-                    found[group[number]] = _until(one.text, request.args[1].get("until", ()))
+                    found[group[number]] = one.until(_stops(request.args[1]))
                     self.cache_hook.add_partial("generate_until", request.args, found[group[number]])
         return found
 
@@ -284,11 +318,13 @@ class DreamHarness(TemplateLM):
             _log.warning(message)
 
 
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.partition(stop)[0]
-    return text
+def _stops(options: dict[str, Any]) -> list[str]:
+    """Returns the stop texts of a request. Raises ValueError if they are neither a text nor a list of texts."""
+    stops = options.get("until")
+    found = [stops] if isinstance(stops, str) else stops or []
+    if not isinstance(found, list | tuple) or not all(isinstance(stop, str) for stop in found):
+        raise ValueError(f"until={stops!r:.80} must be a text or a list of texts")
+    return list(found)
 
 
 def main() -> None:
@@ -297,8 +333,9 @@ def main() -> None:
 
     try:
         cli_evaluate()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        hint = "; an option --name of evaluate.py is name=VALUE in --model_args" if " --" in str(error) else ""
+        sys.exit(f"error: {error}{hint}")
 
 
 if __name__ == "__main__":

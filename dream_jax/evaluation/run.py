@@ -23,7 +23,7 @@ from dream_jax.evaluation.scored_texts import Choice, ScoredText, read_choices, 
 from dream_jax.evaluation.settings import PUBLISHED, EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, TaskFormat, read_problems, split_examples
 from dream_jax.files import write_file
-from dream_jax.inference import PreparedModel, answer, batches, check_length, encode_prompt, prepare
+from dream_jax.inference import PreparedModel, answer, batches, check_length, encode_prompt, prepare, sampler_recipe
 from dream_jax.model import Dream
 from dream_jax.row_file import JsonRow
 from dream_jax.sampler import bucket_length
@@ -195,8 +195,7 @@ def _sampled(
             "shots": shots,
             "examples": [one.identity for one in examples],
             "instruction": settings.instruction,
-            # `asdict` does not record the classes of the cache and of the commit rule, so their `repr` is added.
-            "sampler": dataclasses.asdict(config) | {"cache": repr(config.cache), "commit": repr(config.commit)},
+            "sampler": sampler_recipe(config, prompts, tokenizer),
         },
         note=note,
     )

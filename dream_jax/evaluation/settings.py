@@ -60,7 +60,7 @@ class EvaluateSettings(ModelSettings):
     max_new_tokens: int | None = None
     """maximum number of tokens of an answer; by default the number of the task"""
     steps: int | None = None
-    """number of denoising steps of --sampler exact; by default one for each new token"""
+    """number of denoising steps of --sampler exact; by default one for each mask on the canvas"""
     alg: Alg | None = None
     """measure of confidence that orders the positions to write; by default that of the sampler (exact: entropy)"""
     temperature: float | None = None

@@ -97,9 +97,9 @@ class SamplerConfig:
 
     Attributes:
       max_new_tokens: number of mask tokens that are appended to the prompt, at least 0.
-      steps: number of denoising steps, at least 1. Each step writes a share of the tokens that are still masked, and
-        the last step writes the rest. With blocks, each block takes its share of the steps, rounded up:
-        steps * block_length / max_new_tokens.
+      steps: number of denoising steps, at least 1; None gives each row as many steps as it has masks, those in its
+        prompt and the new ones. Each step writes a share of the tokens that are still masked, and the last step writes
+        the rest. With blocks, each block takes its share of the steps, see `block_steps`.
       alg: order in which positions are written. "origin": at random; "maskgit_plus": highest probability first;
         "topk_margin": largest gap between the two best tokens first; "entropy": lowest entropy first.
       temperature: temperature of the token distribution, at least 0; 0 takes the most probable token.
@@ -128,15 +128,15 @@ class SamplerConfig:
       mask: attention mask, as `masks.parse` returns it; padding is hidden in addition. None is the mask that the model
         was trained under. The mask counts from the first valid token of a row, and takes all tokens that `generate` is
         given (mask tokens included) as the prompt.
-      stop_at_end: whether a row is done when no mask is left before the first end-of-text token that was written. All
-        masks after that token then become end-of-text tokens.
+      stop_at_end: whether a row is done when no mask is left before the first end-of-text token that was written and
+        has no given token after it. All masks after that token then become end-of-text tokens.
 
     Raises:
       ValueError: a value is outside its range, or two values exclude each other.
     """
 
     max_new_tokens: int = 512
-    steps: int = 512
+    steps: int | None = 512
     alg: decoding.Alg = "origin"
     temperature: float = 0.0
     top_p: float | None = None
@@ -182,7 +182,8 @@ class SamplerConfig:
             raise ValueError(f"{self.vocab_limit=} leaves no token to write")
         if self.mask is not None and not masks.is_fixed(self.mask):
             raise ValueError(f"mask {self.mask} holds arrays for particular rows; pass it as `masks.parse` makes it")
-        schedule.timesteps(self.steps, self.eps)  # raises ValueError if steps or eps is outside its range
+        # raises ValueError if steps or eps is outside its range
+        schedule.timesteps(1 if self.steps is None else self.steps, self.eps)
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -201,21 +202,27 @@ class SamplerConfig:
     @property
     def is_random(self) -> bool:
         """Whether the result depends on the random key."""
-        return self.temperature > 0 or bool(self.alg_temp) or (self.alg == "origin" and self.steps > 1)
+        return self.temperature > 0 or bool(self.alg_temp) or (self.alg == "origin" and self.steps != 1)
 
-    @property
-    def block_steps(self) -> int:
-        """The number of steps that the schedule has for each block."""
-        if self.block_length is None or self.max_new_tokens == 0:
-            return self.steps
-        return max(1, -(-self.steps * min(self.block_length, self.max_new_tokens) // self.max_new_tokens))
+    def block_steps(self, masked: int) -> int:
+        """Returns the number of steps that the schedule has for each block of a row with `masked` masks, at least 1.
+
+        Without blocks it is `steps`, or the number of masks if `steps` is None. With blocks it is this number times the
+        share of the masks that a block can hold, rounded up. A row without masks is done before its first step.
+        """
+        if masked == 0:
+            return 1
+        steps = masked if self.steps is None else self.steps
+        if self.block_length is None:
+            return steps
+        return -(-steps * min(self.block_length, masked) // masked)
 
     @classmethod
     def preset(cls, name: Preset, *, max_new_tokens: int, **options: Any) -> SamplerConfig:
         """Returns a named configuration; the names differ in their balance of speed and quality.
 
         Args:
-          name: "exact": entropy order, one step per token (or `steps`), no cache. "balanced": blocks of 32 tokens; each
+          name: "exact": entropy order, one step per mask (or `steps`), no cache. "balanced": blocks of 32 tokens; each
             pass writes every token with a probability of at least 0.998; windows reach 32 tokens to both sides of the
             block; a full pass is made at each block start, and every fourth pass after it is full too. "fast": blocks
             of 32 tokens, a probability of at least 0.9, windows of the block and one token before it, a full pass at
@@ -229,7 +236,7 @@ class SamplerConfig:
         if name not in get_args(Preset):
             raise ValueError(f"preset {name=} is not one of {get_args(Preset)}")
         if name == "exact":
-            chosen: dict[str, Any] = {"alg": "entropy", "steps": max(1, max_new_tokens)}
+            chosen: dict[str, Any] = {"alg": "entropy", "steps": None}
         else:
             chosen = {"alg": "maskgit_plus", "block_length": 32, "stop_at_end": True}
             if name == "balanced":

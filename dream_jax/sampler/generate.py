@@ -16,7 +16,7 @@ from dream_jax.model import Dream
 from dream_jax.sampler.callbacks import listening
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import DynamicSettings, StaticSettings
+from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
 from dream_jax.shapes import Array
 
 
@@ -91,8 +91,8 @@ def generate(
     padding = bucket_length(length) - length
     canvas, valid_BT = lay_out(model, prompt, valid_BP, config, padding)
     given = np.pad(np.where(valid_BP, 0, prompt), ((0, 0), (0, config.max_new_tokens))).astype(np.int32)
-    most_masked = int(np.max(np.sum(canvas == model.config.mask_token_id, axis=1)))
-    if most_masked == 0:
+    masked_B = np.sum(canvas == model.config.mask_token_id, axis=1)
+    if not np.any(masked_B):
         tokens = jnp.asarray(np.where(valid_BT, canvas, 0)[:, padding:] + given)
         return Sample(
             tokens=tokens,
@@ -103,14 +103,14 @@ def generate(
         )
     check_key(config, key)
 
-    static = StaticSettings.of(config, min(bucket_length(most_masked), canvas.shape[1]))
+    static = StaticSettings.of(config, min(bucket_length(int(masked_B.max())), canvas.shape[1]), masked_B)
     with sharding.mesh_context(model), listening(on_step, padding) as listener_id:
         state = denoise(
             model,
             canvas,
             valid_BT,
             _row_keys(key, rows),
-            DynamicSettings.of(config),
+            DynamicSettings.of(config, static.steps, masked_B),
             listener_id,
             static=static,
         )
@@ -152,18 +152,6 @@ def lay_out(
     valid_BT[:, padding : padding + length] = valid_BP
     canvas[~valid_BT] = model.config.pad_token_id
     return canvas, valid_BT
-
-
-def bucket_length(length: int) -> int:
-    """Returns the smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
-    if length <= 0:
-        return 0
-    power = 8
-    while power < length:
-        if power + power // 2 >= length:
-            return power + power // 2
-        power *= 2
-    return power
 
 
 def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config: SamplerConfig) -> None:

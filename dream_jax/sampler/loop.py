@@ -156,7 +156,8 @@ def step(
     at_random = static.alg == "origin"
     chosen_BM = candidate_BM
     if at_random:
-        chosen_BM = candidate_BM & (draws(0) < dynamic.fractions_S[schedule_step_B][:, None])
+        now_B1 = jnp.minimum(schedule_step_B, static.steps - 1)[:, None]
+        chosen_BM = candidate_BM & (draws(0) < jnp.take_along_axis(dynamic.fractions_BS, now_B1, axis=1))
 
     def write(state: State) -> State:
         # Right shift: position i is predicted from the hidden state at i - 1. The first position of a text is predicted
@@ -189,7 +190,7 @@ def step(
             )
         state = _write(state, position_BM, written_BM, token_BM, step_id_B)
         if static.stop_at_end:
-            state = _fill_after_end(model, state, step_id_B)
+            state = _fill_after_end(model, state, layout.valid_BT, step_id_B)
         if static.token_hook is not None:
             moment = Moment(step_id_B, state.canvas_BT, layout.valid_BT, layout.positions_BT)
             state = _apply_token_hook(model, state, static.token_hook(moment), step_id_B)
@@ -215,7 +216,7 @@ def step(
         passes_since_full_B=jnp.where(refresh_B, 1, state.passes_since_full_B + 1),
         blocks_since_full_B=jnp.where(refresh_B, 0, state.blocks_since_full_B),
     )
-    return _advance(model, after, block, static)
+    return _advance(model, after, block, dynamic, static)
 
 
 def _forward(
@@ -300,7 +301,7 @@ def _schedule_step(
     schedule_step_B = state.schedule_step_B
     if static.alg == "origin" or not static.follows_schedule:
         return schedule_step_B, masked_B
-    counts_BS = schedule.write_counts(masked_B, dynamic.fractions_S)
+    counts_BS = schedule.write_counts(masked_B, dynamic.fractions_BS)
     if not static.forces_first:
         writes_BS = (counts_BS > 0) & (jnp.arange(static.steps) >= schedule_step_B[:, None])
         schedule_step_B = jnp.argmax(writes_BS, axis=1).astype(jnp.int32)
@@ -325,10 +326,17 @@ def _write(
     return state._replace(canvas_BT=sharding.constrain(canvas_BT, "batch", None), commit_step_BT=commit_step_BT)
 
 
-def _fill_after_end(model: Dream, state: State, step_id_B: Int[jax.Array, "B"]) -> State:
-    """Fills the masks of a row with end-of-text tokens if none is before its first written end-of-text token."""
+def _fill_after_end(
+    model: Dream, state: State, valid_BT: Bool[jax.Array, "B T"], step_id_B: Int[jax.Array, "B"]
+) -> State:
+    """Fills the masks of a row with end-of-text tokens if none is before its first written end-of-text token.
+
+    An end-of-text token does not count if a given token is after it: the text goes on there.
+    """
     masked_BT = state.canvas_BT == model.config.mask_token_id
-    end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0)
+    given_BT = valid_BT & ~masked_BT & (state.commit_step_BT < 0)
+    given_after_BT = jnp.flip(jnp.cumsum(jnp.flip(given_BT, axis=1), axis=1), axis=1) > 0
+    end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0) & ~given_after_BT
     filled_BT = masked_BT & (first(end_BT) < first(masked_BT))[:, None]
     return state._replace(
         canvas_BT=jnp.where(filled_BT, model.config.pad_token_id, state.canvas_BT),
@@ -348,14 +356,14 @@ def _apply_token_hook(
     )
 
 
-def _advance(model: Dream, state: State, block: Block, static: StaticSettings) -> State:
+def _advance(model: Dream, state: State, block: Block, dynamic: DynamicSettings, static: StaticSettings) -> State:
     """Moves each row that has finished its block to the next block, which starts at the first mask after the block."""
     length = state.canvas_BT.shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
     masked_BT = state.canvas_BT == model.config.mask_token_id
     # If the model chose the mask token itself, masks are left when the block has made all its steps, and remain.
     if static.follows_schedule:
-        spent_B = state.schedule_step_B >= static.steps
+        spent_B = state.schedule_step_B >= dynamic.steps_B
     else:
         spent_B = state.block_passes_B >= (static.block_length or length)
     left_B = jnp.any(masked_BT & (position_T >= block.start_B[:, None]) & (position_T < block.end_B[:, None]), axis=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import decoding, masks, schedule
@@ -15,6 +17,7 @@ from dream_jax.model import Dream
 from dream_jax.sampler import passes, propose, rules
 from dream_jax.sampler.callbacks import LogitsHook, TokenHook
 from dream_jax.sampler.config import CachePolicy, KVCachePolicy, SamplerConfig
+from dream_jax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class StaticSettings:
     """The settings that are compiled into the program: another value compiles another program.
 
     Attributes:
-      steps: number of steps that the schedule has for each block.
+      steps: length of the schedules in `DynamicSettings`: the largest number of steps of a row, rounded up to one of a
+        few lengths.
       rule: class of the commit rule.
       writable: the tokens that may be written, see `propose.Writable`.
       guided: whether every row is followed by its unconditional copy (classifier-free guidance).
@@ -48,13 +52,16 @@ class StaticSettings:
     capacity: int
 
     @classmethod
-    def of(cls, config: SamplerConfig, capacity: int) -> StaticSettings:
-        """Returns the static settings of a configuration; `capacity` is limited to the length of a block."""
+    def of(cls, config: SamplerConfig, capacity: int, masked_B: Sequence[int] | np.ndarray) -> StaticSettings:
+        """Returns the static settings of a configuration for rows with these numbers of masks.
+
+        `capacity` is limited to the length of a block.
+        """
         return cls(
             alg=config.alg,
             top_k=config.top_k,
             block_length=config.block_length,
-            steps=config.block_steps,
+            steps=bucket_length(max(config.block_steps(int(masked)) for masked in masked_B)),
             cache=config.cache,
             rule=type(config.commit),
             stop_at_end=config.stop_at_end,
@@ -92,18 +99,27 @@ class DynamicSettings(NamedTuple):
       filters: parameters of the token distribution.
       alg_temp: as in SamplerConfig, float32 scalar; None instead of 0.
       rule: the parameter of the commit rule, float32 scalar; None if it has no parameter.
-      fractions_S: float32 [steps]: for each step of the schedule, the fraction of the masked positions that the step
-        writes, in [0, 1].
+      fractions_BS: for each row and each step of its schedule, the fraction of the masked positions that the step
+        writes, float32 in [0, 1]. After the last step of the row it is 1.
+      steps_B: number of steps that the schedule of each row has for a block, int32.
     """
 
     filters: propose.Filters
     alg_temp: Float[jax.Array, ""] | None
     rule: Float[jax.Array, ""] | None
-    fractions_S: Float[jax.Array, "steps"]
+    fractions_BS: Float[Array, "B S"]
+    steps_B: Int[Array, "B"]
 
     @classmethod
-    def of(cls, config: SamplerConfig) -> DynamicSettings:
-        """Returns the dynamic settings of a configuration."""
+    def of(cls, config: SamplerConfig, steps: int, masked_B: Sequence[int] | np.ndarray) -> DynamicSettings:
+        """Returns the dynamic settings of a configuration for rows with these numbers of masks.
+
+        `steps` is the length of the schedules, `StaticSettings.steps`.
+        """
+        steps_B = np.array([config.block_steps(int(masked)) for masked in masked_B], np.int32)
+        fractions_BS = np.ones((len(steps_B), steps), np.float32)
+        for fractions_S, count in zip(fractions_BS, steps_B.tolist(), strict=True):
+            fractions_S[:count] = schedule.write_fractions(count, config.eps)
         return cls(
             filters=propose.Filters(
                 temperature=_scalar(config.temperature or None),
@@ -113,8 +129,21 @@ class DynamicSettings(NamedTuple):
             ),
             alg_temp=_scalar(config.alg_temp or None),
             rule=_scalar(config.commit.value),
-            fractions_S=jnp.asarray(schedule.write_fractions(config.block_steps, config.eps)),
+            fractions_BS=fractions_BS,
+            steps_B=steps_B,
         )
+
+
+def bucket_length(length: int) -> int:
+    """Returns the smallest of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
+    if length <= 0:
+        return 0
+    power = 8
+    while power < length:
+        if power + power // 2 >= length:
+            return power + power // 2
+        power *= 2
+    return power
 
 
 def _scalar(value: float | None) -> jax.Array | None:

@@ -13,9 +13,9 @@ import numpy as np
 from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.generate import bucket_length, check_key, check_prompt, lay_out
+from dream_jax.sampler.generate import check_key, check_prompt, lay_out
 from dream_jax.sampler.loop import idle_batch, resume
-from dream_jax.sampler.state import DynamicSettings, StaticSettings, active
+from dream_jax.sampler.state import DynamicSettings, StaticSettings, active, bucket_length
 
 
 class Answer(NamedTuple):
@@ -90,12 +90,17 @@ class Stream(Iterator[Answer]):
         for width in sorted(buckets):
             yield from self._run_bucket(width, buckets[width])
 
+    def _num_masked(self, index: int) -> int:
+        """Returns the number of masks on the canvas of a prompt before the first step."""
+        prompt = self._rows[index]
+        canvas, _ = lay_out(self._model, prompt, np.ones(prompt.shape, bool), self._config, padding=0)
+        return int(np.sum(canvas == self._model.config.mask_token_id))
+
     def _run_bucket(self, width: int, waiting: list[int]) -> Iterator[Answer]:
         model, config, size = self._model, self._config, self._batch_size
         total = width + config.max_new_tokens
-        masked = max(int(np.sum(self._rows[index] == model.config.mask_token_id)) for index in waiting)
-        static = StaticSettings.of(config, min(bucket_length(masked + config.max_new_tokens), total))
-        dynamic = DynamicSettings.of(config)
+        masked = [self._num_masked(index) for index in waiting]
+        static = StaticSettings.of(config, min(bucket_length(max(masked)), total), masked)
         before = self.forwards
         with sharding.mesh_context(model):
             batch = _idle_batch(model, size, total, static)
@@ -103,18 +108,22 @@ class Stream(Iterator[Answer]):
             canvas = np.full((size, total), model.config.pad_token_id, np.int32)
             valid = np.ones((size, total), bool)
             key_index = np.zeros(size, np.int32)
+            masked_B = np.zeros(size, np.int32)
+            dynamic = DynamicSettings.of(config, static.steps, masked_B)
             while waiting or any(index is not None for index in prompt_of_row):
                 new = np.zeros(size, bool)
                 for row, index in enumerate(prompt_of_row):
                     if index is None and waiting:
-                        prompt_of_row[row] = key_index[row] = waiting.pop(0)
-                        prompt = self._rows[key_index[row]]
+                        waiting_index = prompt_of_row[row] = key_index[row] = waiting.pop(0)
+                        prompt = self._rows[waiting_index]
                         one = lay_out(model, prompt, np.ones(prompt.shape, bool), config, width - prompt.shape[1])
                         canvas[row], valid[row] = one[0][0], one[1][0]
-                        new[row] = True
+                        new[row], masked_B[row] = True, self._num_masked(waiting_index)
                 # While prompts wait, the program returns as soon as a quarter of the rows are done, so that new prompts
                 # start soon. Otherwise it returns when all rows are done.
                 idle = -(-size // 4) if waiting else size
+                if np.any(new):
+                    dynamic = DynamicSettings.of(config, static.steps, masked_B)
                 batch = resume(
                     model, batch, new, canvas, valid, self._keys[key_index], dynamic, jnp.int32(idle), static=static
                 )
