@@ -9,7 +9,8 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import inference, pretrained
-from dream_jax.data import read_json_lines, text_field
+from dream_jax.data import numbered_records, parse_messages, read_question, record_number
+from dream_jax.data.chats import QUESTION_FIELDS
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.row_file import RowFile, agree_on_settings
@@ -38,11 +40,19 @@ class SampleSettings(inference.ModelSettings):
     prompt: str | None = None
     """one prompt; with --template raw, each <|mask|> in it is a position to fill in"""
     prompts: pathlib.Path | None = None
-    """.jsonl file of prompts; each line has a `prompt` string or a `messages` list"""
+    """.jsonl, .json or .parquet file of prompts; each row has a `prompt` string, a `messages` list, or the other fields of
+    a prompt that train.py reads, with `tools` if there are any"""
+    ignore_field: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """leave out this field of each row of --prompts, as if the rows did not have it; the flag may be repeated"""
     out: pathlib.Path | None = None
     """.jsonl file for the answers to --prompts; answers that it already has are not computed again"""
     chat: bool = False
-    """chat with the model, turn by turn; an empty line or the end of the input ends the chat"""
+    """chat with the model, turn by turn; an empty line or the end of the input ends the chat. After an answer that calls
+    a tool, the next line is the result of the tool"""
+    system: str | None = None
+    """text of the system turn before --prompt or --chat; by default that of the chat template"""
+    tools: pathlib.Path | None = None
+    """JSON file with the list of functions that the model may call in --prompt or --chat, as JSON schemas"""
     max_new_tokens: int = 128
     """number of mask tokens after the prompt"""
     preset: Preset = "exact"
@@ -84,6 +94,10 @@ class SampleSettings(inference.ModelSettings):
             raise ValueError("--prompts FILE and --out FILE need each other: give both or neither")
         if self.batch_size < 1 or self.samples < 1:
             raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
+        if self.prompts is not None and (self.system is not None or self.tools is not None):
+            raise ValueError("--system and --tools are for --prompt and --chat; the rows of --prompts have their own")
+        if self.ignore_field and self.prompts is None:
+            raise ValueError("--ignore-field is for --prompts FILE; leave it out, or give a file")
         if self.samples > 1 and self.prompts is None:
             raise ValueError(f"samples={self.samples} is for --prompts FILE; leave it out, or give a file")
         self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
@@ -135,9 +149,11 @@ def answer_one(
 ) -> None:
     """Prints the answer to --prompt, the number of forward passes, and the time that it took."""
     tokenizer = prepared.tokenizer
-    ids = inference.encode_prompt(
-        settings.prompt or "", prepared.template, tokenizer, instruction=prepared.instruction, allow_special=True
-    )
+    row = {**around_question(settings), "prompt": settings.prompt or ""}
+    if prepared.template == "raw" and not row["prompt"].strip() and len(row) == 1:
+        ids = tokenizer.encode(row["prompt"])  # No row of a file has a blank prompt, but a base model can continue it.
+    else:
+        ids = read_question_of(row, "--prompt", prepared.template, tokenizer, prepared.instruction).ids
     check_length(ids, sampler, prepared.model, "--prompt")
     model = prepared.load()
     # If the prompt itself has positions to fill in, it is printed together with the answer.
@@ -186,18 +202,26 @@ def watching(
 def converse(
     settings: SampleSettings, prepared: PreparedModel, sampler: dream_jax.SamplerConfig, console: Console
 ) -> None:
-    """Reads the turns of the user from stdin and prints the answers, until a line is empty or the input ends."""
-    model, tokenizer = prepared.load(), prepared.tokenizer
-    messages: list[dict[str, str]] = []
+    """Reads the turns of the user from stdin and prints the answers, until a line is empty or the input ends.
+
+    After an answer that calls a tool, a line is the result of the tool.
+    """
+    around = around_question(settings)
+    tokenizer = prepared.tokenizer
+    # This raises ValueError for bad tools, or a template without tools, before the weights are read.
+    read_question_of({**around, "prompt": "a question"}, "--chat", "chat", tokenizer)
+    model = prepared.load()
+    messages: list[Message] = []
     for turn in itertools.count():
-        console.print("you: ", end="")
+        called = "tools" in around and bool(messages) and "<tool_call>" in messages[-1]["content"]
+        console.print("tool: " if called else "you: ", end="")
         asked = sys.stdin.readline().strip()
         if not asked:
             break
         # Training puts an instruction before the first question only.
         content = asked if messages else inference.with_instruction(asked, prepared.instruction)
-        messages.append({"role": "user", "content": content})
-        ids = tokenizer.chat(messages)
+        messages.append({"role": "tool" if called else "user", "content": content})
+        ids = read_question_of({**around, "messages": messages}, "--chat", "chat", tokenizer).ids
         check_length(ids, sampler, model, "the conversation")
         key = jax.random.fold_in(jax.random.key(settings.seed), turn)
         show = functools.partial(show_canvas, tokenizer, ids)
@@ -205,7 +229,8 @@ def converse(
             out = dream_jax.generate(model, as_row(ids), sampler, key, on_step=on_step)
         answer = show(np.asarray(out.tokens)[0]).strip()
         console.print(f"model: {answer}", markup=False)
-        messages.append({"role": "assistant", "content": answer})
+        if answer:  # An empty turn is nothing that a model is trained on, so the conversation goes on without it.
+            messages.append({"role": "assistant", "content": answer})
 
 
 def answer_file(
@@ -214,7 +239,15 @@ def answer_file(
     """Appends the answers to the prompts of a file that have no answer yet to --out, and prints a summary."""
     assert settings.prompts is not None
     tokenizer = prepared.tokenizer
-    questions = read_questions(settings.prompts, prepared.template, tokenizer, prepared.instruction)
+    questions = read_questions(
+        settings.prompts, prepared.template, tokenizer, settings.ignore_field, prepared.instruction
+    )
+    unread = Counter(name for question in questions.values() for name in question.unread)
+    if unread:
+        counted = ", ".join(f"{name!r} in {count}" for name, count in unread.items())
+        console.print(
+            f"fields that are no part of a prompt, and were not read: {counted} of {len(questions)} rows", markup=False
+        )
     for line, question in questions.items():
         check_length(question.ids, sampler, prepared.model, f"{settings.prompts}:{line}")
     answers = open_answers(settings, prepared, sampler, questions)
@@ -236,6 +269,8 @@ def answer_file(
                 tokenizer, questions[line].ids, found.tokens, found.commit_step, found.passes
             )
             row: dict[str, Any] = {"line": line, "prompt": questions[line].prompt, "answer": answer.text}
+            if questions[line].tools:
+                row["tools"] = questions[line].tools
             answers.append([row | {"sample": sample} if settings.samples > 1 else row])
             canvas, useful, passes = canvas + answer.num_written, useful + answer.num_useful, passes + answer.forwards
             progress.update(task, advance=1)
@@ -249,43 +284,87 @@ def answer_file(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One line of the file of prompts.
+    """One row of the file of prompts.
 
     Attributes:
-      prompt: the text or the messages, as they are in the file.
+      prompt: the text or the messages, as they are in the file; if other fields belong to the prompt, the messages that
+        all of them make.
+      tools: functions that the prompt announces, as JSON schemas.
       ids: token ids of the prompt.
+      unread: names of the fields of the row that nobody has read.
     """
 
     prompt: str | list[Message]
+    tools: list[Mapping[str, Any]]
     ids: list[int]
+    unread: tuple[str, ...]
+
+
+def around_question(settings: SampleSettings) -> dict[str, Any]:
+    """Returns the fields of a row that --system and --tools give. Raises ValueError or OSError for a bad file."""
+    found: dict[str, Any] = {}
+    if settings.system is not None:
+        found["system"] = settings.system
+    if settings.tools is not None:
+        try:
+            text = settings.tools.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--tools {settings.tools} is not UTF-8 text ({error}); save it as UTF-8") from error
+        found["tools"] = list(read_question({"prompt": "a question", "tools": text}, f"--tools {settings.tools}").tools)
+        if not found["tools"]:
+            raise ValueError(
+                f"--tools {settings.tools} has no functions; give a JSON list of them, or leave the flag out"
+            )
+    return found
+
+
+def read_question_of(
+    found: Mapping[str, Any], where: str, template: Template, tokenizer: Tokenizer, instruction: str = ""
+) -> Question:
+    """Returns the question of one row, with the prompt that training makes of the same row.
+
+    `instruction` is the text before a question that is a text and not a list of messages, as
+    `inference.PreparedModel.instruction`.
+
+    Raises:
+      ValueError: the row is not a question, or the tokenizer cannot encode it; the message begins with `where`.
+    """
+    chat = read_question(found, where)
+    # Rows of prompts have text and messages as they are in the file, so that answers of earlier files are resumed.
+    own = found.get("messages")
+    whole = own if isinstance(own, list) and tuple(parse_messages(own, where)) == chat.messages else list(chat.messages)
+    prompt = whole if chat.text is None else chat.text
+    asked: str | Sequence[Message] = chat.messages if chat.text is None else chat.text
+    if not isinstance(asked, str) and any(isinstance(found.get(name), str) for name in QUESTION_FIELDS):
+        asked = [*asked[:-1], {**asked[-1], "content": inference.with_instruction(asked[-1]["content"], instruction)}]
+    try:
+        ids = inference.encode_prompt(
+            asked, template, tokenizer, tools=chat.tools, instruction=instruction, allow_special=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Question(prompt=prompt, tools=list(chat.tools), ids=ids, unread=chat.unread)
 
 
 def read_questions(
-    path: pathlib.Path, template: Template, tokenizer: Tokenizer, instruction: str = ""
+    path: pathlib.Path,
+    template: Template,
+    tokenizer: Tokenizer,
+    ignored: Collection[str] = (),
+    instruction: str = "",
 ) -> dict[int, Question]:
-    """Returns the questions of a file by their line numbers, which are counted from 1.
+    """Returns the questions of a file by their numbers: those of the lines, counted from 1, or of the rows.
 
-    `instruction` is the text before each question that is a text, as for `inference.encode_prompt`.
+    Fields of the rows whose names are in `ignored` are left out. `instruction` is as for `read_question_of`.
 
     Raises:
-      ValueError: a line is not a prompt or a list of messages; the message names file and line.
+      ValueError: a row is not a question; the message names file and line.
       OSError: the file cannot be read.
     """
-    questions = {}
-    for where, row in read_json_lines(path):
-        prompt: Any = row.get("messages")
-        if not isinstance(prompt, list):
-            if "prompt" not in row:
-                raise ValueError(f"{where}: expected an object with a `prompt` string or a `messages` list")
-            prompt = text_field(row, "prompt", where)
-        elif not all(isinstance(message, dict) for message in prompt):
-            raise ValueError(f"{where}: each item of `messages` must be an object with `role` and `content`")
-        try:
-            ids = inference.encode_prompt(prompt, template, tokenizer, instruction=instruction, allow_special=True)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        questions[int(where.rpartition(":")[2])] = Question(prompt=prompt, ids=ids)
-    return questions
+    return {
+        record_number(where): read_question_of(found, where, template, tokenizer, instruction)
+        for where, found in numbered_records(path, ignored)
+    }
 
 
 def open_answers(
@@ -317,6 +396,8 @@ def open_answers(
         **inference.sampler_recipe(sampler, asked, prepared.tokenizer),
         "mask": settings.mask,
     }
+    if settings.ignore_field:
+        recipe["ignore_field"] = sorted(settings.ignore_field)
     if settings.tokenizer not in (None, "bytes"):
         recipe["tokenizer"] = pretrained.fingerprint(settings.tokenizer)
     if settings.adapter is not None:
@@ -334,7 +415,7 @@ def open_answers(
     answers = RowFile(path, start=b'{"line": ')
     for number, row in enumerate(answers.rows, 1):
         question = questions.get(row["line"]) if isinstance(row.get("line"), int) else None
-        if question is None or question.prompt != row.get("prompt"):
+        if question is None or (question.prompt, question.tools) != (row.get("prompt"), row.get("tools", [])):
             raise ValueError(f"{path}:{number}: not an answer to a prompt of {settings.prompts}; give another --out")
     answers.keep(len(answers.rows))
     return answers

@@ -147,6 +147,43 @@ def test_chat(weights, sample):
     assert done.stdout.count("you: ") == 3 and done.stdout.count("you: model: ") == 2
 
 
+def test_a_chat_begins_with_the_system_turn(weights, sample):
+    done = sample("--model", weights, "--chat", "--system", "Be short.", "--max-new-tokens", 4, "--preset", "fast")
+    assert done.returncode == 0, done.stderr
+    done = sample("--model", weights, "--prompt", "hi", "--system", "x" * 3000, "--max-new-tokens", 2)
+    assert done.returncode == 1 and "--prompt: a prompt of 3" in done.stderr  # the system turn is in the prompt
+
+
+def test_tools_are_read_from_a_file(weights, tmp_path, sample):
+    path = tmp_path / "tools.json"
+    for text, message in (
+        ('[{"type": "function", "function": {"name": "f"}}]', "the byte tokenizer does not support tools"),
+        ("{", "tools.json: the text of 'tools' is not JSON"),
+        ("[3]", "tools.json: 'tools' must be a list of objects"),
+        ("[]", "tools.json has no functions"),
+    ):
+        path.write_text(text)
+        for asking in (("--prompt", "hi"), ("--chat",)):
+            done = sample("--model", weights, *asking, "--tools", path)
+            assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_fields_that_are_no_part_of_a_prompt_are_counted(weights, tmp_path, sample):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "a", "note": 1}\n{"instruction": "Reverse.", "input": "ab", "output": "ba"}\n')
+    arguments = ("--model", weights, "--prompts", prompts, "--out", out, "--max-new-tokens", 2)
+    done = sample(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "fields that are no part of a prompt, and were not read: 'note' in 1, 'output' in 1 of 2 rows" in done.stdout
+    by_line = {row["line"]: row["prompt"] for row in map(json.loads, out.read_text().splitlines())}
+    assert by_line == {1: "a", 2: [{"role": "user", "content": "Reverse.\nab"}]}
+    assert "0 new answers" in sample(*arguments).stdout
+    done = sample(*arguments, "--ignore-field", "note")
+    assert done.returncode == 1 and "ignore_field was None, now ['note']" in done.stderr
+    done = sample(*arguments, "--ignore-field", "nothing")
+    assert done.returncode == 1 and "no row has the field(s) ['nothing'] of --ignore-field" in done.stderr
+
+
 def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     """Other samples are other answers; the first is the one that is drawn without them."""
     prompts = tmp_path / "prompts.jsonl"
@@ -169,6 +206,8 @@ def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     ("arguments", "message"),
     [
         (("--prompt", "x", "--samples", 2), "is for --prompts"),
+        (("--prompt", "x", "--ignore-field", "a"), "--ignore-field is for --prompts FILE"),
+        (("--prompts", "a", "--out", "b", "--system", "c"), "--system and --tools are for --prompt and --chat"),
         (("--prompt", "x", "--preset", "fast", "--steps", 4), "has no effect with"),
         ((), "exactly one of --prompt TEXT, --prompts FILE and --chat"),
         (("--prompt", "x", "--model", "no/such/model"), "no/such/model"),

@@ -14,6 +14,7 @@ from dream_jax.data.options import (
     ReadOptions,
 )
 from dream_jax.data.pipeline import Batches, make_batches
+from dream_jax.data.questions import numbered_records, record_number
 from dream_jax.data.records import read_json_lines, text_field
 from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers, has_traces
 from dream_jax.data.sources import open_mixture, open_source
@@ -47,12 +48,14 @@ __all__ = [
     "length_report",
     "longest_row",
     "make_batches",
+    "numbered_records",
     "open_mixture",
     "open_source",
     "parse_messages",
     "read_chat",
     "read_json_lines",
     "read_question",
+    "record_number",
     "text_field",
     "token_row",
 ]

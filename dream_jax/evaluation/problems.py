@@ -47,6 +47,7 @@ class Problem:
       number: its line in the file, or its index in a generated set, from 1.
       where: "FILE:LINE" or "generated:NUMBER", with which error messages begin.
       question: a text, or the messages of a chat.
+      tools: functions that the prompt announces, as JSON schemas.
       answer: a correct answer as text, for use as a worked example; empty if the file has none.
       judge: function from the text of an answer to a Verdict.
     """
@@ -56,12 +57,13 @@ class Problem:
     question: str | tuple[Message, ...]
     answer: str
     judge: Judge
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits computed from question and answer; two runs use them to find the same problem."""
+        """16 hexadecimal digits computed from question, tools and answer, by which two runs find the same problem."""
         question = self.question if isinstance(self.question, str) else [dict(turn) for turn in self.question]
-        return identify(question, self.answer)
+        return identify(question, self.answer, *map(dict, self.tools))
 
 
 def identify(*parts: Any) -> str:
@@ -69,13 +71,11 @@ def identify(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def line_number(where: str) -> int:
-    """Returns LINE of a text "FILE:LINE", as `read_json_lines` makes it."""
-    return int(where.rpartition(":")[2])
-
-
 def check_fields(found: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """Raises ValueError, which begins with `where`, for a field that is not in `known`, such as a misspelt one."""
     unknown = sorted(set(found) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown field(s) {unknown}; this task knows {sorted(known)}")
+        raise ValueError(
+            f"{where}: unknown field(s) {unknown}; this task knows {sorted(known)}; --ignore-field "
+            f"{unknown[0].rpartition('.')[2]} leaves one out"
+        )

@@ -90,6 +90,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
         "batch_size": settings.batch_size,
         **work.recipe,
     }
+    if settings.ignore_field:
+        recipe["ignore_field"] = sorted(settings.ignore_field)
     ledger = Ledger(settings.folder, recipe, plan, overwrite=settings.overwrite)
     report.check_rows(settings.folder, settings.task, ledger.rows, ledger.seconds)
     if prepared.note is not None:
@@ -150,15 +152,14 @@ def _sampled(
     if shots is None:
         # Byte-level models are trained without examples, and examples with a token for each byte fill their context.
         shots = 0 if isinstance(tokenizer, ByteTokenizer) else task.shots[template]
-    examples, problems = split_examples(
-        task, read_problems(task, settings.file), settings.file, settings.examples, shots
-    )
+    problems = read_problems(task, settings.file, settings.ignore_field)
+    examples, problems = split_examples(task, problems, settings.file, settings.examples, shots, settings.ignore_field)
     problems = problems[: settings.limit]
     config = settings.sampler_config(tokenizer, settings.max_new_tokens or task.max_new_tokens)
     prompts = []
     for problem in problems:
         prompt = task.prompt(problem, examples, template, settings.instruction)
-        ids = encode_prompt(prompt, template, tokenizer)
+        ids = encode_prompt(prompt, template, tokenizer, tools=problem.tools)
         check_length(ids, config.max_new_tokens, model, problem.where, remedy="fewer --shots")
         prompts.append(ids)
 
@@ -205,7 +206,8 @@ def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokeni
     assert settings.file is not None
     likelihood.check_mask(model)
     problems: list[Choice | ScoredText] = []
-    problems += read_choices(settings.file) if settings.task == "choice" else read_texts(settings.file)
+    read = read_choices if settings.task == "choice" else read_texts
+    problems += read(settings.file, settings.ignore_field)
     problems = problems[: settings.limit]
     passages = [one.passages(tokenizer, template) for one in problems]
     for one, found in zip(problems, passages, strict=True):

@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dream_jax.data import read_json_lines, text_field
+from dream_jax.data import numbered_records, record_number, text_field
 from dream_jax.evaluation.likelihood import Bound, Passage
-from dream_jax.evaluation.problems import check_fields, identify, line_number
+from dream_jax.evaluation.problems import check_fields, identify
 from dream_jax.row_file import JsonRow
 from dream_jax.tokenizer import Template, Tokenizer
 
@@ -143,9 +143,12 @@ def likeliest(nats: Sequence[float], choices: Sequence[str]) -> tuple[int, int]:
     return min(range(len(nats)), key=nats.__getitem__), min(range(len(nats)), key=by_byte.__getitem__)
 
 
-def read_choices(path: pathlib.Path) -> list[Choice]:
-    """Returns all rows of a file of task `choice`. Raises ValueError with file and line, or FileNotFoundError."""
-    return [_choice(found, where) for where, found in read_json_lines(path)]
+def read_choices(path: pathlib.Path, ignored: Collection[str] = ()) -> list[Choice]:
+    """Returns all rows of a file of task `choice`, without their fields whose names are in `ignored`.
+
+    Raises ValueError with file and line, or FileNotFoundError.
+    """
+    return [_choice(found, where) for where, found in numbered_records(path, ignored)]
 
 
 def _choice(found: Mapping[str, Any], where: str) -> Choice:
@@ -160,15 +163,18 @@ def _choice(found: Mapping[str, Any], where: str) -> Choice:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
         raise ValueError(f"{where}: 'answer' must be the index of a choice, 0..{len(texts) - 1}, not {answer!r:.60}")
     question = text_field(found, "question", where)
-    return Choice(number=line_number(where), where=where, question=question, choices=texts, answer=answer)
+    return Choice(number=record_number(where), where=where, question=question, choices=texts, answer=answer)
 
 
-def read_texts(path: pathlib.Path) -> list[ScoredText]:
-    """Returns all rows of a file of task `likelihood`. Raises ValueError with file and line, or FileNotFoundError."""
-    return [_text(found, where) for where, found in read_json_lines(path)]
+def read_texts(path: pathlib.Path, ignored: Collection[str] = ()) -> list[ScoredText]:
+    """Returns all rows of a file of task `likelihood`, without their fields whose names are in `ignored`.
+
+    Raises ValueError with file and line, or FileNotFoundError.
+    """
+    return [_text(found, where) for where, found in numbered_records(path, ignored)]
 
 
 def _text(found: Mapping[str, Any], where: str) -> ScoredText:
     check_fields(found, ("text", "before", "after", "id", "category"), where)
     around = {name: text_field(found, name, where) for name in ("before", "after") if name in found}
-    return ScoredText(number=line_number(where), where=where, text=text_field(found, "text", where), **around)
+    return ScoredText(number=record_number(where), where=where, text=text_field(found, "text", where), **around)

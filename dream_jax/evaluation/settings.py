@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+import tyro
+
 from dream_jax.decoding import Alg
 from dream_jax.evaluation.likelihood import check_samples
 from dream_jax.evaluation.tasks import SampledTask
@@ -36,7 +38,10 @@ class EvaluateSettings(ModelSettings):
     task: TaskName = "sudoku"
     """sudoku, countdown, gsm8k, chat: sampled answers; choice: the most likely choice; likelihood: bits per byte"""
     file: pathlib.Path | None = None
-    """.jsonl file with the problems of the task; only sudoku works without one: its puzzles are then generated"""
+    """.jsonl, .json or .parquet file with the problems of the task; only sudoku works without one: its puzzles are then
+    generated"""
+    ignore_field: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """leave out this field of each row, as if the rows did not have it; the flag may be repeated"""
     out: pathlib.Path | None = None
     """folder of the results; by default runs/eval-TASK. The same command resumes an evaluation that was stopped"""
     overwrite: bool = False
@@ -87,6 +92,8 @@ class EvaluateSettings(ModelSettings):
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots={self.shots} must not be negative")
         check_samples(self.samples)
+        if self.ignore_field and self.file is None:
+            raise ValueError("--ignore-field is for the rows of --file; leave it out, or give a file")
         if self.task in ("countdown", "gsm8k", "chat", "choice", "likelihood") and not (self.file or self.compare):
             raise ValueError(f"task {self.task} needs --file, a .jsonl file")
 

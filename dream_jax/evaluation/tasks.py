@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from dream_jax.data import RowSource, open_source, parse_messages, read_json_lines, text_field
+from dream_jax.data import RowSource, numbered_records, open_source, read_question, record_number, text_field
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
-from dream_jax.evaluation.problems import Problem, Verdict, check_fields, line_number
+from dream_jax.evaluation.problems import Problem, Verdict, check_fields
 from dream_jax.evaluation.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.tokenizer import Message, Template
 
@@ -113,15 +113,16 @@ def _planning(
     check: Callable[[str, str], object], judge: Callable[[str, str], Verdict], found: Mapping[str, Any], where: str
 ) -> Problem:
     check_fields(found, ("input", "output"), where)
-    problem, solution = text_field(found, "input", where).strip(), text_field(found, "output", where).strip()
+    question, solution = text_field(found, "input", where), text_field(found, "output", where).strip()
+    problem = question.strip()
     check(problem, where)
     verdict = judge(problem, solution)
     if not verdict.correct:
         raise ValueError(f"{where}: 'output' is no solution of 'input': {verdict.reason}")
     return Problem(
-        number=line_number(where),
+        number=record_number(where),
         where=where,
-        question=problem,
+        question=question,  # with the space around it, as in training
         answer=solution,
         judge=functools.partial(judge, problem),
     )
@@ -135,9 +136,9 @@ def _gsm8k(found: Mapping[str, Any], where: str) -> Problem:
     check_fields(found, ("question", "answer"), where)
     answer = text_field(found, "answer", where)
     judge = functools.partial(judge_number, expected_number(answer, where))
-    question = text_field(found, "question", where).strip()
+    question = text_field(found, "question", where)
     return Problem(
-        number=line_number(where), where=where, question=question, answer=_without_notes(answer), judge=judge
+        number=record_number(where), where=where, question=question, answer=_without_notes(answer), judge=judge
     )
 
 
@@ -148,18 +149,20 @@ def _without_notes(answer: str) -> str:
 
 
 def _chat(found: Mapping[str, Any], where: str) -> Problem:
-    check_fields(found, ("question", "messages", "id", "category", *EXPECTATIONS), where)
-    if ("question" in found) == ("messages" in found):
+    if "question" in found and "messages" in found:
         raise ValueError(f"{where}: give either 'question' or 'messages'")
-    question: str | tuple[Message, ...]
-    if "question" in found:
-        question = text_field(found, "question", where)
-    else:
-        question = tuple(parse_messages(found["messages"], where))
-        if question[-1]["role"] != "user":
-            raise ValueError(f"{where}: the last message must have the role 'user': the model answers that message")
-    judge = parse_expectation(found, where)
-    return Problem(number=line_number(where), where=where, question=question, answer="", judge=judge)
+    known = ("id", "category", *EXPECTATIONS)
+    chat = read_question(found, where, known=known)
+    if chat.unread:
+        check_fields(dict.fromkeys(chat.unread), ("question", "messages", "tools", *known), where)
+    return Problem(
+        number=record_number(where),
+        where=where,
+        question=chat.messages if chat.text is None else chat.text,
+        answer="",
+        judge=parse_expectation(found, where),
+        tools=chat.tools,
+    )
 
 
 TASKS: Mapping[SampledTask, TaskFormat] = {
@@ -217,15 +220,19 @@ TASKS: Mapping[SampledTask, TaskFormat] = {
 assert set(TASKS) == set(get_args(SampledTask))
 
 
-def read_problems(task: TaskFormat, path: pathlib.Path | None) -> list[Problem]:
+def read_problems(
+    task: TaskFormat, path: pathlib.Path | None, ignored: Collection[str] = (), *, strict: bool = True
+) -> list[Problem]:
     """Returns the problems of a file, in its order; for sudoku without a file, the generated test puzzles.
+
+    `ignored` and `strict` are those of `numbered_records`.
 
     Raises:
       ValueError: a row is bad (the message has file and line), or `path` is None and the task is not sudoku.
       FileNotFoundError: there is no file at `path`.
     """
     if path is not None:
-        return [task.read(found, where) for where, found in read_json_lines(path)]
+        return [task.read(found, where) for where, found in numbered_records(path, ignored, strict=strict)]
     if task.name != "sudoku":
         raise ValueError(f"task {task.name} needs --file, a .jsonl file")
     return list(_generated(open_source("sudoku", "test")))
@@ -245,13 +252,18 @@ def _generated(source: RowSource) -> Iterator[Problem]:
 
 
 def split_examples(
-    task: TaskFormat, problems: Sequence[Problem], path: pathlib.Path | None, examples: pathlib.Path | None, shots: int
+    task: TaskFormat,
+    problems: Sequence[Problem],
+    path: pathlib.Path | None,
+    examples: pathlib.Path | None,
+    shots: int,
+    ignored: Collection[str] = (),
 ) -> tuple[list[Problem], list[Problem]]:
     """Returns the worked examples of the prompts, and the problems that remain to be answered.
 
     Examples are the first `shots` rows of the file `examples`. If that is None they are the first of `problems`,
     as in the published evaluation, and are not answered; if `path`, the file of the problems, is None too, they
-    are generated.
+    are generated. `ignored` is as for `read_problems`.
 
     Raises: ValueError if there are too few rows, if an example is one of the problems, or if the task is chat, whose
       rows have no reference answers.
@@ -271,7 +283,7 @@ def split_examples(
                 "--examples FILE or a smaller --shots"
             )
         return list(problems[:shots]), list(problems[shots:])
-    found = read_problems(task, examples)
+    found = read_problems(task, examples, ignored, strict=False)
     if len(found) < shots:
         raise ValueError(f"{examples} has {len(found)} rows, but {shots} examples are needed: pass a smaller --shots")
     shown = found[:shots]
