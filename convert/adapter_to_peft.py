@@ -2,7 +2,8 @@
 
     python convert/adapter_to_peft.py runs/lora/adapter exported-adapter --base-model Dream-org/Dream-v0-Instruct-7B
 
-The other direction needs no conversion: wherever --adapter is a flag, the directory of a PEFT adapter can be given.
+The other direction needs no conversion: sample.py --adapter, and all other flags of this name, take the directory of a
+PEFT adapter too.
 """
 
 import dataclasses
