@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from dream_jax.shapes import Array
+
 
 def timesteps(steps: int, eps: float = 1e-3) -> Float[np.ndarray, steps_plus_1]:
     """Returns the evenly spaced noise levels 1 = t[0] > ... > t[steps] = eps, float32 [steps + 1].
@@ -47,9 +49,7 @@ def write_fractions(steps: int, eps: float = 1e-3) -> Float[np.ndarray, "steps"]
     return fractions
 
 
-def write_counts(
-    masked_B: Int[jax.Array, "B"], fractions: Float[jax.Array, "*rows steps"]
-) -> Int[jax.Array, "B steps"]:
+def write_counts(masked_B: Int[jax.Array, "B"], fractions: Float[Array, "*rows steps"]) -> Int[jax.Array, "B steps"]:
     """Returns how many positions each step would write in each row if it were the next step, int32 [B, steps].
 
     `fractions` are those of `write_fractions`, the same for all rows [steps] or one list for each row [B, steps].

@@ -25,7 +25,7 @@ def main(model: str = "runs/opposites", prompt: str = "dark is not ", new_tokens
         forbidden_tokens=(tokenizer.mask_id,),
     )
     out = dream_jax.generate(loaded, prompt_BP, config)
-    for step_id in range(-1, config.steps):  # -1 is the canvas before the first step
+    for step_id in range(-1, new_tokens):  # -1 is the canvas before the first step
         canvas_T = np.asarray(out.canvas_at(step_id))[0]
         print(f"{step_id:3d}  {canvas_text(canvas_T, tokenizer)}")
     print("step that wrote each new token:", np.asarray(out.commit_step)[0, prompt_BP.shape[1] :].tolist())
