@@ -240,6 +240,18 @@ def test_a_name_twice_in_one_object_is_refused(tmp_path: Path) -> None:
         open_source(file)
 
 
+def test_a_row_in_great_depth_is_refused(tmp_path: Path) -> None:
+    """Python could read 900 levels, but not print them in an error message."""
+    deep = json.loads("[" * 900 + "]" * 900)
+    for kind in ("jsonl", "json"):
+        with pytest.raises(ValueError, match=rf"rows\.{kind}:\d+: not JSON \(nested too deeply"):
+            open_source(write(kind, tmp_path, [{"prompt": "p", "response": "r", "system": deep}]))
+    many = [{"a": [[]] * 200}] * 60  # many brackets, but not in depth
+    assert open_rows(write("jsonl", tmp_path, [{"prompt": "p", "response": "r", "notes": many}]))[0].unread == (
+        "notes",
+    )
+
+
 def test_rows_of_two_kinds_are_refused_in_either_order(tmp_path: Path) -> None:
     chat, puzzle = {"instruction": "i", "input": "", "output": "o"}, {"input": "i", "output": "o"}
     for rows in ([chat, puzzle], [puzzle, chat]):

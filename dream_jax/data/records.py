@@ -7,8 +7,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from dream_jax.side_files import DEEPEST
 
 Record = tuple[str, dict[str, Any]]
 """A pair: the location where the record was found, and its fields."""
@@ -76,9 +79,26 @@ def parse_json(text: str) -> Any:
     Raises: ValueError for a text that is not JSON, is nested too deeply, or has an object with a name twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError(f"nested too deeply: {error}") from error
+    _check_depth(found, text)
+    return found
+
+
+def _check_depth(found: object, text: str) -> None:
+    """Raises ValueError if more than `DEEPEST` lists and objects lie inside one another in a value of JSON.
+
+    A text with fewer brackets has fewer of them, and most texts need no other check.
+    """
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    level = [found]
+    for _ in range(DEEPEST):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = list(chain.from_iterable(inside))
+    if any(isinstance(one, dict | list) for one in level):
+        raise ValueError(f"nested too deeply: more than {DEEPEST} lists or objects inside one another")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -278,7 +298,9 @@ def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
         try:
-            found, position = decoder.raw_decode(text, position)
+            found, after = decoder.raw_decode(text, position)
+            _check_depth(found, text[position:after])
+            position = after
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error}); the file must be one list of objects") from error
         rows += 1
