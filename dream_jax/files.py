@@ -56,7 +56,7 @@ def naming_full_disk(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise OSError(error.errno, f"the disk is full, so {path} was not written") from error
+        raise OSError(error.errno, f"the disk is full ({error.strerror}), so {path} was not written") from error
 
 
 @contextlib.contextmanager

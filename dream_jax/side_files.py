@@ -25,6 +25,8 @@ LARGEST_TABLE = 2**31
 """The largest size of a CSV file in bytes: metrics.csv has about 200 bytes for each step."""
 DEEPEST = 100
 """The largest number of lists and objects that may lie inside one another. Published files have up to 10."""
+LARGEST_INTEGER = 10**308
+"""The bound of integers, so that they can be converted to floating point. transformers writes 10**30 for "no limit"."""
 _TOO_DEEP = f"more than {DEEPEST} lists or objects inside one another"
 REMEDY = "remove the file or restore it from a copy"
 
@@ -41,8 +43,8 @@ def read_json(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is not valid JSON in UTF-8, has a key twice in one object, or a number that is not finite or does
-        not fit into 64 bits; it is larger than `LARGEST` or deeper than `DEEPEST`; or it holds something else.
+      ValueError: the file is not valid JSON in UTF-8, has a key twice in one object or a number that is not finite, is
+        larger than `LARGEST` or deeper than `DEEPEST`, or holds something other than an object.
     """
     found = parse_json(_read_bytes(path, LARGEST, remedy), path, remedy)
     if not isinstance(found, dict):
@@ -102,8 +104,7 @@ def _refused_constant(text: str) -> Callable[[str], None]:
 def _check_values(found: Any, where: object, remedy: str, *, nan: bool) -> None:
     """Raises ValueError for too many lists and dicts inside one another, and for numbers outside the bounds.
 
-    Integers must be smaller than 2**64, so that they can be converted to floating point; unless `nan` is set, floating
-    point numbers must be finite.
+    Integers must be smaller than `LARGEST_INTEGER`; unless `nan` is set, floating point numbers must be finite.
     """
     level: list[tuple[Any, Any]] = [("the value", found)]  # the key or index of each value, and the value
     for _ in range(DEEPEST + 1):
@@ -111,9 +112,9 @@ def _check_values(found: Any, where: object, remedy: str, *, nan: bool) -> None:
         for name, value in level:
             if isinstance(value, dict | list):
                 deeper.append(value)
-            elif isinstance(value, int) and abs(value) >= 2**64:
+            elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
                 raise ValueError(
-                    f"{where}: {name!s:.80} is an integer of {value.bit_length()} bits, but at most 64 fit; {remedy}"
+                    f"{where}: {name!s:.80} is an integer of {value.bit_length()} bits: too large; {remedy}"
                 )
             elif isinstance(value, float) and not (nan or math.isfinite(value)):
                 raise ValueError(f"{where}: {name!s:.80} is {value}, but must be a finite number; {remedy}")
@@ -129,7 +130,7 @@ def read_toml(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: the file is not TOML in UTF-8, is larger than `LARGEST` or deeper than `DEEPEST`, or has a number that is
-        not finite or does not fit into 64 bits.
+        not finite.
     """
     content = _read_bytes(path, LARGEST, remedy)
     try:

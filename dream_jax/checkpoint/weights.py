@@ -114,6 +114,7 @@ _NOISE = (
     "Skipping merge of OCDBT",
     "_SignalingThread.run() raised an exception",
     "Save Finalize thread",
+    "the Commit callback in background save thread",
     "Failed to get item metadata",
     "Failed to json parse Metadata file",
 )

@@ -59,6 +59,6 @@ def _incident(line: str, number: int) -> dict[str, Any]:
         found = None
     if isinstance(found, dict) and found.keys() >= {"time", "kind", "step", "text"}:
         step, texts = found["step"], [found["kind"], found["text"]]
-        if (step is None or type(step) is int) and all(isinstance(text, str) for text in texts):
+        if (step is None or (type(step) is int and abs(step) < 2**63)) and all(isinstance(text, str) for text in texts):
             return found
     return {"time": None, "kind": "unreadable", "step": None, "text": f"line {number} of {FILE} cannot be read"}
