@@ -16,6 +16,7 @@ from dream_jax.data.answer_formats import instruction_of
 from dream_jax.data.schemas import parse_s1k
 from dream_jax.evaluation import EvaluateSettings, evaluate
 from dream_jax.evaluation.gsm8k import judge_number
+from dream_jax.evaluation.scored_texts import Choice
 from dream_jax.evaluation.tasks import TASKS
 from dream_jax.inference import ModelSettings
 from dream_jax.tokenizer import ByteTokenizer, read_instruction, read_template, write_template
@@ -106,6 +107,22 @@ def test_evaluate_asks_so(trained, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["instruction"] == D1
     assert TASKS["sudoku"].instruction_after(D1) == f"{D1}\n\n{TASKS['sudoku'].instruction}"
     assert TASKS["chat"].instruction_after(D1) == D1
+
+
+def test_the_choices_are_scored_after_the_question_of_the_training(trained):
+    choice = Choice(number=1, where="x:1", question=QUESTION, choices=("4", "5"), answer=0)
+    (first, _) = choice.passages(BYTES, "chat", D1)
+    assert first.tokens.tolist() == [*prompt_of_training(), *b"4"]
+    assert BYTES.decode(choice.passages(BYTES, "raw", "Choose.")[0].tokens).startswith("Choose.\n\nQuestion: What")
+
+
+def test_the_harness_asks_so(trained):
+    harness = pytest.importorskip("dream_jax.evaluation.harness")
+    chat = [{"role": "user", "content": QUESTION}]
+    asks = harness.DreamHarness(str(trained))
+    assert asks.tok_encode(asks.apply_chat_template(chat)) == prompt_of_training()
+    asks = harness.DreamHarness(str(trained), instruction="")
+    assert asks.tok_encode(asks.apply_chat_template(chat)) == BYTES.chat(chat)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reads text as rows, turns rows into tokens, and lays tokens out in batches. This package does not import jax."""
 
+from dream_jax.data.answer_formats import with_instruction
 from dream_jax.data.chats import Chat, read_chat, read_question
 from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook
@@ -58,4 +59,5 @@ __all__ = [
     "record_number",
     "text_field",
     "token_row",
+    "with_instruction",
 ]

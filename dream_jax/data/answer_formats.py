@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dream_jax.data.options import AnswerFormat
 from dream_jax.data.rows import Piece
+from dream_jax.tokenizer import Message
 
 # The instruction of d1, character for character: with the line breaks at both ends.
 _D1_INSTRUCTION = """
@@ -25,6 +26,15 @@ Your reasoning here
 def instruction_of(answer_format: AnswerFormat) -> str:
     """Returns the text that a format puts before a question, with an empty line between them; "" for none."""
     return _D1_INSTRUCTION if answer_format == "d1" else ""
+
+
+def with_instruction(prompt: Sequence[Message], instruction: str) -> tuple[Message, ...]:
+    """Returns the messages of a chat with an instruction and an empty line before the text of the first user turn."""
+    turns = list(prompt)
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if instruction and first is not None:
+        turns[first] = {**turns[first], "content": f"{instruction}\n\n{turns[first]['content']}"}
+    return tuple(turns)
 
 
 def reasoning(traces: Sequence[str], answer: str, answer_format: AnswerFormat) -> tuple[Piece, ...]:

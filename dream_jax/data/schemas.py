@@ -9,14 +9,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from dream_jax.data.answer_formats import instruction_of, reasoning
+from dream_jax.data.answer_formats import instruction_of, reasoning, with_instruction
 from dream_jax.data.chats import ANSWER_FIELDS, QUESTION_FIELDS, read_chat, read_prompt, settle
 from dream_jax.data.fields import FieldReader
 from dream_jax.data.messages import CHAT_FIELDS
 from dream_jax.data.options import AnswerFormat, ReadOptions
 from dream_jax.data.records import text_field
 from dream_jax.data.rows import Row
-from dream_jax.tokenizer import Message, turn_text
+from dream_jax.tokenizer import turn_text
 
 Parser = Callable[[Mapping[str, Any], str], Row | str]
 """A function (record, location) -> row. For a record that is left out, it returns the reason (str)."""
@@ -134,22 +134,13 @@ def parse_s1k(found: Mapping[str, Any], where: str, answer_format: AnswerFormat 
     pieces = reasoning(traces, answer, answer_format)
     carried = {name: fields.take(name) for name in ("solution", "source_type", "deepseek_grade") if name in fields}
     return Row(
-        prompt=_with_instruction(prompt, instruction),
+        prompt=with_instruction(prompt, instruction),
         response="".join(piece.text for piece in pieces),
         pieces=pieces,
         instruction=instruction,
         meta={"where": where, **carried},
         unread=settle(fields, prompt, "\n".join([*traces, answer])),
     )
-
-
-def _with_instruction(prompt: tuple[Message, ...], instruction: str) -> tuple[Message, ...]:
-    """Returns the messages with an instruction and an empty line before the text of the first user turn."""
-    if not instruction:
-        return prompt
-    first = next(index for index, turn in enumerate(prompt) if turn["role"] == "user")
-    asked = {**prompt[first], "content": f"{instruction}\n\n{prompt[first]['content']}"}
-    return (*prompt[:first], asked, *prompt[first + 1 :])
 
 
 def _s1k_fields(found: Mapping[str, Any]) -> tuple[str, str, str | None]:

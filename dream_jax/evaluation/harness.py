@@ -24,7 +24,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from dream_jax.attention import Backend
-from dream_jax.data import parse_messages
+from dream_jax.data import parse_messages, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.evaluation import likelihood
 from dream_jax.evaluation.scored_texts import passage
@@ -55,6 +55,8 @@ class DreamHarness(TemplateLM):
       sampler: "exact", "balanced" or "fast", as in `evaluate.py`.
       adapter: directory of a LoRA adapter, which is added to the weights.
       any_base, base, mask: as in `evaluate.py`.
+      instruction: text before the first user turn of every chat; by default that of the training, if the model or the
+        adapter notes one.
       alg, temperature, top_p, top_k, alg_temp, steps: sampler settings, as in `evaluate.py`. They override the preset,
         and the preset overrides the options of a task, because most tasks state temperature 0.
       max_new_tokens: maximum number of tokens of an answer; overrides the number of a task.
@@ -80,6 +82,7 @@ class DreamHarness(TemplateLM):
         any_base: bool = False,
         base: BaseFlag = "auto",
         mask: str | None = None,
+        instruction: str | None = None,
         alg: Alg | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -120,7 +123,10 @@ class DreamHarness(TemplateLM):
                 tokenizer=tokenizer,
             )
         )
+        if prepared.note is not None:
+            _log.warning(prepared.note)
         self._tokenizer = prepared.tokenizer
+        self._instruction = prepared.instruction if instruction is None else instruction
         self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
         self._max_new_tokens, self._greedy = max_new_tokens, greedy
         sampler_options = {
@@ -171,8 +177,8 @@ class DreamHarness(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Returns a chat as text and stores its token ids for `tok_encode`, so no message can forge control tokens.
 
-        The ids are those that training makes of these messages. Without `add_generation_prompt` the model continues the
-        last message, which must be the assistant's.
+        The ids are those that training makes of these messages, with the instruction of the training, if it had one.
+        Without `add_generation_prompt` the model continues the last message, which must be the assistant's.
 
         Raises: ValueError if the messages are not a chat, or if it is not the model's turn.
         """
@@ -189,7 +195,7 @@ class DreamHarness(TemplateLM):
             started = self._tokenizer.encode(turn_text(turns.pop()))
         if not turns:
             raise ValueError(f"{where}: the assistant's message is the only one; put at least one message before it")
-        ids = [*self._tokenizer.chat(turns), *started]
+        ids = [*self._tokenizer.chat(with_instruction(turns, self._instruction)), *started]
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
         return text

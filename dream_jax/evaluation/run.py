@@ -115,8 +115,10 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
 
 def _with_instruction(settings: EvaluateSettings, trained: str) -> EvaluateSettings:
     """Returns the settings with the instruction for a model that was trained with the instruction `trained`."""
-    if settings.task == "choice" or settings.task == "likelihood":
+    if settings.task == "likelihood":
         return settings
+    if settings.task == "choice":
+        return dataclasses.replace(settings, instruction=trained)
     return dataclasses.replace(settings, instruction=TASKS[settings.task].instruction_after(trained))
 
 
@@ -209,7 +211,7 @@ def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokeni
     read = read_choices if settings.task == "choice" else read_texts
     problems += read(settings.file, settings.ignore_field)
     problems = problems[: settings.limit]
-    passages = [one.passages(tokenizer, template) for one in problems]
+    passages = [one.passages(tokenizer, template, settings.instruction or "") for one in problems]
     for one, found in zip(problems, passages, strict=True):
         for passage in found:
             check_length(passage.tokens.tolist(), 0, model, one.where)
@@ -226,7 +228,7 @@ def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokeni
         batches=[(index,) for index in range(len(problems))],
         shapes=[max(bucket_length(len(passage.tokens)) for passage in found) for found in passages],
         compute=compute,
-        recipe={"samples": settings.samples},
+        recipe={"samples": settings.samples} | ({"instruction": settings.instruction} if settings.instruction else {}),
         note=f"{settings.samples} samples a {'choice' if settings.task == 'choice' else 'text'}",
     )
 

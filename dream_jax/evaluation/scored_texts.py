@@ -43,12 +43,16 @@ class Choice:
     choices: tuple[str, ...]
     answer: int
 
-    def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
-        """Returns a passage for each choice, which is scored: an assistant turn ("chat") or after "Answer:" ("raw")."""
+    def passages(self, tokenizer: Tokenizer, template: Template, instruction: str = "") -> list[Passage]:
+        """Returns a passage for each choice, which is scored: an assistant turn ("chat") or after "Answer:" ("raw").
+
+        `instruction` and an empty line come before the question; "" is no instruction.
+        """
+        before_question = f"{instruction}\n\n" if instruction else ""
         if template == "chat":
-            before = tokenizer.chat([{"role": "user", "content": self.question}])
+            before = tokenizer.chat([{"role": "user", "content": before_question + self.question}])
             return [passage(before, tokenizer.encode(choice), []) for choice in self.choices]
-        before = tokenizer.encode(f"Question: {self.question}\nAnswer:")
+        before = tokenizer.encode(f"{before_question}Question: {self.question}\nAnswer:")
         return [passage(before, tokenizer.encode(f" {choice}"), []) for choice in self.choices]
 
     def seeds(self, seed: int) -> list[tuple[int, ...]]:
@@ -83,8 +87,8 @@ class ScoredText:
     before: str = ""
     after: str = ""
 
-    def passages(self, tokenizer: Tokenizer, template: Template) -> list[Passage]:
-        """Returns the one passage of this text, which is the same for both templates.
+    def passages(self, tokenizer: Tokenizer, template: Template, instruction: str = "") -> list[Passage]:
+        """Returns the one passage of this text, which is the same for both templates and has no instruction.
 
         If `before` is empty, the beginning-of-text token comes first, because a token is predicted from the one
         before it.

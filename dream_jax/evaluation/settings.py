@@ -57,7 +57,8 @@ class EvaluateSettings(ModelSettings):
     examples: pathlib.Path | None = None
     """file of worked examples; by default the first rows of --file are the examples, and are not evaluated"""
     instruction: str | None = None
-    """text at the beginning of each prompt; by default the instruction of the task"""
+    """text at the beginning of each prompt; by default that of the training, if the model or the adapter notes one, or
+    else the instruction of the task"""
     published: Published | None = None
     """use the template and sampler settings of this published evaluation of Dream, except where flags set others"""
     sampler: Preset = "exact"
