@@ -38,6 +38,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "dream_jax/reports/": ("train.py",),
     "dream_jax/reports/model_card.py": ("convert/flax_to_hf.py",),
     "dream_jax/serving/": ("serve.py",),
+    "dream_jax/tokenizer.py": ASKING,
     "dream_jax/trainer/": ("train.py",),
     "mask_study/": ("study.py",),
 }
