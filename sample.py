@@ -28,6 +28,7 @@ from dream_jax.data import numbered_records, parse_messages, read_question, reco
 from dream_jax.data.chats import QUESTION_FIELDS
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
+from dream_jax.paths import check_apart, check_file, check_local, check_replaceable, claimed, is_json_object
 from dream_jax.row_file import RowFile, agree_on_settings
 from dream_jax.sampler import Preset, Stream
 from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, check_texts
@@ -88,6 +89,7 @@ class SampleSettings(inference.ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_local(self)
         if (self.prompt is not None) + (self.prompts is not None) + self.chat != 1:
             raise ValueError("give exactly one of --prompt TEXT, --prompts FILE and --chat")
         if (self.prompts is None) != (self.out is None):
@@ -238,9 +240,8 @@ def answer_file(
 ) -> None:
     """Appends the answers to the prompts of a file that have no answer yet to --out, and prints a summary."""
     assert settings.prompts is not None
-    tokenizer = prepared.tokenizer
     questions = read_questions(
-        settings.prompts, prepared.template, tokenizer, settings.ignore_field, prepared.instruction
+        settings.prompts, prepared.template, prepared.tokenizer, settings.ignore_field, prepared.instruction
     )
     unread = Counter(name for question in questions.values() for name in question.unread)
     if unread:
@@ -250,7 +251,21 @@ def answer_file(
         )
     for line, question in questions.items():
         check_length(question.ids, sampler, prepared.model, f"{settings.prompts}:{line}")
-    answers = open_answers(settings, prepared, sampler, questions)
+    with contextlib.ExitStack() as stack:
+        answers = open_answers(settings, prepared, sampler, questions, stack)
+        _answer_missing(settings, prepared, sampler, questions, answers, console)
+
+
+def _answer_missing(
+    settings: SampleSettings,
+    prepared: PreparedModel,
+    sampler: dream_jax.SamplerConfig,
+    questions: dict[int, Question],
+    answers: RowFile,
+    console: Console,
+) -> None:
+    """Appends the missing answers to the file of answers, and prints a summary."""
+    tokenizer = prepared.tokenizer
     done = {(row["line"], row.get("sample", 0)) for row in answers.rows}
     asked = [(line, sample) for line in questions for sample in range(settings.samples)]
     todo = [one for one in asked if one not in done]
@@ -372,19 +387,25 @@ def open_answers(
     prepared: PreparedModel,
     sampler: dream_jax.SamplerConfig,
     questions: dict[int, Question],
+    stack: contextlib.ExitStack,
 ) -> RowFile:
-    """Returns the file of answers with the answers that it has already.
+    """Returns the file of answers with the answers that it has already. It is claimed until `stack` is closed.
 
     A file beside it (FILE.settings.json) holds the settings with which they were made.
 
     Raises:
-      ValueError: the file holds answers to other prompts, or answers that were made with other settings.
+      ValueError: the file holds answers to other prompts, two answers to one prompt, or answers that were made with other
+        settings.
+      BlockingIOError: another process is writing the file.
       OSError: a file cannot be read or written.
     """
     assert settings.out is not None and settings.prompts is not None
-    path = settings.out
-    if path.resolve() == settings.prompts.resolve():
-        raise ValueError(f"--out {path} is the file of prompts; give another file for the answers")
+    path = check_file(settings.out)
+    beside = path.with_name(path.name + ".settings.json")
+    check_replaceable(beside, "a file of settings of sample.py", is_json_object("model", "weights", "template"))
+    for file in (path, beside):
+        reads = (settings.prompts, settings.model, settings.adapter, settings.tokenizer)
+        check_apart(file, reads, "give another --out", lies_in=False)
     asked = [question.ids for question in questions.values()]
     recipe = {
         "model": settings.model,
@@ -406,13 +427,13 @@ def open_answers(
         recipe["instruction"] = prepared.instruction
     if settings.base != "auto":
         recipe["base"] = settings.base
-    beside = path.with_name(path.name + ".settings.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.stat().st_size:
+    path.touch()  # raises now, before the weights are read, if the folder cannot be written
+    stack.enter_context(claimed(path))
+    if not path.stat().st_size:
         beside.unlink(missing_ok=True)
-        path.touch()  # raises now, before the weights are read, if the folder cannot be written
     agree_on_settings(beside, path, recipe, "give another --out")
-    answers = RowFile(path, start=b'{"line": ')
+    answers = RowFile(path, start=b'{"line": ', name=lambda row: (row.get("line"), row.get("sample", 0)))
     for number, row in enumerate(answers.rows, 1):
         question = questions.get(row["line"]) if isinstance(row.get("line"), int) else None
         if question is None or (question.prompt, question.tools) != (row.get("prompt"), row.get("tools", [])):

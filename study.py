@@ -128,10 +128,15 @@ def study(settings: StudySettings, console: Console) -> None:
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
     from dream_jax.files import write_file, write_json
+    from dream_jax.paths import check_local, check_replaceable, claimed, is_json_object
     from mask_study import TASKS, VARIANTS, Study, StudyPlan, differences, read_rows, summarise
     from mask_study.figures import draw_all
     from mask_study.variants import MASKS
 
+    check_local(settings)
+    for path in settings.fill:
+        if not path.is_file():  # said now, and not after hours of training
+            raise FileNotFoundError(f"--fill {path}: there is no such file")
     tasks = settings.tasks or (QUICK_TASKS if settings.quick else tuple(TASKS))
     variants = settings.variants or (MASKS if settings.quick else tuple(VARIANTS))
     seeds = QUICK_SEEDS if settings.quick else settings.seeds
@@ -152,10 +157,13 @@ def study(settings: StudySettings, console: Console) -> None:
         return
     missing = len(made.missing())
     console.print(f"{len(plan.runs())} runs, {missing} of them to make, in {settings.out}")
+    settings.out.mkdir(parents=True, exist_ok=True)
     if missing and settings.processes:
-        spread(settings, console)
+        with claimed(settings.out, shared=True):  # other studies may train in the folder too, but none may pack it
+            spread(settings, console)
     if settings.pack:  # after the workers have ended: they write the files that are packed
-        console.print("packed into", str(made.pack()))
+        with claimed(settings.out, "wait until it has ended, then pack"):
+            console.print("packed into", str(made.pack()))
     if settings.costs:
         from mask_study.costs import costs
         from mask_study.runs import write_table
@@ -166,6 +174,7 @@ def study(settings: StudySettings, console: Console) -> None:
         raise ValueError(f"{settings.out} has no finished run yet; set --processes to at least 1")
     paths = [*made.write_tables()]
     about = settings.out / "hardware.json"
+    check_replaceable(about, "a description of hardware", is_json_object("processor", "cores"))
     if (missing and settings.processes) or not about.exists():  # Tables may be made on another machine.
         write_json(about, hardware())
     paths.append(about)
@@ -185,12 +194,14 @@ def study(settings: StudySettings, console: Console) -> None:
 def look(settings: StudySettings, console: Console) -> None:
     """Writes and prints statistics of the attention of one checkpoint."""
     from dream_jax.config import PRESETS
+    from dream_jax.paths import check_local
     from dream_jax.pretrained import load
     from dream_jax.tokenizer import load_tokenizer
     from mask_study.inspection import STATISTICS, draw, inspect, read_rows
     from mask_study.runs import write_table
 
     assert settings.inspect is not None
+    check_local(settings, "inspect", "data")
     table_path, figure_path = settings.out / "attention.csv", settings.out / "attention.png"
     for path in (table_path, figure_path):
         if path.exists():

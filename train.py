@@ -16,6 +16,7 @@ import jax
 import tyro
 
 from dream_jax.files import write_file, write_json
+from dream_jax.paths import check_file, check_local, check_replaceable, is_json_object
 from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.record import read_record
@@ -40,6 +41,7 @@ class Looking:
     """a new Markdown file to which the comparison is written too"""
 
     def __post_init__(self) -> None:
+        check_local(self)
         if self.compare_out is not None and self.compare is None:
             raise ValueError("--compare-out needs a comparison: add --compare RUN1 RUN2")
         if self.report is not None and self.compare is not None:
@@ -97,7 +99,9 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
         left_open = "model" in recipe.required and "model" not in given
         if left_open or training.network.model == recipe.settings.get("model"):
             # A plan needs only the sizes of the model, so it takes a preset of the same sizes and downloads nothing.
-            training = training.replaced(model=recipe.like)
+            training = training.replaced(model=recipe.like, revision=None)
+    if command.planning.plan_out is not None:
+        check_replaceable(command.planning.plan_out, "a plan", is_json_object("hardware", "memory", "fits"))
     made = make_plan(training, command.planning)
     print(render(made))
     if command.planning.plan_out is not None:
@@ -110,6 +114,8 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
 def lay_side_by_side(asked: Looking) -> int:
     """Prints the comparison of two runs, and writes it to --compare-out. Returns the exit code 0."""
     assert asked.compare is not None
+    if asked.compare_out is not None:
+        check_file(asked.compare_out)
     if asked.compare_out is not None and asked.compare_out.exists():
         raise FileExistsError(f"{asked.compare_out} exists; give another --compare-out, or remove it")
     text = compare(*asked.compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from dream_jax import files
+from dream_jax import files, paths
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
@@ -93,9 +94,17 @@ def summarize(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes a result as JSON, and makes its folder if necessary."""
+    """Writes a result as JSON, and makes its folder if necessary. Raises FileExistsError if another file is there."""
+    paths.check_replaceable(path, "a file of results", _is_result)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
+
+
+def _is_result(content: bytes) -> bool:
+    """Returns whether a file is a result with its date and hardware, or an object of results by name."""
+    if paths.is_json_object("date", "hardware")(content):
+        return True
+    return paths.is_json_object()(content) and all(isinstance(one, dict) for one in json.loads(content).values())
 
 
 def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:

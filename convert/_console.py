@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from dream_jax import hub
 from dream_jax.pretrained import Conversion
 from dream_jax.tokenizer import check_texts
 
@@ -84,7 +85,7 @@ def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> No
     """Runs a conversion, and prints the settings, the progress and the result.
 
     Args:
-      settings: a dataclass with the fields `src` and `dst`; all its fields are printed.
+      settings: a dataclass with the fields `src`, `revision` and `dst`; all its fields are printed.
       convert: `convert_from_hf` or `convert_to_hf`.
       options: keyword arguments for `convert`.
 
@@ -99,7 +100,8 @@ def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> No
         for field in dataclasses.fields(settings):
             console.print(f"{field.name}: {getattr(settings, field.name)}", markup=False)
         try:
-            made = convert(settings.src, settings.dst, started=meter.started, progress=meter.progress, **options)
+            source = hub.pinned(settings.src, settings.revision)
+            made = convert(source, settings.dst, started=meter.started, progress=meter.progress, **options)
         finally:
             meter.stop()
     seconds = time.monotonic() - begun

@@ -27,6 +27,8 @@ class ExportSettings:
     """Converted directory, made by train.py, hf_to_flax.py or dream_jax.save; with --adapter also a Hugging Face one."""
     dst: tyro.conf.Positional[str]
     """The directory to write."""
+    revision: str | None = None
+    """Branch, tag or commit of SRC if it is a hub id; by default the newest commit of the main branch."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
     """The dtype of the written weights; keep uses the dtype of SRC."""
     adapter: pathlib.Path | None = None

@@ -17,6 +17,7 @@ from _console import errors_end_the_command
 from dream_jax.data.schemas import parse_gsm8k
 from dream_jax.data.sources import parse_lines
 from dream_jax.files import write_file
+from dream_jax.paths import check_file, check_local
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:
 
 def main(settings: ArrangeSettings) -> None:
     """Writes the rows. Raises FileExistsError if DST exists, ValueError for a row that is not as expected."""
+    check_local(settings)
+    check_file(settings.dst)
     source = settings.src / "train.jsonl" if settings.src.is_dir() else settings.src
     if settings.dst.exists():
         raise FileExistsError(f"{settings.dst} exists; remove it, or give another DST")

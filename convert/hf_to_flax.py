@@ -22,6 +22,8 @@ class ImportSettings:
     """Directory with config.json and safetensors, or a hub id such as Dream-org/Dream-v0-Instruct-7B."""
     dst: tyro.conf.Positional[str]
     """The directory to write."""
+    revision: str | None = None
+    """Branch, tag or commit of SRC if it is a hub id; by default the newest commit of the main branch."""
     dtype: Literal["bfloat16", "float32", "float16", "keep"] = "keep"
     """The dtype of the written weights; keep uses the dtype of SRC."""
     mesh: str | None = None

@@ -14,6 +14,7 @@ import pathlib
 import tyro
 from _console import errors_end_the_command
 
+from dream_jax import hub
 from dream_jax.pretrained import MaskRow, adapt_qwen2
 
 
@@ -25,6 +26,8 @@ class AdaptSettings:
     """Directory with a Qwen2 config.json and safetensors, or a hub id such as Qwen/Qwen2.5-7B."""
     dst: tyro.conf.Positional[pathlib.Path]
     """The directory to write."""
+    revision: str | None = None
+    """Branch, tag or commit of SRC if it is a hub id; by default the newest commit of the main branch."""
     mask_row: MaskRow = "keep"
     """Initial embedding of the mask token: keep uses the unused row as it is, mean the mean of all rows before it."""
     mask_token_id: int = 151666
@@ -42,7 +45,7 @@ class AdaptSettings:
 def main(settings: AdaptSettings) -> None:
     """Writes the Dream checkpoint DST and prints its size and its mask token."""
     config = adapt_qwen2(
-        settings.src,
+        hub.pinned(settings.src, settings.revision),
         settings.dst,
         mask_row=settings.mask_row,
         mask_token_id=settings.mask_token_id,

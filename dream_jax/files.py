@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import glob
 import json
 import logging
@@ -16,19 +17,21 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import msgspec
 
 from dream_jax.distributed import barrier, from_first
+from dream_jax.paths import AnyPath, check_apart, local_path
 from dream_jax.side_files import REMEDY, read_json_value
 from dream_jax.side_files import read_json as read_json  # beside `write_json`, for the modules that use both
 
 T = TypeVar("T")
 
 CHECKSUMS = "checksums.json"
+_OWN_SUM = "sum"  # the key of the checksum of the other entries
 _CHUNK_BYTES = 1 << 24
 _THREADS = 8  # threads run in parallel here, because reading and zlib release Python's global lock
 _SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
@@ -66,7 +69,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     A reader therefore sees the old file or the complete new file, even after a power failure. After an error the
     temporary file is removed, and `path` is unchanged. A symbolic link stays, and the file that it names is replaced. A
     pipe or a device cannot be replaced: there the block writes to `path` itself.
+
+    Raises:
+      ValueError: `path` is an address (see `local_path`).
     """
+    path = local_path(path)
     if path.exists() and not path.is_file():
         yield path
         return
@@ -124,12 +131,13 @@ def typed(found: Any, kind: type[T], where: object, remedy: str = REMEDY) -> T:
 
 @contextlib.contextmanager
 def new_directory(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     overwrite: bool = False,
     needed_bytes: int = 0,
-    reads: pathlib.Path | None = None,
+    reads: Iterable[AnyPath | None] = (),
     marker: str = "config.json",
+    known: Callable[[pathlib.Path], Collection[str]] = lambda _: ("config.json",),
 ) -> Iterator[pathlib.Path]:
     """Yields a temporary directory, which is renamed to `path` at the end, or removed after an error.
 
@@ -138,23 +146,26 @@ def new_directory(
 
     Args:
       path: final path of the directory.
-      overwrite: whether an existing directory of the same kind is replaced at the end.
+      overwrite: whether an existing directory of the same kind, in which nothing else lies, is replaced at the end.
       needed_bytes: number of bytes that will be written; it is compared with the free space on the disk.
-      reads: a directory that is read during the block; it must not be `path`.
+      reads: paths that are read during the block (None: no path). `path` must not be one of them, contain one or lie in
+        one.
       marker: name of a file that every directory of this kind has.
+      known: returns, for an existing directory, which of its files may be removed; see `foreign_entries`.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is not set, or `path` is a directory of another kind.
-      ValueError: `path` is `reads`.
+      FileExistsError: `path` exists and `overwrite` is not set; or it is a directory of another kind, or has an entry that
+        this program has not written.
+      ValueError: `path` is an address, or overlaps with `reads`.
       OSError: the disk has too little free space, or the directory cannot be written.
       RuntimeError: process 0 has raised one of these errors; raised in the other processes.
     """
-    target = pathlib.Path(path).expanduser().resolve()
+    target = local_path(path).resolve()
     leads = jax.process_index() == 0
     token, refusal = os.getpid(), None
     if leads:
         try:
-            _prepare(target, overwrite, needed_bytes, reads, marker)
+            _prepare(target, overwrite, needed_bytes, reads, marker, known)
         except (OSError, ValueError) as error:
             token, refusal = 0, error
     token = from_first(token)
@@ -178,6 +189,8 @@ def new_directory(
             yield directory
             barrier("new_directory.written")
             (directory / ".lock").unlink()
+            if target.exists() and overwrite:  # the user may have put a file there during the block
+                _check_replaced(target, marker, known)
             _give_name(directory, target, overwrite)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
@@ -190,20 +203,81 @@ def new_directory(
     barrier("new_directory.named")
 
 
-def _prepare(target: pathlib.Path, overwrite: bool, needed_bytes: int, reads: pathlib.Path | None, marker: str) -> None:
-    """Removes stale directories and checks the arguments of `new_directory`. Raises its errors."""
-    if reads is not None and target == reads.resolve():
-        raise ValueError(f"{target} is the source itself; give another directory")
-    _remove_stale(target)
+def check_new_directory(
+    path: AnyPath,
+    *,
+    overwrite: bool,
+    reads: Iterable[AnyPath | None] = (),
+    marker: str = "config.json",
+    known: Callable[[pathlib.Path], Collection[str]] = lambda _: ("config.json",),
+) -> None:
+    """Raises the errors that `new_directory` raises for these arguments, except those of the disk; changes no file."""
+    target = local_path(path).resolve()
+    check_apart(target, reads)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; pass --overwrite (overwrite=True) to replace it, or give another name")
     if target.exists():
-        if not overwrite:
-            raise FileExistsError(
-                f"{target} exists; pass --overwrite (overwrite=True) to replace it, or give another name"
-            )
-        if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
-            raise FileExistsError(
-                f"{target} is not a checkpoint directory (it holds no {marker}), so it is not replaced; give another name"
-            )
+        _check_replaced(target, marker, known)
+
+
+def _check_replaced(target: pathlib.Path, marker: str, known: Callable[[pathlib.Path], Collection[str]]) -> None:
+    """Raises FileExistsError if `target` is not a directory of this kind, or has an entry that is not known."""
+    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+        raise FileExistsError(
+            f"{target} is not a checkpoint directory (it holds no {marker}), so it is not replaced; give another name"
+        )
+    if foreign := foreign_entries(target, known(target)):
+        raise FileExistsError(
+            f"{target} holds {listed(foreign)}, not written by this program, so it is not replaced; move that away, or "
+            "give another name"
+        )
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """Returns the first names of a collection as text, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def foreign_entries(folder: pathlib.Path, known: Collection[str]) -> list[str]:
+    """Returns the entries of a folder that this program has not written, as sorted paths relative to it.
+
+    An entry is a file or a link; empty folders do not count. Below a folder that has a `checksums.json`, the entries in
+    its list are known; elsewhere, those that match a pattern.
+
+    Args:
+      folder: the folder.
+      known: names that are known everywhere, and patterns for folders without a list, as for `fnmatch`. Both are paths
+        relative to `folder`; a "*" matches "/" too.
+    """
+    found = []
+    lists: dict[pathlib.Path, set[pathlib.Path]] = {}
+    for here, folders, files in os.walk(folder):
+        directory = pathlib.Path(here)
+        if (manifest := read_checksums(directory)) is not None:
+            lists[directory] = {directory / name for name in (CHECKSUMS, *manifest["files"])}
+        entries = [directory / name for name in files]
+        entries += [directory / name for name in folders if (directory / name).is_symlink()]
+        for path in entries:
+            name = path.relative_to(folder).as_posix()
+            home = next((one for one in path.parents if one in lists), None)
+            matches = home is None and any(fnmatch.fnmatchcase(name, pattern) for pattern in known)
+            if not (matches or name in known or (home is not None and path in lists[home])):
+                found.append(name)
+    return sorted(found)
+
+
+def _prepare(
+    target: pathlib.Path,
+    overwrite: bool,
+    needed_bytes: int,
+    reads: Iterable[AnyPath | None],
+    marker: str,
+    known: Callable[[pathlib.Path], Collection[str]],
+) -> None:
+    """Removes stale directories and checks the arguments of `new_directory`. Raises its errors."""
+    _remove_stale(target)
+    check_new_directory(target, overwrite=overwrite, reads=reads, marker=marker, known=known)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes + _SPARE_BYTES:
@@ -220,20 +294,26 @@ def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -
         return
     old = target.parent / f".{target.name}.replaced-{os.getpid()}"
     target.rename(old)
-    directory.rename(target)
+    try:
+        directory.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     shutil.rmtree(old)
 
 
 def _remove_stale(target: pathlib.Path) -> None:
     """Removes or restores the directories beside `target` that killed runs have left."""
     for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):
+        if not old.name.rpartition("-")[2].isdigit():  # not a name that `_give_name` makes
+            continue
         if target.exists():
             shutil.rmtree(old)
         else:  # a run was killed between the two renames of `_give_name`
             old.rename(target)
             _log.warning("put %s back: a run that was replacing it was killed", target)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.incomplete-*"):
-        if not stale.is_dir():  # an unfinished file of `replacing`
+        if not stale.is_dir() or not stale.name.rpartition("-")[2].isdigit():  # an unfinished file of `replacing`
             continue
         try:
             with open(stale / ".lock") as lock:
@@ -258,14 +338,23 @@ def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **
     names = sorted(name for name in found_names if name != CHECKSUMS and name not in leave_out)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda name: _size_and_sum(folder / name), names))
-    write_file(folder / CHECKSUMS, json.dumps(more | {"files": dict(zip(names, found, strict=True))}, indent=1))
+    content = more | {"files": dict(zip(names, found, strict=True))}
+    write_file(folder / CHECKSUMS, json.dumps(content | {_OWN_SUM: _sum_of_content(content)}, indent=1))
+
+
+def _sum_of_content(content: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of the entries of `checksums.json`, without the entry for this number itself."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def read_checksums(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the contents of `checksums.json`; None if the file is missing, cannot be read or has another form."""
+    """Returns the contents of `checksums.json`; None if the file is missing, damaged or has another form."""
     try:
         found = read_json(folder / CHECKSUMS)
     except (OSError, ValueError):
+        return None
+    own_sum = found.pop(_OWN_SUM, None)
+    if own_sum is not None and own_sum != _sum_of_content(found):  # earlier versions did not write this entry
         return None
     files = found.get("files")
     # A damaged file may still be valid JSON, so every entry is checked.
@@ -276,20 +365,23 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
 
 
-def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str | None:
+def find_damage(
+    folder: pathlib.Path, share: int = 0, shares: int = 1, chosen: Callable[[str], bool] = lambda _: True
+) -> str | None:
     """Compares a folder with its checksums. Returns a sentence about the first difference, or None without one.
 
     Args:
       folder: a folder in which `write_checksums` has written its file.
       share: index of the share of the files that this call reads, so that several processes can divide the reading.
       shares: number of shares.
+      chosen: returns whether the file of a name is compared.
     """
     manifest = read_checksums(folder)
     if manifest is None:
         return f"{folder / CHECKSUMS} is missing or cannot be read"
     files: Mapping[str, Any] = manifest["files"]
     # From the largest file to the smallest, the shares take a file in turn, so that all read about the same amount.
-    names = sorted(files, key=lambda name: (-files[name][0], name))[share::shares]
+    names = sorted(filter(chosen, files), key=lambda name: (-files[name][0], name))[share::shares]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for line in pool.map(lambda name: _difference(folder / name, files[name]), names):
             if line is not None:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax import masks, pretrained, sharding
+from dream_jax import hub, masks, pretrained, sharding
 from dream_jax.attention import Backend
 from dream_jax.model import Dream
+from dream_jax.paths import check_local
 from dream_jax.sampler import Preset, SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import (
     ByteTokenizer,
@@ -50,6 +51,8 @@ class ModelSettings:
 
     model: str = "runs/demo/model"
     """a converted or Hugging Face directory, a hub id, or a preset (random weights)"""
+    revision: str | None = None
+    """branch, tag or commit of --model if it is a hub id; by default the newest commit of the main branch"""
     adapter: str | None = None
     """directory of an adapter; it is added to the weights, or held beside them with --base int8 and nf4"""
     any_base: bool = False
@@ -73,6 +76,8 @@ class ModelSettings:
     model or the adapter notes it; otherwise raw for byte-level models and chat for others"""
 
     def __post_init__(self) -> None:
+        check_local(self, "model", "adapter", "tokenizer")
+        object.__setattr__(self, "model", hub.pinned(self.model, self.revision))
         if self.any_base and self.adapter is None:
             raise ValueError("--any-base needs an adapter: pass --adapter DIRECTORY too")
         if self.mask is not None:

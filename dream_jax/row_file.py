@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dream_jax.files import naming_full_disk, read_json, write_json
+from dream_jax.paths import check_file
 from dream_jax.side_files import parse_json
 
 _DAMAGED = "the file is damaged, or it is not a file of rows"
@@ -27,17 +28,21 @@ class RowFile:
       path: path of the file, which need not exist.
       start: the first bytes of every row. A last line without a newline counts as a row that was cut short, which `keep`
         removes, only if it begins like this; anything else is refused, because somebody else has written it.
+      name: returns the name of a row, which no other row may have; None if rows have no names.
 
     Attributes:
       path: path of the file.
       rows: the objects in the file, in order.
 
     Raises:
-      ValueError: a line is not a JSON object in UTF-8; the message names file and line.
+      IsADirectoryError, NotADirectoryError: `path` is a directory, or a parent of it is a file.
+      ValueError: `path` is an address; a line is not a JSON object in UTF-8, or two rows have the same name; the message
+        names file and line.
     """
 
-    def __init__(self, path: pathlib.Path, start: bytes = b""):
-        self.path = path
+    def __init__(self, path: pathlib.Path, start: bytes = b"", name: Callable[[JsonRow], object] | None = None):
+        self.path = check_file(path)
+        first: dict[str, int] = {}
         self.rows: list[JsonRow] = []
         self._sizes: list[int] = []
         content = path.read_bytes() if path.exists() else b""
@@ -50,6 +55,11 @@ class RowFile:
             row = parse_json(line, f"{path}:{number}: not a row of JSON: it", _DAMAGED, nan=True)
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: a {type(row).__name__}, not an object; this is not a file of rows")
+            if name is not None and (before := first.setdefault(repr(name(row)), number)) != number:
+                raise ValueError(
+                    f"{path}:{number}: the row has the same name as the row in line {before}, {name(row)}; remove one of "
+                    "these lines"
+                )
             self.rows.append(row)
             self._sizes.append(len(line))
 

@@ -7,12 +7,12 @@ downloads nothing.
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from dream_jax.chat_template import ChatTemplate
+from dream_jax.paths import copy_companion, local_path
 from dream_jax.side_files import DEEPEST, LARGEST, read_json, read_json_value
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
@@ -347,14 +347,17 @@ class DreamTokenizer:
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Copies the original files unchanged; see `Tokenizer.save`."""
+        """Copies the original files unchanged; see `Tokenizer.save`.
+
+        Raises: ValueError if one of the files is a link that leads out of its directory, so that it must not be copied.
+        """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         if target.resolve() == self._directory.resolve():
             return
         for name in TOKENIZER_FILES:
             if (self._directory / name).is_file():
-                shutil.copyfile(self._directory / name, target / name)
+                copy_companion(self._directory / name, target / name)
 
 
 def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
@@ -416,11 +419,11 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> ByteTokenizer | Drea
     """Returns the byte tokenizer for the name "bytes", or the tokenizer in the directory `path_or_name`.
 
     Raises: FileNotFoundError if there is no such directory or no tokenizer in it; ValueError if it has two tokenizers,
-    or files that cannot be used.
+    or files that cannot be used, or if the path is an address.
     """
     if path_or_name == "bytes":
         return ByteTokenizer()
-    path = Path(path_or_name)
+    path = local_path(path_or_name, "tokenizer")
     remedy = (
         'give "bytes" or a directory with byte_tokenizer.json, tokenizer.json, or vocab.json and merges.txt; '
         "nothing is downloaded"

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dream_jax.files import replacing
+from dream_jax.paths import check_replaceable, is_png
 from mask_study.measures import ORDERS, TAU
 from mask_study.variants import MASKS
 
@@ -37,6 +38,7 @@ def draw_all(rows: TableRows, folder: pathlib.Path) -> list[pathlib.Path]:
         figure = draw(rows)
         if figure is None:
             continue
+        check_replaceable(folder / name, "a PNG picture", is_png)
         with replacing(folder / name) as temporary:
             figure.savefig(temporary, dpi=130, format="png")
         paths.append(folder / name)

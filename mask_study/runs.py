@@ -21,6 +21,7 @@ import msgspec
 from scipy import stats
 
 from dream_jax.files import read_json, replacing, typed, write_file
+from dream_jax.paths import check_replaceable
 from dream_jax.side_files import parse_json, read_csv
 from mask_study.caching import cached_against_computed
 from mask_study.measures import Measured, measure
@@ -120,7 +121,12 @@ def _read_packed(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines()
-    return [_checked(parse_json(line, f"{path}:{n}", _REMEDY), f"{path}:{n}") for n, line in enumerate(lines, 1)]
+    found = [_checked(parse_json(line, f"{path}:{n}", _REMEDY), f"{path}:{n}") for n, line in enumerate(lines, 1)]
+    first: dict[StudyRun, int] = {}
+    for number, record in enumerate(found, 1):
+        if (before := first.setdefault(_run_of(record), number)) != number:
+            raise ValueError(f"{path}:{number}: the same run as in line {before}; remove one of these lines")
+    return found
 
 
 class _RecordVariant(msgspec.Struct):
@@ -380,7 +386,13 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Writes one or more rows as CSV, floats with six significant digits, and returns `path`."""
+    """Writes one or more rows as CSV, floats with six significant digits, and returns `path`.
+
+    Raises:
+      FileExistsError: the file exists and is not such a table: its first column has another name.
+    """
+    column = next(iter(rows[0])).encode()
+    check_replaceable(path, "a table of a study", lambda content: content.partition(b",")[0] == column)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

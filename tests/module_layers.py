@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("config", "shapes", "chips", "target", "side_files"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "tokenizer", "files",
-        "row_file", "chat_template",
+        "row_file", "chat_template", "paths", "hub",
     ),
     "model": ("attention", "model"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),

@@ -280,6 +280,7 @@ def test_tokenizer_dir_can_be_another(furnished: Path, tiny: Path, tmp_path: Pat
 
 def test_format_of_another_version(converted: Path) -> None:
     path = converted / "dream_jax.json"
+    (converted / files.CHECKSUMS).unlink()
     fields = json.loads(path.read_text())
     for change, message in (
         ({"format": 2}, "has format 2, but this version reads format 1"),
@@ -365,6 +366,9 @@ def test_existing_target_is_kept_or_replaced(tiny: Path, converted: Path, tmp_pa
 
 def test_model_can_replace_the_directory_it_came_from(furnished: Path) -> None:
     before = bits(pretrained.load(furnished))
+    with pytest.raises(FileExistsError, match=r"holds unrelated\.bin, not written by this program"):
+        pretrained.save(pretrained.load(furnished), furnished, overwrite=True)
+    (furnished / "unrelated.bin").unlink()
     pretrained.save(pretrained.load(furnished), furnished, overwrite=True)
     assert checkpoint.is_converted(furnished)
     assert bits(pretrained.load(furnished)) == before

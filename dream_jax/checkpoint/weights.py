@@ -163,7 +163,7 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
       Nested dict of numpy arrays if `mesh` is None, otherwise of jax arrays with the shardings of `unit_shardings`.
 
     Raises:
-      ValueError: the folder holds parameters with other names or shapes.
+      ValueError: the folder is damaged, or holds parameters with other names or shapes.
     """
     path = directory.resolve() / WEIGHTS / unit.name
     target = unit.shapes

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dream_jax import hub
+from dream_jax.hub import HubId
 from dream_jax.side_files import DEEPEST
 
 Record = tuple[str, dict[str, Any]]
@@ -20,8 +22,6 @@ OnBad = Callable[[ValueError], None] | None
 """Called with the ValueError of a record that cannot be read; reading then continues. None: the error is raised."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _BATCH = 256  # rows of a file with columns that are converted together
 
@@ -169,7 +169,7 @@ def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
         raise ValueError(f"{directory} cannot be read as a saved dataset: {_first_line(error)}") from error
 
 
-def hub_splits(hub_id: str, config: str | None = None) -> dict[str, Iterable[Record]]:
+def hub_splits(hub_id: HubId, config: str | None = None) -> dict[str, Iterable[Record]]:
     """Returns split -> records of a data set on the Hugging Face hub, which is downloaded into the cache of the hub.
 
     config: the name of its configuration; None: it has only one.
@@ -178,8 +178,9 @@ def hub_splits(hub_id: str, config: str | None = None) -> dict[str, Iterable[Rec
     """
     import datasets
 
+    hub.ask(hub_id, "dataset")
     try:
-        return _by_split(datasets.load_dataset(hub_id, *([config] if config else [])), hub_id)
+        return _by_split(datasets.load_dataset(hub_id.name, config, revision=hub_id.revision), str(hub_id))
     except Exception as error:  # The library has no common exception class for errors of hub, network and files.
         if isinstance(error, ValueError) and "config" in str(error).casefold():
             raise ValueError(

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dream_jax import hub
 from dream_jax.data import records
 from dream_jax.data.chats import MESSAGE_LISTS
 from dream_jax.data.fields import without_fields
@@ -17,6 +18,7 @@ from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
 from dream_jax.data.sudoku import SudokuSource
+from dream_jax.paths import local_path
 
 ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
 """The environment variable with the path of a folder outside the project that holds data/gsm8k and data/s1k."""
@@ -41,14 +43,15 @@ def open_source(
     "s1k": the directory $DREAM_JAX_ASSETS/data/s1k, read as below, or s1k.jsonl, s1k.json or s1k.parquet beside it.
     A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or a data
     set that `datasets` saved there. A file: see `read_rows`.
-    organisation/name, if no such path exists: a data set that is downloaded from the Hugging Face hub.
+    organisation/name or organisation/name@revision, if no such path exists: a data set that is downloaded from the
+    Hugging Face hub.
     A file, saved data set, shards or hub data set without a test split are divided by `hold_out`. Other names of splits,
     and the configuration, are in `options`.
     Raises: ValueError for an unknown name or split, or for a bad row unless options.skip_bad; FileNotFoundError for a
     missing file; ConnectionError if a hub data set is neither cached nor reachable.
     """
     check_split(split)
-    name, path = str(name_or_path), Path(name_or_path)
+    name, path = str(name_or_path), local_path(name_or_path, "data")
     if name in ("sudoku", "gsm8k"):
         _check_no_choice(name, options)
     if name == "sudoku":
@@ -61,10 +64,11 @@ def open_source(
         return _open_path(path, split, options)
     if path.suffix in records.SUFFIXES:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
-    # If a folder has the name of the organisation, the user probably mistyped a path, so nothing is downloaded.
-    if records.HUB_ID.fullmatch(name) and not path.parent.exists():
-        return _one_split(records.hub_splits(name, options.config), split, name, options)
-    raise ValueError(f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}")
+    if (hub_id := hub.hub_id_of(name)) is not None:
+        return _one_split(records.hub_splits(hub_id, options.config), split, name, options)
+    raise ValueError(
+        f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}{hub.why_not_asked(name)}"
+    )
 
 
 def open_mixture(

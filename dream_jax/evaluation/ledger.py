@@ -61,7 +61,7 @@ class Ledger:
             for name in (SETTINGS, ITEMS, SECONDS):
                 (folder / name).unlink(missing_ok=True)
         agree_on_settings(folder / SETTINGS, folder / ITEMS, recipe, _REMEDY)
-        self._items, self._seconds = RowFile(folder / ITEMS), RowFile(folder / SECONDS)
+        self._items, self._seconds = RowFile(folder / ITEMS, name=_name), RowFile(folder / SECONDS)
         self._check_rows()
         self.done, num_rows = 0, 0
         for unit in plan[: len(self.seconds)]:

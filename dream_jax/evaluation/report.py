@@ -15,7 +15,8 @@ import numpy as np
 from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS
 from dream_jax.evaluation.likelihood import Bound, total
 from dream_jax.evaluation.statistics import Estimate, Paired, agreement, mean_of, mean_score, paired
-from dream_jax.files import read_json
+from dream_jax.files import read_json, replacing
+from dream_jax.paths import check_replaceable, is_png
 from dream_jax.row_file import JsonRow, RowFile
 
 SUMMARY, TABLE, FIGURE = "summary.json", "report.md", "figure.png"
@@ -295,7 +296,7 @@ def _by_problem(folder: pathlib.Path, field: str) -> dict[tuple[str, int], tuple
 
     A key is (identity, number of earlier problems with the same identity).
     """
-    rows = RowFile(folder / ITEMS).rows
+    rows = RowFile(folder / ITEMS, name=lambda row: (row.get("seed"), row.get("number"))).rows
     _check_fields(folder / ITEMS, rows, {**_NAMED, field: _NUMBER if field == "nats" else _FLAG})
     try:
         table = scores(rows, field)
@@ -332,5 +333,7 @@ def draw(folder: pathlib.Path) -> pathlib.Path:
         axes.hist([row["nats"] / row["tokens"] for row in rows], bins=20)
         axes.set(xlabel="nats per token", ylabel="texts")
     path = folder / FIGURE
-    figure.savefig(path, dpi=150)
+    check_replaceable(path, "a PNG picture", is_png)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return path

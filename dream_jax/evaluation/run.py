@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dream_jax import pretrained
 from dream_jax.evaluation import likelihood, report
-from dream_jax.evaluation.ledger import Ledger, WorkUnit
+from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
 from dream_jax.evaluation.progress import watch
 from dream_jax.evaluation.scored_texts import Choice, ScoredText, read_choices, read_texts
 from dream_jax.evaluation.settings import PUBLISHED, EvaluateSettings
@@ -25,6 +25,7 @@ from dream_jax.evaluation.tasks import TASKS, TaskFormat, read_problems, split_e
 from dream_jax.files import write_file
 from dream_jax.inference import PreparedModel, answer, batches, check_length, encode_prompt, prepare, sampler_recipe
 from dream_jax.model import Dream
+from dream_jax.paths import check_apart, check_replaceable, claimed, is_json_object
 from dream_jax.row_file import JsonRow
 from dream_jax.sampler import bucket_length
 from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer
@@ -57,7 +58,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
 
     Progress is printed to `console`, by default the terminal.
 
-    Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; OSError.
+    Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; FileExistsError if it
+      has files of others with the names of the results; BlockingIOError if another process writes into it; OSError.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     prepared = _prepare(settings)
@@ -92,10 +94,39 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     }
     if settings.ignore_field:
         recipe["ignore_field"] = sorted(settings.ignore_field)
-    ledger = Ledger(settings.folder, recipe, plan, overwrite=settings.overwrite)
-    report.check_rows(settings.folder, settings.task, ledger.rows, ledger.seconds)
-    if prepared.note is not None:
-        console.print(prepared.note, markup=False)
+    _check_folder(settings)
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with claimed(settings.folder):
+        ledger = Ledger(settings.folder, recipe, plan, overwrite=settings.overwrite)
+        report.check_rows(settings.folder, settings.task, ledger.rows, ledger.seconds)
+        if prepared.note is not None:
+            console.print(prepared.note, markup=False)
+        return _evaluate(settings, prepared, work, plan, ledger, console)
+
+
+def _check_folder(settings: EvaluateSettings) -> None:
+    """Raises FileExistsError or ValueError if the folder has files of others whose names are those of the results."""
+    folder, rows = settings.folder, [settings.folder / name for name in (ITEMS, SECONDS)]
+    check_replaceable(folder / SETTINGS, "a file of settings of evaluate.py", is_json_object("task", "model"))
+    others = [folder / name for name in (report.SUMMARY, report.TABLE, report.FIGURE)]
+    if not (folder / SETTINGS).is_file():
+        for path in (*rows, *others):
+            check_replaceable(path, f"a result of an evaluation (there is no {SETTINGS} beside it)", lambda _: False)
+    if settings.overwrite:
+        for path in (folder / SETTINGS, *rows):
+            reads = (settings.file, settings.examples, settings.model, settings.adapter, settings.tokenizer)
+            check_apart(path, reads, "give another --out", lies_in=False)
+
+
+def _evaluate(
+    settings: EvaluateSettings,
+    prepared: PreparedModel,
+    work: Work,
+    plan: Sequence[WorkUnit],
+    ledger: Ledger,
+    console: Console,
+) -> report.Summary:
+    """Computes the missing rows of a claimed folder, writes the results, and returns their summary."""
     console.print(
         f"{settings.task}: {len(work.numbers)} problems x {settings.seeds} seed(s), {work.note}", markup=False
     )

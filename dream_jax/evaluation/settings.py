@@ -14,6 +14,7 @@ from dream_jax.decoding import Alg
 from dream_jax.evaluation.likelihood import check_samples
 from dream_jax.evaluation.tasks import SampledTask
 from dream_jax.inference import ModelSettings, make_sampler
+from dream_jax.paths import check_local
 from dream_jax.sampler import Preset, SamplerConfig
 from dream_jax.tokenizer import Template, Tokenizer
 
@@ -86,6 +87,7 @@ class EvaluateSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_local(self)
         for name in ("seeds", "batch_size", "limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

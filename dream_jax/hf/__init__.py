@@ -25,7 +25,7 @@ from dream_jax.hf.peft import (
     read_peft,
     write_peft,
 )
-from dream_jax.hf.source import INDEX, SINGLE, SafetensorsSource, Tensor, fetch, is_hub_id, open_source
+from dream_jax.hf.source import INDEX, SINGLE, SafetensorsSource, Tensor, open_source
 from dream_jax.hf.table import (
     RULES,
     ConversionRule,
@@ -57,10 +57,8 @@ __all__ = [
     "destinations",
     "export",
     "export_from",
-    "fetch",
     "flat",
     "flat_shardings",
-    "is_hub_id",
     "load_params",
     "nested",
     "open_source",

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -340,37 +339,3 @@ def _what_is_cut(path: pathlib.Path) -> str | None:
         if 8 + size + end > length:
             return f"it has {length} bytes, but {name} ends at byte {8 + size + end}"
     return None
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Downloads have no *.py, only numbers and text, so that no downloaded file can be executed.
-_HUB_TEXT = ("*.json", "*.txt", "*.jinja")
-
-
-def is_hub_id(text: str) -> bool:
-    """Returns whether the text has the form `organisation/name`."""
-    return _HUB_ID.fullmatch(text) is not None
-
-
-def fetch(hub_id: str, *, weights: bool = True) -> pathlib.Path:
-    """Downloads a checkpoint from the Hugging Face hub into the hub's cache and returns its directory there.
-
-    Args:
-      hub_id: the name of the repository, organisation/name.
-      weights: whether to download the safetensors files too. JSON, text and chat template files always are.
-
-    Raises:
-      ConnectionError: the checkpoint is not in the cache, and the hub cannot be reached or refuses it; or the cache
-        cannot be written.
-    """
-    patterns = [*_HUB_TEXT, *(["*.safetensors"] if weights else [])]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(
-            f"there is no local directory {hub_id}, and it could not be downloaded from the Hugging Face hub: "
-            f"{str(error).strip().splitlines()[0]}; download it on another machine and pass its directory"
-        ) from error

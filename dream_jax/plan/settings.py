@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from dream_jax.paths import check_local
 from dream_jax.plan.hlo import Collective
 
 
@@ -27,6 +28,7 @@ class PlanSettings:
     """file that the plan is written to, as JSON"""
 
     def __post_init__(self) -> None:
+        check_local(self)
         low, high = self.utilization
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"utilization={self.utilization} must be two shares in (0, 1], the lower one first")

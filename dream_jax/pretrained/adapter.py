@@ -8,9 +8,7 @@ PEFT (`adapter_config.json` and `adapter_model.safetensors`) can be used in its 
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -23,7 +21,8 @@ from dream_jax.config import DreamConfig
 from dream_jax.files import new_directory, read_json, typed, write_json
 from dream_jax.lora import LoraConfig, Target
 from dream_jax.model import Dream, abstract_model, split_params
-from dream_jax.pretrained.directories import check_published_mask
+from dream_jax.paths import AnyPath, check_companion, copy_companion, local_path
+from dream_jax.pretrained.directories import check_published_mask, check_sums, listed_weights, write_sums
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import mesh_of, parameter_shardings, parameter_specs
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
@@ -87,7 +86,7 @@ class Adapter:
             )
 
 
-def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_adapter(model: Dream, path: AnyPath, *, overwrite: bool = False) -> None:
     """Writes the adapter of a model, without the base; with several processes, all of them must call.
 
     Args:
@@ -96,23 +95,34 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
       overwrite: whether to replace an adapter at `path`, when the new one is complete.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is false, or it is not an adapter.
-      ValueError: the model has no adapter.
+      FileExistsError: `path` exists and `overwrite` is false; or it is not an adapter, or holds a file that was not
+        written by this program.
+      ValueError: the model has no adapter; or `path` is an address.
       OSError: the disk is full, or the directory cannot be written.
       RuntimeError: process 0 cannot create the directory; raised in the other processes.
     """
+    local_path(path)
     config = lora.config_of(model)
     if config is None:
         raise ValueError("the model has no adapter; use dream_jax.save for a model without one")
     identity = lora.identity(model)
     params = lora.split(split_params(model)[1])[0]
     unit = _unit(params, None)
-    with new_directory(path, overwrite=overwrite, needed_bytes=unit.nbytes, marker=ADAPTER) as directory:
+    template = None if model.tokenizer_dir is None else pathlib.Path(model.tokenizer_dir) / PROMPT_FORMAT_FILE
+    if template is not None and template.is_file():
+        check_companion(template)
+    with new_directory(
+        path,
+        overwrite=overwrite,
+        needed_bytes=unit.nbytes,
+        reads=(model.tokenizer_dir,),
+        marker=ADAPTER,
+        known=known_adapter_files,
+    ) as directory:
         checkpoint.write_unit(directory, unit, params)
         if jax.process_index() == 0:
-            template = None if model.tokenizer_dir is None else pathlib.Path(model.tokenizer_dir) / PROMPT_FORMAT_FILE
             if template is not None and template.is_file():
-                shutil.copyfile(template, directory / PROMPT_FORMAT_FILE)
+                copy_companion(template, directory / PROMPT_FORMAT_FILE)
             fields = {
                 "format": FORMAT,
                 **dataclasses.asdict(config),
@@ -123,6 +133,12 @@ def save_adapter(model: Dream, path: str | os.PathLike[str], *, overwrite: bool 
             }
             # This file is written last, because an adapter without it does not load.
             write_json(directory / ADAPTER, fields, indent=1)
+            write_sums(directory)
+
+
+def known_adapter_files(directory: pathlib.Path) -> set[str]:
+    """Returns names and patterns, for `files.new_directory`, of what this program writes into an adapter's directory."""
+    return {ADAPTER, PROMPT_FORMAT_FILE} | listed_weights(directory / ADAPTER)
 
 
 def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.WeightUnit:
@@ -131,7 +147,7 @@ def _unit(params: ParamTree, mesh: jax.sharding.Mesh | None) -> checkpoint.Weigh
     return checkpoint.WeightUnit("adapter", None, shapes, {} if mesh is None else parameter_specs(shapes, mesh))
 
 
-def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
+def describe_adapter(path: AnyPath) -> Adapter:
     """Reads the description of an adapter: the `adapter.json` of this project, or the `adapter_config.json` of PEFT.
 
     The files that `adapter.json` lists must have the sizes that were written. For a PEFT directory the names of the tensors
@@ -142,7 +158,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
       ValueError: the description is damaged, of another format or not implemented; or the size of a file is wrong; or the
         directory has both descriptions.
     """
-    directory = pathlib.Path(path).expanduser().resolve()
+    directory = local_path(path, "adapter").resolve()
     file = directory / ADAPTER
     if (directory / hf.PEFT_CONFIG).is_file():
         if file.is_file():
@@ -164,6 +180,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> Adapter:
         masks.parse(found.mask)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; save it again") from error
+    check_sums(directory, weights=False)
     checkpoint.check_files(directory, found.files, "save the adapter again")
     return Adapter(directory=directory, config=config, base=base, identity=found.base.identity, mask=found.mask)
 
@@ -193,6 +210,7 @@ def _describe_peft(directory: pathlib.Path) -> Adapter:
         config = LoraConfig(rank=found.rank, alpha=found.alpha, dropout=found.config.dropout, targets=targets)
     except ValueError as error:
         raise ValueError(f"{directory / hf.PEFT_CONFIG}: {error}") from error
+    check_sums(directory, weights=False)
     # PEFT runs the published code, which has bidirectional attention only.
     return Adapter(
         directory=directory, config=config, base=None, identity=found.identity, mask="bidirectional", peft=found
@@ -233,8 +251,10 @@ def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None, *, base: Dr
     shapes = lora.split(split_params(model)[1])[0]
     if adapter.peft is None:
         unit = _unit(shapes, mesh)
+        check_sums(adapter.directory, weights=True)
         params: ParamTree = jax.tree.map(jax.numpy.asarray, checkpoint.read_unit(adapter.directory, unit, mesh))
         return params
+    check_sums(adapter.directory, weights=True)
     found = hf.nested(adapter.peft.read(config))
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, found)
@@ -247,8 +267,8 @@ def adapter_params(adapter: Adapter, mesh: jax.sharding.Mesh | None, *, base: Dr
 
 
 def export_peft(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: AnyPath,
+    target: AnyPath,
     *,
     base_model: str | None = None,
     overwrite: bool = False,
@@ -270,6 +290,7 @@ def export_peft(
       FileExistsError: `target` exists and `overwrite` is false, or it is not a PEFT directory.
       OSError: the disk is full, or the directory cannot be written.
     """
+    local_path(target)
     adapter = describe_adapter(source)
     if adapter.peft is not None:
         raise ValueError(f"{adapter.directory} is a PEFT directory already; copy it")
@@ -277,7 +298,12 @@ def export_peft(
     params = {name: np.asarray(leaf, np.float32) for name, leaf in hf.flat(adapter_params(adapter, None)).items()}
     needed = sum(array.nbytes for array in params.values())
     with new_directory(
-        target, overwrite=overwrite, needed_bytes=needed, reads=adapter.directory, marker=hf.PEFT_CONFIG
+        target,
+        overwrite=overwrite,
+        needed_bytes=needed,
+        reads=(adapter.directory,),
+        marker=hf.PEFT_CONFIG,
+        known=known_peft_files,
     ) as directory:
         if jax.process_index() == 0:
             hf.write_peft(
@@ -290,8 +316,14 @@ def export_peft(
                 identity=adapter.identity,
             )
             if (adapter.directory / PROMPT_FORMAT_FILE).is_file():
-                shutil.copyfile(adapter.directory / PROMPT_FORMAT_FILE, directory / PROMPT_FORMAT_FILE)
+                copy_companion(adapter.directory / PROMPT_FORMAT_FILE, directory / PROMPT_FORMAT_FILE)
+            write_sums(directory)
     return describe_adapter(target)
+
+
+def known_peft_files(_: pathlib.Path) -> set[str]:
+    """Returns the names, for `files.new_directory`, of what this program writes into a PEFT directory."""
+    return {hf.PEFT_CONFIG, hf.PEFT_WEIGHTS, PROMPT_FORMAT_FILE}
 
 
 def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:

@@ -8,7 +8,6 @@ padded embedding table of Qwen2.5 that no token of its tokenizer uses.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +18,15 @@ import numpy as np
 
 from dream_jax import hf
 from dream_jax.config import DreamConfig, with_rope_theta
-from dream_jax.files import new_directory, read_json, read_typed
-from dream_jax.pretrained.directories import find_directory
+from dream_jax.files import check_new_directory, new_directory, read_json, read_typed
+from dream_jax.paths import AnyPath, copy_companion, local_path
+from dream_jax.pretrained.directories import (
+    check_tokenizer_directory,
+    companions,
+    find_directory,
+    known_files,
+    write_sums,
+)
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
 MaskRow = Literal["keep", "mean"]
@@ -96,13 +102,13 @@ def dream_config(
 
 
 def adapt_qwen2(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: AnyPath,
+    target: AnyPath,
     *,
     mask_row: MaskRow = "keep",
     mask_token_id: int = 151666,
     pad_token_id: int = 151643,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: AnyPath | None = None,
     overwrite: bool = False,
     ignore_config_keys: Iterable[str] = (),
     progress: Callable[[int], object] = lambda _: None,
@@ -124,16 +130,25 @@ def adapt_qwen2(
       The configuration of the Dream model.
 
     Raises:
-      FileNotFoundError: there is no directory at `source`, or it has no config.json or not all of its weights.
+      FileNotFoundError: there is no directory at `source`, or it has no config.json or not all of its weights; or there is
+        no tokenizer at `tokenizer`.
       ConnectionError: the hub id cannot be downloaded.
-      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      FileExistsError: `target` exists and `overwrite` is false; or it is not a checkpoint, or holds a file that was not
+        written by this program.
       OSError: the disk is full, or a file cannot be read or written.
       ValueError: as for `dream_config`; or the weights are damaged, do not fit the configuration or have several dtypes; or
-        the two tokens cannot be added to the tokenizer with these ids; or `mask_row` is unknown; or `target` is the source.
+        the two tokens cannot be added to the tokenizer with these ids; or `mask_row` is unknown; or `target` is the
+        source or the tokenizer, contains or lies in one of them, or is an address; or a tokenizer file is a link that leads
+        out of its directory.
     """
     if mask_row not in get_args(MaskRow):
         raise ValueError(f"{mask_row=} is not one of {', '.join(get_args(MaskRow))}")
+    local_path(target, "dst")
+    check_new_directory(target, overwrite=overwrite, known=known_files)
+    if tokenizer is not None:
+        check_tokenizer_directory(tokenizer)
     directory = find_directory(source)
+    companions(directory)
     fields = read_json(directory / "config.json", "restore it from the source of the checkpoint")
     try:
         config = dream_config(fields, mask_token_id=mask_token_id, pad_token_id=pad_token_id, ignore=ignore_config_keys)
@@ -144,8 +159,14 @@ def adapt_qwen2(
         files = sorted({tensor.path for tensor in opened.tensors.values()})
         needed = sum(file.stat().st_size for file in files)
         files += [file for file in (directory / hf.INDEX,) if file.is_file() and len(files) > 1]
-        with new_directory(target, overwrite=overwrite, needed_bytes=needed, reads=directory) as made:
-            _write_tokenizer(pathlib.Path(tokenizer or directory), made, config, extend=tokenizer is None)
+        with new_directory(
+            target,
+            overwrite=overwrite,
+            needed_bytes=needed,
+            reads=(source, directory, tokenizer),
+            known=known_files,
+        ) as made:
+            _write_tokenizer(local_path(tokenizer or directory), made, config, extend=tokenizer is None)
             for file in files:
                 shutil.copyfile(file, made / file.name)
                 progress(file.stat().st_size)
@@ -157,6 +178,7 @@ def adapt_qwen2(
                         _write_mean(opened.tensors[name], made, config.mask_token_id)
             text = json.dumps(config.to_dict() | {"torch_dtype": str(opened.dtype)}, indent=2, sort_keys=True)
             (made / "config.json").write_text(text + "\n", encoding="utf-8")
+            write_sums(made)
     return config
 
 
@@ -178,7 +200,7 @@ def _write_tokenizer(source: pathlib.Path, target: pathlib.Path, config: DreamCo
     """Copies the tokenizer files; with `extend`, adds the two tokens of Dream to a Qwen2 tokenizer."""
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
-        shutil.copyfile(source / name, target / name)
+        copy_companion(source / name, target / name)
     if not extend or not found or BYTE_TOKENIZER_FILE in found:
         return
     names = _added_tokens(target)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,10 +15,20 @@ from jax.sharding import Mesh
 
 from dream_jax import checkpoint, hf, lora
 from dream_jax.config import DreamConfig
-from dream_jax.files import new_directory
+from dream_jax.files import check_new_directory, new_directory
 from dream_jax.model import abstract_model
+from dream_jax.paths import AnyPath, copy_companion, local_path
 from dream_jax.pretrained.adapter import Adapter, adapter_params, describe_adapter
-from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
+from dream_jax.pretrained.directories import (
+    as_dtype,
+    check_published_mask,
+    check_sums,
+    companions,
+    find_directory,
+    known_files,
+    write_companions,
+    write_sums,
+)
 from dream_jax.pretrained.quantised import start_unit, unit_reader
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh
@@ -53,8 +61,8 @@ class Conversion:
 
 
 def convert_from_hf(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: AnyPath,
+    target: AnyPath,
     *,
     dtype: jax.typing.DTypeLike | None = None,
     mesh: Mesh | str | None = None,
@@ -84,15 +92,20 @@ def convert_from_hf(
 
     Raises:
       FileNotFoundError: `source` does not exist or is incomplete.
-      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      FileExistsError: `target` exists and `overwrite` is false; or it is not a checkpoint, or holds a file that was not
+        written by this program.
       ValueError: the source is already converted, damaged or of another architecture; it has several dtypes and `dtype`
-        is None; `target` is the source; `dtype` or `mesh` is not valid.
+        is None; `target` is the source, contains it or lies in it, or is an address; `dtype` or `mesh` is not valid; a file
+        that would be copied is a link that leads out of the source.
       ConnectionError: the hub id cannot be downloaded.
       OSError: the disk is full, or a file cannot be read or written.
       RuntimeError: process 0 cannot create `target`; raised in the other processes.
     """
+    _check_target(target, overwrite)
     mesh = None if mesh is None else make_mesh(mesh)
     directory = find_directory(source)
+    companions(directory)  # raises its errors before the weights are read
+    check_sums(directory, weights=False)
     if checkpoint.is_converted(directory):
         raise ValueError(f"{directory} is already a converted directory; load it as it is")
     config = DreamConfig.from_file(directory, ignore=ignore_config_keys)
@@ -100,12 +113,27 @@ def convert_from_hf(
         opened.check(config)
         stored = opened.dtype if dtype is None else as_dtype(dtype)
         conversion = _conversion(directory, pathlib.Path(target), config, stored)
-        with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
+        with new_directory(
+            target,
+            overwrite=overwrite,
+            needed_bytes=conversion.nbytes,
+            reads=(source, directory),
+            known=known_files,
+        ) as made:
             started(conversion)
+            check_sums(directory, weights=True)
             _stream_from_hf(opened, made, config, stored, mesh, progress)
             write_companions(made, config, stored, directory)
             checkpoint.write_description(made, config, stored)
+            write_sums(made)
     return conversion
+
+
+def _check_target(target: AnyPath, overwrite: bool) -> None:
+    """Raises the errors of a target that must not be written, before anything is downloaded or read."""
+    local_path(target, "dst")
+    if jax.process_count() == 1:  # otherwise process 0 finds them in `new_directory`, and tells the others
+        check_new_directory(target, overwrite=overwrite, known=known_files)
 
 
 def _stream_from_hf(
@@ -135,11 +163,11 @@ def _stream_from_hf(
 
 
 def convert_to_hf(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: AnyPath,
+    target: AnyPath,
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: AnyPath | None = None,
     any_base: bool = False,
     card: Callable[[Conversion], str] | None = None,
     overwrite: bool = False,
@@ -165,18 +193,21 @@ def convert_to_hf(
 
     Raises:
       FileNotFoundError: `source` or the adapter does not exist or is incomplete.
-      FileExistsError: `target` exists and `overwrite` is false, or it is not a checkpoint.
+      FileExistsError: as for `convert_from_hf`.
       ValueError: the source or the adapter is damaged; the source is not converted and there is no adapter; the adapter
-        is for another architecture; the mask of the weights is not bidirectional; `target` is the source; `dtype` or
-        `max_shard_size` is not valid. Also if the adapter was trained on other weights and `any_base` is false: this is
-        raised after the whole source has been read. After an error no new directory is left, and an existing target is
-        unchanged.
+        is for another architecture; the mask of the weights is not bidirectional; `target` is the source or the adapter,
+        contains or lies in one of them, or is an address; `dtype` or `max_shard_size` is not valid. Also if the adapter was
+        trained on other weights and `any_base` is false: this is raised after the whole source has been read. After an
+        error no new directory is left, and an existing target is unchanged.
       ConnectionError: the hub id cannot be downloaded.
       OSError: the disk is full, or a file cannot be read or written.
       RuntimeError: process 0 cannot create `target`; raised in the other processes.
     """
+    _check_target(target, overwrite)
     directory = find_directory(source)
     found = None if adapter is None else describe_adapter(adapter)
+    companions(directory)  # raises its errors before the weights are read
+    check_sums(directory, weights=False)
     if found is None and not checkpoint.is_converted(directory):
         raise ValueError(f"{directory} is not a converted directory: it has no {checkpoint.DESCRIPTION}")
     config = DreamConfig.from_file(directory)
@@ -191,8 +222,15 @@ def convert_to_hf(
     if found is not None:
         conversion = dataclasses.replace(conversion, note=found.note)
     readme = None if card is None else card(conversion)
-    with new_directory(target, overwrite=overwrite, needed_bytes=conversion.nbytes, reads=directory) as made:
+    with new_directory(
+        target,
+        overwrite=overwrite,
+        needed_bytes=conversion.nbytes,
+        reads=(source, directory, adapter),
+        known=known_files,
+    ) as made:
         started(conversion)
+        check_sums(directory, weights=True)
         units = checkpoint.units(config, stored)
 
         def write(read: Callable[[checkpoint.WeightUnit], Named]) -> None:
@@ -209,9 +247,10 @@ def convert_to_hf(
         write_companions(made, config, stored, directory)
         if found is not None and (found.directory / PROMPT_FORMAT_FILE).is_file():
             # The format of the prompts that the adapter was trained on, instead of the format of the base.
-            shutil.copyfile(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
+            copy_companion(found.directory / PROMPT_FORMAT_FILE, made / PROMPT_FORMAT_FILE)
         if readme is not None:
             (made / "README.md").write_text(readme, encoding="utf-8")
+        write_sums(made)
     return conversion
 
 

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
+import re
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dream_jax import checkpoint, hf
+from dream_jax import checkpoint, distributed, files, hf, hub
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.files import read_json
+from dream_jax.paths import AnyPath, check_companion, copy_companion, local_path
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -26,6 +27,15 @@ DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 _PIECE, _SAMPLES = 1 << 16, 512
 # Files that describe a model, besides weights and tokenizer. Other JSON files in the directory may be results.
 _DESCRIBING = ("config.json", checkpoint.DESCRIPTION, "adapter.json", hf.PEFT_CONFIG, PROMPT_FORMAT_FILE)
+
+# Names of Python files that published checkpoints have; write_companions copies all Python files of the source.
+_PUBLISHED_CODE = re.compile(r"(configuration|generation|modeling|tokenization)_\w+\.py")
+_GENERATION = "generation_config.json"
+_CARD = "README.md"
+# Files that are downloaded from the hub. There are no *.py among them, only numbers and text, so that no downloaded file
+# can be executed.
+_HUB_TEXT = ("*.json", "*.txt", "*.jinja")
+_HUB_WEIGHTS = "*.safetensors"
 
 # Keys of a published config.json that do not affect what the weights compute; they are copied as they are.
 _CARRIED_KEYS = (
@@ -60,35 +70,35 @@ def check_published_mask(name: str) -> None:
         )
 
 
-def find_directory(
-    path: str | os.PathLike[str], otherwise: str = "not a directory", *, weights: bool = True
-) -> pathlib.Path:
+def find_directory(path: AnyPath, otherwise: str = "not a directory", *, weights: bool = True) -> pathlib.Path:
     """Returns the directory at a path, or the directory to which a hub id is downloaded.
 
     Args:
-      path: a directory with a config.json, or a hub id, organisation/name.
+      path: a directory with a config.json, or a hub id, organisation/name or organisation/name@revision. A hub id is
+        downloaded only if it cannot be a path of this machine: there must be no folder with the name of the organisation.
       otherwise: end of the error message "PATH is ..." for a path that is neither.
       weights: whether to download the weights too, or only the small files.
 
     Raises:
       FileNotFoundError: there is no directory at the path, or it has no config.json.
       ConnectionError: the hub id cannot be downloaded.
+      ValueError: the path is an address.
     """
-    directory = pathlib.Path(path).expanduser()
+    directory = local_path(path)
     if directory.is_dir():
         if (directory / "config.json").is_file():
             return directory.resolve()
         raise FileNotFoundError(
             f"{directory} holds no config.json: it is neither a Hugging Face nor a converted directory"
         )
-    if not directory.exists() and hf.is_hub_id(str(path)):
-        return hf.fetch(str(path), weights=weights)
+    if (hub_id := hub.hub_id_of(path)) is not None:
+        return hub.download(hub_id, [*_HUB_TEXT, *([_HUB_WEIGHTS] if weights else [])])
     if directory.exists():
         raise FileNotFoundError(f"{path} is a file; give the directory of a checkpoint")
-    raise FileNotFoundError(f"{path} is {otherwise}")
+    raise FileNotFoundError(f"{path} is {otherwise}{hub.why_not_asked(path)}")
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def fingerprint(path: AnyPath) -> str:
     """Returns a string that changes when the model at a path changes, so that results are not resumed with another model.
 
     For a directory it is a hexadecimal digest of weights, configuration and tokenizer; of a large file, `_SAMPLES` evenly
@@ -97,7 +107,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     Raises:
       FileNotFoundError, ConnectionError: there is no model at the path, as for `find_directory`.
     """
-    directory = pathlib.Path(path).expanduser()
+    directory = local_path(path)
     if not directory.is_dir():
         if str(path) in PRESETS:
             return str(path)
@@ -117,20 +127,104 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return found.hexdigest()
 
 
+def companions(source: AnyPath | None) -> list[pathlib.Path]:
+    """Returns the tokenizer files, generation_config.json and Python files in a directory; no files for None.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ValueError: one of the files is a link that leads out of the directory, so it must not be copied; or the path is an
+        address.
+    """
+    if source is None:
+        return []
+    directory = local_path(source, "tokenizer_dir")
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}, the directory of the tokenizer, does not exist; give one with tokenizer files (tokenizer_dir)"
+        )
+    names = {_GENERATION, *TOKENIZER_FILES, *(path.name for path in directory.glob("*.py"))}
+    found = [directory / name for name in sorted(names) if (directory / name).is_file()]
+    for file in found:
+        check_companion(file)
+    return found
+
+
+def check_tokenizer_directory(tokenizer: AnyPath) -> None:
+    """Raises FileNotFoundError if a directory that a user named has no tokenizer files; and the errors of `companions`."""
+    if not any(file.name in TOKENIZER_FILES for file in companions(tokenizer)):
+        raise FileNotFoundError(f"{tokenizer} has no tokenizer files, such as tokenizer.json; give another directory")
+
+
+def known_files(directory: pathlib.Path) -> set[str]:
+    """Returns names and patterns, for `files.new_directory`, of what this program writes into a model's directory."""
+    known = {"config.json", _GENERATION, _CARD, *TOKENIZER_FILES, checkpoint.DESCRIPTION}
+    known |= {hf.SINGLE, hf.INDEX, "model-[0-9]*-of-[0-9]*.safetensors"}
+    known |= {path.name for path in directory.glob("*.py") if _PUBLISHED_CODE.fullmatch(path.name)}
+    return known | listed_weights(directory / checkpoint.DESCRIPTION)
+
+
+def listed_weights(description: pathlib.Path) -> set[str]:
+    """Returns the names of the files of weights that a description lists; the pattern of all files if it is damaged."""
+    if not description.is_file():
+        return set()
+    try:
+        return set(files.read_json(description)["files"])
+    except (ValueError, KeyError, TypeError):
+        return {f"{checkpoint.WEIGHTS}/*"}
+
+
+def write_sums(directory: pathlib.Path) -> None:
+    """Writes the checksums of a complete directory of a model or an adapter. The file must be the last one written."""
+    files.write_checksums(directory, leave_out=(".lock",))
+
+
+def check_sums(directory: pathlib.Path, *, weights: bool) -> None:
+    """Compares a directory of a model or an adapter with its checksums, if it has them; earlier versions wrote none.
+
+    Args:
+      directory: the directory.
+      weights: whether to read the files of weights, in parts that all processes of a run share, so that all must call
+        this; otherwise only the other files are read.
+
+    Raises:
+      ValueError: a file is missing or differs from what was written, or `checksums.json` is damaged.
+    """
+    if not (directory / files.CHECKSUMS).is_file():
+        return
+    share, shares = (jax.process_index(), jax.process_count()) if weights else (0, 1)
+
+    def chosen(name: str) -> bool:
+        # The model card may be edited, and a download from the hub leaves out the card and the Python files.
+        left_out = name == _CARD or (name.endswith(".py") and not (directory / name).exists())
+        return not left_out and _is_weights(name) == weights
+
+    problem = files.find_damage(directory, share, shares, chosen)
+    others = distributed.which_say(problem is not None) if weights else []
+    if problem is None and others:
+        problem = f"process {others[0]} has found damage in {directory}; its error message describes it"
+    if problem is not None:
+        raise ValueError(
+            f"{problem}; make the directory again. If you have changed the file yourself, remove "
+            f"{directory / files.CHECKSUMS}"
+        )
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith(f"{checkpoint.WEIGHTS}/") or name.endswith(".safetensors")
+
+
 def write_companions(
     directory: pathlib.Path,
     config: DreamConfig,
     dtype: np.dtype,
-    source: str | os.PathLike[str] | None,
+    source: AnyPath | None,
 ) -> None:
     """Copies tokenizer, generation_config.json and Python files from `source` (None: no files), and writes config.json."""
     published: dict[str, Any] = {}
+    for file in companions(source):
+        copy_companion(file, directory / file.name)
     if source is not None:
-        source = pathlib.Path(source)
-        names = {"generation_config.json", *TOKENIZER_FILES, *(path.name for path in source.glob("*.py"))}
-        for name in sorted(names):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+        source = local_path(source)
         if (source / "config.json").is_file():
             published = read_json(source / "config.json")
     carried = {key: published[key] for key in _CARRIED_KEYS if key in published}

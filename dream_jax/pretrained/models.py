@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterable
@@ -16,8 +17,18 @@ from dream_jax.attention import Backend
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.files import new_directory
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
+from dream_jax.paths import AnyPath, local_path
 from dream_jax.pretrained.adapter import describe_adapter, put_on
-from dream_jax.pretrained.directories import as_dtype, check_published_mask, find_directory, write_companions
+from dream_jax.pretrained.directories import (
+    as_dtype,
+    check_published_mask,
+    check_sums,
+    companions,
+    find_directory,
+    known_files,
+    write_companions,
+    write_sums,
+)
 from dream_jax.pretrained.quantised import quantised_params
 from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
@@ -43,7 +54,8 @@ def load(
 
     Args:
       path: a Hugging Face directory, a converted directory, the name of a preset (such as "nano", with random weights), or
-        a hub id ("organisation/name") to download. A directory is preferred to a preset of the same name.
+        a hub id ("organisation/name" or "organisation/name@revision") to download. A directory is preferred to a preset of
+        the same name.
       dtype: the dtype of the parameters: float32, bfloat16 or float16.
       mesh: the devices of the parameters, as a Mesh or "FSDPxTENSOR"; None for one device.
       seed: the seed of the random weights of a preset.
@@ -62,7 +74,7 @@ def load(
     Raises:
       FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter, or one of its files is missing.
       ValueError: the checkpoint is damaged or of another architecture; a dtype is unknown; the mesh or the adapter does not
-        fit the model; the adapter was trained on other weights, and `any_base` is false.
+        fit the model; a path is an address; the adapter was trained on other weights, and `any_base` is false.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
     mesh = None if mesh is None else make_mesh(mesh)
@@ -90,6 +102,9 @@ def _weights(
     if directory is None:
         drawn = merge_params(graphdef, _random(model.config, shapes, seed, mesh))
         return drawn if base is None else lora.with_base(drawn, base)
+    if checkpoint.is_converted(directory):
+        checkpoint.read_description(directory, model.config)  # compares sizes, which takes no time
+    check_sums(directory, weights=True)
     if base is not None:
         quantised = split_params(lora.with_base_shapes(model, base))
         params, identity = quantised_params(directory, model.config, dtype, base, quantised[1], mesh)
@@ -135,6 +150,8 @@ def describe(
     )
     if directory is not None and checkpoint.is_converted(directory):
         model.trained_mask = checkpoint.read_mask(directory)
+    if directory is not None:
+        check_sums(directory, weights=False)
     return model
 
 
@@ -174,19 +191,36 @@ def save(
       overwrite: whether to replace a checkpoint at `path`, when the new one is complete.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is false, or it is not a checkpoint.
+      FileExistsError: `path` exists and `overwrite` is false; or it is not a checkpoint, or holds a file that this program
+        has not written.
+      FileNotFoundError: there is no directory `tokenizer_dir`.
       ValueError: the model has an adapter or a quantised base, or its parameters do not fit its configuration or have
-        several dtypes.
+        several dtypes; or `path` is an address, or contains or lies in `tokenizer_dir`; or a file to copy is a link that
+        leads out of `tokenizer_dir`.
       OSError: the disk is full, or the directory cannot be written.
       RuntimeError: process 0 cannot create the directory; raised in the other processes.
     """
+    local_path(path)
     params = _plain(model)
-    with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
+    source = tokenizer_dir or model.tokenizer_dir
+    with _new_directory(path, source, params, overwrite=overwrite) as directory:
         checkpoint.save_params(directory, params, model.config)
         if jax.process_index() == 0:
             dtype = jax.tree.leaves(params)[0].dtype
-            write_companions(directory, model.config, dtype, tokenizer_dir or model.tokenizer_dir)
+            write_companions(directory, model.config, dtype, source)
             checkpoint.write_description(directory, model.config, dtype, model.trained_mask)
+            write_sums(directory)
+
+
+def _new_directory(
+    path: AnyPath, source: AnyPath | None, params: ParamTree, *, overwrite: bool
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Returns the `new_directory` for the parameters of a model and the files that are copied from `source`."""
+    companions(source)  # raises its errors before anything is written
+    # A model may replace the directory that it came from: its weights are in memory, and its companions are copied first.
+    is_itself = source is not None and local_path(path).resolve() == local_path(source).resolve()
+    reads = () if is_itself else (source,)
+    return new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params), reads=reads, known=known_files)
 
 
 def _plain(model: Dream) -> ParamTree:
@@ -218,16 +252,19 @@ def export_hf(
       max_shard_size: the maximum number of bytes of weights in one file; a larger tensor gets a file of its own.
 
     Raises:
-      FileExistsError, OSError, RuntimeError: as for `save`.
+      FileExistsError, FileNotFoundError, OSError, RuntimeError: as for `save`.
       ValueError: as for `save`; or some parameters are on other hosts; or the model was trained under a mask other than
         the bidirectional one of the published code; or `max_shard_size` is below 1.
     """
+    local_path(path)
     check_published_mask(model.trained_mask)
     params = _plain(model)
-    with new_directory(path, overwrite=overwrite, needed_bytes=_nbytes(params)) as directory:
+    source = tokenizer_dir or model.tokenizer_dir
+    with _new_directory(path, source, params, overwrite=overwrite) as directory:
         hf.export(params, model.config, directory, max_shard_size)
         dtype = jax.tree.leaves(params)[0].dtype
-        write_companions(directory, model.config, dtype, tokenizer_dir or model.tokenizer_dir)
+        write_companions(directory, model.config, dtype, source)
+        write_sums(directory)
 
 
 def _nbytes(params: ParamTree) -> int:

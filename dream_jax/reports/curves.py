@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dream_jax.files import replacing
+from dream_jax.paths import check_replaceable, is_png
 from dream_jax.reports.record import MetricRows, Record
 
 FILE = "curves.png"
@@ -39,6 +40,7 @@ def draw_curves(record: Record) -> pathlib.Path:
         if incident["step"] is not None and incident["kind"] != "warning":
             loss.axvline(incident["step"], color="grey", linestyle=":", linewidth=1)
     path = record.folder / FILE
+    check_replaceable(path, "a PNG picture", is_png)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dream_jax.files import write_file
+from dream_jax.paths import check_replaceable
 from dream_jax.reports.curves import draw_curves
 from dream_jax.reports.record import LAST, Record, shown, table
 from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.setting_groups import PriceSettings
 
 FILE = "report.md"
+_LAST_SECTION = "What went wrong"
 # Largest numbers of rows in a table of steps, of characters of a sample, and of incidents in the report.
 _POINTS = 12
 _SHOWN_CHARACTERS = 600
@@ -23,9 +25,15 @@ _SHOWN_INCIDENTS = 40
 
 
 def write_report(record: Record) -> list[pathlib.Path]:
-    """Writes `report.md` and `curves.png` into the folder of the run, and returns their paths."""
-    path, drawn = record.folder / FILE, draw_curves(record)
-    write_file(path, render_report(record))
+    """Writes `report.md` and `curves.png` into the folder of the run, and returns their paths.
+
+    Raises:
+      FileExistsError: one of these files exists and is not a report or a picture.
+    """
+    path, text = record.folder / FILE, render_report(record)
+    check_replaceable(path, "a report of a run", lambda content: f"\n## {_LAST_SECTION}\n".encode() in content)
+    drawn = draw_curves(record)
+    write_file(path, text)
     return [path, drawn]
 
 
@@ -47,7 +55,7 @@ def render_report(record: Record) -> str:
         "Evaluation": _evaluation(record),
         "Samples": _samples(record),
         "Time and cost": _time(record),
-        "What went wrong": _incidents(record),
+        _LAST_SECTION: _incidents(record),
     }
     for title, content in sections.items():
         lines += [f"## {title}", "", *content, ""]

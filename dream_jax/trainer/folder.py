@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import math
 import pathlib
 import shutil
@@ -18,9 +17,12 @@ from dream_jax.batch import Batch
 from dream_jax.checkpoint import remove_unfinished
 from dream_jax.data import RowSource, has_traces
 from dream_jax.distributed import barrier, from_first
-from dream_jax.files import is_disk_full, naming_full_disk, replacing, write_json
+from dream_jax.files import foreign_entries, is_disk_full, listed, naming_full_disk, replacing, write_json
+from dream_jax.paths import check_apart, claimed, copy_companion
+from dream_jax.pretrained.adapter import known_adapter_files
+from dream_jax.pretrained.directories import known_files
 from dream_jax.side_files import read_csv, read_json, read_json_value
-from dream_jax.tokenizer import Template, Tokenizer, write_template
+from dream_jax.tokenizer import TOKENIZER_FILES, Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
 from dream_jax.trainer.loggers import open_loggers
 from dream_jax.trainer.settings import FREE, TrainSettings
@@ -39,8 +41,9 @@ that were scored. Only scores with equal values may be compared."""
 FORMATS = "answer_formats"
 """The key of `data.json` with the version of the answer formats, 2. Runs of version 0.1 of this project do not have it."""
 
-# The files and folders that a run creates; --overwrite removes these and nothing else. settings.json is removed last,
-# so that a folder whose removal was interrupted is still recognised as the folder of a run.
+# The files and folders that a run creates; --overwrite removes these and nothing else, if they hold nothing else (see
+# `_check_removable`). settings.json is removed last, so that a folder whose removal was interrupted is still recognised as
+# the folder of a run.
 _MADE = (
     "metrics.csv",
     "eval.csv",
@@ -70,7 +73,7 @@ def check_folder(settings: TrainSettings) -> bool:
 
     Raises:
       FileExistsError: without --overwrite the folder contains a finished run or a run with other settings; or it
-        contains files that are not of a run.
+        contains files that are not of a run; or --overwrite would remove files that no run has written.
       ValueError: the model, adapter, tokenizer or data of the run is in the folder that --overwrite would remove; or
         `settings.json` in it is not valid JSON.
     """
@@ -90,16 +93,33 @@ def check_folder(settings: TrainSettings) -> bool:
         return True
     if not settings.run.overwrite:
         raise FileExistsError(f"{settings.run.out} holds {different}")
-    out = settings.run.out.resolve()
     values = settings.values()
-    given_names = [(name, values[name]) for name in ("model", "data", "tokenizer", "adapter")]
-    for name, given in [*given_names, *(("mix", path) for path in settings.rows.mix)]:
-        read = pathlib.Path(given or "").expanduser().resolve()
-        if given and read.exists() and out in (read, *read.parents):
-            raise ValueError(
-                f"--{name} {given} lies in {settings.run.out}, which --overwrite would remove; give another --out"
-            )
+    check_apart(settings.run.out, [values[name] for name in ("model", "tokenizer", "adapter")], "give another --out")
+    # The folder of the data may contain the run, because a run removes nothing outside its folder.
+    check_apart(settings.run.out, [values["data"], *settings.rows.mix], "give another --out", lies_in=False)
+    _check_removable(settings.run.out)
     return False
+
+
+def _check_removable(out: pathlib.Path) -> None:
+    """Raises FileExistsError if the folders that --overwrite would remove hold something that no run has written."""
+    steps = (path.name for path in (out / "checkpoints").glob("[0-9]*"))
+    known = {
+        *_MADE,
+        "checkpoints/[0-9]*/*",
+        *(f"checkpoints/{step}/_CHECKPOINT_METADATA" for step in steps),  # Orbax writes it after the checksums
+        "skipped/step-*.npz",
+        "tensorboard/events.out.tfevents.*",
+        "wandb/*",
+        *(f"tokenizer/{name}" for name in ("config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)),
+        *(f"model/{name}" for name in known_files(out / "model")),
+        *(f"adapter/{name}" for name in known_adapter_files(out / "adapter")),
+    }
+    if foreign := [name for name in foreign_entries(out, known) if name.partition("/")[0] in _MADE]:
+        raise FileExistsError(
+            f"{out} holds {listed(foreign)}, not written by a run, which --overwrite would remove; move that away, or give "
+            "another --out"
+        )
 
 
 def _settings_in(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -159,7 +179,7 @@ def _has_first_formats(folder: pathlib.Path) -> bool:
         return False  # The file is damaged and will be replaced; the checkpoints know the digest of the rows too.
 
 
-_LOCK = ".lock"
+_LOCK = ".lock"  # earlier versions left this file in the folder
 
 
 @contextlib.contextmanager
@@ -180,14 +200,8 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
         barrier("trainer.looked")
         if jax.process_index() == 0:
             settings.run.out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(settings.run.out / _LOCK, "w", encoding="utf-8"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, even if killed
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    f"another process is writing the run in {settings.run.out}; wait for it, or give another --out. "
-                    "To join several processes into one run, give --coordinator"
-                ) from error
+            remedy = "wait for it, or give another --out. To join several processes into one run, give --coordinator"
+            stack.enter_context(claimed(settings.run.out, remedy))
             for left in settings.run.out.glob(".*.incomplete-*"):
                 if left.is_file():  # a killed run was writing it
                     left.unlink()
@@ -370,6 +384,6 @@ def save_tokenizer(
         beside = pathlib.Path(source) if source else folder
         for path in (beside / "config.json", beside / "generation_config.json", *beside.glob("*.py")):
             if path.is_file() and beside != folder:
-                shutil.copyfile(path, folder / path.name)
+                copy_companion(path, folder / path.name)
     barrier("trainer.tokenizer")
     return folder

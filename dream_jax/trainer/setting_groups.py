@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from typing import Any, Literal, get_args
 
-from dream_jax import masks, sharding
+from dream_jax import hub, masks, sharding
 from dream_jax.attention import Backend
 from dream_jax.config import PRESETS
 from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
@@ -19,6 +18,7 @@ from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
 from dream_jax.optimizer import Moments, OptimizerKind
+from dream_jax.paths import check_local, local_path
 from dream_jax.quantisation import KINDS
 from dream_jax.trainer.loggers import LoggerName
 
@@ -61,10 +61,8 @@ class RunSettings:
         _check_at_least(self, 1, "steps", "save_every", "keep", "max_skipped")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
-        if "://" in str(self.out) or re.match(r"\w{2,}:/", str(self.out)):
-            raise ValueError(f"out={self.out} is a URL; give the path of a local (or mounted) folder")
         # "~" is expanded here, so that all code that reads `out` uses the same folder.
-        object.__setattr__(self, "out", self.out.expanduser())
+        object.__setattr__(self, "out", local_path(self.out, "out"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,8 @@ class NetworkSettings:
 
     model: str = "nano"
     """a Hugging Face or converted directory, a hub id, or for random weights nano, small, dream-0.5b or dream-7b"""
+    revision: str | None = None
+    """branch, tag or commit of --model if it is a hub id; by default the newest commit of the main branch"""
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
@@ -92,6 +92,8 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "anneal_steps")
+        check_local(self, "model", "tokenizer")
+        object.__setattr__(self, "model", hub.pinned(self.model, self.revision))
         if self.attention not in get_args(Backend):
             raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
         if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
@@ -143,6 +145,7 @@ class RowSettings:
     """which assistant turns of a chat are learned: the last one, or all"""
 
     def __post_init__(self) -> None:
+        check_local(self, "data", "mix")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2: a row has a prompt and an answer")
         if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
@@ -223,6 +226,7 @@ class AdapterSettings:
     """at the end also write OUT/model: the weights of the model with the adapter added to them"""
 
     def __post_init__(self) -> None:
+        check_local(self, "adapter")
         given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
         if self.adapter is not None:
             if self.lora_rank is not None or given:

@@ -12,7 +12,7 @@ import jax
 from dream_jax import sharding
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.files import read_json
-from dream_jax.hf import is_hub_id
+from dream_jax.hub import parse_hub_id
 from dream_jax.model import Dream, parameter_count
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.cost import run_cost
@@ -47,7 +47,7 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
     found = {}
     for name in (settings.network.model, settings.rows.data, *settings.rows.mix):
         local = pathlib.Path(name).expanduser().exists()
-        found[name] = "local" if local else "hub" if is_hub_id(name) else "built in"
+        found[name] = "local" if local else "hub" if parse_hub_id(name) is not None else "built in"
     return found
 
 
