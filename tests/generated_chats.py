@@ -14,7 +14,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-FORMS = ("messages", "prompt", "question", "instruction", "prompt and completion")
+FORMS = ("messages", "prompt", "question", "instruction", "prompt and completion", "reasoning")
 KINDS = ("jsonl", "json", "parquet", "saved")
 """The kinds of files that `write` writes."""
 
@@ -42,7 +42,8 @@ def training_rows(form: str, seed: int, count: int = 6, tools: bool = False) -> 
 
 def as_question(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a training row without the answer that it ends with: what a model is asked."""
-    kept = {name: value for name, value in row.items() if name not in ("response", "answer", "output", "completion")}
+    answers = ("response", "answer", "output", "completion", "attempt", "thinking_trajectories", "solution")
+    kept = {name: value for name, value in row.items() if name not in answers}
     for name in ("messages", "conversations"):
         if name in kept and kept[name][-1].get("role", kept[name][-1].get("from")) in ("assistant", "gpt"):
             kept[name] = kept[name][:-1]
@@ -83,6 +84,9 @@ def _row(form: str, draw: random.Random, style: dict[str, bool], full: bool) -> 
         return {"prompt": turns[:-1], "completion": turns[-1:]}
     extras |= maybe("history", [[text(), text()] for _ in range(1 if full else draw.randrange(3))])
     extras |= maybe("context", draw.choice(("", "CREATE TABLE t (a INT)")))
+    if form == "reasoning":
+        answer = {"thinking_trajectories": [text(), text()], "attempt": text()}
+        return {**extras, **maybe("solution", "4"), "question": text(), **answer}
     if form == "question":
         extras |= maybe("choices", [text() for _ in range(draw.randint(1, 4))])
         return {**extras, "question": text(), "answer": text()}

@@ -442,11 +442,12 @@ def check_all_readers(folder: Path, rows: list[dict[str, Any]], tokenizer: Token
         first = first or plain
         assert plain == first, kind
     for row in rows:
-        trained = parse_chat(row, "f:1")
+        trained = parser_of(check_kind(row, "f:1"), ALL)(row, "f:1")
         if isinstance(trained, Row) and not trained.ends_early:
             asked = read_question(as_question(row), "f:1")
             assert asked.messages == trained.prompt and asked.tools == trained.tools
-            assert read_chat(row, "f:1").messages[:-1] == asked.messages
+            if not trained.pieces:
+                assert read_chat(row, "f:1").messages[:-1] == asked.messages
 
 
 @pytest.mark.parametrize("form", FORMS)

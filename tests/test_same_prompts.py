@@ -13,7 +13,7 @@ from generated_chats import FORMS, as_question, training_rows, write
 
 from dream_jax import inference
 from dream_jax.data import EncodeOptions, ReadOptions, Row, open_source, token_row
-from dream_jax.data.schemas import parse_chat
+from dream_jax.data.schemas import check_kind, parser_of
 from dream_jax.evaluation.run import encode_prompt
 from dream_jax.evaluation.tasks import TASKS, read_problems
 from dream_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -62,7 +62,7 @@ def harness() -> types.ModuleType:
 def asker(harness: types.ModuleType, tokenizer: Tokenizer) -> Any:
     """A model of the harness that has a tokenizer and nothing else."""
     found = object.__new__(harness.DreamHarness)
-    found._tokenizer, found._chats = tokenizer, {}
+    found._tokenizer, found._chats, found._instruction = tokenizer, {}, ""
     return found
 
 
@@ -79,7 +79,7 @@ def trained(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 def compare(tmp_path: Path, harness: types.ModuleType, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> None:
     """Compares the prompts of all askers with those of training, for the same rows in files of each format."""
-    parsed = [parse_chat(row, "rows:1") for row in rows]
+    parsed = [parser_of(check_kind(row, "rows:1"), ReadOptions())(row, "rows:1") for row in rows]
     # A row whose last turn is not to be learned is trained on as if it ended before that turn.
     rows = [row for row, found in zip(rows, parsed, strict=True) if isinstance(found, Row) and not found.ends_early]
     wanted = trained(write_rows(tmp_path / "train.jsonl", rows), tokenizer)
