@@ -5,12 +5,15 @@ import pathlib
 
 import pytest
 
+from dream_jax.config import PRESETS
 from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
 from dream_jax.evaluation.likelihood import Bound
 from dream_jax.evaluation.report import compare, summarize
+from dream_jax.evaluation.run import plan_work
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, read_problems, split_examples
+from dream_jax.model import abstract_model
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 
 SUDOKU = [  # Dream's format
@@ -195,6 +198,14 @@ def test_messages_of_a_probe(tmp_path):
     assert TASKS["chat"].prompt(problem, [], "chat") == tuple(turns)
     with pytest.raises(ValueError, match=r"q\.jsonl:1: the last message is the assistant's"):
         read("chat", write(tmp_path / "q.jsonl", [{"messages": turns[:2], "contains": "4"}]))
+
+
+def test_a_prompt_that_the_tokenizer_refuses_is_named(tmp_path):
+    path = write(tmp_path / "p.jsonl", [GOOD["chat"], GOOD["chat"] | {"tools": [{"name": "f"}]}])
+    settings = EvaluateSettings(task="chat", file=path)
+    model = abstract_model(PRESETS["nano"])
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: the byte tokenizer does not support tools"):
+        plan_work(settings, "chat", model, ByteTokenizer())
 
 
 def test_passages_score_what_they_should(tmp_path):

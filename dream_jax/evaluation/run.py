@@ -192,7 +192,10 @@ def _sampled(
     prompts = []
     for problem in problems:
         prompt = task.prompt(problem, examples, template, settings.instruction)
-        ids = encode_prompt(prompt, template, tokenizer, tools=problem.tools)
+        try:
+            ids = encode_prompt(prompt, template, tokenizer, tools=problem.tools)
+        except ValueError as error:
+            raise ValueError(f"{problem.where}: {error}") from error
         check_length(ids, config.max_new_tokens, model, problem.where, remedy="fewer --shots")
         prompts.append(ids)
 
