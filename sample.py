@@ -24,6 +24,7 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import inference, pretrained
+from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
 from dream_jax.data import numbered_records, parse_messages, read_question, record_number
 from dream_jax.data.chats import QUESTION_FIELDS
 from dream_jax.decoding import Alg
@@ -79,7 +80,7 @@ class SampleSettings(inference.ModelSettings):
     """classifier-free guidance g: logits become u + (1 + g) (c - u), with c from the canvas and u from the canvas
     without the prompt; 0 switches it off"""
     seed: int = 0
-    """seed of all random numbers; the prompt in line i of a file uses the key (seed, i)"""
+    """seed of all random numbers, 0 to 2**31 - 1; the prompt in line i of a file uses the key (seed, i)"""
     samples: int = 1
     """number of answers to each prompt of a file"""
     batch_size: int = 8
@@ -94,8 +95,7 @@ class SampleSettings(inference.ModelSettings):
             raise ValueError("give exactly one of --prompt TEXT, --prompts FILE and --chat")
         if (self.prompts is None) != (self.out is None):
             raise ValueError("--prompts FILE and --out FILE need each other: give both or neither")
-        if self.batch_size < 1 or self.samples < 1:
-            raise ValueError(f"batch_size={self.batch_size} and samples={self.samples} must be at least 1")
+        check_numbers(self, seed=SEED, samples=IntegerRange(1, MOST_ROWS), batch_size=IntegerRange(1, MOST_ROWS))
         if self.prompts is not None and (self.system is not None or self.tools is not None):
             raise ValueError("--system and --tools are for --prompt and --chat; the rows of --prompts have their own")
         if self.ignore_field and self.prompts is None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 QUICK_TASKS, QUICK_SEEDS = ("addition",), 2
+MOST_PROCESSES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,21 @@ class StudySettings:
     max_length: int = 512
     """maximum length of a row for --inspect, in tokens; longer rows are left out"""
     seed: int = 0
-    """seed of --inspect, which decides which positions are masked"""
+    """seed of --inspect, which decides which positions are masked, 0 to 2**31 - 1"""
+
+    def __post_init__(self) -> None:
+        from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, SEED, IntegerRange, check_numbers
+
+        check_numbers(  # StudyPlan has further limits
+            self,
+            seeds=IntegerRange(1),
+            length=POSITIVE,
+            test_rows=IntegerRange(1),
+            processes=IntegerRange(0, MOST_PROCESSES),
+            rows=IntegerRange(1, MOST_ROWS),
+            max_length=IntegerRange(2, MOST_TOKENS),
+            seed=SEED,
+        )
 
 
 def hardware() -> dict[str, Any]:
@@ -124,9 +139,6 @@ def table(rows: list[dict[str, Any]], console: Console) -> None:
 
 def study(settings: StudySettings, console: Console) -> None:
     """Makes the missing runs and then the tables and figures; in a worker process only the runs."""
-    core = os.environ.get("DREAM_JAX_STUDY_CORE")
-    if core is not None:
-        os.sched_setaffinity(0, {int(core)})
     from dream_jax.files import write_file, write_json
     from dream_jax.paths import check_local, check_replaceable, claimed, is_json_object
     from mask_study import TASKS, VARIANTS, Study, StudyPlan, differences, read_rows, summarise
@@ -228,6 +240,9 @@ def look(settings: StudySettings, console: Console) -> None:
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    core = os.environ.get("DREAM_JAX_STUDY_CORE")
+    if core is not None:
+        os.sched_setaffinity(0, {int(core)})  # before the first import of numpy and jax, which count the cores
     console = Console()
     settings = tyro.cli(StudySettings, description=__doc__)
     try:

@@ -15,6 +15,8 @@ from typing import Literal
 import tyro
 from _console import run
 
+from dream_jax.bounds import check_numbers
+from dream_jax.hf import SHARD_SIZE
 from dream_jax.pretrained import Conversion, convert_to_hf
 from dream_jax.reports.model_card import find_run, model_card
 
@@ -41,6 +43,9 @@ class ExportSettings:
     """The maximum number of bytes of weights in one file."""
     overwrite: bool = False
     """Replace an existing checkpoint at DST, when the new one is complete."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, max_shard_size=SHARD_SIZE)
 
 
 def main(settings: ExportSettings) -> None:

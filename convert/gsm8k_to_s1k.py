@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 from _console import errors_end_the_command
 
+from dream_jax.bounds import IntegerRange, check_numbers
 from dream_jax.data.schemas import parse_gsm8k
 from dream_jax.data.sources import parse_lines
 from dream_jax.files import write_file
@@ -32,6 +33,9 @@ class ArrangeSettings:
     """The field names to write; the rows of s1k-1.1 also have grades."""
     rows: int | None = None
     """The number of rows to write, from the start; all by default."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, rows=IntegerRange(1))
 
 
 def arranged(question: str, solution: str, schema: str) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Literal
 import tyro
 from _console import run
 
+from dream_jax.bounds import check_numbers
 from dream_jax.pretrained import convert_from_hf
+from dream_jax.sharding import parse_mesh_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,11 @@ class ImportSettings:
     """Replace an existing checkpoint at DST, when the new one is complete."""
     ignore_config_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Unknown key of config.json that does not change what the weights compute; give the flag again for another key."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.mesh is not None:
+            parse_mesh_shape(self.mesh)
 
 
 def main(settings: ImportSettings) -> None:

@@ -15,6 +15,7 @@ import tyro
 from _console import errors_end_the_command
 
 from dream_jax import hub
+from dream_jax.bounds import IntegerRange, check_numbers
 from dream_jax.pretrained import MaskRow, adapt_qwen2
 
 
@@ -40,6 +41,9 @@ class AdaptSettings:
     """Replace an existing checkpoint at DST, when the new one is complete."""
     ignore_config_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Unknown key of config.json that does not change what the weights compute; give the flag again for another key."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, mask_token_id=IntegerRange(0), pad_token_id=IntegerRange(0))
 
 
 def main(settings: AdaptSettings) -> None:

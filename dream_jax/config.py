@@ -7,7 +7,11 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dream_jax.bounds import POSITIVE, FloatRange, IntegerRange, check_numbers
 from dream_jax.side_files import read_json
+
+# Limits of sizes, far above those of any known model, so that a wrong number is refused before it takes memory.
+_MOST_SIZE, _MOST_LAYERS = 2**24, 2**12
 
 # Keys that config.json must have. They have no defaults here, because libraries change their defaults between releases.
 _REQUIRED_KEYS = (
@@ -82,34 +86,35 @@ class DreamConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        size = IntegerRange(1, _MOST_SIZE)
+        check_numbers(
+            self,
+            vocab_size=size,
+            hidden_size=size,
+            intermediate_size=size,
+            num_hidden_layers=IntegerRange(1, _MOST_LAYERS),
+            num_attention_heads=size,
+            num_key_value_heads=size,
+            # float32 represents all integers up to 2**24, so up to there each position has other rotary angles.
+            max_position_embeddings=IntegerRange(1, 2**24),
+            rope_theta=POSITIVE,
+            rms_norm_eps=POSITIVE,
+            initializer_range=FloatRange(0.0, 1e3, open_low=True),
+            mask_token_id=IntegerRange(0),
+            pad_token_id=IntegerRange(0),
+        )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads=} must be a multiple of {self.num_key_value_heads=}")
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} must be even: rotary embedding rotates pairs of channels")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name}={value!r} must be a positive number")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"{self.tie_word_embeddings=} must be true or false")
         for name in ("mask_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
-                raise ValueError(f"{name}={value!r} is outside the vocabulary, 0..{self.vocab_size - 1}")
+            if value >= self.vocab_size:
+                raise ValueError(f"{name}={value} is outside the vocabulary, 0..{self.vocab_size - 1}")
         if self.mask_token_id == self.pad_token_id:
             raise ValueError(
                 f"{self.mask_token_id=} is also the padding token, so the sampler would replace padding; use two ids"

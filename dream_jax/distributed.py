@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+MOST_CPU_DEVICES = 64  # the largest number of devices that a CPU is divided into; 10,000 took 9 GB and many minutes
 HEARTBEAT_SECONDS = 40  # jax regards a process that has been silent for this time as dead, and ends the others
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -31,13 +32,22 @@ def provide_cpu_devices(count: int) -> None:
     """Gives the CPU backend of this process `count` devices if the backend has not started yet.
 
     Accelerators are not affected. A number that the user has set with JAX_NUM_CPU_DEVICES has priority.
+
+    Raises:
+      ValueError: the number is above `MOST_CPU_DEVICES`, and the user has set none.
     """
+    set_by_user = jax.config.jax_num_cpu_devices > 0  # type: ignore[attr-defined]  # options are defined at run time
+    if count > MOST_CPU_DEVICES and not set_by_user:
+        raise ValueError(
+            f"a mesh with {count} devices for one process is too large: a CPU is divided into at most {MOST_CPU_DEVICES} "
+            "devices, because each takes memory and threads; pass a smaller mesh, or start more processes"
+        )
     # The devices of one process share a thread pool, by default with one thread per device. A step may run two
     # independent collectives at once (a gather inside the layer loop, a sum outside it). Devices that wait for
     # different collectives can then occupy all threads, and neither collective finishes.
     if count > 1:
-        os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
-    if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]  # options are defined at run time
+        os.environ.setdefault("PJRT_NPROC", str(max(4 * min(count, MOST_CPU_DEVICES), os.cpu_count() or 1)))
+    if set_by_user:
         return
     # jax raises RuntimeError if the backend has started already; `sharding.make_mesh` then reports missing devices.
     with contextlib.suppress(RuntimeError):

@@ -339,7 +339,7 @@ def write_checksums(folder: pathlib.Path, *, leave_out: Collection[str] = (), **
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda name: _size_and_sum(folder / name), names))
     content = more | {"files": dict(zip(names, found, strict=True))}
-    write_file(folder / CHECKSUMS, json.dumps(content | {_OWN_SUM: _sum_of_content(content)}, indent=1))
+    write_json(folder / CHECKSUMS, content | {_OWN_SUM: _sum_of_content(content)}, indent=1)
 
 
 def _sum_of_content(content: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from dream_jax import hub, masks, pretrained, sharding
 from dream_jax.attention import Backend
+from dream_jax.bounds import check_numbers
 from dream_jax.model import Dream
 from dream_jax.paths import check_local
 from dream_jax.sampler import Preset, SamplerConfig, bucket_length, generate
@@ -46,7 +47,8 @@ class ModelSettings:
     """The model that answers, and how it is loaded: settings that are shared by all programs which answer prompts.
 
     Raises:
-      ValueError: `any_base` is set without an adapter, or `mask` is not the name of a mask.
+      ValueError: `any_base` is set without an adapter, `mask` is not the name of a mask, `mesh` is not the shape of a
+        mesh, or a number in a field of a subclass is not usable (see `bounds.check_numbers`).
     """
 
     model: str = "runs/demo/model"
@@ -76,6 +78,8 @@ class ModelSettings:
     model or the adapter notes it; otherwise raw for byte-level models and chat for others"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        sharding.parse_mesh_shape(self.mesh)
         check_local(self, "model", "adapter", "tokenizer")
         object.__setattr__(self, "model", hub.pinned(self.model, self.revision))
         if self.any_base and self.adapter is None:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from dream_jax import sharding
+from dream_jax.bounds import MOST_RANK, POSITIVE, FloatRange, IntegerRange, check_numbers
 from dream_jax.model import Dream, Linear, merge_params, split_params
 from dream_jax.quantisation import KINDS, CodeKind, QuantisedKernel, dequantise, kind_of, quantise
 from dream_jax.shapes import ParamTree
@@ -36,7 +37,7 @@ class LoraConfig:
     """The configuration of an adapter.
 
     Attributes:
-      rank: the number of columns of A and of rows of B, at least 1.
+      rank: the number of columns of A and of rows of B, at least 1; at most the narrower side of each projection.
       alpha: A B is multiplied by alpha / rank; positive.
       dropout: the probability, in [0, 1), with which a training step sets an input of A to zero. Every element of the
         input of every projection is drawn separately.
@@ -52,12 +53,9 @@ class LoraConfig:
     targets: tuple[Target, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a positive integer")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"{self.alpha=} must be a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"{self.dropout=} is outside [0, 1)")
+        check_numbers(
+            self, rank=IntegerRange(1, MOST_RANK), alpha=POSITIVE, dropout=FloatRange(0.0, 1.0, open_high=True)
+        )
         targets = tuple(self.targets)
         unknown = [name for name in targets if name not in TARGETS]
         if unknown or not targets or len(set(targets)) < len(targets):
@@ -142,10 +140,17 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
       key: the random key for A; the values do not depend on the mesh.
 
     Raises:
-      ValueError: the model has an adapter already.
+      ValueError: the model has an adapter already, or the rank is larger than the narrower side of a projection.
     """
     if config_of(model) is not None:
         raise ValueError("the model has an adapter already; merge it first, or continue training that one")
+    for name, linear in projections(model).items():
+        narrower = min(math.prod(linear.in_shape), math.prod(linear.out_shape))
+        if name in config.targets and config.rank > narrower:
+            raise ValueError(
+                f"rank={config.rank} is more than {narrower}, the narrower side of the projection {name}, so that the "
+                f"adapter would have more weights than it can use; give a rank of at most {narrower}, or other targets"
+            )
     adapted = _copy(model)
     sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(adapted).items())
     sizes = tuple(size for size in sizes if size[0] in config.targets)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import sharding
+from dream_jax.bounds import POSITIVE, FloatRange, check_numbers
 from dream_jax.masks import Mask
 from dream_jax.model import Dream, DropoutKeys, check_ids, mask_and_positions
 from dream_jax.shapes import Array
@@ -102,8 +103,7 @@ class CartWeight(LossWeight):
     geometric_p: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.geometric_p < 1.0:
-            raise ValueError(f"{self.geometric_p=} is outside (0, 1)")
+        check_numbers(self, geometric_p=FloatRange(0.0, 1.0, open_low=True, open_high=True))
 
     def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
         """Returns float32 [B, T], the weight of every position, masked or not."""
@@ -132,15 +132,14 @@ class Focal:
     Positions that the model predicts well then count less. The published configuration does not use it.
 
     Raises:
-      ValueError: alpha is not above 0, or gamma is below 1.
+      ValueError: alpha is not above 0, or gamma is outside [1, 100].
     """
 
     alpha: float = 0.25
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and self.gamma >= 1):
-            raise ValueError(f"{self.alpha=} must be above 0, and {self.gamma=} must be at least 1")
+        check_numbers(self, alpha=POSITIVE, gamma=FloatRange(1.0, 100.0))
 
 
 def draw_noise(

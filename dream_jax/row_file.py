@@ -70,8 +70,13 @@ class RowFile:
             os.truncate(self.path, sum(self._sizes))
 
     def append(self, rows: Sequence[JsonRow]) -> None:
-        """Appends rows to the file, and returns when they are on the disk. Raises OSError if they cannot be written."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        """Appends rows to the file, and returns when they are on the disk.
+
+        Raises:
+          ValueError: a row holds NaN or an infinity, which JSON does not have; nothing is written.
+          OSError: the rows cannot be written.
+        """
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
         with naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
             file.flush()
@@ -93,7 +98,7 @@ def agree_on_settings(path: pathlib.Path, rows: pathlib.Path, settings: Mapping[
       ValueError: rows exist that were made with other settings, or that have no file of settings.
       OSError: a file cannot be read or written.
     """
-    now = json.loads(json.dumps(settings))
+    now = json.loads(json.dumps(settings, allow_nan=False))
     if not path.is_file():
         if rows.exists() and rows.stat().st_size:
             raise ValueError(f"{rows} has rows, but {path.name}, the file of their settings, is missing; {remedy}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from dream_jax.bounds import MOST_TOKENS, FloatRange, IntegerRange, check
 from dream_jax.shapes import Array
 
 
@@ -21,12 +22,10 @@ def timesteps(steps: int, eps: float = 1e-3) -> Float[np.ndarray, steps_plus_1]:
     to another step.
 
     Raises:
-      ValueError: `steps` is below 1, or `eps` is outside (0, 1).
+      ValueError: `steps` is outside 1..2**20, or `eps` is outside (0, 1).
     """
-    if steps < 1:
-        raise ValueError(f"{steps=} must be at least 1")
-    if not 0.0 < eps < 1.0:
-        raise ValueError(f"{eps=} is outside (0, 1)")
+    check("steps", steps, IntegerRange(1, MOST_TOKENS))
+    check("eps", eps, FloatRange(0.0, 1.0, open_low=True, open_high=True))
     start, end = np.float32(1.0), np.float32(eps)
     step = (end - start) / np.float32(steps)
     index = np.arange(steps + 1)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dream_jax.bounds import MOST_DEVICES
 from dream_jax.distributed import provide_cpu_devices
 from dream_jax.shapes import ParamTree
 
@@ -84,12 +85,14 @@ def parse_mesh_shape(text: str) -> tuple[int, int, int]:
     """Returns the sizes (fsdp, tensor, sequence) in a text such as "8x1" or "2x1x4"; sequence is 1 if it is left out.
 
     Raises:
-      ValueError: the text is not two or three positive numbers with "x" between them.
+      ValueError: the text is not two or three positive numbers with "x" between them, or their product is above 65536.
     """
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", text, re.ASCII):
         raise ValueError(
-            f"mesh {text!r} is not of the form FSDPxTENSOR, such as 8x1 or 4x2, or FSDPxTENSORxSEQUENCE, such as 2x1x4"
+            f"mesh {text!r:.80} is not of the form FSDPxTENSOR, such as 8x1 or 4x2, or FSDPxTENSORxSEQUENCE, such as 2x1x4"
         )
+    if max(map(len, text.split("x"))) > 9 or math.prod(map(int, text.split("x"))) > MOST_DEVICES:
+        raise ValueError(f"mesh {text:.80} has more than {MOST_DEVICES} devices, the largest possible number")
     fsdp, tensor, sequence = [*(int(part) for part in text.split("x")), 1][:3]
     return fsdp, tensor, sequence
 
@@ -102,8 +105,8 @@ def make_mesh(shape: str | tuple[int, ...] | Mesh) -> Mesh:
     automatic axis types, which this package expects.
 
     Raises:
-      ValueError: the shape is not valid, there are fewer devices than the mesh needs, several processes have more
-        devices than it needs, or the Mesh has other axes.
+      ValueError: the shape is not valid, a CPU cannot be divided into so many devices, there are fewer devices than the
+        mesh needs, several processes have more devices than it needs, or the Mesh has other axes.
     """
     if isinstance(shape, Mesh):
         return _adopt(shape)

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import masks, sharding
 from dream_jax.batch import Batch
+from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
 from dream_jax.model import Dream, merge_params
 from dream_jax.objective import (
     TIME_BUCKETS,
@@ -98,13 +99,18 @@ class StepConfig:
     anneal_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.anneal_steps < 0:
-            raise ValueError(f"{self.anneal_steps=} must not be negative")
+        check_numbers(
+            self,
+            global_batch=IntegerRange(1, MOST_ROWS),
+            accumulation=IntegerRange(1, MOST_ROWS),
+            seed=SEED,
+            anneal_steps=IntegerRange(0),
+        )
         if self.anneal_steps and not isinstance(self.mask, masks.Bidirectional):
             raise ValueError(
                 f"{self.anneal_steps=} leads to bidirectional attention, but {self.mask=}; choose one of them"
             )
-        if self.global_batch < 1 or self.accumulation < 1 or self.global_batch % self.accumulation:
+        if self.global_batch % self.accumulation:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import msgspec
 from scipy import stats
 
+from dream_jax.bounds import FloatRange, IntegerRange, check_numbers
 from dream_jax.files import read_json, replacing, typed, write_file
 from dream_jax.paths import check_replaceable
 from dream_jax.side_files import parse_json, read_csv
@@ -58,8 +59,8 @@ class StudyPlan:
 
     Attributes:
       tasks, variants: keys of TASKS and of VARIANTS, at least one each.
-      seeds: number of seeds, at least 1; the seeds are 0, 1, ...
-      length: factor on the number of training steps of each task (`StudyTask.steps`), above 0.
+      seeds: number of seeds, 1 to 1000; the seeds are 0, 1, ...
+      length: factor on the number of training steps of each task (`StudyTask.steps`), above 0, at most 1000.
       test_rows: number of test examples that each model answers, 1 to 1024.
 
     Raises:
@@ -77,10 +78,14 @@ class StudyPlan:
             for name in asked:
                 if name not in known:
                     raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
-        if not self.tasks or not self.variants or self.seeds < 1 or not self.length > 0:
-            raise ValueError(f"a study needs a task, a variant, seeds >= 1 and length > 0, but has: {self}")
-        if not 1 <= self.test_rows <= 1024:
-            raise ValueError(f"test_rows={self.test_rows} must be between 1 and 1024")
+        check_numbers(
+            self,
+            seeds=IntegerRange(1, 1000),
+            length=FloatRange(0.0, 1000.0, open_low=True),
+            test_rows=IntegerRange(1, 1024),
+        )
+        if not self.tasks or not self.variants:
+            raise ValueError(f"a study needs at least one task and one variant, but has: {self}")
 
     def steps(self, task: str) -> int:
         """Returns the number of training steps of each run on the task."""

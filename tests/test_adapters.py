@@ -369,7 +369,7 @@ def test_prompts_are_written_as_the_adapter_was_trained(finished, weights):
         ({"base": "nf4"}, "--base has no effect.* give --lora-rank or --adapter"),
         ({"merge": True}, "--merge has no effect"),
         ({"lora_dropout": 0.0}, "--lora-dropout has no effect"),
-        ({"lora_rank": 0}, "rank=0 must be a positive integer"),
+        ({"lora_rank": 0}, "rank=0 must be at least 1"),
         ({"lora_rank": 4, "lora_targets": "q,w"}, "'q,w' are neither all nor some of"),
         ({"lora_rank": 4, "lora_dropout": 1.0}, "outside"),
         ({"lora_rank": 4, "adapter": "x"}, "rank, alpha and targets are read from --adapter x"),

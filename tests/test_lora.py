@@ -492,7 +492,7 @@ def test_identity_sees_every_change():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "rank=0 must be a positive integer"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
         ({"rank": True}, "rank=True"),
         ({"alpha": 0.0}, "alpha=0.0 must be a positive number"),
         ({"alpha": float("nan")}, "alpha=nan"),

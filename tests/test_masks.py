@@ -292,9 +292,9 @@ def test_two_streams_see_what_decoding_block_by_block_sees():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masks.BlockCausal(0), "blocks of 0 tokens"),
-        (lambda: masks.TwoStream(0), "blocks of 0 tokens"),
-        (lambda: masks.SlidingWindow(-1, 0), "neither may be negative"),
+        (lambda: masks.BlockCausal(0), "size=0 must be at least 1"),
+        (lambda: masks.TwoStream(0), "size=0 must be at least 1"),
+        (lambda: masks.SlidingWindow(-1, 0), "left=-1 must not be negative"),
         (lambda: masks.TwoStream(2).dense(5, 5), "5 keys cannot be a noised and a clean half"),
         (lambda: masks.Causal().at(np.zeros((1, 2), int)).dense(3, 5), "positions of 2 queries, but there are 3"),
         (lambda: (masks.Causal() & masks.KeyLengths(np.array([1]))).dense(2, 3), "2 queries and 3 keys"),

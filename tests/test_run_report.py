@@ -141,7 +141,7 @@ def test_only_one_thing_is_asked_for_at_once(tmp_path):
 
 
 def test_a_refused_value_is_one_line_and_a_mistyped_flag_is_the_parsers():
-    for flag, value, said in (("--seed", "-1", "seed=-1 is outside"), ("--mesh", "3y1", "mesh '3y1'")):
+    for flag, value, said in (("--seed", "-1", "seed=-1 must not be negative"), ("--mesh", "3y1", "mesh '3y1'")):
         done = run_script("train.py", flag, value)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
         assert done.stderr.count("\n") == 1

@@ -126,5 +126,5 @@ def test_steps_out_of_range_raise(steps):
 
 @pytest.mark.parametrize("eps", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_eps_out_of_range_raises(eps):
-    with pytest.raises(ValueError, match=f"eps={eps} is outside"):
+    with pytest.raises(ValueError, match=f"eps={eps} (is outside|must be a finite)"):
         schedule.write_fractions(4, eps)

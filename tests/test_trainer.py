@@ -323,7 +323,7 @@ def test_first_losses_of_nano_are_those_of_any_mesh(nano_losses, tmp_path, mesh,
         ({"samples": -1}, "samples=-1"),
         ({"log_to": ("mlflow",)}, "known are tensorboard, wandb, trackio"),
         ({"price_per_chip_hour": -1.0}, "must not be negative"),
-        ({"rmb_per_usd": 0.0}, "must be positive"),
+        ({"rmb_per_usd": 0.0}, "must be a positive number"),
         ({"mix": ("gsm8k",), "mix_weights": (1.0,)}, "one for each of mix"),
     ],
 )

@@ -12,7 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dream_jax.checkpoint.description import read_description
 from dream_jax.checkpoint.trees import tree_differences
-from dream_jax.checkpoint.weights import WeightUnit, map_specs, only, read_unit, stacked_shapes, units, write_unit
+from dream_jax.checkpoint.weights import (
+    WEIGHTS,
+    WeightUnit,
+    map_specs,
+    only,
+    read_unit,
+    stacked_shapes,
+    units,
+    write_unit,
+)
 from dream_jax.config import DreamConfig
 from dream_jax.shapes import ParamTree
 
@@ -32,13 +41,20 @@ def load_params(
     directory = pathlib.Path(directory)
     read_description(directory, config)
     first, *layers, last = units(config, dtype, mesh)
+    missing = [unit.name for unit in layers if not (directory / WEIGHTS / unit.name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"config.json has num_hidden_layers={config.num_hidden_layers}, but {directory / WEIGHTS} holds no "
+            f"{missing[0]}; convert the source again"
+        )
     params: ParamTree = {}
     for unit in (first, last):  # first, because they are the largest units, and now most of the memory is free
         params |= jax.tree.map(jnp.asarray, read_unit(directory, unit, mesh))
         jax.block_until_ready(params)
-    params["layers"] = _zeros(stacked_shapes(config, jnp.dtype(dtype).name)["layers"], layers[0], mesh)
     for unit in layers:
         layer = read_unit(directory, unit, mesh)["layers"]
+        if unit.layer == 0:  # not earlier: the first layer in the files has the sizes of config.json, or is refused
+            params["layers"] = _zeros(stacked_shapes(config, jnp.dtype(dtype).name)["layers"], unit, mesh)
         params["layers"] = set_layer(params["layers"], layer, unit.layer)
         jax.block_until_ready(params)  # otherwise the following layers accumulate in memory
     return params

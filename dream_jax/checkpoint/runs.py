@@ -111,12 +111,12 @@ class RunCheckpoints:
             means no score.
 
         Raises:
-          ValueError: the step was saved before.
+          ValueError: the step was saved before, or `meta` holds NaN or an infinity.
           TypeError: `meta` is not serialisable as JSON.
           OSError: the disk became full while the earlier checkpoint was written.
           Exception: another error for which the earlier checkpoint could not be written.
         """
-        json.dumps(meta)
+        json.dumps(meta, allow_nan=False)
         if step in self.steps():
             raise ValueError(f"{self.directory} already holds step {step}; delete that checkpoint first")
         self._scores[step] = None if score is None or math.isnan(score) else float(score)

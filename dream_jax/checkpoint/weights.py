@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dream_jax.checkpoint.trees import tree_differences
 from dream_jax.config import DreamConfig
 from dream_jax.files import is_disk_full
+from dream_jax.finite import check_parameters
 from dream_jax.model import abstract_model, split_params
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import parameter_specs
@@ -163,7 +164,8 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
       Nested dict of numpy arrays if `mesh` is None, otherwise of jax arrays with the shardings of `unit_shardings`.
 
     Raises:
-      ValueError: the folder is damaged, or holds parameters with other names or shapes.
+      ValueError: the folder is damaged, or holds parameters with other names or shapes, or weights that are no numbers or
+        that are infinite in the dtype of `unit.shapes`.
     """
     path = directory.resolve() / WEIGHTS / unit.name
     target = unit.shapes
@@ -183,7 +185,9 @@ def read_unit(directory: pathlib.Path, unit: WeightUnit, mesh: Mesh | None = Non
         if differences:
             raise ValueError(f"{path} does not fit config.json: {'; '.join(differences)}; convert the source again")
         with naming_damage(path, "convert the source again"):
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
+            params: ParamTree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=args))
+    check_parameters(str(path), params, mesh)
+    return params
 
 
 @contextlib.contextmanager

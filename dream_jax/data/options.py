@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dream_jax.bounds import MOST_TOKENS, SHARE, FloatRange, IntegerRange, check_numbers
+
 AnswerFormat = Literal["s1", "d1", "s1-0.1", "d1-0.1"]
 """The format of rows with a trace and an answer; see `dream_jax.data.answer_formats`."""
 
@@ -58,8 +60,7 @@ class ReadOptions:
             raise ValueError(
                 f"test_split={self.test_split!r} is the split that is trained on; give another one, or none"
             )
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"held_out={self.held_out} is outside [0, 1): it is a share of the prompts")
+        check_numbers(self, held_out=FloatRange(0.0, 1.0, open_high=True, note="it is a share of the prompts"))
         _check_choice("answer_format", self.answer_format, get_args(AnswerFormat))
 
 
@@ -102,12 +103,12 @@ class BatchOptions:
     width_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.eos_tail is not None and self.eos_tail < 0:
-            raise ValueError(f"eos_tail={self.eos_tail} must not be negative; pass None for no limit")
-        if not 0.0 <= self.tail_cut <= 1.0:
-            raise ValueError(f"tail_cut={self.tail_cut} is outside [0, 1]: it is a probability")
-        if self.width_step is not None and self.width_step < 1:
-            raise ValueError(f"width_step={self.width_step} must be at least 1; pass None for one width")
+        check_numbers(
+            self,
+            eos_tail=IntegerRange(0, note="pass None for no limit"),
+            tail_cut=SHARE,
+            width_step=IntegerRange(1, MOST_TOKENS, "pass None for one width"),
+        )
 
     @property
     def hides(self) -> bool:

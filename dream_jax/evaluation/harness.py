@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from dream_jax.attention import Backend
+from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, SEED, IntegerRange, check
 from dream_jax.data import parse_messages, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.evaluation import likelihood
@@ -105,8 +107,15 @@ class DreamHarness(TemplateLM):
         super().__init__()
         if preset is not None and preset not in get_args(Published):
             raise ValueError(f"{preset=} is not one of {get_args(Published)}")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"{batch_size=} must be a positive integer; batch_size=auto is not supported")
+        if isinstance(batch_size, str):
+            if not re.fullmatch("[0-9]{1,10}", batch_size):
+                raise ValueError(f"{batch_size=} must be a positive integer; batch_size=auto is not supported")
+            batch_size = int(batch_size)
+        check("batch_size", batch_size, IntegerRange(1, MOST_ROWS))
+        check("seed", seed, SEED)
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
+            if value is not None:
+                check(name, value, IntegerRange(1, MOST_TOKENS))
         if max_batch_size is not None:
             raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not supported: leave it out")
         likelihood.check_samples(samples)
@@ -127,7 +136,7 @@ class DreamHarness(TemplateLM):
             _log.warning(prepared.note)
         self._tokenizer = prepared.tokenizer
         self._instruction = prepared.instruction if instruction is None else instruction
-        self.batch_size, self._samples, self._seed = int(batch_size), samples, seed
+        self.batch_size, self._samples, self._seed = batch_size, samples, seed
         self._max_new_tokens, self._greedy = max_new_tokens, greedy
         sampler_options = {
             "steps": steps,
@@ -289,8 +298,16 @@ class DreamHarness(TemplateLM):
         asked = {name: options[name] for name in _SAMPLER_OPTIONS if options.get(name) is not None}
         if options.get("do_sample") is False:
             asked["temperature"] = 0.0
-        lengths = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in options]
-        return self._config(asked, self._max_new_tokens or int((lengths or [DEFAULT_MAX_NEW_TOKENS])[0]))
+        lengths = [
+            (name, options[name]) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in options
+        ]
+        name, length = (lengths or [("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)])[0]
+        if isinstance(length, str) and re.fullmatch("[0-9]{1,10}", length):
+            length = int(length)
+        if isinstance(length, float) and length.is_integer():  # tasks are YAML, where 1e3 is a float
+            length = int(length)
+        check(name, length, IntegerRange(0, MOST_TOKENS))
+        return self._config(asked, self._max_new_tokens or length)
 
     def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
         return published_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)

@@ -22,6 +22,7 @@ import numpy as np
 import scipy.stats
 
 from dream_jax import masks
+from dream_jax.bounds import MOST_ROWS, IntegerRange, check
 from dream_jax.inference import batches, left_padded
 from dream_jax.model import Dream
 from dream_jax.objective import UniformWeight, masked_diffusion_loss
@@ -87,8 +88,13 @@ NLL = Callable[[MaskedRows], np.ndarray]
 
 def check_samples(samples: int) -> None:
     """Raises ValueError unless `samples` is even and large enough for an interval."""
-    if samples < FEWEST_SAMPLES or samples % 2:
-        raise ValueError(f"{samples=} must be even and at least {FEWEST_SAMPLES}: every stratum needs two draws")
+    check(
+        "samples",
+        samples,
+        IntegerRange(FEWEST_SAMPLES, MOST_ROWS, "an even number, because every stratum needs two draws"),
+    )
+    if samples % 2:
+        raise ValueError(f"{samples=} must be even: every stratum needs two draws")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +213,7 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
     """Returns the function from rows to their cross entropies, with the mask under which the model was trained.
 
     The function computes up to `batch_size` rows with lengths of one bucket together, padded on the left, and raises
-    ValueError for a row that is longer than the model allows.
+    ValueError for a row that is longer than the model allows, and for logits that are no numbers.
 
     Raises:
       ValueError: the mask depends on where the prompt ends, and rows of a likelihood have no prompt.
@@ -230,7 +236,13 @@ def model_nll(model: Dream, tokenizer: Tokenizer, batch_size: int) -> NLL:
             level = np.full(batch_size, 0.5, np.float32)  # The uniform weight does not depend on the noise level.
             mask = attends.for_rows(valid_BT, masked_BT)
             _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, level, UniformWeight(), valid_BT, mask=mask)
-            out[list(batch)] = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(batch)]
+            found = np.asarray(aux["token_nll"], np.float64).sum(axis=1)[: len(batch)]
+            if not np.isfinite(found).all():
+                raise ValueError(
+                    "the logits of a text are no numbers (NaN or infinity), so it has no likelihood: the weights are "
+                    "damaged or too large for their dtype"
+                )
+            out[list(batch)] = found
         return out
 
     return nll

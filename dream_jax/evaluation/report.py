@@ -35,12 +35,15 @@ class Summary:
     numbers: dict[str, Any]
 
     def to_json(self) -> str:
-        """Returns the results as one JSON object; an Estimate is an object with value, low and high."""
+        """Returns the results as one JSON object; an Estimate is an object with value, low and high.
+
+        Raises ValueError for NaN and infinities, which JSON does not have.
+        """
         plain = {
             name: dataclasses.asdict(value) if isinstance(value, Estimate) else value
             for name, value in self.numbers.items()
         }
-        return json.dumps({"task": self.task} | plain, indent=2) + "\n"
+        return json.dumps({"task": self.task} | plain, indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self, model: str) -> str:
         """Returns a Markdown table with a row for each result; the second column is headed by `model`."""

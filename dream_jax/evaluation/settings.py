@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import tyro
 
+from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, IntegerRange, check_numbers
 from dream_jax.decoding import Alg
 from dream_jax.evaluation.likelihood import check_samples
 from dream_jax.evaluation.tasks import SampledTask
 from dream_jax.inference import ModelSettings, make_sampler
 from dream_jax.paths import check_local
 from dream_jax.sampler import Preset, SamplerConfig
-from dream_jax.tokenizer import Template, Tokenizer
+from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer
 
 TaskName = SampledTask | Literal["choice", "likelihood"]
 Published = Literal["base", "instruct", "planning"]
@@ -88,12 +89,15 @@ class EvaluateSettings(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_local(self)
-        for name in ("seeds", "batch_size", "limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.shots is not None and self.shots < 0:
-            raise ValueError(f"shots={self.shots} must not be negative")
+        check_numbers(
+            self,
+            seeds=IntegerRange(1, MOST_ROWS),
+            limit=IntegerRange(1),
+            shots=IntegerRange(0, MOST_ROWS),
+            max_new_tokens=IntegerRange(1, MOST_TOKENS),
+            batch_size=IntegerRange(1, MOST_ROWS),
+        )
+        self.sampler_config(ByteTokenizer(), self.max_new_tokens or 1)  # raises ValueError for its settings
         check_samples(self.samples)
         if self.ignore_field and self.file is None:
             raise ValueError("--ignore-field is for the rows of --file; leave it out, or give a file")

@@ -5,7 +5,7 @@
 executed, and only `fetch` uses the network.
 """
 
-from dream_jax.hf.export import MAX_SHARD_SIZE, export, export_from
+from dream_jax.hf.export import MAX_SHARD_SIZE, SHARD_SIZE, export, export_from
 from dream_jax.hf.load import (
     Buffers,
     Reading,
@@ -43,6 +43,7 @@ __all__ = [
     "PEFT_PICKLE",
     "PEFT_WEIGHTS",
     "RULES",
+    "SHARD_SIZE",
     "SINGLE",
     "Buffers",
     "ConversionRule",

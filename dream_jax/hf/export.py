@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from dream_jax.bounds import IntegerRange, check
 from dream_jax.config import DreamConfig
 from dream_jax.files import write_json
+from dream_jax.finite import check_weights
 from dream_jax.hf import table
 from dream_jax.hf.load import flat, reading_threads
 from dream_jax.hf.source import DTYPES, INDEX, SINGLE, copy_cast
@@ -20,6 +22,8 @@ from dream_jax.hf.table import Destination, Shape
 from dream_jax.shapes import ParamTree
 
 MAX_SHARD_SIZE = 5_000_000_000
+SHARD_SIZE = IntegerRange(1, 2**50, "it is a number of bytes")
+"""The range of the maximum number of bytes of weights in one file."""
 """Default of the maximum size of one file of weights, in bytes, as in published checkpoints."""
 
 _BLOCK_BYTES = 8 * 2**20
@@ -97,8 +101,7 @@ def export_from(
     code = next((code for code, known in DTYPES.items() if known == dtype), None)
     if code is None:
         raise ValueError(f"{dtype=} is not one of {', '.join(map(str, DTYPES.values()))}")
-    if max_shard_size < 1:
-        raise ValueError(f"{max_shard_size=} must be at least 1 byte")
+    check("max_shard_size", max_shard_size, SHARD_SIZE)
     destinations = table.destinations(config)
     sizes = {name: int(np.prod(destination.shape)) * dtype.itemsize for name, destination in destinations.items()}
     shards = list(_shards(sizes, max_shard_size))
@@ -158,9 +161,12 @@ def _write_shard(
             source = _as_source(fetch(destination.rule.target, destination.layer), destination, dtype)
             jobs = _row_blocks(source.shape)
 
-            def write(rows: slice, source: np.ndarray = source, offset: int = start + offsets[name]) -> None:
+            def write(
+                rows: slice, name: str = name, source: np.ndarray = source, offset: int = start + offsets[name]
+            ) -> None:
                 block = np.empty((rows.stop - rows.start, source.shape[1]), dtype)
                 copy_cast(block, source[rows])
+                check_weights(name, block)
                 _write_at(file.fileno(), block, offset + rows.start * source.shape[1] * dtype.itemsize)
                 progress(block.nbytes)
 

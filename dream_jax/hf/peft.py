@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
+from dream_jax.bounds import MOST_RANK, POSITIVE, FloatRange, IntegerRange, check
 from dream_jax.config import DreamConfig
 from dream_jax.files import read_json, write_json
 from dream_jax.hf import table
@@ -427,6 +428,12 @@ def _read_config(path: pathlib.Path) -> PeftConfig:
             f"{path} has r={rank}, lora_alpha={alpha}, lora_dropout={dropout}; r must be at least 1, lora_alpha positive, "
             "and lora_dropout in [0, 1)"
         )
+    try:
+        check("r", rank, IntegerRange(1, MOST_RANK))
+        check("lora_alpha", alpha, POSITIVE)
+        check("lora_dropout", dropout, FloatRange(0.0, 1.0, open_high=True))
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
     targets = _modules(path, "target_modules", fields.get("target_modules"))
     if not targets:
         raise ValueError(f"{path} has no target_modules: it does not say which modules have an adapter; {_REMEDY}")
@@ -494,6 +501,9 @@ def _patterns(path: pathlib.Path, key: str, value: object, kind: type) -> Mappin
         found[pattern] = _field(path, value, pattern, kind, None)
         if not 0 < found[pattern] < math.inf:
             raise ValueError(f"{path} has {key} {pattern!r:.80}: {found[pattern]}; it must be positive")
+        check(
+            f"{path} has {key} {pattern!r:.80}", found[pattern], IntegerRange(1, MOST_RANK) if kind is int else POSITIVE
+        )
     return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dream_jax.config import DreamConfig
+from dream_jax.finite import check_weights
 from dream_jax.hf import table
 from dream_jax.hf.table import Destination, Shape, Slices
 from dream_jax.side_files import read_json
@@ -137,7 +138,7 @@ class SafetensorsSource:
 
         Raises:
           ValueError: an array of a region is not contiguous, or a region is no slice of the tensor. A job raises
-            ValueError if the file has become shorter.
+            ValueError if the file has become shorter, or if a weight is no number or would be infinite after the cast.
         """
         tensor = self.tensors[name]
         views = []
@@ -174,6 +175,8 @@ class SafetensorsSource:
         for row in range(start, stop, _BLOCK_ROWS):
             end = min(row + _BLOCK_ROWS, stop)
             block = self._rows(tensor, row, end, low, high)
+            # The block is in the cache of the CPU now, so that this takes a small part of the time of reading.
+            check_weights(f"{tensor.path}: {tensor.name}", block, views[0][2].dtype)
             for rows, columns, view in views:
                 top, bottom = max(row, rows.start), min(end, rows.stop)
                 if top < bottom:

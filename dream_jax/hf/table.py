@@ -198,8 +198,15 @@ def check_names(names: Collection[str], config: DreamConfig) -> None:
     With tied embeddings it may also have an `lm_head.weight`.
 
     Raises:
-      ValueError: tensors are missing or not expected; the message names them.
+      ValueError: the configuration has another number of layers, or tensors are missing or not expected; the message
+        names them.
     """
+    layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if layers and max(layers) + 1 != config.num_hidden_layers:
+        raise ValueError(
+            f"config.json has num_hidden_layers={config.num_hidden_layers}, but the checkpoint holds {len(layers)} layers, "
+            f"the last of which is layer {max(layers)} (counted from 0)"
+        )
     wanted = destinations(config)
     extra = set(names) - set(wanted) - (set(TIED_NAMES) if config.tie_word_embeddings else set())
     missing = set(wanted) - set(names)

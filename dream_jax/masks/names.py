@@ -5,6 +5,8 @@ from __future__ import annotations
 from dream_jax.masks.base import Bidirectional, Mask
 from dream_jax.masks.order import BlockCausal, Causal, Prefix, SlidingWindow
 
+_DIGITS = 10  # of the largest number of tokens that a mask accepts
+
 NAMES = "bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT"
 """The forms of the names, for messages. Numbers are in tokens, and window:REACH means window:REACH:REACH."""
 
@@ -19,16 +21,23 @@ def parse(name: str) -> Mask:
     """
     kind, *numbers = name.split(":")
     # Only digits are accepted. int() also reads "1_6" and " 16", but a number should have one spelling.
+    if any(len(number) > _DIGITS for number in numbers):
+        raise ValueError(f"mask {name!r:.80}: a number of tokens has at most {_DIGITS} digits")
     if all(number.isascii() and number.isdigit() for number in numbers):
         values = [int(number) for number in numbers]
         simple = {"bidirectional": Bidirectional, "causal": Causal, "prefix": Prefix}
         if kind in simple and not values:
             return simple[kind]()
-        if kind == "block-causal" and len(values) == 1:
-            return BlockCausal(values[0])
-        if kind == "window" and len(values) in (1, 2):
-            return SlidingWindow(values[0], values[-1])
-    raise ValueError(f"mask {name!r} is not one of {NAMES}, where SIZE, REACH, LEFT and RIGHT are numbers of tokens")
+        try:
+            if kind == "block-causal" and len(values) == 1:
+                return BlockCausal(values[0])
+            if kind == "window" and len(values) in (1, 2):
+                return SlidingWindow(values[0], values[-1])
+        except ValueError as error:
+            raise ValueError(f"mask {name!r}: {error}") from error
+    raise ValueError(
+        f"mask {name!r:.80} is not one of {NAMES}, where SIZE, REACH, LEFT and RIGHT are numbers of tokens"
+    )
 
 
 def name_of(mask: Mask) -> str:

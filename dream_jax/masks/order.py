@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
+from dream_jax.bounds import IntegerRange, check_numbers
 from dream_jax.masks.base import Mask
 from dream_jax.shapes import Array
+
+# Positions are int32 numbers. Their sums and differences with such a number of tokens are too.
+_SIZE, _REACH = IntegerRange(1, 2**30), IntegerRange(0, 2**30)
 
 
 @jax.tree_util.register_dataclass
@@ -84,8 +88,7 @@ class BlockCausal(Mask):
     start_B: Int[Array, "B"] | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
+        check_numbers(self, size=_SIZE)
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [b, T, S], true where the block of the key is not after the block of the query."""
@@ -123,8 +126,7 @@ class SlidingWindow(Mask):
     right: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if self.left < 0 or self.right < 0:
-            raise ValueError(f"{self.left=} and {self.right=} are numbers of tokens; neither may be negative")
+        check_numbers(self, left=_REACH, right=_REACH)
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [b, T, S], true where the key is inside the window of the query."""
@@ -158,8 +160,7 @@ class TwoStream(Mask):
     size: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"blocks of {self.size} tokens: the size must be at least 1")
+        check_numbers(self, size=_SIZE)
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [b, T, S]. Raises ValueError for an odd number of keys."""

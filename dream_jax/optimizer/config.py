@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal, get_args
 
 import jax
 import optax
 
 from dream_jax import sharding
+from dream_jax.bounds import MOST_STEPS, POSITIVE, FloatRange, IntegerRange, check_numbers
 from dream_jax.optimizer.adam import BFLOAT16_LARGEST_DECAY, STORAGES, scale_by_adam, scale_by_float32_adam
 from dream_jax.optimizer.shardings import require_host_memory
 from dream_jax.optimizer.skipping import skipping
@@ -39,7 +39,7 @@ class OptimizerConfig:
         and back in every step. On GPUs XLA limits this memory to 64 GB; XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB changes the
         limit. On CPUs it saves nothing.
       b1, b2: the decays of AdamW's first and second moment, in [0, 1); Adafactor does not use them.
-      eps: is added to the square root of AdamW's second moment; positive. Adafactor does not use it.
+      eps: is added to the square root of AdamW's second moment; at least 1e-18. Adafactor does not use it.
       weight_decay: the weight decay of matrices and of the embedding table; norms and biases have none.
       clip_norm: the maximum global norm of the gradient; a larger gradient is scaled down. None switches this off.
 
@@ -60,20 +60,19 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
-        if not isinstance(self.total_steps, int) or self.total_steps < 1:
-            raise ValueError(f"{self.total_steps=} must be a whole number, at least 1")
-        if not 0.0 <= self.warmup_share < 1.0:
-            raise ValueError(f"{self.warmup_share=} is outside [0, 1)")
-        for name in ("b1", "b2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"{self.weight_decay=} must be a finite number that is not negative")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"{self.clip_norm=} must be positive; pass None to switch it off")
+        decay = FloatRange(0.0, 1.0, open_high=True)
+        check_numbers(
+            self,
+            learning_rate=POSITIVE,
+            total_steps=IntegerRange(1, MOST_STEPS),
+            warmup_share=decay,
+            b1=decay,
+            b2=decay,
+            # float32 holds no square of a number below 1e-19. A smaller eps would divide such a first moment by almost 0.
+            eps=FloatRange(1e-18),
+            weight_decay=FloatRange(0.0),
+            clip_norm=POSITIVE._replace(note="pass None to switch it off"),
+        )
         for name, choices in (("kind", get_args(OptimizerKind)), ("moments", get_args(Moments))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")

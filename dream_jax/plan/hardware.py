@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dream_jax import sharding
+from dream_jax.bounds import MOST_DEVICES
 from dream_jax.chips import CHIPS, Chip, chip_of
 
 # On a machine without a TPU, libtpu would ask the metadata server of a cloud and wait for an answer; the first three
@@ -114,11 +115,13 @@ def find_hardware(topology: str | None, *, compiles: bool = True) -> Hardware:
     """
     if topology is None:
         return _here()
-    match = re.fullmatch(r"([a-z0-9-]+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
+    match = re.fullmatch(r"([a-z0-9-]+):([1-9]\d{0,8}(?:x[1-9]\d{0,8}){0,3})", topology, re.ASCII)
     if match is None or match[1] not in CHIPS or not CHIPS[match[1]].topology:
-        raise ValueError(f"topology {topology!r} is not known; {known()}")
-    _leave_accelerators_alone()
+        raise ValueError(f"topology {topology!r:.80} is not known; {known()}")
     chip, sizes = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    if math.prod(sizes) > MOST_DEVICES:
+        raise ValueError(f"topology {topology!r} has more than {MOST_DEVICES} devices, the largest possible number")
+    _leave_accelerators_alone()
     return (_tpu if chip.platform == "tpu" else _gpu)(topology, chip, sizes, compiles)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from dream_jax.bounds import FloatRange, check_numbers
 from dream_jax.paths import check_local
 from dream_jax.plan.hlo import Collective
 
@@ -28,9 +29,10 @@ class PlanSettings:
     """file that the plan is written to, as JSON"""
 
     def __post_init__(self) -> None:
+        check_numbers(self, utilization=FloatRange(0.0, 1.0, open_low=True))
         check_local(self)
         low, high = self.utilization
-        if not 0.0 < low <= high <= 1.0:
+        if not low <= high:
             raise ValueError(f"utilization={self.utilization} must be two shares in (0, 1], the lower one first")
         if self.plan:
             return

@@ -18,7 +18,7 @@ import numpy as np
 
 from dream_jax import hf
 from dream_jax.config import DreamConfig, with_rope_theta
-from dream_jax.files import check_new_directory, new_directory, read_json, read_typed
+from dream_jax.files import check_new_directory, new_directory, read_json, read_typed, write_json
 from dream_jax.paths import AnyPath, copy_companion, local_path
 from dream_jax.pretrained.directories import (
     check_tokenizer_directory,
@@ -176,8 +176,8 @@ def adapt_qwen2(
                 for name in tables:
                     if name in opened.tensors:
                         _write_mean(opened.tensors[name], made, config.mask_token_id)
-            text = json.dumps(config.to_dict() | {"torch_dtype": str(opened.dtype)}, indent=2, sort_keys=True)
-            (made / "config.json").write_text(text + "\n", encoding="utf-8")
+            fields = config.to_dict() | {"torch_dtype": str(opened.dtype)}
+            write_json(made / "config.json", dict(sorted(fields.items())))
             write_sums(made)
     return config
 

@@ -282,7 +282,8 @@ class _MergedUnits:
         for name, leaf in params.items():
             if unit.layer is not None and name.removesuffix("kernel") + "lora_a" in self._added:
                 leaf = leaf + self._correction(name.removesuffix("kernel"), unit.layer).reshape(leaf.shape)
-            found[name, unit.layer] = leaf.astype(wanted[name].dtype)
+            with np.errstate(over="ignore"):  # the export refuses infinite weights, with the name of the tensor
+                found[name, unit.layer] = leaf.astype(wanted[name].dtype)
         return found
 
     def _correction(self, name: str, layer: int) -> np.ndarray:

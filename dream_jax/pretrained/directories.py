@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import numpy as np
 
 from dream_jax import checkpoint, distributed, files, hf, hub
 from dream_jax.config import PRESETS, DreamConfig
-from dream_jax.files import read_json
+from dream_jax.files import read_json, write_json
 from dream_jax.paths import AnyPath, check_companion, copy_companion, local_path
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE, TOKENIZER_FILES
 
@@ -234,4 +233,4 @@ def write_companions(
     # The release of transformers that runs the published code reads torch_dtype; newer releases write dtype and read both.
     dtype_key = "dtype" if "dtype" in published else "torch_dtype"
     fields = config.to_dict() | carried | {dtype_key: jnp.dtype(dtype).name}
-    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", dict(sorted(fields.items())))

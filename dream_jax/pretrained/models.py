@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dream_jax import checkpoint, hf, lora
 from dream_jax.attention import Backend
+from dream_jax.bounds import SEED, check
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.files import new_directory
 from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
@@ -58,7 +59,7 @@ def load(
         the same name.
       dtype: the dtype of the parameters: float32, bfloat16 or float16.
       mesh: the devices of the parameters, as a Mesh or "FSDPxTENSOR"; None for one device.
-      seed: the seed of the random weights of a preset.
+      seed: the seed of the random weights of a preset, 0 to 2**31 - 1.
       compute_dtype, attention_backend, remat: as for `Dream`.
       ignore_config_keys: keys of config.json that are known not to change what the weights compute.
       base: "int8" or "nf4" quantises the kernels of the layers, one layer after the other, so that the whole model is never
@@ -73,10 +74,12 @@ def load(
 
     Raises:
       FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter, or one of its files is missing.
-      ValueError: the checkpoint is damaged or of another architecture; a dtype is unknown; the mesh or the adapter does not
-        fit the model; a path is an address; the adapter was trained on other weights, and `any_base` is false.
+      ValueError: the checkpoint is damaged, has weights that are NaN or infinite, or is of another architecture; a dtype
+        is unknown; the seed is out of range; the mesh or the adapter does not fit the model; a path is an
+        address; the adapter was trained on other weights, and `any_base` is false.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
+    check("seed", seed, SEED)
     mesh = None if mesh is None else make_mesh(mesh)
     model = describe(
         path,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-from dream_jax import decoding, masks, schedule
+from dream_jax import decoding, masks
+from dream_jax.bounds import MOST_TOKENS, FloatRange, IntegerRange, check, check_numbers
 from dream_jax.sampler.callbacks import LogitsHook, TokenHook
 from dream_jax.sampler.rules import CommitRule, Count, Threshold
 
@@ -48,12 +48,14 @@ class WindowCache:
     forces_first: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.left < 1:
-            raise ValueError(f"{self.left=} must be at least 1: the token before a block predicts its first token")
-        for name, least in (("right", 0), ("refresh_blocks", 1), ("refresh_passes", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}, or None")
+        several = IntegerRange(1, note="pass None to switch it off")
+        check_numbers(
+            self,
+            left=IntegerRange(1, MOST_TOKENS, "the token before a block predicts its first token"),
+            right=IntegerRange(0, MOST_TOKENS, "pass None for all tokens"),
+            refresh_blocks=several,
+            refresh_passes=several,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,8 @@ KVCachePolicy = WindowCache | FastDLLMCache
 CachePolicy = NoCache | KVCachePolicy
 
 _NO_CACHE, _COUNT = NoCache(), Count()
+
+_TEMPERATURE = FloatRange(0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,38 +161,34 @@ class SamplerConfig:
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
+        switch_off = "pass None to switch it off"
+        check_numbers(
+            self,
+            max_new_tokens=IntegerRange(0, MOST_TOKENS),
+            steps=IntegerRange(1, MOST_TOKENS, "no model has so many tokens to write"),
+            temperature=_TEMPERATURE._replace(note="0 takes the most probable token"),
+            top_p=FloatRange(0.0, 1.0, open_low=True, note="pass 1.0 or None to switch it off"),
+            top_k=IntegerRange(1, note=switch_off),
+            alg_temp=_TEMPERATURE._replace(note=switch_off),
+            eps=FloatRange(0.0, 1.0, open_low=True, open_high=True),
+            vocab_limit=IntegerRange(1, note="with a smaller limit no token could be written"),
+            block_length=IntegerRange(1, MOST_TOKENS, "pass None to write the whole row at once"),
+            end_penalty=FloatRange(note="0 switches it off"),
+            guidance=FloatRange(note="0 switches it off"),
+        )
         # Lists become tuples, because a static argument of jax.jit must be hashable.
         object.__setattr__(self, "forbidden_tokens", tuple(int(token) for token in self.forbidden_tokens))
         object.__setattr__(self, "forced_tokens", tuple((int(at), int(token)) for at, token in self.forced_tokens))
         for at, token in self.forced_tokens:
             if not 0 <= at < self.max_new_tokens:
-                raise ValueError(f"forced token {token} at offset {at} is outside the {self.max_new_tokens=}")
-        for name in ("end_penalty", "guidance"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number; 0 switches it off")
-        if self.max_new_tokens < 0:
-            raise ValueError(f"{self.max_new_tokens=} must not be negative")
+                raise ValueError(f"forced_tokens: token {token} at offset {at} is outside the {self.max_new_tokens=}")
         if self.alg not in get_args(decoding.Alg):
             raise ValueError(f"{self.alg=} is not one of {get_args(decoding.Alg)}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"{self.temperature=} must be 0 (most probable token) or a positive number")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"{self.top_p=} is outside (0, 1]; pass 1.0 or None to switch it off")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"{self.top_k=} must be at least 1; pass None to switch it off")
-        if self.alg_temp is not None and not 0.0 <= self.alg_temp < float("inf"):
-            raise ValueError(f"{self.alg_temp=} must not be negative; pass None to switch it off")
-        if self.vocab_limit is not None and self.vocab_limit < 1:
-            raise ValueError(f"{self.vocab_limit=} leaves no token to write")
         if self.mask is not None and not masks.is_fixed(self.mask):
             raise ValueError(f"mask {self.mask} holds arrays for particular rows; pass it as `masks.parse` makes it")
-        # raises ValueError if steps or eps is outside its range
-        schedule.timesteps(1 if self.steps is None else self.steps, self.eps)
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        if self.block_length is not None and self.block_length < 1:
-            raise ValueError(f"{self.block_length=} must be at least 1; pass None to write the whole row at once")
         if not isinstance(self.cache, NoCache) and self.block_length is None:
             raise ValueError(f"{self.cache=} needs a block_length: keys and values are cached while a block is written")
         if self.alg not in self.commit.algs:
@@ -275,8 +275,11 @@ class SamplerConfig:
           ValueError: block_length does not divide max_new_tokens, the blocks do not divide the steps or have too few,
             or SamplerConfig refuses the values.
         """
-        if block_length < 1 or max_new_tokens % block_length:
-            raise ValueError(f"{max_new_tokens=} must be a multiple of {block_length=}, which must be at least 1")
+        check("block_length", block_length, IntegerRange(1, MOST_TOKENS))
+        check("max_new_tokens", max_new_tokens, IntegerRange(0, MOST_TOKENS))
+        check("steps", steps, IntegerRange(1, MOST_TOKENS))
+        if max_new_tokens % block_length:
+            raise ValueError(f"{max_new_tokens=} must be a multiple of {block_length=}")
         blocks = max_new_tokens // block_length
         if steps % max(blocks, 1):
             raise ValueError(f"{steps=} must be a multiple of the number of blocks, {blocks}")

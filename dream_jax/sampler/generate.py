@@ -19,6 +19,12 @@ from dream_jax.sampler.loop import denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
 from dream_jax.shapes import Array
 
+UNDEFINED = (
+    "the logits are no numbers (NaN or infinity), so there is no token to write: the weights are damaged or too large for "
+    "their dtype, or a setting of the sampler (guidance, a hook) makes the logits too large"
+)
+"""The reason why `generate` and `Stream` end a row whose logits are no numbers, as the end of a message."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,8 @@ def generate(
       ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
         vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
         shape; a forced or forbidden token is outside the vocabulary, or no token may be written; the key is missing, is
-        not a random key, or has another number of rows.
+        not a random key, or has another number of rows; or the logits of a row are NaN or infinite, for which
+        `generate` waits for the result.
     """
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
@@ -116,6 +123,9 @@ def generate(
         )
         if on_step is not None:
             jax.effects_barrier()
+    undefined = np.flatnonzero(state.undefined_B)
+    if undefined.size:
+        raise ValueError(f"row {undefined[0]}: {UNDEFINED}")
     return Sample(
         # The sampler ignores the tokens at padding; the result has those that the caller gave.
         tokens=jnp.where(valid_BT[:, padding:], state.canvas_BT[:, padding:], given),

@@ -188,7 +188,9 @@ def step(
             written_BM = rules.choose(
                 static.rule, dynamic.rule, confidence_BM, candidate_BM, scheduled_B, score_BM=score_BM
             )
-        state = _write(state, position_BM, written_BM, token_BM, step_id_B)
+        # If a logit is NaN, or the largest is infinite, so is the sum of the probabilities, and the confidence is NaN.
+        undefined_B = state.undefined_B | jnp.any(written_BM & jnp.isnan(confidence_BM), axis=1)
+        state = _write(state, position_BM, written_BM, token_BM, step_id_B)._replace(undefined_B=undefined_B)
         if static.stop_at_end:
             state = _fill_after_end(model, state, layout.valid_BT, step_id_B)
         if static.token_hook is not None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import decoding
+from dream_jax.bounds import POSITIVE, SHARE, FloatRange, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,7 @@ class Threshold(CommitRule):
     tau: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError(f"{self.tau=} is outside [0, 1]: it is compared with probabilities")
+        check_numbers(self, tau=SHARE._replace(note="it is compared with probabilities"))
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
@@ -122,8 +122,7 @@ class Factor(CommitRule):
     factor: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.factor < float("inf"):
-            raise ValueError(f"{self.factor=} must be a positive number")
+        check_numbers(self, factor=POSITIVE)
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
@@ -146,8 +145,7 @@ class EntropyBound(CommitRule):
     algs: ClassVar[tuple[decoding.Alg, ...]] = ("entropy",)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.gamma < float("inf"):
-            raise ValueError(f"{self.gamma=} must be a finite number of nats, at least 0")
+        check_numbers(self, gamma=FloatRange(0.0, note="it is a number of nats"))
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:

@@ -166,6 +166,7 @@ class State(NamedTuple):
       blocks_since_full_B: number of blocks finished since the last full pass of the row.
       kv_cache: cached keys and values, of 2 B rows under guidance and B rows otherwise; None without a cache.
       forwards: number of forward passes made by the program.
+      undefined_B: whether a token of the row was written from logits that are no numbers.
     """
 
     canvas_BT: Int[jax.Array, "B T"]
@@ -178,6 +179,7 @@ class State(NamedTuple):
     blocks_since_full_B: Int[jax.Array, "B"]
     kv_cache: KVCache | None
     forwards: Int[jax.Array, ""]
+    undefined_B: Bool[jax.Array, "B"]
 
 
 def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings) -> State:
@@ -197,6 +199,7 @@ def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings
         blocks_since_full_B=zeros_B,
         kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if has_cache else None,
         forwards=jnp.int32(0),
+        undefined_B=jnp.zeros(rows, bool),
     )
 
 

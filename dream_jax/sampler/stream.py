@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dream_jax import sharding
+from dream_jax.bounds import MOST_ROWS, IntegerRange, check
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.generate import check_key, check_prompt, lay_out
+from dream_jax.sampler.generate import UNDEFINED, check_key, check_prompt, lay_out
 from dream_jax.sampler.loop import idle_batch, resume
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, active, bucket_length
 
@@ -51,7 +52,8 @@ class Stream(Iterator[Answer]):
       forwards: number of forward passes made so far.
 
     Raises:
-      ValueError: as `generate` raises, with the index of the prompt; or batch_size or the number of keys is wrong.
+      ValueError: as `generate` raises, with the index of the prompt (an answer whose logits are NaN or infinite raises when
+        it is finished); or batch_size or the number of keys is wrong.
     """
 
     def __init__(
@@ -63,19 +65,19 @@ class Stream(Iterator[Answer]):
         *,
         batch_size: int = 8,
     ):
-        if batch_size < 1:
-            raise ValueError(f"{batch_size=} must be at least 1")
+        check("batch_size", batch_size, IntegerRange(1, MOST_ROWS))
         check_key(config, keys)
         if keys is not None and keys.shape[:1] != (len(prompts),):
             raise ValueError(f"got keys of shape {keys.shape} for {len(prompts)} prompts; pass one per prompt")
         self.forwards = 0
         self._model, self._config, self._batch_size = model, config, batch_size
-        self._rows = [np.asarray(prompt, np.int32).reshape(1, -1) for prompt in prompts]
-        for index, row in enumerate(self._rows):
+        rows = [np.asarray(prompt if len(prompt) else np.zeros(0, np.int32)).reshape(1, -1) for prompt in prompts]
+        for index, row in enumerate(rows):
             try:
                 check_prompt(model, row, np.ones(row.shape, bool), config)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
+        self._rows = [row.astype(np.int32) for row in rows]
         self._keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
         self._answers = self._run()
 
@@ -129,10 +131,14 @@ class Stream(Iterator[Answer]):
                 )
                 state = batch.state
                 self.forwards = before + int(state.forwards)
-                found = jax.device_get((active(state), state.canvas_BT, state.commit_step_BT, state.passes_B))
-                for row, (busy, tokens, commit_step, passes) in enumerate(zip(*found, strict=True)):
+                found = jax.device_get(
+                    (active(state), state.canvas_BT, state.commit_step_BT, state.passes_B, state.undefined_B)
+                )
+                for row, (busy, tokens, commit_step, passes, undefined) in enumerate(zip(*found, strict=True)):
                     index = prompt_of_row[row]
                     if index is not None and not busy:
+                        if undefined:
+                            raise ValueError(f"prompt {index}: {UNDEFINED}")
                         begin = width - self._rows[index].shape[1]
                         yield Answer(index, tokens[begin:], commit_step[begin:], int(passes))
                         prompt_of_row[row] = None

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dream_jax.bounds import FloatRange, check_numbers
 from dream_jax.config import PRESETS
 from dream_jax.side_files import read_toml
 from dream_jax.trainer.settings import SETTING_TYPES, TrainSettings
@@ -54,6 +55,9 @@ class Planned:
     peak_gib: float
     fits: bool
     how: Literal["compiled", "arithmetic"]
+
+    def __post_init__(self) -> None:
+        check_numbers(self, hours=FloatRange(0.0), rmb=FloatRange(0.0), peak_gib=FloatRange(0.0))
 
     def flags(self) -> str:
         """Returns the settings as flags for the command line."""
@@ -129,9 +133,12 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
         raise ValueError(f"{file}: {_explained(str(error), found)}") from error
     typed["settings"] = _in_order(typed["settings"], found)
     planned = zip(typed["planned"], found.get("planned", ()), strict=True)
-    typed["planned"] = tuple(
-        Planned(**one | {"settings": _in_order(one["settings"], written)}) for one, written in planned
-    )
+    try:
+        typed["planned"] = tuple(
+            Planned(**one | {"settings": _in_order(one["settings"], written)}) for one, written in planned
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: planned: {error}") from error
     return Recipe(name=file.stem, file=file, **typed)
 
 

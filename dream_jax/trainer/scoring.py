@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dream_jax.bounds import finite_or_none
 from dream_jax.data import TokenizedRows, TokenRow
 from dream_jax.inference import answer, make_sampler
 from dream_jax.model import Dream
@@ -41,9 +41,10 @@ def evaluate(
       whitespace; absent if no row was answered), `rows` (number of answered rows), `too_long` (number of rows without
       an answer: documents, and rows that do not fit the model or whose response is longer than `eval_tokens`),
       `forwards` (the largest number of forward passes of a batch), and the score on the fixed grid: `nll` (nats per
-      masked token), `nll_se`, `masked_accuracy`, `eos_accuracy` (the last three are None if there was nothing to
-      measure). The digests `grid` (of the rows in the score) and `answered` (of the rows with an answer) tell whether
-      two results may be compared. If no row fits the model, the dict has only `rows` and `too_long`.
+      masked token), `nll_se`, `masked_accuracy`, `eos_accuracy` (each is None if there was nothing to measure, or if the
+      model gives no finite likelihood). The digests `grid` (of the rows in the score) and `answered` (of the rows with
+      an answer) tell whether two results may be compared. If no row fits the model, the dict has only `rows` and
+      `too_long`.
     """
     encoded, tokenizer = held_out.first(settings.evaluation.eval_rows, max_length), held_out.tokenizer
     asked = min(settings.evaluation.eval_rows, len(held_out))
@@ -62,14 +63,13 @@ def evaluate(
     grid = Grid(rows, size, mesh)
     if score is None:
         score = grid.score(model)
-    measured = {name: getattr(score, name) for name in ("nll_se", "masked_accuracy", "eos_accuracy")}
+    measured = {name: getattr(score, name) for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy")}
     found: dict[str, Any] = {"exact_accuracy": correct / len(short)} if short else {}
     return found | {
         "rows": len(short),
         "too_long": asked - len(short),
         "forwards": forwards,
-        "nll": score.nll,
-        **{name: None if math.isnan(value) else value for name, value in measured.items()},
+        **{name: finite_or_none(value) for name, value in measured.items()},
         "grid": grid.digest[:12],
         "answered": _digest(short),
     }

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from dream_jax import hub, masks, sharding
 from dream_jax.attention import Backend
+from dream_jax.bounds import (
+    MOST_DEVICES,
+    MOST_RANK,
+    MOST_ROWS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    POSITIVE,
+    SEED,
+    FloatRange,
+    IntegerRange,
+    check_numbers,
+)
 from dream_jax.config import PRESETS
 from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
 from dream_jax.lora import LoraConfig, parse_targets
@@ -23,14 +35,6 @@ from dream_jax.quantisation import KINDS
 from dream_jax.trainer.loggers import LoggerName
 
 Currency = Literal["rmb", "usd"]
-
-
-def _check_at_least(group: Any, least: int, *names: str) -> None:
-    """Raises ValueError if one of the named settings of the group is smaller than `least`."""
-    for name in names:
-        if getattr(group, name) < least:
-            limit = "must not be negative" if least == 0 else f"must be at least {least}"
-            raise ValueError(f"{name}={getattr(group, name)} {limit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,10 @@ class RunSettings:
     an error and writes their batches to OUT/skipped"""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "steps", "save_every", "keep", "max_skipped")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed} is outside 0..2**31-1")
+        several = IntegerRange(1)
+        check_numbers(
+            self, steps=IntegerRange(1, MOST_STEPS), seed=SEED, save_every=several, keep=several, max_skipped=several
+        )
         # "~" is expanded here, so that all code that reads `out` uses the same folder.
         object.__setattr__(self, "out", local_path(self.out, "out"))
 
@@ -91,7 +96,7 @@ class NetworkSettings:
     are always stored in float32"""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "anneal_steps")
+        check_numbers(self, anneal_steps=IntegerRange(0))
         check_local(self, "model", "tokenizer")
         object.__setattr__(self, "model", hub.pinned(self.model, self.revision))
         if self.attention not in get_args(Backend):
@@ -145,9 +150,8 @@ class RowSettings:
     """which assistant turns of a chat are learned: the last one, or all"""
 
     def __post_init__(self) -> None:
+        check_numbers(self, max_length=IntegerRange(2, MOST_TOKENS, "a row has a prompt and an answer"))
         check_local(self, "data", "mix")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} must be at least 2: a row has a prompt and an answer")
         if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix):
             raise ValueError(
                 f"mix_weights={self.mix_weights} must have a number for --data and one for each of mix={self.mix}"
@@ -193,7 +197,7 @@ class BatchSettings:
     the same batch; the step is compiled once for each width"""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "batch_size", "accumulation")
+        check_numbers(self, batch_size=IntegerRange(1, MOST_ROWS), accumulation=IntegerRange(1, MOST_ROWS))
         self.options()
 
     def options(self) -> BatchOptions:
@@ -226,13 +230,17 @@ class AdapterSettings:
     """at the end also write OUT/model: the weights of the model with the adapter added to them"""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            lora_rank=IntegerRange(1, MOST_RANK),
+            lora_alpha=POSITIVE,
+            lora_dropout=FloatRange(0.0, 1.0, open_high=True),
+        )
         check_local(self, "adapter")
         given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
         if self.adapter is not None:
             if self.lora_rank is not None or given:
                 raise ValueError(f"rank, alpha and targets are read from --adapter {self.adapter}; leave --lora-* out")
-            if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
-                raise ValueError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
         elif self.lora_rank is not None:
             self.new_adapter()
         else:
@@ -288,6 +296,9 @@ class OptimizationSettings:
     clip_norm: float = 1.0
     """maximum global gradient norm: larger gradients are scaled down to it; 0 disables clipping"""
 
+    def __post_init__(self) -> None:
+        check_numbers(self)  # `TrainSettings.optimizer_config` checks the ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
@@ -301,6 +312,7 @@ class LossSettings:
     """multiply the loss by a focal term (alpha 0.25, gamma 2), so that easy positions count less"""
 
     def __post_init__(self) -> None:
+        check_numbers(self, cart_p=FloatRange(0.0, 1.0, open_low=True, open_high=True))
         self.loss_weight()
 
     def loss_weight(self) -> LossWeight:
@@ -327,8 +339,14 @@ class HeldOutSettings:
     """maximum length in tokens of the answers for --samples; less if the answers in the data are shorter"""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "eval_every", "sample_tokens")
-        _check_at_least(self, 0, "eval_rows", "eval_tokens", "samples")
+        check_numbers(
+            self,
+            eval_every=IntegerRange(1),
+            eval_rows=IntegerRange(0),
+            eval_tokens=IntegerRange(0, MOST_TOKENS),
+            samples=IntegerRange(0, MOST_ROWS),
+            sample_tokens=IntegerRange(1, MOST_TOKENS),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +359,7 @@ class LogSettings:
     """further loggers for the metrics of each step; wandb and trackio must be installed"""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "log_every")
+        check_numbers(self, log_every=IntegerRange(1))
         unknown = [name for name in self.log_to if name not in get_args(LoggerName)]
         if unknown:
             raise ValueError(f"log_to={self.log_to} names {unknown}; known are {', '.join(get_args(LoggerName))}")
@@ -359,10 +377,7 @@ class PriceSettings:
     """exchange rate: RMB for one US dollar"""
 
     def __post_init__(self) -> None:
-        if self.price_per_chip_hour is not None and not self.price_per_chip_hour >= 0:
-            raise ValueError(f"{self.price_per_chip_hour=} must not be negative")
-        if not self.rmb_per_usd > 0:
-            raise ValueError(f"{self.rmb_per_usd=} must be positive")
+        check_numbers(self, price_per_chip_hour=FloatRange(0.0), rmb_per_usd=POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,7 +398,7 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         sharding.parse_mesh_shape(self.mesh)
-        _check_at_least(self, 1, "num_processes")
+        check_numbers(self, num_processes=IntegerRange(1, MOST_DEVICES), process_id=IntegerRange(0, MOST_DEVICES - 1))
         if (self.num_processes > 1 or self.process_id) and self.coordinator is None:
             raise ValueError(
                 f"num_processes={self.num_processes} and process_id={self.process_id} need --coordinator host:port"
