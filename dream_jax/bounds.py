@@ -48,7 +48,7 @@ class IntegerRange(NamedTuple):
 
     def complaint(self, value: Any) -> str | None:
         """Returns what is wrong with a value, as the end of a sentence that begins with its name; None if it is fine."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if not _is_a(numbers.Integral, value):
             return "must be a whole number"
         if value < self.low:
             return "must not be negative" if self.low == 0 else f"must be at least {self.low}"
@@ -70,7 +70,7 @@ class FloatRange(NamedTuple):
 
     def complaint(self, value: Any) -> str | None:
         """Returns what is wrong with a value, as the end of a sentence that begins with its name; None if it is fine."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if not _is_a(numbers.Real, value):
             return "must be a number"
         if value != value or value in (math.inf, -math.inf):
             return "must be a finite number"
@@ -94,6 +94,11 @@ class FloatRange(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Returns whether a value is a number of this kind of `numbers`; true and false are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 Range = IntegerRange | FloatRange
@@ -128,7 +133,8 @@ def check_numbers(settings: Any, **ranges: Range) -> None:
       ValueError: a number is outside its range, or a value is no number; the message begins with FIELD=VALUE.
       TypeError: `ranges` has a name that is not a field with numbers.
     """
-    fields = number_fields(type(settings))
+    kind: Any = type(settings)
+    fields = number_fields(kind)
     if not ranges.keys() <= fields.keys():
         raise TypeError(
             f"{type(settings).__name__} has no numbers in the fields {sorted(ranges.keys() - fields.keys())}"
