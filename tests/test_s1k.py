@@ -287,7 +287,7 @@ def test_the_name_s1k_reads_the_assets_and_downloads_nothing(tmp_path: Path, mon
 def test_a_hub_id_is_downloaded_only_when_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, revision: str | None = None) -> datasets.DatasetDict:
+    def load_dataset(name: str, config: str | None, revision: str | None = None) -> datasets.DatasetDict:
         asked.append(name)
         table = pyarrow.Table.from_pylist([s1k_1_1_row(n) | {"question": str(n)} for n in range(10)])
         return datasets.DatasetDict(train=datasets.Dataset(table))
