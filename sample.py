@@ -435,7 +435,8 @@ def open_answers(
     agree_on_settings(beside, path, recipe, "give another --out")
     answers = RowFile(path, start=b'{"line": ', name=lambda row: (row.get("line"), row.get("sample", 0)))
     for number, row in enumerate(answers.rows, 1):
-        question = questions.get(row["line"]) if isinstance(row.get("line"), int) else None
+        numbers = isinstance(row.get("line"), int) and isinstance(row.get("sample", 0), int)
+        question = questions.get(row["line"]) if numbers else None
         if question is None or (question.prompt, question.tools) != (row.get("prompt"), row.get("tools", [])):
             raise ValueError(f"{path}:{number}: not an answer to a prompt of {settings.prompts}; give another --out")
     answers.keep(len(answers.rows))

@@ -210,7 +210,7 @@ def test_a_failed_save_leaves_nothing(tiny, tmp_path, monkeypatch):
         (lambda path: (path / "adapter.json").write_text("[1]"), "holds a list, not an object"),
         (lambda path: (path / "adapter.json").write_text('{"format": 9}'), "format 9, but this version reads format 1"),
         (lambda path: (path / "adapter.json").write_text('{"format": 1}'), "not what save_adapter writes"),
-        (lambda path: largest(path).unlink(), "is missing; save the adapter again"),
+        (lambda path: largest(path).unlink(), "is missing; adapter.json lists the sizes; save the adapter again"),
         (lambda path: largest(path).write_bytes(b"x"), "has 1 bytes, but"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import pytest
 from commands import run_script
-from tiny_tokenizer import write_tokenizer
+from tiny_tokenizer import save_again, write_tokenizer
 
 import dream_jax
 from dream_jax import checkpoint, hf, lora, pretrained
@@ -54,6 +54,7 @@ def places(golden_dir: Path, nano_run: Path, tmp_path_factory: pytest.TempPathFa
     write_tokenizer(places / "tokenizer")
     (places / "tokenizer" / "added_tokens.json").write_text('{"<|mask|>": 260}')
     (places / "tokenizer" / "special_tokens_map.json").write_text('{"mask_token": "<|mask|>"}')
+    save_again(places / "tokenizer", places / "saved again")
     shutil.copytree(nano_run, places / "run", ignore=shutil.ignore_patterns("checkpoints", "model", "tensorboard"))
     (places / "evaluation").mkdir()
     (places / "evaluation" / "settings.json").write_text('{"task": "sudoku"}')
@@ -121,6 +122,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer/vocab.json": read_tokenizer,
     "tokenizer/added_tokens.json": read_tokenizer,
     "tokenizer/special_tokens_map.json": read_tokenizer,
+    "tokenizer/merges.txt": read_tokenizer,
+    "saved again/tokenizer.json": read_tokenizer,
+    "saved again/tokenizer_config.json": read_tokenizer,
+    "saved again/chat_template.jinja": read_tokenizer,
     "run/settings.json": lambda run: (resume(run), read_run(run)),
     "run/summary.json": read_run,
     "run/data.json": read_run,

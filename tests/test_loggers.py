@@ -119,3 +119,10 @@ def test_numbers_that_are_none_are_kept_from_tensorboard(tmp_path):
     board.write(1, {"loss": float("nan"), "nll": 1.0})  # a warning, and so an error, if it went through
     board.flush()
     board.close()
+
+
+def test_a_damaged_id_is_named(monkeypatch, tmp_path):
+    installed(monkeypatch, "wandb")
+    (tmp_path / RUN_ID).write_bytes(b"\xff not an id")
+    with pytest.raises(ValueError, match=r"logged_as\.txt holds .*, not 8 hexadecimal digits; restore it"):
+        open_loggers(("wandb",), tmp_path, {}, 0)

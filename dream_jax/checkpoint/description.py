@@ -115,7 +115,7 @@ def read_description(directory: pathlib.Path, config: DreamConfig) -> WeightsDes
         raise ValueError(
             f"{path} describes {description.parameters} parameters, but a model of config.json has {expected}; {_REMEDY}"
         )
-    check_files(directory, description.files, _REMEDY)
+    check_files(directory, description.files, f"{DESCRIPTION} lists the sizes; {_REMEDY}")
     return description
 
 

@@ -99,7 +99,9 @@ class SafetensorsSource:
         try:
             table.check_names(self.tensors, config)
         except ValueError as error:
-            raise ValueError(f"{self.directory}: {error}") from error
+            index = self.directory / INDEX
+            split = index.is_file() and not (self.directory / SINGLE).is_file()
+            raise ValueError(f"{index if split else self.directory}: {error}") from error
         for name, destination in table.destinations(config).items():
             tensor = self.tensors[name]
             if tensor.shape != destination.source_shape:

@@ -181,7 +181,7 @@ def describe_adapter(path: AnyPath) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{file}: {error}; save it again") from error
     check_sums(directory, weights=False)
-    checkpoint.check_files(directory, found.files, "save the adapter again")
+    checkpoint.check_files(directory, found.files, f"{ADAPTER} lists the sizes; save the adapter again")
     return Adapter(directory=directory, config=config, base=base, identity=found.base.identity, mask=found.mask)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pathlib
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -89,7 +90,12 @@ def _run_id(folder: pathlib.Path) -> str:
     path = folder / RUN_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    found = path.read_text(encoding="utf-8", errors="replace").strip()
+    if re.fullmatch("[0-9a-f]{8}", found) is None:
+        raise ValueError(
+            f"{path} holds {found!r:.80}, not 8 hexadecimal digits; restore it, or remove it to log as another run"
+        )
+    return found
 
 
 class _TensorBoard:
