@@ -101,8 +101,9 @@ def convert_from_hf(
       OSError: the disk is full, or a file cannot be read or written.
       RuntimeError: process 0 cannot create `target`; raised in the other processes.
     """
+    local_path(target, "dst")
+    mesh = None if mesh is None else make_mesh(mesh)  # before jax is asked for anything, because this makes CPU devices
     _check_target(target, overwrite)
-    mesh = None if mesh is None else make_mesh(mesh)
     directory = find_directory(source)
     companions(directory)  # raises its errors before the weights are read
     check_sums(directory, weights=False)

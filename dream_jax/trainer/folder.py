@@ -103,11 +103,11 @@ def check_folder(settings: TrainSettings) -> bool:
 
 def _check_removable(out: pathlib.Path) -> None:
     """Raises FileExistsError if the folders that --overwrite would remove hold something that no run has written."""
-    steps = (path.name for path in (out / "checkpoints").glob("[0-9]*"))
+    steps = [path.name for path in (out / "checkpoints").glob("[0-9]*")]  # Orbax writes two files after the checksums
     known = {
         *_MADE,
         "checkpoints/[0-9]*/*",
-        *(f"checkpoints/{step}/_CHECKPOINT_METADATA" for step in steps),  # Orbax writes it after the checksums
+        *(f"checkpoints/{step}/{name}" for step in steps for name in ("_CHECKPOINT_METADATA", "commit_success.txt")),
         "skipped/step-*.npz",
         "tensorboard/events.out.tfevents.*",
         "wandb/*",
