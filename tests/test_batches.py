@@ -394,13 +394,13 @@ def test_all_assistant_turns_or_the_last() -> None:
     assert last is not None and every is not None
     np.testing.assert_array_equal(last.tokens, every.tokens)  # with bytes no token could straddle anything
     assert last.prompt_length == every.prompt_length
-    assert BYTES.decode(every.tokens[every.learned]) == "firstsecond<|endoftext|>"
-    assert BYTES.decode(last.tokens[last.learned]) == "second<|endoftext|>"
+    assert BYTES.decode(every.tokens[every.maskable]) == "firstsecond<|endoftext|>"
+    assert BYTES.decode(last.tokens[last.maskable]) == "second<|endoftext|>"
     encoding = EncodeOptions(learned_turns="all")
     with batches_of(RowList([row]), encoding, batch_size=1, max_length=128) as batches:
         found = batches.outlook(1)
         maskable = next(batches).maskable_BT[0]
-    assert maskable.tolist() == [*every.learned.tolist(), *[True] * (128 - every.length)]
+    assert maskable.tolist() == [*every.maskable.tolist(), *[True] * (128 - every.length)]
     assert found.supervised == maskable.sum()
 
 
@@ -429,7 +429,7 @@ def test_tools_as_the_published_template_has_them(assets: Path) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call>'
     assert f"<|im_start|>assistant\n{call}<|im_end|>\n<|im_start|>user\n<tool_response>\n3<|im_end|>\n" in text
     assert "\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n7<|end" in text
-    assert dream.decode(encoded.tokens[encoded.learned]) == f"{call}7<|endoftext|>"
+    assert dream.decode(encoded.tokens[encoded.maskable]) == f"{call}7<|endoftext|>"
     # The mark inside a tool's answer is text, and the only mask token's name is spelled out as well.
     assert dream.mask_id not in encoded.tokens
     assert (encoded.tokens == dream.im_end_id).sum() == 4  # system, user, call and answers

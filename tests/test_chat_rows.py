@@ -334,7 +334,7 @@ def test_questions() -> None:
 
 def learned_text(row: Row, turns: str) -> list[str]:
     tokens = token_row(row, BYTES, EncodeOptions(learned_turns=turns))  # type: ignore[arg-type]
-    ids, learned = tokens.tokens, tokens.learned
+    ids, learned = tokens.tokens, tokens.maskable
     edges = [0, *(np.flatnonzero(np.diff(learned.astype(int))) + 1), len(ids)]
     runs = itertools.pairwise(edges)
     return [BYTES.decode(ids[start:stop].tolist()) for start, stop in runs if learned[start]]

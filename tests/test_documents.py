@@ -32,7 +32,7 @@ def test_every_token_of_a_document_is_learned(tmp_path):
     encoded = encode_row(row, BYTES, 8)
     assert encoded.tokens.tolist() == [BYTES.bos_id, *row.response.encode(), BYTES.eos_id]
     # The first token has the left neighbour that it is predicted from, and nothing else is given.
-    assert encoded.learned.tolist() == [False] + [True] * (len(row.response) + 1)
+    assert encoded.maskable.tolist() == [False] + [True] * (len(row.response) + 1)
     (held_out,) = [one.response for one in open_source(file, "test")]
     assert {held_out, row.response} == {"abc", "de"}
 

@@ -404,7 +404,7 @@ def test_right_loses_the_long_answers_and_middle_keeps_them_all(ten: Path) -> No
             encoded = encode_row(row, BYTES, LENGTH, EncodeOptions(length_policy=policy))
             assert encoded is not None and encoded.length == min(FULL[n], LENGTH)
             assert encoded.prompt_length == PROMPT
-            assert encoded.learned.tolist() == [False] * PROMPT + [True] * (encoded.length - PROMPT)
+            assert encoded.maskable.tolist() == [False] * PROMPT + [True] * (encoded.length - PROMPT)
             texts[policy] = BYTES.decode(encoded.tokens[PROMPT:])
         ending = f"\n<|im_start|>answer\na{n}<|endoftext|>"
         trace = "t" * min(10 * (n + 1), LENGTH - FIXED)

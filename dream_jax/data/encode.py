@@ -69,7 +69,7 @@ class TokenRow:
         return self.pieces[-1].length > 0
 
     @property
-    def learned(self) -> np.ndarray:
+    def maskable(self) -> np.ndarray:
         """Bool [n]: true for tokens that may be masked and are learned, false for tokens that are given."""
         return np.repeat([piece.kind != "prompt" for piece in self.pieces], [piece.length for piece in self.pieces])
 
@@ -157,7 +157,7 @@ def lay_out(
         start, count = width - region - prompt_length, min(row.length, prompt_length + region)
         tokens_BT[index, start : start + count] = row.tokens[:count]
         maskable_BT[index, :start] = valid_BT[index, :start] = False
-        maskable_BT[index, start : start + count] = row.learned[:count]
+        maskable_BT[index, start : start + count] = row.maskable[:count]
     return Batch(
         tokens_BT=tokens_BT,
         maskable_BT=maskable_BT,

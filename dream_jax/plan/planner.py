@@ -230,7 +230,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     report = length_report(rows, max_length)
     numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
     fitted = (rows.fit(rows.keep(number), max_length) for number in numbers.tolist())
-    given = [row.length - int(row.learned.sum()) for row in fitted if isinstance(row, TokenRow)]
+    given = [row.length - int(row.maskable.sum()) for row in fitted if isinstance(row, TokenRow)]
     maskable = 1.0 - float(np.mean(given)) / max_length if given else 1.0
     return PlannedRows(
         max_length=max_length,
