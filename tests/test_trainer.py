@@ -182,6 +182,13 @@ def test_a_diverged_run_keeps_its_batches_and_saves_nothing_of_it(tmp_path):
             np.testing.assert_array_equal(batch[name], array)
 
 
+@pytest.fixture
+def weights_may_be_nan(monkeypatch):
+    """Lets tests make a loss NaN by weights that are NaN, which are refused when they are read."""
+    monkeypatch.setattr("dream_jax.checkpoint.weights.check_parameters", lambda *_: None)
+
+
+@pytest.mark.usefixtures("weights_may_be_nan")
 def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     """One row in ten makes the loss of its batch NaN; the run goes on, and says so."""
     small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=1)
@@ -208,6 +215,7 @@ def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     assert not (tmp_path / "out" / "skipped").exists()
 
 
+@pytest.mark.usefixtures("weights_may_be_nan")
 def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
     """Skipped steps leave the weights as they were evaluated, and what is saved then has that score."""
     small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=1)
