@@ -30,9 +30,13 @@ from dream_jax.data.chats import QUESTION_FIELDS
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.paths import check_apart, check_file, check_local, check_replaceable, claimed, is_json_object
+from dream_jax.player import pages
+from dream_jax.player.record import answer_record
 from dream_jax.row_file import RowFile, agree_on_settings
 from dream_jax.sampler import Preset, Stream
 from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, check_texts
+
+SAMPLER_FIELDS = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ class SampleSettings(inference.ModelSettings):
     """number of prompts of a file that are denoised together; a prompt that is done is replaced by the next one"""
     watch: bool = False
     """show the canvas while it is denoised (live on a terminal; otherwise some canvases after the end)"""
+    replay: pathlib.Path | None = None
+    """new .html file that plays the answer to --prompt in a browser, step by step, without a network"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,13 +108,21 @@ class SampleSettings(inference.ModelSettings):
             raise ValueError("--ignore-field is for --prompts FILE; leave it out, or give a file")
         if self.samples > 1 and self.prompts is None:
             raise ValueError(f"samples={self.samples} is for --prompts FILE; leave it out, or give a file")
+        if self.replay is not None and self.prompt is None:
+            raise ValueError(
+                f"--replay {self.replay} is for the answer to --prompt TEXT; leave it out, or give a prompt"
+            )
         self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
 
     def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
         """Returns the configuration of the sampler that these settings describe."""
-        names = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance")
-        options = {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in SAMPLER_FIELDS}
         return inference.make_sampler(tokenizer, self.max_new_tokens, self.preset, **options)
+
+    def of_the_answer(self) -> dict[str, Any]:
+        """Returns the settings that decide the answer, without those that are switched off. Paths are not among them."""
+        names = ("max_new_tokens", "preset", *SAMPLER_FIELDS, "seed", "mask")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def main() -> int:
@@ -157,6 +171,8 @@ def answer_one(
     else:
         ids = read_question_of(row, "--prompt", prepared.template, tokenizer, prepared.instruction).ids
     check_length(ids, sampler, prepared.model, "--prompt")
+    if settings.replay is not None:
+        pages.check_replay_file(settings.replay)  # before the weights are read
     model = prepared.load()
     # If the prompt itself has positions to fill in, it is printed together with the answer.
     show = functools.partial(show_canvas, tokenizer, ids)
@@ -170,9 +186,24 @@ def answer_one(
         for step in frames[:-1]:
             console.print(f"--- canvas {'before the first step' if step < 0 else f'after step {step + 1}'}")
             console.print(show(np.asarray(out.canvas_at(step))[0]), markup=False)
+    text = show(np.asarray(out.tokens)[0])
     console.print("--- answer")
-    console.print(show(np.asarray(out.tokens)[0]), markup=False)
+    console.print(text, markup=False)
     console.print(f"--- {forwards} forward passes, {seconds:.1f} s with compilation")
+    if settings.replay is not None:
+        record = answer_record(
+            tokenizer,
+            ids,
+            np.asarray(out.tokens)[0],
+            np.asarray(out.commit_step)[0],
+            model=settings.short_name(),
+            prompt_text=settings.prompt or "",
+            text=text,
+            forwards=forwards,
+            settings=settings.of_the_answer(),
+        )
+        pages.write_replay(settings.replay, record)
+        console.print(f"wrote {settings.replay}: open it in a browser")
 
 
 def as_row(ids: list[int]) -> np.ndarray:

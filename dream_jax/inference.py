@@ -7,6 +7,7 @@ batch. Its users are `sample.py`, `evaluate.py`, the adapter to lm-evaluation-ha
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -86,6 +87,15 @@ class ModelSettings:
             raise ValueError("--any-base needs an adapter: pass --adapter DIRECTORY too")
         if self.mask is not None:
             masks.parse(self.mask)
+
+    def short_name(self) -> str:
+        """Returns a name of the model without the folders in which it is: "demo" for runs/demo/model."""
+        named = [pathlib.PurePath(path) for path in (self.model, self.adapter) if path is not None]
+        # Runs keep their model in OUT/model and their adapter in OUT/adapter.
+        names = [
+            path.parent.name if path.name in ("model", "adapter") and path.parent.name else path.name for path in named
+        ]
+        return "+".join(name or "model" for name in names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("bounds", "config", "shapes", "chips", "target", "side_files"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "finite", "tokenizer",
-        "files", "row_file", "chat_template", "paths", "hub",
+        "files", "row_file", "chat_template", "paths", "hub", "player",
     ),
     "model": ("attention", "model"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),
@@ -32,7 +32,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 
 ABOUT_LAYERS = {
     "settings": "frozen settings, ranges of numbers, the axis alphabet, tables of accelerators, readers of small files",
-    "basics": "building blocks: masks, noise levels, choice of tokens, quantisation, shardings, tokenizers, files",
+    "basics": "building blocks: masks, noise levels, choice of tokens, quantisation, shardings, tokenizers, files, player",
     "model": "the transformer, and one attention function with its backends",
     "parts": "losses, AdamW and its moments, adapters, the Hugging Face layout, checkpoints, data from text to arrays",
     "programs": "the compiled train step and sampler, model directories, inference from prompts to answers",

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import dream_jax
+from dream_jax.player import pages
 from dream_jax.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -66,6 +67,25 @@ def test_one_prompt_with_frames(weights, sample):
     assert "░░░░░░" in done.stdout  # the canvas before the first step
     assert "--- answer" in done.stdout
     assert "5 forward passes" in done.stdout  # of 6 steps, the first writes nothing
+
+
+def test_replay_of_an_answer(weights, tmp_path, sample):
+    path = tmp_path / "new" / "answer.html"
+    arguments = ("--model", weights, "--prompt", "<!--", "--max-new-tokens", 6, "--replay", path)
+    done = sample(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path}" in done.stdout
+    page = path.read_text(encoding="utf-8")
+    record = pages.record_of(page)
+    assert record["prompt"] == "<!--" and record["parts"] == [{"length": 6}] and record["forwards"] == 5
+    assert sorted(entry["position"] for entry in record["tokens"]) == list(range(6))
+    assert done.stdout.split("--- answer\n")[1].startswith(record["text"])
+    assert record["settings"]["seed"] == 0 and str(tmp_path) not in page
+
+    refused = sample(*arguments)
+    assert refused.returncode == 1 and f"{path} is there already" in refused.stderr
+    assert "--- answer" not in refused.stdout  # the file is found before the answer is computed
+    assert path.read_text(encoding="utf-8") == page
 
 
 def test_filling_in(weights, sample):
