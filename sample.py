@@ -25,8 +25,7 @@ from rich.text import Text
 import dream_jax
 from dream_jax import inference, pretrained
 from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
-from dream_jax.data import numbered_records, parse_messages, read_question, record_number
-from dream_jax.data.chats import QUESTION_FIELDS
+from dream_jax.data import numbered_records, parse_messages, read_question, record_number, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.paths import check_apart, check_file, check_local, check_replaceable, claimed, is_json_object
@@ -369,7 +368,7 @@ def read_question_of(
 ) -> Question:
     """Returns the question of one row, with the prompt that training makes of the same row.
 
-    `instruction` is the text before a question that is a text and not a list of messages, as
+    `instruction` is the text before the first user turn of a chat that is not a list of messages, as
     `inference.PreparedModel.instruction`.
 
     Raises:
@@ -381,8 +380,8 @@ def read_question_of(
     whole = own if isinstance(own, list) and tuple(parse_messages(own, where)) == chat.messages else list(chat.messages)
     prompt = whole if chat.text is None else chat.text
     asked: str | Sequence[Message] = chat.messages if chat.text is None else chat.text
-    if not isinstance(asked, str) and any(isinstance(found.get(name), str) for name in QUESTION_FIELDS):
-        asked = [*asked[:-1], {**asked[-1], "content": inference.with_instruction(asked[-1]["content"], instruction)}]
+    if chat.columns and not isinstance(asked, str):
+        asked = with_instruction(asked, instruction)
     try:
         ids = inference.encode_prompt(
             asked, template, tokenizer, tools=chat.tools, instruction=instruction, allow_special=True

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import runpy
 from fractions import Fraction
 
 import pytest
-from commands import run_script
+from commands import ROOT, run_script
 from flax import nnx
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from dream_jax.data.schemas import parse_s1k
 from dream_jax.evaluation import EvaluateSettings, evaluate
 from dream_jax.evaluation.gsm8k import judge_number
 from dream_jax.evaluation.scored_texts import Choice
-from dream_jax.evaluation.tasks import TASKS
+from dream_jax.evaluation.tasks import TASKS, read_problems
 from dream_jax.inference import ModelSettings
 from dream_jax.tokenizer import ByteTokenizer, read_instruction, read_template, write_template
 from dream_jax.trainer import TrainSettings
@@ -107,6 +108,22 @@ def test_evaluate_asks_so(trained, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["instruction"] == D1
     assert TASKS["sudoku"].instruction_after(D1) == f"{D1}\n\n{TASKS['sudoku'].instruction}"
     assert TASKS["chat"].instruction_after(D1) == D1
+
+
+@pytest.mark.parametrize(
+    "more", [{"system": "Be kind."}, {"context": "c"}, {"choices": ["3", "4"]}, {"history": [["a", "b"]]}]
+)
+def test_questions_of_several_columns_are_asked_so(tmp_path, more):
+    """The instruction comes before the first user turn, as in training; a list of messages is asked as it is."""
+    sample = runpy.run_path(str(ROOT / "sample.py"))
+    row = {"question": QUESTION, **more}
+    assert sample["read_question_of"](row, "here", "chat", BYTES, D1).ids == prompt_of_training(record() | more)
+    listed = {"messages": [{"role": "user", "content": QUESTION}]}
+    for found, ids in ((row, prompt_of_training(record() | more)), (listed, BYTES.chat(listed["messages"]))):
+        (tmp_path / "ask.jsonl").write_text(json.dumps(found | {"contains": "4"}) + "\n")
+        (problem,) = read_problems(TASKS["chat"], tmp_path / "ask.jsonl")
+        prompt = TASKS["chat"].prompt(problem, [], "chat", TASKS["chat"].instruction_after(D1))
+        assert inference.encode_prompt(prompt, "chat", BYTES) == ids
 
 
 def test_the_choices_are_scored_after_the_question_of_the_training(trained):

@@ -222,6 +222,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a sender": ({"conversations": [{"from": "critic", "value": "u"}]}, "'from' 'critic' must be one of human"),
     "no such mark": ({"messages": [user("u"), assistant("a", weight=0.5)]}, "'weight' must be 0 or 1"),
     "marks that differ": ({"messages": [user("u"), assistant("a", weight=0, train=True)]}, "contradict each other"),
+    "a name that is no JSON": (
+        {"messages": [user("u"), assistant("", tool_calls=[{"name": 'f"', "arguments": {}}])]},
+        "message 1: the name .* of a tool call has a quotation mark",
+    ),
+    "two names of a call": (
+        {"messages": [user("u"), assistant("", tool_calls=[CALL | {"name": "g"}])]},
+        r"message 1: a tool call has \['name'\] beside 'function'",
+    ),
+    "two texts": (
+        {"conversations": [{"from": "human", "value": "u", "content": "v"}, {"from": "gpt", "value": "a"}]},
+        "message 0: 'value' and 'content' are one thing, but differ",
+    ),
+    "no number in an argument": (
+        {"messages": [user("u"), assistant("", tool_calls=[{"name": "f", "arguments": {"a": [float("nan")]}}])]},
+        "'arguments' has the number nan, which JSON cannot represent",
+    ),
+    "no number in a tool": ({"tools": [{"a": float("inf")}], "messages": TURNS}, "'tools' has the number inf"),
+    "another mark": ({"messages": [user("u"), assistant("a", training=False)]}, "message 1: the field 'training'"),
     "a user to learn": ({"messages": [user("u") | {"train": True}, assistant("a")]}, "only turns of the assistant"),
 }
 
@@ -238,6 +256,16 @@ def test_a_name_twice_in_one_object_is_refused(tmp_path: Path) -> None:
     file.write_text('{"prompt": "p", "response": "r", "prompt": "q"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*'prompt' occurs twice"):
         open_source(file)
+
+
+def test_rows_after_the_end_of_a_list_are_refused(tmp_path: Path) -> None:
+    one = json.dumps([{"prompt": "p", "response": "r"}], indent=1)
+    file = tmp_path / "rows.json"
+    file.write_text(f"{one}\n\n")
+    assert len(open_rows(file)) == 1
+    file.write_text(f"{one}\n{one}\n")
+    with pytest.raises(ValueError, match=r"rows\.json:7: after the end of the list comes '\["):
+        open_rows(file)
 
 
 def test_a_row_in_great_depth_is_refused(tmp_path: Path) -> None:
@@ -419,6 +447,25 @@ def test_a_map_is_an_object(tmp_path: Path) -> None:
     assert '{"city": "Paris", "unit": null}' in open_rows(tmp_path / "rows.parquet")[0].response
 
 
+def test_bad_values_of_columns_are_named(tmp_path: Path) -> None:
+    """Names twice in a map, text that is not UTF-8, and text that is not JSON in a column of the type JSON."""
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    tools = pyarrow.array([[("name", "f"), ("name", "g")]], kind)
+    not_text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+    )
+    not_json = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(["{"]))
+    for column, complaint in (
+        (tools, "row 1: the name 'name' occurs twice"),
+        (not_text, "a text after row 0 is not UTF-8"),
+        (not_json, "row 1: not JSON"),
+    ):
+        table = pyarrow.table({"prompt": ["p"], "response": ["r"], "tools": column})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match=rf"rows\.parquet:? ?{complaint}"):
+            open_rows(tmp_path / "rows.parquet")
+
+
 def test_a_column_twice_is_refused(tmp_path: Path) -> None:
     table = pyarrow.table([["p"], ["q"], ["r"]], names=["prompt", "prompt", "response"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
@@ -556,7 +603,7 @@ def test_splits_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         one.to_parquet(tmp_path / "files" / f"{name}-00000-of-00001.parquet")
     asked = []
 
-    def load_dataset(*names: str) -> datasets.DatasetDict:
+    def load_dataset(*names: str | None, revision: str | None) -> datasets.DatasetDict:
         asked.append(names)
         return made
 
@@ -573,7 +620,7 @@ def test_splits_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises((ValueError, FileNotFoundError), match="tarin"):
             open_source(path, options=ReadOptions(split="tarin"))
     open_source("somebody/chats", options=ReadOptions(split="train_sft", config="main"))
-    assert asked[-1] == ("somebody/chats", "main") and asked[0] == ("somebody/chats",)
+    assert asked[-1] == ("somebody/chats", "main") and asked[0] == ("somebody/chats", None)
 
 
 def test_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,7 +638,7 @@ def test_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="sudoku has nothing to choose from with --data-split train_sft"):
         open_source("sudoku", options=ReadOptions(split="train_sft"))
 
-    def load_dataset(*names: str) -> None:
+    def load_dataset(*names: str | None, revision: str | None) -> None:
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

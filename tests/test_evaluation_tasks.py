@@ -96,6 +96,12 @@ def test_chat_prompts_are_turns(tmp_path):
     assert task.prompt(asked[0], [], "raw").endswith("\n\nQuestion: What is 1 + 1?\nAnswer:")
 
 
+def test_an_instruction_without_a_place_is_refused():
+    settings = EvaluateSettings(model="nano", task="sudoku", instruction="Be kind.", shots=0)
+    with pytest.raises(ValueError, match="--instruction has no place in raw prompts of the task sudoku"):
+        plan_work(settings, "raw", abstract_model(PRESETS["nano"]), ByteTokenizer())
+
+
 def test_examples_of_a_file_of_their_own(sudoku_file, tmp_path):
     task = TASKS["sudoku"]
     problems = read_problems(task, sudoku_file)

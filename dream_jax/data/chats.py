@@ -38,6 +38,8 @@ class Chat:
     unread: names of the fields of the record that nobody has read; those of messages begin with "messages.".
     text: the text of the question, if the prompt is nothing but one text in one column; otherwise None. A prompt without
     a chat template is this text.
+    columns: whether the question is a text in a column, and not a list of messages. The instruction with which a model was
+    trained comes before the first user turn of such a chat (`with_instruction`); a list of messages is taken as it is.
     """
 
     messages: tuple[Message, ...]
@@ -45,6 +47,7 @@ class Chat:
     given: tuple[int, ...] = ()
     unread: tuple[str, ...] = ()
     text: str | None = None
+    columns: bool = False
 
 
 def read_chat(found: Mapping[str, Any], where: str, *, known: Collection[str] = ()) -> Chat:
@@ -96,6 +99,8 @@ def read_question(found: Mapping[str, Any], where: str, *, known: Collection[str
             f"{where}: a question needs 'messages' or {_either(QUESTION_FIELDS)}, but the row has the fields "
             f"{sorted(fields.found)}"
         )
+    name = fields.one_of(QUESTION_FIELDS)
+    columns = not fields.one_of(CHAT_FIELDS) and name is not None and not holds_messages(fields.found[name])
     text = _read_prompt(fields, reader)
     if reader.turns[-1]["role"] not in ("user", "tool"):
         raise ValueError(
@@ -104,7 +109,7 @@ def read_question(found: Mapping[str, Any], where: str, *, known: Collection[str
         )
     answers = [name for name in ANSWER_FIELDS if name not in known and not is_empty(fields.take(name))]
     chat = _finished(fields, reader, text, known, learns=False)
-    return replace(chat, unread=(*chat.unread, *answers))
+    return replace(chat, unread=(*chat.unread, *answers), columns=columns)
 
 
 def read_prompt(fields: FieldReader) -> tuple[Message, ...]:

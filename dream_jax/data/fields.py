@@ -5,6 +5,7 @@ field whose name is known to stand for a part of the prompt or of the answer is 
 for it. A field that is null or empty says nothing, and counts as missing.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ _LEARNED = (
     *("target", "targets", "solution", "chosen", "rejected", "text", "reasoning", "reasoningcontent", "thinking"),
     *("thinkingblocks", "thinkingtrajectories", "functioncall", "toolcalls", "refusal"),
     *("weight", "weights", "sampleweight", "lossweight", "lossscale", "lossmask", "train", "trainable", "traindetail"),
+    *("training", "istrain", "istrainable", "trainonturn", "learn", "learned", "masked", "supervised"),
 )
 
 
@@ -92,8 +94,11 @@ class FieldReader:
         Raises:
           ValueError: the name of an unread field stands for a part of the prompt or of the answer.
         """
+        unread = self.unread()
+        if not unread:
+            return ()
         left_out = []
-        for name, value in self.unread().items():
+        for name, value in unread.items():
             if name in known:
                 continue
             others = sorted(self.found.keys() - {name})
@@ -170,11 +175,14 @@ def from_json_text(value: Any, subject: str, where: str) -> Any:
 
 
 def check_texts(value: object, name: str, where: str) -> None:
-    """Raises ValueError if a value has a text that is no text, or more than `MOST_NESTING` levels.
+    """Raises ValueError if a value has a text that is no text, a number that JSON lacks, or too many levels.
 
+    Too many are more than `MOST_NESTING`.
     Every text in lists and objects is checked, the names of fields too. `where` and `name` begin the message.
     """
-    for text in _texts(value, MOST_NESTING, name, where):
+    for text in [value] if isinstance(value, str) else _texts(value, MOST_NESTING, name, where):
+        if text.isascii():
+            continue
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -192,5 +200,7 @@ def _texts(value: object, levels: int, name: str, where: str) -> Iterator[str]:
         inside = [*value, *value.values()] if isinstance(value, Mapping) else value
         for one in inside:
             yield from _texts(one, levels - 1, name, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {name!r} has the number {value}, which JSON cannot represent; give another value")
     elif not isinstance(value, int | float | None):
         raise ValueError(f"{where}: {name!r} has a {type(value).__name__}, which JSON cannot represent; give a text")

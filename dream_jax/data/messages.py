@@ -1,5 +1,6 @@
 """Reads messages: their texts, calls of tools and results, and marks that say whether a turn is learned."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from dream_jax.tokenizer import ROLES, Message
 CHAT_FIELDS = ("messages", "conversations")
 """The fields that hold a chat as a list of messages; a row has at most one of them."""
 
-_MARKS = ("weight", "train", "trainable", "loss_mask", "loss", "loss_weight")
+_MARKS = frozenset({"weight", "train", "trainable", "loss_mask", "loss", "loss_weight"})
 _ROLE_NAMES = {"developer": "system", "function": "tool"}  # names that OpenAI has given to these roles
 # The roles in messages of the form {"from": ..., "value": ...}, which began with ShareGPT.
 _SENDERS = {
@@ -104,6 +105,8 @@ class MessageReader:
         if sender not in _SENDERS:
             raise ValueError(f"{fields.where}: 'from' {sender!r} must be one of {', '.join(_SENDERS)}")
         rest = {name: value for name, value in fields.record.items() if name not in ("from", "value")}
+        if "content" in fields and "value" in fields and fields.found["content"] != fields.found["value"]:
+            raise ValueError(f"{fields.where}: 'value' and 'content' are one thing, but differ; remove one of them")
         return FieldReader({"role": _SENDERS[sender], "content": fields.found.get("value"), **rest}, fields.where)
 
     def _content(self, fields: FieldReader) -> str:
@@ -111,11 +114,13 @@ class MessageReader:
         at, content = fields.where, fields.take("content")
         if content is None:
             return ""
-        parts = [content] if isinstance(content, str) else content
-        if not isinstance(parts, list):
+        if isinstance(content, str):
+            check_texts(content, "content", at)
+            return content
+        if not isinstance(content, list):
             raise ValueError(f"{at}: 'content' must be a string or a list of parts, not {content!r:.60}")
         texts = []
-        for part in parts:
+        for part in content:
             if isinstance(part, dict):
                 if part.get("type") not in ("text", "input_text", "output_text") or "text" not in part:
                     raise ValueError(
@@ -137,6 +142,8 @@ class MessageReader:
     def _calls(self, fields: FieldReader) -> list[tuple[dict[str, Any], str]]:
         """Returns the tool calls of a message as {"name": str, "arguments": dict}, each with its id ("" without)."""
         at = fields.where
+        if "tool_calls" not in fields and "function_call" not in fields:
+            return []
         calls, single = fields.take("tool_calls"), fields.take("function_call")
         if not is_empty(calls) and not is_empty(single):
             raise ValueError(f"{at}: 'tool_calls' and 'function_call' are two forms of one thing; remove one of them")
@@ -151,6 +158,11 @@ class MessageReader:
             inside = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
             if not isinstance(inside, dict) or inside.get("arguments") is None:
                 raise ValueError(f"{at}: a tool call must have 'name' and 'arguments', not {call!r:.60}")
+            twice = [name for name in ("name", "arguments") if call.get(name) not in (None, inside.get(name))]
+            if twice:
+                raise ValueError(
+                    f"{at}: a tool call has {twice} beside 'function', with other values; remove one of each"
+                )
             arguments = from_json_text(inside["arguments"], "the arguments of a tool call are", at)
             if not isinstance(arguments, dict):
                 raise ValueError(f"{at}: the arguments of a tool call must be an object, not {arguments!r:.60}")
@@ -160,13 +172,13 @@ class MessageReader:
                 for name, value in {**call, **inside}.items()
                 if name not in _CALL_FIELDS and not is_empty(value)
             )
-            call_id = call.get("id")
-            parsed.append(
-                (
-                    {"name": text_field(inside, "name", at), "arguments": arguments},
-                    call_id if isinstance(call_id, str) else "",
+            call_id, name = call.get("id"), text_field(inside, "name", at)
+            if json.dumps(name, ensure_ascii=False) != f'"{name}"':
+                raise ValueError(
+                    f"{at}: the name {name!r:.60} of a tool call has a quotation mark, a backslash or a control character, "
+                    "with which the call that the chat template writes is not JSON; give the name of a function"
                 )
-            )
+            parsed.append(({"name": name, "arguments": arguments}, call_id if isinstance(call_id, str) else ""))
         return parsed
 
     def _sort_results(self, calls: Mapping[int, list[str]], ids: Mapping[int, str]) -> None:
@@ -189,7 +201,9 @@ def _is_marked(fields: FieldReader, role: str) -> bool:
     as to be learned although it is not the assistant's.
     """
     at = fields.where
-    marks = {name: fields.take(name) for name in _MARKS if name in fields}
+    if fields.found.keys().isdisjoint(_MARKS):
+        return False
+    marks = {name: fields.take(name) for name in fields.found if name in _MARKS}
     for name, mark in marks.items():
         if not isinstance(mark, int | float) or mark not in (0, 1):
             raise ValueError(

@@ -41,8 +41,11 @@ def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
         raise FileNotFoundError(f"no file {path}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    if path.suffix == ".json" and path.read_bytes()[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return _read_json_list(path, on_bad)
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            begin = file.read(4096)
+        if begin.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return _read_json_list(path, on_bad)
     return ((where, _without_nulls(found)) for where, found in read_json_lines(path, on_bad))
 
 
@@ -123,7 +126,8 @@ def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
     if not value.strip():
         raise ValueError(f"{where}: {name!r} is empty")
     try:
-        value.encode("utf-8")
+        if not value.isascii():
+            value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: {name!r} has half of a surrogate pair ({error}), which is not text; repair the row"
@@ -217,9 +221,19 @@ def _table_records(table: Any, name: str, start: int) -> Iterator[Record]:
     twice = [field for field, count in Counter(field for field, _ in columns).items() if count > 1]
     if twice:
         raise ValueError(f"{name}: the columns {twice} occur twice; rename one of each")
-    for number, row in enumerate(table.to_pylist(), start=start):
-        found = {field: _without_padding(row[field], kind) for field, kind in columns if row[field] is not None}
-        yield f"{name}:row {number}", found
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: a text after row {start - 1} is not UTF-8 ({error}); save the texts as UTF-8"
+        ) from error
+    for number, row in enumerate(rows, start=start):
+        where = f"{name}:row {number}"
+        try:
+            found = {field: _without_padding(row[field], kind) for field, kind in columns if row[field] is not None}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield where, found
 
 
 def _without_padding(value: Any, kind: Any) -> Any:
@@ -229,7 +243,10 @@ def _without_padding(value: Any, kind: Any) -> Any:
     if value is None:
         return None
     if isinstance(kind, pyarrow.JsonType):
-        return parse_json(value)
+        try:
+            return parse_json(value)
+        except ValueError as error:
+            raise ValueError(f"not JSON ({error}): {value!r:.60}") from error
     if pyarrow.types.is_struct(kind):
         return {
             field.name: _without_padding(value[field.name], field.type)
@@ -237,7 +254,7 @@ def _without_padding(value: Any, kind: Any) -> Any:
             if value[field.name] is not None
         }
     if pyarrow.types.is_map(kind):  # Every entry of a map is its own; nothing is filled up.
-        return {name: _without_padding(inside, kind.item_type) for name, inside in value}
+        return _object([(name, _without_padding(inside, kind.item_type)) for name, inside in value])
     if isinstance(value, list):
         return [_without_padding(inside, kind.value_type) for inside in value]
     return value
@@ -317,6 +334,12 @@ def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
             position = skip(position + 1)
         elif text[position : position + 1] != "]":
             raise ValueError(f"{where}: neither ',' nor ']' after the entry; the file is truncated or is not a list")
+    if (end := skip(position + 1)) < len(text):
+        line += text.count("\n", counted, end)
+        raise ValueError(
+            f"{path}:{line}: after the end of the list comes {text[end : end + 40]!r}; the file must be one list, or have "
+            "one JSON object a line"
+        )
 
 
 def _first_line(error: Exception) -> str:

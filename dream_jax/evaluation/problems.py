@@ -48,6 +48,7 @@ class Problem:
       where: "FILE:LINE" or "generated:NUMBER", with which error messages begin.
       question: a text, or the messages of a chat.
       tools: functions that the prompt announces, as JSON schemas.
+      columns: whether the question was a text in a column, so that an instruction may come before it.
       answer: a correct answer as text, for use as a worked example; empty if the file has none.
       judge: function from the text of an answer to a Verdict.
     """
@@ -58,6 +59,7 @@ class Problem:
     answer: str
     judge: Judge
     tools: tuple[Mapping[str, Any], ...] = ()
+    columns: bool = False
 
     @property
     def identity(self) -> str:

@@ -188,6 +188,12 @@ def _sampled(
     problems = read_problems(task, settings.file, settings.ignore_field)
     examples, problems = split_examples(task, problems, settings.file, settings.examples, shots, settings.ignore_field)
     problems = problems[: settings.limit]
+    bare = template == "raw" and not examples and task.bare is not None
+    if bare and settings.instruction and any(isinstance(problem.question, str) for problem in problems):
+        raise ValueError(
+            f"--instruction has no place in raw prompts of the task {task.name} without examples, which are the question "
+            "alone; leave it out, or ask with --template chat"
+        )
     config = settings.sampler_config(tokenizer, settings.max_new_tokens or task.max_new_tokens)
     prompts = []
     for problem in problems:

@@ -21,7 +21,15 @@ import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from dream_jax.data import RowSource, numbered_records, open_source, read_question, record_number, text_field
+from dream_jax.data import (
+    RowSource,
+    numbered_records,
+    open_source,
+    read_question,
+    record_number,
+    text_field,
+    with_instruction,
+)
 from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
 from dream_jax.evaluation.problems import Problem, Verdict, check_fields
@@ -65,14 +73,15 @@ class TaskFormat:
         """Returns the prompt of a problem: text for "raw"; messages for "chat", or if the question is a chat.
 
         Args:
-          problem: the problem to be answered.
+          problem: the problem to be answered. The instruction comes before its first user turn if it was columns of text; a
+            list of messages is asked as it is.
           examples: the worked examples before it; a question that is a chat is asked without them.
           template: "raw" or "chat"; the docstring of the module describes both.
           instruction: replaces the instruction of the task; None keeps it, and "" means no instruction.
         """
         instruction = self.instruction if instruction is None else instruction
         if not isinstance(problem.question, str):
-            return problem.question
+            return with_instruction(problem.question, instruction) if problem.columns else problem.question
         if template == "chat":
             turns: list[Message] = []
             for one in examples:
@@ -162,6 +171,7 @@ def _chat(found: Mapping[str, Any], where: str) -> Problem:
         answer="",
         judge=parse_expectation(found, where),
         tools=chat.tools,
+        columns=chat.columns,
     )
 
 
