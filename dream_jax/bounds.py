@@ -28,7 +28,7 @@ become 0 or infinity.
 MOST_INTEGER = 2**31 - 1
 """The largest int32 number."""
 MOST_TOKENS = 2**20
-"""The largest number of tokens of a row, which is also that of the denoising steps of an answer."""
+"""The largest number of tokens of a row. It is also the largest number of denoising steps of an answer."""
 MOST_ROWS = 2**16
 """The largest number of rows that are computed together."""
 MOST_RANK = 2**16
@@ -58,8 +58,8 @@ class IntegerRange(NamedTuple):
 class FloatRange(NamedTuple):
     """The range of a float: `low` to `high`, which are included if `open_low` and `open_high` are false.
 
-    The number that float32 rounds the value to must be inside the range too, and must not be closer to 0 than `SMALLEST`,
-    except for 0 itself. `note` says what to do; it ends the message.
+    The value must still be inside the range after it is rounded to float32. A value other than 0 must not be closer to 0
+    than `SMALLEST`. `note` explains the range or says what to do; it ends the message.
     """
 
     low: float = -LARGEST
@@ -122,7 +122,7 @@ def check(name: str, value: Any, allowed: Range) -> None:
 def check_numbers(settings: Any, **ranges: Range) -> None:
     """Checks every number in the fields of a settings dataclass.
 
-    None is accepted where the type of the field has it. In a field that holds several numbers, each is checked.
+    None is accepted if the type of the field includes None. In a field that holds several numbers, each is checked.
 
     Args:
       settings: an instance of the dataclass.
@@ -188,7 +188,7 @@ def _numbers_in(value: Any) -> Iterator[Any]:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as text for a message; of an integer with very many digits only their number."""
+    """Returns a value as text for a message. For an integer of more than 30 digits it only says how many."""
     if isinstance(value, int) and abs(value) >= 10**30:  # str() refuses integers of more than 4300 digits
         return f"{'-' if value < 0 else ''}(an integer of {math.floor(math.log10(abs(value))) + 1} digits)"
     if isinstance(value, numbers.Number):

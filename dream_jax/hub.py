@@ -1,7 +1,8 @@
 """Asks the Hugging Face hub for models and data sets, but only for names that cannot be local paths.
 
-What is asked is printed on stderr before, and a hub (or proxy) that does not answer ends in an error instead of a hang.
-`HF_HUB_OFFLINE=1` restricts everything to the cache of the hub, `HF_DATASETS_OFFLINE=1` only data sets.
+Before each request a line on stderr says what is asked. If the hub (or a proxy) does not answer in time, the program ends
+with an error and does not wait for ever. With `HF_HUB_OFFLINE=1` only the local cache of the hub is used, and with
+`HF_DATASETS_OFFLINE=1` only for data sets.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dream_jax.paths import AnyPath, local_path
 TIMEOUT_VARIABLE = "DREAM_JAX_HUB_TIMEOUT"
 """The environment variable with the number of seconds to wait for an answer of the hub."""
 TIMEOUT_SECONDS = 30.0
+"""The number of seconds without that variable."""
 
 RepositoryKind = Literal["model", "dataset"]
 
@@ -44,7 +46,8 @@ class HubId:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-_answered: set[tuple[HubId, RepositoryKind]] = set()  # the repositories that the hub has, of those asked for so far
+# Repositories for which this process has asked the hub, and which the hub has. They are not asked for again.
+_answered: set[tuple[HubId, RepositoryKind]] = set()
 
 
 def parse_hub_id(text: str) -> HubId | None:
@@ -54,9 +57,10 @@ def parse_hub_id(text: str) -> HubId | None:
 
 
 def hub_id_of(path: AnyPath) -> HubId | None:
-    """Returns the hub id that a path is, or None if it can be a path of this machine.
+    """Returns the hub id that a text such as "organisation/name" means; None if the text may be a local path.
 
-    If there is a folder with the name of the organisation, the user has probably mistyped a path in it, so it is none.
+    It may be a local path if the path exists. If only a folder with the name of the organisation exists, the user has
+    probably mistyped a path in this folder, so the result is None too.
 
     Raises:
       ValueError: the path is an address (see `local_path`).
@@ -79,10 +83,11 @@ def why_not_asked(path: AnyPath) -> str:
 
 
 def pinned(name: str, revision: str | None) -> str:
-    """Returns the hub id `name` with its revision, organisation/name@revision; `name` itself if `revision` is None.
+    """Returns organisation/name@revision, the hub id `name` with a revision; `name` itself if `revision` is None.
 
     Raises:
-      ValueError: the name is not a hub id, or it has another revision already, or the revision cannot be the name of one.
+      ValueError: `name` is not a hub id or has another revision already, or `revision` has a character that no name of a
+        revision has.
     """
     if revision is None:
         return name
@@ -122,7 +127,8 @@ def ask(hub_id: HubId, kind: RepositoryKind) -> bool:
       kind: whether it is a model or a data set.
 
     Returns:
-      True if the hub has it. False if the cache must do: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
+      True if the hub has it. False if only the local cache can be used, because the hub cannot be reached or
+      `HF_HUB_OFFLINE` (for data sets also `HF_DATASETS_OFFLINE`) is set.
 
     Raises:
       ConnectionError: the hub has no such repository or revision, or does not show it to this user; or there is no answer
@@ -167,7 +173,7 @@ def download(hub_id: HubId, patterns: Collection[str]) -> pathlib.Path:
 
     Args:
       hub_id: the repository.
-      patterns: patterns of the names of the files.
+      patterns: names of the files to download, or patterns such as "*.safetensors".
 
     Raises:
       ConnectionError: the files are not in the cache, and the hub cannot be reached or refuses them; or the cache cannot
@@ -186,7 +192,7 @@ def download(hub_id: HubId, patterns: Collection[str]) -> pathlib.Path:
                 local_files_only=not reachable,
             )
         )
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the library that transfers large files
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet, which transfers large files, raises it
         raise ConnectionError(
             f"there is no local directory {hub_id}, and it could not be downloaded from the Hugging Face hub: "
             f"{_first_line(error)}; download it on another machine and pass its directory"
@@ -194,7 +200,10 @@ def download(hub_id: HubId, patterns: Collection[str]) -> pathlib.Path:
 
 
 def _limit_silence(session: Any, seconds: float) -> None:
-    """Gives every request of the session that has no timeout one of `seconds`: for connecting, and between two bytes."""
+    """Sets a timeout of `seconds` for every request of the session that has none.
+
+    The timeout limits the time to connect and the time between two pieces of an answer, not the time of the whole answer.
+    """
 
     def limit(request: Any) -> None:
         given = request.extensions.get("timeout") or {}

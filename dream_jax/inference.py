@@ -1,7 +1,11 @@
 """Loads a model with its tokenizer, template and mask from a path, and turns prompts into answers.
 
 The answer to a prompt depends only on the model, the sampler, the prompt and its key, not on the other prompts of its
-batch. Its users are `sample.py`, `evaluate.py`, the adapter to lm-evaluation-harness and the samples of a training run.
+batch. This module is used by `sample.py`, by `evaluate.py`, by the interface to lm-evaluation-harness, and for the samples
+that a training run prints.
+
+Training notes the template and the instruction of its prompts in `prompt_format.json`, beside the model or the adapter.
+Here "a note" means this file.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ MASK_SIGN = "░"
 """The character that stands for a mask token in a text."""
 
 RowName = tuple[int, ...]
-"""What determines the key of an answer: (seed, number of the prompt) or (seed, number of the prompt, of the sample)."""
+"""What determines the random key of an answer: (seed, number of the prompt), or (seed, number of the prompt, number of
+the sample) if a prompt may have several samples. Samples are numbered from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +53,9 @@ class ModelSettings:
     """The model that answers, and how it is loaded: settings that are shared by all programs which answer prompts.
 
     Raises:
-      ValueError: `any_base` is set without an adapter, `mask` is not the name of a mask, `mesh` is not the shape of a
-        mesh, or a number in a field of a subclass is not usable (see `bounds.check_numbers`).
+      ValueError: `any_base` is set without an adapter, `revision` is given although `model` is not a hub id, `mask` is
+        not the name of a mask, `mesh` is not the shape of a mesh, a path is an address (see `paths.local_path`), or a
+        number in a field of a subclass is not usable (see `bounds.check_numbers`).
     """
 
     model: str = "runs/demo/model"
@@ -89,7 +95,11 @@ class ModelSettings:
             masks.parse(self.mask)
 
     def short_name(self) -> str:
-        """Returns a name of the model without the folders in which it is: "demo" for runs/demo/model."""
+        """Returns a short name of the model: the last part of its path, and the same for the adapter after a "+".
+
+        If the last part is "model" or "adapter", as in the folder of a run, it is the part before: "demo" for
+        runs/demo/model.
+        """
         named = [pathlib.PurePath(path) for path in (self.model, self.adapter) if path is not None]
         # Runs keep their model in OUT/model and their adapter in OUT/adapter.
         names = [
@@ -104,13 +114,13 @@ class PreparedModel:
 
     Attributes:
       settings: the settings from which `prepare` made this object.
-      mesh: the devices of the parameters.
+      mesh: the mesh of devices on which `load` puts the parameters.
       dtype: name of the type of the weights, "float32" or "bfloat16".
       model: an abstract model: shapes in place of weights. Its `trained_mask` is the mask under which it will answer.
       tokenizer: the tokenizer that the settings name, or that of the model.
       template: how prompts become tokens.
       instruction: the text that comes before each question, because the model was trained with it; "" for none.
-      note: what a user should know about the adapter, as one line; None for nothing.
+      note: a warning or hint about the adapter for the user, in one line; None if there is none.
     """
 
     settings: ModelSettings
@@ -125,8 +135,8 @@ class PreparedModel:
     def load(self) -> Dream:
         """Returns the model with its weights.
 
-        An adapter is added to the weights, because one matrix product is faster than two. It is held beside weights
-        that are int8 or nf4 codes, because codes cannot represent the sum.
+        An adapter is added to float weights, because one matrix product is faster than two. With int8 or nf4 codes it
+        stays a separate adapter, because codes cannot represent the sum.
 
         Raises:
           ValueError, OSError: as `pretrained.load` raises.
@@ -185,7 +195,7 @@ def prepare(settings: ModelSettings, *, default_template: Template | None = None
         model=model,
         tokenizer=tokenizer,
         template=template,
-        # The instruction of a training belongs into a user turn, so a raw prompt is asked without it.
+        # Training puts the instruction into a user turn. A raw prompt has no turns, so it gets no instruction.
         instruction=noted_instruction(settings.adapter, model) if template == "chat" else "",
         note=note,
     )
@@ -218,7 +228,7 @@ def find_tokenizer(named: str | None, name: str, model: Dream) -> Tokenizer:
 
 
 def noted_template(adapter: str | None, model: Dream) -> Template | None:
-    """Returns the template that training noted beside the adapter, or else beside the model; None without a note.
+    """Returns the template in the note beside the adapter, or else beside the model; None if neither has a note.
 
     Raises:
       ValueError: a note cannot be read.
@@ -228,7 +238,9 @@ def noted_template(adapter: str | None, model: Dream) -> Template | None:
 
 
 def noted_instruction(adapter: str | None, model: Dream) -> str:
-    """Returns the text before each question that training noted where `noted_template` finds the template; "" for none.
+    """Returns the instruction that training put before each question, from the note that `noted_template` reads.
+
+    The instruction is "" if there is no note or no instruction in it.
 
     Raises:
       ValueError: a note cannot be read.
@@ -238,7 +250,7 @@ def noted_instruction(adapter: str | None, model: Dream) -> str:
 
 
 def _noting_directory(adapter: str | None, model: Dream) -> str | None:
-    """Returns the directory of the adapter if training left a note there, or else that of the model, or else None."""
+    """Returns the directory with the note: that of the adapter, or else that of the model; None if neither has one."""
     for directory in (adapter, model.tokenizer_dir):
         if directory is not None and read_template(directory) is not None:
             return directory
@@ -246,7 +258,7 @@ def _noting_directory(adapter: str | None, model: Dream) -> str | None:
 
 
 def with_instruction(question: str, instruction: str) -> str:
-    """Returns a question with the instruction and an empty line before it; the question itself if there is none."""
+    """Returns the instruction, an empty line and the question; the question alone if the instruction is ""."""
     return f"{instruction}\n\n{question}" if instruction else question
 
 
@@ -298,7 +310,8 @@ def encode_prompt(
       template: "chat" makes a text one user turn, "raw" encodes it without a template. Messages are always a chat, and
         so is a text with tools.
       tokenizer: the tokenizer of the model.
-      instruction: the text before a question that is a text, as `PreparedModel.instruction`; only for "chat".
+      instruction: a text to put before the question, see `PreparedModel.instruction`. It is used only if the prompt is
+        a text that becomes a user turn, not for messages and not for raw text.
       tools: functions that the chat template announces, as JSON schemas.
       allow_special: whether "<|mask|>" and other special tokens that are written in a raw text become these tokens;
         otherwise their characters are encoded as ordinary text.
@@ -314,9 +327,10 @@ def encode_prompt(
 
 
 def sampler_recipe(config: SamplerConfig, prompts: Iterable[Sequence[int]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what the answers to these prompts depend on in the settings of the sampler, as values for JSON.
+    """Returns the settings of the sampler on which the answers to these prompts depend, as a dict that JSON can hold.
 
-    If no prompt has a mask to fill in, one step per mask is one step per new token, and the number is returned.
+    `steps=None` means one step for each mask token of the canvas. If no prompt has mask tokens to fill in, this is the
+    number of new tokens, and the dict has this number instead of None. So both settings give equal dicts.
     """
     steps = config.steps
     if steps is None and not any(tokenizer.mask_id in ids for ids in prompts):
@@ -348,13 +362,22 @@ def check_length(
     total, longest = len(ids) + max_new_tokens, model.config.max_position_embeddings
     if len(ids) < shortest or not 0 < total <= longest:
         raise ValueError(
-            f"{where}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens make {total}. A prompt needs at "
-            f"least {shortest}, both together 1 to {longest} tokens: try {remedy} or a smaller --max-new-tokens"
+            f"{where}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens make {total}. A prompt must have at "
+            f"least {shortest} tokens, and together they must be 1 to {longest} tokens; try {remedy} or a smaller "
+            "--max-new-tokens"
         )
 
 
 def batches(lengths: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """Returns batches of at most `size` indices of prompts; the lengths of a batch have the same `bucket_length`."""
+    """Divides prompts into batches, so that all prompts of a batch have the same `bucket_length`.
+
+    Args:
+      lengths: number of tokens of each prompt.
+      size: the largest number of prompts in a batch.
+
+    Returns:
+      The indices (into `lengths`) of the prompts of each batch, shortest prompts first.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (bucket_length(lengths[index]), index))
     filled: list[list[int]] = []
     for index in order:
@@ -386,10 +409,10 @@ def left_padded(rows: Sequence[Sequence[int] | np.ndarray], size: int, pad_id: i
 
 
 def row_keys(names: Sequence[RowName]) -> jax.Array:
-    """Returns a random key for each name, as an array [rows]; all names must have the same length.
+    """Returns a random key for each name, as an array [rows]. The names must be all pairs or all triples.
 
-    The key of the seed is folded with the number of the prompt, and then with the number of the sample unless that is
-    0: the first of several samples of a prompt is therefore equal to its only sample.
+    The key is made from the seed, and the number of the prompt is folded in. The number of the sample is folded in only
+    if it is not 0. So sample 0 of a prompt is the same whether one sample or several are drawn.
     """
     if not names:
         return jax.random.split(jax.random.key(0), 0)
@@ -425,9 +448,10 @@ class TextAnswer:
     forwards: int
 
     def until(self, stops: Sequence[str]) -> str:
-        """Returns the text of the answer before the first place where one of `stops` begins; empty stops are ignored.
+        """Returns the text of the answer up to the first occurrence of one of `stops`; empty stops are ignored.
 
-        A stop is found in the names of special tokens too, and where it reaches over the end of the answer.
+        The stops are searched in `canvas`. So a stop may be the name of a special token, such as "<|im_end|>", and it may
+        begin before the end of the answer and go on after it.
         """
         found = [self.canvas.find(stop) for stop in stops if stop]
         return self.text[: min((at for at in found if at >= 0), default=None)]
@@ -461,10 +485,11 @@ def read_answer(
 
 
 def shown_from(prompt: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Returns where the text of a canvas begins that is shown as the answer, and from where on an end can end it.
+    """Returns (begin, first_end), two indices of tokens of the canvas.
 
-    Both are indices of tokens of the canvas. The answer begins after the prompt. If the prompt has mask tokens to fill
-    in, the text begins with the prompt, and it cannot end before the last token that was given.
+    `begin` is where the shown text begins. `first_end` is the first index at which an end token ends the text. Both are
+    the length of the prompt. But if the prompt has mask tokens to fill in, the shown text begins with the prompt (index
+    0), and only an end token after the last given token of the prompt ends it.
     """
     given = np.flatnonzero(np.asarray(prompt) != tokenizer.mask_id)
     if len(given) == len(prompt):
@@ -512,9 +537,10 @@ def answer(
 
 
 def canvas_text(tokens: np.ndarray, tokenizer: Tokenizer, first_end: int = 0) -> str:
-    """Returns the text of a canvas [T] up to its first end token (`canvas_end`), with `MASK_SIGN` at each mask.
+    """Returns the text of a canvas [T], with `MASK_SIGN` for each mask token.
 
-    Other special tokens appear by name, such as `<|im_start|>`.
+    The text ends before the first end token at `first_end` or after it (see `canvas_end`). Other special tokens
+    appear by name, such as `<|im_start|>`.
     """
     text, written = "", list[int]()
     for token in tokens[: canvas_end(tokens, tokenizer, first_end)].tolist():

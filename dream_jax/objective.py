@@ -28,8 +28,9 @@ from dream_jax.target import current_target
 # and writes the whole gradient of the output projection, so an accelerator is fastest with few large chunks.
 _LOGIT_ELEMENTS = 1 << 27
 # A CPU is limited by arithmetic, and unmasked positions in the last chunk are wasted work, so a CPU uses smaller
-# chunks: at most _CPU_ROWS positions. With few positions and a large vocabulary chunks are smaller still, but not below
-# _CPU_FEWEST_ROWS, so that the logits take little memory compared with the output projection.
+# chunks: at most _CPU_ROWS positions. A chunk is smaller still if it would hold more than 1/8 of the positions of the
+# device and more than _CPU_SMALL_BLOCK logits, but it never has fewer than _CPU_FEWEST_ROWS positions. So the logits
+# take little memory compared with the output projection.
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
 # Number of equal ranges of the noise level t, [0, 1/4), [1/4, 1/2), and so on, for which losses are reported.
@@ -89,9 +90,9 @@ class InverseTimeWeight(LossWeight):
 class CartWeight(LossWeight):
     """Dream's context-adaptive weight (CART): a masked position counts more when more unmasked tokens are near it.
 
-    The weight of position i is the sum over all unmasked j of 0.5 p (1 - p)^(|i - j| - 1), where j may be in the
-    prompt, the response or the padding. Far from the ends of a row its mean at noise level t is 1 - t. Two first-order
-    recurrences compute all weights of a row in O(T).
+    The weight of position i is the sum over all unmasked j other than i of 0.5 p (1 - p)^(|i - j| - 1), where j may be
+    in the prompt, the response or the padding. Far from the ends of a row its mean at noise level t is 1 - t. Two
+    first-order recurrences compute all weights of a row in O(T).
 
     Attributes:
       geometric_p: p in (0, 1). With a larger p only nearer tokens count. The published SFT configuration has 0.1.
@@ -189,7 +190,7 @@ def masked_diffusion_loss(
       model: the model, with float32 or bfloat16 parameters.
       tokens_BT: ids of the clean tokens.
       masked_BT: true where the model receives the mask token instead of the clean token.
-      t_B: noise level of each row, in (0, 1).
+      t_B: noise level of each row, in [0, 1].
       weight: the factor on each masked position: CartWeight(p), InverseTimeWeight(), LinearWeight(), UniformWeight().
       attention_mask: an array that is nonzero at valid tokens, for left-padded batches; or a `Mask`. Padding on the
         right must count as valid: the model attends to it and learns it, and so learns to stop.
@@ -197,15 +198,16 @@ def masked_diffusion_loss(
         it depends on rows, it must be the result of `Mask.for_rows`.
       focal: changes the cross entropy of each position to the focal loss; None means no change.
       normalizer: the denominator. The default is the number of masked positions in the (global) batch, at least 1. For
-        a microbatch, pass the number of the whole batch: the sum of the losses is then the loss of the batch.
+        a microbatch, pass the number of masked positions in the whole batch: the losses of the microbatches then add up
+        to the loss of the batch.
       dropout_keys: one random key per row, for the dropout of an adapter; None means no dropout.
 
     Returns:
       The loss (float32 scalar), and a dict of values to report. `num_masked` and `num_correct` (float32 scalars) are
       the numbers of masked positions, and of those where the most probable token is correct. `nll` is the unweighted
       mean cross entropy of masked positions, in nats. `token_nll` (float32 [B, T]) and `token_correct` (bool [B, T])
-      hold the values of each masked position, and 0 or false elsewhere. Gradients flow only from the loss, and only to
-      the parameters, not to the weights of positions.
+      hold the values of each masked position, and 0 or false elsewhere. Only the loss has gradients, not the dict; they
+      are those of the parameters, and the weights of the positions count as constants.
 
     Raises:
       ValueError: a shape does not match the tokens, or an id is outside the vocabulary (ids are not checked when jax
@@ -460,7 +462,13 @@ def _over_chunks(
 
 
 def chunk_rows(rows: int, vocab: int, platform: str) -> int:
-    """Returns the number of positions in a chunk, on a device that holds `rows` positions of the batch."""
+    """Returns the number of positions in a chunk, on a device that holds `rows` positions of the batch.
+
+    Args:
+      rows: number of positions on the device, masked or not.
+      vocab: number of tokens of the vocabulary.
+      platform: the name of the platform in jax: "cpu", "gpu" or "tpu".
+    """
     most = rows
     if platform == "cpu":
         most = min(_CPU_ROWS, max(_CPU_FEWEST_ROWS, rows // 8, _CPU_SMALL_BLOCK // vocab))

@@ -62,7 +62,7 @@ def check_local(settings: Any, *names: str) -> None:
       names: names of fields with strings that may be paths.
 
     Raises:
-      ValueError: one of them is an address; the message begins with the name of the field.
+      ValueError: a path is an address or contains a NUL character; the message begins with the name of the field.
     """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -72,7 +72,10 @@ def check_local(settings: Any, *names: str) -> None:
 
 
 def _identity(path: pathlib.Path) -> tuple[int, int] | None:
-    """Returns the device and the inode of a path, which do not depend on links, mounts or the case of letters."""
+    """Returns the device and the inode of a path; None if the path cannot be read, for example because it is missing.
+
+    Two names of one file have the same device and inode, also if they differ by links, mounts or the case of letters.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -95,7 +98,7 @@ def check_apart(
       target: the path that will be replaced, if it exists.
       reads: paths that are read; None and paths that do not exist are left out.
       remedy: what the user can do; the error message ends with it.
-      lies_in: whether to refuse also a target that lies in a directory that is read.
+      lies_in: whether to refuse also a target inside a directory that is read.
 
     Raises:
       ValueError: the target is one of the other paths, contains one or the target of a link in one, or lies in one.
@@ -175,7 +178,7 @@ def check_file(path: AnyPath) -> pathlib.Path:
       The path, as `local_path` returns it.
 
     Raises:
-      ValueError: the path is an address.
+      ValueError: the path is an address or contains a NUL character.
       IsADirectoryError: the path is a directory.
       NotADirectoryError: a parent of the path is a file.
     """
@@ -236,9 +239,10 @@ def is_png(content: bytes) -> bool:
 def claimed(
     path: pathlib.Path, remedy: str = "wait for it, or give another --out", *, shared: bool = False
 ) -> Iterator[None]:
-    """Claims an existing file or directory during the block, so that no other process that claims it writes to it.
+    """Claims an existing file or directory during the block, so that two processes do not write to it at the same time.
 
-    The system ends the claim in whatever way the process ends. The claim leaves no file.
+    This works only between processes that call this function. The operating system ends the claim when the process ends,
+    also after a kill. The claim is a lock (`flock`) and leaves no file.
 
     Args:
       path: path of the file or directory.
