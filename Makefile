@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 # one worker at the longest file.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 DEMO := runs/demo
 
 # A puzzle as the nano model learns them: 0 is an empty cell, the last line ends with a newline. Its
@@ -29,7 +30,7 @@ WARM_UP := import jax.numpy, flax.nnx, optax, orbax.checkpoint, grain, datasets,
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all test-optimised lint docs bench clean
+.PHONY: help setup demo serve test test-all test-optimised lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -40,6 +41,11 @@ demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/.core-installed  ## train a nano model on sudoku on this CPU (runs/demo), then sample it: no download of data or weights
 	$(PY) train.py --mesh 8x1 --model nano --data sudoku --out $(DEMO) --overwrite
 	$(PY) sample.py --model $(DEMO)/model --prompt "$$DEMO_PROMPT" --max-new-tokens 20 --watch
+
+serve: export JAX_PLATFORMS ?= cpu
+serve: $(VENV)/.serve-installed  ## a server with the demo model (trained first if runs/demo has none): a page, and OpenAI's API
+	@[ -d $(DEMO)/model ] || $(PY) train.py --mesh 8x1 --model nano --data sudoku --out $(DEMO) --overwrite
+	$(PY) serve.py --model $(DEMO)/model $(SERVE_ARGS)
 
 test: setup  ## the default tests, of every module; PYTEST_ARGS="-k masks -x" narrows them
 	$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
@@ -75,6 +81,10 @@ $(VENV)/.core-installed: pyproject.toml constraints.txt
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt
 	$(call install,.[test])
+	@touch $(VENV)/.core-installed $@
+
+$(VENV)/.serve-installed: pyproject.toml constraints.txt
+	$(call install,.[serve])
 	@touch $(VENV)/.core-installed $@
 
 $(VENV)/.docs-installed: pyproject.toml constraints.txt

@@ -35,7 +35,7 @@ def timesteps(steps: int, eps: float = 1e-3) -> Float[np.ndarray, steps_plus_1]:
     return np.where(index < (steps + 1) // 2, from_start, from_end).astype(np.float32)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # bounded, because a server gets steps and eps from its clients
 def write_fractions(steps: int, eps: float = 1e-3) -> Float[np.ndarray, "steps"]:
     """Returns the share of the masked positions that each step writes, float32 [steps], read-only.
 

@@ -26,8 +26,8 @@ def choose_tokens(
     logits_RV: Float[jax.Array, "R V"],
     *,
     alg: Alg,
-    temperature: float | Float[jax.Array, ""],
-    top_p: float | Float[jax.Array, ""] | None,
+    temperature: float | Float[jax.Array, "..."],
+    top_p: float | Float[jax.Array, "..."] | None,
     top_k: int | None,
     uniform_R: Float[jax.Array, "R"] | None,
 ) -> tuple[Int[jax.Array, "R"], Float[jax.Array, "R"]]:
@@ -42,8 +42,8 @@ def choose_tokens(
     Args:
       logits_RV: logits of R positions. -inf marks tokens that must not be written; one per row must be finite.
       alg: the name of the confidence.
-      temperature: a float that is 0 or above, or an array above 0.
-      top_p: share of the probability to keep, in (0, 1]; None keeps all tokens.
+      temperature: a float that is 0 or above, or an array above 0: a scalar, or one number per row ([R]).
+      top_p: share of the probability to keep, in (0, 1]: a float, or an array as above; None keeps all tokens.
       top_k: number of tokens to keep, at least 1; None keeps all tokens.
       uniform_R: one random number in [0, 1) per row. Needed if the temperature is above 0, otherwise not used.
 
@@ -61,18 +61,28 @@ def choose_tokens(
     top_p = None if not isinstance(top_p, jax.Array) and (top_p is None or top_p >= 1.0) else top_p
     top_k = None if top_k is None or top_k >= vocab else top_k
 
-    def choose_rows(logits_RV: jax.Array, uniform_R: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    # Settings that differ from row to row are divided into groups like the rows.
+    settings_R = {
+        name: value
+        for name, value in (("temperature", temperature), ("top_p", top_p))
+        if isinstance(value, jax.Array) and value.ndim == 1
+    }
+
+    def choose_rows(
+        logits_RV: jax.Array, uniform_R: jax.Array | None, settings_R: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         logits_RV = logits_RV.astype(jnp.float32)
         max_logit_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
         # This is the argmax. On a CPU jnp.argmax takes forty times as long as this line.
         best_R = jnp.min(jnp.where(logits_RV == max_logit_R1, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
         log_mass_RV = logits_RV - max_logit_R1
-        log_mass_RV = log_mass_RV / temperature if samples else log_mass_RV
+        divisor = settings_R["temperature"][:, None] if "temperature" in settings_R else temperature
+        log_mass_RV = log_mass_RV / divisor if samples else log_mass_RV
         # Unnormalised probabilities, of which the largest is 1. The barrier makes XLA compute them once. If it computed
         # them again for each use, with different rounding, a token could be on both sides of a threshold.
         mass_RV = jax.lax.optimization_barrier(jnp.exp(log_mass_RV))
         if top_p is not None or top_k is not None:
-            mass_RV = filters.keep_likely(mass_RV, top_p, top_k)
+            mass_RV = filters.keep_likely(mass_RV, settings_R.get("top_p", top_p), top_k)
         return _token_and_confidence(mass_RV, log_mass_RV, best_R, alg=alg, uniform_R=uniform_R)
 
     group_rows = _GROUP_ROWS.get(current_target().platform, rows)
@@ -80,17 +90,26 @@ def choose_tokens(
         # The rows are padded to a whole group, because a CPU sums one row in another order than several rows, and the
         # result of a row must not depend on the number of rows.
         pad = lambda x: jnp.pad(x, ((0, group_rows - rows), *[(0, 0)] * (x.ndim - 1)))
-        token_R, confidence_R = choose_rows(pad(logits_RV), None if uniform_R is None else pad(uniform_R))
+        pad_settings = functools.partial(jnp.pad, pad_width=(0, group_rows - rows), constant_values=1.0)
+        token_R, confidence_R = choose_rows(
+            pad(logits_RV),
+            None if uniform_R is None else pad(uniform_R),
+            {name: pad_settings(value) for name, value in settings_R.items()},
+        )
         return token_R[:rows], confidence_R[:rows]
     if rows == group_rows:
-        return choose_rows(logits_RV, uniform_R)
+        return choose_rows(logits_RV, uniform_R, settings_R)
 
     def choose_group(index: jax.Array, chosen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # The last slice overlaps the one before it if `group_rows` does not divide the rows; the results are the same.
         in_group = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * group_rows, slice_size=group_rows
         )
-        token_R, confidence_R = choose_rows(in_group(logits_RV), None if uniform_R is None else in_group(uniform_R))
+        token_R, confidence_R = choose_rows(
+            in_group(logits_RV),
+            None if uniform_R is None else in_group(uniform_R),
+            {name: in_group(value) for name, value in settings_R.items()},
+        )
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * group_rows, axis=0)
         return put(chosen[0], token_R), put(chosen[1], confidence_R)
 

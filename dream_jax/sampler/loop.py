@@ -21,7 +21,7 @@ from dream_jax.sampler import callbacks, passes, propose, rules
 from dream_jax.sampler.callbacks import Moment
 from dream_jax.sampler.config import CachePolicy, KVCachePolicy
 from dream_jax.sampler.passes import Block, CanvasLayout, take
-from dream_jax.sampler.state import DynamicSettings, State, StaticSettings, active, begin, first
+from dream_jax.sampler.state import NUM_TOP, DynamicSettings, Recorded, State, StaticSettings, active, begin, first
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
@@ -79,17 +79,18 @@ def resume(
     keys_B: jax.Array,
     dynamic: DynamicSettings,
     idle: Int[jax.Array, ""],
+    most_steps: Int[jax.Array, ""] | None = None,
     *,
     static: StaticSettings,
 ) -> StreamBatch:
     """Replaces the rows marked in `new_B` by new ones, then runs steps until at least `idle` rows are done.
 
     The new rows are the marked rows of `canvas_BT`, `valid_BT` and `keys_B`; their other rows are ignored. `batch` is
-    donated: it must not be used after the call.
+    donated: it must not be used after the call. With `most_steps`, at most so many steps are run.
     """
 
-    def replaced(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    def replaced(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda old, new: jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old), old, new)
 
     # The KV cache is not replaced: a new row begins with a full pass, which overwrites it.
     fresh = begin(model, canvas_BT, static)
@@ -99,8 +100,9 @@ def resume(
     }
     state = State(**rows, **shared)
     valid_BT, keys_B = replaced(batch.valid_BT, valid_BT), replaced(batch.keys_B, keys_B)
-    layout = canvas_layout(model, valid_BT, static)
-    return StreamBatch(_run(model, layout, keys_B, dynamic, None, state, static, idle), valid_BT, keys_B)
+    layout = canvas_layout(model, valid_BT, static, dynamic.new_tokens)
+    state = _run(model, layout, keys_B, dynamic, None, state, static, idle, most_steps)
+    return StreamBatch(state, valid_BT, keys_B)
 
 
 def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> StreamBatch:
@@ -111,11 +113,21 @@ def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> 
     return StreamBatch(state, jnp.ones((rows, length), bool), keys_B)
 
 
-def canvas_layout(model: Dream, valid_BT: Bool[jax.Array, "B T"], static: StaticSettings) -> CanvasLayout:
-    """Returns the layout of a canvas. Its mask is `static.mask` or else the model's trained mask, and hides padding."""
+def canvas_layout(
+    model: Dream,
+    valid_BT: Bool[jax.Array, "B T"],
+    static: StaticSettings,
+    new_tokens_B: Int[jax.Array, "B"] | None = None,
+) -> CanvasLayout:
+    """Returns the layout of a canvas. Its mask is `static.mask` or else the model's trained mask, and hides padding.
+
+    `new_tokens_B` is the number of positions at the end of each row that do not belong to the prompt; None if it is
+    `static.new_tokens` in every row.
+    """
     mask = masks.parse(model.trained_mask) if static.mask is None else static.mask
     length = valid_BT.shape[1]
-    answer_BT = jnp.broadcast_to(jnp.arange(length) >= length - static.new_tokens, valid_BT.shape)
+    new_tokens = static.new_tokens if new_tokens_B is None else new_tokens_B[:, None]
+    answer_BT = jnp.broadcast_to(jnp.arange(length) >= length - new_tokens, valid_BT.shape)
     mask = mask.for_rows(valid_BT, answer_BT) & masks.KeyPadding(valid_BT)
     return CanvasLayout(valid_BT, padded_positions(valid_BT), mask)
 
@@ -129,11 +141,19 @@ def _run(
     state: State,
     static: StaticSettings,
     idle: Int[jax.Array, ""],
+    most_steps: Int[jax.Array, ""] | None = None,
 ) -> State:
-    """Runs steps until at least `idle` rows are done."""
+    """Runs steps until at least `idle` rows are done, or `most_steps` have been run (None: any number)."""
     unfinished = lambda state: jnp.sum(~active(state), dtype=jnp.int32) < idle
     take_step = functools.partial(step, model, layout, keys_B, dynamic, listener_id, static=static)
-    return jax.lax.while_loop(unfinished, take_step, state)
+    if most_steps is None:
+        return jax.lax.while_loop(unfinished, take_step, state)
+    state, _ = jax.lax.while_loop(
+        lambda counted: unfinished(counted[0]) & (counted[1] < most_steps),
+        lambda counted: (take_step(counted[0]), counted[1] + 1),
+        (state, jnp.int32(0)),
+    )
+    return state
 
 
 def step(
@@ -167,7 +187,7 @@ def step(
         hidden_XMD, kv_cache, forwards = _forward(model, state, layout, source_BM, refresh_B, block, static)
         moment = Moment(step_id_B, state.canvas_BT, layout.valid_BT, layout.positions_BT)
         hook = static.logits_hook
-        token_BM, confidence_BM = propose.propose(
+        proposal = propose.propose(
             model,
             hidden_XMD,
             jnp.max(candidates_B),
@@ -177,20 +197,25 @@ def step(
             top_k=static.top_k,
             writable=static.writable,
             hook=None if hook is None else lambda index_BC, logits: hook(moment, take(position_BM, index_BC), logits),
+            num_top=NUM_TOP if static.record == "logprobs" else None,
         )
+        confidence_BM = proposal.confidence_BM
         written_BM = chosen_BM
         if not at_random:
             score_BM = None
             if dynamic.alg_temp is not None:
                 # Taking the highest scores after adding Gumbel noise samples from the softmax without replacement.
                 noise_BM = -jnp.log(-jnp.log(draws(2) + 1e-20) + 1e-20)
-                score_BM = confidence_BM / dynamic.alg_temp + noise_BM
+                alg_temp = dynamic.alg_temp
+                score_BM = confidence_BM / (alg_temp[:, None] if alg_temp.ndim else alg_temp) + noise_BM
             written_BM = rules.choose(
                 static.rule, dynamic.rule, confidence_BM, candidate_BM, scheduled_B, score_BM=score_BM
             )
         # If a logit is NaN, or the largest is infinite, so is the sum of the probabilities, and the confidence is NaN.
         undefined_B = state.undefined_B | jnp.any(written_BM & jnp.isnan(confidence_BM), axis=1)
-        state = _write(state, position_BM, written_BM, token_BM, step_id_B)._replace(undefined_B=undefined_B)
+        state = _write(state, position_BM, written_BM, proposal.token_BM, step_id_B)._replace(undefined_B=undefined_B)
+        if state.recorded is not None:
+            state = state._replace(recorded=_record(state.recorded, position_BM, written_BM, proposal))
         if static.stop_at_end:
             state = _fill_after_end(model, state, layout.valid_BT, step_id_B)
         if static.token_hook is not None:
@@ -326,6 +351,19 @@ def _write(
     step_id_BM = jnp.where(written_BM, step_id_B[:, None], -1)
     commit_step_BT = state.commit_step_BT.at[rows_B1, position_BM].max(step_id_BM)
     return state._replace(canvas_BT=sharding.constrain(canvas_BT, "batch", None), commit_step_BT=commit_step_BT)
+
+
+def _record(
+    recorded: Recorded,
+    position_BM: Int[jax.Array, "B M"],
+    written_BM: Bool[jax.Array, "B M"],
+    proposal: propose.Proposal,
+) -> Recorded:
+    """Returns the record with the confidences and logprobs of the positions marked in `written_BM`."""
+    rows_B1, length = jnp.arange(position_BM.shape[0])[:, None], recorded.confidence_BT.shape[1]
+    target_BM = jnp.where(written_BM, position_BM, length)  # positions that are not written are dropped
+    put = lambda old, new: old.at[rows_B1, target_BM].set(new, mode="drop")
+    return jax.tree.map(put, recorded, Recorded(proposal.confidence_BM, proposal.logprobs))
 
 
 def _fill_after_end(

@@ -38,7 +38,7 @@ class CommitRule(abc.ABC):
         """Marks the confidences that are high enough for their rank; `count` stops at the first that is not marked.
 
         Args:
-          value: the parameter of the rule, a float32 scalar.
+          value: the parameter of the rule, float32: a scalar, or [B, 1].
           sorted_BM: confidences, highest first; entries after those of the candidates are undefined.
         """
 
@@ -165,11 +165,14 @@ def choose(
 ) -> Bool[jax.Array, "B M"]:
     """Returns true at the candidates that a rule writes in this step, and false elsewhere.
 
-    The confidences decide how many candidates are marked. The scores (by default the confidences) decide which: the
-    highest are marked, and of equal scores those at earlier positions.
+    The parameter of the rule (`value`) is a scalar, or one number per row. The confidences decide how many candidates
+    are marked. The scores (by default the confidences) decide which: the highest are marked, and of equal scores those
+    at earlier positions.
     """
     order_BM = decoding.most_confident_first(confidence_BM, candidate_BM)
     sorted_BM = jnp.take_along_axis(confidence_BM, order_BM, axis=1)
+    if value is not None and value.ndim == 1:
+        value = value[:, None]
     count_B = rule.count(value, sorted_BM, jnp.sum(candidate_BM, axis=1, dtype=jnp.int32), scheduled_B)
     if score_BM is not None:
         order_BM = decoding.most_confident_first(score_BM, candidate_BM)

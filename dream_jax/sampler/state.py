@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from dream_jax.sampler.callbacks import LogitsHook, TokenHook
 from dream_jax.sampler.config import CachePolicy, KVCachePolicy, SamplerConfig
 from dream_jax.shapes import Array
 
+Record = Literal["nothing", "confidences", "logprobs"]
+"""What a run of the loop notes about the tokens that it writes, see `Recorded`."""
+
+NUM_TOP = 20
+"""Number of most probable tokens that are noted for each position if logprobs are recorded."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticSettings:
@@ -32,6 +38,7 @@ class StaticSettings:
       guided: whether every row is followed by its unconditional copy (classifier-free guidance).
       new_tokens: number of positions at the end of the canvas that do not belong to the prompt.
       capacity: maximum number of masked positions of a row for which one step computes logits.
+      record: what is noted about each token when it is written.
 
     The other attributes are as in SamplerConfig.
     """
@@ -50,6 +57,7 @@ class StaticSettings:
     mask: masks.Mask | None
     new_tokens: int
     capacity: int
+    record: Record = "nothing"
 
     @classmethod
     def of(cls, config: SamplerConfig, capacity: int, masked_B: Sequence[int] | np.ndarray) -> StaticSettings:
@@ -74,6 +82,16 @@ class StaticSettings:
             capacity=capacity if config.block_length is None else min(capacity, config.block_length),
         )
 
+    @classmethod
+    def of_rows(cls, config: SamplerConfig, length: int, record: Record) -> StaticSettings:
+        """Returns static settings that rows with different numbers of new tokens and steps share.
+
+        The rows have the canvas length `length`, and their other settings come from `DynamicSettings.of_rows`. A row has
+        at most `length` steps.
+        """
+        static = dataclasses.replace(cls.of(config, length, [length]), new_tokens=0, record=record)
+        return dataclasses.replace(static, steps=length if static.follows_schedule else 1)
+
     @property
     def follows_schedule(self) -> bool:
         """Whether the published schedule decides how many positions a step writes."""
@@ -93,22 +111,26 @@ class StaticSettings:
 class DynamicSettings(NamedTuple):
     """The settings that are arguments of the compiled program, so that one program serves all their values.
 
-    None switches a setting off. Which settings are None is part of the compiled program: a change compiles another one.
+    A setting is one value for all rows, or has a first axis [B] with the value of each row. None switches a setting
+    off. Which settings are None is part of the compiled program: a change compiles another one.
 
     Attributes:
       filters: parameters of the token distribution.
-      alg_temp: as in SamplerConfig, float32 scalar; None instead of 0.
-      rule: the parameter of the commit rule, float32 scalar; None if it has no parameter.
+      alg_temp: as in SamplerConfig, float32; None instead of 0.
+      rule: the parameter of the commit rule, float32; None if it has no parameter.
       fractions_BS: for each row and each step of its schedule, the fraction of the masked positions that the step
         writes, float32 in [0, 1]. After the last step of the row it is 1.
       steps_B: number of steps that the schedule of each row has for a block, int32.
+      new_tokens: int32 [B], the number of positions at the end of the canvas that do not belong to the prompt; None if
+        it is `StaticSettings.new_tokens` in every row.
     """
 
     filters: propose.Filters
-    alg_temp: Float[jax.Array, ""] | None
-    rule: Float[jax.Array, ""] | None
+    alg_temp: Float[Array, "..."] | None
+    rule: Float[Array, "..."] | None
     fractions_BS: Float[Array, "B S"]
     steps_B: Int[Array, "B"]
+    new_tokens: Int[Array, "B"] | None = None
 
     @classmethod
     def of(cls, config: SamplerConfig, steps: int, masked_B: Sequence[int] | np.ndarray) -> DynamicSettings:
@@ -120,18 +142,58 @@ class DynamicSettings(NamedTuple):
         fractions_BS = np.ones((len(steps_B), steps), np.float32)
         for fractions_S, count in zip(fractions_BS, steps_B.tolist(), strict=True):
             fractions_S[:count] = schedule.write_fractions(count, config.eps)
+        values = {name: _scalar(value) for name, value in _values(config).items()}
         return cls(
-            filters=propose.Filters(
-                temperature=_scalar(config.temperature or None),
-                top_p=_scalar(None if config.top_p == 1.0 else config.top_p),
-                end_penalty=_scalar(config.end_penalty or None),
-                guidance=_scalar(config.guidance or None),
-            ),
-            alg_temp=_scalar(config.alg_temp or None),
-            rule=_scalar(config.commit.value),
+            filters=propose.Filters(**{name: values[name] for name in propose.Filters._fields}),
+            alg_temp=values["alg_temp"],
+            rule=values["rule"],
             fractions_BS=fractions_BS,
             steps_B=steps_B,
         )
+
+    @classmethod
+    def of_rows(
+        cls, configs: Sequence[SamplerConfig], masked_B: Sequence[int] | np.ndarray, static: StaticSettings
+    ) -> DynamicSettings:
+        """Returns the settings of rows that share `static`, each with its configuration and its number of masks.
+
+        The same settings must be switched off in all configurations (`switched_off`).
+        """
+        each = [_values(config) for config in configs]
+        stacked: dict[str, Any] = {
+            name: None if each[0][name] is None else np.array([values[name] for values in each], np.float32)
+            for name in each[0]
+        }
+        steps_B, fractions_BS = np.ones(len(configs), np.int32), np.ones((len(configs), static.steps), np.float32)
+        if static.follows_schedule:
+            for row, (config, masked) in enumerate(zip(configs, masked_B, strict=True)):
+                steps_B[row] = config.block_steps(int(masked))
+                fractions_BS[row, : steps_B[row]] = schedule.write_fractions(int(steps_B[row]), config.eps)
+        return cls(
+            filters=propose.Filters(**{name: stacked[name] for name in propose.Filters._fields}),
+            alg_temp=stacked["alg_temp"],
+            rule=stacked["rule"],
+            fractions_BS=fractions_BS,
+            steps_B=steps_B,
+            new_tokens=np.array([config.max_new_tokens for config in configs], np.int32),
+        )
+
+
+def switched_off(config: SamplerConfig) -> frozenset[str]:
+    """Returns the names of the dynamic settings that a configuration switches off: another set is another program."""
+    return frozenset(name for name, value in _values(config).items() if value is None)
+
+
+def _values(config: SamplerConfig) -> dict[str, float | None]:
+    """Returns the numbers of the dynamic settings of a configuration; None for those that are switched off."""
+    return {
+        "temperature": config.temperature or None,
+        "top_p": None if config.top_p == 1.0 else config.top_p,
+        "end_penalty": config.end_penalty or None,
+        "guidance": config.guidance or None,
+        "alg_temp": config.alg_temp or None,
+        "rule": config.commit.value,
+    }
 
 
 def bucket_length(length: int) -> int:
@@ -148,6 +210,20 @@ def bucket_length(length: int) -> int:
 
 def _scalar(value: float | None) -> jax.Array | None:
     return None if value is None else jnp.float32(value)
+
+
+class Recorded(NamedTuple):
+    """What was noted about each position when its token was written; undefined at positions without a step id.
+
+    Attributes:
+      confidence_BT: float32, the confidence in the token (`decoding.choose_tokens`); NaN where a token was written
+        without one (the tokens after the end of a text, and those of a token hook).
+      logprobs: the probabilities of the token and of the most probable tokens, arrays [B, T] and [B, T, K]; NaN as
+        above. None if the settings record confidences only.
+    """
+
+    confidence_BT: Float[jax.Array, "B T"]
+    logprobs: propose.TokenLogprobs | None
 
 
 class State(NamedTuple):
@@ -167,6 +243,7 @@ class State(NamedTuple):
       kv_cache: cached keys and values, of 2 B rows under guidance and B rows otherwise; None without a cache.
       forwards: number of forward passes made by the program.
       undefined_B: whether a token of the row was written from logits that are no numbers.
+      recorded: what was noted about the written tokens; None if the settings record nothing.
     """
 
     canvas_BT: Int[jax.Array, "B T"]
@@ -180,6 +257,7 @@ class State(NamedTuple):
     kv_cache: KVCache | None
     forwards: Int[jax.Array, ""]
     undefined_B: Bool[jax.Array, "B"]
+    recorded: Recorded | None = None
 
 
 def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings) -> State:
@@ -200,8 +278,19 @@ def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings
         kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if has_cache else None,
         forwards=jnp.int32(0),
         undefined_B=jnp.zeros(rows, bool),
+        recorded=_nothing_recorded(rows, length, min(NUM_TOP, model.config.vocab_size), static.record),
     )
 
+
+def _nothing_recorded(rows: int, length: int, num_top: int, record: Record) -> Recorded | None:
+    """Returns the record before the first step: NaN, and token 0, at every position."""
+    if record == "nothing":
+        return None
+    nan_BT = jnp.full((rows, length), jnp.nan, jnp.float32)
+    if record == "confidences":
+        return Recorded(nan_BT, None)
+    token_BTK = jnp.zeros((rows, length, num_top), jnp.int32)
+    return Recorded(nan_BT, propose.TokenLogprobs(nan_BT, token_BTK, jnp.full(token_BTK.shape, jnp.nan, jnp.float32)))
 
 def active(state: State) -> Bool[jax.Array, "B"]:
     """Marks the rows that are not done."""

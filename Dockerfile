@@ -1,0 +1,13 @@
+# A server of a model in a mounted folder (docs/serve.md). CPU: docker build -t dream_jax .
+# NVIDIA: docker build -t dream_jax --build-arg EXTRAS=serve,cuda .   and docker run --gpus all; the driver must be 580 or newer.
+# Status: written after the Makefile's steps, not built in the tests of this project.
+FROM python:3.13-slim
+ARG EXTRAS=serve
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md LICENSE serve.py ./
+COPY dream_jax dream_jax
+RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[$EXTRAS]" && useradd --create-home dream
+USER dream
+EXPOSE 8000
+ENTRYPOINT ["python", "serve.py"]
+CMD ["--help"]

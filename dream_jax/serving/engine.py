@@ -1,0 +1,545 @@
+"""The engine: one queue of tasks, and batches whose rows are replaced as soon as they are done.
+
+Rows that share a compiled program (a `Family`) form a batch; several batches take turns. The engine runs in a thread of
+its own. It returns from the compiled loop after a fraction of a second, and then reads what was written, frees the rows
+that are done or not wanted any more, and lets waiting tasks in, in the order in which they came.
+
+The answer to a task depends on nothing but the task: not on the rows beside it, and not on when it joined them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dream_jax import sharding
+from dream_jax.model import Dream
+from dream_jax.sampler import SamplerConfig
+from dream_jax.sampler.generate import lay_out
+from dream_jax.sampler.loop import resume
+from dream_jax.sampler.state import DynamicSettings
+from dream_jax.serving.programs import Family, Program, ProgramTable, canvas_lengths, row_keys
+from dream_jax.serving.reader import AnswerReader
+from dream_jax.serving.tasks import RowView, Task, Update
+from dream_jax.tokenizer import Tokenizer
+
+_FIRST_STEPS = 4  # steps of the first call of a batch, from which the time of a step is measured
+_MOST_STEPS = 256
+
+State = Literal["running", "draining", "stopped", "failed"]
+
+
+class EngineError(Exception):
+    """The engine could not finish a task; subclasses say why."""
+
+
+class QueueFullError(EngineError):
+    """Too many tasks are waiting; `retry_after` is the number of seconds after which to try again."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotAcceptingError(EngineError):
+    """The engine is ending or has failed."""
+
+
+class TimeLimitError(EngineError):
+    """A task was not finished within the time limit."""
+
+
+class DeviceError(EngineError):
+    """The device could not run or compile a program, for instance because its memory did not suffice."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """The settings of the engine.
+
+    Attributes:
+      rows: number of rows of a batch, at least 1. A task that is alone runs in a batch of one row.
+      most_batches: maximum number of batches that take turns, at least 1.
+      most_waiting: maximum number of tasks that wait, at least 1.
+      most_programs: maximum number of families of compiled programs, at least 1.
+      longest: maximum number of tokens of a row.
+      interval: seconds after which the compiled loop returns, above 0.
+      time_limit: seconds within which a task must be finished, waiting included; above 0.
+
+    Raises:
+      ValueError: a value is outside its range.
+    """
+
+    rows: int = 8
+    most_batches: int = 4
+    most_waiting: int = 64
+    most_programs: int = 64
+    longest: int = 2048
+    interval: float = 0.1
+    time_limit: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "most_batches", "most_waiting", "most_programs", "longest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("interval", "time_limit"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number of seconds")
+
+
+@dataclasses.dataclass
+class EngineCounts:
+    """What the engine has done since it was started. Other threads may read these numbers, but not change them."""
+
+    waiting: int = 0
+    busy_rows: int = 0
+    batches: int = 0
+    forwards: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class Job:
+    """A task that was handed to the engine.
+
+    Args:
+      task: the task.
+      family: the family of its row.
+      deadline: the time (`time.monotonic`) by which it must be finished.
+      on_update: called in the thread of the engine with each update, and with an error if the task fails.
+      tokenizer: the tokenizer of the model.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        family: Family,
+        deadline: float,
+        on_update: Callable[[Update | EngineError], None],
+        tokenizer: Tokenizer,
+    ):
+        self.task, self.family, self.deadline = task, family, deadline
+        self.begun = time.monotonic()
+        self.closed = False  # nothing more is reported, and the row is free
+        self.cancelled = False  # set by other threads
+        self._on_update, self._reader = on_update, AnswerReader(task, tokenizer)
+
+    def cancel(self) -> None:
+        """Frees the row at the next return of the loop; may be called in any thread, also after the end."""
+        self.cancelled = True
+
+    def read(self, row: RowView) -> Update:
+        """Reads the row, and reports the update if the client wants it."""
+        update = self._reader.read(row)
+        if update.finish is not None:
+            self.closed = True
+        if update.finish is not None or update.text or update.written or update.tokens:
+            self._on_update(update)
+        return update
+
+    def fail(self, error: EngineError) -> None:
+        """Reports an error, with which the task ends."""
+        self.closed = True
+        self._on_update(error)
+
+
+class _Batch:
+    """A batch whose rows are replaced one by one.
+
+    Attributes:
+      program: the compiled program of the batch.
+      jobs: the job of each row; None if the row is free.
+      in_flight: the jobs of the rows when the call was made whose result was not fetched yet; None without a call.
+    """
+
+    def __init__(self, program: Program, model: Dream, config: SamplerConfig):
+        rows, length = program.rows, program.family.length
+        self.program = program
+        self.jobs: list[Job | None] = [None] * rows
+        self.in_flight: list[Job | None] | None = None
+        self._model, self._batch = model, program.idle_batch(model)
+        self._configs = [config] * rows
+        self._canvas = np.full((rows, length), model.config.pad_token_id, np.int32)
+        self._valid = np.ones((rows, length), bool)
+        self._seed, self._sample = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._new = np.zeros(rows, bool)
+        self._dynamic: DynamicSettings | None = None
+        self._passes = np.zeros(rows, np.int32)
+        self._forwards = 0
+        self._step_seconds: float | None = None
+        self._called = 0.0
+
+    @property
+    def num_busy(self) -> int:
+        """The number of rows that have a job."""
+        return sum(job is not None for job in self.jobs)
+
+    def put(self, row: int, job: Job) -> None:
+        """Gives a free row to a job."""
+        prompt = np.asarray(job.task.prompt, np.int32).reshape(1, -1)
+        padding = self.program.family.length - job.task.length
+        canvas, valid = lay_out(self._model, prompt, np.ones(prompt.shape, bool), job.task.config, padding)
+        self._canvas[row], self._valid[row] = canvas[0], valid[0]
+        self._configs[row], self._seed[row], self._sample[row] = job.task.config, job.task.seed, job.task.sample
+        self._new[row], self.jobs[row], self._dynamic = True, job, None
+
+    def clear(self, row: int) -> None:
+        """Takes a row from its job; a canvas without masks ends what the row is doing."""
+        self._canvas[row], self._valid[row] = self._model.config.pad_token_id, True
+        self._new[row], self.jobs[row] = True, None
+
+    def call(self, interval: float, wanted: bool) -> None:
+        """Starts a call of the compiled loop, which returns after about `interval` seconds.
+
+        If the rows are `wanted` by waiting tasks, it returns as soon as one more row is done.
+        """
+        rows = self.program.rows
+        idle = rows - self.num_busy
+        steps = _FIRST_STEPS if self._step_seconds is None else int(interval / self._step_seconds)
+        if self._dynamic is None:
+            self._dynamic = DynamicSettings.of_rows(self._configs, self.program.family.static)
+        self._called = time.monotonic()
+        # The arrays are copied, because on a CPU the program may read them while they are changed for the next call.
+        self._batch = resume(
+            self._model,
+            self._batch,
+            self._new,
+            self._canvas.copy(),
+            self._valid.copy(),
+            row_keys(self._seed.copy(), self._sample.copy()),
+            self._dynamic,
+            np.int32(min(idle + 1, rows) if wanted else rows),
+            np.int32(min(max(steps, 1), _MOST_STEPS)),
+            static=self.program.family.static,
+        )
+        self._passes = np.where(self._new, 0, self._passes)
+        self._new = np.zeros(rows, bool)
+        self.in_flight = list(self.jobs)
+
+    def fetch(self, last_fetch: float) -> tuple[list[tuple[Job, RowView]], int]:
+        """Waits for the call, and frees the rows that are done.
+
+        Args:
+          last_fetch: the time of the last fetch of any batch, before which the device did not work on this call.
+
+        Returns:
+          The jobs of the call that were not cancelled since, with the states of their rows; and the number of forward
+          passes that the call made.
+        """
+        assert self.in_flight is not None
+        state = self._batch.state
+        found: Any = jax.device_get(
+            (state.block_start_B, state.canvas_BT, state.commit_step_BT, state.passes_B, state.forwards, state.recorded)
+        )
+        start_B, canvas_BT, commit_step_BT, passes_B, forwards, recorded = found
+        steps = int(np.max(passes_B - self._passes, initial=1))
+        seconds = (time.monotonic() - max(self._called, last_fetch)) / max(steps, 1)
+        self._step_seconds = seconds if self._step_seconds is None else 0.5 * (self._step_seconds + seconds)
+        self._passes = passes_B
+        views = []
+        for row, job in enumerate(self.in_flight):
+            if job is None or job.closed:
+                continue
+            begin = self.program.family.length - job.task.length
+            views.append(
+                (
+                    job,
+                    RowView(
+                        canvas_BT[row, begin:],
+                        commit_step_BT[row, begin:],
+                        int(passes_B[row]),
+                        recorded.confidence_BT[row, begin:],
+                        *(() if recorded.logprobs is None else (leaf[row, begin:] for leaf in recorded.logprobs)),
+                    ),
+                )
+            )
+            if start_B[row] >= self.program.family.length and self.jobs[row] is job:
+                self.jobs[row] = None
+        self.in_flight = None
+        new, self._forwards = int(forwards) - self._forwards, int(forwards)
+        return views, new
+
+
+class Engine:
+    """Makes answers; any thread may call its methods.
+
+    Args:
+      model: any Dream. If its parameters are on a mesh, the batches are sharded over this mesh.
+      tokenizer: the tokenizer of the model.
+      settings: the settings of the engine.
+
+    Attributes:
+      counts: what the engine has done.
+      state: "running"; "draining": accepted tasks are finished and no new ones accepted; "stopped"; "failed": an error
+        that is a fault of the program ended the thread.
+    """
+
+    def __init__(self, model: Dream, tokenizer: Tokenizer, settings: EngineSettings):
+        self.settings, self.counts = settings, EngineCounts()
+        self.state: State = "running"
+        self._model, self._tokenizer = model, tokenizer
+        self._lengths = canvas_lengths(settings.longest)
+        self._wake = threading.Condition()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._batches: list[_Batch] = []
+        self._last_fetch = 0.0
+        self._seconds = 1.0  # running mean of the seconds of an answer
+        self._changed = self._abandoned = False
+        self._programs = ProgramTable(model, settings.most_programs, self._notify)
+        self._thread = threading.Thread(target=self._main, name="engine")
+        self._thread.start()
+
+    @property
+    def num_families(self) -> int:
+        """The number of families of programs that requests have asked for."""
+        return self._programs.num_families
+
+    def family(self, task: Task) -> Family:
+        """Returns the family of programs that a task needs.
+
+        Raises:
+          ValueError: the task is longer than the longest row.
+        """
+        if task.length > self.settings.longest:
+            raise ValueError(
+                f"the prompt and the new tokens make {task.length} tokens, more than the {self.settings.longest} of "
+                "this server; shorten the prompt or ask for fewer new tokens"
+            )
+        length = next(length for length in self._lengths if length >= task.length)
+        return Family.of(task.config, length, task.record)
+
+    def submit(self, tasks: Sequence[Task], on_update: Callable[[int, Update | EngineError], None]) -> list[Job]:
+        """Puts tasks into the queue, all or none.
+
+        Args:
+          tasks: the tasks.
+          on_update: called in the thread of the engine with the index of a task and an update, or the error with which
+            it ended. The last update of a task has a reason to finish.
+
+        Raises:
+          ValueError: a task is too long; or it needs a program that cannot be compiled (TooManySettingsError).
+          QueueFullError: the queue has no place for the tasks.
+          NotAcceptingError: the engine is ending or has failed.
+        """
+        families = [self.family(task) for task in tasks]
+        for family in families:
+            self._programs.admit(family)
+        deadline = time.monotonic() + self.settings.time_limit
+
+        def reporter(index: int) -> Callable[[Update | EngineError], None]:
+            return lambda update: on_update(index, update)
+
+        jobs = [
+            Job(task, family, deadline, reporter(index), self._tokenizer)
+            for index, (task, family) in enumerate(zip(tasks, families, strict=True))
+        ]
+        with self._wake:
+            if self.state != "running":
+                raise NotAcceptingError(f"the server is {self.state} and takes no new requests")
+            if len(self._waiting) + len(jobs) > self.settings.most_waiting:
+                waves = (len(self._waiting) + len(jobs)) / self.settings.rows
+                raise QueueFullError(
+                    f"{len(self._waiting)} answers are waiting, and at most {self.settings.most_waiting} may wait; "
+                    "try again later",
+                    min(max(round(waves * self._seconds), 1), 60),
+                )
+            self._waiting.extend(jobs)
+            self.counts.waiting = len(self._waiting)
+            self._changed = True
+            self._wake.notify_all()
+        return jobs
+
+    def compile(self, task: Task) -> None:
+        """Compiles the programs of a task, for one row and for a full batch, and waits for them.
+
+        Raises:
+          ValueError, jax.errors.JaxRuntimeError: as `submit` and `ProgramTable.ready` raise.
+        """
+        family = self.family(task)
+        self._programs.admit(family)
+        for rows in {1, self.settings.rows}:
+            self._programs.ready(Program(family, rows), task.config)
+        self._programs.wait()
+
+    def wake(self) -> None:
+        """Makes the engine look at its jobs, for instance after a job was cancelled."""
+        self._notify()
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Refuses new tasks, finishes the accepted ones, and ends the thread.
+
+        Args:
+          seconds: how long to wait; None for ever. Tasks that are not finished by then fail.
+
+        Returns:
+          Whether all tasks were finished.
+        """
+        with self._wake:
+            if self.state == "running":
+                self.state = "draining"
+            self._notify()
+        self._thread.join(seconds)
+        finished = not self._thread.is_alive()
+        if not finished:
+            self._abandoned = True
+            self._notify()
+            self._thread.join()
+        self._programs.close()
+        return finished
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._changed = True
+            self._wake.notify_all()
+
+    def _running(self) -> list[Job]:
+        jobs = (job for batch in self._batches for job in (*batch.jobs, *(batch.in_flight or ())))
+        return list({id(job): job for job in jobs if job is not None}.values())
+
+    def _main(self) -> None:
+        try:
+            with sharding.mesh_context(self._model):
+                while self._wait_for_work():
+                    self._end_jobs()
+                    self._open_batches()
+                    for batch in list(self._batches):
+                        self._turn(batch)
+                    self._count()
+            self.state = "stopped"
+        finally:
+            # After an error, which Python prints, no client waits for an answer that does not come.
+            if self.state != "stopped":
+                with self._wake:
+                    self.state = "failed"
+                    left = [job for job in [*self._waiting, *self._running()] if not job.closed]
+                    self._waiting.clear()
+                for job in left:
+                    job.fail(NotAcceptingError("the engine has failed; the log of the server says why"))
+
+    def _wait_for_work(self) -> bool:
+        """Waits until something is to be done. Returns False when the engine is to end."""
+        with self._wake:
+            while not self._batches and not self._changed:
+                if self.state == "draining" and not self._waiting:
+                    return False
+                # Waiting tasks may reach their time limit while their program is compiled.
+                self._wake.wait(self.settings.interval if self._waiting else None)
+                if self._waiting:
+                    break
+            self._changed = False
+            return bool(self._batches or self._waiting or self.state == "running")
+
+    def _count(self) -> None:
+        self.counts.waiting, self.counts.batches = len(self._waiting), len(self._batches)
+        self.counts.busy_rows = sum(batch.num_busy for batch in self._batches)
+
+    def _end_jobs(self) -> None:
+        """Frees the rows and queue entries of jobs that were cancelled, or whose time is over."""
+        now = time.monotonic()
+
+        def ended(job: Job) -> bool:
+            if job.closed:
+                return True
+            if job.cancelled:
+                job.closed = True
+                self.counts.cancelled += 1
+            elif self._abandoned:
+                self.counts.failed += 1
+                job.fail(NotAcceptingError("the server was stopped before the answer was finished"))
+            elif job.deadline <= now:
+                self.counts.failed += 1
+                limit = self.settings.time_limit
+                job.fail(TimeLimitError(f"the answer was not finished within the time limit of {limit:g} seconds"))
+            return job.closed
+
+        with self._wake:
+            waiting = list(self._waiting)
+        gone = {id(job) for job in waiting if ended(job)}
+        if gone:
+            with self._wake:
+                self._waiting = collections.deque(job for job in self._waiting if id(job) not in gone)
+        for batch in self._batches:
+            for row, job in enumerate(batch.jobs):
+                if job is not None and ended(job):
+                    batch.clear(row)
+
+    def _open_batches(self) -> None:
+        """Lets waiting tasks into rows, in the order in which they came.
+
+        If a task needs a batch of its own, but there are as many as there may be, no later task starts before it.
+        """
+        with self._wake:
+            waiting = list(self._waiting)
+        started: set[int] = set()
+        asked = collections.Counter(job.family for job in waiting)
+        for job in waiting:
+            same = [batch for batch in self._batches if batch.program.family == job.family]
+            batch = next((batch for batch in same if batch.num_busy < batch.program.rows), None)
+            if batch is None:
+                if any(batch.program.rows == self.settings.rows for batch in same):
+                    continue  # its batch is full, but rows of other batches may be free for others
+                alone = not same and asked[job.family] == 1
+                program = Program(job.family, 1 if alone else self.settings.rows)
+                try:
+                    if not self._programs.ready(program, job.task.config):
+                        continue
+                    if len(self._batches) >= self.settings.most_batches:
+                        break
+                    batch = _Batch(program, self._model, job.task.config)
+                except jax.errors.JaxRuntimeError as error:
+                    started.add(id(job))
+                    self._fail(job, error)
+                    continue
+                self._batches.append(batch)
+            batch.put(batch.jobs.index(None), job)
+            started.add(id(job))
+            self.counts.prompt_tokens += job.task.num_given
+        if started:
+            with self._wake:
+                self._waiting = collections.deque(job for job in self._waiting if id(job) not in started)
+
+    def _turn(self, batch: _Batch) -> None:
+        """Fetches the result of a batch, starts its next call, and then reads the result while the device works."""
+        views: list[tuple[Job, RowView]] = []
+        try:
+            if batch.in_flight is not None:
+                views, forwards = batch.fetch(self._last_fetch)
+                self._last_fetch = time.monotonic()
+                self.counts.forwards += forwards
+                self._end_jobs()
+                self._open_batches()
+            if batch.num_busy:
+                wanted = any(job.family == batch.program.family for job in list(self._waiting))
+                batch.call(self.settings.interval, wanted)
+            else:
+                self._batches.remove(batch)
+        except jax.errors.JaxRuntimeError as error:
+            if batch in self._batches:
+                self._batches.remove(batch)
+            for job in {id(job): job for job in (*batch.jobs, *(batch.in_flight or ())) if job is not None}.values():
+                if not job.closed:
+                    self._fail(job, error)
+        for job, row in views:
+            if not job.closed:
+                self._read(job, row)
+
+    def _read(self, job: Job, row: RowView) -> None:
+        update = job.read(row)
+        if update.finish is not None:
+            self.counts.finished += 1
+            self.counts.answer_tokens += update.num_tokens
+            self._seconds += 0.1 * (time.monotonic() - job.begun - self._seconds)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self.counts.failed += 1
+        job.fail(DeviceError(f"the device could not run the program of this request: {str(error).splitlines()[0]}"))

@@ -1,0 +1,169 @@
+"""The compiled programs of a server: their number is bounded, and they are compiled beside the running batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import sharding
+from dream_jax.model import Dream
+from dream_jax.sampler import SamplerConfig
+from dream_jax.sampler.loop import StreamBatch, idle_batch, resume
+from dream_jax.sampler.state import DynamicSettings, Record, StaticSettings, switched_off
+
+
+class TooManySettingsError(ValueError):
+    """A request needs a program that is not compiled, and the server has as many programs as it may have."""
+
+
+def canvas_lengths(longest: int) -> tuple[int, ...]:
+    """Returns the lengths of a canvas that the server has programs for, in rising order; the last one is `longest`.
+
+    There are four lengths for each power of two: 64, 80, 96, 112, 128, 160, ... A row that is shorter is padded.
+    """
+    lengths, step = [], 16
+    length = 64
+    while length < longest:
+        lengths.append(length)
+        step = step if length < 8 * step else 2 * step
+        length += step
+    return (*lengths, longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Rows with the same family share compiled programs: they differ in nothing that is compiled in.
+
+    Attributes:
+      static: the settings that are compiled in.
+      off: names of the dynamic settings that are switched off.
+      length: length of the canvas.
+    """
+
+    static: StaticSettings
+    off: frozenset[str]
+    length: int
+
+    @classmethod
+    def of(cls, config: SamplerConfig, length: int, record: Record) -> Family:
+        """Returns the family of a row with this configuration on a canvas of this length."""
+        return cls(StaticSettings.of_rows(config, length, record), switched_off(config), length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions for a number of rows of a family."""
+
+    family: Family
+    rows: int
+
+    def idle_batch(self, model: Dream) -> StreamBatch:
+        """Returns a batch in which every row is done."""
+        return _idle_batch(model, self.rows, self.family.length, self.family.static)
+
+    def compile(self, model: Dream, config: SamplerConfig) -> None:
+        """Runs the functions once without any work, so that they are compiled."""
+        with sharding.mesh_context(model):
+            shape = (self.rows, self.family.length)
+            batch = self.idle_batch(model)
+            canvas, valid, new = np.zeros(shape, np.int32), np.ones(shape, bool), np.zeros(self.rows, bool)
+            dynamic = DynamicSettings.of_rows([config] * self.rows, self.family.static)
+            keys = row_keys(np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32))
+            for _ in range(2):  # the second call has the shardings that the first one returned
+                batch = resume(
+                    model,
+                    batch,
+                    new,
+                    canvas,
+                    valid,
+                    keys,
+                    dynamic,
+                    np.int32(self.rows),
+                    np.int32(1),
+                    static=self.family.static,
+                )
+            jax.block_until_ready(batch)
+
+
+class ProgramTable:
+    """Compiles programs in a thread of its own, so that running batches go on.
+
+    Args:
+      model: the model that the programs run.
+      limit: maximum number of families.
+      on_ready: called without arguments when a program has been compiled.
+    """
+
+    def __init__(self, model: Dream, limit: int, on_ready: Callable[[], None]):
+        self._model, self._limit, self._on_ready = model, limit, on_ready
+        self._programs: dict[Program, Future[None]] = {}
+        self._families: set[Family] = set()
+        self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    @property
+    def num_families(self) -> int:
+        """The number of families that have been admitted."""
+        return len(self._families)
+
+    def admit(self, family: Family) -> None:
+        """Notes a family, whose programs may then be compiled.
+
+        Raises:
+          TooManySettingsError: the family is new, and the table is full.
+        """
+        with self._lock:
+            if family not in self._families and len(self._families) >= self._limit:
+                raise TooManySettingsError(
+                    f"the server has compiled programs for {self._limit} combinations of settings and lengths, and this "
+                    "request needs another one; use the settings of earlier requests (a preset without further "
+                    "settings), or start the server with a higher --max-programs"
+                )
+            self._families.add(family)
+
+    def ready(self, program: Program, config: SamplerConfig) -> bool:
+        """Returns whether a program is compiled; if it is not, compilation starts.
+
+        Raises:
+          jax.errors.JaxRuntimeError: it cannot be compiled, for instance because memory does not suffice.
+        """
+        with self._lock:
+            future = self._programs.get(program)
+            if future is None:
+                future = self._programs[program] = self._compiler.submit(program.compile, self._model, config)
+                future.add_done_callback(lambda _: self._on_ready())
+        if not future.done():
+            return False
+        if future.exception() is not None:
+            with self._lock:
+                self._programs.pop(program, None)  # the next request tries again
+        future.result()
+        return True
+
+    def wait(self) -> None:
+        """Waits until everything that was asked for is compiled."""
+        with self._lock:
+            futures = list(self._programs.values())
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """Ends the thread after the program that it is compiling."""
+        self._compiler.shutdown(wait=True, cancel_futures=True)
+
+
+@jax.jit
+def row_keys(seed_B: jax.Array, sample_B: jax.Array) -> jax.Array:
+    """Returns the random keys of rows, as `inference.row_keys([(seed, 0, sample), ...])`."""
+    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seed_B)
+    return jnp.where(sample_B == 0, keys_B, jax.vmap(jax.random.fold_in)(keys_B, sample_B))
+
+
+_idle_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "static"))(idle_batch)

@@ -1,0 +1,580 @@
+"""What clients may send: the fields of each request, checked, and how a request becomes tasks for the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import pydantic
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field
+
+from dream_jax import inference
+from dream_jax.decoding import Alg
+from dream_jax.sampler import Count, EntropyBound, Factor, Preset, SamplerConfig, Threshold
+from dream_jax.sampler.state import NUM_TOP
+from dream_jax.serving.tasks import Gap, Task
+from dream_jax.tokenizer import Template, Tokenizer
+
+_LARGEST_SEED = 2**31 - 1
+_MOST_STOPS = 16
+_NEVER = 1e9  # an end penalty with which the end-of-text token is never written
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Count1 = Annotated[int, Field(ge=1, le=1_000_000)]
+NumTop = Annotated[int, Field(ge=0, le=NUM_TOP)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered as it is.
+
+    Attributes:
+      param: the field that is wrong, such as "messages.0.content"; None if it is none in particular.
+      status: the HTTP status.
+      code: a short name of the error, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class _Body(BaseModel):
+    """A part of a request. Fields that are not listed are refused, and types are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class CommitOptions(_Body):
+    """The rule for the number of positions that a pass writes, and its parameter."""
+
+    rule: Literal["count", "threshold", "factor", "entropy_bound"]
+    value: Number | None = None
+
+    def made(self) -> Count | Threshold | Factor | EntropyBound:
+        """Returns the rule. Raises ValueError if its parameter is missing, superfluous or outside its range."""
+        if self.rule == "count":
+            if self.value is not None:
+                raise ValueError("the rule count has no value; leave it out")
+            return Count()
+        if self.value is None:
+            raise ValueError(f"the rule {self.rule} needs a value")
+        if self.rule == "entropy_bound":
+            return EntropyBound(self.value)
+        return Threshold(self.value) if self.rule == "threshold" else Factor(self.value)
+
+
+class ForcedText(_Body):
+    """Tokens that are written before the first step: those of `text`, or the id `token`, from `position` on."""
+
+    position: Annotated[int, Field(ge=0)]
+    text: str | None = None
+    token: Annotated[int, Field(ge=0)] | None = None
+
+
+class DreamOptions(_Body):
+    """The extensions of the API: settings of the sampler (see `SamplerConfig`), and the events of denoising."""
+
+    preset: Preset | None = None
+    steps: Count1 | None = None
+    block_length: Count1 | None = None
+    alg: Alg | None = None
+    commit: CommitOptions | None = None
+    alg_temp: Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)] | None = None
+    top_k: Count1 | None = None
+    eps: Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None = None
+    guidance: Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)] | None = None
+    end_penalty: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = None
+    forced_tokens: Annotated[list[ForcedText], Field(max_length=10_000)] | None = None
+    denoise: bool = False
+    runner_ups: NumTop = 0
+
+
+class StreamOptions(_Body):
+    """What a stream contains beside the text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Sampling(_Body):
+    """The fields that all requests for answers have."""
+
+    model: str
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    n: Count1 | None = None
+    seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    dream: DreamOptions | None = None
+
+    @property
+    def options(self) -> DreamOptions:
+        """The extensions, or their defaults."""
+        return DreamOptions() if self.dream is None else self.dream
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is sent in chunks."""
+        return bool(self.stream)
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the numbers of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class _OpenAI(_Sampling):
+    """Fields of OpenAI's API that this server accepts only where they change nothing, so that clients may send them."""
+
+    stop: StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class TextPart(_Body):
+    """A part of the content of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseFormat(_Body):
+    """The form of an answer: only plain text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_OpenAI):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    max_tokens: Count1 | None = None
+    max_completion_tokens: Count1 | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumTop | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+
+
+class CompletionRequest(_OpenAI):
+    """The body of POST /v1/completions. With `suffix`, the new tokens stand between the prompt and the suffix."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=1000)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1000)]
+    )
+    suffix: str | None = None
+    max_tokens: Count1 | None = None
+    logprobs: NumTop | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+
+
+class ExactGap(_Body):
+    """A gap of exactly `length` tokens."""
+
+    length: Count1
+
+
+class OpenGap(_Body):
+    """A gap of at most `up_to` tokens, which the model may end with end-of-text tokens."""
+
+    up_to: Count1
+
+
+class InfillRequest(_Sampling):
+    """The body of POST /v1/infill: texts and gaps, in their order."""
+
+    parts: Annotated[list[str | ExactGap | OpenGap], Field(min_length=1, max_length=1000)]
+
+
+AnyRequest = ChatRequest | CompletionRequest | InfillRequest
+_Request = TypeVar("_Request", bound=_Body)
+
+_UNSUPPORTED = {
+    "functions": "function calls are not supported; leave it out",
+    "function_call": "function calls are not supported; leave it out",
+    "name": "names of participants are not supported; leave it out",
+    "tool_calls": "tool calls are not supported; leave it out",
+    "tool_call_id": "tool calls are not supported; leave it out",
+    "audio": "only text is supported; leave it out",
+    "reasoning_effort": "this model has no reasoning levels; leave it out",
+}
+
+
+def parse(kind: type[_Request], body: bytes) -> _Request:
+    """Returns the request that a body contains.
+
+    Raises:
+      RequestError: the body is no JSON, or a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise _explained(error, kind, body) from None
+
+
+def _explained(error: pydantic.ValidationError, kind: type[_Body], body: bytes) -> RequestError:
+    """Returns the first mistake in a body as an error with the name of the field, its value and the remedy."""
+    errors = error.errors(include_url=False, include_context=False)
+    if errors[0]["type"] == "json_invalid":
+        return RequestError(f"the body is not valid JSON in UTF-8: {errors[0]['msg']}; send one JSON object")
+    data = pydantic_core.from_json(body)
+    # Of the alternatives of a union, the one that was followed furthest is likely to be what was meant.
+    first = max(
+        (one for one in errors if _field(one["loc"], data)[:1] == _field(errors[0]["loc"], data)[:1]),
+        key=lambda one: (len(_field(one["loc"], data)), not one["type"].endswith("_type")),
+    )
+    field = _field(first["loc"], data)
+    param = ".".join(map(str, field)) or None
+    name = str(field[-1]) if field else ""
+    where = f"{param}: " if param else ""
+    if first["type"] == "extra_forbidden":
+        if name in _UNSUPPORTED:
+            return RequestError(f"{where}{_UNSUPPORTED[name]}", param, code="unsupported_parameter")
+        if len(field) == 1 and name in DreamOptions.model_fields:
+            return RequestError(f'{where}an extension; put it under "dream"', param, code="unknown_parameter")
+        near = difflib.get_close_matches(name, [*kind.model_fields, *DreamOptions.model_fields], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return RequestError(f"{where}unknown field{hint} Leave it out", param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return RequestError(f"{where}this field is required; add it", param, code="missing_required_parameter")
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return RequestError(f"{where}{first['msg']}, got {shown}", param, code="invalid_value")
+
+
+def _field(location: Sequence[int | str], data: Any) -> tuple[int | str, ...]:
+    """Returns the names and indices of a location that lead into the data, without the names of alternatives."""
+    found: list[int | str] = []
+    for number, name in enumerate(location):
+        if isinstance(data, dict) and isinstance(name, str) and (name in data or number == len(location) - 1):
+            found.append(name)
+            data = data.get(name)
+        elif isinstance(data, list) and isinstance(name, int) and name < len(data):
+            found.append(name)
+            data = data[name]
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+      longest: maximum number of tokens of prompt and answer together.
+      default_tokens: number of new tokens if the request does not say it.
+      most_choices: maximum number of answers to one request.
+    """
+
+    longest: int
+    default_tokens: int
+    most_choices: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskMaker:
+    """Makes the tasks of a request.
+
+    Attributes:
+      tokenizer: the tokenizer of the model.
+      template: the template that the prompts of the training had.
+      preset: the preset of requests that name none.
+      limits: what a request may ask for.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    preset: Preset
+    limits: Limits
+
+    def tasks(self, request: AnyRequest) -> list[Task]:
+        """Returns one task for each answer: the answers to the first prompt, then those to the next one.
+
+        Raises:
+          RequestError: the request asks for something that is not possible.
+        """
+        seed = secrets.randbelow(_LARGEST_SEED + 1) if request.seed is None else request.seed
+        options = request.options
+        if options.denoise and not request.streams:
+            raise RequestError("dream.denoise: events are sent in a stream; set stream to true", "dream.denoise")
+        if options.runner_ups and not options.denoise:
+            raise RequestError(
+                "dream.runner_ups: the runner-ups are a part of the events; set dream.denoise to true",
+                "dream.runner_ups",
+            )
+        if request.stream_options is not None and not request.streams:
+            raise RequestError("stream_options: only for a stream; set stream to true", "stream_options")
+        if isinstance(request, ChatRequest):
+            drafts = [self._chat(request)]
+        elif isinstance(request, CompletionRequest):
+            drafts = self._completions(request)
+        else:
+            drafts = [self._infill(request)]
+        choices = 1 if request.n is None else request.n
+        if choices * len(drafts) > self.limits.most_choices:
+            raise RequestError(
+                f"n: {len(drafts)} prompts with {choices} answers each are more than {self.limits.most_choices} "
+                "answers; send several requests",
+                "n",
+            )
+        return [dataclasses.replace(draft, seed=seed, sample=sample) for draft in drafts for sample in range(choices)]
+
+    def _chat(self, request: ChatRequest) -> Task:
+        if request.max_tokens is not None and request.max_completion_tokens is not None:
+            raise RequestError("max_tokens: give either max_tokens or max_completion_tokens", "max_tokens")
+        if request.top_logprobs and not request.logprobs:
+            raise RequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            for message in request.messages
+        ]
+        try:
+            prompt = inference.encode_prompt(messages, "chat", self.tokenizer)
+        except ValueError as error:
+            raise RequestError(f"messages: {error}", "messages") from error
+        asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        return self._continued(request, prompt, asked, logprobs=bool(request.logprobs))
+
+    def _completions(self, request: CompletionRequest) -> list[Task]:
+        prompts: Sequence[str | list[int]]
+        if isinstance(request.prompt, str):
+            prompts = [request.prompt]
+        elif request.prompt and isinstance(request.prompt[0], str | list):
+            prompts = request.prompt  # type: ignore[assignment]  # the elements have one type
+        else:
+            prompts = [request.prompt]  # type: ignore[list-item]
+        if request.echo and request.logprobs is not None:
+            raise RequestError("echo: logprobs of the prompt do not exist; leave echo or logprobs out", "echo")
+        drafts = []
+        for prompt in prompts:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if not isinstance(prompt, str):
+                for token in ids:
+                    if token >= self.tokenizer.vocab_limit or token == self.tokenizer.mask_id:
+                        raise RequestError(
+                            f"prompt: the token {token} is the mask token or not below {self.tokenizer.vocab_limit}; "
+                            "use /v1/infill to fill gaps",
+                            "prompt",
+                        )
+            if request.suffix is None:
+                drafts.append(self._continued(request, ids, request.max_tokens, logprobs=request.logprobs is not None))
+            else:
+                drafts.append(self._between(request, ids, self.tokenizer.encode(request.suffix)))
+        return drafts
+
+    def _continued(
+        self, request: ChatRequest | CompletionRequest, prompt: list[int], asked: int | None, *, logprobs: bool
+    ) -> Task:
+        """Returns a task that writes new tokens after a prompt."""
+        tokens = self._new_tokens(len(prompt), asked)
+        config = self._config(request, tokens, tokens, forced=self._forced(request.options, tokens))
+        return self._task(request, prompt, config, (Gap(start=len(prompt), length=tokens),), request.stops, logprobs)
+
+    def _between(self, request: CompletionRequest, prompt: list[int], suffix: list[int]) -> Task:
+        """Returns a task that writes new tokens between a prompt and a suffix."""
+        if request.options.forced_tokens:
+            raise RequestError(
+                "dream.forced_tokens: not with a suffix; use /v1/infill, where texts stand between gaps",
+                "dream.forced_tokens",
+            )
+        tokens = self._new_tokens(len(prompt) + len(suffix), request.max_tokens)
+        ids = [*prompt, *[self.tokenizer.mask_id] * tokens, *suffix]
+        gap = Gap(start=len(prompt), length=tokens)
+        config = self._config(request, 0, tokens)
+        return self._task(request, ids, config, (gap,), request.stops, request.logprobs is not None)
+
+    def _infill(self, request: InfillRequest) -> Task:
+        if request.options.forced_tokens:
+            raise RequestError("dream.forced_tokens: put texts between the gaps instead", "dream.forced_tokens")
+        ids: list[int] = []
+        pieces: list[str | Gap] = []
+        masks = 0
+        for part in request.parts:
+            if isinstance(part, str):
+                ids += self.tokenizer.encode(part)
+                pieces.append(part)
+                continue
+            size = part.length if isinstance(part, ExactGap) else part.up_to
+            self._check_length(len(ids) + size, "parts")
+            pieces.append(Gap(start=len(ids), length=size))
+            ids += [self.tokenizer.mask_id] * size
+            masks += size
+        if masks == 0:
+            raise RequestError('parts: there is no gap; add one, such as {"length": 5}', "parts")
+        self._check_length(len(ids), "parts")
+        # Only a gap of "up to" a length may end early. An end-of-text token must not fill later gaps, as it does after
+        # an answer.
+        fixed = not any(isinstance(part, OpenGap) for part in request.parts)
+        changes: dict[str, Any] = {"stop_at_end": False} if len(pieces) > 1 else {}
+        if fixed:
+            if request.options.end_penalty is not None:
+                raise RequestError(
+                    'dream.end_penalty: gaps of a given length are never ended early; use "up_to" gaps, or leave it out',
+                    "dream.end_penalty",
+                )
+            changes["end_penalty"] = _NEVER
+        config = self._config(request, 0, masks, **changes)
+        return self._task(request, ids, config, tuple(pieces), (), False)
+
+    def _task(
+        self,
+        request: AnyRequest,
+        prompt: list[int],
+        config: SamplerConfig,
+        pieces: tuple[str | Gap, ...],
+        stop: tuple[str, ...],
+        logprobs: bool,
+    ) -> Task:
+        return Task(
+            prompt=tuple(prompt),
+            config=config,
+            seed=0,
+            sample=0,
+            pieces=pieces,
+            stop=stop,
+            records_logprobs=logprobs or request.options.runner_ups > 0,
+            has_logprobs=logprobs,
+            streams=request.streams,
+            tells_tokens=request.options.denoise,
+        )
+
+    def _new_tokens(self, given: int, asked: int | None) -> int:
+        """Returns the number of new tokens; without a wish the default, or fewer if the prompt leaves fewer."""
+        if asked is None:
+            asked = max(1, min(self.limits.default_tokens, self.limits.longest - given))
+        if given + asked > self.limits.longest:
+            raise RequestError(
+                f"max_tokens: the prompt has {given} tokens, and {asked} new ones make {given + asked}, more than the "
+                f"{self.limits.longest} of this server; ask for fewer, or shorten the prompt",
+                "max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked
+
+    def _check_length(self, length: int, param: str) -> None:
+        if length > self.limits.longest:
+            raise RequestError(
+                f"{param}: the texts and gaps have more than the {self.limits.longest} tokens of this server; shorten "
+                "them",
+                param,
+                code="context_length_exceeded",
+            )
+
+    def _forced(self, options: DreamOptions, tokens: int) -> tuple[tuple[int, int], ...]:
+        """Returns the pairs (offset, token) of the forced tokens."""
+        forced: dict[int, int] = {}
+        for number, one in enumerate(options.forced_tokens or ()):
+            param = f"dream.forced_tokens.{number}"
+            if (one.text is None) == (one.token is None):
+                raise RequestError(f"{param}: give either text or token", param)
+            ids = self.tokenizer.encode(one.text) if one.text is not None else [one.token or 0]
+            for offset, token in enumerate(ids, one.position):
+                if offset >= tokens or offset in forced:
+                    raise RequestError(
+                        f"{param}: position {offset} is forced twice, or not below the {tokens} new tokens; move it",
+                        param,
+                    )
+                if token >= self.tokenizer.vocab_limit or token == self.tokenizer.mask_id:
+                    raise RequestError(
+                        f"{param}: the token {token} is the mask token or not below {self.tokenizer.vocab_limit}", param
+                    )
+                forced[offset] = token
+        if len(forced) == tokens:
+            raise RequestError(
+                "dream.forced_tokens: every new token is forced; leave some to the model", "dream.forced_tokens"
+            )
+        return tuple(sorted(forced.items()))
+
+    def _config(
+        self,
+        request: AnyRequest,
+        new_tokens: int,
+        masks: int,
+        *,
+        forced: tuple[tuple[int, int], ...] = (),
+        **changes: Any,
+    ) -> SamplerConfig:
+        """Returns the settings of the sampler: those of `sample.py` with flags of the same names.
+
+        Args:
+          request: the request.
+          new_tokens: number of tokens after the prompt.
+          masks: number of positions to write, in the prompt and after it.
+          forced: the forced tokens.
+          **changes: fields of SamplerConfig that replace those of the preset.
+        """
+        options = request.options
+        preset = self.preset if options.preset is None else options.preset
+        steps = options.steps
+        if steps is not None and steps > masks:
+            raise RequestError(f"dream.steps: {steps} steps are more than the {masks} tokens to write", "dream.steps")
+        if preset == "exact" and steps is None:
+            steps = masks
+        try:
+            return inference.make_sampler(
+                self.tokenizer,
+                new_tokens,
+                preset,
+                steps=steps,
+                alg=options.alg,
+                temperature=request.temperature,
+                top_p=None if request.top_p == 1.0 else request.top_p,
+                top_k=options.top_k,
+                alg_temp=options.alg_temp,
+                eps=options.eps,
+                guidance=options.guidance,
+                end_penalty=changes.pop("end_penalty", options.end_penalty),
+                block_length=options.block_length,
+                commit=None if options.commit is None else options.commit.made(),
+                forced_tokens=forced or None,
+                **changes,
+            )
+        except ValueError as error:
+            raise RequestError(f"dream: {error}", "dream") from error
+
+
+def decoded(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:
+    """Returns the text of token ids, without special tokens."""
+    return tokenizer.decode([int(token) for token in tokens], skip_special=True)

@@ -1,0 +1,105 @@
+"""Runs the web application on a port until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+
+import uvicorn
+from fastapi import FastAPI
+
+from dream_jax import inference
+from dream_jax.serving.engine import Engine
+from dream_jax.serving.requests import TaskMaker
+from dream_jax.serving.tasks import Gap, Task
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address but does not accept connections yet.
+
+    Raises:
+      OSError: the address is not of this machine, or the port is in use; the message names them.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"cannot serve at {host}, port {port}: {error.strerror}; pass another --host or --port"
+        ) from error
+    return bound
+
+
+def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[], None], drain_seconds: float) -> bool:
+    """Serves until SIGINT or SIGTERM, then refuses new requests and finishes the accepted ones.
+
+    Args:
+      app: the application.
+      bound: the socket to listen at.
+      engine: the engine; if it fails, the server ends.
+      on_ready: called without arguments when connections are accepted.
+      drain_seconds: how long accepted requests are worked on after the signal.
+
+    Returns:
+      Whether the engine did not fail.
+    """
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        http="h11",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(drain_seconds) + 1,
+    )
+    server = uvicorn.Server(config)
+
+    async def watched() -> None:
+        serving = asyncio.create_task(server.serve([bound]))
+        told = False
+        while not serving.done():
+            if server.started and not told:
+                on_ready()
+                told = True
+            if engine.state == "failed":
+                server.should_exit = True
+            await asyncio.wait({serving}, timeout=0.05 if not told else 0.5)
+        serving.result()
+
+    asyncio.run(watched())
+    return engine.state != "failed"
+
+
+def compile_programs(engine: Engine, maker: TaskMaker, lengths: Sequence[int]) -> None:
+    """Compiles the programs of the default preset for rows of these lengths, at temperature 0, with a temperature, and
+    with a temperature and top_p.
+
+    Raises:
+      ValueError: a length is below 2, or longer than the longest row; or there are too many programs.
+      jax.errors.JaxRuntimeError: a program cannot be compiled.
+    """  # fmt: skip
+    for length in lengths:
+        if length < 2:
+            raise ValueError(f"a row of {length} tokens has no place for a prompt and an answer; pass at least 2")
+        for temperature, top_p in ((0.0, None), (1.0, None), (1.0, 0.5)):
+            config = inference.make_sampler(
+                maker.tokenizer, length - 1, maker.preset, temperature=temperature, top_p=top_p
+            )
+            gap = Gap(start=1, length=length - 1)
+            engine.compile(Task(prompt=(0,), config=config, seed=0, sample=0, pieces=(gap,)))

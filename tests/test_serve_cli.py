@@ -1,0 +1,219 @@
+"""`serve.py` and the server on a port: the package openai, clients that go away, signals."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+
+import openai
+import pytest
+from commands import run_script, start_script
+from serving_client import TOKENIZER, expected_text, maker, nano, running, until
+
+import dream_jax
+from dream_jax.serving import server
+from dream_jax.serving.app import AppSettings, make_app
+from dream_jax.serving.engine import EngineSettings
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nano()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    """The address of a server in this process, and its engine."""
+    with running(model, EngineSettings(rows=4, longest=128, interval=0.02)) as engine:
+        bound = server.bind("127.0.0.1", 0)
+        settings = AppSettings(model="nano", trained_mask="bidirectional", hosts=("127.0.0.1",))
+        app = make_app(engine, maker(), settings, 0.0)
+        ready, ends = threading.Event(), []
+        # The server ends with its engine.
+        thread = threading.Thread(target=lambda: ends.append(server.run(app, bound, engine, ready.set, 1.0)))
+        thread.start()
+        assert ready.wait(60)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", engine
+        engine.drain(0.0)
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def test_openai_client(model, client):
+    assert [one.id for one in client.models.list()] == ["nano"]
+    wanted = expected_text(model, TOKENIZER.chat(MESSAGES), 20, seed=2, temperature=0.8)
+    options = {"model": "nano", "messages": MESSAGES, "max_tokens": 20, "seed": 2, "temperature": 0.8}
+    answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].message.content == wanted and answer.usage.prompt_tokens == len(TOKENIZER.chat(MESSAGES))
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
+    assert chunks[-1].usage == answer.usage
+    text = client.completions.create(model="nano", prompt="ab", max_tokens=5, n=2, temperature=1.0, seed=1)
+    assert len(text.choices) == 2 and text.choices[0].text == expected_text(model, b"ab", 5, seed=1, temperature=1.0)
+    filled = client.completions.create(
+        model="nano", prompt="ab", suffix="c", max_tokens=5, extra_body={"dream": {"steps": 2}}
+    )
+    assert filled.choices[0].finish_reason in ("stop", "length")
+    denoised = client.chat.completions.create(**options, stream=True, extra_body={"dream": {"denoise": True}})
+    assert any(chunk.dream["event"] == "written" for chunk in denoised if getattr(chunk, "dream", {}).get("event"))
+
+
+def test_openai_errors(client):
+    with pytest.raises(openai.BadRequestError, match="max_tokens") as error:
+        client.chat.completions.create(model="nano", messages=MESSAGES, max_tokens=0)
+    assert error.value.param == "max_tokens" and error.value.type == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError, match="use 'nano'"):
+        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
+
+
+def test_clients_that_go_away_free_their_rows(served, client):
+    address, engine = served
+    before = engine.counts.cancelled
+    body = json.dumps({"model": "nano", "prompt": "x", "max_tokens": 120, "dream": {"alg": "origin"}}).encode()
+    for stream in (b"false", b"true"):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            asked = body[:-1] + b', "stream": ' + stream + b"}"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(asked) + asked)
+            until(lambda: engine.counts.busy_rows + engine.counts.waiting > 0)
+    until(lambda: engine.counts.busy_rows == engine.counts.waiting == 0)
+    assert engine.counts.cancelled == before + 2
+    assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
+
+
+def test_eight_clients_at_once(model, client):
+    found = {}
+
+    def ask(number):
+        options = {"model": "nano", "prompt": "x" * number, "max_tokens": 10 + number, "seed": number}
+        stream = client.completions.create(**options, temperature=0.9, stream=True)
+        found[number] = "".join(chunk.choices[0].text for chunk in stream)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(8):
+        wanted = expected_text(model, b"x" * number, 10 + number, seed=number, temperature=0.9)
+        assert found[number] == wanted
+
+
+def test_slow_or_broken_connections_harm_nobody(served, client):
+    port = int(served[0].rpartition(":")[2])
+    lines = [
+        b"\x00\xff\r\n\r\n",
+        b"GET / HTTP/1.1\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n",
+        b"x" * 100_000,
+    ]
+    open_ones = []
+    for line in lines:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(line)
+        open_ones.append(connection)
+    assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
+    for connection in open_ones:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--host", "0.0.0.0"), "pass --api-key-file FILE, or --open-to-network"),
+        (("--port", "70000"), "outside 0..65535"),
+        (("--rows", "0"), "rows=0 must be at least 1"),
+        (("--interval", "0"), "positive number of seconds"),
+        (("--model", "no/such/model"), "no/such/model"),
+        (("--model", "nano", "--max-length", "99999"), "more than the 2048 tokens"),
+        (("--model", "nano", "--api-key-file", "missing.txt"), "missing.txt"),
+        (("--model", "nano", "--host", "192.0.2.1", "--open-to-network"), "cannot serve at 192.0.2.1"),
+    ],
+)
+def test_refusals(arguments, message):
+    done = run_script("serve.py", *arguments)
+    assert done.returncode in (1, 2) and message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "no key"), ("# only this\n", "no key"), ("short\n", "keys.txt:1: ")]
+)
+def test_bad_key_files(tmp_path, text, message):
+    path = tmp_path / "keys.txt"
+    path.write_text(text)
+    done = run_script("serve.py", "--model", "nano", "--api-key-file", path)
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_port_in_use():
+    with server.bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        done = run_script("serve.py", "--model", "nano", "--port", bound.getsockname()[1])
+    assert done.returncode == 1 and "pass another --host or --port" in done.stderr
+
+
+@pytest.mark.slow
+def test_signals(tmp_path):
+    """SIGTERM finishes what runs and refuses the new; after kill -9, a new server serves at the same port at once."""
+    model = nano()
+    (tmp_path / "tokenizer").mkdir()
+    TOKENIZER.save(tmp_path / "tokenizer")
+    dream_jax.save(model, tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
+    with server.bind("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+
+    def start():
+        process = start_script("serve.py", "--model", tmp_path / "model", "--port", port, "--name", "nano")
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("serving"):
+                return process
+        raise AssertionError("the server ended")
+
+    def ask(tokens):
+        body = json.dumps({"model": "nano", "prompt": "x", "max_tokens": tokens, "dream": {"preset": "exact"}}).encode()
+        headers = {"content-type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+        ) as got:
+            return json.load(got)["choices"][0]["text"]
+
+    first = start()
+    try:
+        text = ask(500)
+        found = []
+        waiting = threading.Thread(target=lambda: found.append(ask(500)))
+        waiting.start()
+        time.sleep(0.3)
+        first.send_signal(signal.SIGTERM)
+        waiting.join(120)
+        assert found == [text]
+        assert first.wait(60) in (0, -signal.SIGTERM)
+        with pytest.raises(OSError):
+            ask(1)
+    finally:
+        first.kill()
+    second = start()
+    os.kill(second.pid, signal.SIGKILL)
+    second.wait(60)
+    third = start()
+    try:
+        assert ask(500) == text
+    finally:
+        third.kill()
+        third.wait(60)

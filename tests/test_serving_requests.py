@@ -1,0 +1,213 @@
+"""Requests that are wrong are refused with the field and the remedy; requests that are right become tasks."""
+
+import json
+
+import pytest
+from serving_client import MASK, TOKENIZER, maker
+
+from dream_jax.sampler import Threshold, WindowCache
+from dream_jax.serving.requests import ChatRequest, CompletionRequest, InfillRequest, RequestError, parse
+from dream_jax.serving.tasks import Gap
+
+CHAT = {"model": "nano", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "nano", "prompt": "ab"}
+GAPS = {"model": "nano", "parts": ["a", {"length": 2}, "b"]}
+
+
+def tasks(kind, base, **fields):
+    return maker().tasks(parse(kind, json.dumps(base | fields).encode()))
+
+
+WRONG = [
+    (ChatRequest, CHAT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+    (ChatRequest, CHAT, {"max_tokens": -5}, "max_tokens", "got -5"),
+    (ChatRequest, CHAT, {"max_tokens": "12"}, "max_tokens", "got '12'"),
+    (ChatRequest, CHAT, {"max_tokens": 1.5}, "max_tokens", "1.5"),
+    (ChatRequest, CHAT, {"max_tokens": True}, "max_tokens", "True"),
+    (ChatRequest, CHAT, {"max_tokens": 10**30}, "max_tokens", "less than or equal"),
+    (ChatRequest, CHAT, {"max_tokens": 127}, "max_tokens", "more than the 128 of this server"),
+    (ChatRequest, CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "give either"),
+    (ChatRequest, CHAT, {"temperature": -0.1}, "temperature", "greater than or equal"),
+    (ChatRequest, CHAT, {"temperature": "hot"}, "temperature", "valid number"),
+    (ChatRequest, CHAT, {"temperature": float("nan")}, "temperature", "finite"),
+    (ChatRequest, CHAT, {"temperature": 1e308}, "temperature", "less than or equal"),
+    (ChatRequest, CHAT, {"top_p": 0}, "top_p", "greater than 0"),
+    (ChatRequest, CHAT, {"top_p": 1.5}, "top_p", "less than or equal to 1"),
+    (ChatRequest, CHAT, {"n": 0}, "n", "greater than or equal to 1"),
+    (ChatRequest, CHAT, {"n": 9}, "n", "more than 8 answers"),
+    (ChatRequest, CHAT, {"seed": -1}, "seed", "greater than or equal to 0"),
+    (ChatRequest, CHAT, {"seed": 2**31}, "seed", "less than or equal"),
+    (ChatRequest, CHAT, {"stop": ""}, "stop", "at least 1 character"),
+    (ChatRequest, CHAT, {"stop": ["a"] * 17}, "stop", "at most 16"),
+    (ChatRequest, CHAT, {"stop": ["a", 5]}, "stop.1", "valid string, got 5"),
+    (ChatRequest, CHAT, {"stream": "yes"}, "stream", "valid boolean"),
+    (ChatRequest, CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
+    (ChatRequest, CHAT, {"logprobs": 5}, "logprobs", "valid boolean"),
+    (ChatRequest, CHAT, {"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+    (ChatRequest, CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    (ChatRequest, CHAT, {"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
+    (ChatRequest, CHAT, {"logit_bias": {"5": 1}}, "logit_bias", "at most 0"),
+    (ChatRequest, CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+    (ChatRequest, CHAT, {"tools": [{"type": "function"}]}, "tools", "at most 0"),
+    (ChatRequest, CHAT, {"functions": []}, "functions", "function calls are not supported; leave it out"),
+    (ChatRequest, CHAT, {"max_token": 5}, "max_token", "did you mean 'max_tokens'"),
+    (ChatRequest, CHAT, {"steps": 5}, "steps", 'put it under "dream"'),
+    (ChatRequest, CHAT, {"messages": []}, "messages", "at least 1 item"),
+    (ChatRequest, CHAT, {"messages": "hi"}, "messages", "valid array"),
+    (ChatRequest, CHAT, {"messages": [{"role": "critic", "content": "x"}]}, "messages.0.role", "'critic'"),
+    (ChatRequest, CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content", "None"),
+    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),  # noqa: E501
+    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": "x" * 200}]}, "max_tokens", "more than the 128"),
+    (ChatRequest, CHAT, {"dream": 5}, "dream", "got 5"),
+    (ChatRequest, CHAT, {"dream": {"preset": "best"}}, "dream.preset", "'exact', 'balanced' or 'fast'"),
+    (ChatRequest, CHAT, {"dream": {"speed": 1}}, "dream.speed", "unknown field"),
+    (ChatRequest, CHAT, {"dream": {"steps": 500}}, "dream.steps", "more than the 12 tokens"),
+    (ChatRequest, CHAT, {"dream": {"preset": "fast", "steps": 3}}, "dream", "no effect"),
+    (ChatRequest, CHAT, {"dream": {"block_length": 0}}, "dream.block_length", "greater than or equal to 1"),
+    (ChatRequest, CHAT, {"dream": {"commit": {"rule": "threshold"}}}, "dream", "needs a value"),
+    (ChatRequest, CHAT, {"dream": {"commit": {"rule": "threshold", "value": 2}}}, "dream", "outside [0, 1]"),
+    (ChatRequest, CHAT, {"dream": {"commit": {"rule": "count", "value": 2}}}, "dream", "has no value"),
+    (ChatRequest, CHAT, {"dream": {"alg": "origin", "block_length": 4}}, "dream", "without blocks"),
+    (ChatRequest, CHAT, {"dream": {"guidance": float("inf")}}, "dream.guidance", "finite"),
+    (ChatRequest, CHAT, {"dream": {"denoise": True}}, "dream.denoise", "set stream to true"),
+    (ChatRequest, CHAT, {"stream": True, "dream": {"runner_ups": 2}}, "dream.runner_ups", "set dream.denoise"),
+    (ChatRequest, CHAT, {"dream": {"forced_tokens": [{"position": 12, "text": "x"}]}}, "dream.forced_tokens.0", "12"),
+    (ChatRequest, CHAT, {"dream": {"forced_tokens": [{"position": 0}]}}, "dream.forced_tokens.0", "either"),
+    (ChatRequest, CHAT, {"dream": {"forced_tokens": [{"position": 0, "token": MASK}]}}, "dream.forced_tokens.0", "mask"),
+    (ChatRequest, CHAT, {"dream": {"forced_tokens": [{"position": 0, "text": "x" * 12}]}}, "dream.forced_tokens", "leave"),
+    (ChatRequest, CHAT, {"model": 5}, "model", "valid string"),
+    (CompletionRequest, TEXT, {"prompt": 5}, "prompt", "got 5"),
+    (CompletionRequest, TEXT, {"prompt": [MASK]}, "prompt", "mask token"),
+    (CompletionRequest, TEXT, {"prompt": [9999]}, "prompt", "not below 261"),
+    (CompletionRequest, TEXT, {"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+    (CompletionRequest, TEXT, {"prompt": ["a", 5]}, "prompt.", "valid"),
+    (CompletionRequest, TEXT, {"prompt": ["a"] * 9}, "n", "more than 8 answers"),
+    (CompletionRequest, TEXT, {"logprobs": 5, "echo": True}, "echo", "leave echo or logprobs out"),
+    (CompletionRequest, TEXT, {"logprobs": True}, "logprobs", "True"),
+    (CompletionRequest, TEXT, {"best_of": 3}, "best_of", "less than or equal to 1"),
+    (CompletionRequest, TEXT, {"messages": []}, "messages", "unknown field"),
+    (CompletionRequest, TEXT, {"suffix": "x", "dream": {"forced_tokens": [{"position": 0, "text": "x"}]}}, "dream.forced_tokens", "not with a suffix"),  # noqa: E501
+    (InfillRequest, GAPS, {"parts": ["a"]}, "parts", "no gap"),
+    (InfillRequest, GAPS, {"parts": []}, "parts", "at least 1"),
+    (InfillRequest, GAPS, {"parts": [{"length": 0}]}, "parts.0.length", "greater than or equal to 1"),
+    (InfillRequest, GAPS, {"parts": [{"length": 10**6}]}, "parts", "more than the 128"),
+    (InfillRequest, GAPS, {"parts": [{"size": 2}]}, "parts.0", ""),
+    (InfillRequest, GAPS, {"parts": ["a", {"length": 2}], "dream": {"end_penalty": 1.0}}, "dream.end_penalty", "up_to"),
+    (InfillRequest, GAPS, {"stop": "x"}, "stop", "unknown field"),
+    (InfillRequest, GAPS, {"max_tokens": 5}, "max_tokens", "unknown field"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "base", "fields", "param", "message"), WRONG)
+def test_wrong_fields(kind, base, fields, param, message):
+    with pytest.raises(RequestError) as error:
+        tasks(kind, base, **fields)
+    assert str(error.value.param).startswith(param) and message in str(error.value), (
+        error.value.param,
+        str(error.value),
+    )
+    assert len(str(error.value)) < 400 and error.value.status == 400
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b'"text"',
+    b"{}",
+    b"\xff\xfe",
+    b'{"model": "\xff"}',
+    b'{"model": "\\ud800"}',
+    b'{"model": "a", }',
+    b"{'model': 'a'}",
+    b"[" * 100_000,
+    b'{"a":' * 5000,
+    b'{"model": 1e999}',
+    b'{"model": ' + b"9" * 5000 + b"}",
+    b'{"model": "a"} trailing',
+    b'{"model": "a\x00"}',
+    b"model=a&prompt=b",
+    b"\x00",
+]
+
+
+@pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, InfillRequest])
+def test_broken_bodies(kind, body):
+    with pytest.raises(RequestError) as error:
+        parse(kind, body)
+    assert len(str(error.value)) < 400
+
+
+def test_chat_is_what_sample_py_makes_of_messages():
+    """Names of control tokens in the texts of users stay text."""
+    messages = [
+        {"role": "developer", "content": "be <|im_end|> brief"},
+        {"role": "user", "content": [{"type": "text", "text": "<|mask|>"}, {"type": "text", "text": "<|endoftext|>"}]},
+    ]
+    [task] = tasks(ChatRequest, CHAT, messages=messages, max_tokens=4)
+    told = [
+        {"role": "system", "content": "be <|im_end|> brief"},
+        {"role": "user", "content": "<|mask|><|endoftext|>"},
+    ]
+    assert list(task.prompt) == TOKENIZER.chat(told)
+    assert MASK not in task.prompt and task.prompt.count(TOKENIZER.im_end_id) == 2
+    assert task.gaps == (Gap(start=len(task.prompt), length=4),)
+
+
+def test_control_tokens_in_texts_stay_text():
+    [task] = tasks(CompletionRequest, TEXT, prompt="<|mask|>", suffix="<|mask|>", max_tokens=3)
+    assert task.prompt.count(MASK) == 3 and task.gaps == (Gap(start=8, length=3),)
+    [task] = tasks(InfillRequest, GAPS, parts=["<|mask|>", {"length": 1}, "<|im_start|>"])
+    assert task.prompt.count(MASK) == 1 and TOKENIZER.im_start_id not in task.prompt
+    forced = [{"position": 0, "text": "<|mask|>"}]
+    [task] = tasks(CompletionRequest, TEXT, max_tokens=20, dream={"forced_tokens": forced})
+    assert [token for _, token in task.config.forced_tokens] == list(b"<|mask|>")
+
+
+def test_settings_of_the_sampler():
+    dream = {
+        "preset": "fast",
+        "commit": {"rule": "threshold", "value": 0.7},
+        "block_length": 8,
+        "top_k": 5,
+        "eps": 0.01,
+    }
+    [task] = tasks(ChatRequest, CHAT, temperature=0.5, top_p=0.9, dream=dream | {"alg_temp": 0.1, "end_penalty": 1.0})
+    config = task.config
+    assert (config.temperature, config.top_p, config.top_k, config.eps) == (0.5, 0.9, 5, 0.01)
+    assert (config.commit, config.block_length, config.cache) == (Threshold(0.7), 8, WindowCache())
+    assert (config.alg_temp, config.end_penalty, config.stop_at_end) == (0.1, 1.0, True)
+    assert config.forbidden_tokens == (MASK,) and config.vocab_limit == TOKENIZER.vocab_limit
+    [exact] = tasks(CompletionRequest, TEXT, max_tokens=9)
+    assert (exact.config.steps, exact.config.alg, exact.config.max_new_tokens) == (9, "entropy", 9)
+    [between] = tasks(CompletionRequest, TEXT, suffix="c", max_tokens=9)
+    assert (between.config.steps, between.config.max_new_tokens) == (9, 0)
+
+
+def test_number_of_new_tokens():
+    [short] = tasks(CompletionRequest, TEXT, prompt="a" * 120)
+    assert short.config.max_new_tokens == 8  # the default, 12, does not fit
+    with pytest.raises(RequestError, match="shorten the prompt"):
+        tasks(CompletionRequest, TEXT, prompt="a" * 128)
+    assert tasks(CompletionRequest, TEXT, prompt="")[0].length == 12
+
+
+def test_seeds_and_samples():
+    asked = tasks(CompletionRequest, TEXT, prompt=["a", "b"], n=3, seed=7)
+    assert [(task.prompt, task.seed, task.sample) for task in asked] == [
+        (tuple(prompt), 7, sample) for prompt in (b"a", b"b") for sample in range(3)
+    ]
+    drawn = {tasks(CompletionRequest, TEXT)[0].seed for _ in range(20)}
+    assert len(drawn) > 10
+
+
+def test_gaps_of_a_length_never_end_early():
+    [fixed] = tasks(InfillRequest, GAPS)
+    assert fixed.config.end_penalty == 1e9
+    [opened] = tasks(InfillRequest, GAPS, parts=["a", {"up_to": 3}, "b", {"length": 2}], dream={"preset": "fast"})
+    assert opened.config.end_penalty == 0.0 and not opened.config.stop_at_end
+    assert opened.pieces == ("a", Gap(start=1, length=3), "b", Gap(start=5, length=2))
