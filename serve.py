@@ -111,29 +111,26 @@ def run(settings: ServeSettings) -> int:
     longest = model_length(settings, prepared.model.config.max_position_embeddings)
     limits = Limits(longest=longest, default_tokens=settings.max_tokens, most_choices=settings.max_choices)
     maker = TaskMaker(tokenizer=prepared.tokenizer, template=prepared.template, preset=settings.preset, limits=limits)
-    bound = server.bind(settings.host, settings.port)
-    name = model_name(settings)
-    address = f"http://{settings.host}:{bound.getsockname()[1]}"
-    model = prepared.load()
-    engine = Engine(model, prepared.tokenizer, settings.engine(longest))
-    try:
-        server.compile_programs(engine, maker, settings.compile_lengths)
-        local = server.is_loopback(settings.host) and not keys
-        application = app.make_app(
-            engine,
-            maker,
-            app.AppSettings(
-                model=name,
+    with server.bind(settings.host, settings.port) as bound:
+        address = f"http://{settings.host}:{bound.getsockname()[1]}"
+        model = prepared.load()
+        engine = Engine(model, prepared.tokenizer, settings.engine(longest))
+        try:
+            server.compile_programs(engine, maker, settings.compile_lengths)
+            local = server.is_loopback(settings.host) and not keys
+            described = app.AppSettings(
+                model=model_name(settings),
                 trained_mask=model.trained_mask,
                 keys=keys,
                 hosts=("127.0.0.1", "localhost", "[::1]") if local else (),
-            ),
-            settings.time_limit,
-        )
-        ready = lambda: console.print(f"serving {name} at {address} (documentation: {address}/docs); Ctrl-C ends it")
-        fine = server.run(application, bound, engine, ready, settings.time_limit)
-    finally:
-        engine.drain(0.0)
+            )
+            application = app.make_app(engine, maker, described, settings.time_limit)
+            ready = lambda: console.print(
+                f"serving {described.model} at {address} (documentation: {address}/docs); Ctrl-C ends it"
+            )
+            fine = server.run(application, bound, engine, ready, settings.time_limit)
+        finally:
+            engine.drain(0.0)
     return 0 if fine else 1
 
 

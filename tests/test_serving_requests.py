@@ -183,9 +183,9 @@ def test_settings_of_the_sampler():
     assert (config.alg_temp, config.end_penalty, config.stop_at_end) == (0.1, 1.0, True)
     assert config.forbidden_tokens == (MASK,) and config.vocab_limit == TOKENIZER.vocab_limit
     [exact] = tasks(CompletionRequest, TEXT, max_tokens=9)
-    assert (exact.config.steps, exact.config.alg, exact.config.max_new_tokens) == (9, "entropy", 9)
+    assert (exact.config.steps, exact.config.alg, exact.config.max_new_tokens) == (None, "entropy", 9)
     [between] = tasks(CompletionRequest, TEXT, suffix="c", max_tokens=9)
-    assert (between.config.steps, between.config.max_new_tokens) == (9, 0)
+    assert (between.config.block_steps(9), between.config.max_new_tokens) == (9, 0)
 
 
 def test_number_of_new_tokens():

@@ -292,6 +292,7 @@ def _nothing_recorded(rows: int, length: int, num_top: int, record: Record) -> R
     token_BTK = jnp.zeros((rows, length, num_top), jnp.int32)
     return Recorded(nan_BT, propose.TokenLogprobs(nan_BT, token_BTK, jnp.full(token_BTK.shape, jnp.nan, jnp.float32)))
 
+
 def active(state: State) -> Bool[jax.Array, "B"]:
     """Marks the rows that are not done."""
     return state.block_start_B < state.canvas_BT.shape[1]

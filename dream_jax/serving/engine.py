@@ -22,7 +22,7 @@ import numpy as np
 from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.sampler import SamplerConfig
-from dream_jax.sampler.generate import lay_out
+from dream_jax.sampler.generate import UNDEFINED, lay_out
 from dream_jax.sampler.loop import resume
 from dream_jax.sampler.state import DynamicSettings
 from dream_jax.serving.programs import Family, Program, ProgramTable, canvas_lengths, row_keys
@@ -172,6 +172,7 @@ class _Batch:
         self._canvas = np.full((rows, length), model.config.pad_token_id, np.int32)
         self._valid = np.ones((rows, length), bool)
         self._seed, self._sample = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._masked = np.ones(rows, np.int32)
         self._new = np.zeros(rows, bool)
         self._dynamic: DynamicSettings | None = None
         self._passes = np.zeros(rows, np.int32)
@@ -190,6 +191,7 @@ class _Batch:
         padding = self.program.family.length - job.task.length
         canvas, valid = lay_out(self._model, prompt, np.ones(prompt.shape, bool), job.task.config, padding)
         self._canvas[row], self._valid[row] = canvas[0], valid[0]
+        self._masked[row] = np.sum(canvas == self._model.config.mask_token_id)
         self._configs[row], self._seed[row], self._sample[row] = job.task.config, job.task.seed, job.task.sample
         self._new[row], self.jobs[row], self._dynamic = True, job, None
 
@@ -207,7 +209,7 @@ class _Batch:
         idle = rows - self.num_busy
         steps = _FIRST_STEPS if self._step_seconds is None else int(interval / self._step_seconds)
         if self._dynamic is None:
-            self._dynamic = DynamicSettings.of_rows(self._configs, self.program.family.static)
+            self._dynamic = DynamicSettings.of_rows(self._configs, self._masked, self.program.family.static)
         self._called = time.monotonic()
         # The arrays are copied, because on a CPU the program may read them while they are changed for the next call.
         self._batch = resume(
@@ -239,9 +241,17 @@ class _Batch:
         assert self.in_flight is not None
         state = self._batch.state
         found: Any = jax.device_get(
-            (state.block_start_B, state.canvas_BT, state.commit_step_BT, state.passes_B, state.forwards, state.recorded)
+            (
+                state.block_start_B,
+                state.canvas_BT,
+                state.commit_step_BT,
+                state.passes_B,
+                state.forwards,
+                state.undefined_B,
+                state.recorded,
+            )
         )
-        start_B, canvas_BT, commit_step_BT, passes_B, forwards, recorded = found
+        start_B, canvas_BT, commit_step_BT, passes_B, forwards, undefined_B, recorded = found
         steps = int(np.max(passes_B - self._passes, initial=1))
         seconds = (time.monotonic() - max(self._called, last_fetch)) / max(steps, 1)
         self._step_seconds = seconds if self._step_seconds is None else 0.5 * (self._step_seconds + seconds)
@@ -258,6 +268,7 @@ class _Batch:
                         canvas_BT[row, begin:],
                         commit_step_BT[row, begin:],
                         int(passes_B[row]),
+                        bool(undefined_B[row]),
                         recorded.confidence_BT[row, begin:],
                         *(() if recorded.logprobs is None else (leaf[row, begin:] for leaf in recorded.logprobs)),
                     ),
@@ -534,6 +545,10 @@ class Engine:
                 self._read(job, row)
 
     def _read(self, job: Job, row: RowView) -> None:
+        if row.undefined:
+            self.counts.failed += 1
+            job.fail(DeviceError(UNDEFINED))
+            return
         update = job.read(row)
         if update.finish is not None:
             self.counts.finished += 1

@@ -74,7 +74,7 @@ class Program:
             shape = (self.rows, self.family.length)
             batch = self.idle_batch(model)
             canvas, valid, new = np.zeros(shape, np.int32), np.ones(shape, bool), np.zeros(self.rows, bool)
-            dynamic = DynamicSettings.of_rows([config] * self.rows, self.family.static)
+            dynamic = DynamicSettings.of_rows([config] * self.rows, [1] * self.rows, self.family.static)
             keys = row_keys(np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32))
             for _ in range(2):  # the second call has the shardings that the first one returned
                 batch = resume(

@@ -382,7 +382,7 @@ class TaskMaker:
         if isinstance(request.prompt, str):
             prompts = [request.prompt]
         elif request.prompt and isinstance(request.prompt[0], str | list):
-            prompts = request.prompt  # type: ignore[assignment]  # the elements have one type
+            prompts = request.prompt
         else:
             prompts = [request.prompt]  # type: ignore[list-item]
         if request.echo and request.logprobs is not None:
@@ -550,8 +550,6 @@ class TaskMaker:
         steps = options.steps
         if steps is not None and steps > masks:
             raise RequestError(f"dream.steps: {steps} steps are more than the {masks} tokens to write", "dream.steps")
-        if preset == "exact" and steps is None:
-            steps = masks
         try:
             return inference.make_sampler(
                 self.tokenizer,

@@ -119,14 +119,14 @@ class Reply:
             yield self._event(index, {"event": "written", "forwards": update.passes, "tokens": written})
         logprobs = self._logprobs(update.tokens, choice)
         if update.text or update.tokens:
-            content = {"delta": {"content": update.text}} if self._kind == "chat" else {"text": update.text}
+            content: Json = {"delta": {"content": update.text}} if self._kind == "chat" else {"text": update.text}
             yield self._chunk(index, content | {"logprobs": logprobs})
         if update.finish is not None:
-            content = {"delta": {}} if self._kind == "chat" else {"text": ""}
+            ending: Json = {"delta": {}} if self._kind == "chat" else {"text": ""}
             if self._kind == "infill":
-                content["gaps"] = list(update.gap_texts)
+                ending["gaps"] = list(update.gap_texts)
             dream = {"index": index, "seed": choice.task.seed, "forwards": update.passes}
-            yield self._chunk(index, content | {"finish_reason": update.finish}) | {"dream": dream}
+            yield self._chunk(index, ending | {"finish_reason": update.finish}) | {"dream": dream}
 
     def closing(self) -> Iterator[Json]:
         """Yields the chunks with which a stream ends."""

@@ -32,15 +32,18 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
       OSError: the address is not of this machine, or the port is in use; the message names them.
     """
+    wrong = f"cannot serve at {host}, port {port}: %s; pass another --host or --port"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(wrong % error.strerror) from error
+    bound = socket.socket(family, kind, protocol)
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise OSError(
-            f"cannot serve at {host}, port {port}: {error.strerror}; pass another --host or --port"
-        ) from error
+        bound.close()
+        raise OSError(wrong % error.strerror) from error
     return bound
 
 
@@ -50,7 +53,7 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
     Args:
       app: the application.
       bound: the socket to listen at.
-      engine: the engine; if it fails, the server ends.
+      engine: the engine; the server ends with it.
       on_ready: called without arguments when connections are accepted.
       drain_seconds: how long accepted requests are worked on after the signal.
 
@@ -77,7 +80,7 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
             if server.started and not told:
                 on_ready()
                 told = True
-            if engine.state == "failed":
+            if engine.state in ("failed", "stopped"):
                 server.should_exit = True
             await asyncio.wait({serving}, timeout=0.05 if not told else 0.5)
         serving.result()

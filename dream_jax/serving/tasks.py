@@ -136,6 +136,7 @@ class RowView:
       tokens: token ids, mask tokens included.
       commit_step: id of the step that wrote each position, -1 elsewhere.
       passes: number of forward passes that the row has taken part in.
+      undefined: whether a token was written from logits that are no numbers.
       confidence: confidence in each written token.
       logprob, top_token, top_logprob: as in `propose.TokenLogprobs`; None if they were not recorded.
     """
@@ -143,6 +144,7 @@ class RowView:
     tokens: np.ndarray
     commit_step: np.ndarray
     passes: int
+    undefined: bool
     confidence: np.ndarray
     logprob: np.ndarray | None = None
     top_token: np.ndarray | None = None
