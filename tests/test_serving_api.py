@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from serving_client import MASK, TOKENIZER, client_of, events, expected, expected_text, nano, running, until
 
+from dream_jax.inference import canvas_end
 from dream_jax.serving import app as app_module
 from dream_jax.serving.engine import EngineSettings
 
@@ -52,9 +53,8 @@ def test_chat(model, client):
     [choice] = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
     ids = np.asarray(expected(model, CHAT_IDS, 12, seed=5).tokens)[0, len(CHAT_IDS) :].tolist()
-    ended = TOKENIZER.eos_id in ids
-    assert choice["finish_reason"] == ("stop" if ended else "length")
-    made = ids.index(TOKENIZER.eos_id) if ended else 12
+    made = canvas_end(np.array(ids), TOKENIZER)
+    assert choice["finish_reason"] == ("stop" if made < 12 else "length")
     total = len(CHAT_IDS) + made
     assert body["usage"] == {"prompt_tokens": len(CHAT_IDS), "completion_tokens": made, "total_tokens": total}
     assert (body["object"], body["model"], body["dream"]["seed"]) == ("chat.completion", "nano", 5)
@@ -96,7 +96,7 @@ def test_events_of_denoising_are_the_steps_of_the_sampler(model, client):
             assert len(token["runner_ups"]) == 2 and token["token"] not in [one["token"] for one in token["runner_ups"]]
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
     assert text == expected_text(model, list(b"ab"), 24, seed=4, preset="fast", temperature=0.9, block_length=8)
-    if TOKENIZER.eos_id not in answer.tolist():
+    if canvas_end(answer, TOKENIZER) == 24:
         assert len(tokens) == 24
 
 
@@ -164,9 +164,9 @@ def test_completions_of_several_prompts_with_echo(model, client):
 
 def test_suffix(model, client):
     [choice] = complete(client, prompt="ab", suffix="yz", max_tokens=5).json()["choices"]
-    written = np.asarray(expected(model, [*b"ab", *[MASK] * 5, *b"yz"], 0, steps=5).tokens)[0, 2:7].tolist()
-    end = written.index(TOKENIZER.eos_id) if TOKENIZER.eos_id in written else 5
-    assert choice["text"] == TOKENIZER.decode(written[:end], skip_special=True)
+    written = np.asarray(expected(model, [*b"ab", *[MASK] * 5, *b"yz"], 0).tokens)[0, 2:7]
+    end = canvas_end(written, TOKENIZER)
+    assert choice["text"] == TOKENIZER.decode(written[:end].tolist())
     assert choice["finish_reason"] == ("length" if end == 5 else "stop")
 
 

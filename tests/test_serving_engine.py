@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
-from dream_jax.inference import row_keys
+from dream_jax.inference import canvas_text, row_keys
 from dream_jax.sampler import generate
 from dream_jax.serving import programs
 from dream_jax.serving.engine import (
@@ -122,9 +122,7 @@ def test_samples_are_those_of_the_command(model, engine):
     keys = row_keys([(3, 0, sample) for sample in range(3)])
     alone = generate(model, np.array([list(b"ab")] * 3), tasks[0].config, keys)
     for text, tokens in zip(texts, np.asarray(alone.tokens), strict=True):
-        ids = tokens[2:].tolist()
-        end = ids.index(TOKENIZER.eos_id) if TOKENIZER.eos_id in ids else None
-        assert text == TOKENIZER.decode(ids[:end], skip_special=True)
+        assert text == canvas_text(tokens[2:], TOKENIZER)
     assert len(set(texts)) > 1
     assert texts[0] == ask(engine, completion(temperature=1.0))[0][0]
 
@@ -135,7 +133,7 @@ def test_gaps_are_filled_as_by_generate(model, engine):
     )
     texts, reasons = ask(engine, [task])
     alone = generate(model, np.array([task.prompt]), task.config)
-    assert texts[0] == TOKENIZER.decode(np.asarray(alone.tokens)[0].tolist(), skip_special=True)
+    assert texts[0] == TOKENIZER.decode(np.asarray(alone.tokens)[0].tolist())
     assert reasons == ["length"]
 
 

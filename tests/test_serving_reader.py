@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_client import MASK, TOKENIZER
 
+from dream_jax.inference import canvas_text
 from dream_jax.sampler import SamplerConfig
 from dream_jax.serving.reader import AnswerReader, first_stop, held_back
 from dream_jax.serving.tasks import Gap, RowView, Task
@@ -44,15 +45,17 @@ def read_in_order(tokens, order, wanted):
 
 
 def final_text(tokens, stop=()):
-    end = tokens.index(END) if END in tokens else len(tokens)
-    text = TOKENIZER.decode(tokens[:end], skip_special=True)
+    text = canvas_text(np.asarray(tokens), TOKENIZER)
     found = first_stop(text, stop)
     return text if found is None else text[: found[0]]
 
 
 TOKENS = st.one_of(
     st.text(st.sampled_from("abc é你😀"), max_size=8).map(lambda text: list(text.encode())),
-    st.lists(st.sampled_from([97, 98, 99, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, TOKENIZER.im_end_id, END]), max_size=12),
+    st.lists(
+        st.sampled_from([97, 98, 99, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, TOKENIZER.im_start_id, TOKENIZER.im_end_id, END]),
+        max_size=12,
+    ),
 )
 
 

@@ -207,7 +207,7 @@ def test_seeds_and_samples():
 
 def test_gaps_of_a_length_never_end_early():
     [fixed] = tasks(InfillRequest, GAPS)
-    assert fixed.config.end_penalty == 1e9
+    assert set(fixed.config.forbidden_tokens) == {MASK, TOKENIZER.eos_id, TOKENIZER.im_end_id}
     [opened] = tasks(InfillRequest, GAPS, parts=["a", {"up_to": 3}, "b", {"length": 2}], dream={"preset": "fast"})
-    assert opened.config.end_penalty == 0.0 and not opened.config.stop_at_end
+    assert opened.config.forbidden_tokens == (MASK,) and not opened.config.stop_at_end
     assert opened.pieces == ("a", Gap(start=1, length=3), "b", Gap(start=5, length=2))

@@ -22,6 +22,7 @@ from dream_jax.sampler.callbacks import Moment
 from dream_jax.sampler.config import CachePolicy, KVCachePolicy
 from dream_jax.sampler.passes import Block, CanvasLayout, take
 from dream_jax.sampler.state import NUM_TOP, DynamicSettings, Recorded, State, StaticSettings, active, begin, first
+from dream_jax.shapes import Array
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
@@ -117,7 +118,7 @@ def canvas_layout(
     model: Dream,
     valid_BT: Bool[jax.Array, "B T"],
     static: StaticSettings,
-    new_tokens_B: Int[jax.Array, "B"] | None = None,
+    new_tokens_B: Int[Array, "B"] | None = None,
 ) -> CanvasLayout:
     """Returns the layout of a canvas. Its mask is `static.mask` or else the model's trained mask, and hides padding.
 

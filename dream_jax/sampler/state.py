@@ -126,8 +126,8 @@ class DynamicSettings(NamedTuple):
     """
 
     filters: propose.Filters
-    alg_temp: Float[Array, "..."] | None
-    rule: Float[Array, "..."] | None
+    alg_temp: Float[jax.Array, "..."] | None
+    rule: Float[jax.Array, "..."] | None
     fractions_BS: Float[Array, "B S"]
     steps_B: Int[Array, "B"]
     new_tokens: Int[Array, "B"] | None = None

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dream_jax import inference
 from dream_jax.serving.tasks import Finish, Gap, RowView, Task, TokenNote, Update
 from dream_jax.tokenizer import Tokenizer
 
@@ -20,10 +21,10 @@ class _GapText:
     """What can be read of a gap.
 
     Attributes:
-      ids: tokens from the start of the gap to its first end-of-text token or mask token.
+      ids: tokens from the start of the gap to its first end token (`inference.end_ids`) or mask token.
       text: their text. While the gap is open, a last character that may be incomplete is left out.
       closed: whether the text can change no more.
-      ended: whether an end-of-text token closed the gap.
+      ended: whether an end token closed the gap.
     """
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -44,6 +45,7 @@ class AnswerReader:
 
     def __init__(self, task: Task, tokenizer: Tokenizer):
         self._task, self._tokenizer = task, tokenizer
+        self._ends = inference.end_ids(tokenizer)
         self._gaps = [_GapText() for _ in task.gaps]
         self._sent = 0  # number of characters that were sent
         self._told = 0  # number of tokens of the gap whose logprobs were sent
@@ -84,16 +86,16 @@ class AnswerReader:
         if found.closed:
             return
         ids = tokens[gap.start : gap.end]
-        stopped = np.flatnonzero((ids == self._tokenizer.mask_id) | (ids == self._tokenizer.eos_id))
+        stopped = np.flatnonzero((ids == self._tokenizer.mask_id) | np.isin(ids, self._ends))
         count = int(stopped[0]) if stopped.size else gap.length
-        found.ended = count < gap.length and ids[count] == self._tokenizer.eos_id
+        found.ended = count < gap.length and int(ids[count]) in self._ends
         found.closed = found.ended or count == gap.length
         if count > len(found.ids) or found.closed:
             found.ids = ids[:count].tolist()
             found.text = self._decode(found.ids, found.closed)
 
     def _decode(self, ids: Sequence[int], closed: bool) -> str:
-        text = self._tokenizer.decode(ids, skip_special=True)
+        text = self._tokenizer.decode(ids)
         return text if closed else text.rstrip(_PART_OF_CHARACTER)
 
     def _readable(self) -> tuple[str, bool]:

@@ -22,7 +22,6 @@ from dream_jax.tokenizer import Template, Tokenizer
 
 _LARGEST_SEED = 2**31 - 1
 _MOST_STOPS = 16
-_NEVER = 1e9  # an end penalty with which the end-of-text token is never written
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
@@ -448,14 +447,15 @@ class TaskMaker:
         # an answer.
         fixed = not any(isinstance(part, OpenGap) for part in request.parts)
         changes: dict[str, Any] = {"stop_at_end": False} if len(pieces) > 1 else {}
-        if fixed:
-            if request.options.end_penalty is not None:
-                raise RequestError(
-                    'dream.end_penalty: gaps of a given length are never ended early; use "up_to" gaps, or leave it out',
-                    "dream.end_penalty",
-                )
-            changes["end_penalty"] = _NEVER
+        if fixed and request.options.end_penalty is not None:
+            raise RequestError(
+                'dream.end_penalty: gaps of a given length are never ended early; use "up_to" gaps, or leave it out',
+                "dream.end_penalty",
+            )
         config = self._config(request, 0, masks, **changes)
+        if fixed:
+            forbidden = (*config.forbidden_tokens, *inference.end_ids(self.tokenizer))
+            config = dataclasses.replace(config, forbidden_tokens=forbidden)
         return self._task(request, ids, config, tuple(pieces), (), False)
 
     def _task(
@@ -563,7 +563,7 @@ class TaskMaker:
                 alg_temp=options.alg_temp,
                 eps=options.eps,
                 guidance=options.guidance,
-                end_penalty=changes.pop("end_penalty", options.end_penalty),
+                end_penalty=options.end_penalty,
                 block_length=options.block_length,
                 commit=None if options.commit is None else options.commit.made(),
                 forced_tokens=forced or None,
@@ -574,5 +574,5 @@ class TaskMaker:
 
 
 def decoded(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:
-    """Returns the text of token ids, without special tokens."""
-    return tokenizer.decode([int(token) for token in tokens], skip_special=True)
+    """Returns the text of token ids; special tokens appear by name."""
+    return tokenizer.decode([int(token) for token in tokens])

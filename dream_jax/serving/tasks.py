@@ -12,7 +12,8 @@ from dream_jax.sampler import SamplerConfig
 from dream_jax.sampler.state import Record
 
 Finish = Literal["stop", "length"]
-"""Why an answer ended: "stop" at an end-of-text token or a stop string, "length" when no position was left."""
+"""Why an answer ended: "stop" at an end token (`inference.end_ids`) or a stop string, "length" when no
+position was left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
