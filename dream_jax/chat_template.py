@@ -1,9 +1,9 @@
 """Renders the chat template of a checkpoint, a Jinja program of unknown origin, in a process of its own.
 
-A template can raise, run for ever, or ask for more memory than the machine has, and no check of its text finds out
-beforehand. A process with limits of its own can always be ended, also while a single operation takes long; a thread cannot.
-The process renders all templates of this program, one after the other. It imports nothing but Jinja, whose sandbox gives a
-template no access to Python, and it cannot write files.
+A template can raise an error, run for ever, or ask for more memory than the machine has, and a check of its text cannot
+find this out. A process with limits of its own can always be ended, even in the middle of a long operation; a thread
+cannot. The process renders all templates of this program, one after the other. Beside the standard library it imports
+only Jinja, whose sandbox gives a template no access to Python. The process cannot write files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 SECONDS = 5.0
 """CPU time in seconds that a template may take for one chat. The published one takes less than a millisecond."""
 MEMORY_BYTES = 2 * 2**30
-"""Memory that the process may take."""
-# A template may write this many characters, and this many times the size of its chat.
+"""Memory in bytes that the process may take."""
+# A template may write _FREE_CHARACTERS characters, plus _GROWTH for each byte of the request (template and chat as JSON).
 _FREE_CHARACTERS, _GROWTH = 2**20, 8
 
-# Names under which the reasoning of a message is given; templates read the first one.
+# Keys under which a message may have its reasoning. The first one that it has is used.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -56,11 +56,16 @@ class ChatTemplate:
     ) -> str:
         """Returns the text of a chat.
 
-        A key of a message whose value is None counts as missing, as in transformers.
+        Args:
+          messages: the messages, each a dict with `role` and `content`. A key whose value is None counts as missing, as
+            in transformers.
+          tools: JSON schemas of the functions that the model may call; without any, the template sees None.
+          add_generation_prompt: whether the text ends with the beginning of a turn of the assistant.
 
         Raises:
-          ValueError: the template raises an error, takes longer than `SECONDS`, or needs too much memory; or a message
-            has a value that JSON cannot represent.
+          ValueError: the template raises an error, takes longer than `SECONDS`, needs more memory than `MEMORY_BYTES`,
+            or writes too long a text; or a message has a value that JSON cannot represent.
+          OSError: the process that renders templates cannot be started.
         """
         given = {
             "messages": [_message(message) for message in messages],
@@ -81,20 +86,23 @@ class ChatTemplate:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a message without keys whose value is None, and with its reasoning under the names that templates read."""
+    """Returns a message without keys whose value is None.
+
+    Its reasoning, if it has any, is under `reasoning_content` and `thinking`: each template reads one of these keys.
+    """
     found = {name: value for name, value in message.items() if value is not None}
     reasoning = next((found[name] for name in _REASONING if name in found), None)
     return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
 class _Renderer:
-    """Starts the process when it is needed first, and again after it has ended."""
+    """Starts the process when it is first needed, and starts it again after it has ended."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Forgets the process without ending it; in the child of a fork, it belongs to the parent."""
+        """Forgets the process without ending it. The child of a fork calls this, because the parent uses the process."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -161,7 +169,8 @@ atexit.register(_RENDERER.close)
 
 def _serve(seconds: float) -> None:
     """Answers the requests on stdin, one per line, on stdout, until stdin ends. Each may take `seconds` of CPU time."""
-    # Both are sent to all processes of a job, and the program that asks may still need this one to finish its work.
+    # A terminal or a scheduler sends these two signals to all processes of a job. This process ignores them, because the
+    # program that asks may still need it to finish its own work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for limit, most in (
@@ -172,8 +181,8 @@ def _serve(seconds: float) -> None:
         with contextlib.suppress(ValueError, OSError):  # some systems lack a limit; the others still hold
             resource.setrlimit(limit, (most, most))
     for line in sys.stdin.buffer:
-        # When the time is over, the kernel ends this process with SIGPROF, whatever the process does. It counts the time
-        # of the processor, so that a machine with other work does not make a good template fail.
+        # When the time is over, the kernel ends this process with SIGPROF, whatever the process does. This timer counts
+        # CPU time, so that a good template does not fail on a busy machine.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = json.dumps(_answer(line)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -213,7 +222,7 @@ def _compiled(text: str) -> Any:
     import jinja2.utils
 
     class Namespace(jinja2.utils.Namespace):
-        """A namespace of the template, which cannot have private attributes, such as those of Python itself."""
+        """Jinja's `namespace`, but without attributes whose names begin with "_", such as Python's own ones."""
 
         def __init__(*args: Any, **names: Any) -> None:
             self, *rest = args

@@ -131,8 +131,9 @@ def _sharded(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Arr
 def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
     """Returns the model with a new adapter, which does not change its output yet because B is zero.
 
-    A is drawn uniformly from +-1/sqrt(number of inputs), as in PEFT, because published learning rates belong to that
-    choice. (The LoRA paper says "Gaussian" without a width.) A and B are float32, whatever the dtype of the base is.
+    A is drawn uniformly from +-1/sqrt(number of inputs), as in PEFT, because published learning rates were chosen for
+    this initialisation. (The LoRA paper says "Gaussian" without a width.) A and B are float32, whatever the dtype of the
+    base is.
 
     Args:
       model: a model without an adapter; it is not changed. For a model of shapes see `attached_shapes`.
@@ -201,7 +202,7 @@ def split(params: ParamTree) -> tuple[ParamTree, ParamTree]:
 
 
 def merge(model: Dream, *, dequantised: bool = False) -> Dream:
-    """Returns the model with A B alpha / rank added to its kernels; it is faster, because it computes fewer products.
+    """Returns the model with A B alpha / rank added to its kernels, so that it needs fewer matrix products.
 
     The sum is computed in float32. A kernel keeps its dtype, unless it was quantised.
 
@@ -304,7 +305,7 @@ def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
 
 
 def identity(model: Dream) -> str:
-    """Returns 64 hexadecimal digits, a hash of the base weights of a model, which tells whether two bases are equal.
+    """Returns a hash of the base weights of a model, 64 hexadecimal digits. Equal bases have equal hashes.
 
     It is computed from the weights without the adapter, rounded to bfloat16. It therefore depends neither on the
     mesh nor on whether the weights are float32 or bfloat16. For a quantised base it is the hash before quantisation.

@@ -26,7 +26,7 @@ LARGEST_TABLE = 2**31
 DEEPEST = 100
 """The largest number of lists and objects that may lie inside one another. Published files have up to 10."""
 LARGEST_INTEGER = 10**308
-"""The bound of integers, so that they can be converted to floating point. transformers writes 10**30 for "no limit"."""
+"""Integers must be smaller than this, so that they can be converted to float. transformers writes 10**30 for "no limit"."""
 _TOO_DEEP = f"more than {DEEPEST} lists or objects inside one another"
 REMEDY = "remove the file or restore it from a copy"
 
@@ -144,10 +144,10 @@ def read_toml(path: pathlib.Path, remedy: str = REMEDY) -> dict[str, Any]:
 
 
 def read_csv(path: pathlib.Path, columns: Collection[str], remedy: str = REMEDY) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as texts by the names of the columns, which the first line has.
+    """Returns the rows of a CSV file, each as a dict: name of the column -> text of the cell.
 
-    A row with fewer or more cells than the first line is left out, and a last line without its end: a kill or a full
-    disk has cut them short.
+    The first line of the file has the names of the columns. Two kinds of incomplete rows, which a kill or a full disk can
+    leave behind, are skipped: a row with fewer or more cells than the first line, and a last line without a newline.
 
     Args:
       path: path of the file.

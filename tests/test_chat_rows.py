@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two texts": (
         {"conversations": [{"from": "human", "value": "u", "content": "v"}, {"from": "gpt", "value": "a"}]},
-        "message 0: 'value' and 'content' are one thing, but differ",
+        "message 0: both 'value' and 'content' are the text of a message",
     ),
     "no number in an argument": (
         {"messages": [user("u"), assistant("", tool_calls=[{"name": "f", "arguments": {"a": [float("nan")]}}])]},

@@ -1,8 +1,9 @@
-"""The forms in which s1 and d1 train on a question, a reasoning trace and an answer (rows of s1K).
+"""Two formats of a training row with a question, a reasoning trace and an answer: those of the projects s1 and d1.
 
-They are those of the published code: s1's `data/tokenization.py` and `preprocess_dataset` in d1's `SFT/sft_trainer.py`.
-The chat template around them is that of the model that is trained, so its default system turn is Dream's and not that of
-s1's Qwen2.5, and a response ends with the end-of-text token as in Dream's own training.
+s1 (Muennighoff et al. 2025) made the data set s1K; d1 (Zhao et al. 2025) trains diffusion models on it. The formats
+follow the published code: s1's `data/tokenization.py`, and `preprocess_dataset` in d1's `SFT/sft_trainer.py`. The chat
+template is that of the model that is trained. So the default system turn is that of Dream, not that of Qwen2.5 (the model
+of s1), and a response ends with the end-of-text token as in Dream's own training.
 """
 
 from collections.abc import Sequence
@@ -41,12 +42,12 @@ def reasoning(traces: Sequence[str], answer: str, answer_format: AnswerFormat) -
     """Returns the pieces of a response that consists of reasoning and an answer.
 
     s1: `<|im_start|>think\\n`, the traces joined by line breaks, `\\n<|im_start|>answer\\n`, the answer, where
-    `<|im_start|>` is the special token. `Answer: ` comes before an answer that does not contain "Answer:". Then the traces
-    and the answer lose the whitespace at their ends.
+    `<|im_start|>` is the special token. `Answer: ` comes before an answer that does not contain "Answer:". Whitespace at
+    both ends of the traces and of the answer is removed.
     d1: `<reasoning>`, the first trace, `</reasoning>\\n<answer>`, the answer, `</answer>`; no whitespace is removed.
 
-    "s1-0.1" and "d1-0.1" are what version 0.1 of this project wrote under these names: without "Answer: ", with all
-    traces, and without whitespace at the ends. Runs that were begun with them are resumed with them.
+    "s1-0.1" and "d1-0.1" are the formats that version 0.1 of this project called "s1" and "d1": without "Answer: ", with
+    all traces, and without whitespace at the ends. A run that began with them is resumed with them.
     """
     if answer_format == "s1" and "Answer:" not in answer:
         answer = f"Answer: {answer}"

@@ -1,8 +1,8 @@
-"""Knows which fields of a record have been read, so that none is left out without a word.
+"""Keeps track of which fields of a record have been read, so that the user is told about every field that is not used.
 
-A record is an object of a file, or one message in it. Every field is either read, or counted by its name, or refused: a
-field whose name is known to stand for a part of the prompt or of the answer is refused if its kind of row has no place
-for it. A field that is null or empty says nothing, and counts as missing.
+A record is an object of a file, or one message in it. Every field is either read, or counted by its name, or refused. A
+field is refused if its name stands for a part of the prompt or of the answer (for example "context"), but rows of this
+kind do not use it. A field that is null or empty counts as missing.
 """
 
 import math
@@ -14,6 +14,8 @@ from dream_jax.data.records import parse_json, text_field
 MOST_NESTING = 64
 """The number of levels that lists and objects in a field may have."""
 
+# Names of fields that stand for a part of the prompt, and names of fields that stand for the answer or for what is learned
+# of it. They are compared in lower case, without "_", "-" and spaces.
 _GIVEN = (
     *("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "history", "chathistory"),
     *("system", "systemprompt", "systemmessage", "developer", "persona", "instruction", "instructions"),
@@ -35,11 +37,16 @@ _LEARNED = (
 class FieldReader:
     """The fields of one record, and which of them have been read.
 
-    A field that is null counts as missing. `record` has it nevertheless, and `found` has not.
+    A field that is null counts as missing.
 
     Args:
       found: the record.
-      where: its location, with which error messages begin.
+      where: the location of the record, such as "FILE:LINE"; error messages begin with it.
+
+    Attributes:
+      record: all fields of the record.
+      found: the fields that are not null.
+      where: as the argument.
     """
 
     def __init__(self, found: Mapping[str, Any], where: str):
@@ -80,19 +87,21 @@ class FieldReader:
     def settle(
         self, shown: Sequence[str], learned: str | None, remedy: str, known: Collection[str] = ()
     ) -> tuple[str, ...]:
-        """Returns the names of the fields that nobody has read and that may be left out.
+        """Returns the names of the fields that have not been read, if all of them may be left out.
 
-        A field that only repeats what has been read may be left out: if its name stands for a part of the prompt, its text
-        must be one of the texts of the row; if it stands for an answer, its text must be in the answer, or contain it.
+        A field may be left out if its name stands neither for a part of the prompt nor for the answer, or if it only
+        repeats what has been read. It repeats a part of the prompt if its text is equal to one of the texts in `shown`. It
+        repeats the answer if its text is contained in the answer, or contains the answer.
 
         Args:
-          shown: the texts that have been read, the answer among them.
-          learned: the text of the answer; None for a question, of which no field can say what is learned.
+          shown: the texts that have been read, including the answer.
+          learned: the text of the answer; None for a row without an answer, in which only the prompt is checked.
           remedy: what the user can do; {name} in it is replaced by the name of the field.
           known: names of fields that the caller reads itself.
 
         Raises:
-          ValueError: the name of an unread field stands for a part of the prompt or of the answer.
+          ValueError: the name of an unread field stands for a part of the prompt or for the answer, and the field does
+            not repeat what has been read.
         """
         unread = self.unread()
         if not unread:
@@ -106,8 +115,8 @@ class FieldReader:
             text = value.strip() if isinstance(value, str) else None
             if plain in _GIVEN and text not in [one.strip() for one in shown]:
                 raise ValueError(
-                    f"{self.where}: the field {name!r} belongs to the prompt, but beside the fields {others} it has no "
-                    f"place; {remedy.format(name=name)}"
+                    f"{self.where}: the field {name!r} belongs to the prompt, but a record with the fields {others} has "
+                    f"no place for it; {remedy.format(name=name)}"
                 )
             if learned is None or plain not in _LEARNED:
                 repeats = True
@@ -116,8 +125,8 @@ class FieldReader:
                 repeats = text is not None and bool(answer) and (text in answer or answer in text)
             if not repeats:
                 raise ValueError(
-                    f"{self.where}: the field {name!r} says what is learned, but beside the fields {others} it has no "
-                    f"place; {remedy.format(name=name)}"
+                    f"{self.where}: the field {name!r} says what is learned, but a record with the fields {others} has "
+                    f"no place for it; {remedy.format(name=name)}"
                 )
             left_out.append(shown_name(name))
         return tuple(left_out)
@@ -145,8 +154,8 @@ def without_fields(
 
     Args:
       found: the record.
-      names: names of fields that are left out of the record, and of the objects in its lists.
-      lists: names of the fields of the record that are such lists.
+      names: names of the fields to leave out, in the record and in the objects of its lists.
+      lists: names of the fields of the record that may hold lists of objects, such as "messages".
     """
     had = {name for name in names if found.get(name) is not None}
     kept = {name: value for name, value in found.items() if name not in names}
@@ -162,9 +171,10 @@ def without_fields(
 
 
 def from_json_text(value: Any, subject: str, where: str) -> Any:
-    """Returns what a text of JSON stands for: a list, an object or null. Any other value is returned as it is.
+    """Returns the list, the object or the null that a text of JSON stands for. Any other value is returned unchanged.
 
-    Raises: ValueError, beginning with `where` and `subject` ("'tools' are"), for a text that begins like JSON and is not.
+    Raises: ValueError for a text that begins like JSON but is not JSON. The message is "WHERE: SUBJECT not JSON", so
+      `subject` ends with a verb: "'tools' are".
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "null")):
         return value
@@ -175,10 +185,10 @@ def from_json_text(value: Any, subject: str, where: str) -> Any:
 
 
 def check_texts(value: object, name: str, where: str) -> None:
-    """Raises ValueError if a value has a text that is no text, a number that JSON lacks, or too many levels.
+    """Raises ValueError for a string that UTF-8 cannot encode, and for a value that JSON cannot represent.
 
-    Too many are more than `MOST_NESTING`.
-    Every text in lists and objects is checked, the names of fields too. `where` and `name` begin the message.
+    Everything in lists and objects is checked, the names of fields too. More than `MOST_NESTING` levels of lists and
+    objects are also refused. The message begins with `where` and `name`.
     """
     for text in [value] if isinstance(value, str) else _texts(value, MOST_NESTING, name, where):
         if text.isascii():

@@ -19,9 +19,9 @@ _SHOWN = 40  # names of fields that a report prints
 class TokenizedRows:
     """The rows of a source as tokens, before any cut: `rows[i]` is the `TokenRow` of row i.
 
-    A row that was measured, or returned by `keep`, stays in memory (4 bytes per token) and is not tokenised again. Rows
-    that are not in memory belong to a source of uniform length, such as generated puzzles; they are tokenised each time
-    they are read.
+    A row that was measured, or returned by `keep`, stays in memory (4 bytes per token) and is not tokenised again. Any
+    other row is tokenised each time it is read. Such are most rows of a source of uniform length, such as generated
+    puzzles, because only the first one is measured.
     """
 
     def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
@@ -41,7 +41,10 @@ class TokenizedRows:
         return self._kept[number]
 
     def fit(self, row: TokenRow, max_length: int) -> TokenRow | str:
-        """Returns `TokenRow.fit` of the row under the length policy of the options."""
+        """Returns the row, cut to at most `max_length` tokens by the length policy of the options.
+
+        If the policy drops the row, returns the reason, a text.
+        """
         return row.fit(max_length, self.options.length_policy)
 
     def first(self, count: int, max_length: int) -> list[tuple[Row, TokenRow]]:
@@ -59,7 +62,7 @@ class LengthReport:
     total: number of rows of the source. measured: number of rows that were tokenised for this report. The other numbers
     count the measured rows only, except that a row of a source of uniform length counts for all rows of that source.
     kept, dropped: number of rows that the length policy keeps and drops.
-    shortest, longest, mean: lengths of rows.
+    shortest, longest, mean: the smallest, the largest and the mean length of the rows.
     digest: hash of the tokens of the measured rows, in order; it changes if the text or the tokenizer changes.
     cut: number of rows that were kept but shortened.
     whole: number of rows that were kept with their complete answer and its end token.

@@ -11,9 +11,10 @@ from dream_jax.tokenizer import ROLES, Message
 CHAT_FIELDS = ("messages", "conversations")
 """The fields that hold a chat as a list of messages; a row has at most one of them."""
 
+# Fields that say whether the turn of a message is learned: 1 or true, 0 or false.
 _MARKS = frozenset({"weight", "train", "trainable", "loss_mask", "loss", "loss_weight"})
 _ROLE_NAMES = {"developer": "system", "function": "tool"}  # names that OpenAI has given to these roles
-# The roles in messages of the form {"from": ..., "value": ...}, which began with ShareGPT.
+# The roles in messages of the form {"from": ..., "value": ...}, the form of ShareGPT.
 _SENDERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     **{"tool": "tool", "observation": "tool", "function_response": "tool"},
@@ -37,7 +38,14 @@ def parse_messages(messages: object, where: str) -> list[Message]:
 
 
 class MessageReader:
-    """Reads messages one after another, and keeps which turns are marked and which of their fields nobody has read."""
+    """Reads messages one after another.
+
+    Attributes:
+      where: the location of the record; error messages begin with it.
+      turns: the messages that have been read, in order.
+      given: indices into `turns` of the assistant's turns that are marked as not to be learned.
+      unread: names of the fields that nothing has read, such as "messages.id".
+    """
 
     def __init__(self, where: str):
         self.where = where
@@ -65,7 +73,7 @@ class MessageReader:
         self.given = [index + 1 for index in self.given]
 
     def add_answer(self, fields: FieldReader, name: str) -> None:
-        """Adds the answer of a column: a text, or messages."""
+        """Adds the answer in the field `name`, which holds a text or a list of messages."""
         if holds_messages(fields.found[name]):
             self.add(fields.take(name), name)
         else:
@@ -87,7 +95,8 @@ class MessageReader:
             turn["tool_calls"] = [call for call, _ in found_calls]
             calls[index] = [call_id for _, call_id in found_calls]
         elif role in ("user", "assistant") or (role == "system" and "content" not in fields):
-            # An empty system message replaces the default one, and a tool may return nothing; other turns have a text.
+            # A turn without calls must have a text, except that an empty system message replaces the default one, and
+            # that a tool may return nothing.
             text_field(turn if "content" in fields else fields.record, "content", at)
         if _is_marked(fields, role) and role == "assistant":
             self.given.append(index)
@@ -106,7 +115,9 @@ class MessageReader:
             raise ValueError(f"{fields.where}: 'from' {sender!r} must be one of {', '.join(_SENDERS)}")
         rest = {name: value for name, value in fields.record.items() if name not in ("from", "value")}
         if "content" in fields and "value" in fields and fields.found["content"] != fields.found["value"]:
-            raise ValueError(f"{fields.where}: 'value' and 'content' are one thing, but differ; remove one of them")
+            raise ValueError(
+                f"{fields.where}: both 'value' and 'content' are the text of a message, but they differ; remove one"
+            )
         return FieldReader({"role": _SENDERS[sender], "content": fields.found.get("value"), **rest}, fields.where)
 
     def _content(self, fields: FieldReader) -> str:
@@ -140,7 +151,7 @@ class MessageReader:
         return "".join(texts)
 
     def _calls(self, fields: FieldReader) -> list[tuple[dict[str, Any], str]]:
-        """Returns the tool calls of a message as {"name": str, "arguments": dict}, each with its id ("" without)."""
+        """Returns each tool call of a message, {"name": str, "arguments": dict}, and its id; "" if it has no id."""
         at = fields.where
         if "tool_calls" not in fields and "function_call" not in fields:
             return []
@@ -161,7 +172,8 @@ class MessageReader:
             twice = [name for name in ("name", "arguments") if call.get(name) not in (None, inside.get(name))]
             if twice:
                 raise ValueError(
-                    f"{at}: a tool call has {twice} beside 'function', with other values; remove one of each"
+                    f"{at}: a tool call has {twice} beside 'function', with other values than inside 'function'; remove "
+                    "the wrong ones"
                 )
             arguments = from_json_text(inside["arguments"], "the arguments of a tool call are", at)
             if not isinstance(arguments, dict):
@@ -197,8 +209,8 @@ class MessageReader:
 def _is_marked(fields: FieldReader, role: str) -> bool:
     """Returns whether a message is marked as not to be learned, with 0 or false in one of several fields.
 
-    Raises: ValueError for a mark that is neither yes nor no, for two marks that differ, and for a message that is marked
-    as to be learned although it is not the assistant's.
+    Raises: ValueError for a mark that is not 0, 1, false or true, for two marks that differ, and for a message that is
+      marked as to be learned although its role is not "assistant".
     """
     at = fields.where
     if fields.found.keys().isdisjoint(_MARKS):
@@ -207,7 +219,7 @@ def _is_marked(fields: FieldReader, role: str) -> bool:
     for name, mark in marks.items():
         if not isinstance(mark, int | float) or mark not in (0, 1):
             raise ValueError(
-                f"{at}: {name!r} must be 0 or 1 (false or true), for a turn is learned or not; not {mark!r}"
+                f"{at}: {name!r} must be 0 or 1 (false or true), because a turn is learned or not, but it is {mark!r}"
             )
         if mark and role != "assistant":
             raise ValueError(

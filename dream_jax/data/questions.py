@@ -1,4 +1,4 @@
-"""Reads files of rows that a model is to answer; each row has a number, by which its answer is found again."""
+"""Reads files of questions. Each row has a number, which its answer gets too, so that the two can be matched later."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -9,7 +9,9 @@ from dream_jax.data.records import Record, read_records
 
 
 def numbered_records(path: Path, ignored: Collection[str] = (), *, strict: bool = True) -> Iterator[Record]:
-    """Yields the records of a .jsonl, .json or .parquet file; the numbers at the ends of their locations differ.
+    """Yields (location, fields) for each record of a .jsonl, .json or .parquet file.
+
+    Each location ends with a number that no other record of the file has; `record_number` returns it.
 
     Args:
       path: the file. A location in a file of JSON lines is "FILE:LINE", in other files "FILE:row NUMBER".
@@ -28,7 +30,7 @@ def numbered_records(path: Path, ignored: Collection[str] = (), *, strict: bool 
     missing = sorted(set(ignored) - had)
     if strict and missing:
         raise ValueError(
-            f"{path}: no row has the field(s) {missing} of --ignore-field; leave out what the rows do not have"
+            f"{path}: no row has the field(s) {missing} of --ignore-field; remove these names from the flag"
         )
 
 
