@@ -33,9 +33,11 @@ _LONGEST_SENTENCE = 400  # Only this many characters of a sentence are read afte
 _SENTENCE_END = re.compile(
     r"\n|(?<=[.!?])(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bapprox\.)(?<!\bRs\.)(?<!\bNo\.)[\"')\]*]*\s|(?<=[.!?])$"
 )
+# A bullet, a number or a heading at the beginning of a sentence.
 _MARKER = re.compile(
     r"^\s*(?:(?:[-*+>\u2022]|\(?[0-9]{1,2}[.)]|[a-z][.)]|#{1,6})\s+|step [0-9]{1,3}\b[.:]?)+(?=\s*\S)", re.I
 )
+# The beginning of a sentence that checks or comments on a result.
 _CHECK = re.compile(
     r"\W*(?:check|verif|to (?:check|verify|confirm)|double[- ]check|let(?:'s| me| us) (?:check|verify)|"
     r"proof|note|confidence|p\.?s\.?\b|we can (?:check|verify)|explanation:)",
@@ -54,8 +56,16 @@ def _unmarked(sentence: str) -> str:
 
 
 def _last_sentence(text: str, how: str) -> Conclusion | None:
-    """Returns the conclusion of the last sentence with a number that is neither a question nor a check."""
-    spelt: list[tuple[Fraction, bool]] = []  # numbers in words, and whether each stands where results stand
+    """Returns the conclusion of the last sentence with a number that is neither a question nor a check.
+
+    Args:
+      text: the text, as `numerals.plain` returns it.
+      how: a description for `Conclusion.how`.
+
+    Returns:
+      The conclusion; None if there is no such sentence.
+    """
+    spelt: list[tuple[Fraction, bool]] = []  # numbers in words; true for one after a word such as "makes"
     for sentence in reversed(_sentences(text)):
         sentence = _unmarked(sentence)
         if sentence.rstrip(" *\"')").endswith("?") or _CHECK.match(sentence):
@@ -128,7 +138,10 @@ def _first_sentence(text: str) -> str:
 
 
 def _announced(text: str, one: _Announcement, boxes: Sequence[_Announcement]) -> Conclusion | None:
-    """Returns the conclusion of one announcement; None if no number follows it, or if it does not announce one."""
+    """Returns the conclusion of one announcement; None if no number follows it, or if it does not announce a number.
+
+    `boxes` are all announcements of the text that are boxes, up to this one.
+    """
     after = text[one.end : one.stop]
     if one.kind == "mark":
         line = after[:_LONGEST_SENTENCE].lstrip().partition("\n")[0]
@@ -228,11 +241,15 @@ def _turns(text: str) -> Iterator[str]:
 
 
 def conclude(answer: str) -> Conclusion | None:
-    """Returns the conclusion of an answer; None if the answer has no number."""
+    """Returns the conclusion of an answer; None if there is none.
+
+    There is none if the answer has no number, or has numbers only in questions and checks ("Is it 5?").
+    """
     text = answer[-_LONGEST:].rpartition("</think>")[2]
     # In the formats of d1 and s1 the answer begins after the reasoning, which may have announced and boxed other numbers.
     reasoned = _REASONED.search(text)
     text = plain(text if reasoned is None else text[reasoned.end() :])
+    # If the part after the reasoning has no digit, the whole text is read.
     text = text if any(sign.isdigit() for sign in text) else plain(answer[-_LONGEST:])
     parts = list(_turns(text.strip()))
     for part in parts:
@@ -254,7 +271,7 @@ def conclude(answer: str) -> Conclusion | None:
 
 
 def _corrected(after: str, found: Conclusion) -> Conclusion:
-    """Returns a conclusion, which is not sure if a correction with another number follows it."""
+    """Returns the conclusion `found`. If a correction with another number follows, its value becomes None."""
     correction = _CORRECTION.search(after)
     later = None if correction is None else _last_sentence(after[correction.end() :], found.how)
     if later is None or later.readings <= found.readings:

@@ -98,7 +98,8 @@ class Ledger:
             where = f"{self._items.path}:{number}"
             if number > len(expected):
                 raise ValueError(
-                    f"{where}: the folder has more rows than this run makes; repeat its --seeds and --limit, {_REMEDY}"
+                    f"{where}: the folder has more rows than this run makes; give the --seeds and --limit of the run that "
+                    f"wrote it, {_REMEDY}"
                 )
             if _name(row) != expected[number - 1]:
                 raise ValueError(

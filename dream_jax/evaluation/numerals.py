@@ -46,7 +46,8 @@ class Numeral:
     """One number in a text.
 
     Attributes:
-      start, end: the number is `text[start:end]`, with its sign, currency, exponent, scale and per cent sign.
+      start, end: the number is `text[start:end]`, with its sign, exponent, scale and per cent sign. A currency before
+        it is included only if a minus comes first ("-$5", but only the "5" of "$5").
       value: the number as an English reader understands it; None if that reader could not be sure.
       others: further readings of the same text.
       signed: whether a minus belongs to the number.
@@ -168,7 +169,8 @@ def numerals(text: str) -> Iterator[Numeral]:
 def _numeral(text: str, run: re.Match[str]) -> Numeral | None:
     start, end = run.span()
     before = text[start - 1] if start else ""
-    # A letter of a script with capitals; no space stands between words and numbers in Chinese.
+    # A letter before the digits makes them a part of a name. Letters without capitals ("Lo") do not, because Chinese, for
+    # example, has no space between a word and a number.
     subscript = before == "_" and start > 1 and text[start - 2].isalnum()
     if before == "^" or subscript or (before.isalpha() and unicodedata.category(before) != "Lo"):
         code = _CODE.search(text[max(0, start - 8) : start])
@@ -279,6 +281,7 @@ def _read(run: str) -> tuple[Fraction | None, frozenset[Fraction]]:
         if kind == "," and len(rest) == 1:
             decimal = Fraction(f"{head}.{rest[0]}")
             return (decimal, frozenset()) if "0" in (head, rest[0][0]) else (None, _each(groups) | {decimal})
+        # Lakhs: the grouping of India, with two digits in all groups except the last, such as 12,34,567.
         lakhs = len(head) <= 2 and all(len(group) == 2 for group in rest[:-1]) and len(rest[-1]) == 3
         if kind == "," and lakhs:
             sure = any(group.startswith("0") for group in rest)

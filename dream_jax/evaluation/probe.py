@@ -2,7 +2,8 @@
 
 A row has `question` or `messages`, and one or more of: `contains`, texts that must all occur in the answer; `any_of`,
 texts of which at least one must occur; `excludes`, texts that must not occur; `matches`, a regular expression that must
-be found. Texts are compared without regard to case, and any run of spaces counts as one space.
+be found. Texts are compared without regard to case, and any run of spaces counts as one space. The regular expression is
+searched in the unchanged answer, so case and spaces count.
 
 A regular expression is compiled when its file is read. Some expressions take years on some answers, and Python's `re`
 cannot be interrupted. So each search runs in a process of its own, with limits of time and memory. If a limit is

@@ -2,9 +2,10 @@
 
 Every key of `adapter_config.json` is read, refused unless it is switched off, or known not to change what the adapter
 computes; every tensor is used exactly once. PEFT multiplies B A of a projection by `lora_alpha / r`, or by `lora_alpha /
-sqrt(r)` with `use_rslora`. Ranks, alphas and layers may differ between projections. An adapter of this project has one
-rank and one alpha, so smaller ranks are filled up with zeros, projections without an adapter get zeros (which a training
-step does not change), and B takes the quotient of two scalings.
+sqrt(r)` with `use_rslora`. In PEFT ranks, alphas and layers may differ between projections. An adapter of this project
+has one rank and one alpha. So smaller ranks are filled up with zeros, and projections without an adapter get zeros (which
+a training step does not change). If the scaling of a projection differs from that of the whole adapter, its B is
+multiplied by the quotient of the two.
 """
 
 from __future__ import annotations
@@ -106,10 +107,12 @@ class PeftConfig:
     Attributes:
       rank, alpha, dropout: `r`, `lora_alpha` and `lora_dropout`.
       stabilised: `use_rslora`, whether the scaling is alpha / sqrt(rank) instead of alpha / rank.
-      targets: `target_modules`, names or the ends of names, or the regular expression of whole names.
+      targets: `target_modules`: a tuple of names or ends of names, a regular expression that matches whole names, or
+        "all-linear".
       excluded: `exclude_modules`, of the same form.
       layers: `layers_to_transform`; None for all layers.
-      rank_pattern, alpha_pattern: ranks and alphas of the modules whose names end with a regular expression.
+      rank_pattern, alpha_pattern: regular expression -> rank or alpha of the modules whose names, or the ends of whose
+        names after a dot, it matches.
       base_model: `base_model_name_or_path`, the model that the adapter was trained on.
     """
 
@@ -446,7 +449,8 @@ def _read_config(path: pathlib.Path) -> PeftConfig:
         raise ValueError(f"{path} has layers_pattern={pattern!r:.80}, but the layers of a Dream model are in 'layers'")
     if numbers and isinstance(targets, str):
         raise ValueError(
-            f"{path} has layers_to_transform beside target_modules={targets!r:.80}, which PEFT refuses too"
+            f"{path} has layers_to_transform beside target_modules={targets!r:.80}, which PEFT refuses too; list the "
+            "names of the modules"
         )
     name = fields.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):

@@ -51,11 +51,11 @@ class _Grid:
         return jnp.where(code > 0, jnp.exp2((code - self.levels) * self.step), 0.0)
 
 
-# The second moment has twice the octaves of the first, so that its square root has the same range: |m| <= 1.2 sqrt(v)
-# at decays of 0.9 and 0.95 (2.4 at 0.9 and 0.99). A second moment above zero is never rounded to zero. Therefore
-# updates are larger than those of Adam by at most about the relative error of a level. Updates of elements near the
-# smallest level are smaller than those of Adam: by a third for gradients of 1e-5 of the largest in their block, by a
-# factor of 14 for 1e-6.
+# The second moment v has twice the octaves of the first moment m, so that sqrt(v) has the same range as m. This range
+# is needed because |m| <= 1.2 sqrt(v) with b1 = 0.9 and b2 = 0.95 (2.4 sqrt(v) with b2 = 0.99). A second moment above
+# zero is never rounded to zero. Therefore updates are larger than those of Adam by at most about the relative error of
+# a level. Updates of elements near the smallest level are smaller than those of Adam: by a third for gradients of 1e-5
+# of the largest in their block, by a factor of 14 for 1e-6.
 _GRIDS = {"int8": _Grid(127, 16), "uint8": _Grid(255, 32)}
 
 
@@ -64,8 +64,8 @@ def quantise(
 ) -> QuantisedMoment:
     """Rounds each element randomly to the level below or above it, so that the expected value is the element itself.
 
-    The change of a moment in one step is less than the distance of two levels. If it were rounded to the nearest level,
-    the moment would never change, or change too fast.
+    In one step a moment often changes by less than the distance between two levels. Rounded to the nearest level, it
+    would then never change, or change too fast.
 
     The error of an element a in a block whose largest magnitude is A, for any noise:
 

@@ -48,11 +48,20 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name, shape, opcode: as in the text.
+      operands: names of the operands. For a constant the only entry is its value, and for a parameter its number.
+      rest: the text after the operands, with the attributes.
+      root: whether this is the result of the computation.
+    """
+
     name: str
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # the text after the operands, with the attributes
+    rest: str
     root: bool
 
 
@@ -80,6 +89,7 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, .
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Returns the instructions of each computation, by name, and the name of the entry computation."""
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -100,6 +110,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 
 def _instruction(line: str) -> _Instruction | None:
+    """Returns the instruction in a line; None if the line has none."""
     head = _HEAD.match(line)
     if head is None:
         return None
@@ -118,6 +129,7 @@ def _instruction(line: str) -> _Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
+    """Returns the index of the parenthesis that closes the one at or after `start`."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] == "(":
@@ -162,6 +174,10 @@ def _walk(
 
 
 def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, float] | None:
+    """Returns the kind of a collective and the bytes that one device sends each time; None for other instructions.
+
+    `fused_as` is the name of the computation that has the instruction.
+    """
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
         return None
@@ -282,7 +298,10 @@ def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction
 
 
 def _growth(computation: Mapping[str, _Instruction], name: str, index: int) -> int | None:
-    """Returns c if `name` is the sum of element `index` of the loop's carried values and a constant c, else None."""
+    """Returns the constant c if the instruction `name` computes element `index` of the loop's carried values plus c.
+
+    Returns None if it computes something else.
+    """
     instruction = computation.get(name)
     if instruction is None:
         return None

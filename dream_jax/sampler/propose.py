@@ -17,8 +17,8 @@ from dream_jax.target import current_target
 
 # Maximum number of elements of the [rows, V] array of logits (256 MiB in float32).
 _LOGIT_ELEMENTS = 1 << 26
-# Minimum number of rows of this array, over the whole batch. With fewer rows, reading the weights of the output
-# projection takes longer than the matrix product.
+# Minimum number of rows of this array (rows of the batch times positions of a chunk). With fewer rows, reading the
+# weights of the output projection takes longer than the matrix product.
 _LOGIT_ROWS = 64
 # Number of sizes that the last chunk can have, by platform (1 on others): with 16 sizes it has 1/16, 2/16, ... or 16/16
 # of the positions of a full chunk, and the smallest sufficient size is used. On a CPU, positions that only fill up a

@@ -1,4 +1,7 @@
-"""Commit rules decide how many masked positions of a row one step writes; the most confident are written first."""
+"""Commit rules decide how many masked positions of a row one step writes; the most confident are written first.
+
+A candidate is a masked position that may be written in this step. The sampler computes a token and a confidence for each.
+"""
 
 from __future__ import annotations
 

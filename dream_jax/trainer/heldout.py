@@ -77,7 +77,7 @@ class Grid:
 
         Args:
           rows: all R rows (at least one) as one batch from `lay_out_held_out`, arrays [R, T].
-          size: number of rows in one forward pass, a multiple of the mesh's fsdp.
+          size: number of rows in one forward pass, a multiple of the size of the mesh axis "fsdp".
           mesh: the mesh of the models that will be scored.
         """
         self._tokens_RT, self._maskable_RT = rows.tokens_BT, rows.maskable_BT
@@ -149,10 +149,15 @@ def lay_out_held_out(
 ) -> Batch[np.ndarray]:
     """Puts all rows into one batch [R, max_length], each with as many end-of-text tokens as in training.
 
-    The remaining positions are hidden (not valid) and lie before the row. If the number of end-of-text tokens depends
-    on the other rows of a batch, each row is padded as in a batch of rows of its own length: otherwise the score would
-    include end-of-text tokens that do not occur in training. `options` are the options of the training batches; None is
-    the default options. R is the number of rows.
+    The remaining positions are padding before the row (not valid). In training the number of end-of-text tokens may
+    depend on the other rows of a batch. Here each row then gets as many as in a batch of rows of its own length:
+    otherwise the score would include end-of-text tokens that do not occur in training.
+
+    Args:
+      rows: the R rows, each at most `max_length` tokens long.
+      max_length: the width of the batch.
+      pad_id: the id of the end-of-text token, which is also the padding.
+      options: the options of the training batches; None for the default options.
     """
     options = BatchOptions() if options is None else options
     lengths = np.array([row.length for row in rows])
@@ -168,7 +173,10 @@ def lay_out_held_out(
 
 
 def rows_at_once(settings: TrainSettings, mesh: Mesh, rows: int) -> int:
-    """Returns the number of rows in one forward pass: those of a microbatch, or all if fewer; a multiple of fsdp."""
+    """Returns the number of rows in one forward pass, a multiple of the size of the mesh axis "fsdp".
+
+    It is the number of rows of a microbatch. If there are fewer held-out rows, it is their number, rounded up.
+    """
     shards = dict(mesh.shape)["fsdp"]
     return min(max(settings.batches.batch_size // settings.batches.accumulation, 1), -(-rows // shards) * shards)
 
@@ -179,7 +187,10 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _ratio_error(total_R: np.ndarray, count_R: np.ndarray) -> float:
-    """Returns the standard error, by linearisation, of sum(total) / sum(count) for independent rows; NaN below two."""
+    """Returns the standard error, by linearisation, of sum(total) / sum(count) for independent rows.
+
+    It is NaN if there are fewer than two rows or if all counts are 0.
+    """
     rows, count = len(total_R), count_R.sum()
     if rows < 2 or not count:
         return math.nan

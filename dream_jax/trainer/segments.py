@@ -1,7 +1,8 @@
-"""The segments of a run: `parts.json` records for each start of the command how long it used which hardware.
+"""The segments of a run: `parts.json` has one entry for each start of the command, with its hardware and its duration.
 
-A killed run takes some steps twice, perhaps on other hardware and at another price. To count the time of both, the file
-is written regularly while the run lasts. A start that fails before the run has a folder is not a segment.
+A run that was killed and resumed computes some steps twice, perhaps on other hardware and at another price. The cost
+counts both times, so the file is written regularly while the run lasts. A start that fails before the run has a folder is
+not a segment.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ class RunSegments:
                 told(f"warning: {FILE} is damaged and was renamed {aside.name}: the time of earlier segments is lost")
 
     def now(self, *, ended: bool = False) -> list[RunSegment]:
-        """Returns all segments; the last is the present one, with its seconds until now and with this `ended`."""
+        """Returns all segments, oldest first. The last one is the present segment, with its duration so far.
+
+        Args:
+          ended: the value for `RunSegment.ended` of the present segment.
+        """
         seconds = time.monotonic() - self._began
         return [*self._earlier, dataclasses.replace(self._present, seconds=seconds, ended=ended)]
 

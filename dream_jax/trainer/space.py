@@ -36,7 +36,7 @@ def check_space(settings: TrainSettings, state_bytes: int, export_bytes: int, *,
     most = min(saves, run.keep + 1 + evaluates)
     disk = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free + (0 if resumes else _size(out))
-    # What the checkpoints of the run take already is part of what they will take.
+    # The checkpoints that exist already need no more space: only those that are still to come do.
     needed = max(0, most - len(steps)) * state_bytes + export_bytes
     text = (
         f"a checkpoint takes about {_gigabytes(state_bytes)}, up to {most} at a time, and the result "
