@@ -24,7 +24,7 @@ from rich.text import Text
 
 import dream_jax
 from dream_jax import inference, pretrained
-from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
+from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_answers, check_numbers
 from dream_jax.data import numbered_records, parse_messages, read_question, record_number, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
@@ -138,7 +138,7 @@ def main() -> int:
 
 def run(settings: SampleSettings) -> int:
     """Prints the settings that are not defaults, answers, and returns the exit code 0."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for field in dataclasses.fields(settings):
         if (value := getattr(settings, field.name)) != field.default:
             console.print(f"{field.name}: {value!r}", markup=False)
@@ -187,7 +187,7 @@ def answer_one(
             console.print(show(np.asarray(out.canvas_at(step))[0]), markup=False)
     text = show(np.asarray(out.tokens)[0])
     console.print("--- answer")
-    console.print(text, markup=False)
+    print(text)  # the console would replace tabs
     console.print(f"--- {forwards} forward passes, {seconds:.1f} s with compilation")
     if settings.replay is not None:
         record = answer_record(
@@ -260,7 +260,7 @@ def converse(
         with watching(True, show, console) as on_step:
             out = dream_jax.generate(model, as_row(ids), sampler, key, on_step=on_step)
         answer = show(np.asarray(out.tokens)[0]).strip()
-        console.print(f"model: {answer}", markup=False)
+        print(f"model: {answer}")
         if answer:  # An empty turn is nothing that a model is trained on, so the conversation goes on without it.
             messages.append({"role": "assistant", "content": answer})
 
@@ -273,6 +273,7 @@ def answer_file(
     questions = read_questions(
         settings.prompts, prepared.template, prepared.tokenizer, settings.ignore_field, prepared.instruction
     )
+    check_answers("samples", settings.samples, len(questions))
     unread = Counter(name for question in questions.values() for name in question.unread)
     if unread:
         counted = ", ".join(f"{name!r} in {count}" for name, count in unread.items())
@@ -430,7 +431,7 @@ def open_answers(
       OSError: a file cannot be read or written.
     """
     assert settings.out is not None and settings.prompts is not None
-    path = check_file(settings.out)
+    path = check_file(settings.out, regular=True)
     beside = path.with_name(path.name + ".settings.json")
     check_replaceable(beside, "a file of settings of sample.py", is_json_object("model", "weights", "template"))
     for file in (path, beside):

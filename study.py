@@ -243,9 +243,12 @@ def main() -> int:
     core = os.environ.get("DREAM_JAX_STUDY_CORE")
     if core is not None:
         os.sched_setaffinity(0, {int(core)})  # before the first import of numpy and jax, which count the cores
-    console = Console()
+    console = Console(markup=False, emoji=False)
     settings = tyro.cli(StudySettings, description=__doc__)
     try:
+        from dream_jax.tokenizer import check_texts
+
+        check_texts(sys.argv[1:])
         study(settings, console) if settings.inspect is None else look(settings, console)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to resume", file=sys.stderr)

@@ -93,7 +93,7 @@ def run(settings: Any, convert: Callable[..., Conversion], **options: Any) -> No
     """
     # The CPU is enough, because nothing is computed; the memory of an accelerator may be too small.
     jax.config.update("jax_platforms", "cpu")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     begun = time.monotonic()
     meter = Meter(console)
     with errors_end_the_command():

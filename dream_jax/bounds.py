@@ -31,6 +31,8 @@ MOST_TOKENS = 2**20
 """The largest number of tokens of a row. It is also the largest number of denoising steps of an answer."""
 MOST_ROWS = 2**16
 """The largest number of rows that are computed together."""
+MOST_ANSWERS = 2**22
+"""The largest number of answers of one command: prompts times answers to each. All of them are planned in memory."""
 MOST_RANK = 2**16
 """The largest rank of an adapter; a rank is also at most the narrower side of each projection (see `lora.attach`)."""
 MOST_STEPS = 10**9
@@ -117,6 +119,15 @@ def check(name: str, value: Any, allowed: Range) -> None:
     if complaint is not None:
         note = f"; {allowed.note}" if allowed.note else ""
         raise ValueError(f"{name}={shown(value)} {complaint}{note}")
+
+
+def check_answers(name: str, each: int, prompts: int) -> None:
+    """Raises ValueError if `each` answers to each of the prompts are too many; `name` is the name of the setting `each`."""
+    if each * prompts > MOST_ANSWERS:
+        raise ValueError(
+            f"{name}={each} for each of {prompts:,} prompts makes {each * prompts:,} answers, but one command makes at "
+            f"most {MOST_ANSWERS:,}; give a smaller number, or fewer prompts"
+        )
 
 
 def check_numbers(settings: Any, **ranges: Range) -> None:

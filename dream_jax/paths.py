@@ -34,10 +34,13 @@ def local_path(path: AnyPath, name: str | None = None) -> pathlib.Path:
       name: name of the setting that the path is the value of, for the error message.
 
     Raises:
-      ValueError: the path is an address, such as gs://bucket/folder, or contains a NUL character.
+      ValueError: the path is an address, such as gs://bucket/folder, is empty, contains a NUL character, or begins with the
+        home directory of a user that does not exist.
     """
     text = os.fspath(path)
     told = text if name is None else f"{name}={text}"
+    if not text:  # pathlib makes the working directory of it
+        raise ValueError(f"{'a path' if name is None else name} is empty; give a path")
     found = _ADDRESS.match(text)
     if found:
         scheme, rest = found[1].lower(), found[2]
@@ -51,7 +54,12 @@ def local_path(path: AnyPath, name: str | None = None) -> pathlib.Path:
         raise ValueError(f"{told} is an address (a URL), and nothing is read from or written to addresses; {remedy}")
     if "\0" in text:
         raise ValueError(f"{told!r} contains a NUL character, which no path may contain")
-    return pathlib.Path(text).expanduser()
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # of a name after "~" that the system does not know
+        raise ValueError(
+            f"{told} begins with {text.partition('/')[0]}, which is no home directory; write ./~..."
+        ) from error
 
 
 def check_local(settings: Any, *names: str) -> None:
@@ -110,7 +118,7 @@ def check_apart(
         return
     above = {_identity(one) for one in replaced.resolve().parents}
     for given in reads:
-        read = None if given is None else pathlib.Path(given).expanduser()
+        read = None if given is None else local_path(given)
         other = None if read is None else _identity(read)
         if read is None or other is None:
             continue
@@ -171,14 +179,18 @@ def describe_content(content: bytes) -> str:
     return f"JSON, a {type(found).__name__}"
 
 
-def check_file(path: AnyPath) -> pathlib.Path:
+def check_file(path: AnyPath, *, regular: bool = False) -> pathlib.Path:
     """Checks that a path can be the path of a file, which need not exist.
+
+    Args:
+      path: the path.
+      regular: whether to refuse pipes and devices too, because the file will be read again or locked.
 
     Returns:
       The path, as `local_path` returns it.
 
     Raises:
-      ValueError: the path is an address or contains a NUL character.
+      ValueError: as for `local_path`; or `regular` is true and the path is a pipe or a device.
       IsADirectoryError: the path is a directory.
       NotADirectoryError: a parent of the path is a file.
     """
@@ -188,6 +200,8 @@ def check_file(path: AnyPath) -> pathlib.Path:
     for parent in file.parents:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(f"{path} cannot be a file, because {parent} is a file and not a folder")
+    if regular and file.exists() and not file.is_file():
+        raise ValueError(f"{path} is a pipe or a device, which cannot be read again; give the name of a file")
     return file
 
 

@@ -36,12 +36,12 @@ class RowFile:
 
     Raises:
       IsADirectoryError, NotADirectoryError: `path` is a directory, or a parent of it is a file.
-      ValueError: `path` is an address; a line is not a JSON object in UTF-8, or two rows have the same name; the message
-        names file and line.
+      ValueError: `path` is an address, a pipe or a device; a line is not a JSON object in UTF-8, or two rows have the same
+        name; the message names file and line.
     """
 
     def __init__(self, path: pathlib.Path, start: bytes = b"", name: Callable[[JsonRow], object] | None = None):
-        self.path = check_file(path)
+        self.path = check_file(path, regular=True)
         first: dict[str, int] = {}
         self.rows: list[JsonRow] = []
         self._sizes: list[int] = []

@@ -251,6 +251,12 @@ def test_a_finished_run_loads_no_weights(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_more_answers_than_can_be_planned(tmp_path):
+    with pytest.raises(ValueError, match="seeds=65536 for each of 65 prompts makes 4,259,840 answers"):
+        evaluate(EvaluateSettings(model="nano", seeds=65536, limit=65, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_figure(tmp_path):
     pytest.importorskip("matplotlib")
     quiet(limit=2, max_new_tokens=2, out=tmp_path / "run", figure=True)

@@ -121,12 +121,22 @@ def test_a_run_with_notes_in_its_folders_is_kept(source, tmp_path):
         (out / "notes.txt").write_text("beside the files of the run: it stays")
     again = plain(out, steps=3, overwrite=True)
     assert check_folder(again) is False
-    for name in ("model/notes.txt", "checkpoints/notes.txt", "checkpoints/5/notes.txt", "tensorboard/notes.txt"):
+    (out / "checkpoints" / "6.damaged" / "state").mkdir(parents=True)  # a checkpoint without its checksums
+    (out / "checkpoints" / "6.damaged" / "state" / "x").write_text("")
+    assert check_folder(again) is False
+    inside = ("notes.txt", "5/notes.txt", "6.damaged/notes.txt", "2026-thesis/notes.txt")
+    for name in ("model/notes.txt", "tensorboard/notes.txt", *(f"checkpoints/{one}" for one in inside)):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
         with pytest.raises(FileExistsError, match=f"holds {name}, not written by a run"):
             check_folder(again)
         (out / name).unlink()
+    (out / "checkpoints").rename(tmp_path / "on another disk")
+    (out / "checkpoints").symlink_to(tmp_path / "on another disk")
+    with pytest.raises(FileExistsError, match="holds checkpoints, a link, which --overwrite would remove"):
+        check_folder(again)
+    (out / "checkpoints").unlink()
+    (tmp_path / "on another disk").rename(out / "checkpoints")
     for change in ({"model": str(out / "model")}, {"data": str(out)}, {"data": str(out / "notes.txt")}):
         with pytest.raises(ValueError, match="contains|is the source"):
             check_folder(plain(out, overwrite=True, steps=3, **change))
@@ -135,6 +145,15 @@ def test_a_run_with_notes_in_its_folders_is_kept(source, tmp_path):
 
 
 # Links, tokenizers, addresses
+
+
+def test_a_damaged_config_beside_a_tokenizer_is_named_before_the_weights_are_written(source, tmp_path):
+    model = pretrained.load(source)
+    for content in ('{"auto_map": ["a"]}', '{"auto_map": "a"}', "{"):
+        (source / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"{source / 'config.json'}.*(must be an object|not valid JSON)"):
+            dream_jax.save(model, tmp_path / "out", tokenizer_dir=source)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_out_of_a_checkpoint_is_not_copied(source, tmp_path):

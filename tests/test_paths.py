@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from dream_jax import files, paths
+from dream_jax.row_file import RowFile
 
 ADDRESSES = [
     "gs://bucket/a",
@@ -54,6 +55,10 @@ def test_paths_that_are_no_addresses():
     assert paths.local_path("~/x") == pathlib.Path.home() / "x"
     with pytest.raises(ValueError, match="NUL"):
         paths.local_path("a\0b")
+    with pytest.raises(ValueError, match="model is empty"):
+        paths.local_path("", "model")
+    with pytest.raises(ValueError, match="out=~nobody-here/x begins with ~nobody-here, which is no home directory"):
+        paths.local_path("~nobody-here/x", "out")
 
 
 def test_all_paths_of_settings_are_checked():
@@ -183,6 +188,10 @@ def test_a_directory_is_no_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is a file and not a folder"):
         paths.check_file(tmp_path / "file" / "below" / "x")
+    os.mkfifo(tmp_path / "pipe")
+    assert paths.check_file(tmp_path / "pipe") == tmp_path / "pipe"
+    with pytest.raises(ValueError, match="is a pipe or a device"):  # reading it would wait for ever
+        RowFile(tmp_path / "pipe")
 
 
 HOLD = """

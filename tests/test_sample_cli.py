@@ -95,6 +95,22 @@ def test_filling_in(weights, sample):
     assert answer.startswith("a") and "░" not in answer
 
 
+def test_texts_and_paths_are_printed_as_they_are(weights, tmp_path, sample):
+    text = "x[:100:2]\t:fire: [b]a[/b] [/c]"  # rich would make emoji, spaces and bold letters of it, or raise an error
+    path = tmp_path / "a[/b]:100:.html"
+    done = sample("--model", weights, "--prompt", f"{text}<|mask|>", "--max-new-tokens", 0, "--replay", path)
+    assert done.returncode == 0, done.stderr
+    assert f"--- answer\n{text}" in done.stdout and f"wrote {path}" in done.stdout
+
+
+def test_more_answers_than_can_be_planned(weights, tmp_path, sample):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n' * 65)
+    done = sample("--model", weights, "--prompts", prompts, "--out", tmp_path / "answers.jsonl", "--samples", 65536)
+    assert done.returncode == 1 and "samples=65536 for each of 65 prompts makes 4,259,840 answers" in done.stderr
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def test_filling_in_takes_a_step_for_each_mask(weights, sample):
     for prompt, new in (("1+1=" + "<|mask|>" * 6, 0), ("1+1=<|mask|><|mask|>", 4)):
         done = sample("--model", weights, "--prompt", prompt, "--max-new-tokens", new)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from dream_jax import pretrained
+from dream_jax.bounds import check_answers
 from dream_jax.evaluation import likelihood, report
 from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
 from dream_jax.evaluation.progress import watch
@@ -61,7 +62,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
     Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; FileExistsError if it
       has files of others with the names of the results; BlockingIOError if another process writes into it; OSError.
     """
-    console = Console(highlight=False, soft_wrap=True) if console is None else console
+    console = console or Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     prepared = _prepare(settings)
     if settings.instruction is None and prepared.instruction:
         settings = _with_instruction(settings, prepared.instruction)
@@ -71,6 +72,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
             f"batch_size={settings.batch_size} must be a multiple of {fsdp}, the number of devices that share a batch"
         )
     work = plan_work(settings, prepared.template, prepared.model, prepared.tokenizer)
+    check_answers("seeds", settings.seeds, len(work.numbers))
     plan = [
         WorkUnit(seed=seed, problems=batch, names=tuple((seed, work.numbers[index]) for index in batch))
         for seed in range(settings.seeds)

@@ -131,8 +131,8 @@ def companions(source: AnyPath | None) -> list[pathlib.Path]:
 
     Raises:
       FileNotFoundError: there is no such directory.
-      ValueError: one of the files is a link that leads out of the directory, so it must not be copied; or the path is an
-        address.
+      ValueError: one of the files is a link that leads out of the directory, so it must not be copied; config.json in the
+        directory is damaged; or the path is an address.
     """
     if source is None:
         return []
@@ -145,6 +145,20 @@ def companions(source: AnyPath | None) -> list[pathlib.Path]:
     found = [directory / name for name in sorted(names) if (directory / name).is_file()]
     for file in found:
         check_companion(file)
+    published_config(directory)  # raises its errors
+    return found
+
+
+def published_config(directory: pathlib.Path) -> dict[str, Any]:
+    """Returns the config.json of a directory with tokenizer files, or {} if it has none.
+
+    Raises:
+      ValueError: the file is damaged, or its auto_map is not an object.
+    """
+    file = directory / "config.json"
+    found = read_json(file) if file.is_file() else {}
+    if not isinstance(found.get("auto_map"), dict | None):
+        raise ValueError(f"{file}: auto_map={found['auto_map']!r:.80} must be an object; correct it or remove it")
     return found
 
 
@@ -219,13 +233,9 @@ def write_companions(
     source: AnyPath | None,
 ) -> None:
     """Copies tokenizer, generation_config.json and Python files from `source` (None: no files), and writes config.json."""
-    published: dict[str, Any] = {}
     for file in companions(source):
         copy_companion(file, directory / file.name)
-    if source is not None:
-        source = local_path(source)
-        if (source / "config.json").is_file():
-            published = read_json(source / "config.json")
+    published = {} if source is None else published_config(local_path(source))
     carried = {key: published[key] for key in _CARRIED_KEYS if key in published}
     modules = {str(entry).rpartition(".")[0] for entry in (carried.get("auto_map") or {}).values()}
     if not all((directory / f"{module}.py").is_file() for module in modules):

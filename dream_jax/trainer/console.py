@@ -42,7 +42,7 @@ class RunConsole:
         self._warned: set[str] = set()
         self._keeping = threading.Lock()
         self.leads = jax.process_index() == 0
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not self.leads)
+        self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not self.leads)
         self._progress: Progress | None = None
 
     def say(self, text: str, kind: Kind = "warning", step: int | None = None) -> None:

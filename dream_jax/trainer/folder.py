@@ -6,6 +6,7 @@ import contextlib
 import csv
 import math
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,10 +18,10 @@ from dream_jax.batch import Batch
 from dream_jax.checkpoint import remove_unfinished
 from dream_jax.data import RowSource, has_traces
 from dream_jax.distributed import barrier, from_first
-from dream_jax.files import foreign_entries, is_disk_full, listed, naming_full_disk, replacing, write_json
+from dream_jax.files import CHECKSUMS, foreign_entries, is_disk_full, listed, naming_full_disk, replacing, write_json
 from dream_jax.paths import check_apart, claimed, copy_companion
 from dream_jax.pretrained.adapter import known_adapter_files
-from dream_jax.pretrained.directories import known_files
+from dream_jax.pretrained.directories import known_files, published_config
 from dream_jax.side_files import read_csv, read_json, read_json_value
 from dream_jax.tokenizer import TOKENIZER_FILES, Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
@@ -66,6 +67,10 @@ _MADE = (
 )
 
 
+# The folder of a checkpoint, also of one that is damaged or unfinished.
+_CHECKPOINT = re.compile(r"\d+(\.damaged|\.orbax-checkpoint-tmp.*)?", re.ASCII)
+
+
 def check_folder(settings: TrainSettings) -> bool:
     """Returns whether the run's folder contains an unfinished run with these settings, which can be resumed.
 
@@ -103,11 +108,12 @@ def check_folder(settings: TrainSettings) -> bool:
 
 def _check_removable(out: pathlib.Path) -> None:
     """Raises FileExistsError if the folders that --overwrite would remove hold something that no run has written."""
-    steps = [path.name for path in (out / "checkpoints").glob("[0-9]*")]  # Orbax writes two files after the checksums
+    steps = [path.name for path in (out / "checkpoints").glob("[0-9]*") if _CHECKPOINT.fullmatch(path.name)]
+    # Orbax writes two files after the checksums. A checkpoint whose checksums are damaged is known by its folders.
+    inside = ("state/*", "meta/*", CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
     known = {
         *_MADE,
-        "checkpoints/[0-9]*/*",
-        *(f"checkpoints/{step}/{name}" for step in steps for name in ("_CHECKPOINT_METADATA", "commit_success.txt")),
+        *(f"checkpoints/{step}/{name}" for step in steps for name in inside),
         "skipped/step-*.npz",
         "tensorboard/events.out.tfevents.*",
         "wandb/*",
@@ -115,6 +121,12 @@ def _check_removable(out: pathlib.Path) -> None:
         *(f"model/{name}" for name in known_files(out / "model")),
         *(f"adapter/{name}" for name in known_adapter_files(out / "adapter")),
     }
+    linked = [name for name in _MADE if (out / name).is_symlink()]
+    if linked:  # what they lead to was put there by the user, and may be larger than the disk of the run
+        raise FileExistsError(
+            f"{out} holds {listed(linked)}, a link, which --overwrite would remove; remove it and what it leads to "
+            "yourself, or give another --out"
+        )
     if foreign := [name for name in foreign_entries(out, known) if name.partition("/")[0] in _MADE]:
         raise FileExistsError(
             f"{out} holds {listed(foreign)}, not written by a run, which --overwrite would remove; move that away, or give "
@@ -241,7 +253,11 @@ def _explaining_full_disk(out: pathlib.Path) -> Iterator[None]:
 def saved_steps(out: pathlib.Path) -> list[int]:
     """Returns the steps of which the folder of a run has a complete checkpoint, in ascending order."""
     folder = out / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        if folder.is_dir()
+        else []
+    )
 
 
 def holds_checkpoint(settings: TrainSettings) -> bool:
@@ -382,6 +398,7 @@ def save_tokenizer(
         tokenizer.save(folder)
         write_template(folder, template, instruction)
         beside = pathlib.Path(source) if source else folder
+        published_config(beside)  # raises its errors now, because the export at the end of the run reads the file
         for path in (beside / "config.json", beside / "generation_config.json", *beside.glob("*.py")):
             if path.is_file() and beside != folder:
                 copy_companion(path, folder / path.name)

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from dream_jax.bounds import FloatRange, check_numbers
 from dream_jax.config import PRESETS
+from dream_jax.paths import local_path
 from dream_jax.side_files import read_toml
 from dream_jax.trainer.settings import SETTING_TYPES, TrainSettings
 
@@ -116,7 +117,7 @@ def read_recipe(name_or_file: str, folder: pathlib.Path) -> Recipe:
       ValueError: the file is not TOML, has an unknown key or a value of the wrong type, or a key is missing; the
         message names file, key and the most similar name.
     """
-    file = pathlib.Path(name_or_file).expanduser()
+    file = local_path(name_or_file, "recipe")
     if file.suffix != SUFFIX:
         file = folder / f"{name_or_file}{SUFFIX}"
     if not file.is_file():
@@ -166,7 +167,7 @@ def listing(folder: pathlib.Path) -> str:
             flags = one.flags() if one.fits else f"DOES NOT FIT {one.flags()}"
             planned.add_row(one.topology, " to ".join(map(_hours, one.hours)), price, memory, Text(flags))
         table.add_row(Text(f"{recipe.name}\n{recipe.about}"), planned)
-    console = Console(width=_WIDTH, color_system=None)
+    console = Console(width=_WIDTH, color_system=None, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.files import read_json
 from dream_jax.hub import parse_hub_id
 from dream_jax.model import Dream, parameter_count
+from dream_jax.paths import local_path
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.cost import run_cost
 from dream_jax.trainer.folder import FORMATS, last_losses
@@ -46,7 +46,7 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
         return before
     found = {}
     for name in (settings.network.model, settings.rows.data, *settings.rows.mix):
-        local = pathlib.Path(name).expanduser().exists()
+        local = local_path(name).exists()
         found[name] = "local" if local else "hub" if parse_hub_id(name) is not None else "built in"
     return found
 
