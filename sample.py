@@ -30,9 +30,10 @@ from dream_jax.decoding import Alg
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.paths import check_apart, check_file, check_local, check_replaceable, claimed, is_json_object
 from dream_jax.player import pages
-from dream_jax.player.record import answer_record
+from dream_jax.player.record import Probable, answer_record
 from dream_jax.row_file import RowFile, agree_on_settings
 from dream_jax.sampler import Preset, Stream
+from dream_jax.sampler.state import NUM_TOP, Record
 from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, check_texts
 
 SAMPLER_FIELDS = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance")
@@ -92,6 +93,8 @@ class SampleSettings(inference.ModelSettings):
     """show the canvas while it is denoised (live on a terminal; otherwise some canvases after the end)"""
     replay: pathlib.Path | None = None
     """new .html file that plays the answer to --prompt in a browser, step by step, without a network"""
+    runner_ups: int = 0
+    """number of the most probable other tokens of each position that the file of --replay has, up to 19"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +114,8 @@ class SampleSettings(inference.ModelSettings):
             raise ValueError(
                 f"--replay {self.replay} is for the answer to --prompt TEXT; leave it out, or give a prompt"
             )
+        if not 0 <= self.runner_ups < NUM_TOP or (self.runner_ups and self.replay is None):
+            raise ValueError(f"runner_ups={self.runner_ups} must be 0 to {NUM_TOP - 1}, and needs --replay FILE.html")
         self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
 
     def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
@@ -177,7 +182,9 @@ def answer_one(
     show = functools.partial(show_canvas, tokenizer, ids)
     begun = time.monotonic()
     with watching(settings.watch, show, console) as on_step:
-        out = dream_jax.generate(model, as_row(ids), sampler, jax.random.key(settings.seed), on_step=on_step)
+        key = jax.random.key(settings.seed)
+        record: Record = "nothing" if settings.replay is None else "logprobs" if settings.runner_ups else "confidences"
+        out = dream_jax.generate(model, as_row(ids), sampler, key, on_step=on_step, record=record)
         forwards = int(out.forwards)
     seconds = time.monotonic() - begun
     if settings.watch and not console.is_terminal:
@@ -190,19 +197,34 @@ def answer_one(
     print(text)  # the console would replace tabs
     console.print(f"--- {forwards} forward passes, {seconds:.1f} s with compilation")
     if settings.replay is not None:
-        record = answer_record(
-            tokenizer,
-            ids,
-            np.asarray(out.tokens)[0],
-            np.asarray(out.commit_step)[0],
-            model=settings.short_name(),
-            prompt_text=settings.prompt or "",
-            text=text,
-            forwards=forwards,
-            settings=settings.of_the_answer(),
-        )
-        pages.write_replay(settings.replay, record)
+        write_replay(settings, settings.replay, tokenizer, ids, out, text)
         console.print(f"wrote {settings.replay}: open it in a browser")
+
+
+def write_replay(
+    settings: SampleSettings, path: pathlib.Path, tokenizer: Tokenizer, ids: list[int], out: dream_jax.Sample, text: str
+) -> None:
+    """Writes the page that plays the answer to --prompt, whose text at the end is `text`."""
+    confidence, probable = None, None
+    if out.recorded is not None:  # nothing is recorded if there is nothing to write
+        confidence = np.asarray(out.recorded.confidence_BT)[0]
+        if out.recorded.logprobs is not None:
+            logprob, tokens, logprobs = (np.asarray(array)[0] for array in out.recorded.logprobs)
+            probable = Probable(settings.runner_ups, logprob, tokens, logprobs)
+    record = answer_record(
+        tokenizer,
+        ids,
+        np.asarray(out.tokens)[0],
+        np.asarray(out.commit_step)[0],
+        model=settings.short_name(),
+        prompt_text=settings.prompt or "",
+        text=text,
+        forwards=int(out.forwards),
+        settings=settings.of_the_answer(),
+        confidence=confidence,
+        probable=probable,
+    )
+    pages.write_replay(path, record)
 
 
 def as_row(ids: list[int]) -> np.ndarray:

@@ -147,12 +147,7 @@ def model_name(settings: ServeSettings) -> str:
     """Returns the name of the model in the API."""
     if settings.name is not None:
         return settings.name
-    named = [pathlib.PurePath(path) for path in (settings.model, settings.adapter) if path is not None]
-    # Runs keep their model in OUT/model and their adapter in OUT/adapter.
-    names = [
-        path.parent.name if path.name in ("model", "adapter") and path.parent.name else path.name for path in named
-    ]
-    return "+".join(names)
+    return settings.short_name()
 
 
 def read_keys(path: pathlib.Path) -> tuple[str, ...]:

@@ -36,10 +36,10 @@ def nano() -> dream_jax.Dream:
     return model
 
 
-def maker(**limits: Any) -> TaskMaker:
+def maker(template: Any = "raw", **limits: Any) -> TaskMaker:
     """Makes tasks of requests with the byte tokenizer."""
     options = {"longest": LONGEST, "default_tokens": 12, "most_choices": 8} | limits
-    return TaskMaker(tokenizer=TOKENIZER, template="raw", preset="exact", limits=Limits(**options))
+    return TaskMaker(tokenizer=TOKENIZER, template=template, preset="exact", limits=Limits(**options))
 
 
 @contextlib.contextmanager

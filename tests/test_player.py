@@ -11,7 +11,7 @@ import pytest
 from commands import run_script
 
 from dream_jax.player import pages
-from dream_jax.player.record import answer_record
+from dream_jax.player.record import Probable, answer_record
 from dream_jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -51,6 +51,25 @@ def test_record_without_prompt_and_with_forced_and_unwritten_tokens() -> None:
     assert made["parts"] == [{"length": 3}]
     assert written(made) == [(0, "a", 0)]
     assert [(entry["position"], entry["text"]) for entry in made["forced"]] == [(1, "b")]
+
+
+def test_record_of_confidences_and_runner_ups() -> None:
+    probable = Probable(
+        2,
+        logprob=np.log([0.5, 1.0, np.nan]),
+        tokens=np.array([[*b"xyz"], [*b"bxy"], [*b"xyz"]]),
+        logprobs=np.array([[-1.0, -2.0, -3.0], [0.0, -np.inf, -np.inf], [np.nan] * 3]),
+    )
+    tokens, steps = [*b"yb", END], [0, 1, 1]
+    made = record([], tokens, steps, confidence=np.array([0.123456, 1.0, np.nan]), probable=probable)
+    first, second, third = made["tokens"]
+    assert first["confidence"] == 0.1235 and first["logprob"] == -0.6931
+    # The token itself is no runner-up, whatever its rank.
+    others = [{"token": 120, "text": "x", "logprob": -1.0}, {"token": 122, "text": "z", "logprob": -3.0}]
+    assert first["runner_ups"] == others
+    assert second["runner_ups"] == [] and second["logprob"] == 0.0  # forbidden tokens have no probability
+    assert third["confidence"] is None and third["logprob"] is None and third["runner_ups"] == []
+    assert pages.record_of(pages.replay_page(made)) == made
 
 
 HOSTILE = [
@@ -136,7 +155,7 @@ REPLAYS = sorted((Path(__file__).parent.parent / "docs" / "replays").glob("*.htm
 
 
 def test_replays_of_the_docs_have_the_player_as_it_is() -> None:
-    assert {path.stem for path in REPLAYS} == {"sudoku"}
+    assert {path.stem for path in REPLAYS} == {"sudoku", "text"}
     for path in REPLAYS:
         page = path.read_text(encoding="utf-8")
         assert pages.replay_page(pages.record_of(page)) == page, f"{path.name} is old: run python docs/write_replays.py"

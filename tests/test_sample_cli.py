@@ -72,7 +72,7 @@ def test_one_prompt_with_frames(weights, sample):
 def test_replay_of_an_answer(weights, tmp_path, sample):
     path = tmp_path / "new" / "answer.html"
     arguments = ("--model", weights, "--prompt", "<!--", "--max-new-tokens", 6, "--replay", path)
-    done = sample(*arguments)
+    done = sample(*arguments, "--runner-ups", 2)
     assert done.returncode == 0, done.stderr
     assert f"wrote {path}" in done.stdout
     page = path.read_text(encoding="utf-8")
@@ -80,8 +80,12 @@ def test_replay_of_an_answer(weights, tmp_path, sample):
     assert record["prompt"] == "<!--" and record["parts"] == [{"length": 6}] and record["forwards"] == 5
     assert sorted(entry["position"] for entry in record["tokens"]) == list(range(6))
     assert done.stdout.split("--- answer\n")[1].startswith(record["text"])
+    for entry in record["tokens"]:
+        assert entry["confidence"] < 0 and entry["logprob"] < 0 and len(entry["runner_ups"]) == 2
     assert record["settings"]["seed"] == 0 and str(tmp_path) not in page
 
+    for more in (("--runner-ups", 20), ("--runner-ups", -1)):
+        assert "must be 0 to 19" in sample(*arguments, *more).stderr
     refused = sample(*arguments)
     assert refused.returncode == 1 and f"{path} is there already" in refused.stderr
     assert "--- answer" not in refused.stdout  # the file is found before the answer is computed

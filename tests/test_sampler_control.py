@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_numbers import model
+from marking import slow
 
 from dream_jax.sampler import SamplerConfig, Stream, Threshold, WindowCache, generate, loop, propose
 
@@ -163,3 +164,23 @@ def test_guidance_with_a_cache():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         generate(model("tiny_a"), prompt(4)[0], dataclasses.replace(EXACT, **options))
+
+
+# What is noted about the written tokens
+
+
+@pytest.mark.parametrize("config", [EXACT, slow(CACHED)], ids=["exact", "cached"])
+def test_recording_changes_no_token(config):
+    dream, (start, valid) = model("tiny_a"), prompt(5, 8)
+    plain = generate(dream, start, config, prompt_mask=valid)
+    assert plain.recorded is None
+    out = generate(dream, start, config, prompt_mask=valid, record="logprobs")
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.commit_step, plain.commit_step)
+    written = np.asarray(out.commit_step) >= 0
+    confidence = np.asarray(out.recorded.confidence_BT)
+    assert confidence.shape == written.shape
+    assert np.isfinite(confidence[written]).all() and np.isnan(confidence[~written]).all()
+    # At temperature 0 the most probable token is written.
+    most_probable = np.asarray(out.recorded.logprobs.top_token_BMK)[:, :, 0]
+    np.testing.assert_array_equal(most_probable[written], np.asarray(out.tokens)[written])

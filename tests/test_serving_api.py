@@ -8,6 +8,7 @@ import pytest
 from serving_client import MASK, TOKENIZER, client_of, events, expected, expected_text, nano, running, until
 
 from dream_jax.inference import canvas_end
+from dream_jax.player import pages
 from dream_jax.serving import app as app_module
 from dream_jax.serving.engine import EngineSettings
 
@@ -300,6 +301,14 @@ def test_page_runs_only_its_own_scripts():
     policy = app_module.page_policy("<script>let a = 1</script><p><script type=module>b()</script>")
     assert policy.count("'sha256-") == 2 and "default-src 'none'" in policy
     assert "script-src 'none'" in app_module.page_policy("<p>")
+
+
+def test_page_is_served_with_its_policy(client):
+    response = client.get("/")
+    assert response.status_code == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text == pages.chat_page()
+    assert response.headers["content-security-policy"] == app_module.page_policy(response.text)
+    assert response.headers["content-security-policy"].count("'sha256-") == 2
 
 
 def test_two_hundred_wrong_requests(client, engine):

@@ -31,7 +31,7 @@ Object.assign(WORDS.en, {
   cancel: "Cancel",
   useKey: "Use",
   infillHelp: "Write a text. Set the cursor where words are missing and insert a gap there.",
-  addGap: "Insert a gap at the cursor",
+  addGap: "Insert gap",
   fill: "Fill in",
   textPart: "Text {number}",
   gapKind: "Kind of the gap",
@@ -39,16 +39,16 @@ Object.assign(WORDS.en, {
   exactly: "exactly",
   upTo: "up to",
   tokens: "tokens",
-  remove: "Remove gap",
+  remove: "Remove",
   needsGap: "There is no gap yet: insert one first.",
   needsNumber: "{field}: {value} is not possible here; {remedy}",
   between: "use a number from {low} to {high}",
   wholeNumber: "use a whole number",
   working: "Denoising.",
   stopped: "Stopped.",
-  done: "{text} – {count} tokens, {forwards} forward passes.",
+  done: "{text} – tokens: {count}, forward passes: {forwards}.",
   how: "How it was written",
-  facts: "{count} tokens · {forwards} forward passes · seed {seed} · {seconds} s",
+  facts: "tokens: {count} · forward passes: {forwards} · seed: {seed} · {seconds} s",
   copy: "Copy",
   copied: "Copied",
   unreachable: "The server cannot be reached. Is it running? ({reason})",
@@ -91,7 +91,7 @@ Object.assign(WORDS.zh, {
   cancel: "取消",
   useKey: "使用",
   infillHelp: "写一段文本，把光标放在缺词的位置，在那里插入空位。",
-  addGap: "在光标处插入空位",
+  addGap: "插入空位",
   fill: "填写",
   textPart: "文本 {number}",
   gapKind: "空位类型",
@@ -99,16 +99,16 @@ Object.assign(WORDS.zh, {
   exactly: "正好",
   upTo: "最多",
   tokens: "个词元",
-  remove: "删除空位",
+  remove: "删除",
   needsGap: "还没有空位：请先插入一个。",
   needsNumber: "{field}：{value} 在此无效；{remedy}",
   between: "请用 {low} 到 {high} 之间的数",
   wholeNumber: "请用整数",
   working: "正在去噪。",
   stopped: "已停止。",
-  done: "{text} – {count} 个词元，{forwards} 次前向计算。",
+  done: "{text} – 词元数：{count}，前向计算次数：{forwards}。",
   how: "写入过程",
-  facts: "{count} 个词元 · {forwards} 次前向计算 · 种子 {seed} · {seconds} 秒",
+  facts: "词元数：{count} · 前向计算次数：{forwards} · 种子：{seed} · {seconds} 秒",
   copy: "复制",
   copied: "已复制",
   unreachable: "无法连接服务器。它在运行吗？（{reason}）",
@@ -303,7 +303,7 @@ class Answer {
       nodes.push(how);
     }
     if (this.usage) {
-      const facts = element("span", {class: "soft"});
+      const facts = element("span", {class: "soft facts"});
       const values = {count: this.usage.completion_tokens, forwards: this.forwards, seed: this.seed, seconds};
       const write = () => (facts.textContent = say("facts", values));
       document.addEventListener("languagechosen", write);

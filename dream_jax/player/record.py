@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,32 @@ from dream_jax.tokenizer import Tokenizer
 
 VERSION = 1
 """The version of the form of a record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probable:
+    """The probabilities with which the tokens of a row [T] were written.
+
+    Attributes:
+      count: number of other tokens to note for each position.
+      logprob: floats [T], the logarithm of the probability of each token; NaN for a token that was written without one.
+      tokens: integers [T, K], the most probable tokens, the most probable one first.
+      logprobs: floats [T, K], the logarithms of their probabilities.
+    """
+
+    count: int
+    logprob: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    def of(self, index: int, token: int, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Returns the logprob of the token at an index, and those of the most probable other tokens."""
+        others = [
+            {"token": int(other), "text": tokenizer.decode([int(other)]), "logprob": _rounded(logprob)}
+            for other, logprob in zip(self.tokens[index], self.logprobs[index], strict=True)
+            if np.isfinite(logprob) and other != token
+        ]
+        return {"logprob": _rounded(self.logprob[index]), "runner_ups": others[: self.count]}
 
 
 def answer_record(
@@ -24,6 +51,8 @@ def answer_record(
     text: str,
     forwards: int,
     settings: Mapping[str, Any],
+    confidence: np.ndarray | None = None,
+    probable: Probable | None = None,
 ) -> dict[str, Any]:
     """Returns the record of one row of the sampler's result, which can be written as JSON.
 
@@ -39,6 +68,8 @@ def answer_record(
       text: the text at the end.
       forwards: number of forward passes.
       settings: the settings to list, by name.
+      confidence: floats [P + N], the confidence in each written token; NaN for none. None if it was not recorded.
+      probable: the most probable tokens of each position; None if they were not recorded.
     """
     infills = tokenizer.mask_id in prompt
     begin = 0 if infills else len(prompt)
@@ -49,7 +80,12 @@ def answer_record(
         token = int(tokens[index])
         entry: dict[str, Any] = {"position": position, "token": token, "text": tokenizer.decode([token])}
         if commit_step[index] >= 0:
-            written.append(entry | {"step": int(commit_step[index])})
+            entry["step"] = int(commit_step[index])
+            if confidence is not None:
+                entry["confidence"] = _rounded(confidence[index])
+            if probable is not None:
+                entry |= probable.of(index, token, tokenizer)
+            written.append(entry)
         elif token != tokenizer.mask_id:
             forced.append(entry)
     written.sort(key=lambda entry: (entry["step"], entry["position"]))
@@ -64,6 +100,11 @@ def answer_record(
         "forwards": forwards,
         "settings": dict(settings),
     }
+
+
+def _rounded(number: Any) -> float | None:
+    """Returns a number with four digits, which are enough to show it; None if it is not finite."""
+    return float(f"{number:.4g}") if np.isfinite(number) else None
 
 
 def _pieces(tokenizer: Tokenizer, tokens: np.ndarray, is_gap: np.ndarray) -> list[str | dict[str, int]]:

@@ -7,7 +7,7 @@ Object.assign(WORDS.en, {
   canvasTitle: "Canvas",
   text: "Text at the end",
   settings: "Settings",
-  facts: "{model} · {length} tokens · {forwards} forward passes",
+  facts: "{model} · tokens: {length} · forward passes: {forwards}",
 });
 Object.assign(WORDS.zh, {
   title: "一个回答的去噪过程",
@@ -15,7 +15,7 @@ Object.assign(WORDS.zh, {
   canvasTitle: "画布",
   text: "最终文本",
   settings: "设置",
-  facts: "{model} · {length} 个词元 · {forwards} 次前向计算",
+  facts: "{model} · 词元数：{length} · 前向计算次数：{forwards}",
 });
 
 const record = JSON.parse(document.getElementById("record").textContent);

@@ -16,7 +16,7 @@ from dream_jax.model import Dream
 from dream_jax.sampler.callbacks import listening
 from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
+from dream_jax.sampler.state import DynamicSettings, Record, Recorded, StaticSettings, bucket_length
 from dream_jax.shapes import Array
 
 UNDEFINED = (
@@ -40,6 +40,7 @@ class Sample:
       forwards: int32 scalar, number of forward passes made. With a cache, full and window passes count as one each.
       passes: int32 [B], number of forward passes that each row took part in: its cost if it were alone in the batch.
       mask_token_id: id of the mask token, which stands at positions that are not yet written.
+      recorded: what was noted about each written position [B, P + N], if `generate` was asked to record it.
     """
 
     tokens: Int[jax.Array, "B T"]
@@ -47,6 +48,7 @@ class Sample:
     forwards: Int[jax.Array, ""]
     passes: Int[jax.Array, "B"]
     mask_token_id: int = dataclasses.field(metadata={"static": True})
+    recorded: Recorded | None = None
 
     def canvas_at(self, step: int) -> Int[jax.Array, "B T"]:
         """Returns the canvas after the step with this id (from 0), int32 [B, P + N]; -1 is before the first step."""
@@ -61,6 +63,7 @@ def generate(
     prompt_mask: Int[Array, "B P"] | Bool[Array, "B P"] | None = None,
     *,
     on_step: Callable[[int, np.ndarray], None] | None = None,
+    record: Record = "nothing",
 ) -> Sample:
     """Denoises `max_new_tokens` mask tokens after each prompt, and any mask tokens inside the prompt (infilling).
 
@@ -78,6 +81,8 @@ def generate(
       prompt_mask: nonzero at valid tokens, zero at left padding; None if there is no padding.
       on_step: called with (step, canvas int32 [B, P + N]) after every step that wrote something; `step` is the id of
         the most advanced row's step. Each call copies the canvas to the host.
+      record: what is noted about each token when it is written: "nothing", its confidence ("confidences"), or also the
+        most probable tokens ("logprobs"), which costs time. The tokens do not depend on it.
 
     Returns:
       The tokens of prompts and answers, and when each of them was written.
@@ -111,6 +116,7 @@ def generate(
     check_key(config, key)
 
     static = StaticSettings.of(config, min(bucket_length(int(masked_B.max())), canvas.shape[1]), masked_B)
+    static = dataclasses.replace(static, record=record)
     with sharding.mesh_context(model), listening(on_step, padding) as listener_id:
         state = denoise(
             model,
@@ -133,6 +139,7 @@ def generate(
         forwards=state.forwards,
         passes=state.passes_B,
         mask_token_id=model.config.mask_token_id,
+        recorded=jax.tree.map(lambda noted: noted[:, padding:], state.recorded),
     )
 
 

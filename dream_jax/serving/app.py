@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import hmac
 import html
-import importlib.resources
 import json
 import re
 import time
@@ -21,6 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dream_jax.player import pages
 from dream_jax.sampler.config import Preset
 from dream_jax.serving.engine import (
     DeviceError,
@@ -197,13 +197,11 @@ def make_app(engine: Engine, maker: TaskMaker, settings: AppSettings, drain_seco
     async def documentation() -> Response:
         return HTMLResponse(_documentation(app.openapi()), headers={"content-security-policy": "default-src 'none'"})
 
-    page = importlib.resources.files("dream_jax.serving") / "page.html"
-    if page.is_file():
-        text = page.read_text(encoding="utf-8")
+    page = pages.chat_page()
 
-        @app.get("/", include_in_schema=False)
-        async def index() -> Response:
-            return HTMLResponse(text, headers={"content-security-policy": page_policy(text)})
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": page_policy(page)})
 
     app.add_middleware(_Guard, settings=settings, metrics=metrics)
     return app
