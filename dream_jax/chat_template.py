@@ -134,7 +134,8 @@ class _Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         kept = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "TZ")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
-        # Jinja must be found where this process finds it. -P: the modules beside this file must not be found.
+        # The new process must find Jinja where this process finds it. With -P it does not find the modules in the folder of
+        # this file.
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         return subprocess.Popen(
             [sys.executable, "-P", __file__, str(SECONDS)],

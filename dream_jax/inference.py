@@ -63,7 +63,7 @@ class ModelSettings:
     revision: str | None = None
     """branch, tag or commit of --model if it is a hub id; by default the newest commit of the main branch"""
     adapter: str | None = None
-    """directory of an adapter; it is added to the weights, or held beside them with --base int8 and nf4"""
+    """directory of an adapter; it is added to the weights, but stays separate with --base int8 or nf4"""
     any_base: bool = False
     """allow an adapter that was trained on weights other than those of the model"""
     base: BaseFlag = "auto"
@@ -81,8 +81,8 @@ class ModelSettings:
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model"""
     template: Literal["auto", "chat", "raw"] = "auto"
-    """chat template or raw text, for prompts that are not lists of messages; auto: the template of the training, if the
-    model or the adapter notes it; otherwise raw for byte-level models and chat for others"""
+    """chat template or raw text, for prompts that are not lists of messages; auto: the template of the training, if
+    prompt_format.json beside the adapter or model names it; otherwise raw for byte-level models and chat for others"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -436,7 +436,7 @@ class TextAnswer:
       tokens_to_end: number of tokens of the answer before its end; None if it does not end.
       num_written: number of tokens that the sampler wrote, in the answer and at mask tokens of the prompt.
       num_useful: number of written tokens before the end of the answer.
-      forwards: number of forward passes: those of the batch, or those of the row in a stream.
+      forwards: number of forward passes of the batch; in a `sampler.Stream`, of the passes in which the row took part.
     """
 
     text: str

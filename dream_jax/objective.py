@@ -206,8 +206,8 @@ def masked_diffusion_loss(
       The loss (float32 scalar), and a dict of values to report. `num_masked` and `num_correct` (float32 scalars) are
       the numbers of masked positions, and of those where the most probable token is correct. `nll` is the unweighted
       mean cross entropy of masked positions, in nats. `token_nll` (float32 [B, T]) and `token_correct` (bool [B, T])
-      hold the values of each masked position, and 0 or false elsewhere. Only the loss has gradients, not the dict; they
-      are those of the parameters, and the weights of the positions count as constants.
+      hold the values of each masked position, and 0 or false elsewhere. Only the loss can be differentiated, and only
+      with respect to the parameters. The dict and the weights of the positions are constants.
 
     Raises:
       ValueError: a shape does not match the tokens, or an id is outside the vocabulary (ids are not checked when jax

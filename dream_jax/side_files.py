@@ -1,7 +1,7 @@
 """Reads side files: the JSON, TOML and CSV files beside weights and data, such as config.json and metrics.csv.
 
 A side file may be damaged, written by another program, or hostile. Its size and its depth are therefore bounded, and each
-error names the file, the place in it and what the user can do. `files.read_typed` also checks the types of the values.
+error names the file, the line or the key, and what the user can do. `files.read_typed` also checks the types of the values.
 """
 
 from __future__ import annotations

@@ -69,15 +69,15 @@ class FieldReader:
         return text_field(self.found, name, self.where)
 
     def optional_text(self, name: str) -> str:
-        """Returns the text of a field, "" if it is missing or blank. Raises ValueError if it is no text."""
+        """Returns the text of a field, "" if it is missing or blank. Raises ValueError if the value is not a text."""
         return "" if is_empty(self.take(name)) else self.text(name)
 
     def first(self, names: Sequence[str]) -> str | None:
-        """Returns the first of these names of which the record has a field that is not empty, or None."""
+        """Returns the first of these names whose field is in the record and not empty; None if there is none."""
         return next((name for name in names if name in self and not is_empty(self.found[name])), None)
 
     def one_of(self, names: Sequence[str]) -> str | None:
-        """Returns `first(names)`, or else the first of these names of which there is an empty field, or None."""
+        """Returns `first(names)`. If it is None, returns the first of these names whose field is empty."""
         return self.first(names) or next((name for name in names if name in self), None)
 
     def unread(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class TokenizedRows:
     """The rows of a source as tokens, before any cut: `rows[i]` is the `TokenRow` of row i.
 
     A row that was measured, or returned by `keep`, stays in memory (4 bytes per token) and is not tokenised again. Any
-    other row is tokenised each time it is read. Such are most rows of a source of uniform length, such as generated
-    puzzles, because only the first one is measured.
+    other row is tokenised each time it is read: for example most rows of a source of uniform length, such as generated
+    puzzles, of which only the first one is measured.
     """
 
     def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
@@ -165,7 +165,8 @@ def longest_row(rows: TokenizedRows) -> int:
 def fitting_rows(rows: TokenizedRows, max_length: int) -> tuple[np.ndarray | range, RowLengths, LengthReport]:
     """Returns the indices of the rows that the length policy keeps, ascending, their lengths, and the report.
 
-    All rows are tokenised; but in a source of uniform length, also inside a mixture, only the first row is.
+    All rows are tokenised, except that only the first row of a source of uniform length is. This holds inside a mixture
+    too.
     Raises: ValueError if the source has no rows, or if no row fits into max_length.
     """
     numbers, stands_for = _to_measure(rows.source)

@@ -188,7 +188,7 @@ class MessageReader:
             if json.dumps(name, ensure_ascii=False) != f'"{name}"':
                 raise ValueError(
                     f"{at}: the name {name!r:.60} of a tool call has a quotation mark, a backslash or a control character, "
-                    "with which the call that the chat template writes is not JSON; give the name of a function"
+                    "so the chat template would write a call that is not JSON; give the name of a function"
                 )
             parsed.append(({"name": name, "arguments": arguments}, call_id if isinstance(call_id, str) else ""))
         return parsed

@@ -29,7 +29,7 @@ from dream_jax.evaluation.sentences import (
 _LONGEST = 100_000  # Only this many characters at the end of an answer are read.
 _LONGEST_SENTENCE = 400  # Only this many characters of a sentence are read after an announcement.
 
-# A full stop ends a sentence, but not that of an abbreviation.
+# A full stop ends a sentence, but the full stop of an abbreviation does not.
 _SENTENCE_END = re.compile(
     r"\n|(?<=[.!?])(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bapprox\.)(?<!\bRs\.)(?<!\bNo\.)[\"')\]*]*\s|(?<=[.!?])$"
 )
@@ -241,10 +241,7 @@ def _turns(text: str) -> Iterator[str]:
 
 
 def conclude(answer: str) -> Conclusion | None:
-    """Returns the conclusion of an answer; None if there is none.
-
-    There is none if the answer has no number, or has numbers only in questions and checks ("Is it 5?").
-    """
+    """Returns the conclusion of an answer; None if it has no number, or only in questions and checks ("Is it 5?")."""
     text = answer[-_LONGEST:].rpartition("</think>")[2]
     # In the formats of d1 and s1 the answer begins after the reasoning, which may have announced and boxed other numbers.
     reasoned = _REASONED.search(text)

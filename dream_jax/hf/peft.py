@@ -198,7 +198,7 @@ class PeftAdapter:
         return tuple(dict.fromkeys(rule.target.split(".")[-2] for rule in rules))
 
     def check(self, config: DreamConfig) -> None:
-        """Checks that the tensors are those of the modules that the adapter names, in a model of this configuration.
+        """Checks that the tensors fit `adapter_config.json` and a model of this configuration.
 
         Raises:
           ValueError: a tensor is missing, is not used, or has another shape; or the adapter names a module for which
@@ -309,7 +309,7 @@ def read_peft(directory: str | os.PathLike[str]) -> PeftAdapter:
             if not _SMALLEST < number < 1 / _SMALLEST:
                 raise ValueError(
                     f"{directory / PEFT_CONFIG} multiplies the adapter of {module} by {config.scaling_of(module):g}, which "
-                    "float32 cannot represent beside the others; check lora_alpha and alpha_pattern"
+                    "float32 cannot represent together with the other factors; check lora_alpha and alpha_pattern"
                 )
     return adapter
 

@@ -150,8 +150,8 @@ def lay_out_held_out(
     """Puts all rows into one batch [R, max_length], each with as many end-of-text tokens as in training.
 
     The remaining positions are padding before the row (not valid). In training the number of end-of-text tokens may
-    depend on the other rows of a batch. Here each row then gets as many as in a batch of rows of its own length:
-    otherwise the score would include end-of-text tokens that do not occur in training.
+    depend on the other rows of a batch. In that case a row gets as many here as it would get in a batch of equally long
+    rows; otherwise the score would include end-of-text tokens that do not occur in training.
 
     Args:
       rows: the R rows, each at most `max_length` tokens long.

@@ -101,7 +101,8 @@ class RunSegments:
     def kept(self) -> Iterator[RunSegments]:
         """Keeps the file up to date during the block, and yields this object.
 
-        The file is written at the start, every `EVERY` seconds, and at the end with `ended` True; without a folder, never.
+        The file is written at the start, every `EVERY` seconds, and at the end with `ended` True. If the folder is None, no
+        file is written.
         """
         if self._folder is None:
             yield self
