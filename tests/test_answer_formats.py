@@ -193,6 +193,9 @@ def test_a_run_of_version_0_1_keeps_its_format(begun, name):
     old = settings.replaced(answer_format=f"{name}-0.1")
     assert check_folder(old)
     check_answer_format(old, old.source("train"))
+    # The command may end after it has written its settings.
+    (settings.run.out / "settings.json").write_text(json.dumps(old.plain()))
+    assert check_folder(old)
     # Where no row has a trace the format does not matter.
     sudoku = begun(answer_format=name, data="sudoku")
     check_answer_format(sudoku, sudoku.source("train"))
@@ -201,6 +204,14 @@ def test_a_run_of_version_0_1_keeps_its_format(begun, name):
     check_answer_format(settings, settings.source("train"))
     with pytest.raises(FileExistsError, match=f"answer_format was '{name}', now '{name}-0.1'"):
         check_folder(sudoku.replaced(answer_format=f"{name}-0.1"))
+
+
+def test_a_run_of_version_0_1_may_name_the_fields_that_it_left_out(begun):
+    settings = begun()
+    assert check_folder(settings.replaced(ignore_field=("context",)))
+    (settings.run.out / "data.json").write_text('{"rows": {}, "answer_formats": 2}')
+    with pytest.raises(FileExistsError, match="ignore_field was"):
+        check_folder(settings.replaced(ignore_field=("context",)))
 
 
 def test_traces_are_found_in_mixtures(data):

@@ -149,8 +149,14 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
     # A setting that an earlier version did not have counts as its default.
     before = TrainSettings().plain() | dict(before)
     given = settings.plain()
-    if _has_first_formats(settings.run.out):  # what is "s1-0.1" now was called "s1"
-        given["answer_format"] = settings.rows.answer_format.removesuffix("-0.1")
+    if _has_first_formats(settings.run.out):
+        # What is "s1-0.1" now was called "s1". A run that was resumed, and ended before `data.json` was written, has the
+        # new name in its settings.
+        for plain in (before, given):
+            plain["answer_format"] = str(plain["answer_format"]).removesuffix("-0.1")
+        # Version 0.1 left fields out without a word that are refused now. If other rows result from --ignore-field, the
+        # digest of the rows differs, and the checkpoint is refused.
+        before["ignore_field"] = given["ignore_field"]
     changed = [
         f"{name} was {before[name]!r}, now {value!r}"
         for name, value in given.items()
