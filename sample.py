@@ -104,6 +104,11 @@ class SampleSettings(inference.ModelSettings):
         if (self.prompts is None) != (self.out is None):
             raise ValueError("--prompts FILE and --out FILE need each other: give both or neither")
         check_numbers(self, seed=SEED, samples=IntegerRange(1, MOST_ROWS), batch_size=IntegerRange(1, MOST_ROWS))
+        if self.system is not None and not self.system.strip():
+            raise ValueError(
+                "--system is blank; leave it out for that of the chat template. Only a row of --prompts can have an empty "
+                "system turn, as a message"
+            )
         if self.prompts is not None and (self.system is not None or self.tools is not None):
             raise ValueError("--system and --tools are for --prompt and --chat; the rows of --prompts have their own")
         if self.ignore_field and self.prompts is None:
@@ -375,7 +380,7 @@ def around_question(settings: SampleSettings) -> dict[str, Any]:
         found["system"] = settings.system
     if settings.tools is not None:
         try:
-            text = settings.tools.read_text(encoding="utf-8")
+            text = settings.tools.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"--tools {settings.tools} is not UTF-8 text ({error}); save it as UTF-8") from error
         found["tools"] = list(read_question({"prompt": "a question", "tools": text}, f"--tools {settings.tools}").tools)
@@ -488,8 +493,9 @@ def open_answers(
     agree_on_settings(beside, path, recipe, "give another --out")
     answers = RowFile(path, start=b'{"line": ', name=lambda row: (row.get("line"), row.get("sample", 0)))
     for number, row in enumerate(answers.rows, 1):
-        numbers = isinstance(row.get("line"), int) and isinstance(row.get("sample", 0), int)
-        question = questions.get(row["line"]) if numbers else None
+        line, sample = row.get("line"), row.get("sample", 0)
+        expected = type(line) is int and type(sample) is int and 0 <= sample < settings.samples
+        question = questions.get(line) if expected and isinstance(row.get("answer"), str) else None
         if question is None or (question.prompt, question.tools) != (row.get("prompt"), row.get("tools", [])):
             raise ValueError(f"{path}:{number}: not an answer to a prompt of {settings.prompts}; give another --out")
     answers.keep(len(answers.rows))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -224,6 +225,27 @@ def test_fields_that_are_no_part_of_a_prompt_are_counted(weights, tmp_path, samp
     assert done.returncode == 1 and "no row has the field(s) ['nothing'] of --ignore-field" in done.stderr
 
 
+def test_rows_that_are_no_answers_are_refused(weights, tmp_path, sample):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    out = tmp_path / "o.jsonl"
+    arguments = ("--model", weights, "--prompts", tmp_path / "a.jsonl", "--out", out, "--max-new-tokens", 1)
+    assert sample(*arguments).returncode == 0
+    for change in ({"answer": None}, {"line": True}, {"sample": 1}, {"prompt": "b"}):
+        row = json.dumps({"line": 1, "prompt": "a", "answer": "x"} | change) + "\n"
+        out.write_text(row)
+        done = sample(*arguments)
+        assert done.returncode == 1 and "o.jsonl:1: not an answer to a prompt of" in done.stderr
+        assert out.read_text() == row
+
+
+def test_answers_need_a_file(tmp_path, sample):
+    """Opening a pipe for reading would wait for ever."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    os.mkfifo(tmp_path / "pipe")
+    done = sample("--model", "nano", "--prompts", tmp_path / "a.jsonl", "--out", tmp_path / "pipe")
+    assert done.returncode == 1 and "pipe is a pipe or a device" in done.stderr
+
+
 def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     """Other samples are other answers; the first is the one that is drawn without them."""
     prompts = tmp_path / "prompts.jsonl"
@@ -248,6 +270,7 @@ def test_several_answers_to_each_prompt(weights, tmp_path, sample):
         (("--prompt", "x", "--samples", 2), "is for --prompts"),
         (("--prompt", "x", "--ignore-field", "a"), "--ignore-field is for --prompts FILE"),
         (("--prompts", "a", "--out", "b", "--system", "c"), "--system and --tools are for --prompt and --chat"),
+        (("--prompt", "x", "--system", " "), "--system is blank"),
         (("--prompt", "x", "--preset", "fast", "--steps", 4), "has no effect with"),
         ((), "exactly one of --prompt TEXT, --prompts FILE and --chat"),
         (("--prompt", "x", "--model", "no/such/model"), "no/such/model"),
