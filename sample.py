@@ -493,7 +493,8 @@ def open_answers(
     agree_on_settings(beside, path, recipe, "give another --out")
     answers = RowFile(path, start=b'{"line": ', name=lambda row: (row.get("line"), row.get("sample", 0)))
     for number, row in enumerate(answers.rows, 1):
-        line, sample = row.get("line"), row.get("sample", 0)
+        line: Any = row.get("line")
+        sample = row.get("sample", 0)
         expected = type(line) is int and type(sample) is int and 0 <= sample < settings.samples
         question = questions.get(line) if expected and isinstance(row.get("answer"), str) else None
         if question is None or (question.prompt, question.tools) != (row.get("prompt"), row.get("tools", [])):
