@@ -96,6 +96,11 @@ def test_chat_prompts_are_turns(tmp_path):
     assert task.prompt(asked[0], [], "raw").endswith("\n\nQuestion: What is 1 + 1?\nAnswer:")
 
 
+def test_examples_without_shots_are_refused(sudoku_file):
+    with pytest.raises(ValueError, match="--examples .* has no effect with 0 shots"):
+        split_examples(TASKS["sudoku"], read_problems(TASKS["sudoku"], sudoku_file), sudoku_file, sudoku_file, 0)
+
+
 def test_an_instruction_without_a_place_is_refused():
     settings = EvaluateSettings(model="nano", task="sudoku", instruction="Be kind.", shots=0)
     with pytest.raises(ValueError, match="--instruction has no place in raw prompts of the task sudoku"):

@@ -282,6 +282,8 @@ def split_examples(
         raise ValueError(f"{shots=} must not be negative")
     if shots and task.name == "chat":
         raise ValueError("the rows of task chat have no reference answers, so they cannot be examples; pass --shots 0")
+    if not shots and examples is not None:
+        raise ValueError(f"--examples {examples} has no effect with 0 shots; pass --shots NUMBER, or leave it out")
     if not shots:
         return [], list(problems)
     if examples is None and path is None:
