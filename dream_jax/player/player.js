@@ -135,7 +135,8 @@ function quoted(text) {
 }
 
 function rounded(value) {
-  return Math.abs(value) >= 0.01 || value === 0 ? value.toFixed(2) : value.toPrecision(1);
+  if (Math.abs(value) >= 0.01 || value === 0) return value.toFixed(2);
+  return Math.abs(value) >= 0.001 ? value.toPrecision(1) : value.toExponential(0);
 }
 
 /**
