@@ -307,7 +307,21 @@ def test_keys_are_refused_by_name(tiny, published, tmp_path, key):
     assert "adapter_" in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("pattern", ["(a|b)*", "(x+x+)+y", ".*.*.*.*q", "(?:a?){30}a{30}", "[", "a" * 3000])
+def test_usual_patterns_are_matched(published, tmp_path):
+    layers = "|".join(map(str, range(28)))
+    usual = rf".*\.layers\.({layers})\.(self_attn|mlp)\.(q_proj|k_proj)$"
+    make_peft(tmp_path / "peft", published, all_modules(published, "q_proj", "k_proj"), target_modules=usual)
+    assert pretrained.describe_adapter(tmp_path / "peft").config.targets == ("q", "k")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(a|b)*", "(x+x+)+y", ".*.*.*.*q", "(?:a?){30}a{30}", "[", "a" * 3000),
+        *(r"(?x)(?:[a-z._0-9]+) *!", r"(?ix:(?:[a-z._0-9]+) +)!"),  # a space is nothing here, so a group is repeated
+        "".join(f"({letter}|.)" for letter in "modelXlayersX0Xself_attnXq_proj") + "!",
+    ],
+)
 def test_patterns_that_could_take_hours(published, tmp_path, pattern):
     make_peft(tmp_path / "peft", published, all_modules(published, "q_proj"), target_modules=pattern)
     with pytest.raises(ValueError, match="target_modules: .*(too complicated|not a regular expression)"):

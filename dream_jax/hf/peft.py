@@ -497,11 +497,16 @@ def _patterns(path: pathlib.Path, key: str, value: object, kind: type) -> Mappin
     """Returns `rank_pattern` or `alpha_pattern`: regular expression -> positive number."""
     if value is None:
         return {}
-    if not isinstance(value, dict) or len(value) > 10_000:
-        raise ValueError(f"{path} has {key}={value!r:.80}; it must be an object with at most 10000 keys")
-    found = {}
+    if not isinstance(value, dict) or len(value) > 1000:
+        raise ValueError(f"{path} has {key}={value!r:.80}; it must be an object with at most 1000 keys")
+    found, ways = {}, 0
     for pattern in value:
         _check_pattern(path, key, pattern)
+        ways += _ways(_PART.findall(pattern))
+        if ways > _MOST_WAYS:
+            raise ValueError(
+                f"{path} has {key} with regular expressions that are too complicated together; list the names"
+            )
         found[pattern] = _field(path, value, pattern, kind, None)
         if not 0 < found[pattern] < math.inf:
             raise ValueError(f"{path} has {key} {pattern!r:.80}: {found[pattern]}; it must be positive")
@@ -536,21 +541,45 @@ def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-# Parts of a regular expression: an escape, a set of characters, a quantifier, or another character.
-_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[*+?]|\{[0-9,]+\}|.", re.DOTALL)
+# Parts of a regular expression: an escape, a set of characters, the beginning of a group, a quantifier, or another
+# character.
+_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P<\w*>|<?[=!:])|[*+?]|\{[0-9,]+\}|.", re.DOTALL)
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")  # with this flag, spaces may stand before a quantifier
+_LONGEST_NAME = 40  # characters of the name of a module, about
+_MOST_WAYS = 500_000  # ways in which an expression may match a name; that many take hundredths of a second
+
+
+def _ways(parts: Sequence[str]) -> int:
+    """Returns at least the number of ways in which a regular expression of these parts can match a name.
+
+    Each repetition has as many ways as the name has characters, each "?" has two, and each group has its alternatives.
+    """
+    ways, alternatives = 1, [1]
+    for part in parts:
+        if part.startswith("("):
+            alternatives.append(1)
+        elif part == "|":
+            alternatives[-1] += 1
+        elif part == ")" and len(alternatives) > 1:
+            ways *= alternatives.pop()
+        elif part == "?":
+            ways *= 2
+        elif part in ("*", "+") or (part[0] == "{" and len(part) > 1):
+            ways *= _LONGEST_NAME
+    return ways * math.prod(alternatives)
 
 
 @functools.lru_cache(maxsize=16384)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """Returns a regular expression that matches a short name quickly.
 
-    Raises ValueError for a pattern that is not valid, that repeats a group, or that has more than three repetitions,
-    because such a pattern from a file could take hours.
+    Raises ValueError for a pattern that is not valid, that repeats a group, or that can match in many ways, because such a
+    pattern from a file could take hours.
     """
     parts = _PART.findall(pattern)
     repeats = [index for index, part in enumerate(parts) if part in ("*", "+") or (part[0] == "{" and len(part) > 1)]
     groups = any(index and parts[index - 1] in (")", "?") for index in repeats)
-    if len(pattern) > 2000 or len(repeats) > 3 or groups or parts.count("?") > 6:
+    if len(pattern) > 2000 or groups or _VERBOSE.search(pattern) or _ways(parts) > _MOST_WAYS:
         raise ValueError(
             f"the regular expression {pattern!r:.80} is too complicated to be matched here; list the names of the modules "
             "instead"
