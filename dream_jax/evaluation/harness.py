@@ -189,7 +189,8 @@ class DreamHarness(TemplateLM):
         The ids are those that training makes of these messages, with the instruction of the training, if it had one.
         Without `add_generation_prompt` the model continues the last message, which must be the assistant's.
 
-        Raises: ValueError if the messages are not a chat, or if it is not the model's turn.
+        Raises: ValueError if the messages are not a chat, or if it is not the model's turn; or if another chat has the same
+          text, which a message with names of special tokens can imitate.
         """
         where = "chat_history"
         turns = parse_messages(chat_history, where)
@@ -206,7 +207,11 @@ class DreamHarness(TemplateLM):
             raise ValueError(f"{where}: the assistant's message is the only one; put at least one message before it")
         ids = [*self._tokenizer.chat(with_instruction(turns, self._instruction)), *started]
         text = self._tokenizer.decode(ids)
-        self._chats[text] = ids
+        if self._chats.setdefault(text, ids) != ids:
+            raise ValueError(
+                f"{where}: another chat has the same text, {text!r:.200}, but other tokens, because a message contains names "
+                "of special tokens; the harness knows chats by their texts only: remove one of the two"
+            )
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
