@@ -209,8 +209,8 @@ class DreamHarness(TemplateLM):
         text = self._tokenizer.decode(ids)
         if self._chats.setdefault(text, ids) != ids:
             raise ValueError(
-                f"{where}: another chat has the same text, {text!r:.200}, but other tokens, because a message contains names "
-                "of special tokens; the harness knows chats by their texts only: remove one of the two"
+                f"{where}: another chat has the same text, {text!r:.200}, but other tokens, because a message contains "
+                "names of special tokens; the harness knows chats by their texts only: remove one of the two"
             )
         return text
 
