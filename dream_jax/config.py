@@ -237,7 +237,8 @@ def with_rope_theta(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the dictionary of a `config.json` with `rope_theta` at its top level, and without `rope_parameters`.
 
     transformers 4 writes the base of the rotary embedding as `rope_theta`, and transformers 5 as
-    `{"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}`.
+    `{"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}`. If `fields` has neither, the result has no
+    `rope_theta`.
 
     Raises:
       ValueError: `rope_parameters` is not an object, has another type than "default" or an unknown key, or gives another

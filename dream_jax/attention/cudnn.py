@@ -24,7 +24,11 @@ _OLDEST_CAPABILITY = (8, 0)
 
 
 def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Target) -> str | None:
-    """Returns why cuDNN does not support a call, with a remedy; None if it does. Uses only shapes and dtypes."""
+    """Returns why cuDNN does not support a call, with a remedy; None if it does.
+
+    The answer depends on `target`, on the dtype and the head width of the queries, on the installed cuDNN, and on the GPU
+    of this machine if there is one. It does not depend on values of the arrays or on the mask.
+    """
     if target.platform != "gpu":
         return (
             f'it is for NVIDIA GPUs, and this computation is for "{target.platform}"; use the backend "xla" or "auto", '
@@ -47,7 +51,7 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 
 def _library_refusal(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-    """Returns why the installed cuDNN does not support this head width, with a remedy; None if it does."""
+    """Returns why cuDNN does not support this head width and dtype, or that it is not installed; None if it does."""
     # What cuDNN supports depends on its version and on the GPU. jax checks it when it traces a call: here a small one.
     x_BTNH = jax.ShapeDtypeStruct((1, 8, 1, head_dim), dtype)
     try:
@@ -117,7 +121,10 @@ def native_mask(mask: masks.Mask, num_queries: int, num_keys: int) -> NativeMask
 def _without_mask(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *lengths: jax.Array, causal: bool, lookback: int | None
 ) -> jax.Array:
-    """Computes attention on one device from its shards of the arrays, without a bias."""
+    """Computes attention on one device from its shards of the arrays, with a mask that the kernel itself implements.
+
+    lengths: nothing, or one int32 [B], the number of valid keys of each row. causal, lookback: as in `NativeMask`.
+    """
     options: dict[str, Any] = {}
     if lengths:
         # Only the keys get lengths: queries that are padding attend to the valid keys, as the mask says.
@@ -130,7 +137,10 @@ def _without_mask(
 
 
 def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """Computes attention on one device from its shards of the arrays, with the mask as a bias."""
+    """Computes attention on one device from its shards of the arrays, with the mask as a bias.
+
+    allowed_BTS: bool [B, T, S], true where a query may attend to a key.
+    """
     # cuDNN's gradients with a mask need even lengths. So odd lengths get one more query, whose output is removed again,
     # or one more key, which is hidden.
     num_queries, odd_T, odd_S = q_BTNH.shape[1], q_BTNH.shape[1] % 2, k_BSKH.shape[1] % 2

@@ -46,7 +46,11 @@ class Batches:
         return self
 
     def __next__(self) -> Batch[np.ndarray]:
-        """Returns the next batch. Raises ValueError after `close`, or if a row has another length than was measured."""
+        """Returns the next batch.
+
+        Raises: ValueError after `close`; or if a row of a source of uniform length does not fit, or has a prompt of
+        another length than the measured row of that source.
+        """
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ class Batches:
         self._iterator.set_state(state["grain"])
 
     def outlook(self, steps: int) -> Outlook:
-        """Returns statistics of the first `steps` batches; see `Outlook` for how many of them are counted."""
+        """Returns statistics of a run of `steps` batches; `BatchPlanner.outlook` says how many batches are counted."""
         return self._planner.outlook(steps)
 
     def close(self) -> None:
@@ -108,8 +112,8 @@ def make_batches(
     holds the longest row of the global batch as laid out, at most max_length. valid_BT is None unless options.hides.
 
     Every epoch is another permutation of the rows that the length policy keeps; a batch may contain rows of two epochs.
-    In a `Mixture` every source has its own epochs, and the weights decide which source is next. This function measures
-    all rows before they are divided among the processes; `Batches.report` has the result.
+    In a `Mixture` every source has its own epochs, and the weights decide which source is next. In every process, this
+    function measures all rows, but only the first row of a source of uniform length; `Batches.report` has the result.
     seed: decides the permutations and the random choices in the layout, 0 <= seed < 2**32.
     num_threads, prefetch: number of threads, which prepare up to `prefetch` batches ahead. With 0 threads the calling
     thread prepares each batch. The batches and the states do not depend on these two.

@@ -1,7 +1,8 @@
 r"""The judge of GSM8K: compares the number with which an answer concludes with the number of the reference answer.
 
-`conclusions` finds the number. If the reference is only one of several numbers that the author may have meant, the
-verdict is "undecided": it counts as not correct, and the report says how many verdicts are undecided.
+`conclusions` finds the number. The verdict is "undecided" if the reference is only one of several numbers that the
+author may have meant, or if the answer ends in a computation without its result. An undecided verdict counts as not
+correct, and the report says how many verdicts are undecided.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _STRICT_FRACTION = re.compile(rf"(-?[0-9]{{1,{MAX_DIGITS}}}) ?/ ?([0-9]{{1,{MAX_
 def to_number(text: str) -> Fraction | None:
     """Returns the value of a text that is one number, or None for any other text.
 
-    The number may be a fraction, and may have a currency sign, thousands separators, a per cent sign and a full stop.
+    The number is a fraction of two integers ("-3/4"), or a decimal number, which may have a currency sign and commas
+    between thousands ("$1,200.50"). A per cent sign and a full stop at the end are ignored: "50%" is 50. The result is
+    also None for numbers with too many digits (`MAX_DIGITS`) and for a division by zero.
     """
     text = plain(text[: 4 * MAX_DIGITS]).strip().rstrip(".").rstrip("%").strip()
     if fraction := _STRICT_FRACTION.fullmatch(text):
@@ -47,7 +50,10 @@ def expected_number(answer: str, where: str) -> Fraction:
 
 
 def final_number(answer: str) -> tuple[Fraction, str] | None:
-    """Returns the number with which an answer concludes and a text that says where; None if that is not sure."""
+    """Returns the number with which an answer concludes, and a text that says where the number was found.
+
+    The result is None if the answer has no number, or if it is not sure which number is the conclusion.
+    """
     found = conclude(answer)
     return None if found is None or found.value is None else (found.value, found.how)
 

@@ -21,7 +21,10 @@ _STEP = re.compile(rf"({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER})")
 
 
 def judge_sudoku(puzzle: str, answer: str) -> Verdict:
-    """Judges whether `answer`, four lines of four digits, solves `puzzle`, which has the format of `data.sudoku`."""
+    """Judges whether `answer`, four lines of four digits, solves `puzzle`, which has the format of `data.sudoku`.
+
+    The puzzle must be one that `check_puzzle` accepts.
+    """
     grid = answer.strip()
     if not _GRID.fullmatch(grid):
         return Verdict(correct=False, found=None, reason="not four lines of four digits 1..4")
@@ -66,6 +69,8 @@ def judge_countdown(problem: str, answer: str) -> Verdict:
 
     Each step must be a true equation. It takes two of the numbers that are left and puts back its result. After the
     last step only the target may be left. Numbers are nonnegative integers and are written without space, as published.
+
+    Raises: ValueError if `parse_countdown` does not accept `problem`. The function raises for no other reason.
     """
     numbers, target = parse_countdown(problem)
     text = answer.strip()

@@ -24,7 +24,10 @@ def step_time(
     traffic: float,
     collectives: Iterable[Collective],
 ) -> StepTime:
-    """Returns the slowest and the fastest time of one step, at the low and at the high utilization.
+    """Returns the slowest and the fastest time of one step, and the quantities that they are computed from.
+
+    The slowest time has the low utilization and the lowest rate of the network that is certain; computation and network
+    do not overlap. The fastest time has the high utilization and the full rate of the network; everything overlaps.
 
     Args:
       hardware: the hardware that the step runs on.

@@ -1,4 +1,8 @@
-"""Makes a plan from the settings of a run: the trainer gives the step, the compiler or arithmetic its sizes."""
+"""Makes a plan from the settings of a run: it predicts the memory and the time of a train step, and the run's price.
+
+`trainer.build` makes the train step, with shapes instead of arrays. The compiler gives the memory and the collectives of
+the step; if nothing is compiled, they are estimated by arithmetic. The time is always computed by arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,8 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
 
     Raises:
       ValueError: hardware, mesh, model and batch do not match, or data or a tokenizer that is needed cannot be read.
-      ModuleNotFoundError: the compiler for this hardware is not installed; the message says what to install.
+      ModuleNotFoundError: the step is compiled for a named TPU topology, and libtpu is not installed; the message says
+        what to install. If the compiler for a GPU is not installed, the plan is an estimate, and its `advice` says so.
     """
     if settings.devices.coordinator is not None:
         raise ValueError("--coordinator connects processes of a run, but a plan is made by one process: leave it out")
@@ -92,7 +97,11 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
 
 
 def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
-    """Returns changes with which the step would fit into 90 % of the memory by arithmetic, as text; more chips last."""
+    """Returns changes with which the step would fit into the memory of a device, as lines of text.
+
+    A change is returned if the step then needs at most 90 % of the memory by arithmetic. First come at most four changes
+    of the settings, then other hardware (see `_more_chips`). If nothing fits, one line says so.
+    """
     found: list[str] = []
     changed: dict[str, Any] = {}
     changes: list[dict[str, Any]] = [{"remat": "full"}]
@@ -123,7 +132,10 @@ def _accumulations(settings: TrainSettings) -> list[int]:
 
 
 def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, change: dict[str, Any]) -> str | None:
-    """Returns the change as flags with the memory that it needs; None if it does not fit or changes nothing."""
+    """Returns the change as flags, with the memory that the step then needs on a device.
+
+    The result is None if the step does not fit, or if the change changes nothing or is not possible with these settings.
+    """
     values = settings.values()
     if all(values[name] == value for name, value in change.items()):
         return None
@@ -143,9 +155,11 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, chang
 
 
 def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> list[str]:
-    """Returns hardware on which the unchanged settings would fit, as text.
+    """Returns hardware on which the step would fit, as at most two lines of text.
 
-    It is the smallest number of devices, by doubling fsdp, and the other chips of which the same number is enough.
+    The first line is for more devices of the same kind: fsdp is 2, 4, 8 or 16 times as large, and the smallest number
+    that fits is returned. The second line is for as many devices of another kind: it lists all chips of the same platform
+    that have enough memory. A line is left out if nothing fits.
     """
     found = []
     fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.devices.mesh)
@@ -218,7 +232,11 @@ def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, har
 
 
 def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh) -> PlannedRows:
-    """Returns the rows of the run; reads the data only if its longest row sets the length, or if `read_data` is set."""
+    """Returns the length of the rows of the run, and which share of their positions will be masked.
+
+    The data is read if --max-length is not given (the longest row then decides the length), or if `wanted.read_data` is
+    true. Otherwise the share is an upper bound.
+    """
     if settings.rows.max_length is not None and not wanted.read_data:
         # On average half of the maskable positions are masked. Prompts are never masked, so this is an upper bound.
         return PlannedRows(max_length=settings.rows.max_length, masked_share=0.5)

@@ -58,8 +58,8 @@ def dream_config(
       ignore: keys of config.json that are known not to change what the weights compute.
 
     Raises:
-      ValueError: this is not a Qwen2 configuration; it has an unknown key, sliding windows or a scaled rotary embedding, or
-        no rope_theta; or a token id is outside the embedding table.
+      ValueError: this is not a Qwen2 configuration; it lacks a key, has an unknown key, or has a value that is not
+        implemented, such as sliding windows or a scaled rotary embedding; or a token id is outside the embedding table.
     """
     if fields.get("model_type") != "qwen2":
         raise ValueError(
@@ -113,7 +113,9 @@ def adapt_qwen2(
     ignore_config_keys: Iterable[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> DreamConfig:
-    """Writes a Dream directory (Hugging Face layout) from a Qwen2 one; the weights are copied, except for one row.
+    """Writes a Dream directory (Hugging Face layout) from a Qwen2 one.
+
+    The weights are copied. With `mask_row="mean"` the embedding of the mask token is then replaced.
 
     Args:
       source: directory with a Qwen2 config.json and safetensors, or a hub id.

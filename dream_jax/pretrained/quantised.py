@@ -78,7 +78,7 @@ def quantised_params(
       config: the configuration of the model in the directory.
       dtype: the dtype of the parameters that are not quantised.
       kind: the kind of the codes, "int8" or "nf4".
-      shapes: the shapes of all parameters, as `lora.with_base_shapes` returns them.
+      shapes: the shapes of all parameters of the quantised model, which `lora.with_base_shapes` returns.
       mesh: the devices of the parameters; None for one device.
 
     Returns:
