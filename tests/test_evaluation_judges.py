@@ -190,6 +190,8 @@ def test_countdown_problems_that_are_none(problem):
         (18, "####", False),
         (18, "I do not know.", False),
         (18, "1" * 60, False),
+        (18, "The answer is not 18.", False),
+        (18, "She has 18 eggs. The answer isn't 20.", True),
     ],
 )
 def test_numbers(expected, answer, correct):

@@ -68,7 +68,7 @@ def _last_sentence(text: str, how: str) -> Conclusion | None:
     spelt: list[tuple[Fraction, bool]] = []  # numbers in words; true for one after a word such as "makes"
     for sentence in reversed(_sentences(text)):
         sentence = _unmarked(sentence)
-        if sentence.rstrip(" *\"')").endswith("?") or _CHECK.match(sentence):
+        if sentence.rstrip(" *\"')").endswith("?") or _CHECK.match(sentence) or _denies(sentence):
             continue
         found = stated_in_prose(sentence[-_LONGEST_SENTENCE * 10 :], how)
         if found is not None:
@@ -104,6 +104,7 @@ _ANNOUNCEMENT = re.compile(
 )
 _CONDITION = re.compile(r"\b(?:if|whether|suppose|assuming|when|unless|why)\b[^.\n]{0,30}$", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:but|it is|it's|instead|rather)\b", re.IGNORECASE)
+_DENIAL = re.compile(r"\banswer\b[^.\n0-9=:?]{0,40}?\b(?:is|was|can) ?(?:not\b|n't\b)", re.IGNORECASE)
 _HEADING = re.compile(r"\s*(?:[0-9]{1,2}[.)]\s+\S|step\b)", re.IGNORECASE)
 _CORRECTION = re.compile(
     r"\b(?:wait|actually|correction|sorry|mistake|oops|hold on|let me re|i was wrong|that is wrong|that's wrong|no,)",
@@ -119,6 +120,12 @@ class _Announcement:
     start: int
     end: int
     stop: int
+
+
+def _denies(sentence: str) -> bool:
+    """Returns whether a sentence only says what the answer is not."""
+    denial = _DENIAL.search(sentence)
+    return denial is not None and not _INSTEAD.search(sentence, denial.end())
 
 
 def _announcements(text: str) -> list[_Announcement]:
