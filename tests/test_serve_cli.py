@@ -96,6 +96,7 @@ def test_clients_that_go_away_free_their_rows(served, client):
     assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
 
 
+@pytest.mark.slow  # test_serving_engine.py shows the same without a port
 def test_eight_clients_at_once(model, client):
     found = {}
 

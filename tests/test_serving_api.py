@@ -61,9 +61,9 @@ def test_chat(model, client):
     assert (body["object"], body["model"], body["dream"]["seed"]) == ("chat.completion", "nano", 5)
 
 
-@pytest.mark.parametrize("preset", ["exact", "fast"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("fast", marks=pytest.mark.slow)])
 def test_streams_join_to_the_whole_answer(client, preset):
-    fields = {"seed": 3, "temperature": 1.0, "n": 2, "max_tokens": 40, "dream": {"preset": preset}}
+    fields = {"seed": 3, "temperature": 1.0, "n": 2, "max_tokens": 20, "dream": {"preset": preset}}
     whole = chat(client, **fields).json()
     chunks = events(chat(client, stream=True, stream_options={"include_usage": True}, **fields))
     for index in range(2):
@@ -144,6 +144,7 @@ def test_logprobs(model, client):
     assert streamed == content
 
 
+@pytest.mark.slow
 def test_logprobs_of_completions(client):
     [choice] = complete(client, logprobs=2, max_tokens=8).json()["choices"]
     found = choice["logprobs"]
@@ -153,6 +154,7 @@ def test_logprobs_of_completions(client):
     assert all(len(top) <= 2 for top in found["top_logprobs"]) and found["text_offset"][0] == 0
 
 
+@pytest.mark.slow
 def test_completions_of_several_prompts_with_echo(model, client):
     body = complete(client, prompt=["ab", "c"], n=2, temperature=1.0, seed=1, echo=True).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]

