@@ -10,7 +10,10 @@ import tyro
 from rich.console import Console
 
 from dream_jax import inference
+from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, IntegerRange, check_numbers
+from dream_jax.paths import check_local
 from dream_jax.sampler import Preset
+from dream_jax.tokenizer import check_texts
 
 try:
     from dream_jax.serving import app, server
@@ -63,11 +66,18 @@ class ServeSettings(inference.ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port} is outside 0..65535")
-        for name in ("max_tokens", "max_choices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_local(self)
+        check_numbers(
+            self,
+            port=IntegerRange(0, 65535),
+            max_tokens=IntegerRange(1, MOST_TOKENS),
+            max_length=IntegerRange(2, MOST_TOKENS),
+            max_choices=IntegerRange(1, MOST_ROWS),
+            rows=IntegerRange(1, MOST_ROWS),
+            compile_lengths=IntegerRange(2, MOST_TOKENS),
+            time_limit=POSITIVE,
+            interval=POSITIVE,
+        )
         if self.api_key_file is not None and self.open_to_network:
             raise ValueError("give either --api-key-file or --open-to-network")
         if self.api_key_file is None and not self.open_to_network and not server.is_loopback(self.host):
@@ -92,6 +102,7 @@ class ServeSettings(inference.ModelSettings):
 
 def main() -> int:
     try:
+        check_texts(sys.argv[1:])
         return run(tyro.cli(ServeSettings, description=__doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,7 +113,7 @@ def main() -> int:
 
 def run(settings: ServeSettings) -> int:
     """Serves until a signal; returns the exit code: 0, or 1 after a failure of the engine."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for field in dataclasses.fields(settings):
         if (value := getattr(settings, field.name)) != field.default:
             console.print(f"{field.name}: {value!r}", markup=False)

@@ -17,6 +17,7 @@ from _console import run
 
 from dream_jax.bounds import check_numbers
 from dream_jax.hf import SHARD_SIZE
+from dream_jax.paths import check_local
 from dream_jax.pretrained import Conversion, convert_to_hf
 from dream_jax.reports.model_card import find_run, model_card
 
@@ -46,6 +47,7 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, max_shard_size=SHARD_SIZE)
+        check_local(self, "src", "dst")
 
 
 def main(settings: ExportSettings) -> None:

@@ -71,6 +71,7 @@ def main(settings: ArrangeSettings) -> None:
             )
         except ValueError as error:
             raise ValueError(f"{row.meta['where']}: {error}") from error
+    settings.dst.parent.mkdir(parents=True, exist_ok=True)
     write_file(settings.dst, "".join(f"{line}\n" for line in lines))
     print(f"wrote {count} rows in the schema of {settings.schema} to {settings.dst}")
 

@@ -12,6 +12,7 @@ import tyro
 from _console import run
 
 from dream_jax.bounds import check_numbers
+from dream_jax.paths import check_local
 from dream_jax.pretrained import convert_from_hf
 from dream_jax.sharding import parse_mesh_shape
 
@@ -37,6 +38,7 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_local(self, "src", "dst")
         if self.mesh is not None:
             parse_mesh_shape(self.mesh)
 

@@ -16,6 +16,7 @@ from _console import errors_end_the_command
 
 from dream_jax import hub
 from dream_jax.bounds import IntegerRange, check_numbers
+from dream_jax.paths import check_local
 from dream_jax.pretrained import MaskRow, adapt_qwen2
 
 
@@ -44,6 +45,7 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, mask_token_id=IntegerRange(0), pad_token_id=IntegerRange(0))
+        check_local(self, "src")
 
 
 def main(settings: AdaptSettings) -> None:

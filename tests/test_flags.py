@@ -59,19 +59,19 @@ class _Stopped(BaseException):
 
 
 @functools.cache
-def flags_of(script: str) -> frozenset[str]:
-    """Returns the flags that the parser of a script knows."""
-    found: set[str] = set()
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command line of a script."""
+    found: list[argparse.ArgumentParser] = []
 
     def cli(target: typing.Any, *_: typing.Any, **options: typing.Any) -> typing.NoReturn:
         options.pop("args", None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # There is no other way yet to ask tyro for a parser.
-            found.update(options_of(tyro.extras.get_parser(target, **options)))
+            found.append(tyro.extras.get_parser(target, **options))
         raise _Stopped
 
     def parse_args(self: argparse.ArgumentParser, *_: typing.Any, **__: typing.Any) -> typing.NoReturn:
-        found.update(options_of(self))
+        found.append(self)
         raise _Stopped
 
     with pytest.MonkeyPatch.context() as patched, contextlib.suppress(_Stopped):
@@ -82,11 +82,12 @@ def flags_of(script: str) -> frozenset[str]:
         patched.chdir(ROOT)
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert found, f"{script} has read no command line"
-    return frozenset(found)
+    return found[0]
 
 
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+def flags_of(script: str) -> frozenset[str]:
+    """Returns the flags that the parser of a script knows."""
+    return frozenset(option for action in parser_of(script)._actions for option in action.option_strings)
 
 
 def texts(path: pathlib.Path) -> typing.Iterator[tuple[int, str]]:
