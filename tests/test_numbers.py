@@ -41,7 +41,7 @@ from dream_jax.sampler import SamplerConfig, Stream, Threshold, generate
 from dream_jax.sharding import parse_mesh_shape
 from dream_jax.tokenizer import ByteTokenizer
 
-SCRIPTS = ("sample", "train", "study", "convert/hf_to_flax", "convert/flax_to_hf", "convert/qwen2_to_dream",
+SCRIPTS = ("sample", "serve", "train", "study", "convert/hf_to_flax", "convert/flax_to_hf", "convert/qwen2_to_dream",
            "convert/gsm8k_to_s1k")  # fmt: skip
 HARNESS = "dream_jax.evaluation.harness"  # importing it imports lm_eval; it has no dataclass
 
@@ -73,6 +73,8 @@ def classes() -> dict[str, type]:
 # Dataclasses with numbers that no user gives: they hold results, descriptions, tables and the state of programs.
 NO_SETTINGS = {
     "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement",
+    "AppSettings", "EngineCounts", "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote",
+    "Update", "_Choice", "_GapText",
     "AdditionTask", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Conversion",
     "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
     "LengthReport", "MemoryPlan", "Outlook", "Paired", "PlannedRows", "PreparedRun", "Problem", "Question",

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from dream_jax import sharding
+from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, IntegerRange, check_numbers
 from dream_jax.model import Dream
 from dream_jax.sampler import SamplerConfig
 from dream_jax.sampler.generate import UNDEFINED, lay_out
@@ -86,12 +87,17 @@ class EngineSettings:
     time_limit: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "most_batches", "most_waiting", "most_programs", "longest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("interval", "time_limit"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number of seconds")
+        several = IntegerRange(1)
+        check_numbers(
+            self,
+            rows=IntegerRange(1, MOST_ROWS),
+            most_batches=several,
+            most_waiting=several,
+            most_programs=several,
+            longest=IntegerRange(1, MOST_TOKENS),
+            interval=POSITIVE,
+            time_limit=POSITIVE,
+        )
 
 
 @dataclasses.dataclass
