@@ -137,9 +137,9 @@ def test_slow_or_broken_connections_harm_nobody(served, client):
     ("arguments", "message"),
     [
         (("--host", "0.0.0.0"), "pass --api-key-file FILE, or --open-to-network"),
-        (("--port", "70000"), "outside 0..65535"),
+        (("--port", "70000"), "port=70000 is too large: the largest value is 65535"),
         (("--rows", "0"), "rows=0 must be at least 1"),
-        (("--interval", "0"), "positive number of seconds"),
+        (("--interval", "0"), "interval=0.0 must be a positive number"),
         (("--model", "no/such/model"), "no/such/model"),
         (("--model", "nano", "--max-length", "99999"), "more than the 2048 tokens"),
         (("--model", "nano", "--api-key-file", "missing.txt"), "missing.txt"),
