@@ -302,7 +302,9 @@ class Study:
         different = differences(rows)
         if different:
             return [*written, write_table(self.folder / DIFFERENCES, different)]
-        (self.folder / DIFFERENCES).unlink(missing_ok=True)  # An earlier file would have differences of other runs.
+        earlier = self.folder / DIFFERENCES  # It would have differences of other runs.
+        check_replaceable(earlier, "a table of a study", lambda content: content.startswith(b"task,"))
+        earlier.unlink(missing_ok=True)
         return written
 
 

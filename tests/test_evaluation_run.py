@@ -18,7 +18,8 @@ from rich.console import Console
 
 import dream_jax
 from dream_jax import lora, pretrained
-from dream_jax.evaluation import EvaluateSettings, evaluate
+from dream_jax.evaluation import EvaluateSettings, evaluate, ledger
+from dream_jax.evaluation.ledger import Ledger, WorkUnit
 from dream_jax.evaluation.likelihood import model_nll
 from dream_jax.evaluation.progress import watch
 from dream_jax.model import merge_params, split_params
@@ -255,6 +256,18 @@ def test_more_answers_than_can_be_planned(tmp_path):
     with pytest.raises(ValueError, match="seeds=65536 for each of 65 prompts makes 4,259,840 answers"):
         evaluate(EvaluateSettings(model="nano", seeds=65536, limit=65, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_overwrite_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    recipe, plan = {"task": "sudoku", "model": "nano"}, [WorkUnit(seed=0, problems=(0,), names=((0, 1),))]
+    Ledger(tmp_path, recipe, plan).append([{"seed": 0, "number": 1}], {"rows": 1})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ledger, "write_json", interrupted)
+        Ledger(tmp_path, recipe | {"task": "chat"}, plan, overwrite=True)
+    assert (tmp_path / "settings.json").is_file() and not Ledger(tmp_path, recipe, plan).rows
 
 
 def test_a_figure(tmp_path):

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dream_jax.files import write_json
 from dream_jax.inference import RowName
 from dream_jax.row_file import JsonRow, RowFile, agree_on_settings
 
@@ -58,8 +59,10 @@ class Ledger:
         self._plan = plan
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for name in (SETTINGS, ITEMS, SECONDS):
+            for name in (ITEMS, SECONDS):
                 (folder / name).unlink(missing_ok=True)
+            # Replaced and never missing: the other files of a folder without settings count as those of somebody else.
+            write_json(folder / SETTINGS, recipe)
         agree_on_settings(folder / SETTINGS, folder / ITEMS, recipe, _REMEDY)
         self._items, self._seconds = RowFile(folder / ITEMS, name=_name), RowFile(folder / SECONDS)
         self._check_rows()

@@ -43,8 +43,8 @@ FORMATS = "answer_formats"
 """The key of `data.json` with the version of the answer formats, 2. Runs of version 0.1 of this project do not have it."""
 
 # The files and folders that a run creates; --overwrite removes these and nothing else, if they hold nothing else (see
-# `_check_removable`). settings.json is removed last, so that a folder whose removal was interrupted is still recognised as
-# the folder of a run.
+# `_check_removable`). settings.json is replaced after that, so that a folder whose removal was interrupted is still
+# recognised as the folder of a run.
 _MADE = (
     "metrics.csv",
     "eval.csv",
@@ -226,6 +226,8 @@ def claimed_folder(settings: TrainSettings) -> Iterator[None]:
             remove_unfinished(settings.run.out / "checkpoints")
             if not resumes:
                 for name in _MADE:
+                    if name == "settings.json":
+                        continue  # replaced below, and never missing
                     path = settings.run.out / name
                     if path.is_dir():
                         shutil.rmtree(path)
