@@ -122,9 +122,17 @@ def run(settings: ServeSettings) -> int:
             console.print(f"{field.name}: {value!r}", markup=False)
     keys = () if settings.api_key_file is None else read_keys(settings.api_key_file)
     prepared = inference.prepare(settings)
+    if prepared.note is not None:
+        console.print(prepared.note, markup=False)
     longest = model_length(settings, prepared.model.config.max_position_embeddings)
     limits = Limits(longest=longest, default_tokens=settings.max_tokens, most_choices=settings.max_choices)
-    maker = TaskMaker(tokenizer=prepared.tokenizer, template=prepared.template, preset=settings.preset, limits=limits)
+    maker = TaskMaker(
+        tokenizer=prepared.tokenizer,
+        template=prepared.template,
+        preset=settings.preset,
+        limits=limits,
+        instruction=prepared.instruction,
+    )
     with server.bind(settings.host, settings.port) as bound:
         address = f"http://{settings.host}:{bound.getsockname()[1]}"
         model = prepared.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -64,7 +65,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 class OtherWork:
-    """Measures the share of the cores of the machine that other processes have used since its creation."""
+    """Measures the share of the cores that processes other than this one and its children have used since creation."""
 
     def __init__(self) -> None:
         self._machine, self._own, self._wall = self._read()
@@ -74,7 +75,13 @@ class OtherWork:
         times = psutil.cpu_times()
         # Time stolen by other virtual machines counts, because it disturbs a measurement as much. `user` includes `guest`.
         busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
-        return busy, time.process_time(), time.perf_counter()
+        ended = os.times()
+        own = time.process_time() + ended.children_user + ended.children_system
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running = child.cpu_times()
+                own += running.user + running.system
+        return busy, own, time.perf_counter()
 
     def share(self) -> float:
         """Returns a number from 0 (no other process computed) to 1 (other processes used every core)."""

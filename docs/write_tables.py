@@ -210,6 +210,25 @@ def sampler_quality() -> str:
     return table(header, rows)
 
 
+def server_throughput() -> str:
+    """Times of the server for all answers, against `Stream` on the same prompts."""
+    rows = []
+    for row in read("server")["throughput"]:
+        times = (f"{row[f'{name}_seconds']['median_s']:.2f}" for name in ("stream", "http"))
+        rows.append((row["preset"], row["answers"], *times, f"{row['http_over_stream']:.3f}"))
+    return table(("preset", "answers", "`Stream`, s", "HTTP, s", "rate of HTTP / rate of `Stream`"), rows)
+
+
+def server_load() -> str:
+    """Waiting times of the clients of the server."""
+    rows = []
+    for row in read("server")["load"]:
+        times = (row[name][share] for name in ("first_text_s", "end_s") for share in ("p50", "p95"))
+        cells = (None if seconds is None else f"{seconds:.3f}" for seconds in times)
+        rows.append((row["preset"], row["clients"], f"{row['answers_per_s']:.1f}", *cells))
+    return table(("preset", "clients", "answers/s", "first text p50, s", "p95", "end p50, s", "p95"), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "status": status,
     "status-zh": status_zh,
@@ -219,6 +238,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h200-attention": h200_attention,
     "pytorch-cpu": pytorch_cpu,
     "sampler-quality": sampler_quality,
+    "server-throughput": server_throughput,
+    "server-load": server_load,
 }
 
 

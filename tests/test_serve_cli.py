@@ -1,5 +1,6 @@
 """`serve.py` and the server on a port: the package openai, clients that go away, signals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import urllib.request
 
 import openai
 import pytest
-from commands import run_script, start_script
+from commands import ROOT, run_script, start_script
 from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
 import dream_jax
+from dream_jax import inference
 from dream_jax.serving import server
 from dream_jax.serving.app import AppSettings, make_app
 from dream_jax.serving.engine import EngineSettings
@@ -162,11 +164,61 @@ def test_bad_key_files(tmp_path, text, message):
     assert done.returncode == 1 and message in done.stderr
 
 
+def test_the_instruction_and_the_note_of_a_model(monkeypatch):
+    """The server asks with the instruction of the training, and prints the note about the adapter before it starts."""
+    prepare, made = inference.prepare, []
+
+    def prepared(settings):
+        return dataclasses.replace(prepare(settings), template="chat", instruction="Think.", note="a hint")
+
+    def compile_programs(engine, maker, lengths):
+        made.append(maker)
+        raise ValueError("asked")
+
+    monkeypatch.setattr(inference, "prepare", prepared)
+    monkeypatch.setattr(server, "compile_programs", compile_programs)
+    done = run_script("serve.py", "--model", "nano", "--port", 0)
+    assert done.stderr == "error: asked\n" and "a hint" in done.stdout
+    assert (made[0].template, made[0].instruction) == ("chat", "Think.")
+
+
 def test_port_in_use():
     with server.bind("127.0.0.1", 0) as bound:
         bound.listen()
         done = run_script("serve.py", "--model", "nano", "--port", bound.getsockname()[1])
     assert done.returncode == 1 and "pass another --host or --port" in done.stderr
+
+
+def test_clients_of_the_benchmark(model, served, monkeypatch):
+    """Clients in a process of their own, with answers in one piece and streamed; a refusal is an error."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import http_clients
+
+    port = int(served[0].rpartition(":")[2])
+    body = {"model": "nano", "max_tokens": 5, "seed": 1}
+    bodies = [body | {"prompt": text, "stream": stream} for text in ("ab", "cd") for stream in (False, True)]
+    seconds, receptions = http_clients.ask(port, bodies, 2)
+    wanted = [expected_text(model, text, 5, seed=1) for text in (b"ab", b"ab", b"cd", b"cd")]
+    assert [one.text for one in receptions] == wanted and seconds >= max(one.last for one in receptions)
+    for body, one in zip(bodies, receptions, strict=True):
+        assert (one.first is not None) == (body["stream"] and one.text != "")
+        assert one.first is None or 0 < one.first <= one.last
+    with pytest.raises(RuntimeError, match="status 400.*max_tokens"):
+        http_clients.ask(port, [body | {"max_tokens": 0}], 1)
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path):
+    given = ("--num-prompts", 4, "--max-new-tokens", 8, "--rows", 2, "--clients", 1, 3, "--repeats", 1)
+    out = tmp_path / "server.json"
+    done = run_script("bench/server.py", "--model", "nano", *given, "--presets", "exact", "--allow-busy", "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    [row] = found["throughput"]
+    assert (row["answers"], row["clients"], len(row["all_ratios"])) == (4, 4, 1) and row["http_over_stream"] > 0
+    assert [(row["clients"], row["answers"]) for row in found["load"]] == [(1, 4), (3, 6)]
+    assert found["settings"]["model"] == "nano" and found["hardware"]["cores"] > 0
+    assert run_script("bench/server.py", "--rows", 0).stderr == "error: rows=0 must be at least 1\n"
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
 """The web application in this process: OpenAI's forms, streams, keys, limits, errors."""
 
+import dataclasses
 import json
 import threading
 
 import numpy as np
 import pytest
-from serving_client import MASK, TOKENIZER, client_of, events, expected, expected_text, nano, running, until
+from serving_client import MASK, TOKENIZER, client_of, events, expected, expected_text, maker, nano, running, until
 
 from dream_jax.inference import canvas_end
 from dream_jax.player import pages
 from dream_jax.serving import app as app_module
 from dream_jax.serving.engine import EngineSettings
+from dream_jax.tokenizer import ByteTokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 CHAT_IDS = TOKENIZER.chat(CHAT)
@@ -110,6 +112,33 @@ def test_forced_tokens(model, client):
     body = complete(client, dream={"forced_tokens": forced}).json()
     wanted = expected_text(model, list(b"ab"), 12, forced_tokens=((2, ord("x")), (3, ord("y"))))
     assert body["choices"][0]["text"] == wanted
+
+
+class ToolBytes(ByteTokenizer):
+    """A byte tokenizer whose chats begin with the tools, as JSON."""
+
+    def chat(self, messages, add_generation_prompt=True, tools=()):
+        return [*self.encode(json.dumps(list(tools))), *super().chat(messages, add_generation_prompt)]
+
+
+def test_calls_of_tools(engine):
+    """An answer with a call has it in OpenAI's form, if the request has tools; a stream has its text."""
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    end = [{"position": len(text), "token": TOKENIZER.eos_id}]
+    fields = {"max_tokens": len(text) + 2, "dream": {"forced_tokens": [{"position": 0, "text": text}, *end]}}
+    tools = [{"name": "f"}]
+    with client_of(engine, dataclasses.replace(maker(), tokenizer=ToolBytes())) as client:
+        [choice] = chat(client, tools=tools, logprobs=True, **fields).json()["choices"]
+        [call] = choice["message"].pop("tool_calls")
+        assert choice["message"] == {"role": "assistant", "content": None, "refusal": None}
+        assert choice["finish_reason"] == "tool_calls" and len(choice["logprobs"]["content"]) == len(text)
+        assert (call["type"], call["function"]) == ("function", {"name": "f", "arguments": '{"a": 1}'})
+        [plain] = chat(client, logprobs=True, **fields).json()["choices"]
+        assert (plain["message"]["content"], plain["finish_reason"]) == (text, "stop")
+        chunks = events(chat(client, tools=tools, logprobs=True, stream=True, **fields))
+        told = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+        assert "".join(one["delta"].get("content", "") for one in told) == text
+        assert told[-1]["finish_reason"] == "stop"
 
 
 def test_stop_strings(client):

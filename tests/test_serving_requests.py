@@ -1,13 +1,19 @@
 """Requests that are wrong are refused with the field and the remedy; requests that are right become tasks."""
 
+import dataclasses
 import json
+import runpy
 
 import pytest
+from commands import ROOT
 from serving_client import MASK, TOKENIZER, maker
+from tiny_tokenizer import TEMPLATE, write_tokenizer
 
 from dream_jax.sampler import Threshold, WindowCache
 from dream_jax.serving.requests import ChatRequest, CompletionRequest, InfillRequest, RequestError, parse
+from dream_jax.serving.responses import read_calls
 from dream_jax.serving.tasks import Gap
+from dream_jax.tokenizer import load_tokenizer
 
 CHAT = {"model": "nano", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "nano", "prompt": "ab"}
@@ -17,6 +23,9 @@ GAPS = {"model": "nano", "parts": ["a", {"length": 2}, "b"]}
 def tasks(kind, base, **fields):
     return maker().tasks(parse(kind, json.dumps(base | fields).encode()))
 
+
+USER = {"role": "user", "content": "x"}
+BROKEN_CALL = {"function": {"name": "f", "arguments": "{"}}
 
 WRONG = [
     (ChatRequest, CHAT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
@@ -48,20 +57,32 @@ WRONG = [
     (ChatRequest, CHAT, {"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
     (ChatRequest, CHAT, {"logit_bias": {"5": 1}}, "logit_bias", "at most 0"),
     (ChatRequest, CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
-    (ChatRequest, CHAT, {"tools": [{"type": "function"}]}, "tools", "at most 0"),
-    (ChatRequest, CHAT, {"functions": []}, "functions", "function calls are not supported; leave it out"),
+    (ChatRequest, CHAT, {"tools": [{"type": "function"}]}, "tools", "the byte tokenizer does not support tools"),
+    (ChatRequest, CHAT, {"tools": ["f"]}, "tools.0", "got 'f'"),
+    (ChatRequest, CHAT, {"tools": [{"a": float("inf")}]}, "tools", "JSON cannot represent"),
+    (ChatRequest, CHAT, {"tools": [{"f": 1}], "tool_choice": "none"}, "tool_choice", "leave out the tools"),
+    (ChatRequest, CHAT, {"tools": [{"f": 1}], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+    (ChatRequest, CHAT, {"tools": [{"f": 1}], "parallel_tool_calls": False}, "parallel_tool_calls", "leave it out"),
+    (ChatRequest, CHAT, {"functions": []}, "functions", 'an earlier form of "tools"; send it under this name'),
     (ChatRequest, CHAT, {"max_token": 5}, "max_token", "did you mean 'max_tokens'"),
     (ChatRequest, CHAT, {"steps": 5}, "steps", 'put it under "dream"'),
     (ChatRequest, CHAT, {"messages": []}, "messages", "at least 1 item"),
     (ChatRequest, CHAT, {"messages": "hi"}, "messages", "valid array"),
-    (ChatRequest, CHAT, {"messages": [{"role": "critic", "content": "x"}]}, "messages.0.role", "'critic'"),
-    (ChatRequest, CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
-    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content", "None"),
-    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),  # noqa: E501
+    (ChatRequest, CHAT, {"messages": [{"role": "critic", "content": "x"}]}, "messages.0", "'critic' must be one of"),
+    (ChatRequest, CHAT, {"messages": [{"role": "c" * 5000, "content": "x"}]}, "messages.0", " ... "),
+    (ChatRequest, CHAT, {"messages": [5]}, "messages.0", "got 5"),
+    (ChatRequest, CHAT, {"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages", "nothing to answer"),
+    (ChatRequest, CHAT, {"messages": [USER | {"name": "Ada"}]}, "messages", "nothing reads: messages.name;"),
+    (ChatRequest, CHAT, {"messages": [USER | {"images": ["y"]}]}, "messages.0", "'images' belongs to the prompt"),
+    (ChatRequest, CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "does not support tools"),
+    (ChatRequest, CHAT, {"messages": [{"role": "assistant", "tool_calls": [BROKEN_CALL]}]}, "messages.0", "not JSON"),
+    (ChatRequest, CHAT, {"messages": [{"role": "user"}]}, "messages.0", "'content'"),
+    (ChatRequest, CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0", "'content'"),
+    (ChatRequest, CHAT, {"messages": [USER | {"content": [{"type": "image_url"}]}]}, "messages.0", "parts of the type"),
     (ChatRequest, CHAT, {"messages": [{"role": "user", "content": "x" * 200}]}, "max_tokens", "more than the 128"),
     (ChatRequest, CHAT, {"dream": 5}, "dream", "got 5"),
     (ChatRequest, CHAT, {"dream": {"preset": "best"}}, "dream.preset", "'exact', 'balanced' or 'fast'"),
-    (ChatRequest, CHAT, {"dream": {"speed": 1}}, "dream.speed", "unknown field"),
+    (ChatRequest, CHAT, {"dream": {"speed": 1}}, "dream.speed", "unknown field; did you mean"),
     (ChatRequest, CHAT, {"dream": {"steps": 500}}, "dream.steps", "more than the 12 tokens"),
     (ChatRequest, CHAT, {"dream": {"preset": "fast", "steps": 3}}, "dream", "no effect"),
     (ChatRequest, CHAT, {"dream": {"block_length": 0}}, "dream.block_length", "greater than or equal to 1"),
@@ -156,6 +177,90 @@ def test_chat_is_what_sample_py_makes_of_messages():
     assert list(task.prompt) == TOKENIZER.chat(told)
     assert MASK not in task.prompt and task.prompt.count(TOKENIZER.im_end_id) == 2
     assert task.gaps == (Gap(start=len(task.prompt), length=4),)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2]}'}}
+CHATS = [
+    [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "a"}],
+    [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL, CALL | {"id": "c2"}]},
+        {"role": "tool", "tool_call_id": "c2", "content": "3"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "three"}]},
+        {"role": "user", "content": "sure?"},
+    ],
+]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory):
+    """A tokenizer whose template shows tools and calls."""
+    template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    )
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=template))
+
+
+@pytest.mark.parametrize("tools", [None, [], TOOLS], ids=["without", "empty", "with tools"])
+@pytest.mark.parametrize("messages", CHATS, ids=["parts", "system", "calls"])
+def test_a_chat_is_asked_as_sample_py_asks_it(with_tools, messages, tools):
+    request = parse(ChatRequest, json.dumps(CHAT | {"messages": messages, "tools": tools, "max_tokens": 1}).encode())
+    [task] = dataclasses.replace(maker(longest=2000), tokenizer=with_tools).tasks(request)
+    sample = runpy.run_path(str(ROOT / "sample.py"))
+    asked = {"messages": messages} | ({} if tools is None else {"tools": tools})
+    assert list(task.prompt) == sample["read_question_of"](asked, "here", "chat", with_tools).ids
+    assert ("parameters" in with_tools.decode(task.prompt)) == bool(tools)
+
+
+def test_the_instruction_of_the_training_comes_before_the_first_question():
+    """As with sample.py --prompt and --chat; a text without a template has no turn for it."""
+    asks = dataclasses.replace(maker(longest=500), template="chat", instruction="Think.")
+    sample = runpy.run_path(str(ROOT / "sample.py"))
+    for row in ({"prompt": "hi"}, {"prompt": "hi", "system": "Be kind."}):
+        turns = [{"role": "system", "content": row["system"]}] if "system" in row else []
+        [task] = asks.tasks(ChatRequest(model="nano", messages=[*turns, {"role": "user", "content": "hi"}]))
+        assert list(task.prompt) == sample["read_question_of"](row, "here", "chat", TOKENIZER, "Think.").ids
+    later = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
+    [task] = asks.tasks(ChatRequest(model="nano", messages=later))
+    assert list(task.prompt) == TOKENIZER.chat([{"role": "user", "content": "Think.\n\nhi"}, *later[1:]])
+    [raw] = asks.tasks(CompletionRequest(model="nano", prompt="hi"))
+    assert raw.prompt == tuple(b"hi")
+
+
+ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>", "b": "é"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "names"),
+    [
+        ("no call", "no call", []),
+        (ONE, "", ["f"]),
+        (f"Let me see.\n{ONE}\n{ONE.replace('f', 'g', 1)}\n", "Let me see.", ["f", "g"]),
+        (f'<tool_call>{{"name": "f"}}</tool_call>{ONE} {{"na', '<tool_call>{"name": "f"}</tool_call> {"na', ["f"]),
+        (f"<tool_call>{ONE}", "<tool_call>", ["f"]),
+        ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, []),
+        ('<tool_call>{"name": 5, "arguments": {}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": []}</tool_call>', None, []),
+        ("<tool_call>[]</tool_call> ", None, []),
+        ("<tool_call>" + "[" * 100_000, None, []),
+        ("<tool_call>" * 3, None, []),
+    ],
+)  # fmt: skip
+def test_calls_in_an_answer(text, content, names):
+    found, calls = read_calls(text)
+    assert found == (text if content is None else content)
+    assert [call["function"]["name"] for call in calls] == names
+    assert len({call["id"] for call in calls}) == len(calls)
+    for call in calls:
+        assert json.loads(call["function"]["arguments"]) == {"a": "</tool_call>", "b": "é"}
 
 
 def test_control_tokens_in_texts_stay_text():

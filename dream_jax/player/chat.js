@@ -403,7 +403,9 @@ async function send() {
   question.value = "";
   const found = await answer(raw ? "v1/completions" : "v1/chat/completions", body, turn);
   if (found !== null) {
-    state.messages.push(asked, {role: "assistant", content: found.text});
+    state.messages.push(asked);
+    // An empty turn is nothing that a model is trained on, so the conversation goes on without it, as in sample.py.
+    if (found.text.trim()) state.messages.push({role: "assistant", content: found.text});
   } else if (question.value === "") {
     question.value = asked.content; // so that nothing has to be typed again
   }

@@ -130,6 +130,7 @@ def make_app(engine: Engine, maker: TaskMaker, settings: AppSettings, drain_seco
     def described() -> dict[str, Any]:
         extension = {
             "template": maker.template,
+            "instruction": maker.instruction,
             "preset": maker.preset,
             "presets": list(Preset.__args__),  # type: ignore[attr-defined]
             "max_length": maker.limits.longest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,6 +15,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field
 
 from dream_jax import inference
+from dream_jax.data import read_question, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.sampler import Count, EntropyBound, Factor, Preset, SamplerConfig, Threshold
 from dream_jax.sampler.state import NUM_TOP
@@ -154,25 +156,6 @@ class _OpenAI(_Sampling):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class TextPart(_Body):
-    """A part of the content of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """A message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
 class ResponseFormat(_Body):
     """The form of an answer: only plain text."""
 
@@ -180,15 +163,15 @@ class ResponseFormat(_Body):
 
 
 class ChatRequest(_OpenAI):
-    """The body of POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions; `data.read_question` reads the messages and the tools."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
     max_tokens: Count1 | None = None
     max_completion_tokens: Count1 | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=1000)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -232,11 +215,8 @@ AnyRequest = ChatRequest | CompletionRequest | InfillRequest
 _Request = TypeVar("_Request", bound=_Body)
 
 _UNSUPPORTED = {
-    "functions": "function calls are not supported; leave it out",
-    "function_call": "function calls are not supported; leave it out",
-    "name": "names of participants are not supported; leave it out",
-    "tool_calls": "tool calls are not supported; leave it out",
-    "tool_call_id": "tool calls are not supported; leave it out",
+    "functions": 'an earlier form of "tools"; send it under this name',
+    "function_call": 'an earlier form of "tools"; leave it out',
     "audio": "only text is supported; leave it out",
     "reasoning_effort": "this model has no reasoning levels; leave it out",
 }
@@ -275,8 +255,8 @@ def _explained(error: pydantic.ValidationError, kind: type[_Body], body: bytes) 
         if len(field) == 1 and name in DreamOptions.model_fields:
             return RequestError(f'{where}an extension; put it under "dream"', param, code="unknown_parameter")
         near = difflib.get_close_matches(name, [*kind.model_fields, *DreamOptions.model_fields], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return RequestError(f"{where}unknown field{hint} Leave it out", param, code="unknown_parameter")
+        hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+        return RequestError(f"{where}unknown field; {hint}", param, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(f"{where}this field is required; add it", param, code="missing_required_parameter")
     shown = repr(first["input"])
@@ -321,12 +301,14 @@ class TaskMaker:
       template: the template that the prompts of the training had.
       preset: the preset of requests that name none.
       limits: what a request may ask for.
+      instruction: the text before the first message of the user in each chat, as `inference.PreparedModel.instruction`.
     """
 
     tokenizer: Tokenizer
     template: Template
     preset: Preset
     limits: Limits
+    instruction: str = ""
 
     def tasks(self, request: AnyRequest) -> list[Task]:
         """Returns one task for each answer: the answers to the first prompt, then those to the next one.
@@ -365,16 +347,38 @@ class TaskMaker:
             raise RequestError("max_tokens: give either max_tokens or max_completion_tokens", "max_tokens")
         if request.top_logprobs and not request.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in request.messages
-        ]
-        try:
-            prompt = inference.encode_prompt(messages, "chat", self.tokenizer)
-        except ValueError as error:
-            raise RequestError(f"messages: {error}", "messages") from error
+        prompt = self._chat_prompt(request)
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         return self._continued(request, prompt, asked, logprobs=bool(request.logprobs))
+
+    def _chat_prompt(self, request: ChatRequest) -> list[int]:
+        """Returns the tokens with which `sample.py` asks: the reader of messages and tools is that of the training."""
+        try:
+            chat = read_question({"messages": request.messages, "tools": request.tools}, "request")
+        except ValueError as error:
+            raise _chat_error(str(error)) from error
+        if chat.unread:
+            raise RequestError(
+                f"messages: unknown fields that nothing reads: {', '.join(chat.unread)[:200]}; leave them out",
+                "messages",
+                code="unknown_parameter",
+            )
+        if chat.tools and request.tool_choice == "none":
+            raise RequestError(
+                "tool_choice: a model that knows tools cannot be kept from calling them; leave out the tools instead",
+                "tool_choice",
+            )
+        if chat.tools and request.parallel_tool_calls is False:
+            raise RequestError(
+                "parallel_tool_calls: the number of calls in an answer cannot be limited; leave it out",
+                "parallel_tool_calls",
+            )
+        messages = with_instruction(chat.messages, self.instruction)
+        try:
+            return inference.encode_prompt(messages, "chat", self.tokenizer, tools=chat.tools)
+        except ValueError as error:
+            param = "tools" if chat.tools else "messages"
+            raise RequestError(_shortened(f"{param}: {error}"), param) from error
 
     def _completions(self, request: CompletionRequest) -> list[Task]:
         prompts: Sequence[str | list[int]]
@@ -571,6 +575,20 @@ class TaskMaker:
             )
         except ValueError as error:
             raise RequestError(f"dream: {error}", "dream") from error
+
+
+def _chat_error(message: str) -> RequestError:
+    """Returns an error of the reader of chats as one that names the field: "messages.2", "tools" or "messages"."""
+    numbered = re.match(r"request: message (\d+)\b", message)
+    param = "messages" if numbered is None else f"messages.{numbered[1]}"
+    if re.match(r"request: (field )?'tools'", message):
+        param = "tools"
+    return RequestError(_shortened(message), param)
+
+
+def _shortened(message: str) -> str:
+    """Returns a message whose middle is left out if it repeats a long text of the client."""
+    return message if len(message) <= 350 else f"{message[:170]} ... {message[-170:]}"
 
 
 def decoded(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 
 from dream_jax.serving.requests import AnyRequest, ChatRequest, CompletionRequest, decoded
 from dream_jax.serving.tasks import Finish, Gap, Task, TokenNote, Update
-from dream_jax.tokenizer import Tokenizer
+from dream_jax.tokenizer import Tokenizer, check_texts
 
 Json = dict[str, Any]
 
@@ -62,6 +64,7 @@ class Reply:
             self._num_top = request.logprobs or 0
         self._runner_ups = request.options.runner_ups
         self._includes_usage = request.includes_usage
+        self._reads_calls = isinstance(request, ChatRequest) and bool(request.tools)
         echoes = isinstance(request, CompletionRequest) and bool(request.echo)
         self._choices = [_Choice(task, self._echo(request, task) if echoes else "") for task in tasks]
         prefix, self._object = _NAMES[self._kind]
@@ -91,13 +94,18 @@ class Reply:
         for index, choice in enumerate(self._choices):
             text, logprobs = choice.echo + choice.text, self._logprobs(choice.tokens, choice)
             found: Json = {"index": index}
+            finish: str | None = choice.finish
             if self._kind == "chat":
                 found["message"] = {"role": "assistant", "content": text, "refusal": None}
+                content, calls = read_calls(text) if self._reads_calls else (text, [])
+                if calls:
+                    found["message"] |= {"content": content or None, "tool_calls": calls}
+                    finish = "tool_calls"
             else:
                 found["text"] = text
             if self._kind == "infill":
                 found["gaps"] = list(choice.gap_texts)
-            choices.append(found | {"finish_reason": choice.finish, "logprobs": logprobs})
+            choices.append(found | {"finish_reason": finish, "logprobs": logprobs})
         dream = {"seed": self._choices[0].task.seed, "forwards": [choice.passes for choice in self._choices]}
         return {**self._head, "object": self._object, "choices": choices, "usage": self._usage(), "dream": dream}
 
@@ -191,6 +199,53 @@ class Reply:
         given = sum(choice.task.num_given for choice in self._choices if choice.task.sample == 0)
         made = sum(choice.num_tokens for choice in self._choices)
         return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+
+def read_calls(text: str) -> tuple[str, list[Json]]:
+    """Returns the text of an answer without its tool calls, and the calls in OpenAI's form.
+
+    A call is written as in the chat template: `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`.
+    What only resembles a call, such as one whose JSON is not complete, stays text.
+    """
+    rest, calls, position = "", list[Json](), 0
+    for opening in re.finditer("<tool_call>", text):
+        if opening.start() < position:
+            continue  # within the arguments of the call before
+        read = _read_call(text, opening.end())
+        if read is None:
+            continue
+        call, end = read
+        calls.append(call)
+        rest += text[position : opening.start()]
+        position = end
+    return (rest + text[position:]).strip() if calls else text, calls
+
+
+def _read_call(text: str, begin: int) -> tuple[Json, int] | None:
+    """Returns the call whose opening mark ends at `begin`, and the index after its closing mark; None if it is no call."""
+    first = _SPACE.match(text, begin)
+    assert first is not None
+    try:
+        found, end = _DECODER.raw_decode(text, first.end())
+        closing = _CLOSING.match(text, end)
+        if closing is None or not isinstance(found, dict):
+            return None
+        name, arguments = found.get("name"), found.get("arguments")
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return None
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False)}
+        check_texts(function.values())
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+        return None
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}, closing.end()
+
+
+def _refuse_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number)
+_SPACE, _CLOSING = re.compile(r"\s*"), re.compile(r"\s*</tool_call>")
 
 
 def _gap_of(gaps: Sequence[Gap], position: int) -> tuple[int, Gap]:
