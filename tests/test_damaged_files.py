@@ -262,7 +262,7 @@ def test_commands_name_damaged_files(places: Path, tmp_path: Path) -> None:
     for wrong in ([1], "x", 5):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(fields | {"auto_map": wrong}))
         error = last_line("convert/hf_to_flax.py", tmp_path / "hf", tmp_path / "o")
-        assert "config.json has auto_map=" in error and "must be an object" in error
+        assert "config.json: auto_map=" in error and "must be an object" in error
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     assert "neither rope_theta" in last_line("convert/qwen2_to_dream.py", tmp_path / "hf", tmp_path / "o")
     (tmp_path / "converted" / "prompt_format.json").write_text("{'template'")

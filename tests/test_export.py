@@ -154,7 +154,7 @@ def test_what_was_not_measured_is_not_claimed(runs, tmp_path):
 
 def test_a_card_says_what_the_run_took_where_it_was_given_nothing(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(TrainSettings.flat(final="best").plain()))
-    summary = {"learning_rate": 2e-3, "step": 500, "eval": {}}
+    summary = {"learning_rate": 2e-3, "step": 500, "seconds": 1.0, "devices": "1 x cpu", "eval": {}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     card = model_card(tmp_path, name="x", dtype="float32", adapter=False)
     assert "| `learning_rate` | 0.002 |" in card and "| `focal` | False |" in card

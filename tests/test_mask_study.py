@@ -183,8 +183,8 @@ def test_plan_refuses():
     for options, told in (
         ({"tasks": ("chess",)}, "chess"),
         ({"variants": ("diagonal",)}, "diagonal"),
-        ({"seeds": 0}, "seeds >= 1"),
-        ({"length": 0.0}, "length > 0"),
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"length": 0.0}, "length=0.0 is outside"),
         ({"test_rows": 5000}, "5000"),
     ):
         with pytest.raises(ValueError, match=told):
