@@ -75,7 +75,8 @@ def check_parameters(where: str, params: ParamTree, mesh: Mesh | None = None) ->
 
 def _on_host(x: jax.Array) -> bool:
     """Returns whether an array is on one CPU device. numpy reads it without a copy, and without compiling a program."""
-    return len(x.sharding.device_set) == 1 and next(iter(x.sharding.device_set)).platform == "cpu"
+    platforms: list[Any] = [device.platform for device in x.devices()]
+    return platforms == ["cpu"]
 
 
 @functools.cache
