@@ -11,6 +11,7 @@ from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
 from dream_jax.inference import canvas_text, row_keys
 from dream_jax.sampler import generate
+from dream_jax.serving import engine as engine_module
 from dream_jax.serving import programs
 from dream_jax.serving.engine import (
     DeviceError,
@@ -53,6 +54,23 @@ def ask(engine, tasks):
 def completion(**fields):
     options = {"prompt": "ab", "max_tokens": 10, "seed": 3} | fields
     return maker().tasks(CompletionRequest(model="nano", **options))
+
+
+def test_a_batch_of_one_row_is_not_refilled_under_load(engine, monkeypatch):
+    """Only the task that came alone is in it; the others share a batch, so that no second batch takes turns with it."""
+    put, sizes = engine_module._Batch.put, []
+
+    def noted(self, row, job):
+        sizes.append(self.program.rows)
+        put(self, row, job)
+
+    monkeypatch.setattr(engine_module._Batch, "put", noted)
+    first = threading.Thread(target=ask, args=(engine, completion(max_tokens=12)))
+    first.start()
+    until(lambda: sizes)
+    ask(engine, [task for seed in range(7) for task in completion(max_tokens=40, seed=seed)])
+    first.join()
+    assert sizes == [1] + [4] * 7
 
 
 def test_lengths_of_a_canvas():

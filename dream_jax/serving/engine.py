@@ -501,9 +501,12 @@ class Engine:
         asked = collections.Counter(job.family for job in waiting)
         for job in waiting:
             same = [batch for batch in self._batches if batch.program.family == job.family]
-            batch = next((batch for batch in same if batch.num_busy < batch.program.rows), None)
+            full_size = [batch for batch in same if batch.program.rows == self.settings.rows]
+            # A batch of one row is not refilled while several tasks could share one: it would take every second turn.
+            usable = full_size or (same if asked[job.family] == 1 else [])
+            batch = next((batch for batch in usable if batch.num_busy < batch.program.rows), None)
             if batch is None:
-                if any(batch.program.rows == self.settings.rows for batch in same):
+                if full_size:
                     continue  # its batch is full, but rows of other batches may be free for others
                 alone = not same and asked[job.family] == 1
                 program = Program(job.family, 1 if alone else self.settings.rows)
