@@ -61,6 +61,7 @@ def flat(model):
 # Directories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "4x2"])
 def test_there_and_back(tiny, tmp_path, mesh):
     model = adapted(pretrained.load(tiny))
@@ -427,6 +428,7 @@ def test_the_base_is_stored_as_it_is_computed_with():
     assert lora.base_of(describe(TrainSettings.flat(compute_dtype="bfloat16"), "bfloat16")) == "float32"  # masters
 
 
+@pytest.mark.slow
 def test_rounding_to_the_compute_dtype_changes_nothing():
     """Why auto may store the base in bfloat16: each layer would round it there anyway."""
     master, stored = pretrained.load("nano", compute_dtype="bfloat16"), pretrained.load("nano", "bfloat16")

@@ -243,6 +243,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "kind"),
     [
@@ -356,6 +357,7 @@ def test_cudnn_is_asked_for_attention(cudnn_answered, batch, queries, keys, head
             assert call["mask"].shape == (batch, 1, call["queries"], call["keys"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_cudnn_is_asked_for_attention_under_every_mask(cudnn_answered, name):
     arrays, mask = inputs(2, 12, 12, 4, 2), FAMILY[name](2, 12)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from commands import run_script
+from marking import slow
 from safetensors.numpy import load_file, save_file
 from tiny_tokenizer import save_again, write_tokenizer
 
@@ -121,7 +122,7 @@ def test_causal_logits_hear_nothing_of_later_tokens(qwen2, tmp_path):
     assert np.abs(one[0, 8:] - two[0, 8:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("anneal_steps", [0, 8])
+@pytest.mark.parametrize("anneal_steps", [0, slow(8)])
 def test_training_begins_from_it(qwen2, tmp_path, anneal_steps):
     """Under the bidirectional mask from the first step on, or annealed: the loss is the model's own, and falls."""
     adapt_qwen2(qwen2, tmp_path / "dream", **TOKENS)

@@ -127,6 +127,7 @@ def test_stop_and_infill(browser: Any, served: tuple[str, Engine]) -> None:
         assert page.locator("#filled .cell.written").count() == 7
 
 
+@pytest.mark.slow
 def test_a_chat_with_a_key_and_a_mistake(browser: Any, model: dream_jax.Dream) -> None:
     with (
         serving(model, "chat", keys=("0123456789abcdef",)) as (address, _),

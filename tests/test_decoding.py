@@ -110,6 +110,7 @@ def test_a_hundred_thousand_rows(monkeypatch, top_p, top_k):
     choose_by_all.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [2, 15])
 @pytest.mark.parametrize(("top_p", "top_k"), FILTERS[2:])
 def test_several_thresholds_a_pass(monkeypatch, probes, top_p, top_k):
@@ -137,6 +138,7 @@ def passes_of(mass_RV, top_p, top_k, monkeypatch):
     return np.asarray(kept) > 0, len(passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probes", "most"), [(1, 14), (15, 8)])
 @pytest.mark.parametrize("top_p", [0.5, 0.95])
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
@@ -155,6 +157,7 @@ def test_few_thresholds_are_tried(monkeypatch, spread, top_p, probes, most):
         assert passes <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [1, 15])
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, None), (0.9995, None), (1e-6, None), (None, 30), (None, 400)])
 def test_rows_that_mislead_a_guess(monkeypatch, probes, top_p, top_k):
@@ -216,6 +219,7 @@ def test_uniform_numbers_cover_the_distribution(temperature, top_p, top_k):
         assert np.all(np.abs(found - count * p_RV[0]) <= 1.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("top_p", "top_k"), FILTERS)
 def test_rows_with_one_certain_token(temperature, top_p, top_k):

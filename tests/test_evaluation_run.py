@@ -202,6 +202,7 @@ def test_the_models_cross_entropy_is_that_of_its_logits(model):
         model_nll(model, ByteTokenizer(), 1)([(np.zeros(5000, np.int32), np.ones(5000, bool))])
 
 
+@pytest.mark.slow
 def test_choices_and_likelihoods(tmp_path):
     choices, texts = tmp_path / "choices.jsonl", tmp_path / "texts.jsonl"
     choices.write_text(json.dumps({"question": "2 + 2?", "choices": ["3", "four"], "answer": 1}) + "\n")

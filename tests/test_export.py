@@ -83,6 +83,7 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     assert f'base_model: "{hub}"' in card and f"Trained from `{hub}` of the Hugging Face hub." in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["converted", "published"])
 def test_an_adapter_is_added_as_merging_adds_it(runs, tmp_path, layout):
     base = runs / "whole" / "model"
@@ -105,6 +106,7 @@ def test_an_adapter_is_added_as_merging_adds_it(runs, tmp_path, layout):
     assert "a base with a low-rank adapter added" in card and "| `lora_rank` | 4 |" in card
 
 
+@pytest.mark.slow
 def test_the_sum_is_rounded_once(runs, tmp_path):
     """Stored in bfloat16: the float32 sum rounded, not the sum of what was rounded."""
     base, adapter = runs / "whole" / "model", runs / "lora" / "adapter"
@@ -116,6 +118,7 @@ def test_the_sum_is_rounded_once(runs, tmp_path):
         np.testing.assert_array_equal(leaf, exact[name].astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_and_leave_nothing(runs, tmp_path):
     done = flax_to_hf(runs / "base", tmp_path / "out", "--adapter", runs / "lora" / "adapter")
     assert done.returncode == 1 and "was trained on the weights" in done.stderr and "--any-base" in done.stderr
@@ -137,6 +140,7 @@ def test_a_card_without_a_run_says_that_nothing_is_known(tmp_path):
     assert find_run(None, tmp_path / "model") is None
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_not_claimed(runs, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

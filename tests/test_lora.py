@@ -282,6 +282,7 @@ def trained(mesh="1x1", accumulation=1, kind=None, dropout=0.2):
     return np.array(found), state, rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "kind"),
     [slow("8x1", 1, None), slow("4x2", 2, None), ("2x2x2", 1, "nf4")],
@@ -432,6 +433,7 @@ def test_a_base_in_bfloat16_compute():
 # Identity
 
 
+@pytest.mark.slow
 def test_identity_is_of_the_weights_alone():
     model, found = base(), lora.identity(base())
     assert re.fullmatch("[0-9a-f]{64}", found)
@@ -451,6 +453,7 @@ def test_identity_is_of_the_weights_alone():
     assert lora.digest(pieces) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("mesh", ["1x1", "4x2"])
 def test_identity_needs_little_memory_and_moves_no_weights(dtype, mesh):

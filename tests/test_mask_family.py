@@ -94,6 +94,7 @@ def test_loss_does_not_feel_padding(name):
         assert abs(float(nll(0)) - float(plain)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_window_of_queries_attends_as_the_whole_does(name):
     """With a cache of the same tokens, a window computes the same as a pass over all of them."""

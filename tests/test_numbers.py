@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from commands import ROOT, run_script
 from flax import nnx
+from marking import slow
 from safetensors.numpy import load_file, save_file
 
 import dream_jax
@@ -374,9 +375,9 @@ def broken() -> Dream:
     "options",
     [
         {"alg": "entropy"},
-        {"alg": "origin"},
-        {"alg": "maskgit_plus", "temperature": 1.0, "top_p": 0.9, "top_k": 5},
-        {"alg": "topk_margin", "alg_temp": 0.5},
+        slow({"alg": "origin"}),
+        slow({"alg": "maskgit_plus", "temperature": 1.0, "top_p": 0.9, "top_k": 5}),
+        slow({"alg": "topk_margin", "alg_temp": 0.5}),
         {"alg": "maskgit_plus", "block_length": 4, "commit": Threshold(0.9), "cache": dream_jax.WindowCache()},
     ],
     ids=str,

@@ -343,6 +343,7 @@ def test_right_pads_are_attended_and_learned():
     assert np.abs(moved - aux["token_nll"])[0, 0 if masked[0, 0] else np.argmax(masked[0])] > 1e-6
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_near():
     dream = make(dataclasses.replace(SMALL, num_hidden_layers=2))
     graphdef = split_params(abstract_model(dream.config, compute_dtype=jnp.bfloat16))[0]

@@ -446,6 +446,7 @@ def test_meshes_change_nothing(variant, mesh):
     np.testing.assert_allclose(run(variant, mesh)[1], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["4x2"])
 @pytest.mark.parametrize("variant", [slow("bfloat16"), "int8"])
 def test_moments_lie_where_their_parameters_lie(variant, mesh):

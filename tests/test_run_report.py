@@ -121,6 +121,7 @@ def test_a_stopped_run_comes_to_the_same_end_and_says_that_it_was_stopped(finish
     assert before["before"] == json.loads((finished / "samples.json").read_text())["before"]
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_other_samples(finished, tmp_path):
     """Answers to fewer prompts, or longer ones, are not laid beside those of before."""
     out = copied(finished, tmp_path)
@@ -157,6 +158,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
     assert "diverged: 1" in render_report(read_record(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_overwriting_forgets_the_old_run(finished, tmp_path):
     out = copied(finished, tmp_path)
     train_and_report(settings(out, steps=2, eval_rows=0, overwrite=True, weight="cart"))

@@ -139,6 +139,7 @@ def test_driver_is_a_python_loop_over_the_step(config):
     assert not np.any(carry.canvas_BT == mask_id)
 
 
+@pytest.mark.slow
 def test_logits_in_chunks(monkeypatch):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)
     for config in (RANDOM[1], dataclasses.replace(RANDOM[1], temperature=0.0)):
@@ -176,6 +177,7 @@ def test_all_logits_never_exist():
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * all_logits / 2
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_one_row_pays_only_for_what_it_needs():
     """XLA moves the body of a loop that sees the same rows each time out of it, where it runs in every step."""
@@ -198,6 +200,7 @@ def test_one_row_pays_only_for_what_it_needs():
 # Randomness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", RANDOM, ids=lambda config: config.alg)
 def test_key_decides(config):
     dream, (start, _) = model("tiny_a"), prompt(6)
@@ -256,7 +259,7 @@ def test_one_key_gives_each_row_its_own():
 # Infilling
 
 
-@pytest.mark.parametrize("new", [0, 7])
+@pytest.mark.parametrize("new", [0, slow(7)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -319,7 +322,7 @@ def test_what_padding_holds_does_not_matter():
 # What may be written
 
 
-@pytest.mark.parametrize("alg", ["origin", "entropy"])
+@pytest.mark.parametrize("alg", [slow("origin"), "entropy"])
 def test_forbidden_tokens_are_never_written(alg):
     dream, (start, _) = model("tiny_a"), prompt(5, 5, 5, 5)
     forbidden = (120, *range(0, 90, 3))
@@ -396,6 +399,7 @@ def compilations(run):
     return len(seen)
 
 
+@pytest.mark.slow
 def test_lengths_of_one_bucket_share_programs():
     dream = model("tiny_a")
     config = SamplerConfig(max_new_tokens=9, steps=3, alg="entropy", eps=0.011)
@@ -420,6 +424,7 @@ def test_buckets():
     assert len(set(found)) == 12  # 0, 8, 12, 16, 24, ... 192, 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [RANDOM[0], SamplerConfig(max_new_tokens=10, steps=16, alg="entropy")], ids=str)
 def test_watching(config):
     dream, (start, valid) = model("tiny_a"), prompt(4, 7)

@@ -83,6 +83,7 @@ def test_token_hook():
 # What is given
 
 
+@pytest.mark.slow
 @BOTH
 def test_forced_tokens(config):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)

@@ -43,6 +43,7 @@ def test_answers_are_those_of_each_prompt_alone(config):
     assert max(total / 3, max(answer.passes for answer in answers.values())) <= stream.forwards < total
 
 
+@pytest.mark.slow
 def test_programs_are_those_of_the_buckets():
     dream = model("tiny_a")
     config = dataclasses.replace(EXACT, max_new_tokens=3, steps=2, temperature=0.0)

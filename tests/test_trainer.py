@@ -142,6 +142,7 @@ def test_what_is_left_of_a_removal_is_still_a_run(tmp_path):
         check_folder(plain(out, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_text(tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
 
@@ -215,6 +216,7 @@ def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     assert not (tmp_path / "out" / "skipped").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("weights_may_be_nan")
 def test_a_state_saved_amid_skipped_steps_keeps_its_score(tmp_path):
     """Skipped steps leave the weights as they were evaluated, and what is saved then has that score."""
