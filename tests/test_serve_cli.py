@@ -218,7 +218,6 @@ def test_benchmark(tmp_path):
     assert (row["answers"], row["clients"], len(row["all_ratios"])) == (4, 4, 1) and row["http_over_stream"] > 0
     assert [(row["clients"], row["answers"]) for row in found["load"]] == [(1, 4), (3, 6)]
     assert found["settings"]["model"] == "nano" and found["hardware"]["cores"] > 0
-    assert "rows=0 must be at least 1" in run_script("bench/server.py", "--rows", 0).stderr
 
 
 @pytest.mark.slow
