@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -211,7 +213,8 @@ def test_clients_of_the_benchmark(model, served, monkeypatch):
 def test_benchmark(tmp_path):
     given = ("--num-prompts", 4, "--max-new-tokens", 8, "--rows", 2, "--clients", 1, 3, "--repeats", 1)
     out = tmp_path / "server.json"
-    done = run_script("bench/server.py", "--model", "nano", *given, "--presets", "exact", "--allow-busy", "--out", out)
+    words = ("bench/server.py", "--model", "nano", *given, "--presets", "exact", "--allow-busy", "--out", out)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     [row] = found["throughput"]
