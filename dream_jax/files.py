@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 CHECKSUMS = "checksums.json"
 _OWN_SUM = "sum"  # the key of the checksum of the other entries
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20  # each thread has one buffer of this size
 _THREADS = 8  # threads run in parallel here, because reading and zlib release Python's global lock
 _SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
 
@@ -403,7 +403,8 @@ def _difference(path: pathlib.Path, wanted: Any) -> str | None:
 def _size_and_sum(path: pathlib.Path) -> tuple[int, int]:
     """Returns the size of a file in bytes, and its CRC-32."""
     size = checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size, checksum = size + count, zlib.crc32(buffer[:count], checksum)
     return size, checksum
