@@ -8,6 +8,7 @@ import errno
 import functools
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -121,6 +122,24 @@ _NOISE = (
 )
 
 
+_LATE = "Event loop is closed"
+"""What tensorstore's threads report when writes end after Orbax has given up, because the disk is full."""
+
+
+_hooks: dict[str, Any] = {}
+
+
+def _hide_late_errors() -> None:
+    """Hides errors `_LATE` until the process ends, because threads may report them after the block of `without_noise`."""
+    shown = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != _LATE:
+            shown(unraisable)
+
+    _hooks["ours"] = sys.unraisablehook = show
+
+
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
     """Hides the messages of `_NOISE` during the block."""
@@ -130,6 +149,8 @@ def without_noise() -> Iterator[None]:
 
     logger = logging.getLogger("absl")
     logger.addFilter(keep)
+    if sys.unraisablehook is not _hooks.get("ours"):
+        _hide_late_errors()
     try:
         yield
     finally:
