@@ -298,9 +298,9 @@ def test_fair_order(model):
 def test_sixty_four_clients_at_once(model):
     rng = random.Random(3)
     # Few lengths, because `generate`, with which the answers are compared, compiles a program for each.
-    lengths = ((1, 40), (17, 24), (60, 5))
+    lengths = ((1, 40), (17, 24))
     chosen = [
-        (MIX[rng.randrange(len(MIX))], "x" * prompt, new_tokens, rng.randrange(1000))
+        (MIX[rng.randrange(4)], "x" * prompt, new_tokens, rng.randrange(1000))
         for prompt, new_tokens in rng.choices(lengths, k=256)
     ]
     found, lock = {}, threading.Lock()
