@@ -223,9 +223,6 @@ def test_benchmark(tmp_path):
     assert found["settings"]["model"] == "nano" and found["hardware"]["cores"] > 0
 
 
-@pytest.mark.skip(
-    reason="fails on a loaded machine for a reason that is not found yet; the two signals were tried by hand"
-)
 @pytest.mark.slow
 def test_signals(tmp_path):
     """SIGTERM finishes what runs and refuses the new; after kill -9, a new server serves at the same port at once."""
@@ -236,9 +233,11 @@ def test_signals(tmp_path):
     with server.bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
 
+    started = []
+
     def start():
         process = start_script("serve.py", "--model", tmp_path / "model", "--port", port, "--name", "nano")
-        assert process.stdout is not None
+        started.append(process)
         for line in process.stdout:
             if line.startswith("serving"):
                 return process
@@ -276,3 +275,5 @@ def test_signals(tmp_path):
     finally:
         third.kill()
         third.wait(60)
+    for process in started:
+        process.stdout.close()
