@@ -35,6 +35,14 @@ _FREE_CHARACTERS, _GROWTH = 2**20, 8
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class ChatTemplateError(ValueError):
+    """A chat template cannot render a chat; `reason` is the message without the file of the template."""
+
+    def __init__(self, file: Path, reason: str):
+        super().__init__(f"{file}: {reason}")
+        self.reason = reason
+
+
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -63,8 +71,9 @@ class ChatTemplate:
           add_generation_prompt: whether the text ends with the beginning of a turn of the assistant.
 
         Raises:
-          ValueError: the template raises an error, takes longer than `SECONDS`, needs more memory than `MEMORY_BYTES`,
-            or writes too long a text; or a message has a value that JSON cannot represent.
+          ChatTemplateError: the template raises an error, takes longer than `SECONDS`, needs more memory than
+            `MEMORY_BYTES`, or writes too long a text.
+          ValueError: a message has a value that JSON cannot represent.
           OSError: the process that renders templates cannot be started.
         """
         given = {
@@ -82,7 +91,7 @@ class ChatTemplate:
         answer = _RENDERER.ask(request.encode())
         if "text" in answer:
             return str(answer["text"])
-        raise ValueError(f"{self._file}: the chat template {answer['error']}; use the template of the checkpoint")
+        raise ChatTemplateError(self._file, f"the chat template {answer['error']}; use the template of the checkpoint")
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,11 +131,13 @@ class _Renderer:
             except BaseException:  # Ctrl-C (KeyboardInterrupt) must end the process too
                 _end(process)
                 raise
-            if line.endswith(b"\n"):
+            answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
+            if "text" in answer:
                 self._process = process
-                answer: dict[str, Any] = json.loads(line)
                 return answer
-            _end(process)
+            _end(process)  # also after an error: the process could keep the memory that the template has taken
+        if answer:
+            return answer
         if process.returncode == -signal.SIGPROF:
             return {"error": f"did not end within {SECONDS:g} seconds"}
         return {"error": f"ended the process that renders it (exit status {process.returncode})"}

@@ -73,7 +73,7 @@ def parse_json(content: bytes, where: object, remedy: str = REMEDY, *, nan: bool
         text = content.decode("utf-8")
         # Python's reader also accepts keys that occur twice, NaN and infinities, which JSON does not have.
         constant = None if nan else _refused_constant(text)
-        found = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        found = json.loads(text, object_pairs_hook=object_of, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"{where} has {_TOO_DEEP}; {remedy}") from None
     except ValueError as error:
@@ -82,12 +82,12 @@ def parse_json(content: bytes, where: object, remedy: str = REMEDY, *, nan: bool
     return found
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of these names and values of JSON. Raises ValueError for a name that occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        counted = collections.Counter(name for name, _ in pairs)
-        twice = [name for name, count in counted.items() if count > 1]
-        raise ValueError(f"the key {', '.join(twice[:5]):.200} occurs twice in one object")
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice!r:.200} occurs twice in one object")
     return found
 
 

@@ -70,6 +70,7 @@ def test_hostile_template_is_an_error_with_the_name_of_its_file(text: str, messa
     with pytest.raises(ValueError, match=r"folder/chat_template\.jinja: the chat template ") as raised:
         render(text)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert chat_template._RENDERER._process is None  # no process keeps the memory of such a template
     assert render("after {{ messages[1].content }}") == "after b"
 
 

@@ -167,6 +167,7 @@ def test_a_card_says_what_the_run_took_where_it_was_given_nothing(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_torch_computes_the_same(runs, tmp_path):
     """The export as transformers' Qwen2, the causal mask replaced by one that hides nothing."""
     torch = pytest.importorskip("torch", reason="the parity test needs torch (the extra bench)")

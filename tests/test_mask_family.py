@@ -74,6 +74,7 @@ def test_padding_and_batching_change_no_logits(name):
             np.testing.assert_allclose(found, one, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_does_not_feel_padding(name):
     """As the train step asks for it: padding hidden by `attention_mask`, the rest by the mask."""

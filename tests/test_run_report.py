@@ -151,6 +151,7 @@ def test_a_refused_value_is_one_line_and_a_mistyped_flag_is_the_parsers():
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so(tmp_path):
     with pytest.raises(Diverged):
         train(settings(tmp_path / "run", learning_rate=1e30, clip_norm=0, save_every=1, eval_rows=0))

@@ -521,6 +521,7 @@ def test_nothing_to_write_needs_no_key():
     np.testing.assert_array_equal(out.tokens, prompt(4)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [slow("8x1"), slow("2x4"), "2x2x2"])
 @pytest.mark.parametrize("checkpoint", [slow("tiny_a"), "tiny_b"])
 def test_mesh_changes_nothing(checkpoint, mesh):

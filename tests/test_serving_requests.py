@@ -214,6 +214,14 @@ def test_a_chat_is_asked_as_sample_py_asks_it(with_tools, messages, tools):
     assert ("parameters" in with_tools.decode(task.prompt)) == bool(tools)
 
 
+def test_an_error_of_the_template_names_no_folder_of_the_server(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template="{{ raise_exception('roles must alternate') }}"))
+    asks = dataclasses.replace(maker(longest=500), tokenizer=tokenizer)
+    with pytest.raises(RequestError, match="messages: the chat template raises an error.*roles must alternate") as told:
+        asks.tasks(ChatRequest(model="nano", messages=[{"role": "user", "content": "hi"}]))
+    assert str(tmp_path) not in str(told.value)
+
+
 def test_the_instruction_of_the_training_comes_before_the_first_question():
     """As with sample.py --prompt and --chat; a text without a template has no turn for it."""
     asks = dataclasses.replace(maker(longest=500), template="chat", instruction="Think.")

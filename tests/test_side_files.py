@@ -23,7 +23,7 @@ DEEP = 100_000
         (b"[" * DEEP, "more than 100 lists or objects inside one another; save it"),
         (b'{"a":' * DEEP + b"1" + b"}" * DEEP, "more than 100 lists or objects inside one another"),
         (b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "more than 100 lists or objects inside one another"),
-        (b'{"b": {"a": 1, "a": 2}}', "the key a occurs twice in one object"),
+        (b'{"b": {"a": 1, "a": 2}}', "the name 'a' occurs twice in one object"),
         (b'{"s": "NaN \\" Infinity",\n\n"a": NaN}', "NaN is not a number of JSON: line 3"),
         (b'{"a": -Infinity}', "-Infinity is not a number of JSON: line 1"),
         (b'{"b": [1, 1e999]}', "1 is inf, but must be a finite number"),

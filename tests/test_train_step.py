@@ -316,6 +316,7 @@ def test_batch_that_the_mesh_cannot_split_raises(mesh, rows, accumulation):
         make_train_step(GRAPHDEF, OPTIMIZER.make(), OPTIMIZER.schedule(), config, sharding.make_mesh(mesh))
 
 
+@pytest.mark.slow
 def test_annealing_begins_causal_and_ends_bidirectional():
     """The first step hears nothing of later tokens; from `anneal_steps` on the step is the plain one, bit for bit."""
     tokens, plain = batch(0), compiled()

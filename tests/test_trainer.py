@@ -189,6 +189,7 @@ def weights_may_be_nan(monkeypatch):
     monkeypatch.setattr("dream_jax.checkpoint.weights.check_parameters", lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("weights_may_be_nan")
 def test_a_poisoned_batch_costs_its_step(tmp_path, capsys):
     """One row in ten makes the loss of its batch NaN; the run goes on, and says so."""

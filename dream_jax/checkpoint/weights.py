@@ -126,9 +126,7 @@ _LATE = "Event loop is closed"
 """What tensorstore's threads report when writes end after Orbax has given up, because the disk is full."""
 
 
-_hooks: dict[str, Any] = {}
-
-
+@functools.cache  # once in a process
 def _hide_late_errors() -> None:
     """Hides errors `_LATE` until the process ends, because threads may report them after the block of `without_noise`."""
     shown = sys.unraisablehook
@@ -137,7 +135,7 @@ def _hide_late_errors() -> None:
         if str(unraisable.exc_value) != _LATE:
             shown(unraisable)
 
-    _hooks["ours"] = sys.unraisablehook = show
+    sys.unraisablehook = show
 
 
 @contextlib.contextmanager
@@ -149,8 +147,7 @@ def without_noise() -> Iterator[None]:
 
     logger = logging.getLogger("absl")
     logger.addFilter(keep)
-    if sys.unraisablehook is not _hooks.get("ours"):
-        _hide_late_errors()
+    _hide_late_errors()
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dream_jax import hub
 from dream_jax.hub import HubId
-from dream_jax.side_files import DEEPEST
+from dream_jax.side_files import DEEPEST, object_of
 
 Record = tuple[str, dict[str, Any]]
 """A pair: the location where the record was found, and its fields."""
@@ -82,7 +82,7 @@ def parse_json(text: str) -> Any:
     Raises: ValueError for a text that is not JSON, is nested too deeply, or has an object with a name twice.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=object_of)
     except RecursionError as error:
         raise ValueError(f"nested too deeply: {error}") from error
     _check_depth(found, text)
@@ -102,15 +102,6 @@ def _check_depth(found: object, text: str) -> None:
         level = list(chain.from_iterable(inside))
     if any(isinstance(one, dict | list) for one in level):
         raise ValueError(f"nested too deeply: more than {DEEPEST} lists or objects inside one another")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object of these names and values. Raises ValueError for a name that occurs twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice!r} occurs twice in one object")
-    return found
 
 
 def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
@@ -254,7 +245,7 @@ def _without_padding(value: Any, kind: Any) -> Any:
             if value[field.name] is not None
         }
     if pyarrow.types.is_map(kind):  # Every entry of a map is its own; nothing is filled up.
-        return _object([(name, _without_padding(inside, kind.item_type)) for name, inside in value])
+        return object_of([(name, _without_padding(inside, kind.item_type)) for name, inside in value])
     if isinstance(value, list):
         return [_without_padding(inside, kind.value_type) for inside in value]
     return value
@@ -303,7 +294,7 @@ def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save the file as UTF-8 text") from error
-    decoder, space = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\s*")
+    decoder, space = json.JSONDecoder(object_pairs_hook=object_of), re.compile(r"\s*")
 
     def skip(position: int) -> int:
         found = space.match(text, position)

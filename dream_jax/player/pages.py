@@ -16,7 +16,7 @@ from dream_jax.paths import AnyPath, local_path
 
 _INCLUDE = re.compile(r"\{\{([\w.]+)\}\}")
 _RECORD = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
-_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+_SCRIPT = re.compile(r"<script(?![^>]*application/json)[^>]*>(.*?)</script>", re.DOTALL)
 
 
 def chat_page() -> str:
@@ -39,8 +39,8 @@ def replay_page(record: Mapping[str, Any]) -> str:
     # Only "<" could end the script element in which the text stands, or begin a comment there.
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    scripts = _SCRIPT.findall(_assembled("replay.html", {"policy": "", "record": ""}))
-    return _assembled("replay.html", {"policy": _policy(scripts), "record": text})
+    page = _assembled("replay.html", {"policy": "", "record": ""})
+    return _assembled("replay.html", {"policy": _policy(page), "record": text})
 
 
 def record_of(page: str) -> Any:
@@ -89,9 +89,14 @@ def _assembled(name: str, texts: Mapping[str, str]) -> str:
     return _INCLUDE.sub(text_of, (folder / name).read_text(encoding="utf-8"))
 
 
-def _policy(scripts: list[str]) -> str:
-    """Returns a Content-Security-Policy under which these scripts run, and nothing can be loaded or sent."""
-    sums = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    hashes = " ".join(f"'sha256-{one}'" for one in sums)
+def script_hashes(page: str) -> str:
+    """Returns the hashes of the scripts in a page, as a Content-Security-Policy lists scripts that may run."""
+    sums = (hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page))
+    return " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in sums) or "'none'"
+
+
+def _policy(page: str) -> str:
+    """Returns a Content-Security-Policy under which the scripts of a page run, and nothing can be loaded or sent."""
     # data: is for the empty icon; without one, a browser asks the server of the page for an icon.
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'"
+    scripts = script_hashes(page)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}; base-uri 'none'"

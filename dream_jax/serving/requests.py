@@ -15,6 +15,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field
 
 from dream_jax import inference
+from dream_jax.chat_template import ChatTemplateError
 from dream_jax.data import read_question, with_instruction
 from dream_jax.decoding import Alg
 from dream_jax.sampler import Count, EntropyBound, Factor, Preset, SamplerConfig, Threshold
@@ -378,7 +379,9 @@ class TaskMaker:
             return inference.encode_prompt(messages, "chat", self.tokenizer, tools=chat.tools)
         except ValueError as error:
             param = "tools" if chat.tools else "messages"
-            raise RequestError(_shortened(f"{param}: {error}"), param) from error
+            # A client learns nothing about the folders of the server.
+            reason = error.reason if isinstance(error, ChatTemplateError) else str(error)
+            raise RequestError(_shortened(f"{param}: {reason}"), param) from error
 
     def _completions(self, request: CompletionRequest) -> list[Task]:
         prompts: Sequence[str | list[int]]
