@@ -325,7 +325,7 @@ def test_tensor_twice(sharded: Path) -> None:
 def test_name_twice_in_index(sharded: Path) -> None:
     text = (sharded / hf.INDEX).read_text()
     (sharded / hf.INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"lm_head.weight": "x",'))
-    with pytest.raises(ValueError, match=r"lm_head\.weight occurs twice"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight' occurs twice"):
         open_and_check(sharded)
 
 
