@@ -180,7 +180,7 @@ def download(hub_id: HubId, patterns: Collection[str]) -> pathlib.Path:
         be written.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     reachable = ask(hub_id, "model")
     try:
@@ -193,9 +193,14 @@ def download(hub_id: HubId, patterns: Collection[str]) -> pathlib.Path:
             )
         )
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet, which transfers large files, raises it
+        # The library's own message advises an argument that no command of this program has.
+        absent = isinstance(error, LocalEntryNotFoundError)
+        reason = (
+            "the cache of this machine does not have it, and the hub was not reached" if absent else _first_line(error)
+        )
         raise ConnectionError(
             f"there is no local directory {hub_id}, and it could not be downloaded from the Hugging Face hub: "
-            f"{_first_line(error)}; download it on another machine and pass its directory"
+            f"{reason}; download it on another machine and pass its directory"
         ) from error
 
 

@@ -498,7 +498,6 @@ def test_hub_gets_numbers_and_text_only(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 def test_hub_out_of_reach() -> None:
     # conftest.py sets HF_HUB_OFFLINE
-    with pytest.raises(
-        ConnectionError, match="there is no local directory org/nothing, and it could not be downloaded"
-    ):
+    message = "there is no local directory org/nothing, and .*: the cache of this machine does not have it"
+    with pytest.raises(ConnectionError, match=message):
         pretrained.load("org/nothing")
