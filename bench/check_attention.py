@@ -20,7 +20,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ from dream_jax import attention, masks, sharding
 BACKENDS: tuple[attention.Backend, ...] = ("xla", "cudnn", "splash")
 ARRAYS = ("out", "dq", "dk", "dv")
 
-Step = Callable[[list[jax.Array], masks.Mask], Any]
+# A compiled function of arrays and the leaves of a mask.
+Step = Callable[[list[jax.Array], list[Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +67,26 @@ class AttentionShape:
         yield "segments", masks.Segments(key_BS[:, : self.queries], key_BS)
 
 
-def forward(backend: attention.Backend) -> Step:
-    """Returns a compiled function of arrays and mask that returns the outputs."""
+def forward(backend: attention.Backend, structure: Any) -> Any:
+    """Returns a jitted function of arrays and leaves of a mask with this tree structure, which returns the outputs."""
 
-    def step(arrays: list[jax.Array], mask: masks.Mask) -> jax.Array:
+    def step(arrays: list[jax.Array], leaves: list[Any]) -> jax.Array:
         q_BTNH, k_BSKH, v_BSKH, _ = arrays
-        return attention.attention(q_BTNH, k_BSKH, v_BSKH, mask, backend)
+        return attention.attention(q_BTNH, k_BSKH, v_BSKH, jax.tree.unflatten(structure, leaves), backend)
 
     return jax.jit(step)
 
 
-def backward(backend: attention.Backend) -> Step:
-    """Returns a compiled function of arrays and mask that returns the outputs and the gradients of q, k and v."""
+def backward(backend: attention.Backend, structure: Any) -> Any:
+    """Returns a jitted function as `forward`, which returns the outputs and the gradients of q, k and v."""
 
-    def loss(qkv: list[jax.Array], weight: jax.Array, mask: masks.Mask) -> tuple[jax.Array, jax.Array]:
+    def loss(qkv: list[jax.Array], weight: jax.Array, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
         q_BTNH, k_BSKH, v_BSKH = qkv
-        out = attention.attention(q_BTNH, k_BSKH, v_BSKH, mask, backend)
+        out = attention.attention(q_BTNH, k_BSKH, v_BSKH, jax.tree.unflatten(structure, leaves), backend)
         return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
 
-    def step(arrays: list[jax.Array], mask: masks.Mask) -> list[jax.Array]:
-        gradients, out = jax.grad(loss, has_aux=True)(arrays[:3], arrays[3], mask)
+    def step(arrays: list[jax.Array], leaves: list[Any]) -> list[jax.Array]:
+        gradients, out = jax.grad(loss, has_aux=True)(arrays[:3], arrays[3], leaves)
         return [out, *gradients]
 
     return jax.jit(step)
@@ -100,15 +101,105 @@ def errors(found: list[jax.Array], wanted: list[np.ndarray]) -> dict[str, float]
     return result
 
 
-def milliseconds(step: Step, arrays: list[jax.Array], mask: masks.Mask, repeats: int) -> float:
+def milliseconds(step: Step, arrays: list[jax.Array], leaves: list[Any], repeats: int) -> float:
     """Returns the median time of `repeats` calls of a compiled step, in milliseconds."""
-    jax.block_until_ready(step(arrays, mask))
+    jax.block_until_ready(step(arrays, leaves))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(step(arrays, mask))
+        jax.block_until_ready(step(arrays, leaves))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCheck:
+    """The result of one backend under one kind of mask.
+
+    Attributes:
+      mask: name of the kind of mask.
+      backend: name of the backend.
+      auto: whether this is the backend that "auto" selects for the call.
+      refusal: why the backend does not support the call; then the other values are empty.
+      errors: the error of each of `ARRAYS`.
+      wrong: the arrays whose error is too large.
+      forward_ms, with_backward_ms: times; None if nothing was timed.
+      temporaries_mib: temporary memory of forward and backward pass; None if nothing was timed or the number is unknown.
+      seconds: time from the start of the check to its result, most of which is compilation.
+    """
+
+    mask: str
+    backend: attention.Backend
+    auto: bool
+    refusal: str | None = None
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+    forward_ms: float | None = None
+    with_backward_ms: float | None = None
+    temporaries_mib: float | None = None
+    seconds: float = 0.0
+
+
+def checks(
+    shape: AttentionShape, dtype: np.dtype, repeats: int, doing: Callable[[str], None] = lambda what: None
+) -> Iterator[AttentionCheck]:
+    """Yields the result of each backend under each kind of mask, as soon as it is known.
+
+    Args:
+      shape: the sizes of the call.
+      dtype: the dtype of queries, keys and values.
+      repeats: number of timed runs; with 0 nothing is timed.
+      doing: is called with a description of the next program before it is compiled. If a program never ends, the last
+        description says which one it is.
+    """
+    arrays = shape.arrays(dtype)
+    for name, mask in shape.masks():
+        begun = time.perf_counter()
+        leaves, structure = jax.tree.flatten(mask)
+        doing(f"{name}: plain attention in float32")
+        # The reference is plain attention in float32, on inputs that are rounded to the dtype.
+        with jax.default_matmul_precision("highest"):
+            exact = backward("xla", structure)([x.astype(jnp.float32) for x in arrays], leaves)
+        wanted = [np.asarray(x, np.float32) for x in exact]
+        bounds: dict[str, float] = {}
+        auto = attention.choose("auto", arrays[0], arrays[1], mask)
+        for backend in BACKENDS:
+            checked = AttentionCheck(
+                mask=name,
+                backend=backend,
+                auto=backend == auto,
+                refusal=attention.refusal(backend, arrays[0], arrays[1], mask),
+            )
+            if checked.refusal is not None:
+                yield checked
+                continue
+            doing(f"{name}: {backend}")
+            # The program is compiled once, and this executable gives the values, the times and the memory.
+            step = backward(backend, structure).lower(arrays, leaves).compile()
+            doing(f"{name}: {backend}, compiled; its first run")
+            found = errors(step(arrays, leaves), wanted)
+            if backend == "xla":
+                bounds = {array: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for array, error in found.items()}
+            checked = dataclasses.replace(
+                checked,
+                errors=found,
+                # Plain attention has the bound of its own error, so that a value which is not finite must be looked for.
+                wrong=tuple(
+                    array for array, error in found.items() if not (np.isfinite(error) and error <= bounds[array])
+                ),
+            )
+            if repeats:
+                doing(f"{name}: {backend}, times")
+                memory = step.memory_analysis()
+                only_forward = forward(backend, structure).lower(arrays, leaves).compile()
+                checked = dataclasses.replace(
+                    checked,
+                    forward_ms=milliseconds(only_forward, arrays, leaves, repeats),
+                    with_backward_ms=milliseconds(step, arrays, leaves, repeats),
+                    temporaries_mib=None if memory is None else memory.temp_size_in_bytes / 2**20,
+                )
+            yield dataclasses.replace(checked, seconds=time.perf_counter() - begun)
+            begun = time.perf_counter()
 
 
 def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
@@ -117,37 +208,25 @@ def check(shape: AttentionShape, dtype: np.dtype, repeats: int) -> bool:
     print(f"{'mask':<14}{'backend':<15}" + "".join(f"{name:>9}" for name in ARRAYS) + "   fwd ms  +bwd ms  temp MiB")
     good = True
     refused: dict[str, list[str]] = {}
-    arrays = shape.arrays(dtype)
-    for name, mask in shape.masks():
-        # The reference is plain attention in float32, on inputs that are rounded to the dtype.
-        with jax.default_matmul_precision("highest"):
-            exact = backward("xla")([x.astype(jnp.float32) for x in arrays], mask)
-        wanted = [np.asarray(x, np.float32) for x in exact]
-        bounds: dict[str, float] = {}
-        auto = attention.choose("auto", arrays[0], arrays[1], mask)
-        for backend in BACKENDS:
-            reason = attention.refusal(backend, arrays[0], arrays[1], mask)
-            label = f"{backend} (auto)" if backend == auto else backend
-            if reason is not None:
-                refused.setdefault(f"{backend} is not used: {reason}", []).append(name)
-                continue
-            step = backward(backend)
-            found = errors(step(arrays, mask), wanted)
-            if backend == "xla":
-                bounds = {array: 2 * error + max(1e-5, float(jnp.finfo(dtype).eps)) for array, error in found.items()}
-            line = f"{name:<14}{label:<15}" + "".join(f"{error:9.1e}" for error in found.values())
-            if repeats:
-                # The annotated type is a plain function, but what `backward` returns is jitted and can be lowered.
-                memory = step.lower(arrays, mask).compile().memory_analysis()  # type: ignore[attr-defined]
-                line += f"{milliseconds(forward(backend), arrays, mask, repeats):9.2f}"
-                line += f"{milliseconds(step, arrays, mask, repeats):9.2f}"
-                line += f"{memory.temp_size_in_bytes / 2**20:10.1f}" if memory is not None else f"{'-':>10}"
-            wrong = [array for array, error in found.items() if not error <= bounds[array]]
-            good = good and not wrong
-            print(line + (f"  WRONG: {', '.join(wrong)}" if wrong else ""), flush=True)
+    for one in checks(shape, dtype, repeats):
+        if one.refusal is not None:
+            refused.setdefault(f"{one.backend} is not used: {one.refusal}", []).append(one.mask)
+            continue
+        label = f"{one.backend} (auto)" if one.auto else one.backend
+        line = f"{one.mask:<14}{label:<15}" + "".join(f"{error:9.1e}" for error in one.errors.values())
+        if repeats:
+            line += f"{one.forward_ms:9.2f}{one.with_backward_ms:9.2f}"
+            line += f"{'-':>10}" if one.temporaries_mib is None else f"{one.temporaries_mib:10.1f}"
+        good = good and not one.wrong
+        print(line + (f"  WRONG: {', '.join(one.wrong)}" if one.wrong else ""), flush=True)
     for reason, names in refused.items():
         print(f"{reason} ({', '.join(names)})")
     return good
+
+
+def odd_shape(whole: AttentionShape) -> AttentionShape:
+    """Returns a shape with odd numbers of queries and keys, such as 255 and 513 for 2048 tokens."""
+    return dataclasses.replace(whole, queries=whole.queries // 8 - 1, keys=whole.keys // 4 + 1)
 
 
 def main() -> None:
@@ -165,13 +244,12 @@ def main() -> None:
     args = parser.parse_args()
 
     whole = AttentionShape(args.batch, args.tokens, args.tokens, args.heads, args.kv_heads, args.head_dim)
-    odd = dataclasses.replace(whole, queries=args.tokens // 8 - 1, keys=args.tokens // 4 + 1)
     target = attention.target_platform("tpu", interpret=True) if args.interpret else contextlib.nullcontext()
     mesh = jax.set_mesh(sharding.make_mesh(args.mesh)) if args.mesh else contextlib.nullcontext()
     device = jax.devices()[0]
     print(f"{len(jax.devices())} x {device.device_kind} ({device.platform}), jax {jax.__version__}, {args.dtype}")
     with target, mesh:
-        results = [check(whole, np.dtype(args.dtype), args.repeats), check(odd, np.dtype(args.dtype), 0)]
+        results = [check(whole, np.dtype(args.dtype), args.repeats), check(odd_shape(whole), np.dtype(args.dtype), 0)]
     print("\nall within bounds" if all(results) else "\nWRONG results above")
     sys.exit(0 if all(results) else 1)
 

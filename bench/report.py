@@ -1,4 +1,7 @@
-"""Collects the hardware, versions and date of a benchmark, and writes results."""
+"""Collects the hardware, versions and date of a benchmark, and writes results.
+
+Only the standard library is imported at the top, because some benchmarks run on an image that lacks psutil and msgspec.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,12 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import psutil
-
-from dream_jax import files, paths
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
@@ -49,19 +49,25 @@ def hardware() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of Python and the packages, and the git commit, with "+" if tracked files were changed."""
+    """Returns the versions of Python and the packages, and the git commit as `commit` returns it."""
     found = {"python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in packages}
+    return found | {"commit": commit()}
+
+
+def commit() -> str:
+    """Returns the git commit, with "+" if tracked files were changed; an empty text if it is not known."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
+    if shutil.which("git") is None:
+        return ""
     # The output is empty outside a git checkout, or before the first commit.
-    commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+    found = git("rev-parse", "--verify", "--quiet", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no")
-    found["commit"] = commit + ("+" if commit and changed else "")
-    return found
+    return found + ("+" if found and changed else "")
 
 
 class OtherWork:
@@ -72,6 +78,8 @@ class OtherWork:
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
+        import psutil
+
         times = psutil.cpu_times()
         # Time stolen by other virtual machines counts, because it disturbs a measurement as much. `user` includes `guest`.
         busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
@@ -102,6 +110,8 @@ def summarize(seconds: Sequence[float]) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes a result as JSON, and makes its folder if necessary. Raises FileExistsError if another file is there."""
+    from dream_jax import files, paths
+
     paths.check_replaceable(path, "a file of results", _is_result)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
@@ -109,6 +119,8 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 def _is_result(content: bytes) -> bool:
     """Returns whether a file is a result with its date and hardware, or an object of results by name."""
+    from dream_jax import paths
+
     if paths.is_json_object("date", "hardware")(content):
         return True
     return paths.is_json_object()(content) and all(isinstance(one, dict) for one in json.loads(content).values())
@@ -116,4 +128,6 @@ def _is_result(content: bytes) -> bool:
 
 def add_json(path: pathlib.Path, name: str, value: dict[str, Any]) -> None:
     """Adds a result to a JSON file of results by name, or replaces the one of the same name."""
+    from dream_jax import files
+
     write_json(path, (files.read_json(path) if path.exists() else {}) | {name: value})

@@ -14,7 +14,6 @@ for a rule by confidence. `--torch` also times the published loop (`torch_refere
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import sys
 import time
@@ -29,6 +28,7 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from sampler_modes import sample_flops, speed_modes
 
 import dream_jax
 from dream_jax.config import PRESETS, DreamConfig
@@ -72,54 +72,6 @@ class Quality:
 
 
 # --------------------------------------------------------------------------------------------------------- speed
-
-
-def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
-    """Returns name -> configuration of each mode, for `new` tokens in blocks of `block`."""
-    block = min(block, new)
-    cached = SamplerConfig(max_new_tokens=new, alg="entropy", block_length=block, cache=WindowCache())
-    modes = {"exact": SamplerConfig.preset("exact", max_new_tokens=new)}
-    for tokens in (1, 2, 4):
-        steps = math.ceil(block / tokens) * math.ceil(new / block)
-        modes[f"cached, {tokens} a pass"] = dataclasses.replace(cached, steps=steps)
-    if new % block == 0:
-        modes["Fast-dLLM dual"] = SamplerConfig.fast_dllm(
-            cache="dual", block_length=block, max_new_tokens=new, steps=new
-        )
-    return modes
-
-
-def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
-    """Returns the floating-point operations of all layers for `tokens` queries, each of which attends to `keys` keys."""
-    width, head = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    weights = width * head * (2 * heads + 2 * kv_heads) + 3 * width * config.intermediate_size
-    attention = 2 * heads * head * keys
-    return 2.0 * tokens * config.num_hidden_layers * (weights + attention)
-
-
-def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps_B: np.ndarray, passes: int) -> float:
-    """Returns the minimum of floating-point operations of the passes of one row: layers, and logits of masked positions.
-
-    Args:
-      config: the architecture.
-      sampler: the configuration of the mode.
-      prompt: number of prompt tokens.
-      steps_B: int [new tokens], the step that wrote each new token.
-      passes: number of forward passes of the row.
-    """
-    new, length = sampler.max_new_tokens, prompt + sampler.max_new_tokens
-    order = np.unique(steps_B, return_inverse=True)[1]
-    block = sampler.block_length or new
-    rows = sum(
-        int(np.sum(order[i : i + block] >= step)) for i in range(0, new, block) for step in {*order[i : i + block]}
-    )
-    head = 2.0 * rows * config.hidden_size * config.vocab_size
-    if isinstance(sampler.cache, NoCache):
-        return passes * pass_flops(config, length, length) + head
-    full = math.ceil(new / block)
-    window = sampler.cache.left + block + (sampler.cache.right or 0)
-    return full * pass_flops(config, length, length) + (passes - full) * pass_flops(config, window, length) + head
 
 
 def peak_rate(dtype: str, seconds: float = 1.0) -> float:

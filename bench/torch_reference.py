@@ -57,19 +57,31 @@ def qwen2_config(fields: Mapping[str, Any]) -> Qwen2Config:
     )
 
 
-def build_model(fields: Mapping[str, Any]) -> Qwen2ForCausalLM:
-    """Returns a bidirectional Qwen2 in float32, with the initial weights of transformers and SDPA attention.
+def build_model(
+    fields: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen2ForCausalLM:
+    """Returns a bidirectional Qwen2 with the initial weights of transformers and SDPA attention.
+
+    The weights are made on the device: on a CPU the initial weights of a 7B model would take minutes.
+
+    Args:
+      fields: the published `config.json`.
+      device: where the model is.
+      dtype: the dtype of the weights, and of the computation unless autocast is on.
 
     Raises:
       RuntimeError: this release of transformers ignores `rope_theta`.
     """
     config = qwen2_config(fields)
-    model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    with torch.device(device):
+        model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     head_dim = config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    if not torch.allclose(model.model.rotary_emb.inv_freq, 1.0 / fields["rope_theta"] ** exponents, rtol=1e-6):
+    found = model.model.rotary_emb.inv_freq.float().cpu()
+    # A GPU computes powers with a few more roundings than a CPU; a wrong base would be off by far more.
+    if not torch.allclose(found, 1.0 / fields["rope_theta"] ** exponents, rtol=1e-5):
         raise RuntimeError(f"transformers ignored rope_theta={fields['rope_theta']!r}; adapt qwen2_config to it")
     return model
 
@@ -267,7 +279,7 @@ def diffusion_generate(
         is_last = step == settings.steps - 1
         share = 1.0 if is_last else 1 - times[step + 1] / times[step]
         if settings.alg == "origin":
-            written_R = torch.rand(logits_RV.shape[0]) < share
+            written_R = torch.rand(logits_RV.shape[0], device=canvas_BT.device) < share
             proposal_R = torch.full_like(written_R, mask_token_id, dtype=canvas_BT.dtype)
             proposal_R[written_R] = _choose_tokens(logits_RV[written_R], settings)[0]
             canvas_BT[masked_BT] = proposal_R
@@ -276,7 +288,9 @@ def diffusion_generate(
             mean_masked = masked_BT.sum() / masked_BT.shape[0]
             count = int(mean_masked if is_last else mean_masked * share)
             if count > 0:
-                confidence_BT = torch.full(canvas_BT.shape, -torch.inf, dtype=confidence_R.dtype)
+                confidence_BT = torch.full(
+                    canvas_BT.shape, -torch.inf, dtype=confidence_R.dtype, device=canvas_BT.device
+                )
                 confidence_BT[masked_BT] = confidence_R
                 if settings.alg_temp:
                     chances_BT = (confidence_BT / settings.alg_temp).softmax(dim=-1)
@@ -306,7 +320,7 @@ def linear_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
 
 def uniform_weight(masked_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
     """Returns the weight "uniform", 1 at every position [B, T]."""
-    return torch.ones(masked_BT.shape, dtype=t_B.dtype)
+    return torch.ones(masked_BT.shape, dtype=t_B.dtype, device=t_B.device)
 
 
 def cart_weight(masked_BT: torch.Tensor, t_B: torch.Tensor, *, p: float = 0.1) -> torch.Tensor:

@@ -8,27 +8,33 @@ Flags override the settings of the preset. MFU counts 6 FLOPs per weight and tok
 logits at masked positions only, and no recomputation, divided by the dense bfloat16 peak in `dream_jax.chips`. Memory is
 both that of the compiler and the peak of the allocator. The result is added to FILE (--out) under the name of the preset.
 
-`--torch` then runs the same step in plain PyTorch (`torch_reference.py`: SDPA, fused AdamW, bfloat16 autocast over float32
-weights, activations of each layer recomputed unless --remat none, logits at masked positions only) on the same device.
+`--torch` also runs the same step in plain PyTorch (`torch_reference.py`: SDPA, fused AdamW, bfloat16 autocast over float32
+weights, activations of each layer recomputed unless --remat none, logits at masked positions only) on the same device. It
+runs first and in a process of its own, because each framework keeps most of a GPU's memory until its process ends.
 
-Needs jax, flax, optax, numpy, einops, jaxtyping and psutil; for `--torch` also torch, transformers and safetensors.
+Needs jax, flax, optax, numpy, einops, jaxtyping, msgspec and psutil; for `--torch` also torch, transformers and
+safetensors. `measure` alone, which bench/accelerator.py calls, needs no msgspec and no psutil.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import gc
+import json
 import pathlib
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import profiles
+import random_weights
 import report
+import torch_side
 
 from dream_jax import lora, sharding
 from dream_jax.attention import Backend
@@ -37,7 +43,7 @@ from dream_jax.chips import chip_of
 from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
 from dream_jax.flops import FlopCounter
-from dream_jax.model import Dream, Remat, abstract_model, merge_params, parameter_count, split_params
+from dream_jax.model import Dream, Remat, abstract_model, parameter_count, split_params
 from dream_jax.optimizer import Moments, OptimizerConfig, OptimizerKind
 from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
 
@@ -87,24 +93,25 @@ PRESETS: Mapping[str, TrainStepBenchSettings] = {
 
 
 def make_model(settings: TrainStepBenchSettings) -> Dream:
-    """Returns a model with arbitrary weights; with an adapter, the base is stored in `base_dtype`."""
-    dtype = settings.base_dtype if settings.lora_rank else "float32"
-    options = {"compute_dtype": settings.compute_dtype, "remat": settings.remat}
-    options |= {"param_dtype": dtype, "attention_backend": settings.attention}
-    config, mesh = settings.config(), sharding.make_mesh(settings.mesh)
-    graphdef, shapes = split_params(abstract_model(config, **options))
-
-    # One leaf is made at a time, with simple values, because the time of a step does not depend on the values.
-    def draw(leaf: Any, leaf_sharding: Any) -> jax.Array:
-        fill = lambda: (0.02 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32))).reshape(leaf.shape).astype(leaf.dtype)
-        return jax.jit(fill, out_shardings=leaf_sharding)()
-
-    model = merge_params(graphdef, jax.tree.map(draw, shapes, sharding.parameter_shardings(shapes, mesh)))
+    """Returns a model with random weights; with an adapter, the base is stored in `base_dtype`."""
+    mesh = sharding.make_mesh(settings.mesh)
+    model = random_weights.filled(abstract_base(settings), mesh)
     if settings.lora_rank:
         lora_config = lora.LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank)
         with jax.set_mesh(mesh):
             model = lora.attach(model, lora_config, jax.random.key(0))
     return model
+
+
+def abstract_base(settings: TrainStepBenchSettings) -> Dream:
+    """Returns the model of shapes, without an adapter."""
+    return abstract_model(
+        settings.config(),
+        compute_dtype=settings.compute_dtype,
+        remat=settings.remat,
+        param_dtype=settings.base_dtype if settings.lora_rank else "float32",
+        attention_backend=settings.attention,
+    )
 
 
 def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
@@ -114,50 +121,75 @@ def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
     return Batch(tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32))
 
 
-def measure(settings: TrainStepBenchSettings, trace: pathlib.Path | None) -> dict[str, Any]:
-    """Returns the measurements of the step: seconds, tokens per second, MFU and memory (GiB).
-
-    Args:
-      settings: the settings of the measurement.
-      trace: folder for a profile of one warm-up step; None for no profile.
-    """
-    mesh = sharding.make_mesh(settings.mesh)
-    optimizer = OptimizerConfig(
+def optimizer_of(settings: TrainStepBenchSettings) -> OptimizerConfig:
+    """Returns the optimizer of the step."""
+    return OptimizerConfig(
         learning_rate=1e-5,
         total_steps=1000,
         kind=settings.optimizer,
         moments=settings.moments,
         moments_on_host=settings.moments_on_host,
     )
-    optimizer.check_devices(mesh)
+
+
+def make_step(settings: TrainStepBenchSettings, model: Dream, mesh: jax.sharding.Mesh) -> TrainStep:
+    """Returns the training step for a model of arrays or shapes."""
+    optimizer = optimizer_of(settings)
+    config = StepConfig(global_batch=settings.batch, accumulation=settings.accumulation)
+    return make_train_step(split_params(model)[0], optimizer.make(), optimizer.schedule(), config, mesh)
+
+
+def measure(
+    settings: TrainStepBenchSettings,
+    trace: pathlib.Path | None = None,
+    doing: Callable[[str], None] = lambda what: None,
+    known: Callable[..., None] = lambda **values: None,
+) -> dict[str, Any]:
+    """Returns the measurements of the step: seconds, tokens per second, MFU and memory (GiB).
+
+    Args:
+      settings: the settings of the measurement.
+      trace: folder for a profile of one step after the timed ones, whose summary is added to the result; None for none.
+      doing: is called with a description of what is done next.
+      known: is called with values of the result as soon as they are known, before the next thing is done.
+    """
+    mesh = sharding.make_mesh(settings.mesh)
+    optimizer_of(settings).check_devices(mesh)
+    doing("making the weights")
     model = make_model(settings)
-    graphdef, params = split_params(model)
+    params = split_params(model)[1]
     trained, frozen = lora.split(params) if settings.lora_rank else (params, {})
-    step = make_train_step(
-        graphdef,
-        optimizer.make(),
-        optimizer.schedule(),
-        StepConfig(global_batch=settings.batch, accumulation=settings.accumulation),
-        mesh,
-    )
+    step = make_step(settings, model, mesh)
     flops = FlopCounter(model, settings.tokens)
     numbers: dict[str, float] = {"parameters": parameter_count(params), "trained": parameter_count(trained)}
-    state = init_state(trained, optimizer.make(), mesh, donate=True)
+    state = init_state(trained, optimizer_of(settings).make(), mesh, donate=True)
     del model, params, trained
     batch = put_batch(rows(settings), mesh)
+    doing("compiling the step")
     begun = time.perf_counter()
+    # This executable is also the one that runs: a call of `step` would compile the same program a second time.
     compiled = step.lower(state, batch, frozen).compile()
     numbers["compile_seconds"] = time.perf_counter() - begun
     memory = compiled.memory_analysis()
     planned = {name: getattr(memory, f"{name}_size_in_bytes") / GIB for name in ("argument", "output", "alias", "temp")}
     planned["host_temp"] = memory.host_temp_size_in_bytes / GIB
-    del compiled
-    seconds, losses, masked = timed(step, state, batch, frozen, settings, trace)
+    known(**numbers, planned_gib_a_device=planned)
+    seconds, losses, masked = [], [], []
+    for number in range(settings.warmup + settings.steps):
+        doing(f"step {number} of {settings.warmup + settings.steps}, of which {settings.warmup} are for warm-up")
+        begun = time.perf_counter()
+        state, metrics = compiled(state, batch, frozen)
+        metrics = jax.device_get(jax.block_until_ready(metrics))
+        elapsed = time.perf_counter() - begun
+        if number >= settings.warmup:
+            seconds.append(elapsed)
+            losses.append(float(metrics["loss"]))
+            masked.append(float(metrics["num_masked"]))
     median = report.summarize(seconds)["median_s"]
     tokens = settings.batch * settings.tokens
-    total = flops.step(tokens, masked)
+    total = flops.step(tokens, float(np.mean(masked)))
     chip = chip_of(jax.devices()[0].device_kind)
-    return {
+    result = {
         **numbers,
         "planned_gib_a_device": planned,
         "allocator_peak_gib": [peak_bytes(device) for device in mesh.devices.flat],
@@ -168,31 +200,15 @@ def measure(settings: TrainStepBenchSettings, trace: pathlib.Path | None) -> dic
         "mfu": None if chip is None else total / median / mesh.size / chip.peak_flops,
         "losses": losses,
     }
-
-
-def timed(
-    step: TrainStep,
-    state: Any,
-    batch: Batch[jax.Array],
-    frozen: Any,
-    settings: TrainStepBenchSettings,
-    trace: pathlib.Path | None,
-) -> tuple[list[float], list[float], float]:
-    """Returns seconds and losses of the steps after the warm-up, and the mean number of masked positions per step."""
-    seconds, losses, masked = [], [], []
-    for number in range(settings.warmup + settings.steps):
-        # Only the second step of the warm-up is traced, so that tracing slows none of the timed steps.
-        profile = jax.profiler.trace(str(trace)) if trace and number == 1 else contextlib.nullcontext()
-        with profile:
-            begun = time.perf_counter()
-            state, metrics = step(state, batch, frozen)
-            metrics = jax.device_get(jax.block_until_ready(metrics))
-            elapsed = time.perf_counter() - begun
-        if number >= settings.warmup:
-            seconds.append(elapsed)
-            losses.append(float(metrics["loss"]))
-            masked.append(float(metrics["num_masked"]))
-    return seconds, losses, float(np.mean(masked))
+    known(**result)
+    if trace is not None:
+        doing("a profile of one step")
+        # The traced step comes after the timed ones, so that tracing slows none of them.
+        with jax.profiler.trace(str(trace)):
+            jax.block_until_ready(compiled(state, batch, frozen))
+        result["profile"] = profiles.summary(trace, compiled.as_text())
+        known(profile=result["profile"])
+    return result
 
 
 def peak_bytes(device: jax.Device) -> float | None:
@@ -201,42 +217,27 @@ def peak_bytes(device: jax.Device) -> float | None:
     return stats["peak_bytes_in_use"] / GIB if "peak_bytes_in_use" in stats else None
 
 
-def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
-    """Measures the same model and batch in plain PyTorch, on the first GPU or else on the CPU."""
-    import torch
-    import torch_reference as reference
+def torch_settings(settings: TrainStepBenchSettings) -> dict[str, Any]:
+    """Returns the arguments of `torch_side.train_step` for the same model and batch."""
+    return {
+        "config": settings.config().to_dict(),
+        "batch": settings.batch,
+        "tokens": settings.tokens,
+        "recompute": settings.remat != "none",
+        "bfloat16": settings.compute_dtype == "bfloat16",
+        "warmup": settings.warmup,
+        "steps": settings.steps,
+    }
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settings.config()
-    with device:
-        model = reference.build_model(config.to_dict())
-    if settings.remat != "none":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-    optimizer = reference.adamw(model, learning_rate=1e-5)
-    tokens_BT = torch.from_numpy(rows(settings).tokens_BT).long().to(device)
-    half = settings.compute_dtype == "bfloat16"
-    seconds = []
-    for number in range(settings.warmup + settings.steps):
-        generator = torch.Generator(device).manual_seed(number)
-        t_B = (
-            torch.arange(settings.batch, device=device) + 0.5
-        ) / settings.batch  # evenly spaced levels; dream_jax also spreads them over the batch
-        masked_BT = torch.rand(tokens_BT.shape, device=device, generator=generator) < t_B[:, None]
-        begun = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            reference.train_step(
-                model, optimizer, tokens_BT, masked_BT, t_B, mask_token_id=config.mask_token_id, head_rows="masked"
-            )
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= settings.warmup:
-            seconds.append(time.perf_counter() - begun)
-    result: dict[str, Any] = {"torch": torch.__version__, "seconds": report.summarize(seconds)}
-    result["tokens_per_second"] = settings.batch * settings.tokens / result["seconds"]["median_s"]
-    if device.type == "cuda":
-        result["allocator_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-    return result
+
+def measure_torch(settings: TrainStepBenchSettings) -> dict[str, Any]:
+    """Measures the same model and batch in plain PyTorch in a new process, on the first GPU or else on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / "torch.json"
+        arguments = ["train_step", json.dumps(torch_settings(settings)), str(result)]
+        subprocess.run([sys.executable, torch_side.__file__, *arguments], check=True)
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
 
 
 def main() -> None:
@@ -264,9 +265,11 @@ def main() -> None:
     settings = dataclasses.replace(
         PRESETS[given["preset"]], **{name: value for name, value in changes.items() if value is not None}
     )
-    sharding.make_mesh(settings.mesh)  # must run before the backend starts, so that a CPU provides the devices
     print(settings, flush=True)
     other_work = report.OtherWork()
+    # PyTorch's process ends before jax takes the memory of the GPU.
+    torch_result = measure_torch(settings) if given["torch"] else None
+    sharding.make_mesh(settings.mesh)  # must run before the backend starts, so that a CPU provides the devices
     result: dict[str, Any] = {
         "date": report.now(),
         "hardware": {**report.hardware(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
@@ -274,10 +277,8 @@ def main() -> None:
         "settings": dataclasses.asdict(settings),
         "jax": measure(settings, given["trace"]),
     }
-    if given["torch"]:
-        gc.collect()
-        jax.clear_caches()
-        result["torch"] = measure_torch(settings)
+    if torch_result is not None:
+        result["torch"] = torch_result
         result["torch_over_jax"] = result["torch"]["seconds"]["median_s"] / result["jax"]["seconds"]["median_s"]
     result["other_work"] = other_work.share()
     for side in ("jax", "torch"):

@@ -1,0 +1,95 @@
+"""The modes of the sampler that are measured, their least number of floating-point operations, and their programs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dream_jax import sharding
+from dream_jax.config import DreamConfig
+from dream_jax.model import Dream
+from dream_jax.sampler import NoCache, SamplerConfig, WindowCache
+from dream_jax.sampler.loop import denoise
+from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
+
+
+def speed_modes(new: int, block: int) -> Mapping[str, SamplerConfig]:
+    """Returns name -> configuration of each mode, for `new` tokens in blocks of `block`."""
+    block = min(block, new)
+    modes = {"exact": SamplerConfig.preset("exact", max_new_tokens=new)}
+    for tokens in (1, 2, 4):
+        modes[f"cached, {tokens} a pass"] = cached(new, block, tokens)
+    if new % block == 0:
+        modes["Fast-dLLM dual"] = SamplerConfig.fast_dllm(
+            cache="dual", block_length=block, max_new_tokens=new, steps=new
+        )
+    return modes
+
+
+def cached(new: int, block: int, tokens: int) -> SamplerConfig:
+    """Returns cached sampling in blocks, in which a pass writes this number of tokens, whatever their confidence."""
+    steps = math.ceil(block / tokens) * math.ceil(new / block)
+    return SamplerConfig(max_new_tokens=new, steps=steps, alg="entropy", block_length=block, cache=WindowCache())
+
+
+def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
+    """Returns the floating-point operations of all layers for `tokens` queries, each of which attends to `keys` keys."""
+    width, head = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    weights = width * head * (2 * heads + 2 * kv_heads) + 3 * width * config.intermediate_size
+    attention = 2 * heads * head * keys
+    return 2.0 * tokens * config.num_hidden_layers * (weights + attention)
+
+
+def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps_B: np.ndarray, passes: int) -> float:
+    """Returns the minimum of floating-point operations of the passes of one row: layers, and logits of masked positions.
+
+    Args:
+      config: the architecture.
+      sampler: the configuration of the mode.
+      prompt: number of prompt tokens.
+      steps_B: int [new tokens], the step that wrote each new token.
+      passes: number of forward passes of the row.
+    """
+    new, length = sampler.max_new_tokens, prompt + sampler.max_new_tokens
+    order = np.unique(steps_B, return_inverse=True)[1]
+    block = sampler.block_length or new
+    rows = sum(
+        int(np.sum(order[i : i + block] >= step)) for i in range(0, new, block) for step in {*order[i : i + block]}
+    )
+    head = 2.0 * rows * config.hidden_size * config.vocab_size
+    if isinstance(sampler.cache, NoCache):
+        return passes * pass_flops(config, length, length) + head
+    full = math.ceil(new / block)
+    window = sampler.cache.left + block + (sampler.cache.right or 0)
+    return full * pass_flops(config, length, length) + (passes - full) * pass_flops(config, window, length) + head
+
+
+def lower(model: Dream, config: SamplerConfig, *, batch: int, prompt: int, array_sharding: Any = None) -> Any:
+    """Returns the `jax.stages.Lowered` of the program that `dream_jax.generate` runs for prompts without padding.
+
+    Args:
+      model: a model of arrays, or of shapes with shardings.
+      config: the settings of the sampler.
+      batch, prompt: number of rows, and of prompt tokens of each row, which must be one of the bucket lengths.
+      array_sharding: the sharding of the other arguments; needed for a model of shapes on devices that are not here.
+    """
+    new = config.max_new_tokens
+    masked = [new] * batch
+    static = StaticSettings.of(config, min(bucket_length(new), prompt + new), masked)
+    dynamic = DynamicSettings.of(config, static.steps, masked)
+    keys = jax.eval_shape(lambda: jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)))
+
+    def shape(like: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=array_sharding)
+
+    canvas = jax.ShapeDtypeStruct((batch, prompt + new), jnp.int32, sharding=array_sharding)
+    valid = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=array_sharding)
+    with sharding.mesh_context(model):
+        return denoise.lower(model, canvas, valid, shape(keys), jax.tree.map(shape, dynamic), None, static=static)
