@@ -137,6 +137,7 @@ def run_stages(
     waiting: dict[str, StageProcess] = {}
     try:
         for number, stage in enumerate(stages):
+            reason: str | None
             left = deadline - time.monotonic() - RESERVE_S
             if left < stage.needs_s:
                 reason = f"{max(left, 0.0):.0f} s were left, and it needs {stage.needs_s:.0f} s"

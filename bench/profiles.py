@@ -111,7 +111,8 @@ def scope(op_name: str) -> str:
     """
     # A fusion of several operations may have several names.
     parts = op_name.split(";")[0].strip().split("/")
-    names, backward, recomputed = [], False, False
+    names: list[str] = []
+    backward = recomputed = False
     for part in parts[:-1]:
         while (call := _CALL.match(part)) is not None:
             backward |= call[1] == "transpose"
@@ -126,7 +127,8 @@ def scope(op_name: str) -> str:
 
 def scope_of_event(event: Event, scopes: Mapping[str, str]) -> str:
     """Returns the scope of an event; "?" if its operation is not in the program."""
-    return next((scopes[name] for name in (event.operation, event.kernel) if name in scopes), "?")
+    names = [event.kernel] if event.operation is None else [event.operation, event.kernel]
+    return next((scopes[name] for name in names if name in scopes), "?")
 
 
 def kind(kernel: str) -> str:

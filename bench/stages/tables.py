@@ -203,7 +203,7 @@ def _why(found: Found, stage: str) -> str:
 
 def train_rows(found: Found) -> list[tuple[str, ...]]:
     """Returns a row for each training stage with a result."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, entry in found["stages"].items():
         got = entry.get("values", {})
         if "tokens_per_second" not in got:
@@ -224,7 +224,7 @@ def train_rows(found: Found) -> list[tuple[str, ...]]:
 
 def sample_rows(found: Found) -> list[tuple[str, ...]]:
     """Returns a row for each mode of the sampler that has a result."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, entry in found["stages"].items():
         if not stage.startswith("sample-"):
             continue
@@ -246,7 +246,7 @@ def sample_rows(found: Found) -> list[tuple[str, ...]]:
 
 def torch_rows(found: Found) -> list[tuple[str, ...]]:
     """Returns a row for each measurement of PyTorch."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, entry in found["stages"].items():
         for row in entry.get("values", {}).get("rows", ()) if stage.startswith("torch-") else ():
             rows.append(
@@ -264,7 +264,7 @@ def torch_rows(found: Found) -> list[tuple[str, ...]]:
 
 def attention_rows(found: Found) -> list[tuple[str, ...]]:
     """Returns a row for each mask and backend that was checked, even and odd lengths."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage in ("attention", "attention-odd"):
         got = values(found, stage)
         for row in got.get("rows", ()):
