@@ -50,8 +50,12 @@ serve: $(VENV)/.serve-installed  ## a server with the demo model (trained first 
 test: setup  ## the default tests, of every module; PYTEST_ARGS="-k masks -x" narrows them
 	$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup  ## every test
-	$(PY) -m pytest $(WORKERS) $(PYTEST_ARGS)
+# Long tests of what XLA optimises say nothing about programs that are not optimised, so they run only in test-optimised.
+test-all: setup  ## every test, those of what XLA optimises at its default optimisation (two reports)
+	@status=0; \
+	  $(PY) -m pytest $(WORKERS) -m "not (slow and optimised)" $(PYTEST_ARGS) || status=1; \
+	  DREAM_JAX_XLA=default $(PY) -m pytest $(WORKERS) -m optimised $(PYTEST_ARGS) || status=1; \
+	  exit $$status
 
 test-optimised: export DREAM_JAX_XLA = default
 test-optimised: setup  ## golden numbers, resuming bit for bit, losses and sampler at XLA's default optimisation

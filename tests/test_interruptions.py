@@ -96,11 +96,11 @@ def test_a_kill_changes_no_bit(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_kills_change_no_bit(uninterrupted, tmp_path):
+def test_kills_change_no_bit(uninterrupted, tmp_path):
     """At moments nobody has chosen: before the first step, between steps, while a checkpoint is written."""
     out, draw = tmp_path / "killed", random.Random(5)
     wanted = table(uninterrupted / "metrics.csv")
-    for attempt in range(5):
+    for attempt in range(3):
         with started(out) as process:
             steps = draw.randint(1, 4) if attempt else 0
             read_steps(process, steps)

@@ -103,7 +103,6 @@ def test_a_poisoned_step_changes_nothing_but_the_step_number(mesh, name, accumul
     assert all(jax.tree.leaves(finite))
 
 
-@pytest.mark.optimised
 def test_after_a_skip_the_update_is_the_one_it_would_have_been():
     """The same batch and noise with and without two skipped steps before: the same weights, bit for bit."""
     run = step("1x1", "adamw")

@@ -87,8 +87,8 @@ def run(mesh, accumulation=1):
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [("4x2", 1), ("1x1", 4)]
-    + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x8", "1x1x8", "2x2x2")]
-    + [slow("1x1", 2), slow("2x1x4", 4)],
+    + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x1x8", "2x2x2")]
+    + [slow("2x1x4", 4)],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation):
     wanted, found = run("1x1")[0], run(mesh, accumulation)[0]
@@ -193,7 +193,6 @@ def test_what_is_hidden_before_a_row_changes_nothing():
     np.testing.assert_allclose(found["split"], found["plain"], rtol=1e-4)
 
 
-@pytest.mark.optimised
 def test_same_seed_same_run():
     _, metrics = compiled("1x1", accumulation=1)(first_state(), put(batch(0)))
     assert float(metrics["loss"]) == run("1x1")[0][0, 0]
