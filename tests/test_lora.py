@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from golden_numbers import arrays
 from golden_numbers import model as golden_model
-from marking import slow
 
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch

@@ -86,9 +86,7 @@ def run(mesh, accumulation=1):
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
-    [("4x2", 1), ("1x1", 4)]
-    + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x1x8", "2x2x2")]
-    + [slow("2x1x4", 4)],
+    [("4x2", 1), ("1x1", 4)] + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x1x8", "2x2x2")] + [slow("2x1x4", 4)],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation):
     wanted, found = run("1x1")[0], run(mesh, accumulation)[0]
