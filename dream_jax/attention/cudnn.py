@@ -125,15 +125,20 @@ def _without_mask(
 
     lengths: nothing, or one int32 [B], the number of valid keys of each row. causal, lookback: as in `NativeMask`.
     """
+    batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
+    q_BTNH, k_BSKH, v_BSKH = _even(q_BTNH), _even(k_BSKH), _even(v_BSKH)
     options: dict[str, Any] = {}
     if lengths:
         # Only the keys get lengths: queries that are padding attend to the valid keys, as the mask says.
         options["key_value_seq_lengths"] = lengths[0]
+    elif num_keys % 2 and not causal:  # a causal mask hides the additional key from all queries but the additional one
+        options["key_value_seq_lengths"] = jnp.full((batch,), num_keys, jnp.int32)
     if causal:
         options["is_causal"] = True
     if lookback is not None:
         options["local_window_size"] = (lookback, 0)
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation="cudnn", **options)
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, implementation="cudnn", **options)
+    return out_BTNH[:, :num_queries]
 
 
 def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
@@ -141,11 +146,18 @@ def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_
 
     allowed_BTS: bool [B, T, S], true where a query may attend to a key.
     """
-    # cuDNN's gradients with a mask need even lengths. So odd lengths get one more query, whose output is removed again,
-    # or one more key, which is hidden.
     num_queries, odd_T, odd_S = q_BTNH.shape[1], q_BTNH.shape[1] % 2, k_BSKH.shape[1] % 2
     allowed_BTS = jnp.pad(allowed_BTS, ((0, 0), (0, odd_T), (0, odd_S)))
-    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))
-    k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, odd_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = _even(q_BTNH), _even(k_BSKH), _even(v_BSKH)
     out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=allowed_BTS[:, None], implementation="cudnn")
     return out_BTNH[:, :num_queries]
+
+
+def _even(x_BTNH: jax.Array) -> jax.Array:
+    """Returns queries, keys or values with one more token if their number is odd.
+
+    cuDNN's gradients with a mask need even lengths. jax refuses odd lengths without a mask too ("Unsupported sequence
+    length"), because it takes the empty array that it passes instead of a bias for a bias. The output of an additional
+    query is removed again, and an additional key is hidden.
+    """
+    return jnp.pad(x_BTNH, ((0, 0), (0, x_BTNH.shape[1] % 2), (0, 0), (0, 0)))
