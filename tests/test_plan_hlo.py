@@ -211,3 +211,25 @@ def test_what_accelerators_write(groups):
 def test_unknown_groups_raise():
     with pytest.raises(ValueError, match="unknown form"):
         hlo.collectives(PROGRAM.format(groups="something"))
+
+
+def test_a_branch_counts_however_its_conditional_names_it():
+    """XLA writes `branch_computations={...}`, or for a predicate `true_computation=` and `false_computation=`."""
+    program = """
+%yes (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %sum = f32[64]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%no (y: f32[64]) -> f32[64] {
+  ROOT %y = f32[64]{0} parameter(0)
+}
+
+ENTRY %main (p: pred[], z: f32[64]) -> f32[64] {
+  %p = pred[] parameter(0)
+  %z = f32[64]{0} parameter(1)
+  ROOT %either = f32[64]{0} conditional(%p, %z, %z), BRANCHES
+}
+"""
+    for branches in ("true_computation=%yes, false_computation=%no", "branch_computations={%no, %yes}"):
+        assert by_kind(program.replace("BRANCHES", branches))["all-reduce"].count == 1

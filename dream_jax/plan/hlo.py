@@ -25,7 +25,7 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _HEAD = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -47,7 +47,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     """One line of a computation.
 
     Attributes:
@@ -64,6 +64,11 @@ class _Instruction:
     rest: str
     root: bool
 
+    @property
+    def called(self) -> list[str]:
+        """The names of the computations that this instruction calls, in the order of the text."""
+        return [part for match in _CALLED.findall(self.rest) for part in re.findall(r"[\w.\-]+", match)]
+
 
 def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, ...]:
     """Returns the collectives of one run of a program, one entry for each kind; the kind with the most bytes is first.
@@ -75,7 +80,7 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, .
     Raises:
       ValueError: the text has no entry computation.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     total: dict[Kind, tuple[float, float]] = {}
     seen = set()
     for kind, times, sent, channel in _walk(computations, entry, 1.0, unknown_trips):
@@ -88,9 +93,13 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> tuple[Collective, .
     return tuple(sorted(found, key=lambda one: -one.sent))
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Returns the instructions of each computation, by name, and the name of the entry computation."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """Returns the instructions of each computation, by name, and the name of the entry computation.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
@@ -109,7 +118,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     return computations, entry
 
 
-def _instruction(line: str) -> _Instruction | None:
+def _instruction(line: str) -> Instruction | None:
     """Returns the instruction in a line; None if the line has none."""
     head = _HEAD.match(line)
     if head is None:
@@ -125,7 +134,7 @@ def _instruction(line: str) -> _Instruction | None:
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments)) if opcode != "constant" else (arguments,)
     if opcode == "parameter":
         operands = (arguments,)
-    return _Instruction(head[2], shape, opcode, operands, rest[closing + 1 :], root=bool(head[1]))
+    return Instruction(head[2], shape, opcode, operands, rest[closing + 1 :], root=bool(head[1]))
 
 
 def _closing(text: str, start: int) -> int:
@@ -142,7 +151,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _walk(
-    computations: Mapping[str, Mapping[str, _Instruction]], name: str, times: float, unknown: float, fused: bool = False
+    computations: Mapping[str, Mapping[str, Instruction]], name: str, times: float, unknown: float, fused: bool = False
 ) -> Iterator[tuple[Kind, float, float, str | None]]:
     """Yields each collective of a computation and of those that it calls: (kind, count, bytes sent each time, channel).
 
@@ -158,10 +167,10 @@ def _walk(
         # The -done and -update instructions of an asynchronous collective name the same computation as its -start.
         if instruction.opcode.endswith(("-done", "-update")):
             continue
-        called = [part for match in _CALLED.findall(instruction.rest) for part in re.findall(r"[\w.\-]+", match)]
+        called = instruction.called
         if instruction.opcode == "while":
-            trips = _trips(computations, instruction)
-            repeated = times * (unknown if trips is None else trips)
+            known = trips(computations, instruction)
+            repeated = times * (unknown if known is None else known)
             for part in called:
                 yield from _walk(computations, part, repeated, unknown)
         elif instruction.opcode == "conditional":
@@ -173,7 +182,7 @@ def _walk(
                 yield from _walk(computations, part, times, unknown, fused or instruction.opcode == "fusion")
 
 
-def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, float] | None:
+def _collective(instruction: Instruction, *, fused_as: str) -> tuple[Kind, float] | None:
     """Returns the kind of a collective and the bytes that one device sends each time; None for other instructions.
 
     `fused_as` is the name of the computation that has the instruction.
@@ -197,7 +206,7 @@ def _collective(instruction: _Instruction, *, fused_as: str) -> tuple[Kind, floa
     return kind, results * share
 
 
-def _results(instruction: _Instruction) -> float:
+def _results(instruction: Instruction) -> float:
     """Returns the bytes of the results of a collective; the shape of a -start instruction also has its operands."""
     shape = instruction.shape
     if not (instruction.opcode.endswith("-start") and shape.startswith("(")):
@@ -231,6 +240,13 @@ def nbytes(shape: str) -> float:
     )
 
 
+def elements(shape: str) -> list[str]:
+    """Returns the text of each array in a shape, which may be a tuple of tuples."""
+    if not shape.startswith("("):
+        return [shape]
+    return [one for part in _split(shape[1:-1]) if part for one in elements(part.strip())]
+
+
 def _group_size(attributes: str) -> int:
     """Returns the number of devices in one group of a collective. Raises ValueError for an unknown form of groups."""
     pairs = re.search(r"source_target_pairs=", attributes)
@@ -258,7 +274,7 @@ def _group_size(attributes: str) -> int:
 # ------------------------------------------------------------------------------------------------------ loops
 
 
-def _trips(computations: Mapping[str, Mapping[str, _Instruction]], loop: _Instruction) -> int | None:
+def trips(computations: Mapping[str, Mapping[str, Instruction]], loop: Instruction) -> int | None:
     """Returns the number of iterations of a loop; None if it depends on data.
 
     If the compiler has not written the number, the condition must be `counter < constant`, where the counter is one
@@ -285,11 +301,11 @@ def _trips(computations: Mapping[str, Mapping[str, _Instruction]], loop: _Instru
     return math.ceil(limit / step) if step else None
 
 
-def _root(computation: Mapping[str, _Instruction]) -> _Instruction | None:
+def _root(computation: Mapping[str, Instruction]) -> Instruction | None:
     return next((instruction for instruction in computation.values() if instruction.root), None)
 
 
-def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction) -> int | None:
+def _constant(computation: Mapping[str, Instruction], instruction: Instruction) -> int | None:
     if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0]):
         return int(instruction.operands[0])
     if instruction.opcode in ("copy", "bitcast", "convert") and instruction.operands[0] in computation:
@@ -297,7 +313,7 @@ def _constant(computation: Mapping[str, _Instruction], instruction: _Instruction
     return None
 
 
-def _growth(computation: Mapping[str, _Instruction], name: str, index: int) -> int | None:
+def _growth(computation: Mapping[str, Instruction], name: str, index: int) -> int | None:
     """Returns the constant c if the instruction `name` computes element `index` of the loop's carried values plus c.
 
     Returns None if it computes something else.
