@@ -218,7 +218,7 @@ def look(settings: StudySettings, console: Console) -> None:
     for path in (table_path, figure_path):
         if path.exists():
             raise FileExistsError(f"{path} exists; give another --out")
-    model = load(settings.inspect)
+    model = load(settings.inspect, layers="stacked")
     if model.tokenizer_dir is None and settings.inspect != "nano":
         raise ValueError(f"{settings.inspect} has no tokenizer, so text rows cannot be read; use another checkpoint")
     words = load_tokenizer("bytes" if model.tokenizer_dir is None else model.tokenizer_dir)

@@ -1,8 +1,8 @@
 """Adds low-rank adapters (LoRA) to a model, merges them, and quantises the frozen base weights under them.
 
 For an input x an adapter adds (alpha / rank) x A B to the output of a projection (Hu et al. 2021). A and B are
-additional parameters of `model.Linear`, stacked over layers like all others, and only they are trained. The base
-weights may be stored in 8 or 4 bits (`quantisation`); that is QLoRA (Dettmers et al. 2023).
+additional parameters of `model.Linear`, stacked over layers or apart like all others, and only they are trained. The
+base weights may be stored in 8 or 4 bits (`quantisation`); that is QLoRA (Dettmers et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dream_jax import sharding
+from dream_jax import layer_forms, sharding
 from dream_jax.bounds import MOST_RANK, POSITIVE, FloatRange, IntegerRange, check_numbers
-from dream_jax.model import Dream, Linear, merge_params, split_params
+from dream_jax.model import Dream, Layer, Linear, merge_params, split_params
 from dream_jax.quantisation import KINDS, CodeKind, QuantisedKernel, dequantise, kind_of, quantise
 from dream_jax.shapes import ParamTree
 
@@ -82,9 +82,31 @@ def parse_targets(text: str) -> tuple[Target, ...]:
     return known
 
 
-def projections(model: Dream) -> dict[Target, Linear]:
-    """Returns the seven projections of the stacked layers, by the names in `TARGETS`."""
-    return {name: getattr(getattr(model.layers, _block(name)), name) for name in TARGETS}
+Projections = dict[Target, Linear]
+
+
+def projections(model: Dream) -> Projections:
+    """Returns the seven projections of a model with stacked layers, by the names in `TARGETS`.
+
+    Raises:
+      ValueError: the layers are apart, see `projections_by_layer`.
+    """
+    if model.is_apart:
+        raise ValueError("the layers of this model are apart; use projections_by_layer, or layer_forms.stacked first")
+    return projections_by_layer(model)[0]
+
+
+def projections_by_layer(model: Dream) -> list[Projections]:
+    """Returns the separate projections of each layer, by name; of the stacked layers as the only entry.
+
+    A layer with joined projections (`layer_forms.join`) has fewer than seven.
+    """
+    return [_projections(layer) for layer in model.layer_modules()]
+
+
+def _projections(layer: Layer) -> Projections:
+    found = {name: getattr(getattr(layer, _block(name)), name) for name in TARGETS}
+    return {name: linear for name, linear in found.items() if linear is not None}
 
 
 def _block(name: Target) -> Literal["attn", "mlp"]:
@@ -97,31 +119,47 @@ def config_of(model: Dream) -> LoraConfig | None:
     Raises:
       ValueError: the adapters of the projections differ in rank, alpha or dropout.
     """
-    adapted = {name: linear for name, linear in projections(model).items() if linear.lora_a is not None}
+    adapted = [
+        (name, linear)
+        for layer in projections_by_layer(model)
+        for name, linear in layer.items()
+        if linear.lora_a is not None
+    ]
     if not adapted:
         return None
-    settings = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for linear in adapted.values()}
+    settings = {(linear.lora_a.shape[-1], linear.lora_alpha, linear.lora_dropout) for _, linear in adapted}
     if len(settings) > 1:
         raise ValueError(f"the projections have adapters with different (rank, alpha, dropout): {sorted(settings)}")
     rank, alpha, dropout = settings.pop()
-    return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(adapted))
+    targets = tuple(dict.fromkeys(name for name, _ in adapted))
+    return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
 
 
 def base_of(model: Dream) -> str:
     """Returns how the kernels of a model's layers are stored: "int8" or "nf4", or the name of their float dtype."""
-    linear = model.layers.attn.q
+    linear = model.layer_modules()[0].attn.o  # the projection that is never joined with others
     return str(linear.kernel.dtype) if linear.kernel is not None else kind_of(linear.codes)
 
 
 def _copy(model: Dream) -> Dream:
-    """Returns a model of new modules that hold the same arrays; the arrays are not copied."""
-    return merge_params(*split_params(model))
+    """Returns a model of new modules that hold the same arrays; joined projections are separated into new arrays."""
+    copied = merge_params(*split_params(model))
+    layer_forms.separate(copied)
+    return copied
 
 
-def _sharded(name: Target, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Fixes the sharding of the new parameters of one projection (leaf name -> array) on the current mesh."""
-    sharded = sharding.constrain_parameters({"layers": {_block(name): {name: dict(leaves)}}})
-    found: dict[str, jax.Array] = sharded["layers"][_block(name)][name]
+def _sharded(name: Target, leaves: Mapping[str, jax.Array], is_apart: bool = False) -> dict[str, jax.Array]:
+    """Fixes the sharding of new parameters of one projection on the current mesh.
+
+    Args:
+      name: the name of the projection.
+      leaves: leaf name -> array.
+      is_apart: whether the arrays are those of one layer, or of all layers, stacked.
+    """
+    layer = {_block(name): {name: dict(leaves)}}
+    # The sharding does not depend on the number of the layer.
+    sharded = sharding.constrain_parameters({"layers": {0: layer} if is_apart else layer})["layers"]
+    found: dict[str, jax.Array] = (sharded[0] if is_apart else sharded)[_block(name)][name]
     return found
 
 
@@ -145,23 +183,47 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
     """
     if config_of(model) is not None:
         raise ValueError("the model has an adapter already; merge it first, or continue training that one")
-    for name, linear in projections(model).items():
+    adapted = _copy(model)
+    for name, linear in projections_by_layer(adapted)[0].items():
         narrower = min(math.prod(linear.in_shape), math.prod(linear.out_shape))
         if name in config.targets and config.rank > narrower:
             raise ValueError(
                 f"rank={config.rank} is more than {narrower}, the narrower side of the projection {name}, so that the "
                 f"adapter would have more weights than it can use; give a rank of at most {narrower}, or other targets"
             )
-    adapted = _copy(model)
-    sizes = tuple((name, linear.in_shape, linear.out_shape) for name, linear in projections(adapted).items())
+    sizes = tuple(
+        (name, linear.in_shape, linear.out_shape) for name, linear in projections_by_layer(adapted)[0].items()
+    )
     sizes = tuple(size for size in sizes if size[0] in config.targets)
     with sharding.mesh_context(model):
         leaves = _initial(key, sizes, model.config.num_hidden_layers, config.rank)
-    for name in config.targets:
-        linear = projections(adapted)[name]
-        linear.lora_a, linear.lora_b = nnx.Param(leaves[name]["lora_a"]), nnx.Param(leaves[name]["lora_b"])
-        linear.lora_alpha, linear.lora_dropout = float(config.alpha), float(config.dropout)
+    put_adapter(adapted, config, leaves)
     return adapted
+
+
+def put_adapter(model: Dream, config: LoraConfig, leaves: Mapping[Target, Mapping[str, jax.Array]]) -> None:
+    """Gives the projections of a model, none of which is joined, the weights of an adapter; it changes the model.
+
+    Args:
+      model: the model; an adapter that it has is replaced.
+      config: the configuration of the adapter.
+      leaves: for each target `lora_a` and `lora_b` of all layers, stacked.
+    """
+    layers = projections_by_layer(model)
+    for name in config.targets:
+        a, b = leaves[name]["lora_a"], leaves[name]["lora_b"]
+        pairs = [(a, b)] if not model.is_apart else _pairs(name, a, b)
+        for layer, (lora_a, lora_b) in zip(layers, pairs, strict=True):
+            linear = layer[name]
+            linear.lora_a, linear.lora_b = nnx.Param(lora_a), nnx.Param(lora_b)
+            linear.lora_alpha, linear.lora_dropout = float(config.alpha), float(config.dropout)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pairs(name: Target, lora_a: jax.Array, lora_b: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns the two matrices of an adapter for each layer, from stacked ones."""
+    layers = [_sharded(name, {"lora_a": a, "lora_b": b}, True) for a, b in zip(lora_a, lora_b, strict=True)]
+    return [(layer["lora_a"], layer["lora_b"]) for layer in layers]
 
 
 # (name, in_shape, out_shape) of each projection
@@ -217,34 +279,42 @@ def merge(model: Dream, *, dequantised: bool = False) -> Dream:
     """
     if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
         return model
+    merged = _copy(model)
+    merge_inside(merged, dequantised=dequantised)
+    return merged
+
+
+def merge_inside(model: Dream, *, dequantised: bool = False) -> None:
+    """Changes the model into the one that `merge` returns, and raises as `merge`.
+
+    If the layers are apart and nothing else refers to their arrays, this needs little more memory than the model.
+    """
+    if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
+        return
     if base_of(model) in KINDS and not dequantised:
         raise ValueError(
             f"the base is {base_of(model)}, which cannot store the sum: load the float base with this adapter and "
             "merge that, or pass dequantised=True (merge_adapter) to get float kernels with the error of the codes"
         )
-    merged = _copy(model)
-    changed = {
-        name: linear
-        for name, linear in projections(merged).items()
-        if linear.lora_a is not None or linear.kernel is None
-    }
-    with sharding.mesh_context(model):
-        kernels = _merged_kernels(changed, jnp.dtype(model.embed.embedding.dtype))
-    for name, linear in changed.items():
-        linear.kernel = nnx.Param(kernels[name])
-        linear.codes = linear.scales = linear.lora_a = linear.lora_b = None
-        linear.lora_alpha = linear.lora_dropout = 0.0
-    merged.base_identity = None
-    return merged
+    dtype = jnp.dtype(model.embed.embedding.dtype)
+    for layer in projections_by_layer(model):
+        changed = {name: linear for name, linear in layer.items() if linear.lora_a is not None or linear.kernel is None}
+        with sharding.mesh_context(model):
+            kernels = _merged_kernels(changed, dtype, model.is_apart)
+        for name, linear in changed.items():
+            linear.kernel = nnx.Param(kernels[name])
+            linear.codes = linear.scales = linear.lora_a = linear.lora_b = None
+            linear.lora_alpha = linear.lora_dropout = 0.0
+    model.base_identity = None
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _merged_kernels(linears: dict[Target, Linear], dtype: np.dtype) -> dict[Target, jax.Array]:
-    # One layer at a time, because the float32 sums of all layers would be larger than the model.
-    return {
-        name: _sharded(name, {"kernel": jax.lax.map(functools.partial(_merged, dtype=dtype), linear)})["kernel"]
-        for name, linear in linears.items()
-    }
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _merged_kernels(linears: Projections, dtype: np.dtype, is_apart: bool) -> dict[Target, jax.Array]:
+    function = functools.partial(_merged, dtype=dtype)
+    if not is_apart:
+        # One layer at a time, because the float32 sums of all layers would be larger than the model.
+        function = functools.partial(jax.lax.map, function)
+    return {name: _sharded(name, {"kernel": function(linear)}, is_apart)["kernel"] for name, linear in linears.items()}
 
 
 def _merged(linear: Linear, dtype: np.dtype) -> jax.Array:
@@ -284,19 +354,25 @@ def with_base(model: Dream, base: CodeKind) -> Dream:
     quantised_model = _copy(model)
     abstract = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
     quantised_model.base_identity = None if abstract else identity(model)
-    with sharding.mesh_context(model):
-        codes_by_name = _quantised({name: linear.kernel[...] for name, linear in projections(model).items()}, base)
-    for name, linear in projections(quantised_model).items():
-        linear.codes, linear.scales = nnx.Param(codes_by_name[name]["codes"]), nnx.Param(codes_by_name[name]["scales"])
-        linear.kernel = None
+    for layer in projections_by_layer(quantised_model):
+        with sharding.mesh_context(model):
+            codes_by_name = _quantised(
+                {name: linear.kernel[...] for name, linear in layer.items()}, base, model.is_apart
+            )
+        for name, linear in layer.items():
+            linear.codes = nnx.Param(codes_by_name[name]["codes"])
+            linear.scales = nnx.Param(codes_by_name[name]["scales"])
+            linear.kernel = None
     return quantised_model
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind) -> dict[Target, dict[str, jax.Array]]:
-    # One layer at a time, because float32 intermediate values of all layers would need too much memory.
-    quantise_layer = functools.partial(quantise, kind=kind)
-    return {name: _sharded(name, jax.lax.map(quantise_layer, kernel)._asdict()) for name, kernel in kernels.items()}
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind, is_apart: bool) -> dict[Target, dict[str, jax.Array]]:
+    function = functools.partial(quantise, kind=kind)
+    if not is_apart:
+        # One layer at a time, because float32 intermediate values of all layers would need too much memory.
+        function = functools.partial(jax.lax.map, function)
+    return {name: _sharded(name, function(kernel)._asdict(), is_apart) for name, kernel in kernels.items()}
 
 
 def with_base_shapes(model: Dream, base: CodeKind) -> Dream:
@@ -319,9 +395,12 @@ def identity(model: Dream) -> str:
         raise ValueError("it is not known which weights this quantised base was made from; load it from its directory")
     params = split(split_params(model)[1])[1]
     with sharding.mesh_context(params):
-        layers = _prints(params["layers"], stacked=True)
         rest = _prints({name: value for name, value in params.items() if name != "layers"}, stacked=False)
-    return digest([*rest, *layers])
+        if not model.is_apart:
+            return digest([*rest, *_prints(layer_forms.separated(params["layers"]), stacked=True)])
+    layers = ({"layers": layer_forms.layer_params(params["layers"], number)} for number in params["layers"])
+    by_layer = [found for number, layer in enumerate(layers) for found in prints(layer, number)]
+    return digest([*rest, *by_layer])
 
 
 # The name of a parameter, with the number of its layer in front if it has one, and the uint32 hash of its values.

@@ -1,11 +1,16 @@
 """The transformer of Dream in Flax NNX: Qwen2.5 without the causal mask.
 
-The parameters of all layers are stacked along a leading axis L, and one `jax.lax.scan` runs the layers, so compile time
-does not depend on the number of layers. The caller gives the attention mask. The logits are not shifted: those at
-position i predict token i + 1, as in the published checkpoint.
+A model holds its layers in one of two forms, which compute the same. In the form "stacked" the parameters of all layers
+are stacked along a leading axis L, and one `jax.lax.scan` runs the layers, so compile time does not depend on the number
+of layers. In the form "apart" every layer has arrays of its own, and the compiled program contains the layers one after
+the other. Then no weights are copied out of the stack, which takes a GPU a quarter of a forward pass. `layer_forms`
+converts between the two; files contain the stacked form.
 
-The parameters (named as in `sharding.PARAMETER_AXES`) may be float32 while the computation runs in bfloat16. The scan
-casts one layer at a time, so the whole model never exists in both dtypes.
+The caller gives the attention mask. The logits are not shifted: those at position i predict token i + 1, as in the
+published checkpoint.
+
+The parameters (named as in `sharding.PARAMETER_AXES`) may be float32 while the computation runs in bfloat16. One layer
+is cast at a time, so the whole model never exists in both dtypes.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +36,8 @@ from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
 
 Remat = Literal["none", "dots", "full", "offload"]
+LayerForm = Literal["stacked", "apart"]
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 # Name of the input of each layer, by which the rematerialisation policy "offload" finds it.
 _LAYER_INPUT = "layer_input"
@@ -59,7 +67,7 @@ class Linear(nnx.Module):
         self.in_shape, self.out_shape = in_shape, out_shape
         kernel = jax.random.normal(rngs.params(), (*in_shape, *out_shape), jnp.float32) * stddev
         self.kernel: Any = nnx.Param(kernel.astype(dtype))
-        self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
+        self.bias: Any = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
         # nnx.data tells Flax that these attributes, which are None now, may hold arrays later.
         self.codes: Any = nnx.data(None)
         self.scales: Any = nnx.data(None)
@@ -103,6 +111,29 @@ class Linear(nnx.Module):
         # The factor alpha / r is applied to this array because it is the smallest one.
         hidden_Rr = hidden_Rr * (self.lora_alpha / rank)
         return hidden_Rr @ self.lora_b[...].reshape(rank, -1)
+
+
+class JoinedLinear(nnx.Module):
+    """Several dense layers with the same input as one, so that one matrix product computes all of them.
+
+    XLA joins such products by itself on GPUs, but then it copies their kernels into one array in every forward pass.
+    `layer_forms.join` makes this layer from the separate ones. It has no adapter, and its kernel is not quantised.
+
+    Attributes:
+      kernel: the kernel, [D, *out_shape]; the axes of the output say which of the layers they belong to.
+      bias: the bias, [*out_shape], or None.
+    """
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x_BTD: Float[jax.Array, "*b d"]) -> Float[jax.Array, "..."]:
+        """Returns the outputs of all layers, [B, T, *out_shape]."""
+        # The kernel is not reshaped to a matrix as in `Linear`: its last axis may be sharded, and then the reshaped
+        # kernel would need all of it on every device.
+        y = jax.lax.dot_general(x_BTD, self.kernel[...], (((x_BTD.ndim - 1,), (0,)), ((), ())))
+        return y if self.bias is None else jnp.add(y, self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -162,14 +193,19 @@ def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention, with biases in the projections q, k and v, and none in the output projection o."""
+    """Grouped-query self-attention, with biases in the projections q, k and v, and none in the output projection o.
+
+    After `layer_forms.join`, q, k and v are None, and `qkv` replaces them. Its outputs have the axes [K, G + 2, H]: for
+    each key/value head its G query heads, the key and the value.
+    """
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         width, head = config.hidden_size, config.head_dim
         linear = functools.partial(Linear, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.q = linear((width,), (config.num_attention_heads, head), use_bias=True)
-        self.k = linear((width,), (config.num_key_value_heads, head), use_bias=True)
-        self.v = linear((width,), (config.num_key_value_heads, head), use_bias=True)
+        self.q: Any = linear((width,), (config.num_attention_heads, head), use_bias=True)
+        self.k: Any = linear((width,), (config.num_key_value_heads, head), use_bias=True)
+        self.v: Any = linear((width,), (config.num_key_value_heads, head), use_bias=True)
+        self.qkv: Any = nnx.data(None)
         self.o = linear((config.num_attention_heads, head), (width,), use_bias=False)
 
     def __call__(
@@ -190,27 +226,58 @@ class Attention(nnx.Module):
           The output [B, T, D], and the keys and values of the tokens in x.
         """
         keys = _split_keys(dropout_keys, 4)
-        q_BTNH = constrain(rotate(self.q(x_BTD, keys[0]), rotation), "batch", "tokens", "heads", None)
-        k_BSKH = constrain(rotate(self.k(x_BTD, keys[1]), rotation), "batch", None, "kv_heads", None)
-        v_BSKH = constrain(self.v(x_BTD, keys[2]), "batch", None, "kv_heads", None)
+        if self.qkv is None:
+            q_BTNH, k_BSKH, v_BSKH = self.q(x_BTD, keys[0]), self.k(x_BTD, keys[1]), self.v(x_BTD, keys[2])
+        else:
+            q_BTNH, k_BSKH, v_BSKH = split_qkv(self.qkv(x_BTD))
+        q_BTNH = constrain(rotate(q_BTNH, rotation), "batch", "tokens", "heads", None)
+        k_BSKH = constrain(rotate(k_BSKH, rotation), "batch", None, "kv_heads", None)
+        v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
         new_kv = KVCache(k_BSKH, v_BSKH)
         kv = new_kv if window is None else window.updated(new_kv)
         return self.o(attention(q_BTNH, kv.k, kv.v, mask, backend), keys[3]), new_kv
 
 
+def joined_qkv(q: Any, k: Any, v: Any) -> Any:
+    """Returns kernels or biases of q, k and v as one array [..., K, G + 2, H].
+
+    Args:
+      q: [..., N, H]; query head n belongs to key/value head n // G, where G is N / K.
+      k, v: [..., K, H], with the same leading axes as q.
+    """
+    q_KGH = q.reshape(*k.shape[:-1], -1, q.shape[-1])
+    return jnp.concatenate([q_KGH, k[..., None, :], v[..., None, :]], axis=-2)
+
+
+def split_qkv(qkv: Any) -> tuple[Any, Any, Any]:
+    """Returns q [..., N, H], k and v [..., K, H] from an array [..., K, G + 2, H]: the inverse of `joined_qkv`."""
+    *leading, num_kv_heads, parts, head_dim = qkv.shape
+    q = qkv[..., : parts - 2, :].reshape(*leading, num_kv_heads * (parts - 2), head_dim)
+    return q, qkv[..., parts - 2, :], qkv[..., parts - 1, :]
+
+
 class MLP(nnx.Module):
-    """The SwiGLU block down(silu(gate(x)) * up(x)), without biases."""
+    """The SwiGLU block down(silu(gate(x)) * up(x)), without biases.
+
+    After `layer_forms.join`, gate and up are None, and `gate_up` replaces them. Its outputs have the axes [2, F].
+    """
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=False, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.gate = linear((config.hidden_size,), (config.intermediate_size,))
-        self.up = linear((config.hidden_size,), (config.intermediate_size,))
+        self.gate: Any = linear((config.hidden_size,), (config.intermediate_size,))
+        self.up: Any = linear((config.hidden_size,), (config.intermediate_size,))
+        self.gate_up: Any = nnx.data(None)
         self.down = linear((config.intermediate_size,), (config.hidden_size,))
 
     def __call__(self, x_BTD: Float[jax.Array, "B T D"], dropout_keys: DropoutKeys = None) -> Float[jax.Array, "B T D"]:
         """Applies the MLP to every position of x separately."""
         keys = _split_keys(dropout_keys, 3)
-        return self.down(jax.nn.silu(self.gate(x_BTD, keys[0])) * self.up(x_BTD, keys[1]), keys[2])
+        if self.gate_up is None:
+            gate_BTF, up_BTF = self.gate(x_BTD, keys[0]), self.up(x_BTD, keys[1])
+        else:
+            gate_up = self.gate_up(x_BTD)
+            gate_BTF, up_BTF = gate_up[..., 0, :], gate_up[..., 1, :]
+        return self.down(jax.nn.silu(gate_BTF) * up_BTF, keys[2])
 
 
 def _split_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
@@ -223,7 +290,8 @@ def _split_keys(keys: DropoutKeys, count: int) -> list[DropoutKeys]:
 class Layer(nnx.Module):
     """A pre-norm residual block: attention, then the MLP.
 
-    In a `Dream` all layers are one `Layer` whose arrays have a leading axis L, and the scan takes one layer at a time.
+    In a `Dream` with stacked layers all layers are one `Layer` whose arrays have a leading axis L, and the scan takes one
+    layer at a time.
     """
 
     def __init__(self, config: DreamConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
@@ -249,6 +317,14 @@ class Layer(nnx.Module):
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), keys[1])
         return constrain(x_BTD, "batch", "tokens", "width"), new_kv
+
+
+def draw_layer(config: DreamConfig, key: jax.Array, number: int | jax.Array, dtype: jax.typing.DTypeLike) -> Layer:
+    """Returns the layer with this number of `Dream(config, rngs=nnx.Rngs(key), param_dtype=dtype)`, without the others."""
+    rngs = nnx.Rngs(key)
+    rngs.params()  # the key of the embedding, which `Dream` draws first
+    layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+    return Layer(config, dtype=dtype, rngs=nnx.Rngs(layer_keys[number]))
 
 
 class Embedding(nnx.Module):
@@ -277,6 +353,7 @@ class Dream(nnx.Module):
       compute_dtype: dtype of the activations, and of the weights inside a layer; `param_dtype`, the dtype of the
         parameters, by default. The mean square of a norm, rotary angles, softmax and logits are always float32.
       attention_backend: name of the attention backend, see `attention.attention`.
+      layers: one `Layer` with stacked parameters, or a list of `Layer`s, see `is_apart`.
       remat: which activations are saved for the backward pass; the others are recomputed. "none" saves all of them,
         "dots" the results of matrix products, "full" only the input of each layer, and "offload" only this input, in
         pinned host memory.
@@ -287,7 +364,7 @@ class Dream(nnx.Module):
         and is the default mask of the sampler and the evaluation. A direct call of the model does not use it.
 
     Raises:
-      ValueError: `remat` has an unknown value.
+      ValueError: `remat` or `layers` has an unknown value.
     """
 
     def __init__(
@@ -300,9 +377,12 @@ class Dream(nnx.Module):
         attention_backend: Backend = "auto",
         remat: Remat = "none",
         tokenizer_dir: str | None = None,
+        layers: LayerForm = "stacked",
     ):
         if remat not in get_args(Remat):
             raise ValueError(f"{remat=} is not one of {get_args(Remat)}")
+        if layers not in get_args(LayerForm):
+            raise ValueError(f"{layers=} is not one of {get_args(LayerForm)}")
         self.config = config
         self.compute_dtype = jnp.dtype(param_dtype if compute_dtype is None else compute_dtype)
         self.attention_backend = attention_backend
@@ -312,7 +392,12 @@ class Dream(nnx.Module):
         self.trained_mask = "bidirectional"
         self.embed = Embedding(config, dtype=param_dtype, rngs=rngs)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: Layer(config, dtype=param_dtype, rngs=nnx.Rngs(key)))(layer_keys)
+        make_layer = lambda key: Layer(config, dtype=param_dtype, rngs=nnx.Rngs(key))
+        self.layers: Any
+        if layers == "stacked":
+            self.layers = jax.vmap(make_layer)(layer_keys)
+        else:
+            self.layers = nnx.List([make_layer(key) for key in layer_keys])
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=param_dtype)
         self.lm_head = (
             None
@@ -326,6 +411,15 @@ class Dream(nnx.Module):
                 rngs=rngs,
             )
         )
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether every layer has arrays of its own; otherwise the parameters of all layers are stacked."""
+        return not isinstance(self.layers, Layer)
+
+    def layer_modules(self) -> tuple[Layer, ...]:
+        """Returns the layers if they are apart; otherwise the one layer that holds the stacked parameters of all."""
+        return tuple(self.layers) if self.is_apart else (self.layers,)
 
     def __call__(
         self,
@@ -396,7 +490,7 @@ class Dream(nnx.Module):
         """
         hidden_BWD, new_kv = self._hidden(tokens_BW, mask, positions_BW, return_kv=True, window=window)
         assert new_kv is not None
-        # The cache is updated after the scan. If the scan returned the updated cache, there would be two copies of it.
+        # The cache is updated after all layers: if the scan returned the updated cache, there would be two copies of it.
         return hidden_BWD, window.updated(new_kv)
 
     def _hidden(
@@ -443,8 +537,11 @@ class Dream(nnx.Module):
             block = jax.checkpoint(block, policy=policy)
         with jax.named_scope("layers"):
             kv_cache = None if window is None else window.kv_cache
-            inputs = (self.layers, jnp.arange(config.num_hidden_layers), kv_cache)
-            x_BTD, new_kv = jax.lax.scan(block, x_BTD, inputs)
+            if self.is_apart:
+                x_BTD, new_kv = _unrolled(block, x_BTD, self.layer_modules(), kv_cache)
+            else:
+                inputs = (self.layers, jnp.arange(config.num_hidden_layers), kv_cache)
+                x_BTD, new_kv = jax.lax.scan(block, x_BTD, inputs)
         with jax.named_scope("final_norm"):
             return self.norm(x_BTD).astype(self.compute_dtype), new_kv
 
@@ -457,6 +554,22 @@ class Dream(nnx.Module):
         kernel_DV = self.unembedding().astype(self.compute_dtype)
         with jax.named_scope("unembed"):
             return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def _unrolled(
+    block: Callable[..., tuple[jax.Array, KVCache | None]],
+    x_BTD: jax.Array,
+    layers: Sequence[Layer],
+    kv_cache: KVCache | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Returns what `jax.lax.scan` returns for `block` and stacked layers, for layers that are apart."""
+    block = jax.jit(block)  # so that jax traces it once, and not once for each layer
+    found = []
+    for index, layer in enumerate(layers):
+        layer_cache = jax.tree.map(lambda leaf, index=index: leaf[index], kv_cache)
+        x_BTD, new_kv = block(x_BTD, (layer, jnp.int32(index), layer_cache))
+        found.append(new_kv)
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -531,13 +644,16 @@ def abstract_model(config: DreamConfig, **options: Any) -> Dream:
     return jax.eval_shape(lambda: Dream(config, rngs=nnx.Rngs(0), **options))
 
 
-def split_params(model: Dream) -> tuple[nnx.GraphDef[Dream], ParamTree]:
-    """Returns the static part of a model, and its parameters as a nested dict of arrays with string keys."""
+def split_params(model: ModuleT) -> tuple[nnx.GraphDef[ModuleT], ParamTree]:
+    """Returns the static part of a model or of a part of it, and its parameters as a nested dict of arrays.
+
+    The keys are strings; if the layers are apart, the keys of the layers are their numbers, from 0.
+    """
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def merge_params(graphdef: nnx.GraphDef[Dream], params: ParamTree) -> Dream:
+def merge_params(graphdef: nnx.GraphDef[ModuleT], params: ParamTree) -> ModuleT:
     """Returns the model with this static part and these parameters; this is the inverse of `split_params`."""
     return nnx.merge(graphdef, nnx.State(_as_params(params)))
 

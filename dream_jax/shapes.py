@@ -41,8 +41,9 @@ FloatB = Float[Array, "B"]
 HiddenBTD = Float[Array, "B T D"]
 LogitsBTV = Float[Array, "B T V"]
 
-# A nested dict of arrays with string keys: the parameters, or arrays for each of them, such as gradients.
-ParamTree = dict[str, Any]
+# A nested dict of arrays: the parameters, or arrays for each of them, such as gradients. The keys are strings, and the
+# numbers of the layers if the layers are apart (see `model`).
+ParamTree = dict[Any, Any]
 
 
 def joined(base: ParamTree, more: ParamTree) -> ParamTree:

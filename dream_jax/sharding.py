@@ -40,6 +40,10 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
     "layers.mlp.gate.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.up.kernel": ("layers", "embed", "mlp"),
     "layers.mlp.down.kernel": ("layers", "mlp", "embed"),
+    # Projections with one input, joined for sampling: a device has whole key/value heads with their query heads.
+    "layers.attn.qkv.kernel": ("layers", "embed", "kv_heads", "joined", "head_dim"),
+    "layers.attn.qkv.bias": ("layers", "kv_heads", "joined", "head_dim"),
+    "layers.mlp.gate_up.kernel": ("layers", "embed", "joined", "mlp"),
     # An adapter has two narrow matrices beside each kernel; the axes that they share with the kernel are sharded alike.
     "layers.attn.q.lora_a": ("layers", "embed", "lora_rank"),
     "layers.attn.q.lora_b": ("layers", "lora_rank", "heads", "head_dim"),
@@ -70,6 +74,7 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
+    "joined": None,
     "lora_rank": None,
     "layers": None,
     "norm": None,  # vectors [D]: sharding saves too little memory to justify a collective for each of them
@@ -209,24 +214,33 @@ def _dividing(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int], 
 def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
     """Returns the PartitionSpec of every parameter in a nested dict of arrays or shapes.
 
+    Layers that are apart have their number as a key, and no axis of layers: "layers.3.attn.q.kernel".
+
     Raises:
       ValueError: a path has no row in PARAMETER_AXES, or the row has another number of axes than the parameter.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = ".".join(str(part.key) for part in path)
-        folder, _, last = name.rpartition(".")
-        # The codes and the scales of a quantised kernel have the axes of the kernel; the last axis of the scales is the
-        # axis of blocks.
-        row = f"{folder}.kernel" if last in ("codes", "scales") else name
-        if row not in PARAMETER_AXES:
+        axes = parameter_axes(tuple(str(part.key) for part in path))
+        if axes is None:
             raise ValueError(f"parameter {name!r} has no row in PARAMETER_AXES")
         try:
-            return partition_spec(PARAMETER_AXES[row], leaf.shape, dict(mesh.shape))
+            return partition_spec(axes, leaf.shape, dict(mesh.shape))
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
 
     return jax.tree_util.tree_map_with_path(spec, shapes)
+
+
+def parameter_axes(path: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the logical axes of the parameter with this path of keys; None if it has no row in PARAMETER_AXES."""
+    is_apart = len(path) > 1 and path[0] == "layers" and path[1].isdecimal()
+    *folder, last = (path[0], *path[2:]) if is_apart else path
+    # The codes and the scales of a quantised kernel have the axes of the kernel; the last axis of the scales is the axis
+    # of blocks.
+    axes = PARAMETER_AXES.get(".".join((*folder, "kernel" if last in ("codes", "scales") else last)))
+    return axes[1:] if axes is not None and is_apart else axes
 
 
 def parameter_shardings(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:

@@ -18,10 +18,10 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dream_jax import masks, sharding
+from dream_jax import layer_forms, masks, sharding
 from dream_jax.batch import Batch
 from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
-from dream_jax.model import Dream, merge_params
+from dream_jax.model import Dream, LayerForm, merge_params
 from dream_jax.objective import (
     TIME_BUCKETS,
     CartWeight,
@@ -84,6 +84,8 @@ class StepConfig:
         each batch, and a mask that depends on the prompts receives those of each batch.
       anneal_steps: in the first `anneal_steps` steps attention grows from causal to bidirectional (`masks.anneal`).
         These steps are slower, because they compute all attention scores. 0 switches this off.
+      layers: "stacked" runs the layers in a loop; "apart" writes them out one after the other, each with slices of the
+        stacked parameters. The state has stacked layers in both cases.
 
     Raises:
       ValueError: a number is out of range, `global_batch` is not a multiple of `accumulation`, or `anneal_steps` is
@@ -97,6 +99,7 @@ class StepConfig:
     seed: int = 0
     mask: masks.Mask = masks.Bidirectional()  # noqa: RUF009 - immutable
     anneal_steps: int = 0
+    layers: LayerForm = "stacked"
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -297,6 +300,7 @@ def _train_step(
     def loss(params: ParamTree, microbatch: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
         batch, masked_BT, t_B, mask_of_rows = microbatch
         model = merge_params(graphdef, joined(frozen, params))
+        model = layer_forms.apart(model) if config.layers == "apart" else model
         value, aux = masked_diffusion_loss(
             model,
             batch.tokens_BT,

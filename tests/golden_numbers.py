@@ -15,8 +15,9 @@ LOSSES = ("original", "linear", "uniform", "cart:0.1", "cart:0.3", "cart:0.8")
 
 
 @functools.cache
-def model(name: str) -> Dream:
-    return load(GOLDEN / name / "hf")
+def model(name: str, form: str = "stacked") -> Dream:
+    """Returns the model, with its layers in the form of the files, or as sampling on a GPU has them ("apart")."""
+    return load(GOLDEN / name / "hf", layers=form, joined=form == "apart")
 
 
 @functools.cache

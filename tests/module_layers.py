@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "finite", "tokenizer",
         "files", "row_file", "chat_template", "paths", "hub", "player",
     ),
-    "model": ("attention", "model"),
+    "model": ("attention", "model", "layer_forms"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),
     "programs": ("inference", "train_step", "sampler", "pretrained", "flops"),
     "runs": ("trainer", "posttraining"),

@@ -71,12 +71,13 @@ def counts(masked, config):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("form", ["stacked", slow("apart")])
 @pytest.mark.optimised
-def test_published_trajectory(checkpoint, name):
+def test_published_trajectory(form, checkpoint, name):
     golden, case = arrays(checkpoint), case_of(checkpoint, name)
     config = config_of(case)
     assert {"id", "prompt_lens"} | {f.name for f in dataclasses.fields(config)} >= set(case)  # none is left out
-    dream, start, valid = model(checkpoint), golden[f"{name}_prompt"], golden[f"{name}_mask"]
+    dream, start, valid = model(checkpoint, form), golden[f"{name}_prompt"], golden[f"{name}_mask"]
     out = generate(dream, start, config, prompt_mask=valid)
     valid_BT = np.concatenate([valid.astype(bool), np.ones((len(start), config.max_new_tokens), bool)], axis=1)
     np.testing.assert_array_equal(out.tokens[valid_BT], golden[f"{name}_sequences"][valid_BT])

@@ -69,8 +69,9 @@ def fast_config(case):
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("first", range(0, 16, 2))
+@pytest.mark.parametrize("form", ["stacked", slow("apart")])
 @pytest.mark.optimised
-def test_published_fast_dllm(checkpoint, first):
+def test_published_fast_dllm(form, checkpoint, first):
     """Tokens and forward passes. Both recorded prompts in one left-padded batch, which the published code cannot do."""
     cases = fast_cases(checkpoint)
     pair = [cases[first], cases[first + 1]]
@@ -82,7 +83,7 @@ def test_published_fast_dllm(checkpoint, first):
     assert len({*map(len, prompts)}) == 2
     start = np.stack([np.pad(one, (longest - len(one), 0)) for one in prompts]).astype(np.int32)
     valid = np.stack([np.arange(longest) >= longest - len(one) for one in prompts])
-    out = generate(model(checkpoint), start, fast_config(pair[0]), prompt_mask=valid)
+    out = generate(model(checkpoint, form), start, fast_config(pair[0]), prompt_mask=valid)
     for row in range(2):
         np.testing.assert_array_equal(out.tokens[row, -len(wanted[row]) :], wanted[row])
         assert int(out.passes[row]) == pair[row]["forwards"]

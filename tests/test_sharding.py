@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from dream_jax import distributed, lora, sharding
+from dream_jax import distributed, layer_forms, lora, sharding
 from dream_jax.config import PRESETS
 from dream_jax.lora import LoraConfig
 from dream_jax.model import abstract_model, split_params
@@ -166,12 +166,18 @@ def test_partition_spec_refuses():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_has_a_row(name):
     config = LoraConfig(rank=4, alpha=8.0)
-    params = split_params(lora.attached_shapes(abstract_model(PRESETS[name]), config))[1]
-    specs = sharding.parameter_specs(params, sharding.make_mesh("4x2"))
-    rows = {
-        ".".join(part.key for part in path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    }
+    adapted = lora.attached_shapes(abstract_model(PRESETS[name]), config)
+
+    def with_joined_projections(model):
+        layer_forms.join(model)
+        return model
+
+    joined = jax.eval_shape(with_joined_projections, abstract_model(PRESETS[name]))
+    rows = set()
+    for model in (adapted, joined):
+        specs = sharding.parameter_specs(split_params(model)[1], sharding.make_mesh("4x2"))
+        paths = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        rows |= {".".join(part.key for part in path) for path, _ in paths}
     tied = {"lm_head.kernel"} if PRESETS[name].tie_word_embeddings else set()
     assert rows == {*sharding.PARAMETER_AXES} - tied
     assert any(config.tie_word_embeddings for config in PRESETS.values())  # both kinds are seen

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dream_jax import layer_forms
 from dream_jax.checkpoint.description import read_description
 from dream_jax.checkpoint.trees import tree_differences
 from dream_jax.checkpoint.weights import (
@@ -91,7 +92,8 @@ def save_params(
 ) -> None:
     """Writes parameters from memory into `weights/` of a directory; each process writes the shards on its own devices.
 
-    `params` are all parameters, with stacked layers. `progress` is called after each unit with its size in bytes.
+    `params` are all parameters, in any form of `layer_forms`; the files are the same. `progress` is called after each unit
+    with its size in bytes.
 
     Raises:
       ValueError: the names or shapes are not those of the configuration, or the parameters have several dtypes.
@@ -101,11 +103,12 @@ def save_params(
     if len(dtypes) > 1:
         raise ValueError(f"the parameters have several dtypes, {' and '.join(dtypes)}; cast them to one before saving")
     expected = stacked_shapes(config, dtypes[0])
-    if differences := tree_differences(expected, params):
+    if differences := tree_differences(expected, layer_forms.canonical_shapes(params)):
         raise ValueError(f"these parameters are not those of the configuration: {'; '.join(differences)}")
     for unit in units(config, dtypes[0]):
-        found = only(params, unit.shapes)
-        if unit.layer is not None:
-            found = jax.tree.map(lambda leaf, layer=unit.layer: leaf[layer], found)
+        if unit.layer is None:
+            found = only(params, unit.shapes)
+        else:
+            found = {"layers": layer_forms.layer_params(params["layers"], unit.layer)}
         write_unit(directory, unit, found)
         progress(unit.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from dream_jax import layer_forms
 from dream_jax.bounds import IntegerRange, check
 from dream_jax.config import DreamConfig
 from dream_jax.files import write_json
@@ -40,32 +42,35 @@ def export(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes parameters that are in memory; for the arguments see `export_from`.
+    """Writes parameters that are in memory, in any form of `layer_forms`; for the other arguments see `export_from`.
 
     Raises:
       ValueError: the names or shapes of the parameters do not fit the configuration; they have several dtypes, or a dtype
         that published checkpoints do not have; some of them are on other hosts; or `max_shard_size` is below 1.
       FileExistsError, OSError: as for `export_from`.
     """
-    arrays: dict[str, jax.Array] = flat(params)
     shapes = table.parameter_shapes(config)
-    if {name: array.shape for name, array in arrays.items()} != dict(shapes):
-        odd = sorted(
-            name
-            for name in arrays.keys() | shapes.keys()
-            if name not in arrays or name not in shapes or arrays[name].shape != shapes[name]
-        )
+    given = {name: leaf.shape for name, leaf in flat(layer_forms.canonical_shapes(params)).items()}
+    if given != dict(shapes):
+        odd = sorted(name for name in given.keys() | shapes.keys() if given.get(name) != shapes.get(name))
         raise ValueError(f"these parameters do not fit the configuration in name or shape: {', '.join(odd)}")
-    dtypes = sorted({str(array.dtype) for array in arrays.values()})
+    arrays = jax.tree.leaves(params)
+    dtypes = sorted({str(array.dtype) for array in arrays})
     if len(dtypes) > 1:
         raise ValueError(
             f"the parameters have several dtypes, {' and '.join(dtypes)}; cast them to one before exporting"
         )
-    if not all(array.is_fully_addressable for array in arrays.values()):
+    if not all(array.is_fully_addressable for array in arrays):
         raise ValueError("some of these parameters are on other hosts; save the model, then run convert/flax_to_hf.py")
 
+    outside = flat({name: value for name, value in params.items() if name != "layers"})
+
+    @functools.lru_cache(maxsize=1)  # all tensors of a layer are fetched before those of the next one
+    def in_layer(layer: int) -> dict[str, jax.Array]:
+        return flat({"layers": layer_forms.layer_params(params["layers"], layer)})
+
     def fetch(target: str, layer: int | None) -> np.ndarray:
-        return np.asarray(arrays[target] if layer is None else arrays[target][layer])
+        return np.asarray(outside[target] if layer is None else in_layer(layer)[target])
 
     export_from(fetch, config, np.dtype(dtypes[0]), directory, max_shard_size, progress)
 

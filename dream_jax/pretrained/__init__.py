@@ -1,7 +1,8 @@
 """Loading and saving models and adapters in directories.
 
 `models` loads, saves and exports whole models; `conversion` converts between the two layouts, also with an adapter added;
-`directories` finds and identifies directories; `quantised` reads a model and quantises it to 8 or 4 bits; `adapter` saves
+`directories` finds and identifies directories; `by_layer` reads a model layer by layer, to hold its layers apart or to
+quantise it to 8 or 4 bits; `adapter` saves
 and loads adapters, also in the layout of PEFT; `autoregressive` makes a Dream checkpoint, from which training starts, from
 a Qwen2 one.
 """

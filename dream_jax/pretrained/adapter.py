@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import msgspec
 import numpy as np
-from flax import nnx
 
-from dream_jax import checkpoint, hf, lora, masks
+from dream_jax import checkpoint, hf, layer_forms, lora, masks
 from dream_jax.config import DreamConfig
 from dream_jax.files import new_directory, read_json, typed, write_json
 from dream_jax.lora import LoraConfig, Target
@@ -24,7 +23,7 @@ from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.paths import AnyPath, check_companion, copy_companion, local_path
 from dream_jax.pretrained.directories import check_published_mask, check_sums, listed_weights, write_sums
 from dream_jax.shapes import ParamTree
-from dream_jax.sharding import mesh_of, parameter_shardings, parameter_specs
+from dream_jax.sharding import mesh_context, mesh_of, parameter_shardings, parameter_specs
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE
 
 ADAPTER = "adapter.json"
@@ -106,7 +105,7 @@ def save_adapter(model: Dream, path: AnyPath, *, overwrite: bool = False) -> Non
     if config is None:
         raise ValueError("the model has no adapter; use dream_jax.save for a model without one")
     identity = lora.identity(model)
-    params = lora.split(split_params(model)[1])[0]
+    params = layer_forms.canonical(lora.split(split_params(model)[1])[0])
     unit = _unit(params, None)
     template = None if model.tokenizer_dir is None else pathlib.Path(model.tokenizer_dir) / PROMPT_FORMAT_FILE
     if template is not None and template.is_file():
@@ -353,8 +352,6 @@ def put_on(model: Dream, adapter: Adapter, *, any_base: bool = False) -> Dream:
     adapted = lora.attach(model, adapter.config, jax.random.key(0))
     adapted.trained_mask = adapter.mask
     params = adapter_params(adapter, mesh_of(model), base=model.config)["layers"]
-    for name, linear in lora.projections(adapted).items():
-        if name in adapter.config.targets:
-            leaves = params["attn" if name in params.get("attn", {}) else "mlp"][name]
-            linear.lora_a, linear.lora_b = nnx.Param(leaves["lora_a"]), nnx.Param(leaves["lora_b"])
+    with mesh_context(model):
+        lora.put_adapter(adapted, adapter.config, {**params.get("attn", {}), **params.get("mlp", {})})
     return adapted

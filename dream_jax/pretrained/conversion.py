@@ -19,6 +19,7 @@ from dream_jax.files import check_new_directory, new_directory
 from dream_jax.model import abstract_model
 from dream_jax.paths import AnyPath, copy_companion, local_path
 from dream_jax.pretrained.adapter import Adapter, adapter_params, describe_adapter
+from dream_jax.pretrained.by_layer import start_unit, unit_reader
 from dream_jax.pretrained.directories import (
     as_dtype,
     check_published_mask,
@@ -29,7 +30,6 @@ from dream_jax.pretrained.directories import (
     write_companions,
     write_sums,
 )
-from dream_jax.pretrained.quantised import start_unit, unit_reader
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh
 from dream_jax.tokenizer import PROMPT_FORMAT_FILE

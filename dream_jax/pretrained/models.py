@@ -12,14 +12,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dream_jax import checkpoint, hf, lora
+from dream_jax import checkpoint, hf, layer_forms, lora
 from dream_jax.attention import Backend
 from dream_jax.bounds import SEED, check
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.files import new_directory
-from dream_jax.model import Dream, Remat, abstract_model, merge_params, split_params
+from dream_jax.layer_forms import LayersChoice, form_of
+from dream_jax.model import Dream, Remat, abstract_model, draw_layer, merge_params, split_params
 from dream_jax.paths import AnyPath, local_path
 from dream_jax.pretrained.adapter import describe_adapter, put_on
+from dream_jax.pretrained.by_layer import apart_params, quantised_params
 from dream_jax.pretrained.directories import (
     as_dtype,
     check_published_mask,
@@ -30,7 +32,6 @@ from dream_jax.pretrained.directories import (
     write_companions,
     write_sums,
 )
-from dream_jax.pretrained.quantised import quantised_params
 from dream_jax.quantisation import KINDS, CodeKind
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh, parameter_shardings
@@ -50,6 +51,8 @@ def load(
     base: CodeKind | None = None,
     adapter: str | os.PathLike[str] | None = None,
     any_base: bool = False,
+    layers: LayersChoice = "auto",
+    joined: bool = False,
 ) -> Dream:
     """Loads a model; the shard of each device is read directly from the files.
 
@@ -68,6 +71,10 @@ def load(
       adapter: the directory of an adapter to attach to the model, written by `save_adapter` or by PEFT. `merge_adapter` can
         then add it to the weights.
       any_base: whether to accept an adapter that was trained on other weights with the same shapes.
+      layers: "stacked" or "apart", see `Dream`; "auto" is apart on GPUs, where the model then answers faster, and stacked
+        elsewhere. The weights are read directly into this form.
+      joined: whether projections with one input are joined, so that the model answers faster, see `layer_forms.join`.
+        Such a model can do everything that another can; to attach an adapter, its projections are separated again.
 
     Returns:
       The model. Its `tokenizer_dir` is the directory of the model if tokenizer files are in it, else None.
@@ -75,7 +82,7 @@ def load(
     Raises:
       FileNotFoundError: the path does not exist, or it holds no checkpoint or no adapter, or one of its files is missing.
       ValueError: the checkpoint is damaged, has weights that are NaN or infinite, or is of another architecture; a dtype
-        is unknown; the seed is out of range; the mesh or the adapter does not fit the model; a path is an
+        or form is unknown; the seed is out of range; the mesh or the adapter does not fit the model; a path is an
         address; the adapter was trained on other weights, and `any_base` is false.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
@@ -88,12 +95,17 @@ def load(
         attention_backend=attention_backend,
         remat=remat,
         ignore_config_keys=ignore_config_keys,
+        layers=form_of(layers, mesh),
     )
     found = None if adapter is None else describe_adapter(adapter)
     if found is not None:  # checked first, because reading the weights may take minutes
         found.check_fits(model)
     model = _weights(path, model, as_dtype(dtype), mesh, seed, base)
-    return model if found is None else put_on(model, found, any_base=any_base)
+    if found is not None:
+        model = put_on(model, found, any_base=any_base)
+    if joined:
+        layer_forms.join(model)
+    return model
 
 
 def _weights(
@@ -103,7 +115,7 @@ def _weights(
     graphdef, shapes = split_params(model)
     directory = _directory(path)
     if directory is None:
-        drawn = merge_params(graphdef, _random(model.config, shapes, seed, mesh))
+        drawn = merge_params(graphdef, _random(model, shapes, seed, mesh))
         return drawn if base is None else lora.with_base(drawn, base)
     if checkpoint.is_converted(directory):
         checkpoint.read_description(directory, model.config)  # compares sizes, which takes no time
@@ -114,6 +126,8 @@ def _weights(
         loaded = merge_params(quantised[0], params)
         loaded.base_identity = identity
         return loaded
+    if model.is_apart:
+        return merge_params(graphdef, apart_params(directory, model.config, dtype, mesh))
     read = checkpoint.load_params if checkpoint.is_converted(directory) else hf.load_params
     return merge_params(graphdef, read(directory, model.config, dtype, mesh))
 
@@ -126,12 +140,13 @@ def describe(
     attention_backend: Backend = "auto",
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
+    layers: LayersChoice = "auto",
 ) -> Dream:
     """Returns the model that `load` would return, but with shapes and dtypes instead of weights; no weights are read.
 
     Args:
-      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; for a hub id only the small
-        files are downloaded.
+      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys, layers: as for `load`; for a hub id only the
+        small files are downloaded.
 
     Returns:
       The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.
@@ -150,6 +165,7 @@ def describe(
         attention_backend=attention_backend,
         remat=remat,
         tokenizer_dir=str(directory) if has_tokenizer else None,
+        layers=form_of(layers),
     )
     if directory is not None and checkpoint.is_converted(directory):
         model.trained_mask = checkpoint.read_mask(directory)
@@ -165,16 +181,33 @@ def _directory(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib
     return find_directory(path, f"neither a directory nor a preset; presets are {', '.join(PRESETS)}", weights=weights)
 
 
-def _random(config: DreamConfig, shapes: ParamTree, seed: int, mesh: Mesh | None) -> ParamTree:
-    """Returns random parameters of these shapes, sharded over the mesh."""
+def _random(model: Dream, shapes: ParamTree, seed: int, mesh: Mesh | None) -> ParamTree:
+    """Returns random parameters of these shapes, sharded over the mesh. They do not depend on the form of the layers."""
     dtype = jax.tree.leaves(shapes)[0].dtype
+    shardings = None if mesh is None else parameter_shardings(shapes, mesh)
 
     def init(key: jax.Array) -> ParamTree:
-        return split_params(Dream(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
+        return split_params(Dream(model.config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
 
-    shardings = None if mesh is None else parameter_shardings(shapes, mesh)
-    params: ParamTree = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
-    return params
+    if not model.is_apart:
+        params: ParamTree = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+        return params
+
+    # The layers are drawn one after the other, so that only the numbers of one layer are in memory in float32.
+    def init_outside(key: jax.Array) -> ParamTree:
+        return {name: value for name, value in init(key).items() if name != "layers"}
+
+    def init_layer(key: jax.Array, number: int) -> ParamTree:
+        return split_params(draw_layer(model.config, key, number, dtype=dtype))[1]
+
+    outside = layer = None
+    if shardings is not None:
+        outside, layer = {**shardings}, shardings["layers"][0]
+        del outside["layers"]
+    key = jax.random.key(seed)
+    params = jax.jit(init_outside, out_shardings=outside)(key)
+    draw = jax.jit(init_layer, out_shardings=layer)
+    return {**params, "layers": {number: draw(key, number) for number in shapes["layers"]}}
 
 
 def save(

@@ -13,6 +13,7 @@ from flax import nnx
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch
 from dream_jax.inference import find_tokenizer
+from dream_jax.layer_forms import training_form
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
 from dream_jax.shapes import ParamTree
@@ -91,6 +92,7 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         seed=settings.run.seed,
         mask=masks.parse(model.trained_mask),
         anneal_steps=settings.network.anneal_steps,
+        layers=training_form(settings.network.layers),
     )
     step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
     return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)

@@ -26,6 +26,7 @@ from dream_jax.bounds import (
 )
 from dream_jax.config import PRESETS
 from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
+from dream_jax.layer_forms import LayersChoice
 from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
@@ -89,6 +90,9 @@ class NetworkSettings:
     remat: Remat = "none"
     """which activations the backward pass recomputes, to save memory: none; all but the outputs of matrix products
     (dots); all but the inputs of the layers (full); offload is like full, with these inputs in host memory"""
+    layers: LayersChoice = "auto"
+    """how a step runs the layers: stacked (in a loop, which compiles fast), or apart (written out one after the other);
+    auto: stacked. Results change only by rounding, and the files are the same"""
     attention: Backend = "auto"
     """attention kernel; auto: the fastest one that supports the devices and the mask; xla runs everywhere"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -99,6 +103,8 @@ class NetworkSettings:
         check_numbers(self, anneal_steps=IntegerRange(0))
         check_local(self, "model", "tokenizer")
         object.__setattr__(self, "model", hub.pinned(self.model, self.revision))
+        if self.layers not in get_args(LayersChoice):
+            raise ValueError(f"layers={self.layers!r} is not one of {get_args(LayersChoice)}")
         if self.attention not in get_args(Backend):
             raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
         if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:

@@ -196,7 +196,7 @@ SETTING_TYPES: Mapping[str, Any] = {
 FREE = frozenset(
     {
         *("recipe", "out", "overwrite", "save_every", "keep", "final", "max_skipped", "merge"),
-        *("accumulation", "remat", "attention"),
+        *("accumulation", "remat", "layers", "attention"),
         *("eval_every", "eval_rows", "eval_tokens", "samples", "sample_tokens"),
         *("log_every", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"),
         *("mesh", "cluster", "coordinator", "num_processes", "process_id"),

@@ -53,6 +53,7 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
         compute_dtype=compute_dtype,
         attention_backend=settings.network.attention,
         remat=settings.network.remat,
+        layers="stacked",
     )
     adapter = None if settings.lora.adapter is None else pretrained.describe_adapter(settings.lora.adapter)
     if adapter is not None:
@@ -114,12 +115,14 @@ def read(settings: TrainSettings, mesh: Mesh, compute_dtype: str, *, begins: boo
     if not settings.lora.adapts:
         frozen = Frozen(params={}, identity=None)
         return (
-            split_params(pretrained.load(settings.network.model, mesh=mesh, seed=settings.run.seed))[1]
+            split_params(pretrained.load(settings.network.model, mesh=mesh, seed=settings.run.seed, layers="stacked"))[
+                1
+            ]
             if begins
             else None
         ), frozen
     dtype, kind = _stored(settings, compute_dtype)
-    model = pretrained.load(settings.network.model, dtype, mesh, seed=settings.run.seed, base=kind)
+    model = pretrained.load(settings.network.model, dtype, mesh, seed=settings.run.seed, base=kind, layers="stacked")
     frozen = Frozen(params=split_params(model)[1], identity=lora.identity(model))
     if not begins:
         return None, frozen

@@ -1,6 +1,7 @@
-"""Reads a model from a converted or a Hugging Face directory, and quantises each layer before it reads the next one.
+"""Reads a model from a converted or a Hugging Face directory layer by layer: layers apart, and quantised models.
 
-Loading a 7B base in 4 bits therefore needs no more memory than running it.
+A layer is quantised before the next one is read. Loading a 7B base in 4 bits therefore needs no more memory than running
+it.
 """
 
 from __future__ import annotations
@@ -66,6 +67,34 @@ def unit_reader(
         )
 
 
+def apart_params(directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, mesh: Mesh | None) -> ParamTree:
+    """Reads the model in a directory into arrays of each layer; besides the result, one unit is in memory at a time.
+
+    Args:
+      directory: a converted or a Hugging Face directory.
+      config: the configuration of the model in the directory.
+      dtype: the dtype of the parameters.
+      mesh: the devices of the parameters; None for one device.
+
+    Returns:
+      The parameters; the keys of the layers are their numbers.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `unit_reader`.
+    """
+    params: ParamTree = {}
+    layers: ParamTree = {}
+    first, *middle, last = checkpoint.units(config, dtype, mesh)
+    with unit_reader(directory, config, mesh) as read:
+        for unit in (first, last):  # the largest units come first, while most memory is free
+            params |= read(unit)
+            jax.block_until_ready(params)
+        for unit in middle:
+            layers[unit.layer] = read(unit)["layers"]
+            jax.block_until_ready(layers[unit.layer])  # otherwise the files of several layers accumulate in memory
+    return params | {"layers": layers}
+
+
 def quantised_params(
     directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, kind: CodeKind, shapes: ParamTree, mesh: Mesh | None
 ) -> tuple[ParamTree, str]:
@@ -78,7 +107,8 @@ def quantised_params(
       config: the configuration of the model in the directory.
       dtype: the dtype of the parameters that are not quantised.
       kind: the kind of the codes, "int8" or "nf4".
-      shapes: the shapes of all parameters of the quantised model, which `lora.with_base_shapes` returns.
+      shapes: the shapes of all parameters of the quantised model, which `lora.with_base_shapes` returns; in the form of
+        these shapes the result is returned.
       mesh: the devices of the parameters; None for one device.
 
     Returns:
@@ -87,13 +117,18 @@ def quantised_params(
     Raises:
       FileNotFoundError, ValueError: as for `unit_reader`.
     """
+    is_apart = 0 in shapes["layers"]
     shardings = None if mesh is None else parameter_shardings(shapes, mesh)["layers"]
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["layers"])
 
+    def quantised(layer: ParamTree) -> ParamTree:
+        return quantised_kernels(layer, kind, others=lambda leaf: leaf.astype(dtype))
+
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def put(stacked: ParamTree, layer: ParamTree, index: int) -> ParamTree:
-        small = quantised_kernels(layer, kind, others=lambda leaf: leaf.astype(dtype))
-        return checkpoint.set_layer(stacked, small, index)
+        return checkpoint.set_layer(stacked, quantised(layer), index)
+
+    convert = jax.jit(quantised, out_shardings=None if shardings is None or not is_apart else shardings[0])
 
     params: ParamTree = {}
     first, *_, last = checkpoint.units(config, dtype, mesh)
@@ -103,10 +138,13 @@ def quantised_params(
         for unit in (first, last):  # the largest units come first, while most memory is free
             params |= read(unit)
         prints = lora.prints(params, None)
-        stacked = jax.jit(zeros, out_shardings=shardings)()
+        found: ParamTree = {} if is_apart else jax.jit(zeros, out_shardings=shardings)()
         for unit in layers:
             layer = read(unit)
             prints += lora.prints(layer, unit.layer)
-            stacked = put(stacked, layer["layers"], unit.layer)
-            jax.block_until_ready(stacked)  # otherwise the following layers accumulate in memory
-    return params | {"layers": stacked}, lora.digest(prints)
+            if is_apart:
+                found[unit.layer] = convert(layer["layers"])
+            else:
+                found = put(found, layer["layers"], unit.layer)
+            jax.block_until_ready(found)  # otherwise the following layers accumulate in memory
+    return params | {"layers": found}, lora.digest(prints)
