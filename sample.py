@@ -27,6 +27,7 @@ from dream_jax import inference, pretrained
 from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_answers, check_numbers
 from dream_jax.data import numbered_records, parse_messages, read_question, record_number, with_instruction
 from dream_jax.decoding import Alg
+from dream_jax.device_memory import explained, take_memory
 from dream_jax.inference import PreparedModel, canvas_text
 from dream_jax.paths import check_apart, check_file, check_local, check_replaceable, claimed, is_json_object
 from dream_jax.player import pages
@@ -137,7 +138,14 @@ class SampleSettings(inference.ModelSettings):
 def main() -> int:
     try:
         check_texts(sys.argv[1:])
-        return run(tyro.cli(SampleSettings, description=__doc__))
+        settings = tyro.cli(SampleSettings, description=__doc__)
+        take_memory()
+        return run(settings)
+    except jax.errors.JaxRuntimeError as error:
+        rows = 1 if settings.prompts is None else settings.batch_size
+        remedies = functools.partial(inference.memory_remedies, settings, "--batch-size", rows)
+        print(f"error: {explained(error, remedies)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
+import jax
 import tyro
 from rich.console import Console
 
 from dream_jax import inference
 from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, IntegerRange, check_numbers
+from dream_jax.device_memory import explained, take_memory
 from dream_jax.paths import check_local
 from dream_jax.sampler import Preset
 from dream_jax.tokenizer import check_texts
@@ -106,7 +109,13 @@ class ServeSettings(inference.ModelSettings):
 def main() -> int:
     try:
         check_texts(sys.argv[1:])
-        return run(tyro.cli(ServeSettings, description=__doc__))
+        settings = tyro.cli(ServeSettings, description=__doc__)
+        take_memory()
+        return run(settings)
+    except jax.errors.JaxRuntimeError as error:
+        remedies = functools.partial(inference.memory_remedies, settings, "--rows", settings.rows)
+        print(f"error: {explained(error, remedies)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import pathlib
 import sys
@@ -15,9 +16,10 @@ from typing import Annotated
 import jax
 import tyro
 
+from dream_jax.device_memory import explained, take_memory
 from dream_jax.files import write_file, write_json
 from dream_jax.paths import check_file, check_local, check_replaceable, is_json_object
-from dream_jax.plan import PlanSettings, make_plan, render
+from dream_jax.plan import PlanSettings, make_plan, remedies, render
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
@@ -159,6 +161,7 @@ def main() -> int:
         recipe = None if asked is None else read_recipe(asked, RECIPES)
         begun = None if recipe is None else Command(training=recipe.train_settings(recipe=asked))
         command = parsed(begun)
+        take_memory()
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
                 "--plan is for a future run, but --report and --compare are for existing runs; give one of them"
@@ -181,6 +184,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except jax.errors.JaxRuntimeError as error:
+        print(f"error: {explained(error, functools.partial(remedies, command.training))}", file=sys.stderr)
+        return leave(1)
     except (Diverged, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(1)

@@ -23,10 +23,11 @@ from dream_jax.trainer.recipes import Recipe, names, read_recipe
 FOLDER = report.REPOSITORY / "recipes"
 MARK = "# Plans for some hardware; written by bench/recipes.py."
 
-# Settings that differ from the recipe, by recipe and topology. One H100 has too little memory for the second copy of all
-# gradients that accumulation needs, so full fine-tuning on it uses smaller batches, more steps and a lower rate.
+# Settings that differ from the recipe, by recipe and topology. One H100 has too little memory for moments beside weights
+# and gradients, so full fine-tuning on it keeps the moments in the memory of the host. It also has too little for the
+# second copy of all gradients that accumulation needs, so it uses smaller batches, more steps and a lower rate.
 _H100_ROWS = {2048: 8, 4096: 4, 8192: 2}
-_H100: Mapping[str, Any] = {"accumulation": 1, "remat": "offload"}
+_H100: Mapping[str, Any] = {"accumulation": 1, "moments": "bfloat16", "moments_on_host": True}
 
 
 def _full(length: int) -> dict[str, dict[str, Any]]:

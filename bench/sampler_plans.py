@@ -104,7 +104,7 @@ def main(settings: SamplerPlansSettings) -> None:
                 if batch % dict(mesh.shape)["fsdp"]:
                     continue
                 found = compiled(mesh, config, batch)
-                found |= {"limit": hardware.chip.memory, "date": report.now()}
+                found |= {"limit": hardware.limit, "date": report.now()}
                 found |= {"versions": report.versions(["jax", "jaxlib", "libtpu"])}
                 report.add_json(settings.out, f"{name}/{mode}/{batch}", found)
                 cells = (gib(found["peak"]), gib(found["limit"]), str(found["compile_seconds"]))

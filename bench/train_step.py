@@ -43,8 +43,9 @@ from dream_jax.chips import chip_of
 from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
 from dream_jax.flops import FlopCounter
-from dream_jax.model import Dream, Remat, abstract_model, parameter_count, split_params
+from dream_jax.model import Dream, abstract_model, parameter_count, split_params
 from dream_jax.optimizer import Moments, OptimizerConfig, OptimizerKind
+from dream_jax.remat import Remat
 from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
 
 GIB = 2**30

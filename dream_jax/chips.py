@@ -5,7 +5,8 @@ memory bandwidth and interconnect are from the pages "TPU v4", "TPU v5e", "TPU v
 documentation of Google Cloud, and from the NVIDIA data sheets of A100, H100 (SXM), H200 (SXM) and DGX B200, all read in
 2026. Peak rates are for dense bfloat16: a rate that a data sheet gives "with sparsity" is halved here. The memory of a
 TPU is what libtpu 0.0.42.1 leaves to a program, according to its out-of-memory messages (a test compares them). The
-memory of a GPU is the size that the driver reports, minus 1 GiB for contexts, libraries and fragmentation.
+memory of a GPU is the total that CUDA reports to programs: measured on an H200, and for the other GPUs the smallest size
+that messages of PyTorch about too little memory name. A program can have a share of it (`device_memory`).
 
 Prices change, depend on the region, and are lower with a commitment, so pass your own price. TPU prices are the
 on-demand list prices of Google Cloud in its US regions, 2025. GPU prices are from the price list of Modal (per second,
@@ -29,7 +30,7 @@ class Chip:
       name: the name in `--topology`, such as "v5e" or "h100".
       platform: the name of the platform in jax.
       kinds: prefixes of the `device_kind` that jax reports for these devices.
-      memory: number of bytes of a device that a program can use.
+      memory: number of bytes of a device; on a GPU a program can only have a share of them.
       peak_flops: peak rate of dense bfloat16 matrix products, in FLOP/s.
       memory_bandwidth: bandwidth of the memory of a device, in bytes/s.
       links: number of links of a device to its neighbours in a torus; 1 if a switch connects all devices.
@@ -94,12 +95,12 @@ def _tpu(
 def _gpu(
     name: str, kinds: tuple[str, ...], *, gib: float, tflops: float, memory_gbs: float, nvlink_gbs: float, usd: float
 ) -> Chip:
-    """Returns a GPU of a node of eight; memory in GiB as the driver reports it, nvlink_gbs is for one direction."""
+    """Returns a GPU of a node of eight; memory in GiB as CUDA reports it, nvlink_gbs is for one direction."""
     return Chip(
         name=name,
         platform="gpu",
         kinds=kinds,
-        memory=int((gib - 1.0) * _GIB),
+        memory=int(gib * _GIB),
         peak_flops=tflops * 1e12,
         memory_bandwidth=memory_gbs * 1e9,
         links=1,
@@ -166,16 +167,16 @@ CHIPS: Mapping[str, Chip] = {
         _gpu(
             "a100-40",
             ("NVIDIA A100-SXM4-40GB",),
-            gib=40,
+            gib=39.39,
             tflops=312,
             memory_gbs=1555,
             nvlink_gbs=300,
             usd=2.10,
         ),
-        _gpu("a100-80", ("NVIDIA A100",), gib=80, tflops=312, memory_gbs=2039, nvlink_gbs=300, usd=2.50),
-        _gpu("h100", ("NVIDIA H100",), gib=79.6, tflops=989, memory_gbs=3350, nvlink_gbs=450, usd=3.95),
-        _gpu("h200", ("NVIDIA H200",), gib=140.4, tflops=989, memory_gbs=4800, nvlink_gbs=450, usd=4.54),
-        _gpu("b200", ("NVIDIA B200",), gib=179.0, tflops=2250, memory_gbs=8000, nvlink_gbs=900, usd=6.25),
+        _gpu("a100-80", ("NVIDIA A100",), gib=79.15, tflops=312, memory_gbs=2039, nvlink_gbs=300, usd=2.50),
+        _gpu("h100", ("NVIDIA H100",), gib=79.1, tflops=989, memory_gbs=3350, nvlink_gbs=450, usd=3.95),
+        _gpu("h200", ("NVIDIA H200",), gib=139.8, tflops=989, memory_gbs=4800, nvlink_gbs=450, usd=4.54),
+        _gpu("b200", ("NVIDIA B200",), gib=178.3, tflops=2250, memory_gbs=8000, nvlink_gbs=900, usd=6.25),
     )
 }
 

@@ -112,6 +112,26 @@ class ModelSettings:
         return "+".join(name or "model" for name in names)
 
 
+def memory_remedies(settings: ModelSettings, flag: str, rows: int) -> list[str]:
+    """Returns flags with which a program needs less memory, the best two that the settings do not have already.
+
+    Args:
+      settings: the settings of the program.
+      flag: name of the flag for the number of rows that are computed together.
+      rows: the present value of this flag.
+    """
+    found = []
+    if settings.dtype == "float32":
+        found.append("--dtype bfloat16")
+    if rows > 1:
+        found.append(f"{flag} {rows // 2}")
+    if settings.base == "auto":
+        found.append("--base int8")
+    if settings.base != "nf4":
+        found.append("--base nf4")
+    return [*found, "--mesh 2x1 on two devices", "fewer new tokens"][:2]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedModel:
     """A model whose files have been checked, but whose weights have not been read yet.

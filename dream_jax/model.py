@@ -32,15 +32,12 @@ from dream_jax import masks
 from dream_jax.attention import Backend, KVCache, Window, attention
 from dream_jax.config import DreamConfig
 from dream_jax.quantisation import product
+from dream_jax.remat import LAYER_INPUT, Remat, checkpointed, named
 from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
 
-Remat = Literal["none", "dots", "full", "offload"]
 LayerForm = Literal["stacked", "apart"]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
-
-# Name of the input of each layer, by which the rematerialisation policy "offload" finds it.
-_LAYER_INPUT = "layer_input"
 
 # One random key per row of the batch, for the dropout of an adapter; None means no dropout.
 DropoutKeys = Key[Array, "B"] | None
@@ -233,9 +230,11 @@ class Attention(nnx.Module):
         q_BTNH = constrain(rotate(q_BTNH, rotation), "batch", "tokens", "heads", None)
         k_BSKH = constrain(rotate(k_BSKH, rotation), "batch", None, "kv_heads", None)
         v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
+        q_BTNH, k_BSKH, v_BSKH = named(q_BTNH, "q"), named(k_BSKH, "k"), named(v_BSKH, "v")
         new_kv = KVCache(k_BSKH, v_BSKH)
         kv = new_kv if window is None else window.updated(new_kv)
-        return self.o(attention(q_BTNH, kv.k, kv.v, mask, backend), keys[3]), new_kv
+        # The attention backends name their own output, because the gradients of their kernels need more than that.
+        return named(self.o(attention(q_BTNH, kv.k, kv.v, mask, backend), keys[3]), "o"), new_kv
 
 
 def joined_qkv(q: Any, k: Any, v: Any) -> Any:
@@ -277,6 +276,7 @@ class MLP(nnx.Module):
         else:
             gate_up = self.gate_up(x_BTD)
             gate_BTF, up_BTF = gate_up[..., 0, :], gate_up[..., 1, :]
+        gate_BTF, up_BTF = named(gate_BTF, "gate"), named(up_BTF, "up")
         return self.down(jax.nn.silu(gate_BTF) * up_BTF, keys[2])
 
 
@@ -355,8 +355,8 @@ class Dream(nnx.Module):
       attention_backend: name of the attention backend, see `attention.attention`.
       layers: one `Layer` with stacked parameters, or a list of `Layer`s, see `is_apart`.
       remat: which activations are saved for the backward pass; the others are recomputed. "none" saves all of them,
-        "dots" the results of matrix products, "full" only the input of each layer, and "offload" only this input, in
-        pinned host memory.
+        "full" only the input of each layer, and "offload" only this input, in pinned host memory. `remat.KEPT` lists
+        what the policies between "none" and "full" save.
       tokenizer_dir: directory with the tokenizer files that belong to the weights, or None. These files are copied when
         the model is saved or exported.
       base_identity: the result of `lora.identity` for the weights before quantisation; None if they are not quantised.
@@ -513,7 +513,7 @@ class Dream(nnx.Module):
         def block(
             x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KVCache | None]
         ) -> tuple[jax.Array, KVCache | None]:
-            x_BTD = checkpoint_name(x_BTD, _LAYER_INPUT)
+            x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             layer, layer_index, layer_cache = inputs
             layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
             keys = None
@@ -523,18 +523,7 @@ class Dream(nnx.Module):
             x_BTD, new_kv = layer(x_BTD, rotary, mask, self.attention_backend, keys, layer_window)
             return x_BTD, new_kv if return_kv else None
 
-        if self.remat == "full":
-            block = jax.checkpoint(block)
-        elif self.remat == "dots":
-            block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        elif self.remat == "offload":
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[_LAYER_INPUT],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-            block = jax.checkpoint(block, policy=policy)
+        block = checkpointed(block, self.remat)
         with jax.named_scope("layers"):
             kv_cache = None if window is None else window.kv_cache
             if self.is_apart:

@@ -17,21 +17,21 @@ PACKAGE = "dream_jax"
 # The layers from the bottom up. A module is a file of dream_jax or a folder of files; its rank is derived from the
 # imports. A new module belongs to the lowest layer such that all modules that it imports are in this layer or below.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "settings": ("bounds", "config", "shapes", "chips", "target", "side_files"),
+    "settings": ("bounds", "config", "shapes", "chips", "target", "side_files", "remat", "device_memory"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "finite", "tokenizer",
         "files", "row_file", "chat_template", "paths", "hub", "player",
     ),
     "model": ("attention", "model", "layer_forms"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),
-    "programs": ("inference", "train_step", "sampler", "pretrained", "flops"),
+    "programs": ("inference", "train_step", "step_memory", "sampler", "pretrained", "flops"),
     "runs": ("trainer", "posttraining"),
     "services": ("serving", "evaluation", "plan", "reports"),
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 ABOUT_LAYERS = {
-    "settings": "frozen settings, ranges of numbers, the axis alphabet, tables of accelerators, readers of small files",
+    "settings": "frozen settings, ranges, axes, accelerators and their memory, remat policies, readers of small files",
     "basics": "building blocks: masks, noise levels, choice of tokens, quantisation, shardings, tokenizers, files, player",
     "model": "the transformer, and one attention function with its backends",
     "parts": "losses, AdamW and its moments, adapters, the Hugging Face layout, checkpoints, data from text to arrays",

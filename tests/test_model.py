@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from dream_jax.model import (
     rotation,
     split_params,
 )
+from dream_jax.remat import Remat
 
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
 TIED = dataclasses.replace(SMALL, tie_word_embeddings=True)
@@ -312,12 +314,13 @@ def loss_gradient(dream, text):
 def test_remat_changes_memory_and_nothing_else():
     dream = make(dataclasses.replace(SMALL, num_hidden_layers=4))
     text, gradients, temporary = tokens(4, 32), {}, {}
-    for remat in ("none", "dots", "full", "offload"):
+    for remat in get_args(Remat):
         lowered, params = loss_gradient(remade(dream, remat=remat), text)
         compiled = lowered.compile()
         gradients[remat], temporary[remat] = compiled(params, text), compiled.memory_analysis().temp_size_in_bytes
+    assert temporary["none"] > temporary["products"] > temporary["except-mlp"] > temporary["full"]
     assert temporary["none"] > temporary["dots"] > temporary["full"]
-    for remat in ("dots", "full", "offload"):
+    for remat in get_args(Remat):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max()),
             gradients[remat],

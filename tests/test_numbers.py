@@ -78,10 +78,10 @@ NO_SETTINGS = {
     "Update", "_Choice", "_GapText",
     "AdditionTask", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Conversion",
     "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
-    "LengthReport", "MemoryPlan", "Outlook", "Paired", "PlannedRows", "PreparedRun", "Problem", "Question",
-    "Refusal", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample", "ScatteredSudokuTask", "ScoredText",
-    "StaticSettings", "StepShape", "StepTime", "StudyRun", "StudyTask", "SudokuTask", "TaskFormat", "Tensor",
-    "TensorLayout", "TextAnswer", "TrainedModel", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "_Grid",
+    "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "Paired", "PlannedRows", "PreparedRun", "Problem",
+    "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
+    "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun", "StudyTask", "SudokuTask", "TaskFormat",
+    "Tensor", "TensorLayout", "TextAnswer", "TrainedModel", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "_Grid",
     "_LastAndBest", "_TiledMask",
 }  # fmt: skip
 

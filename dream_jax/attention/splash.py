@@ -244,6 +244,8 @@ def _kernel(
             block_q_dq=query_block,
             block_kv_dq=key_block,
         ),
+        # The gradient needs the output and the statistics of the softmax; the kernel gives both this name.
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
     out_BNTH = jax.vmap(lambda q, k, v, ids: splash(q, k, v, segment_ids=ids))(q_BNTH, k_BKSH, v_BKSH, segments)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dream_jax import masks
+from dream_jax.remat import named
 
 # Score of a hidden key. It is finite, so that the output of a query that may attend to no key is finite too.
 _HIDDEN = -1e30
@@ -30,4 +31,4 @@ def attention(
         scores_BKGTS = jnp.where(allowed_BTS[:, None, None], scores_BKGTS, _HIDDEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH)
-    return einops.rearrange(out_BKGTH, "B K G T H -> B T (K G) H")
+    return named(einops.rearrange(out_BKGTH, "B K G T H -> B T (K G) H"), "attention")

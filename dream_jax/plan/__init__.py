@@ -7,8 +7,8 @@ compiler is installed), `cost` computes seconds and money, `planner` makes the p
 and `report` prints the plan.
 """
 
-from dream_jax.plan.planner import make_plan
+from dream_jax.plan.planner import make_plan, remedies
 from dream_jax.plan.report import render
 from dream_jax.plan.settings import PlanSettings, RunPlan
 
-__all__ = ["PlanSettings", "RunPlan", "make_plan", "render"]
+__all__ = ["PlanSettings", "RunPlan", "make_plan", "remedies", "render"]

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 
-import jax
-
+from dream_jax import step_memory
+from dream_jax.device_memory import Shortage
 from dream_jax.plan import hlo
-from dream_jax.trainer.build import AbstractStep
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"(\d+(?:\.\d+)?)([KMGT]?)"
-# The two forms of libtpu's out-of-memory message: before it assigns memory to buffers, and after.
-_NEEDED = (
-    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
-    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
-)
+from dream_jax.step_memory import AbstractStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,25 +55,12 @@ def compile_step(step: AbstractStep, *, unknown_trips: float) -> Compiled | Refu
       JaxRuntimeError: the compiler failed for another reason than too little memory.
     """
     begun = time.monotonic()
-    lowered = step.step.lower(step.state, step.batch, step.frozen)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return refusal(str(error), time.monotonic() - begun)
-    memory = compiled.memory_analysis()
+    compiled = step_memory.compile_step(step)
+    if isinstance(compiled, Shortage):
+        return Refusal(needed=compiled.asked, words=compiled.words, seconds=time.monotonic() - begun)
     return Compiled(
-        peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        given=memory.argument_size_in_bytes,
+        peak=step_memory.peak_bytes(compiled),
+        given=compiled.memory_analysis().argument_size_in_bytes,
         collectives=hlo.collectives(compiled.as_text(), unknown_trips=unknown_trips),
         seconds=time.monotonic() - begun,
     )
-
-
-def refusal(message: str, seconds: float) -> Refusal:
-    """Returns the refusal that an out-of-memory message of the compiler describes."""
-    words = message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0].strip()
-    found = next((match for pattern in _NEEDED if (match := pattern.search(message))), None)
-    needed = None if found is None else int(float(found[1]) * _UNITS[found[2]])
-    return Refusal(needed=needed, words=words, seconds=seconds)

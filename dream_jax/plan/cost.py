@@ -13,6 +13,8 @@ from dream_jax.trainer.settings import TrainSettings
 # A collective uses at least two links of a torus (both directions of one axis), or half of the rate of a switch.
 _SURE_LINKS = 2
 _SURE_SHARE = 0.5
+# The lowest and the highest rate of copies between a device and its host, in bytes/s: PCIe 4 and 5 with 16 lanes.
+_HOST_RATES = (25e9, 50e9)
 
 
 def step_time(
@@ -23,11 +25,13 @@ def step_time(
     remat_flops: float,
     traffic: float,
     collectives: Iterable[Collective],
+    host_traffic: float = 0.0,
 ) -> StepTime:
     """Returns the slowest and the fastest time of one step, and the quantities that they are computed from.
 
-    The slowest time has the low utilization and the lowest rate of the network that is certain; computation and network
-    do not overlap. The fastest time has the high utilization and the full rate of the network; everything overlaps.
+    The slowest time has the low utilization and the lowest rate of the network that is certain; computation, network and
+    copies to the host do not overlap. The fastest time has the high utilization and the full rate of the network;
+    everything overlaps.
 
     Args:
       hardware: the hardware that the step runs on.
@@ -36,6 +40,7 @@ def step_time(
       remat_flops: floating-point operations that the backward pass recomputes, in addition.
       traffic: bytes that one device reads and writes in its memory in one step.
       collectives: the collectives of one step, with the bytes that one device sends.
+      host_traffic: bytes that one device copies to and from the memory of the host in one step.
     """
     chip = hardware.chip
     peak = chip.peak_flops * hardware.num_devices
@@ -51,13 +56,16 @@ def step_time(
         # A ring over all devices is as fast as its slowest link.
         best, worst = chip.network_bandwidth, _SURE_SHARE * chip.network_bandwidth
     network = (sent / worst, sent / best)
-    slow, fast = max(compute[0] + network[0], memory), max(compute[1], memory, network[1])
+    host = (host_traffic / _HOST_RATES[0], host_traffic / _HOST_RATES[1])
+    slow = max(compute[0] + network[0], memory) + host[0]
+    fast = max(compute[1], memory, network[1], host[1])
     return StepTime(
         model_flops=model_flops,
         remat_flops=remat_flops,
         compute=compute,
         memory_traffic=memory,
         network=network,
+        host=host,
         fast=fast,
         slow=slow,
         mfu=(model_flops / (peak * slow), model_flops / (peak * fast)),

@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from dream_jax import sharding
 from dream_jax.bounds import MOST_DEVICES
 from dream_jax.chips import CHIPS, Chip, chip_of
+from dream_jax.device_memory import memory_of_device, share_in_force
 
 # On a machine without a TPU, libtpu would ask the metadata server of a cloud and wait for an answer; the first three
 # variables prevent that. The last one lets two processes compile at the same time: libtpu's lock exists because two
@@ -67,6 +68,7 @@ class Hardware:
       nodes: number of groups of devices, each of which is connected by a switch; 1 for a torus.
       devices: the devices to compile for, which need not be on this machine; None if nothing is compiled.
       missing: why it cannot be compiled for this hardware, and what to install; None if it can be, or is not wanted.
+      has: bytes that a program can have on a device, as the devices of this machine say; None for hardware by name.
     """
 
     name: str
@@ -75,6 +77,25 @@ class Hardware:
     nodes: int = 1
     devices: tuple[jax.Device, ...] | None = None
     missing: str | None = None
+    has: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """The number of bytes that a program can have on a device: on a GPU the share of its memory that is in force."""
+        return self.limit_of(self.chip) if self.has is None else self.has
+
+    @property
+    def share(self) -> str | None:
+        """Which share of the memory a program can have, and why; None if it can have all of it, as on a TPU."""
+        if self.chip.platform != "gpu":
+            return None
+        found = share_in_force()
+        return f"{found.share:.0%} of {self.chip.memory / 2**30:.2f} GiB, {found.origin}"
+
+    @staticmethod
+    def limit_of(chip: Chip) -> int:
+        """Returns the number of bytes that a program can have on a device of this kind."""
+        return chip.memory if chip.platform != "gpu" else int(min(1.0, share_in_force().share) * chip.memory)
 
     @property
     def num_chips(self) -> int:
@@ -140,7 +161,14 @@ def _here() -> Hardware:
         )
     nodes = 1 if chip.node is None else -(-len(devices) // chip.node)
     name = f"{len(devices)} x {devices[0].device_kind}, here"
-    return Hardware(name=name, chip=chip, num_devices=len(devices), nodes=nodes, devices=tuple(devices))
+    return Hardware(
+        name=name,
+        chip=chip,
+        num_devices=len(devices),
+        nodes=nodes,
+        devices=tuple(devices),
+        has=memory_of_device(jax.local_devices()),
+    )
 
 
 def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], compiles: bool) -> Hardware:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from dream_jax import sharding
-from dream_jax.chips import CHIPS
+from dream_jax.chips import CHIPS, chip_of
 from dream_jax.data import TokenizedRows, TokenRow, length_report, longest_row
 from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
 from dream_jax.plan.hardware import Hardware, find_hardware
 from dream_jax.plan.settings import MemoryPlan, PlannedRows, PlanSettings, RunPlan
-from dream_jax.trainer.build import (
-    abstract_step,
-    describe_model,
-    open_tokenizer,
-)
+from dream_jax.remat import Remat
+from dream_jax.step_memory import DeviceBytes, StepShape, bytes_on_device, remat_flops
+from dream_jax.trainer import remat_choice
+from dream_jax.trainer.build import abstract_step, describe_model, open_tokenizer, step_shape
+from dream_jax.trainer.folder import begun_remat
+from dream_jax.trainer.remat_choice import ARITHMETIC_SHARE
 from dream_jax.trainer.settings import TrainSettings
 
 # Changes that are tried by arithmetic if a step does not fit, after remat and accumulation. The cheapest one is
@@ -38,14 +42,17 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"lora_rank": 32},
     {"lora_rank": 32, "base": "nf4"},
 )
-# Arithmetic is less exact than the compiler, so a suggestion must fit into this share of the memory.
-_MEMORY_SHARE = 0.9
 _SUGGESTIONS = 4
 _MEASURED_ROWS = 1000
 
 
-def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
+def make_plan(settings: TrainSettings, wanted: PlanSettings, found: Compiled | Refusal | None = None) -> RunPlan:
     """Returns the predicted memory, time and price of a run.
+
+    Args:
+      settings: the settings of the run.
+      wanted: the hardware, and what to do.
+      found: the result of an earlier compilation of the same step, which is then not compiled again.
 
     Raises:
       ValueError: hardware, mesh, model and batch do not match, or data or a tokenizer that is needed cannot be read.
@@ -57,21 +64,47 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
     hardware = find_hardware(wanted.topology, compiles=wanted.compile)
     mesh = hardware.mesh(settings.devices.mesh)
     rows = _rows(settings, wanted, mesh)
+    platform = hardware.chip.platform
+    compiles = wanted.compile and hardware.devices is not None and found is None
+
+    @functools.cache
+    def compiled(remat: Remat) -> Compiled | Refusal:
+        one = settings.replaced(remat=remat)
+        shape = _shape(one, mesh, rows)
+        step = abstract_step(one, mesh, rows.max_length)
+        chunks = arithmetic.loss_chunks(shape, step.model.config.vocab_size, platform)
+        return compile_step(step, unknown_trips=chunks)
+
+    def compiled_peak(remat: Remat) -> int | None:
+        found = compiled(remat)
+        return found.peak if isinstance(found, Compiled) else None
+
+    choice = None
+    if settings.network.remat == "auto":
+        choice = remat_choice.choose(
+            abstract_step(settings, mesh, rows.max_length),
+            _shape(settings, mesh, rows),
+            platform=platform,
+            chip=hardware.chip,
+            limit=hardware.limit,
+            compiled=compiled_peak if compiles else None,
+        )
+        settings = settings.replaced(remat=choice.taken)
     step = abstract_step(settings, mesh, rows.max_length)
     shape = _shape(settings, mesh, rows)
-    platform = hardware.chip.platform
-    bytes_ = arithmetic.bytes_on_device(step, shape, platform)
+    bytes_ = bytes_on_device(step, shape, platform)
     chunks = arithmetic.loss_chunks(shape, step.model.config.vocab_size, platform)
-    found = compile_step(step, unknown_trips=chunks) if wanted.compile and hardware.devices is not None else None
+    found = compiled(shape.remat) if compiles else found
     memory = _memory(bytes_, found, hardware)
     moved = found.collectives if isinstance(found, Compiled) else arithmetic.collectives(step, shape)
     time = cost.step_time(
         hardware,
         wanted.utilization,
         model_flops=arithmetic.model_flops(step, shape),
-        remat_flops=arithmetic.remat_flops(step, shape),
+        remat_flops=remat_flops(step, shape, platform),
         traffic=arithmetic.memory_traffic(step, shape, bytes_, chunks),
         collectives=moved,
+        host_traffic=arithmetic.host_traffic(step, shape, bytes_),
     )
     advice = [] if hardware.missing is None else [f"an estimate, not compiled: {hardware.missing}"]
     if not memory.fits:
@@ -93,6 +126,7 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings) -> RunPlan:
         advice=tuple(advice),
         versions=_versions(platform),
         compile_seconds=None if found is None else found.seconds,
+        remat=None if choice is None else choice.reason,
     )
 
 
@@ -121,6 +155,30 @@ def suggestions(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     return found or ["no change that was tried by arithmetic fits: use chips with more memory"]
 
 
+def remedies(settings: TrainSettings) -> list[str]:
+    """Returns at most two changes of the settings, as text, for a run that had too little memory on this machine.
+
+    On a known accelerator they are the first `suggestions`. Otherwise they are flags that reduce the memory and that the
+    settings do not have yet.
+    """
+    # If `auto` chose the policy of the run, the run has written it; before that, `auto` has tried the smallest one.
+    taken = begun_remat(settings.run.out) or "full"
+    settings = settings.replaced(remat=taken) if settings.network.remat == "auto" else settings
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is not None:
+        size = math.prod(sharding.parse_mesh_shape(settings.devices.mesh))
+        hardware = dataclasses.replace(find_hardware(None), num_devices=size)
+        rows = _rows(settings, PlanSettings(plan=True), sharding.make_mesh(settings.devices.mesh))
+        found = suggestions(settings, hardware, rows)
+        return ([line for line in found if line.startswith("--")] or found)[:2]
+    flags = [] if settings.network.remat in ("full", "offload") else ["--remat full"]
+    flags += [f"--accumulation {number}" for number in _accumulations(settings)[:1]]
+    if not settings.lora.adapts:
+        flags += [] if settings.optimization.moments == "int8" else ["--moments int8"]
+        flags += ["--lora-rank 32"]
+    return [*flags, "a smaller --max-length", "a larger --mesh"][:2]
+
+
 def _accumulations(settings: TrainSettings) -> list[int]:
     """Returns all larger values of --accumulation that the batch size and the mesh allow, in ascending order."""
     fsdp = sharding.parse_mesh_shape(settings.devices.mesh)[0]
@@ -144,7 +202,7 @@ def _tried(settings: TrainSettings, hardware: Hardware, rows: PlannedRows, chang
         needed = _estimate(changed, dataclasses.replace(hardware, devices=None), rows)
     except ValueError:  # the change and the other settings exclude each other, so it is not suggested
         return None
-    if needed > _MEMORY_SHARE * hardware.chip.memory:
+    if needed > ARITHMETIC_SHARE * hardware.limit:
         return None
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
@@ -170,7 +228,7 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
         if microbatch % (fsdp * times):
             break
         needed = _estimate(settings.replaced(mesh=mesh), larger, rows)
-        if needed <= _MEMORY_SHARE * hardware.chip.memory:
+        if needed <= ARITHMETIC_SHARE * hardware.limit:
             found.append(
                 f"{larger.num_devices} devices of {hardware.chip.name}, --mesh {mesh}: about {needed / 2**30:.1f} GiB each"
             )
@@ -179,7 +237,9 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
     same = [
         chip.name
         for chip in CHIPS.values()
-        if chip.topology and chip.platform == hardware.chip.platform and needed <= _MEMORY_SHARE * chip.memory
+        if chip.topology
+        and chip.platform == hardware.chip.platform
+        and needed <= ARITHMETIC_SHARE * Hardware.limit_of(chip)
     ]
     if same:
         found.append(f"as many devices of {' or '.join(same)}: about {needed / 2**30:.1f} GiB each")
@@ -189,22 +249,15 @@ def _more_chips(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) 
 def _estimate(settings: TrainSettings, hardware: Hardware, rows: PlannedRows) -> int:
     mesh = hardware.mesh(settings.devices.mesh)
     step = abstract_step(settings, mesh, rows.max_length)
-    found = arithmetic.bytes_on_device(step, _shape(settings, mesh, rows), hardware.chip.platform)
+    found = bytes_on_device(step, _shape(settings, mesh, rows), hardware.chip.platform)
     return found.given + found.working
 
 
-def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: PlannedRows) -> arithmetic.StepShape:
-    return arithmetic.StepShape(
-        batch=settings.batches.batch_size,
-        accumulation=settings.batches.accumulation,
-        length=rows.max_length,
-        mesh=arithmetic.mesh_sizes(mesh),
-        remat=settings.network.remat,
-        masked_share=rows.masked_share,
-    )
+def _shape(settings: TrainSettings, mesh: sharding.AnyMesh, rows: PlannedRows) -> StepShape:
+    return step_shape(settings, mesh, rows.max_length, rows.masked_share)
 
 
-def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, hardware: Hardware) -> MemoryPlan:
+def _memory(parts: DeviceBytes, found: Compiled | Refusal | None, hardware: Hardware) -> MemoryPlan:
     estimate = parts.given + parts.working
     if isinstance(found, Compiled):
         peak, working, refused = found.peak, found.peak - found.given, None
@@ -224,7 +277,8 @@ def _memory(parts: arithmetic.DeviceBytes, found: Compiled | Refusal | None, har
         loss=parts.loss,
         working=working,
         peak=peak,
-        limit=hardware.chip.memory,
+        limit=hardware.limit,
+        share=hardware.share,
         compiled=isinstance(found, Compiled),
         estimate=estimate,
         refused=refused,

@@ -24,6 +24,8 @@ def _run(plan: RunPlan) -> list[str]:
         f"batch {settings['batch_size']} x {rows.max_length} tokens, accumulation {settings['accumulation']}, remat "
         f"{settings['remat']}, {settings['optimizer']} with {settings['moments']} moments, {settings['steps']} steps",
     ]
+    if plan.remat is not None:
+        lines.append(plan.remat)
     if rows.rows is not None:
         lines.append(
             f"data {settings['data']}: {rows.rows:,} rows of {rows.mean_length:.0f} tokens on average, "
@@ -45,6 +47,8 @@ def _memory(plan: RunPlan) -> list[str]:
         ("a program can have", memory.limit),
     ]
     lines = ["memory of a device, GiB", *(f"  {name:<30}{gib(size):>8}" for name, size in parts)]
+    if memory.share is not None:
+        lines.append(f"  a program can have {memory.share}")
     lines.append(f"  working is {_source(memory)}; by arithmetic the parts are")
     arithmetic = [
         ("gradients", memory.gradients),
@@ -87,6 +91,7 @@ def _cost(plan: RunPlan) -> list[str]:
         f"seconds of a step: {time.fast:.2f} if everything overlaps, {time.slow:.2f} if nothing does",
         f"  arithmetic {high:.2f} to {low:.2f}, device memory at least {time.memory_traffic:.2f}, network "
         f"{time.network[1]:.2f} to {time.network[0]:.2f}",
+        *([f"  copies to and from the host {time.host[1]:.2f} to {time.host[0]:.2f}"] if time.host[0] else []),
         f"  MFU {time.mfu[0]:.0%} to {time.mfu[1]:.0%} of the dense bfloat16 peak",
         f"hours of {plan.settings['steps']} steps: {price.hours[0]:.2f} to {price.hours[1]:.2f}, besides compiling, saving "
         "and evaluating",

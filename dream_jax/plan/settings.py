@@ -56,6 +56,7 @@ class MemoryPlan:
       working: bytes in use in addition to the arguments when memory use is highest, by the compiler or by arithmetic.
       peak: all bytes in use when memory use is highest.
       limit: memory of the device that a program can use.
+      share: which share of the memory of a GPU that is, and why; None on a TPU, where it is all of it.
       compiled: whether `working` and `peak` come from the compiler.
       estimate: the peak by arithmetic, for comparison.
       refused: the message of the compiler if it found too little memory; None otherwise.
@@ -72,6 +73,7 @@ class MemoryPlan:
     working: int
     peak: int
     limit: int
+    share: str | None
     compiled: bool
     estimate: int
     refused: str | None = None
@@ -94,8 +96,10 @@ class StepTime:
       memory_traffic: seconds of the minimum traffic with the memory of the device.
       network: seconds of the collectives at the lowest rate that is certain (both directions of one axis of a torus, or
         half of the rate of a switch) and at the full rate, so the larger number is first.
-      fast: seconds of a step if everything overlaps: the longest of the three at their best.
-      slow: seconds of a step if computation and network do not overlap.
+      host: seconds of the copies to and from the memory of the host at a low and at a high rate, so the larger number is
+        first.
+      fast: seconds of a step if everything overlaps: the longest of the four at their best.
+      slow: seconds of a step if computation, network and copies to the host do not overlap.
       mfu: model_flops divided by the operations that the chips could do at their peak in `slow` and in `fast`.
     """
 
@@ -104,6 +108,7 @@ class StepTime:
     compute: tuple[float, float]
     memory_traffic: float
     network: tuple[float, float]
+    host: tuple[float, float]
     fast: float
     slow: float
     mfu: tuple[float, float]
@@ -151,7 +156,7 @@ class RunPlan:
 
     Attributes:
       hardware, chip, devices: name of the hardware, kind of chip, and number of jax devices: "v6e:2x4", "v6e", 8.
-      settings: the settings of the planned run, by name.
+      settings: the settings of the planned run, by name; `remat` "auto" is replaced by the policy that was taken.
       trained, frozen: number of trained parameters, and of frozen ones.
       rows: the rows of data that the run is trained on.
       memory, time, price: the predicted memory, time and price; see these classes.
@@ -159,6 +164,7 @@ class RunPlan:
       advice: changes with which the step would fit, if it does not, and why nothing was compiled, if it could not be.
       versions: versions of jax and of the compiler, by package.
       compile_seconds: seconds that compiling took; None if nothing was compiled.
+      remat: what `remat` "auto" took and why; None if the settings name a policy.
     """
 
     hardware: str
@@ -175,6 +181,7 @@ class RunPlan:
     advice: tuple[str, ...]
     versions: dict[str, str]
     compile_seconds: float | None
+    remat: str | None = None
 
     @property
     def fits(self) -> bool:

@@ -18,7 +18,7 @@ from dream_jax.bounds import SEED, check
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.files import new_directory
 from dream_jax.layer_forms import LayersChoice, form_of
-from dream_jax.model import Dream, Remat, abstract_model, draw_layer, merge_params, split_params
+from dream_jax.model import Dream, abstract_model, draw_layer, merge_params, split_params
 from dream_jax.paths import AnyPath, local_path
 from dream_jax.pretrained.adapter import describe_adapter, put_on
 from dream_jax.pretrained.by_layer import apart_params, quantised_params
@@ -33,6 +33,7 @@ from dream_jax.pretrained.directories import (
     write_sums,
 )
 from dream_jax.quantisation import KINDS, CodeKind
+from dream_jax.remat import Remat
 from dream_jax.shapes import ParamTree
 from dream_jax.sharding import make_mesh, parameter_shardings
 from dream_jax.tokenizer import TOKENIZER_FILES

@@ -16,9 +16,9 @@ from dream_jax.inference import find_tokenizer
 from dream_jax.layer_forms import training_form
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
-from dream_jax.shapes import ParamTree
+from dream_jax.step_memory import AbstractStep, StepShape, mesh_sizes
 from dream_jax.tokenizer import Tokenizer
-from dream_jax.train_step import StepConfig, TrainState, TrainStep, abstract_state, make_train_step
+from dream_jax.train_step import StepConfig, TrainStep, abstract_state, make_train_step
 from dream_jax.trainer import weights
 from dream_jax.trainer.settings import TrainSettings
 
@@ -38,25 +38,6 @@ class Build:
     graphdef: nnx.GraphDef[Dream]
     optimizer: optax.GradientTransformation
     step: TrainStep
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractStep:
-    """A step with the shapes and shardings of its arguments: `step.lower(state, batch, frozen).compile()` compiles it.
-
-    Attributes:
-      model: the model with shapes instead of weights.
-      step: the training step, not yet compiled.
-      state: shapes of the trained parameters and of the optimizer state.
-      batch: shapes of one global batch: [B, T] and [B].
-      frozen: shapes of the parameters that are not trained; empty without an adapter.
-    """
-
-    model: Dream
-    step: TrainStep
-    state: TrainState
-    batch: Batch[jax.ShapeDtypeStruct]
-    frozen: ParamTree
 
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
@@ -102,7 +83,7 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     """Makes the training step of these settings, with the shapes and shardings of its arguments.
 
     Args:
-      settings: the settings of the run.
+      settings: the settings of the run. `remat` "auto" is taken as "none".
       mesh: the mesh of the run; its devices need not be present.
       max_length: length of the rows in tokens.
 
@@ -112,9 +93,13 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     """
     model = describe_model(settings, mesh)
     check_length(model, max_length)
-    built = build_step(settings, model, mesh)
+    return with_shapes(settings, build_step(settings, model, mesh), mesh, max_length)
+
+
+def with_shapes(settings: TrainSettings, built: Build, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
+    """Returns the step of a `Build` with the shapes and shardings of its arguments; arguments as for `abstract_step`."""
     batch_sharding = sharding.batch_sharding(mesh)
-    params = split_params(model)[1]
+    params = split_params(built.model)[1]
     trained, base = lora.split(params) if settings.lora.adapts else (params, {})
     base = jax.tree.map(
         lambda leaf, found: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found),
@@ -132,11 +117,32 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
         valid_BT=rows((max_length,), jnp.bool_) if settings.batches.options().hides else None,
     )
     return AbstractStep(
-        model=model,
+        model=built.model,
         step=built.step,
         state=abstract_state(trained, built.optimizer, mesh),
         batch=batch,
         frozen=base,
+    )
+
+
+def step_shape(
+    settings: TrainSettings, mesh: sharding.AnyMesh, max_length: int, masked_share: float = 0.5
+) -> StepShape:
+    """Returns the sizes of a step of these settings; `remat` "auto" is taken as "none".
+
+    Args:
+      settings: the settings of the run.
+      mesh: the mesh of the run.
+      max_length: length of the rows in tokens.
+      masked_share: expected number of masked positions / all positions; 0.5 is an upper bound.
+    """
+    return StepShape(
+        batch=settings.batches.batch_size,
+        accumulation=settings.batches.accumulation,
+        length=max_length,
+        mesh=mesh_sizes(mesh),
+        remat=weights.remat_of(settings),
+        masked_share=masked_share,
     )
 
 

@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from dream_jax.files import CHECKSUMS, foreign_entries, is_disk_full, listed, na
 from dream_jax.paths import check_apart, claimed, copy_companion
 from dream_jax.pretrained.adapter import known_adapter_files
 from dream_jax.pretrained.directories import known_files, published_config
+from dream_jax.remat import Remat
 from dream_jax.side_files import read_csv, read_json, read_json_value
 from dream_jax.tokenizer import TOKENIZER_FILES, Template, Tokenizer, write_template
 from dream_jax.train_step import NLL_BY_TIME
@@ -41,6 +42,9 @@ that were scored. Only scores with equal values may be compared."""
 
 FORMATS = "answer_formats"
 """The key of `data.json` with the version of the answer formats, 2. Runs of version 0.1 of this project do not have it."""
+
+REMAT = "remat"
+"""The key of `data.json` with the rematerialisation policy of the run, also if the settings leave the choice to `auto`."""
 
 # The files and folders that a run creates; --overwrite removes these and nothing else, if they hold nothing else (see
 # `_check_removable`). settings.json is replaced after that, so that a folder whose removal was interrupted is still
@@ -168,6 +172,19 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         f"a run with other settings ({'; '.join(changed)}); "
         "give the same settings to resume it, pass --overwrite to delete it, or give another --out"
     )
+
+
+def begun_remat(folder: pathlib.Path) -> Remat | None:
+    """Returns the rematerialisation policy with which the run in a folder began; None if no file says it.
+
+    Runs of versions that did not write it into `data.json` have it in their settings.
+    """
+    begun = None
+    with contextlib.suppress(OSError, ValueError):  # a damaged data.json will be replaced
+        begun = read_json(folder / "data.json").get(REMAT)
+    if begun is None:
+        begun = (_settings_in(folder) or {}).get("remat")
+    return next((remat for remat in get_args(Remat) if remat == begun), None)
 
 
 def check_answer_format(settings: TrainSettings, source: RowSource) -> None:

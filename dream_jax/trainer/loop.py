@@ -45,6 +45,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     console = RunConsole(settings, origins)
     console.settings(mesh)
     run = prepare(settings, mesh)
+    if run.remat is not None:
+        console.say(run.remat.reason if run.remat.fits else f"warning: {run.remat.reason}")
     note = weights.adapter_note(settings)
     if note is not None:
         console.say(note)

@@ -23,9 +23,10 @@ from dream_jax.trainer.build import (
     describe_model,
     open_tokenizer,
 )
-from dream_jax.trainer.folder import check_answer_format, check_folder, holds_checkpoint
+from dream_jax.trainer.folder import begun_remat, check_answer_format, check_folder, holds_checkpoint
 from dream_jax.trainer.heldout import Grid, GridScore, lay_out_held_out, rows_at_once
 from dream_jax.trainer.loggers import check_loggers
+from dream_jax.trainer.remat_choice import RematChoice, choose_for_run
 from dream_jax.trainer.samples import When, take_samples
 from dream_jax.trainer.scoring import evaluate
 from dream_jax.trainer.setting_groups import DeviceSettings
@@ -51,6 +52,7 @@ class PreparedRun:
       grid: the held-out rows with masks at fixed noise levels; None without evaluation, or if no row fits `max_length`.
       optimizer: the transformation from gradients to updates.
       step: the training step, which is compiled at its first call.
+      remat: why the policy of `model.remat` was chosen; None if the settings name it.
     """
 
     settings: TrainSettings
@@ -66,6 +68,7 @@ class PreparedRun:
     grid: Grid | None
     optimizer: optax.GradientTransformation
     step: TrainStep
+    remat: RematChoice | None
 
     def abstract_state(self) -> TrainState:
         """Returns shapes and shardings of the trained parameters and of the optimizer state."""
@@ -136,7 +139,8 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     check_loggers(settings.logs.log_to)
     source = settings.source("train")
     test_source = settings.source("test") if settings.evaluation.eval_rows else None
-    if check_folder(settings):
+    resumes = check_folder(settings)
+    if resumes:
         check_answer_format(settings, source)
     first = source[0]
     model = describe_model(settings, mesh)
@@ -146,7 +150,11 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
     check_length(model, max_length)
-    built = build_step(settings, model, mesh)
+    if settings.network.remat == "auto":
+        begun = begun_remat(settings.run.out) if resumes else None
+        built, choice = choose_for_run(settings, mesh, max_length, begun)
+    else:
+        built, choice = build_step(settings, model, mesh), None
     evaluated = (
         [] if held_out is None else [row for _, row in held_out.first(settings.evaluation.eval_rows, max_length)]
     )
@@ -157,7 +165,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     return PreparedRun(
         settings=settings,
         mesh=mesh,
-        model=model,
+        model=built.model,
         graphdef=built.graphdef,
         tokenizer=tokenizer,
         template="raw" if isinstance(first.prompt, str) else "chat",
@@ -176,4 +184,5 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
         grid=grid,
         optimizer=built.optimizer,
         step=built.step,
+        remat=choice,
     )

@@ -28,11 +28,11 @@ from dream_jax.config import PRESETS
 from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
 from dream_jax.layer_forms import LayersChoice
 from dream_jax.lora import LoraConfig, parse_targets
-from dream_jax.model import Remat
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
 from dream_jax.optimizer import Moments, OptimizerKind
 from dream_jax.paths import check_local, local_path
 from dream_jax.quantisation import KINDS
+from dream_jax.remat import RematSetting
 from dream_jax.trainer.loggers import LoggerName
 
 Currency = Literal["rmb", "usd"]
@@ -87,9 +87,12 @@ class NetworkSettings:
     bidirectional if none is. The mask is saved with the trained weights"""
     anneal_steps: int = 0
     """number of first steps in which attention changes from causal to bidirectional, if the model is autoregressive"""
-    remat: Remat = "none"
-    """which activations the backward pass recomputes, to save memory: none; all but the outputs of matrix products
-    (dots); all but the inputs of the layers (full); offload is like full, with these inputs in host memory"""
+    remat: RematSetting = "auto"
+    """which results of a layer are stored for the backward pass instead of being computed again: all (none), those of all
+    products and of the attention (products), of these without the up projection (except-up) or without the MLP
+    (except-mlp), queries, keys, values and attention (qkv-attention), only attention, only qkv, the results of all
+    products but not of the attention (dots), or the input of the layer alone (full; offload: in host memory). auto: the
+    fastest that fits; the numbers are the same up to rounding"""
     layers: LayersChoice = "auto"
     """how a step runs the layers: stacked (in a loop, which compiles fast), or apart (written out one after the other);
     auto: stacked. Results change only by rounding, and the files are the same"""

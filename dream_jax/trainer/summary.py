@@ -16,7 +16,7 @@ from dream_jax.model import Dream, parameter_count
 from dream_jax.paths import local_path
 from dream_jax.train_step import TrainState
 from dream_jax.trainer.cost import run_cost
-from dream_jax.trainer.folder import FORMATS, last_losses
+from dream_jax.trainer.folder import FORMATS, REMAT, last_losses
 from dream_jax.trainer.prepared import PreparedRun
 from dream_jax.trainer.segments import RunSegment
 from dream_jax.trainer.settings import TrainSettings
@@ -24,12 +24,13 @@ from dream_jax.trainer.weights import Frozen
 
 
 def data_facts(run: PreparedRun) -> dict[str, Any]:
-    """Returns the contents of `data.json`: facts about rows and batches, the origin of model and data, and versions."""
+    """Returns the contents of `data.json`: facts about rows and batches, origins of model and data, versions, remat."""
     return {
         "rows": run.batches.report.plain(),
         "batches": dataclasses.asdict(run.batches.outlook(run.settings.run.steps)),
         "sources": _sources(run.settings),
         FORMATS: 2,
+        REMAT: run.model.remat,
     }
 
 
@@ -83,6 +84,7 @@ def summarize(
         "base_identity": frozen.identity,
         "learning_rate": settings.optimizer_config().learning_rate,
         "mask": trained.trained_mask,
+        REMAT: run.model.remat,
         "bytes_per_device": sharding.bytes_per_device((state, frozen.params)),
         "data": run.batches.report.plain(),
         "last_losses": last_losses(settings.run.out) if jax.process_index() == 0 else [],

@@ -17,6 +17,7 @@ from dream_jax import lora, pretrained
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, split_params
 from dream_jax.quantisation import KINDS, CodeKind
+from dream_jax.remat import Remat
 from dream_jax.shapes import ParamTree
 from dream_jax.trainer.settings import TrainSettings
 
@@ -40,7 +41,8 @@ class Frozen:
 def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     """Returns the model of a run with shapes instead of weights, with its adapter if there is one.
 
-    Its `trained_mask` is the mask of the settings, or else that of the adapter or model that the run begins with.
+    Its `trained_mask` is the mask of the settings, or else that of the adapter or model that the run begins with. Its
+    `remat` is that of `remat_of`.
 
     Raises:
       ValueError: `config.json` or the adapter is damaged, or the adapter does not fit the model.
@@ -52,7 +54,7 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
         _stored(settings, compute_dtype)[0],
         compute_dtype=compute_dtype,
         attention_backend=settings.network.attention,
-        remat=settings.network.remat,
+        remat=remat_of(settings),
         layers="stacked",
     )
     adapter = None if settings.lora.adapter is None else pretrained.describe_adapter(settings.lora.adapter)
@@ -66,6 +68,11 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     model = lora.attached_shapes(model, _adapter(settings))
     kind = _stored(settings, compute_dtype)[1]
     return model if kind is None else lora.with_base_shapes(model, kind)
+
+
+def remat_of(settings: TrainSettings) -> Remat:
+    """Returns the rematerialisation policy of the settings; "none" for "auto", which `remat_choice` decides later."""
+    return "none" if settings.network.remat == "auto" else settings.network.remat
 
 
 def _stored(settings: TrainSettings, compute_dtype: str) -> tuple[str, CodeKind | None]:

@@ -1,0 +1,191 @@
+"""Chooses the rematerialisation policy of a run with `--remat auto`: the fastest one with which a step fits.
+
+Arithmetic (`step_memory`) orders the policies and says what each would need. Where the step can be compiled, the size
+that the compiler reports decides. All policies compute the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import jax
+from jax.sharding import Mesh
+
+from dream_jax import distributed, sharding
+from dream_jax.chips import Chip, chip_of
+from dream_jax.device_memory import Shortage, memory_of_device
+from dream_jax.remat import Remat
+from dream_jax.step_memory import (
+    AbstractStep,
+    StepShape,
+    bytes_on_device,
+    compile_step,
+    peak_bytes,
+    recomputed_share,
+    remat_flops,
+)
+from dream_jax.trainer.build import Build, build_step, describe_model, step_shape, with_shapes
+from dream_jax.trainer.settings import TrainSettings
+
+ARITHMETIC_SHARE = 0.9
+"""A step must fit into this share of the memory if only arithmetic says what it needs, because that can be too low."""
+COMPILED_SHARE = 0.98
+"""A step must fit into this share of the memory if the compiler says what it needs; memory can be fragmented."""
+# Arithmetic can also be too high, so policies are compiled that would need slightly more than the memory.
+_TRIED_SHARE = 1.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RematChoice:
+    """The policy that was taken, and why.
+
+    Attributes:
+      taken: the policy.
+      peak: bytes that a step needs on a device with it, by the compiler or by arithmetic.
+      fits: whether that is little enough.
+      reason: what was taken and why, as one line of text.
+    """
+
+    taken: Remat
+    peak: int
+    fits: bool
+    reason: str
+
+
+def choose(
+    step: AbstractStep,
+    shape: StepShape,
+    *,
+    platform: str,
+    chip: Chip | None,
+    limit: int | None,
+    compiled: Callable[[Remat], int | None] | None = None,
+    begun: Remat | None = None,
+) -> RematChoice:
+    """Returns the fastest policy with which the step fits, by `seconds`.
+
+    `offload` is only taken if nothing else fits. If no policy fits, it is `full`.
+
+    Args:
+      step: the step, with any policy.
+      shape: the sizes of the step; its policy is not used.
+      platform: the platform of its devices.
+      chip: the kind of its devices; None if the table of chips does not have it, as for a CPU.
+      limit: bytes that a program can have on a device; None if it is not known.
+      compiled: compiles the step with a policy, and returns the bytes that it needs on a device by the compiler, or None if
+        the compiler found too little memory. None if nothing is compiled.
+      begun: the policy with which a resumed run began, which it keeps if it fits; None for a new run.
+    """
+
+    def needed(remat: Remat) -> int:
+        found = bytes_on_device(step, dataclasses.replace(shape, remat=remat), platform)
+        return found.given + found.working
+
+    def said(remat: Remat, peak: int, how: str, why: str) -> str:
+        share = recomputed_share(step, dataclasses.replace(shape, remat=remat), platform)
+        again = (
+            "no product is computed twice"
+            if not share
+            else f"{share:.0%} of the forward pass of the layers is repeated"
+        )
+        size = f"{_gib(peak)} GiB" if limit is None else f"{_gib(peak)} of {_gib(limit)} GiB"
+        return f"remat auto: {remat}, {why}; {size} on a device {how}, {again}"
+
+    if limit is None:
+        peak = needed("none")
+        why = "because the memory of this device is not known"
+        return RematChoice(taken="none", peak=peak, fits=True, reason=said("none", peak, "by arithmetic", why))
+    if begun is not None and (peak := needed(begun)) <= limit:
+        why = "as at the beginning of the run"
+        return RematChoice(taken=begun, peak=peak, fits=True, reason=said(begun, peak, "by arithmetic", why))
+    order = sorted(
+        (remat for remat in get_args(Remat) if remat != "offload"),
+        key=lambda one: seconds(step, shape, one, platform, chip),
+    )
+    refused: dict[Remat, str] = {}
+    for remat in (*order, "offload"):
+        peak, how, share = needed(remat), "by arithmetic", ARITHMETIC_SHARE
+        if refused and peak >= min(map(needed, refused)):
+            continue  # it is slower than a policy that does not fit, and needs more
+        over = f"{_gib(peak)} GiB"
+        if compiled is not None and peak <= _TRIED_SHARE * limit:
+            how, share = "as compiled", COMPILED_SHARE
+            size = compiled(remat)
+            over = "more than there is" if size is None else f"{_gib(size)} GiB"
+            peak = limit + 1 if size is None else size
+        if peak <= share * limit:
+            first, would = next(iter(refused.items()), ("", ""))
+            why = f"the fastest that fits ({first} would need {would})" if refused else "the fastest"
+            return RematChoice(taken=remat, peak=peak, fits=True, reason=said(remat, peak, how, why))
+        refused[remat] = over
+    peak = needed("full")
+    last, would = list(refused.items())[-1]
+    why = f"although no policy fits ({last} would need {would})"
+    return RematChoice(taken="full", peak=peak, fits=False, reason=said("full", peak, "by arithmetic", why))
+
+
+def choose_for_run(
+    settings: TrainSettings, mesh: Mesh, max_length: int, begun: Remat | None
+) -> tuple[Build, RematChoice]:
+    """Returns the step of a run with the chosen policy, and the choice. All processes of the run must call this.
+
+    On accelerators the step is compiled; the run does not compile it again. On a CPU arithmetic alone decides.
+
+    Args:
+      settings: the settings of the run, whose `remat` is "auto".
+      mesh: the mesh of the run.
+      max_length: length of the rows in tokens.
+      begun: the policy with which a resumed run began; None for a new run.
+
+    Raises:
+      ValueError, FileNotFoundError, ConnectionError: as for `build.build_step` and `build.describe_model`.
+    """
+
+    @functools.cache
+    def built(remat: Remat) -> Build:
+        chosen = settings.replaced(remat=remat)
+        return build_step(chosen, describe_model(chosen, mesh), mesh)
+
+    def compiled(remat: Remat) -> int | None:
+        found = compile_step(with_shapes(settings, built(remat), mesh, max_length))
+        peak = None if isinstance(found, Shortage) else peak_bytes(found)
+        # The policy must be the same in all processes.
+        return None if distributed.which_say(peak is None) else peak
+
+    platform = sharding.platform_of(mesh)
+    limit = memory_of_device([device for device in mesh.devices.flat if device.process_index == jax.process_index()])
+    choice = choose(
+        with_shapes(settings, built("none"), mesh, max_length),
+        step_shape(settings, mesh, max_length),
+        platform=platform,
+        chip=chip_of(mesh.devices.flat[0].device_kind),
+        limit=None if limit is None else distributed.smallest(limit),
+        compiled=None if platform == "cpu" else compiled,
+        begun=begun,
+    )
+    return built(choice.taken), choice
+
+
+def seconds(step: AbstractStep, shape: StepShape, remat: Remat, platform: str, chip: Chip | None) -> float:
+    """Returns the seconds that a policy costs in a step at the peak rates of the chip.
+
+    They are those of the repeated operations. Keeping the result of a product costs no time, because a repeated product
+    would write it to the memory as well; but "none" also keeps what would otherwise never be written, and that is added.
+    Without a chip the result is the number of repeated operations, which orders the policies of a CPU.
+    """
+    repeated = remat_flops(step, dataclasses.replace(shape, remat=remat), platform)
+    if chip is None:
+        return repeated
+    kept, products = (
+        bytes_on_device(step, dataclasses.replace(shape, remat=one), platform).kept for one in (remat, "products")
+    )
+    more = shape.accumulation * max(0, kept - products)
+    return repeated / (math.prod(shape.mesh.values()) * chip.peak_flops) + 2 * more / chip.memory_bandwidth
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
