@@ -73,16 +73,15 @@ def classes() -> dict[str, type]:
 
 # Dataclasses with numbers that no user gives: they hold results, descriptions, tables and the state of programs.
 NO_SETTINGS = {
-    "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement",
-    "AppSettings", "EngineCounts", "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote",
-    "Update", "_Choice", "_GapText",
+    "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement", "AppSettings", "EngineCounts",
+    "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote", "Update", "_Choice", "_GapText",
     "AdditionTask", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Conversion",
     "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
     "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "Paired", "PlannedRows", "PreparedRun", "Problem",
     "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
-    "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun", "StudyTask", "SudokuTask", "TaskFormat",
-    "Tensor", "TensorLayout", "TextAnswer", "TrainedModel", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "_Grid",
-    "_LastAndBest", "_TiledMask",
+    "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
+    "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel", "WeightUnit",
+    "WeightsDescription", "Work", "WorkUnit", "_Grid", "_LastAndBest", "_TiledMask",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.
