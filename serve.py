@@ -147,6 +147,7 @@ def run(settings: ServeSettings) -> int:
         model = prepared.load()
         engine = Engine(model, prepared.tokenizer, settings.engine(longest))
         try:
+            server.reserve_programs(engine, maker)
             server.compile_programs(engine, maker, settings.compile_lengths)
             local = server.is_loopback(settings.host) and not keys
             described = app.AppSettings(

@@ -211,23 +211,44 @@ def sampler_quality() -> str:
 
 
 def server_throughput() -> str:
-    """Times of the server for all answers, against `Stream` on the same prompts."""
+    """Times of the server for all answers, against `Stream` on the same prompts, and where they were measured."""
+    data = read_server()
+    if data is None:
+        return _SERVER_MISSING
+    hardware, versions, settings = data["hardware"], data["versions"], data["settings"]
+    where = (
+        f"Measured on {data['date'][:10]}: {hardware['cores']} cores ({hardware['cpu']}), Python {versions['python']}, jax "
+        f"{versions['jax']}; the model `{settings['model']}`, {settings['rows']} rows, {settings['max_new_tokens']} new "
+        f"tokens, medians of {settings['repeats']} runs in turns.\n\n"
+    )
     rows = []
-    for row in read("server")["throughput"]:
+    for row in data["throughput"]:
         times = (f"{row[f'{name}_seconds']['median_s']:.2f}" for name in ("stream", "http"))
         rows.append((row["preset"], row["answers"], *times, f"{row['http_over_stream']:.3f}"))
-    return table(("preset", "answers", "`Stream`, s", "HTTP, s", "rate of HTTP / rate of `Stream`"), rows)
+    return where + table(("preset", "answers", "`Stream`, s", "HTTP, s", "rate of HTTP / rate of `Stream`"), rows)
 
 
 def server_load() -> str:
     """Waiting times of the clients of the server."""
+    data = read_server()
+    if data is None:
+        return _SERVER_MISSING
     rows = []
-    for row in read("server")["load"]:
+    for row in data["load"]:
         times = (row[name][share] for name in ("first_text_s", "end_s") for share in ("p50", "p95"))
         cells = (None if seconds is None else f"{seconds:.3f}" for seconds in times)
         rows.append((row["preset"], row["clients"], f"{row['answers_per_s']:.1f}", *cells))
     return table(("preset", "clients", "answers/s", "first text p50, s", "p95", "end p50, s", "p95"), rows)
 
+
+def read_server() -> Any | None:
+    """The measurement of the server, or None as long as there is none."""
+    return read("server") if (ROOT / "bench" / "results" / "server.json").exists() else None
+
+
+_SERVER_MISSING = (
+    "Not measured yet: `python bench/server.py` writes the data, and `python docs/write_tables.py` this table.\n"
+)
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "status": status,
@@ -238,9 +259,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h200-attention": h200_attention,
     "pytorch-cpu": pytorch_cpu,
     "sampler-quality": sampler_quality,
+    "server-throughput": server_throughput,
+    "server-load": server_load,
 }
-if (ROOT / "bench" / "results" / "server.json").exists():  # bench/server.py has not been run for the docs yet
-    BLOCKS |= {"server-throughput": server_throughput, "server-load": server_load}
 
 
 def filled(text: str) -> str:

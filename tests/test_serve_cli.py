@@ -1,5 +1,6 @@
 """`serve.py` and the server on a port: the package openai, clients that go away, signals."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
 import dream_jax
 from dream_jax import inference
-from dream_jax.serving import server
+from dream_jax.serving import connections, server
 from dream_jax.serving.app import AppSettings, make_app
 from dream_jax.serving.engine import EngineSettings
 
@@ -135,6 +136,29 @@ def test_slow_or_broken_connections_harm_nobody(served, client):
     assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
     for connection in open_ones:
         connection.close()
+
+
+def test_connections_that_neither_ask_nor_read_are_closed(served, client, monkeypatch):
+    """A head that does not arrive, answers that nobody reads, and too many connections."""
+    port = int(served[0].rpartition(":")[2])
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "_STALL_SECONDS", 0.2)
+    for begun in (b"", b"GET / HTTP/1.1\r\nHost: 127.0", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGE"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(begun)
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(10_000):
+                    pass
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        asked = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        with pytest.raises(OSError):
+            while True:  # the server stops reading when nobody reads, and then closes the connection
+                connection.sendall(asked * 100)
+    assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
+    monkeypatch.setattr(connections.BoundedConnection, "most", 0)
+    refused = socket.create_connection(("127.0.0.1", port), timeout=30)
+    with refused, contextlib.suppress(ConnectionResetError):
+        assert refused.recv(10) == b""
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class ToolBytes(ByteTokenizer):
 
 
 def test_calls_of_tools(engine):
-    """An answer with a call has it in OpenAI's form, if the request has tools; a stream has its text."""
+    """An answer with a call has it in OpenAI's form, whole or streamed, if the request has tools."""
     text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     end = [{"position": len(text), "token": TOKENIZER.eos_id}]
     fields = {"max_tokens": len(text) + 2, "dream": {"forced_tokens": [{"position": 0, "text": text}, *end]}}
@@ -137,8 +137,11 @@ def test_calls_of_tools(engine):
         assert (plain["message"]["content"], plain["finish_reason"]) == (text, "stop")
         chunks = events(chat(client, tools=tools, logprobs=True, stream=True, **fields))
         told = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
-        assert "".join(one["delta"].get("content", "") for one in told) == text
-        assert told[-1]["finish_reason"] == "stop"
+        assert "".join(one["delta"].get("content", "") for one in told) == ""
+        [streamed] = [part for one in told for part in one["delta"].get("tool_calls", [])]
+        assert (streamed["index"], streamed["function"]) == (0, call["function"])
+        assert sum(len(one["logprobs"]["content"]) for one in told if one["logprobs"]) == len(text)
+        assert told[-1]["finish_reason"] == "tool_calls"
 
 
 def test_stop_strings(client):
@@ -266,6 +269,41 @@ def test_bodies_are_bounded(engine):
             413,
             "larger",
         )
+
+
+def test_bodies_of_all_clients_are_bounded(engine):
+    with client_of(engine, most_held_bytes=1000) as client:
+        for _ in range(3):  # what was answered is not held any more
+            assert complete(client).status_code == 200
+        response = complete(client, prompt="x" * 1000)
+        refused(response, 429, "hold 1000 bytes; try again later")
+        assert response.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"null", "got None"),
+        (b"[" * 10**6, "not valid JSON"),
+        (b'{"a":' * 10**5, "not valid JSON"),
+        (b'{"model": "nano", "prompt": "\xff\xfe"}', "not valid JSON in UTF-8"),
+        (b'{"model": "nano", "prompt": "\\ud800"}', "not valid JSON"),
+        (b'{"model": "nano", "prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}", ""),
+        (b'{"model": "nano", "prompt": [1' + b"0" * 5000 + b"]}", ""),
+        (b'{"model": "nano", "prompt": "a", "seed": 1e400}', "seed"),
+        (b'{"model": "nano", "prompt": "a", "temperature": 1e400}', "temperature"),
+        (b'{"model": "nano", "prompt": "a", "model": "other"}', "'other' is not served"),
+        (b'{"model": "nano", "prompt": [' + b"{}," * 10**6 + b"{}]}", "prompt"),
+        (b"{" + b",".join(b'"%d":0' % number for number in range(3 * 10**5)) + b"}", "fields"),
+        (b'{"model": "nano", "messages": [' + b"0," * 10**6 + b"0]}", "prompt"),
+    ],
+    ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else "",
+)
+def test_hostile_bodies(client, body, message):
+    response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert 400 <= response.status_code < 500 and message in response.json()["error"]["message"], response.text
+    assert len(response.text) < 1000
 
 
 def test_slow_bodies(engine):

@@ -12,7 +12,7 @@ from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 from dream_jax.inference import canvas_text, row_keys
 from dream_jax.sampler import generate
 from dream_jax.serving import engine as engine_module
-from dream_jax.serving import programs
+from dream_jax.serving import programs, server
 from dream_jax.serving.engine import (
     DeviceError,
     EngineSettings,
@@ -190,6 +190,11 @@ def test_number_of_programs_is_bounded(model):
         for top_k in (3, 4):
             started.family(asked({"top_k": top_k, "temperature": 1.0}, "x", 4, 0))
             started._programs.admit(started.family(asked({"top_k": top_k, "temperature": 1.0}, "x", 4, 0)))
+        with pytest.raises(TooManySettingsError, match="--max-programs"):
+            started.submit([asked({"top_k": 5, "temperature": 1.0}, "x", 4, 0)], lambda *_: None)
+        server.reserve_programs(started, maker())
+        plain = asked({"preset": "exact", "temperature": 0.5}, "x", 4, 0)
+        started._programs.admit(started.family(plain))  # odd settings of others do not shut out plain ones
         with pytest.raises(TooManySettingsError, match="--max-programs"):
             started.submit([asked({"top_k": 5, "temperature": 1.0}, "x", 4, 0)], lambda *_: None)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import runpy
 
 import pytest
@@ -11,8 +12,8 @@ from tiny_tokenizer import TEMPLATE, write_tokenizer
 
 from dream_jax.sampler import Threshold, WindowCache
 from dream_jax.serving.requests import ChatRequest, CompletionRequest, InfillRequest, RequestError, parse
-from dream_jax.serving.responses import read_calls
 from dream_jax.serving.tasks import Gap
+from dream_jax.serving.tool_calls import CallReader
 from dream_jax.tokenizer import load_tokenizer
 
 CHAT = {"model": "nano", "messages": [{"role": "user", "content": "hi"}]}
@@ -35,6 +36,16 @@ WRONG = [
     (ChatRequest, CHAT, {"max_tokens": True}, "max_tokens", "True"),
     (ChatRequest, CHAT, {"max_tokens": 10**30}, "max_tokens", "less than or equal"),
     (ChatRequest, CHAT, {"max_tokens": 127}, "max_tokens", "more than the 128 of this server"),
+    (ChatRequest, CHAT, {"max_tokens": [10**50] * 5}, "max_tokens", "got [a number of more than 40 digits, "),
+    (ChatRequest, CHAT, {"max_tokens": {"a": [[5]]}}, "max_tokens", "got {'a': [...]}"),
+    (ChatRequest, CHAT, {"max_tokens": "9" * 10**6}, "max_tokens", "99..."),
+    (ChatRequest, CHAT, {"m" * 10**6: 5}, "m" * 77 + "...", "unknown field"),
+    (ChatRequest, CHAT, dict.fromkeys(map(str, range(10**5))), "None", "an object of 100002 fields; send only"),
+    (ChatRequest, CHAT, {"metadata": dict.fromkeys(map(str, range(10**5)), 1)}, "metadata", "an object of 100000 fields"),
+    (CompletionRequest, TEXT, {"prompt": [{}] * 10**5}, "prompt.0", "valid"),
+    (CompletionRequest, TEXT, {"prompt": {"a": 1}}, "prompt", "prompt: Input should be a valid"),
+    (CompletionRequest, TEXT, {"prompt": [10**50]}, "prompt.0", "less than or equal to"),
+    (InfillRequest, GAPS, {"parts": [dict.fromkeys(map(str, range(10**5)))]}, "parts.0", "an object of 100000 fields"),
     (ChatRequest, CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "give either"),
     (ChatRequest, CHAT, {"temperature": -0.1}, "temperature", "greater than or equal"),
     (ChatRequest, CHAT, {"temperature": "hot"}, "temperature", "valid number"),
@@ -250,6 +261,8 @@ ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>", "b": "é"}}
         ("no call", "no call", []),
         (ONE, "", ["f"]),
         (f"Let me see.\n{ONE}\n{ONE.replace('f', 'g', 1)}\n", "Let me see.", ["f", "g"]),
+        (f" A \n{ONE}\nB {ONE} ", " A\nB", ["f", "f"]),
+        (f" {ONE}\n\nB", "B", ["f"]),
         (f'<tool_call>{{"name": "f"}}</tool_call>{ONE} {{"na', '<tool_call>{"name": "f"}</tool_call> {"na', ["f"]),
         (f"<tool_call>{ONE}", "<tool_call>", ["f"]),
         ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, []),
@@ -263,12 +276,49 @@ ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>", "b": "é"}}
     ],
 )  # fmt: skip
 def test_calls_in_an_answer(text, content, names):
-    found, calls = read_calls(text)
+    found, calls = CallReader().read(text, last=True)
     assert found == (text if content is None else content)
     assert [call["function"]["name"] for call in calls] == names
     assert len({call["id"] for call in calls}) == len(calls)
     for call in calls:
         assert json.loads(call["function"]["arguments"]) == {"a": "</tool_call>", "b": "é"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f" Let me see.\n{ONE}\nB {ONE} \n",
+        f'<tool_call>{{"name": "f"}}</tool_call>{ONE} {{"na',
+        f"<tool_call>{ONE}<tool_call",
+        '<tool_call>{"name": "f", "arguments": {"a": [-1.5e-7, true, null, "\\u00e9\\ud83d\\ude00"]}} </tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call> b',
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}</tool_call>",
+        "a <tool_call> \n",
+    ],
+)
+def test_calls_do_not_depend_on_the_pieces_of_a_stream(text):
+    wanted, calls = CallReader().read(text, last=True)
+    rng = random.Random(0)
+    for size in (1, 2, 7, 30):
+        reader, found, told, begin = CallReader(), "", [], 0
+        while begin < len(text):
+            end = begin + rng.randint(1, size)
+            more, new = reader.read(text[begin:end], last=False)
+            found, told, begin = found + more, told + new, end
+            assert wanted.startswith(found)
+        more, new = reader.read("", last=True)
+        assert found + more == wanted
+        assert [call["function"] for call in told + new] == [call["function"] for call in calls]
+
+
+def test_text_that_is_no_call_is_not_held_back():
+    reader = CallReader()
+    assert reader.read("A text <", last=False)[0] == "A text"
+    assert reader.read("b> ", last=False)[0] == " <b>"
+    assert reader.read("<tool_call>", last=False)[0] == ""
+    assert reader.read('{"name": f', last=False)[0] == ""  # it may become "false"
+    assert reader.read("x", last=False)[0] == ' <tool_call>{"name": fx'
 
 
 def test_control_tokens_in_texts_stay_text():

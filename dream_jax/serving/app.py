@@ -64,6 +64,7 @@ class AppSettings:
         a browser send requests to a local server under its own host name; they are refused.
       most_bytes: maximum number of bytes of a request body.
       body_seconds: seconds within which a body must arrive.
+      most_held_bytes: maximum number of bytes of all bodies that are being received or answered.
     """
 
     model: str
@@ -72,6 +73,7 @@ class AppSettings:
     hosts: tuple[str, ...] = ()
     most_bytes: int = 4 * 2**20
     body_seconds: float = 20.0
+    most_held_bytes: int = 128 * 2**20
 
 
 def make_app(engine: Engine, maker: TaskMaker, settings: AppSettings, drain_seconds: float | None = None) -> FastAPI:
@@ -350,6 +352,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, settings: AppSettings, metrics: ServerMetrics):
         self._app, self._settings, self._metrics = app, settings, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -357,6 +360,7 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         status = 500
+        body = bytearray()
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -370,20 +374,21 @@ class _Guard:
             refusal = self._refusal(scope)
             if refusal is None and scope["method"] == "POST":
                 try:
-                    receive = _replayed(
-                        await asyncio.wait_for(self._body(receive), self._settings.body_seconds), receive
-                    )
+                    await asyncio.wait_for(self._read_body(receive, body), self._settings.body_seconds)
+                    receive = _replayed(bytes(body), receive)
                 except TimeoutError:
                     seconds = self._settings.body_seconds
                     refusal = _error(408, f"the body did not arrive within {seconds:g} seconds; send it at once")
                 except RequestError as error:
-                    refusal = _error(error.status, str(error))
+                    again = {"retry-after": "5"} if error.status == 429 else None
+                    refusal = _error(error.status, str(error), code=error.code, headers=again)
                 except _GoneError:
                     return
             if refusal is not None:
                 refusal.headers["connection"] = "close"  # what is left of the body is not read
             await (self._app if refusal is None else refusal)(scope, receive, send_and_note)
         finally:
+            self._held_bytes -= len(body)
             known = scope["path"] if scope["path"] in _PATHS else "other"
             self._metrics.requests.labels(known, str(status)).inc()
 
@@ -416,18 +421,25 @@ class _Guard:
                 return _error(413, self._too_large())
         return None
 
-    async def _body(self, receive: Receive) -> bytes:
-        pieces, size = [], 0
+    async def _read_body(self, receive: Receive, body: bytearray) -> None:
+        """Appends what arrives to a body; its bytes count as held until the request has been answered."""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self._settings.most_bytes:
+            piece = message.get("body", b"")
+            if len(body) + len(piece) > self._settings.most_bytes:
                 raise RequestError(self._too_large(), status=413)
+            if self._held_bytes + len(piece) > self._settings.most_held_bytes:
+                raise RequestError(
+                    f"the requests that are being answered hold {self._settings.most_held_bytes} bytes; try again later",
+                    status=429,
+                    code="too_many_bytes",
+                )
+            body += piece
+            self._held_bytes += len(piece)
             if not message.get("more_body", False):
-                return b"".join(pieces)
+                return
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._settings.most_bytes} bytes; shorten the request"

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,7 +69,8 @@ class EngineSettings:
       rows: number of rows of a batch, at least 1. A task that is alone runs in a batch of one row.
       most_batches: maximum number of batches that take turns, at least 1.
       most_waiting: maximum number of tasks that wait, at least 1.
-      most_programs: maximum number of families of compiled programs, at least 1.
+      most_programs: maximum number of families of compiled programs, without those that `Engine.reserve` has noted; at
+        least 1.
       longest: maximum number of tokens of a row.
       interval: seconds after which the compiled loop returns, above 0.
       time_limit: seconds within which a task must be finished, waiting included; above 0.
@@ -297,6 +298,7 @@ class Engine:
 
     Attributes:
       counts: what the engine has done.
+      lengths: the lengths of a canvas, to which rows are padded, in rising order.
       state: "running"; "draining": accepted tasks are finished and no new ones accepted; "stopped"; "failed": an error
         that is a fault of the program ended the thread.
     """
@@ -305,7 +307,7 @@ class Engine:
         self.settings, self.counts = settings, EngineCounts()
         self.state: State = "running"
         self._model, self._tokenizer = model, tokenizer
-        self._lengths = canvas_lengths(settings.longest)
+        self.lengths = canvas_lengths(settings.longest)
         self._wake = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._batches: list[_Batch] = []
@@ -332,7 +334,7 @@ class Engine:
                 f"the prompt and the new tokens make {task.length} tokens, more than the {self.settings.longest} of "
                 "this server; shorten the prompt or ask for fewer new tokens"
             )
-        length = next(length for length in self._lengths if length >= task.length)
+        length = next(length for length in self.lengths if length >= task.length)
         return Family.of(task.config, length, task.record)
 
     def submit(self, tasks: Sequence[Task], on_update: Callable[[int, Update | EngineError], None]) -> list[Job]:
@@ -349,6 +351,8 @@ class Engine:
           NotAcceptingError: the engine is ending or has failed.
         """
         families = [self.family(task) for task in tasks]
+        with self._wake:
+            self._check_accepts(len(tasks))
         for family in families:
             self._programs.admit(family)
         deadline = time.monotonic() + self.settings.time_limit
@@ -361,20 +365,28 @@ class Engine:
             for index, (task, family) in enumerate(zip(tasks, families, strict=True))
         ]
         with self._wake:
-            if self.state != "running":
-                raise NotAcceptingError(f"the server is {self.state} and takes no new requests")
-            if len(self._waiting) + len(jobs) > self.settings.most_waiting:
-                waves = (len(self._waiting) + len(jobs)) / self.settings.rows
-                raise QueueFullError(
-                    f"{len(self._waiting)} answers are waiting, and at most {self.settings.most_waiting} may wait; "
-                    "try again later",
-                    min(max(round(waves * self._seconds), 1), 60),
-                )
+            self._check_accepts(len(jobs))  # again, because others may have come since
             self._waiting.extend(jobs)
             self.counts.waiting = len(self._waiting)
             self._changed = True
             self._wake.notify_all()
         return jobs
+
+    def _check_accepts(self, count: int) -> None:
+        """Raises an error if the queue does not take this number of tasks; the caller holds the lock."""
+        if self.state != "running":
+            raise NotAcceptingError(f"the server is {self.state} and takes no new requests")
+        if len(self._waiting) + count > self.settings.most_waiting:
+            waves = (len(self._waiting) + count) / self.settings.rows
+            raise QueueFullError(
+                f"{len(self._waiting)} answers are waiting, and at most {self.settings.most_waiting} may wait; "
+                "try again later",
+                min(max(round(waves * self._seconds), 1), 60),
+            )
+
+    def reserve(self, tasks: Iterable[Task]) -> None:
+        """Keeps programs for tasks like these free: they are always accepted, also if the others are too many."""
+        self._programs.reserve(self.family(task) for task in tasks)
 
     def compile(self, task: Task) -> None:
         """Compiles the programs of a task, for one row and for a full batch, and waits for them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -105,6 +105,7 @@ class ProgramTable:
         self._model, self._limit, self._on_ready = model, limit, on_ready
         self._programs: dict[Program, Future[None]] = {}
         self._families: set[Family] = set()
+        self._reserved: frozenset[Family] = frozenset()
         self._lock = threading.Lock()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
@@ -113,6 +114,10 @@ class ProgramTable:
         """The number of families that have been admitted."""
         return len(self._families)
 
+    def reserve(self, families: Iterable[Family]) -> None:
+        """Notes families that are always admitted and do not count against the limit."""
+        self._reserved = self._reserved.union(families)
+
     def admit(self, family: Family) -> None:
         """Notes a family, whose programs may then be compiled.
 
@@ -120,7 +125,8 @@ class ProgramTable:
           TooManySettingsError: the family is new, and the table is full.
         """
         with self._lock:
-            if family not in self._families and len(self._families) >= self._limit:
+            new = family not in self._families and family not in self._reserved
+            if new and len(self._families - self._reserved) >= self._limit:
                 raise TooManySettingsError(
                     f"the server has compiled programs for {self._limit} combinations of settings and lengths, and this "
                     "request needs another one; use the settings of earlier requests (a preset without further "

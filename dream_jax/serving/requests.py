@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import secrets
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dream_jax import inference
 from dream_jax.chat_template import ChatTemplateError
@@ -23,8 +24,9 @@ from dream_jax.sampler.state import NUM_TOP
 from dream_jax.serving.tasks import Gap, Task
 from dream_jax.tokenizer import Template, Tokenizer
 
-_LARGEST_SEED = 2**31 - 1
+_LARGEST_SEED = _LARGEST_INT = 2**31 - 1
 _MOST_STOPS = 16
+_MOST_FIELDS = 100  # of an object; a mistake in each of them would be an error of its own
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
@@ -32,7 +34,17 @@ TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count1 = Annotated[int, Field(ge=1, le=1_000_000)]
 NumTop = Annotated[int, Field(ge=0, le=NUM_TOP)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
+Index = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
+# fail_fast: one mistake is reported, and a list of a million mistakes costs no more.
+TokenIds = Annotated[list[Index], Field(max_length=1_000_000, fail_fast=True)]
+
+
+def _few_fields(data: Any) -> Any:
+    """Returns data before its fields are checked. Raises an error if it is an object of too many fields."""
+    if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+        message = "an object of {count} fields; send only fields that GET /docs lists"
+        raise pydantic_core.PydanticCustomError("too_many_fields", message, {"count": len(data)})
+    return data
 
 
 class RequestError(ValueError):
@@ -53,6 +65,11 @@ class _Body(BaseModel):
     """A part of a request. Fields that are not listed are refused, and types are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, data: Any) -> Any:
+        return _few_fields(data)
 
 
 class CommitOptions(_Body):
@@ -77,9 +94,9 @@ class CommitOptions(_Body):
 class ForcedText(_Body):
     """Tokens that are written before the first step: those of `text`, or the id `token`, from `position` on."""
 
-    position: Annotated[int, Field(ge=0)]
+    position: Index
     text: str | None = None
-    token: Annotated[int, Field(ge=0)] | None = None
+    token: Index | None = None
 
 
 class DreamOptions(_Body):
@@ -95,7 +112,7 @@ class DreamOptions(_Body):
     eps: Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None = None
     guidance: Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)] | None = None
     end_penalty: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = None
-    forced_tokens: Annotated[list[ForcedText], Field(max_length=10_000)] | None = None
+    forced_tokens: Annotated[list[ForcedText], Field(max_length=10_000, fail_fast=True)] | None = None
     denoise: bool = False
     runner_ups: NumTop = 0
 
@@ -142,8 +159,8 @@ class _OpenAI(_Sampling):
     stop: StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    metadata: dict[str, str] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0), BeforeValidator(_few_fields)] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few_fields)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
@@ -166,13 +183,13 @@ class ResponseFormat(_Body):
 class ChatRequest(_OpenAI):
     """The body of POST /v1/chat/completions; `data.read_question` reads the messages and the tools."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: Count1 | None = None
     max_completion_tokens: Count1 | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=1000)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=1000, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -184,8 +201,8 @@ class CompletionRequest(_OpenAI):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=1000)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=1000)]
+        | Annotated[list[str], Field(min_length=1, max_length=1000, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1000, fail_fast=True)]
     )
     suffix: str | None = None
     max_tokens: Count1 | None = None
@@ -209,7 +226,7 @@ class OpenGap(_Body):
 class InfillRequest(_Sampling):
     """The body of POST /v1/infill: texts and gaps, in their order."""
 
-    parts: Annotated[list[str | ExactGap | OpenGap], Field(min_length=1, max_length=1000)]
+    parts: Annotated[list[str | ExactGap | OpenGap], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 AnyRequest = ChatRequest | CompletionRequest | InfillRequest
@@ -243,12 +260,12 @@ def _explained(error: pydantic.ValidationError, kind: type[_Body], body: bytes) 
     data = pydantic_core.from_json(body)
     # Of the alternatives of a union, the one that was followed furthest is likely to be what was meant.
     first = max(
-        (one for one in errors if _field(one["loc"], data)[:1] == _field(errors[0]["loc"], data)[:1]),
-        key=lambda one: (len(_field(one["loc"], data)), not one["type"].endswith("_type")),
+        (one for one in errors if _field(one, data)[:1] == _field(errors[0], data)[:1]),
+        key=lambda one: (len(_field(one, data)), not one["type"].endswith("_type")),
     )
-    field = _field(first["loc"], data)
-    param = ".".join(map(str, field)) or None
-    name = str(field[-1]) if field else ""
+    field = _field(first, data)
+    param = ".".join(map(_cut, field)) or None
+    name = _cut(field[-1]) if field else ""
     where = f"{param}: " if param else ""
     if first["type"] == "extra_forbidden":
         if name in _UNSUPPORTED:
@@ -260,16 +277,38 @@ def _explained(error: pydantic.ValidationError, kind: type[_Body], body: bytes) 
         return RequestError(f"{where}unknown field; {hint}", param, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(f"{where}this field is required; add it", param, code="missing_required_parameter")
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return RequestError(f"{where}{first['msg']}, got {shown}", param, code="invalid_value")
+    return RequestError(f"{where}{first['msg']}, got {_shown(first['input'])}", param, code="invalid_value")
 
 
-def _field(location: Sequence[int | str], data: Any) -> tuple[int | str, ...]:
-    """Returns the names and indices of a location that lead into the data, without the names of alternatives."""
+def _cut(name: int | str) -> str:
+    """Returns the name of a field of a client, which may be as long as its body, for a message."""
+    text = str(name)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shown(value: Any, depth: int = 2) -> str:
+    """Returns a value of a client for a message; what is long or deep is shortened before it is written."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    if isinstance(value, list | dict) and value:
+        if depth == 0:
+            return "..."
+        first = [_shown(one, depth - 1) for one in itertools.islice(value, 3)]
+        if isinstance(value, dict):
+            values = (_shown(one, depth - 1) for one in itertools.islice(value.values(), 3))
+            first = [f"{name}: {one}" for name, one in zip(first, values, strict=True)]
+        inside = ", ".join([*first, "..."] if len(value) > 3 else first)
+        return _cut(f"{{{inside}}}" if isinstance(value, dict) else f"[{inside}]")
+    return _cut(repr(value[:81] if isinstance(value, str) else value))
+
+
+def _field(error: pydantic_core.ErrorDetails, data: Any) -> tuple[int | str, ...]:
+    """Returns the names and indices of an error that lead into the data, without the names of alternatives."""
     found: list[int | str] = []
+    location = error["loc"]
     for number, name in enumerate(location):
-        if isinstance(data, dict) and isinstance(name, str) and (name in data or number == len(location) - 1):
+        missing = error["type"] == "missing" and number == len(location) - 1
+        if isinstance(data, dict) and isinstance(name, str) and (name in data or missing):
             found.append(name)
             data = data.get(name)
         elif isinstance(data, list) and isinstance(name, int) and name < len(data):

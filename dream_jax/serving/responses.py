@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from dream_jax.serving.requests import AnyRequest, ChatRequest, CompletionRequest, decoded
 from dream_jax.serving.tasks import Finish, Gap, Task, TokenNote, Update
-from dream_jax.tokenizer import Tokenizer, check_texts
-
-Json = dict[str, Any]
+from dream_jax.serving.tool_calls import CallReader, Json
+from dream_jax.tokenizer import Tokenizer
 
 _NAMES = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion"), "infill": ("infill", "infill")}
 
@@ -26,16 +22,28 @@ class _Choice:
     Attributes:
       task: its task.
       echo: text of the prompt that precedes the answer; empty if it was not asked for.
+      reader: takes the calls of tools out of the text; None if the request has no tools, and all is text.
+      text: the text without these calls.
+      calls: the calls.
+      news: the text and the calls of the last update.
     """
 
     task: Task
     echo: str
+    reader: CallReader | None
     text: str = ""
+    calls: list[Json] = dataclasses.field(default_factory=list)
+    news: tuple[str, list[Json]] = ("", [])
     tokens: list[TokenNote] = dataclasses.field(default_factory=list)
     passes: int = 0
     num_tokens: int = 0
     finish: Finish | None = None
     gap_texts: tuple[str, ...] = ()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended, in OpenAI's words; None while it is being written."""
+        return "tool_calls" if self.calls and self.finish is not None else self.finish
 
 
 class Reply:
@@ -64,9 +72,12 @@ class Reply:
             self._num_top = request.logprobs or 0
         self._runner_ups = request.options.runner_ups
         self._includes_usage = request.includes_usage
-        self._reads_calls = isinstance(request, ChatRequest) and bool(request.tools)
+        reads_calls = isinstance(request, ChatRequest) and bool(request.tools)
         echoes = isinstance(request, CompletionRequest) and bool(request.echo)
-        self._choices = [_Choice(task, self._echo(request, task) if echoes else "") for task in tasks]
+        self._choices = [
+            _Choice(task, self._echo(request, task) if echoes else "", CallReader() if reads_calls else None)
+            for task in tasks
+        ]
         prefix, self._object = _NAMES[self._kind]
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
@@ -83,7 +94,11 @@ class Reply:
     def add(self, index: int, update: Update) -> None:
         """Notes what has changed in an answer."""
         choice = self._choices[index]
-        choice.text += update.text
+        choice.news = update.text, []
+        if choice.reader is not None:
+            choice.news = choice.reader.read(update.text, last=update.finish is not None)
+        choice.text += choice.news[0]
+        choice.calls += choice.news[1]
         choice.tokens += update.tokens
         choice.passes, choice.num_tokens = update.passes, update.num_tokens
         choice.finish, choice.gap_texts = update.finish, update.gap_texts
@@ -94,18 +109,15 @@ class Reply:
         for index, choice in enumerate(self._choices):
             text, logprobs = choice.echo + choice.text, self._logprobs(choice.tokens, choice)
             found: Json = {"index": index}
-            finish: str | None = choice.finish
             if self._kind == "chat":
                 found["message"] = {"role": "assistant", "content": text, "refusal": None}
-                content, calls = read_calls(text) if self._reads_calls else (text, [])
-                if calls:
-                    found["message"] |= {"content": content or None, "tool_calls": calls}
-                    finish = "tool_calls"
+                if choice.calls:
+                    found["message"] |= {"content": text or None, "tool_calls": choice.calls}
             else:
                 found["text"] = text
             if self._kind == "infill":
                 found["gaps"] = list(choice.gap_texts)
-            choices.append(found | {"finish_reason": finish, "logprobs": logprobs})
+            choices.append(found | {"finish_reason": choice.finish_reason, "logprobs": logprobs})
         dream = {"seed": self._choices[0].task.seed, "forwards": [choice.passes for choice in self._choices]}
         return {**self._head, "object": self._object, "choices": choices, "usage": self._usage(), "dream": dream}
 
@@ -126,15 +138,18 @@ class Reply:
             written = [self._token_event(choice.task, note) for note in update.written]
             yield self._event(index, {"event": "written", "forwards": update.passes, "tokens": written})
         logprobs = self._logprobs(update.tokens, choice)
-        if update.text or update.tokens:
-            content: Json = {"delta": {"content": update.text}} if self._kind == "chat" else {"text": update.text}
+        text, calls = choice.news
+        if text or update.tokens:
+            content: Json = {"delta": {"content": text}} if self._kind == "chat" else {"text": text}
             yield self._chunk(index, content | {"logprobs": logprobs})
+        for number, call in enumerate(calls, len(choice.calls) - len(calls)):
+            yield self._chunk(index, {"delta": {"tool_calls": [{"index": number} | call]}})
         if update.finish is not None:
             ending: Json = {"delta": {}} if self._kind == "chat" else {"text": ""}
             if self._kind == "infill":
                 ending["gaps"] = list(update.gap_texts)
             dream = {"index": index, "seed": choice.task.seed, "forwards": update.passes}
-            yield self._chunk(index, ending | {"finish_reason": update.finish}) | {"dream": dream}
+            yield self._chunk(index, ending | {"finish_reason": choice.finish_reason}) | {"dream": dream}
 
     def closing(self) -> Iterator[Json]:
         """Yields the chunks with which a stream ends."""
@@ -199,53 +214,6 @@ class Reply:
         given = sum(choice.task.num_given for choice in self._choices if choice.task.sample == 0)
         made = sum(choice.num_tokens for choice in self._choices)
         return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-
-
-def read_calls(text: str) -> tuple[str, list[Json]]:
-    """Returns the text of an answer without its tool calls, and the calls in OpenAI's form.
-
-    A call is written as in the chat template: `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`.
-    What only resembles a call, such as one whose JSON is not complete, stays text.
-    """
-    rest, calls, position = "", list[Json](), 0
-    for opening in re.finditer("<tool_call>", text):
-        if opening.start() < position:
-            continue  # within the arguments of the call before
-        read = _read_call(text, opening.end())
-        if read is None:
-            continue
-        call, end = read
-        calls.append(call)
-        rest += text[position : opening.start()]
-        position = end
-    return (rest + text[position:]).strip() if calls else text, calls
-
-
-def _read_call(text: str, begin: int) -> tuple[Json, int] | None:
-    """Returns the call whose opening mark ends at `begin`, and the index after its closing mark; None if it is no call."""
-    first = _SPACE.match(text, begin)
-    assert first is not None
-    try:
-        found, end = _DECODER.raw_decode(text, first.end())
-        closing = _CLOSING.match(text, end)
-        if closing is None or not isinstance(found, dict):
-            return None
-        name, arguments = found.get("name"), found.get("arguments")
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False)}
-        check_texts(function.values())
-    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
-        return None
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}, closing.end()
-
-
-def _refuse_number(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_number)
-_SPACE, _CLOSING = re.compile(r"\s*"), re.compile(r"\s*</tool_call>")
 
 
 def _gap_of(gaps: Sequence[Gap], position: int) -> tuple[int, Gap]:

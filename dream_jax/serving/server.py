@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
 
 from dream_jax import inference
+from dream_jax.serving.connections import BoundedConnection, most_connections
 from dream_jax.serving.engine import Engine
 from dream_jax.serving.requests import TaskMaker
 from dream_jax.serving.tasks import Gap, Task
@@ -64,13 +65,14 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
         app,
         lifespan="on",
         ws="none",
-        http="h11",
-        log_level="warning",
+        http=BoundedConnection,
+        log_level="error",  # a warning for each broken request of a stranger would fill the log
         access_log=False,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=int(drain_seconds) + 1,
     )
+    BoundedConnection.most = most_connections()
     server = uvicorn.Server(config)
 
     async def watched() -> None:
@@ -89,6 +91,12 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
     return engine.state != "failed"
 
 
+def reserve_programs(engine: Engine, maker: TaskMaker) -> None:
+    """Keeps programs of the default preset free for every length, so that requests with odd settings cannot use up all."""
+    # The shortest row has a prompt of one token and a new one.
+    engine.reserve(task for length in engine.lengths if length > 1 for task in _plain_tasks(maker, length))
+
+
 def compile_programs(engine: Engine, maker: TaskMaker, lengths: Sequence[int]) -> None:
     """Compiles the programs of the default preset for rows of these lengths, at temperature 0, with a temperature, and
     with a temperature and top_p.
@@ -100,9 +108,12 @@ def compile_programs(engine: Engine, maker: TaskMaker, lengths: Sequence[int]) -
     for length in lengths:
         if length < 2:
             raise ValueError(f"a row of {length} tokens has no place for a prompt and an answer; pass at least 2")
-        for temperature, top_p in ((0.0, None), (1.0, None), (1.0, 0.5)):
-            config = inference.make_sampler(
-                maker.tokenizer, length - 1, maker.preset, temperature=temperature, top_p=top_p
-            )
-            gap = Gap(start=1, length=length - 1)
-            engine.compile(Task(prompt=(0,), config=config, seed=0, sample=0, pieces=(gap,)))
+        for task in _plain_tasks(maker, length):
+            engine.compile(task)
+
+
+def _plain_tasks(maker: TaskMaker, length: int) -> Iterator[Task]:
+    """Yields tasks of the default preset: at temperature 0, with a temperature, and with a temperature and top_p."""
+    for temperature, top_p in ((0.0, None), (1.0, None), (1.0, 0.5)):
+        config = inference.make_sampler(maker.tokenizer, length - 1, maker.preset, temperature=temperature, top_p=top_p)
+        yield Task(prompt=(0,), config=config, seed=0, sample=0, pieces=(Gap(start=1, length=length - 1),))
