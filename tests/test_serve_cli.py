@@ -101,25 +101,6 @@ def test_clients_that_go_away_free_their_rows(served, client):
     assert client.completions.create(model="nano", prompt="x", max_tokens=2).choices
 
 
-@pytest.mark.slow  # test_serving_engine.py shows the same without a port
-def test_eight_clients_at_once(model, client):
-    found = {}
-
-    def ask(number):
-        options = {"model": "nano", "prompt": "x" * (number + 1), "max_tokens": 10 + number, "seed": number}
-        stream = client.completions.create(**options, temperature=0.9, stream=True)
-        found[number] = "".join(chunk.choices[0].text for chunk in stream)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(8):
-        wanted = expected_text(model, b"x" * (number + 1), 10 + number, seed=number, temperature=0.9)
-        assert found[number] == wanted
-
-
 def test_slow_or_broken_connections_harm_nobody(served, client):
     port = int(served[0].rpartition(":")[2])
     lines = [

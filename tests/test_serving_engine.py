@@ -297,36 +297,3 @@ def test_fair_order(model):
             started.submit([asked({}, "x", 20, number)] * 2, note("later"))
         until(lambda: len(order) == 17)
     assert order.index("other") == 8
-
-
-@pytest.mark.slow
-def test_sixty_four_clients_at_once(model):
-    rng = random.Random(3)
-    # Few lengths, because `generate`, with which the answers are compared, compiles a program for each.
-    lengths = ((1, 40), (17, 24))
-    chosen = [
-        (MIX[rng.randrange(4)], "x" * prompt, new_tokens, rng.randrange(1000))
-        for prompt, new_tokens in rng.choices(lengths, k=256)
-    ]
-    found, lock = {}, threading.Lock()
-    with running(model, EngineSettings(rows=8, longest=128, most_waiting=64, time_limit=3000)) as started:
-        waiting = list(enumerate(chosen))
-
-        def client():
-            while True:
-                with lock:
-                    if not waiting:
-                        return
-                    number, one = waiting.pop()
-                text = ask(started, [asked(*one)])[0][0]
-                with lock:
-                    found[number] = text
-
-        clients = [threading.Thread(target=client) for _ in range(64)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
-    assert len(found) == 256
-    for number, (options, prompt, new_tokens, seed) in enumerate(chosen):
-        assert found[number] == expected_text(model, prompt.encode(), new_tokens, seed=seed, **options)
