@@ -40,15 +40,15 @@ class BoundedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the waiting."""
-        self._head_timer = _cancelled(self._head_timer)
-        self._stall_timer = _cancelled(self._stall_timer)
+        self._end_head_timer()
+        self._end_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Reads data; the time for a head begins with its first byte."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head_timer = _cancelled(self._head_timer)
+            self._end_head_timer()
         elif self._head_timer is None and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
 
@@ -59,16 +59,21 @@ class BoundedConnection(H11Protocol):
 
     def resume_writing(self) -> None:
         """Ends this waiting."""
-        self._stall_timer = _cancelled(self._stall_timer)
+        self._end_stall_timer()
         super().resume_writing()
+
+    def _end_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
 
 def most_connections() -> int:
     """Returns how many connections the limit of open files of this process leaves room for."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 10_000 if soft == resource.RLIM_INFINITY else max(min(soft - _SPARE_FILES, 10_000), 16)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
