@@ -55,7 +55,7 @@ class LossBenchSettings:
 def ours(hidden_BTD: jax.Array, kernel_DV: jax.Array, *rest: jax.Array) -> jax.Array:
     """Returns the loss of training, computed from the hidden states."""
     groups = sharding.token_shards(*hidden_BTD.shape[:2])
-    return objective._masked_cross_entropy(None, groups, hidden_BTD, kernel_DV, *rest)[0]
+    return objective._masked_cross_entropy(None, groups, groups[1] > 1, hidden_BTD, kernel_DV, *rest)[0]
 
 
 def all_logits(

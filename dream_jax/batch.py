@@ -21,10 +21,18 @@ class Batch(Generic[Array]):
       row_B: int32 [B], the index of each row in the global batch. The noise of a row depends on this index, and so not
         on the process or device that computes the row.
       valid_BT: bool [B, T], false before the first token of a row. No query attends to these positions, and the rotary
-        positions of the row count from its first valid token. None means that all positions are valid.
+        positions of the row count from its first valid token. None means that all positions are valid, or that
+        `length_BM` says which are.
+      length_BM: int32 [B, M], for rows that hold several texts, one after the other from the start of the row: the number
+        of tokens of each text, 0 after the last text. The positions after the last text are not valid. None means that
+        each row is one text.
+      text_BM: int32 [B, M], the index of each of these texts in the global batch, -1 after the last text. The noise of a
+        text depends on this index, and not on the row that holds the text. None if `length_BM` is None.
     """
 
     tokens_BT: Array
     maskable_BT: Array
     row_B: Array
     valid_BT: Array | None = None
+    length_BM: Array | None = None
+    text_BM: Array | None = None

@@ -1,7 +1,7 @@
 """Counts the FLOPs of a training step, and their share of the peak rate of the hardware (MFU).
 
-The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens, and the
-output projection at masked positions only. It does not include recomputation.
+The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens of a text, and
+the output projection at masked positions only. It does not include recomputation.
 """
 
 from __future__ import annotations
@@ -29,19 +29,24 @@ class FlopCounter:
         each = 4 if adapter else 6
         self._head = each * embeddings  # only at masked positions
         matrices = each * layers + 6 * adapter
-        attention = 12 * config.num_hidden_layers * config.hidden_size * length  # bidirectional: all pairs of tokens
-        self._token = matrices + attention
+        self._length, self._token = length, matrices
+        self._pair = 12 * config.num_hidden_layers * config.hidden_size  # of a query and a key
 
-    def step(self, tokens: float, masked: float) -> float:
-        """Returns the FLOPs of a step over all devices, for numbers of computed tokens and of masked positions."""
-        return self._token * tokens + self._head * masked
+    def step(self, tokens: float, masked: float, span: float | None = None) -> float:
+        """Returns the FLOPs of a step over all devices, for numbers of computed tokens and of masked positions.
 
-    def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh) -> float | None:
+        `span` is the mean number of tokens to which a token attends; None means all tokens of its row. It is less in rows
+        of several texts.
+        """
+        keys = self._length if span is None else span
+        return (self._token + self._pair * keys) * tokens + self._head * masked
+
+    def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh, span: float | None = None) -> float | None:
         """Returns the share of the peak rate of all devices that a step reached, in [0, 1]; None for unknown devices.
 
-        The numbers of computed tokens and masked positions are those of all devices of the mesh, as in `step`.
+        The numbers of computed tokens and masked positions are those of all devices of the mesh; `span` is as in `step`.
         """
         chip = chip_of(mesh.devices.flat[0].device_kind)
         if chip is None:
             return None
-        return self.step(tokens, masked) / seconds / (chip.peak_flops * mesh.devices.size)
+        return self.step(tokens, masked, span) / seconds / (chip.peak_flops * mesh.devices.size)

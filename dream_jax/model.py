@@ -434,7 +434,8 @@ class Dream(nnx.Module):
           attention_mask: an array [B, T] that is nonzero at valid tokens (the other keys are hidden), or a
             `masks.Mask`. None hides no key.
           positions: positions for the rotary embedding. The default is 0, 1, ..., T - 1. With an array as
-            `attention_mask` it is the published rule: 0 at the first valid token of each row, 1 at padding.
+            `attention_mask` it is the published rule: 0 at the first valid token of each row, 1 at padding. A mask for
+            rows of several texts begins at 0 in each text.
 
         Returns:
           The logits, float32 [B, T, V]. They are not shifted: the logits at position i predict token i + 1.
@@ -619,7 +620,7 @@ def mask_and_positions(
     elif valid_BT is not None:
         positions_BT = padded_positions(valid_BT)
     else:
-        positions_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        positions_BT = jnp.broadcast_to(mask.positions(shape[1]), shape)
     return mask, positions_BT
 
 

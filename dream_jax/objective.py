@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from dream_jax import sharding
 from dream_jax.bounds import POSITIVE, FloatRange, check_numbers
-from dream_jax.masks import Mask
+from dream_jax.masks import Mask, Packed, conjuncts
 from dream_jax.model import Dream, DropoutKeys, check_ids, mask_and_positions
 from dream_jax.shapes import Array
 from dream_jax.target import current_target
@@ -33,6 +33,9 @@ _LOGIT_ELEMENTS = 1 << 27
 # take little memory compared with the output projection.
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
+NoiseLevels = Float[Array, "B"] | Float[Array, "B T"]
+"""The noise level of each row, or of each token of rows that hold several texts."""
+
 # Number of equal ranges of the noise level t, [0, 1/4), [1/4, 1/2), and so on, for which losses are reported.
 TIME_BUCKETS = 4
 
@@ -44,12 +47,15 @@ class LossWeight(abc.ABC):
     """
 
     @abc.abstractmethod
-    def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
+    def __call__(
+        self, masked_BT: Bool[Array, "B T"], t: NoiseLevels, start_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[jax.Array, "B T"]:
         """Returns the weights, float32 [B, T]. The loss uses only the weights at masked positions.
 
         Args:
           masked_BT: true where the model receives the mask token.
-          t_B: noise level of each row, in [0, 1].
+          t: noise level of each row [B], or of each token [B, T], in [0, 1].
+          start_BT: true at the first token of each text, for rows that hold several texts; None for one text a row.
         """
 
 
@@ -57,7 +63,9 @@ class LossWeight(abc.ABC):
 class UniformWeight(LossWeight):
     """Every masked position has weight 1."""
 
-    def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
+    def __call__(
+        self, masked_BT: Bool[Array, "B T"], t: NoiseLevels, start_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[jax.Array, "B T"]:
         """Returns float32 [B, T], all ones."""
         return jnp.ones(masked_BT.shape, jnp.float32)
 
@@ -66,9 +74,11 @@ class UniformWeight(LossWeight):
 class LinearWeight(LossWeight):
     """The weight is 1 - t: a masked position counts more when fewer tokens of its row are masked."""
 
-    def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns float32 [B, T], equal at all positions of a row."""
-        return jnp.broadcast_to(1.0 - jnp.asarray(t_B, jnp.float32)[:, None], masked_BT.shape)
+    def __call__(
+        self, masked_BT: Bool[Array, "B T"], t: NoiseLevels, start_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[jax.Array, "B T"]:
+        """Returns float32 [B, T], equal at all positions of a text."""
+        return jnp.broadcast_to(1.0 - _of_tokens(t), masked_BT.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +90,12 @@ class InverseTimeWeight(LossWeight):
     masked positions of the batch; with one row per batch this number grows with t too, and the weight acts like 1 / t^2.
     """
 
-    def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
-        """Returns float32 [B, T], equal at all positions of a row; 0 at t = 0, where no position is masked."""
-        t_B1 = jnp.asarray(t_B, jnp.float32)[:, None]
-        return jnp.broadcast_to(jnp.where(t_B1 > 0, 1.0 / jnp.where(t_B1 > 0, t_B1, 1.0), 0.0), masked_BT.shape)
+    def __call__(
+        self, masked_BT: Bool[Array, "B T"], t: NoiseLevels, start_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[jax.Array, "B T"]:
+        """Returns float32 [B, T], equal at all positions of a text; 0 at t = 0, where no position is masked."""
+        t_BT = _of_tokens(t)
+        return jnp.broadcast_to(jnp.where(t_BT > 0, 1.0 / jnp.where(t_BT > 0, t_BT, 1.0), 0.0), masked_BT.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +103,8 @@ class CartWeight(LossWeight):
     """Dream's context-adaptive weight (CART): a masked position counts more when more unmasked tokens are near it.
 
     The weight of position i is the sum over all unmasked j other than i of 0.5 p (1 - p)^(|i - j| - 1), where j may be
-    in the prompt, the response or the padding. Far from the ends of a row its mean at noise level t is 1 - t. Two
-    first-order recurrences compute all weights of a row in O(T).
+    in the prompt, the response or the padding. In a row of several texts, j is in the same text as i. Far from the ends
+    of a text its mean at noise level t is 1 - t. Two first-order recurrences compute all weights of a row in O(T).
 
     Attributes:
       geometric_p: p in (0, 1). With a larger p only nearer tokens count. The published SFT configuration has 0.1.
@@ -106,23 +118,44 @@ class CartWeight(LossWeight):
     def __post_init__(self) -> None:
         check_numbers(self, geometric_p=FloatRange(0.0, 1.0, open_low=True, open_high=True))
 
-    def __call__(self, masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]) -> Float[jax.Array, "B T"]:
+    def __call__(
+        self, masked_BT: Bool[Array, "B T"], t: NoiseLevels, start_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[jax.Array, "B T"]:
         """Returns float32 [B, T], the weight of every position, masked or not."""
         unmasked_BT = (~jnp.asarray(masked_BT).astype(bool)).astype(jnp.float32)
         decay = 1.0 - self.geometric_p
-        before_BT = _decayed_sum(unmasked_BT, decay)
-        after_BT = jnp.flip(_decayed_sum(jnp.flip(unmasked_BT, axis=1), decay), axis=1)
+        end_BT = None
+        if start_BT is not None:  # the last token of a text is before the first token of the next one
+            end_BT = jnp.pad(jnp.asarray(start_BT)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        before_BT = _decayed_sum(unmasked_BT, decay, start_BT)
+        after_BT = jnp.flip(
+            _decayed_sum(jnp.flip(unmasked_BT, axis=1), decay, None if end_BT is None else jnp.flip(end_BT, axis=1)),
+            axis=1,
+        )
         return 0.5 * self.geometric_p * (before_BT + after_BT)
 
 
-def _decayed_sum(x_BT: Float[jax.Array, "B T"], decay: float) -> Float[jax.Array, "B T"]:
-    """Returns y_i = sum over j < i of decay^(i - j - 1) x_j, computed as y_i = decay y_{i-1} + x_{i-1}."""
+def _of_tokens(t: NoiseLevels) -> Float[jax.Array, "B t"]:
+    """Returns the noise levels as float32 [B, 1] or [B, T]."""
+    t = jnp.asarray(t, jnp.float32)
+    return t[:, None] if t.ndim == 1 else t
+
+
+def _decayed_sum(
+    x_BT: Float[jax.Array, "B T"], decay: float, start_BT: Bool[Array, "B T"] | None = None
+) -> Float[jax.Array, "B T"]:
+    """Returns y_i = sum over j < i of decay^(i - j - 1) x_j, computed as y_i = decay y_{i-1} + x_{i-1}.
+
+    Where `start_BT` is true, y_i is 0, and the sums of later positions begin there.
+    """
 
     def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    shifted_BT = jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
-    _, y_BT = jax.lax.associative_scan(combine, (jnp.full_like(x_BT, decay), shifted_BT), axis=1)
+    shifted_BT, decay_BT = jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0))), jnp.full_like(x_BT, decay)
+    if start_BT is not None:
+        shifted_BT, decay_BT = jnp.where(start_BT, 0.0, shifted_BT), jnp.where(start_BT, 0.0, decay_BT)
+    _, y_BT = jax.lax.associative_scan(combine, (decay_BT, shifted_BT), axis=1)
     return y_BT
 
 
@@ -175,7 +208,7 @@ def masked_diffusion_loss(
     model: Dream,
     tokens_BT: Int[Array, "B T"],
     masked_BT: Bool[Array, "B T"],
-    t_B: Float[Array, "B"],
+    t_B: Float[Array, "B"] | Float[Array, "B M"],
     weight: LossWeight = CartWeight(0.1),
     attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | Mask | None = None,
     *,
@@ -190,10 +223,11 @@ def masked_diffusion_loss(
       model: the model, with float32 or bfloat16 parameters.
       tokens_BT: ids of the clean tokens.
       masked_BT: true where the model receives the mask token instead of the clean token.
-      t_B: noise level of each row, in [0, 1].
+      t_B: noise level of each row, in [0, 1]; under `masks.Packed` also of each text, [B, M].
       weight: the factor on each masked position: CartWeight(p), InverseTimeWeight(), LinearWeight(), UniformWeight().
       attention_mask: an array that is nonzero at valid tokens, for left-padded batches; or a `Mask`. Padding on the
-        right must count as valid: the model attends to it and learns it, and so learns to stop.
+        right must count as valid: the model attends to it and learns it, and so learns to stop. `masks.Packed` is for
+        rows that hold several texts: the loss is then that of the same texts in rows of their own.
       mask: a mask that is combined with `attention_mask` by `&`, to train under a mask other than `Bidirectional`. If
         it depends on rows, it must be the result of `Mask.for_rows`.
       focal: changes the cross entropy of each position to the focal loss; None means no change.
@@ -218,30 +252,49 @@ def masked_diffusion_loss(
     if masked_BT.shape != tokens_BT.shape:
         raise ValueError(f"masked has shape {masked_BT.shape}, but the tokens have {tokens_BT.shape}")
     t_B = jnp.asarray(t_B, jnp.float32)
-    if t_B.shape != tokens_BT.shape[:1]:
-        raise ValueError(f"t has shape {t_B.shape}, expected one noise level per row, {tokens_BT.shape[:1]}")
+    packed = _packed(attention_mask)
+    if packed is None and _packed(mask) is not None:
+        raise ValueError("rows of several texts are told by attention_mask; give masks.Packed there, not as mask")
+    if packed is not None and packed.length_BM.shape[:1] != tokens_BT.shape[:1]:
+        raise ValueError(
+            f"the lengths of texts are of {len(packed.length_BM)} rows, but there are {len(tokens_BT)} rows"
+        )
+    if packed is not None and t_B.shape == packed.length_BM.shape:
+        t_B = packed.spread(t_B, jnp.zeros((1, 1), jnp.float32), tokens_BT.shape[1])
+    elif t_B.shape != tokens_BT.shape[:1]:
+        or_text = "" if packed is None else f", or one per text, {packed.length_BM.shape}"
+        raise ValueError(f"t has shape {t_B.shape}, expected one noise level per row, {tokens_BT.shape[:1]}{or_text}")
     padding, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
     mask = padding if mask is None else mask & padding
     with sharding.mesh_context(model):
-        arrays = (tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, dropout_keys)
+        arrays = (tokens_BT, masked_BT, t_B, mask, positions_BT, normalizer, dropout_keys, packed)
         return _loss(model, *arrays, weight=weight, focal=focal)
 
 
+def _packed(mask: Any) -> Packed | None:
+    """Returns the mask for rows of several texts that `mask` is, or that it combines with others by `&`; None without."""
+    found = conjuncts(mask) if isinstance(mask, Mask) else ()
+    return next((conjunct for conjunct in found if isinstance(conjunct, Packed)), None)
+
+
 def sums_by_time(
-    token_nll_BT: Float[Array, "B T"], masked_BT: Bool[Array, "B T"], t_B: Float[Array, "B"]
+    token_nll_BT: Float[Array, "B T"], masked_BT: Bool[Array, "B T"], t: NoiseLevels
 ) -> tuple[Float[jax.Array, "times"], Float[jax.Array, "times"]]:
     """Sums the cross entropies, and counts the masked positions, in each of `TIME_BUCKETS` ranges of noise levels.
 
     Args:
       token_nll_BT: cross entropy of each masked position in nats, 0 elsewhere, as `masked_diffusion_loss` returns it.
       masked_BT: true at masked positions.
-      t_B: noise level of each row, in [0, 1].
+      t: noise level of each row [B], or of each token [B, T], in [0, 1].
 
     Returns:
       The summed cross entropies and the numbers of masked positions, each float32 [TIME_BUCKETS]. The results of the
       microbatches of a step can be added.
     """
-    bucket_B = jnp.clip((jnp.asarray(t_B) * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
+    t_B, masked_BT = jnp.asarray(t), jnp.asarray(masked_BT)
+    if t_B.ndim == 2:  # then each position is a row of its own
+        t_B, token_nll_BT, masked_BT = t_B.reshape(-1), jnp.reshape(token_nll_BT, (-1, 1)), masked_BT.reshape(-1, 1)
+    bucket_B = jnp.clip((t_B * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     in_bucket = (bucket_B[:, None] == jnp.arange(TIME_BUCKETS)).astype(jnp.float32)  # [B, TIME_BUCKETS]
     row_sums = jnp.sum(token_nll_BT, axis=1), jnp.sum(masked_BT, axis=1, dtype=jnp.float32)
     nll, masked = (jnp.sum(in_bucket * sum_B[:, None], axis=0) for sum_B in row_sums)
@@ -260,24 +313,33 @@ def _loss(
     positions_BT: jax.Array,
     normalizer: jax.Array | None,
     dropout_keys: DropoutKeys,
+    packed: Packed | None,
     *,
     weight: LossWeight,
     focal: Focal | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes `masked_diffusion_loss` for checked arguments, with one mask that combines both masks."""
+    """Computes `masked_diffusion_loss` for checked arguments, with one mask that combines both masks.
+
+    `t_B` is [B], or [B, T] if each text of a row has its own noise level.
+    """
     noisy_BT = sharding.constrain(jnp.where(masked_BT, model.config.mask_token_id, tokens_BT), "batch", "tokens")
     hidden_BTD = model.hidden(noisy_BT, mask, positions_BT, dropout_keys)
     with jax.named_scope("loss"):
-        weight_BT = jnp.where(masked_BT, weight(masked_BT, t_B), 0.0)
+        start_BT = None if packed is None else packed.starts(tokens_BT.shape[1])
+        weights_BT = weight(masked_BT, t_B) if start_BT is None else weight(masked_BT, t_B, start_BT)
+        weight_BT = jnp.where(masked_BT, weights_BT, 0.0)
         kernel_DV = model.unembedding().astype(model.compute_dtype)
         groups = sharding.token_shards(*tokens_BT.shape)
-        if groups[1] > 1:
-            # The tokens of a row are divided over devices. The right shift is done here, because on the whole array
-            # the compiler only has to send one hidden state per row to the neighbouring device.
-            hidden_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+        shifted = groups[1] > 1 or start_BT is not None
+        if shifted:
+            # If the tokens of a row are divided over devices, the right shift is done here, because on the whole array
+            # the compiler only has to send one hidden state per row to the neighbouring device. It is also done here for
+            # rows of several texts, whose first tokens are predicted from their own position.
+            before_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+            hidden_BTD = before_BTD if start_BT is None else jnp.where(start_BT[..., None], hidden_BTD, before_BTD)
             hidden_BTD = sharding.constrain(hidden_BTD, "batch", "tokens", "width")
         total, token_nll_BT, correct_BT = _masked_cross_entropy(
-            focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
+            focal, groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
         )
         token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
         num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
@@ -293,10 +355,11 @@ def _loss(
         return total / denominator, aux
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _masked_cross_entropy(
     focal: Focal | None,
     groups: tuple[int, int],
+    shifted: bool,
     hidden_BTD: Float[jax.Array, "B T D"],
     kernel_DV: Float[jax.Array, "D V"],
     tokens_BT: Int[jax.Array, "B T"],
@@ -306,21 +369,22 @@ def _masked_cross_entropy(
     """Returns the sum of the weighted cross entropies (float32), and two arrays [B, T] for reports.
 
     These are the cross entropy of each masked position (float32, 0 elsewhere), and whether its most probable token is
-    correct (bool, false elsewhere). `groups` has the number of shards of B and that of T. If T is sharded, the hidden
-    states must be shifted already.
+    correct (bool, false elsewhere). `groups` has the number of shards of B and that of T. `shifted` says whether the
+    hidden states are shifted already; they must be if T is sharded.
     """
-    outputs, _ = _over_chunks(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT, gradients="none")
+    arrays = (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT)
+    outputs, _ = _over_chunks(focal, groups, shifted, *arrays, gradients="none")
     return outputs
 
 
 # `_forward` and `_backward` are the rules of custom_vjp. Only jax calls them, so they have no type annotations.
-def _forward(focal, groups, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
+def _forward(focal, groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT):  # type: ignore[no-untyped-def]
     arrays = (argument.value for argument in (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT))
     # With an adapter the kernel is frozen, so its gradient is not needed.
-    return _over_chunks(focal, groups, *arrays, gradients="both" if kernel_DV.perturbed else "hidden")
+    return _over_chunks(focal, groups, shifted, *arrays, gradients="both" if kernel_DV.perturbed else "hidden")
 
 
-def _backward(focal, groups, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _backward(focal, groups, shifted, gradients, cotangents):  # type: ignore[no-untyped-def]
     # Only the sum is differentiated. The outputs for each position are only reported.
     scale = cotangents[0]
 
@@ -340,6 +404,7 @@ _masked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _over_chunks(
     focal: Focal | None,
     groups: tuple[int, int],
+    shifted: bool,
     hidden_BTD: jax.Array,
     kernel_DV: jax.Array,
     tokens_BT: jax.Array,
@@ -404,7 +469,7 @@ def _over_chunks(
         is_masked_SC = chunk_index * chunk + jnp.arange(chunk) < count_S[:, None]
         # The right shift: a token is predicted from the hidden state at the position before it. The first token of a
         # row is predicted from the hidden state at its own position.
-        source_SC = index_SC if groups[1] > 1 else jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
+        source_SC = index_SC if shifted else jnp.where(index_SC % length == 0, index_SC, index_SC - 1)
         h_SCD = read(hidden_SRD, source_SC)
         target_SC = read(token_SR, index_SC)
         weight_SC = jnp.where(is_masked_SC, read(weight_SR, index_SC), 0.0)

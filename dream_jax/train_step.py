@@ -1,7 +1,8 @@
 """Defines the compiled training step, which computes the next state and the metrics from a state and a batch.
 
-All random numbers are derived from (seed, step, row), and every sum is over the global batch. Therefore the mesh, the
-number of processes and the accumulation change only the order in which numbers are added.
+All random numbers are derived from (seed, step, row), or (seed, step, text) for rows that hold several texts, and every sum
+is over the global batch. Therefore the mesh, the number of processes, the accumulation and the packing of texts change only
+the order in which numbers are added.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dream_jax.optimizer import (
     OptimizerConfig as OptimizerConfig,
 )  # re-exported here, because every caller of `make_train_step` needs it
 from dream_jax.optimizer import opt_state_shardings, update_if, updates_done
+from dream_jax.packed_noise import draw_packed_noise
 from dream_jax.shapes import ParamTree, joined
 
 jax.tree_util.register_dataclass(Batch)
@@ -285,12 +287,21 @@ def _train_step(
     tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
     with jax.named_scope("noise"):
         key = noise_key(config.seed, state.step)
-        t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
+        packed = _packed(batch)
+        if packed is None:
+            t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
+        else:
+            assert batch.text_BM is not None
+            t_B, masked_BT = draw_packed_noise(key, packed, batch.text_BM, maskable_BT)  # t [B, M], one for each text
         masked_BT = sharding.constrain(masked_BT, "batch", None)
         # All microbatches and devices divide by the same number, so that their losses can be added.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
-    valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
-    mask_of_rows, annealed = config.mask.for_rows(valid_BT, maskable_BT), None
+    mask_of_rows, annealed = config.mask, None
+    if packed is None:
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
+        mask_of_rows = config.mask.for_rows(valid_BT, maskable_BT)
+    else:
+        mask_of_rows = config.mask.for_texts(packed.positions(tokens_BT.shape[1]), maskable_BT)
     if annealing:
         share = state.step.astype(jnp.float32) / config.anneal_steps
         key = _step_key(config.seed, _ANNEALING, state.step)
@@ -301,20 +312,24 @@ def _train_step(
         batch, masked_BT, t_B, mask_of_rows = microbatch
         model = merge_params(graphdef, joined(frozen, params))
         model = layer_forms.apart(model) if config.layers == "apart" else model
+        packed = _packed(batch)
         value, aux = masked_diffusion_loss(
             model,
             batch.tokens_BT,
             masked_BT,
             t_B,
             config.weight,
-            batch.valid_BT,
+            batch.valid_BT if packed is None else packed,
             mask=mask_of_rows if annealed is None else annealed,
             focal=config.focal,
             normalizer=normalizer,
             # If no adapter has dropout, XLA removes these keys as unused.
             dropout_keys=dropout_keys(config.seed, state.step, batch.row_B),
         )
-        nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t_B)
+        t = t_B
+        if packed is not None:
+            t = packed.spread(t_B, jnp.zeros((1, 1), jnp.float32), batch.tokens_BT.shape[1])
+        nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t)
         ends_BT = masked_BT & (batch.tokens_BT == model.config.pad_token_id)
         return value, {
             "loss": value,
@@ -363,6 +378,11 @@ def _train_step(
         "skipped": 1.0 - usable.astype(jnp.float32),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _packed(batch: Batch[jax.Array]) -> masks.Packed | None:
+    """Returns the texts of the rows of a batch; None if each row is one text."""
+    return None if batch.length_BM is None else masks.Packed(batch.length_BM)
 
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "settings": ("bounds", "config", "shapes", "chips", "target", "side_files", "remat", "device_memory"),
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "finite", "tokenizer",
-        "files", "row_file", "chat_template", "paths", "hub", "player",
+        "files", "row_file", "chat_template", "paths", "hub", "player", "packed_noise",
     ),
     "model": ("attention", "model", "layer_forms"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),

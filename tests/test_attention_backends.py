@@ -22,7 +22,7 @@ from marking import slow
 
 from dream_jax import PRESETS, Dream, masks, sharding, target
 from dream_jax import attention as attention_module
-from dream_jax.attention import cudnn, splash, xla
+from dream_jax.attention import cudnn, packed, splash, xla
 
 KINDS = ["all", "padding", "lengths", "segments"]
 
@@ -398,6 +398,102 @@ def test_cudnn_is_never_given_a_length_of_zero(cudnn_answered):
     with jax.disable_jit():
         cudnn.attention(*inputs(3, 4, 4, 4, 2), masks.KeyLengths(np.array([0, 2, 9])))
     np.testing.assert_array_equal(cudnn_answered[-1]["key_value_seq_lengths"], [1, 2, 4])
+
+
+TEXTS = masks.Packed(np.array([[5, 3, 0], [8, 2, 2], [12, 0, 0], [1, 1, 9]], np.int32))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("mask", [TEXTS, slow(masks.Causal() & TEXTS)], ids=["texts", "causal"])
+def test_splash_attends_within_texts(mask):
+    arrays = inputs(4, 12, 12, 4, 2)
+    assert attention_module.choose("auto", *arrays[:2], mask) == "splash"
+    wanted = value_and_gradients(xla.attention, arrays, mask)
+    assert_same(value_and_gradients(attend("splash"), arrays, mask), wanted)
+
+
+def packed_layout(wrong=None):
+    """What jax's function for cuDNN's packed layout means, in plain arithmetic.
+
+    wrong: None, "grouped" as in versions of jax that count the offsets of keys in query heads, or "always".
+    """
+
+    def ids(seqlen, offsets, tokens):
+        assert offsets.shape == (seqlen.shape[0], seqlen.shape[1] + 1)
+        token = jnp.arange(tokens)[:, None]
+        inside = (token >= offsets[:, None, :-1]) & (token < (offsets[:, :-1] + seqlen)[:, None])
+        inside = inside & (offsets[:, None, :-1] >= 0)
+        return jnp.where(inside.any(-1), jnp.argmax(inside, -1), -1)
+
+    def answer(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert q.shape[1] % 2 == 0  # jax refuses gradients of odd lengths
+        assert mask_type == fused_attention_stablehlo.MaskType.PADDING and scale == q.shape[-1] ** -0.5
+        if wrong == "always" or (wrong == "grouped" and q.shape[2] != k.shape[2]):
+            kv_offsets = kv_offsets * 2
+        query, key = ids(q_seqlen, q_offsets, q.shape[1]), ids(kv_seqlen, kv_offsets, k.shape[1])
+        assert wrong or isinstance(query, jax.core.Tracer) or (query >= 0).all()
+        return xla.attention(q, k, v, masks.Segments(query, key))
+
+    return answer
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a machine with a GPU of the Hopper generation, whose kernel is answered by `packed_layout`."""
+
+    def answers(wrong):
+        packed.usable.cache_clear()
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", packed_layout(wrong))
+
+    yield answers
+    packed.usable.cache_clear()
+
+
+@pytest.mark.parametrize(("wrong", "repeats"), [(None, 1), slow("grouped", 2), slow("always", None)])
+def test_cudnn_is_told_where_texts_are(hopper, cudnn_answered, wrong, repeats):
+    """If the installed jax is wrong for grouped heads, keys are repeated; if it is always wrong, the mask is a bias."""
+    arrays = inputs(4, 12, 12, 4, 2)
+    wanted = value_and_gradients(xla.attention, arrays, TEXTS)
+    hopper(wrong)
+    for mesh_shape in ("1x1", "4x2"):
+        with jax.set_mesh(sharding.make_mesh(mesh_shape)):
+            assert_same(value_and_gradients(cudnn.attention, arrays, TEXTS), wanted)
+    odd = [array[:, :11] for array in arrays]
+    full = masks.Packed(np.array([[5, 6, 0], [7, 2, 2], [11, 0, 0], [1, 1, 9]], np.int32))
+    assert_same(value_and_gradients(cudnn.attention, odd, full), value_and_gradients(xla.attention, odd, full))
+    assert packed.usable(4, 2, 16, arrays[0].dtype) == repeats
+    assert bool(cudnn_answered) == (repeats is None)
+    # A device that holds a part of the queries is shown the mask.
+    cudnn_answered.clear()
+    with jax.set_mesh(sharding.make_mesh("2x2x2")):
+        assert_same(value_and_gradients(cudnn.attention, arrays, TEXTS), wanted)
+    assert all("mask" in call for call in cudnn_answered) and cudnn_answered
+
+
+def test_packed_layout_is_not_used_where_it_cannot_be_tried(monkeypatch):
+    packed.usable.cache_clear()
+    assert packed.usable(4, 2, 64, np.dtype("bfloat16")) is None  # this machine has no GPU
+
+    def refuse(*_, **__):
+        raise NotImplementedError("Packed layout requires a GPU with at least Hopper architecture.")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", refuse)
+    packed.usable.cache_clear()
+    assert packed.usable(4, 2, 64, np.dtype("bfloat16")) is None
+    packed.usable.cache_clear()
+
+
+@pytest.mark.usefixtures("cudnn_present", "unchecked")
+def test_packed_layout_lowers_to_its_custom_call(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(packed, "usable", lambda *_: 1)
+    arrays = inputs(4, 24, 24, 4, 2, 64, jnp.bfloat16)
+    with attention_module.target_platform("gpu"):
+        text = lowered("cuda", attend("auto"), arrays, masks.Packed(np.array([[10, 5], [24, 0], [1, 1], [7, 9]])))
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+    assert re.search(r"max_seg_per_batch[^,]*3", text) and "24x24" not in text
 
 
 @pytest.mark.usefixtures("cudnn_present", "unchecked")

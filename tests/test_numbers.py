@@ -77,7 +77,7 @@ NO_SETTINGS = {
     "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote", "Update", "_Choice", "_GapText",
     "AdditionTask", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Conversion",
     "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
-    "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "Paired", "PlannedRows", "PreparedRun", "Problem",
+    "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "PackedPlan", "Paired", "PlannedRows", "PreparedRun", "Problem",
     "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
     "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
     "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel", "WeightUnit",

@@ -368,7 +368,7 @@ def test_cross_entropy_in_bfloat16_promotes_nothing():
 
     def loss(hidden, kernel):
         weight = masked.astype(jnp.float32)
-        return objective._masked_cross_entropy(None, (1, 1), hidden, kernel, tokens, masked, weight)[0] / 7
+        return objective._masked_cross_entropy(None, (1, 1), False, hidden, kernel, tokens, masked, weight)[0] / 7
 
     wanted = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*exact)
     found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*[x.astype(jnp.bfloat16) for x in exact])

@@ -1,8 +1,8 @@
 """cuDNN's flash attention on NVIDIA GPUs, through jax.nn.dot_product_attention. It stores no scores [T, S].
 
 The kernel itself implements bidirectional and causal attention, padding on the right (given by lengths) and windows that
-look back. Other masks become a bias [B, 1, T, S] in half precision, which takes 2 N times less memory than the float32
-scores [B, N, T, S] of the "xla" backend.
+look back. Rows of several texts have a layout of their own, see `packed`. Other masks become a bias [B, 1, T, S] in half
+precision, which takes 2 N times less memory than the float32 scores [B, N, T, S] of the "xla" backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dream_jax import masks
+from dream_jax.attention import packed
 from dream_jax.attention.per_device import per_device, splits_queries
 from dream_jax.target import Target
 
@@ -72,6 +73,12 @@ def attention(
     """Computes `dream_jax.attention.attention` for calls for which `refusal` returns None."""
     batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
     native = native_mask(mask, num_queries, num_keys)
+    # On a device that holds only a shard of the queries, the texts of queries and keys differ, and the mask is a bias.
+    if isinstance(mask, masks.Packed) and num_queries == num_keys and not splits_queries(num_queries):
+        repeats = packed.usable(q_BTNH.shape[2], k_BSKH.shape[2], q_BTNH.shape[3], q_BTNH.dtype)
+        if repeats is not None:
+            kernel = functools.partial(packed.attention, repeats=repeats)
+            return per_device(kernel, q_BTNH, k_BSKH, v_BSKH, (jnp.asarray(mask.length_BM), ("batch", None)))
     if native is None:
         allowed_BTS = jnp.broadcast_to(mask.dense(num_queries, num_keys), (batch, num_queries, num_keys))
         return per_device(_with_mask, q_BTNH, k_BSKH, v_BSKH, (allowed_BTS, ("batch", "tokens", None)))

@@ -46,12 +46,12 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
     """Returns why splash does not support the mask, with a remedy; None if it does."""
     fixed, of_rows = _split(mask)
     for conjunct in of_rows:
-        if not isinstance(conjunct, masks.KeyPadding | masks.KeyLengths | masks.Segments):
+        if not isinstance(conjunct, masks.KeyPadding | masks.KeyLengths | masks.Segments | masks.Packed):
             return (
                 f"the mask {type(conjunct).__name__} differs from row to row and cannot be given as segment ids; "
                 'use the backend "xla" or "auto"'
             )
-    if sum(isinstance(conjunct, masks.Segments) for conjunct in of_rows) > 1:
+    if sum(isinstance(conjunct, masks.Segments | masks.Packed) for conjunct in of_rows) > 1:
         return 'a token has one segment id, and these masks give it two; use the backend "xla" or "auto"'
     if isinstance(fixed, masks.Bidirectional):
         return None
@@ -117,12 +117,12 @@ def segment_ids(
 ) -> tuple[Int[jax.Array, "B T"], Int[jax.Array, "B S"]] | None:
     """Returns segment ids of queries and keys: a query may attend to the keys with its own id.
 
-    A query has the id that `masks.Segments` gives it, or _VALID without such a mask, even if it is padding: it then
-    attends to valid keys, as the masks say, so that its output and gradients are finite. A key that the other masks hide
-    gets an id that no query has.
+    A query has the id that `masks.Segments` or `masks.Packed` gives it, or _VALID without such a mask, even if it is
+    padding: it then attends to valid keys, as the masks say, so that its output and gradients are finite. A key that the
+    other masks hide gets an id that no query has.
 
     Args:
-      of_rows: the masks that differ between rows: KeyPadding, KeyLengths and at most one Segments.
+      of_rows: the masks that differ between rows: KeyPadding, KeyLengths and at most one Segments or Packed.
       batch: number of rows B.
       num_queries: number of queries T of each row.
       num_keys: number of keys S of each row.
@@ -136,11 +136,12 @@ def segment_ids(
     key_BS = jnp.full((1, num_keys), _VALID, jnp.int32)
     hidden_id = jnp.int32(_PADDING)  # an id that no query has
     for conjunct in of_rows:
-        if isinstance(conjunct, masks.Segments):
-            query_BT, key_BS = (jnp.asarray(ids, jnp.int32) for ids in (conjunct.query_BT, conjunct.key_BS))
+        segments = conjunct.segments(num_keys) if isinstance(conjunct, masks.Packed) else conjunct
+        if isinstance(segments, masks.Segments):
+            query_BT, key_BS = (jnp.asarray(ids, jnp.int32) for ids in (segments.query_BT, segments.key_BS))
             hidden_id = jnp.min(query_BT) - 1
     for conjunct in of_rows:
-        if not isinstance(conjunct, masks.Segments):
+        if not isinstance(conjunct, masks.Segments | masks.Packed):
             key_BS = jnp.where(conjunct.dense(1, num_keys)[:, 0], key_BS, hidden_id)
     return jnp.broadcast_to(query_BT, (batch, num_queries)), jnp.broadcast_to(key_BS, (batch, num_keys))
 

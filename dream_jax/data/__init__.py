@@ -14,6 +14,7 @@ from dream_jax.data.options import (
     LengthPolicy,
     ReadOptions,
 )
+from dream_jax.data.packing import MOST_TEXTS
 from dream_jax.data.pipeline import Batches, make_batches
 from dream_jax.data.questions import numbered_records, record_number
 from dream_jax.data.records import read_json_lines, text_field
@@ -22,6 +23,7 @@ from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
 __all__ = [
+    "MOST_TEXTS",
     "AnswerFormat",
     "BatchOptions",
     "Batches",

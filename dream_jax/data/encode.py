@@ -166,6 +166,40 @@ def lay_out(
     )
 
 
+def lay_out_packed(
+    rows: Sequence[Sequence[TokenRow]],
+    regions: Sequence[np.ndarray],
+    width: int,
+    pad_id: int,
+    *,
+    most: int,
+    first_B: np.ndarray,
+    row_B: np.ndarray,
+) -> Batch[np.ndarray]:
+    """Returns a batch whose rows hold several texts each, one after the other from the start of the row.
+
+    rows: for each row the texts that it holds. regions: for each row int64 [texts], the number of positions of each
+    response; as in `lay_out`, a longer response is cut, and a shorter one is padded with `pad_id`, which is maskable.
+    The positions after the last text are not maskable and belong to no text. most: M, the number of entries for texts
+    that each row gets in `length_BM` and `text_BM`, at least the number of its texts. first_B: int [B], the index of the
+    first text of each row in the global batch; the others follow it. row_B: as in `lay_out`.
+    """
+    shape = (len(rows), width)
+    tokens_BT, maskable_BT = np.full(shape, pad_id, dtype=np.int32), np.zeros(shape, dtype=np.bool_)
+    length_BM, text_BM = np.zeros((len(rows), most), np.int32), np.full((len(rows), most), -1, np.int32)
+    for index, (texts, sizes) in enumerate(zip(rows, regions, strict=True)):
+        start = 0
+        for number, (text, region) in enumerate(zip(texts, sizes.tolist(), strict=True)):
+            length = text.prompt_length + region
+            count = min(text.length, length)
+            tokens_BT[index, start : start + count] = text.tokens[:count]
+            maskable_BT[index, start : start + length] = True
+            maskable_BT[index, start : start + count] = text.maskable[:count]
+            length_BM[index, number], text_BM[index, number] = length, first_B[index] + number
+            start += length
+    return Batch(tokens_BT=tokens_BT, maskable_BT=maskable_BT, row_B=row_B, length_BM=length_BM, text_BM=text_BM)
+
+
 def _prompt_pieces(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list[tuple[Kind, list[int]]]:
     """Returns the kind and the token ids of each piece before the response."""
     if row.document:

@@ -42,7 +42,9 @@ class Outlook:
     that can be masked. All shares are in [0, 1]. eos_share: end-of-text tokens / supervised positions. padding_share:
     positions without a token of a prompt or of a response with its end token / all positions. hidden_share: positions
     that are hidden from attention, but still computed / all positions. whole_share: rows with their complete answer and
-    end token / all rows. widths: width in tokens, as a string -> number of batches of this width.
+    end token / all rows. widths: width in tokens, as a string -> number of batches of this width. texts_per_row: mean
+    number of texts in a row; 1 without packing. packed_share: all positions / the positions that the same texts would
+    take in rows of max_length with one text each; 1 without packing.
     """
 
     steps: int
@@ -54,6 +56,8 @@ class Outlook:
     hidden_share: float
     whole_share: float
     widths: dict[str, int]
+    texts_per_row: float = 1.0
+    packed_share: float = 1.0
 
     def lines(self) -> list[str]:
         """Returns the statistics as lines of text for the console, with warnings."""
@@ -64,8 +68,16 @@ class Outlook:
             warnings.append("warning: most of what is learned is end-of-text; --eos-tail limits it")
         if self.whole_share < 0.5:
             warnings.append("warning: most rows lose the end of their answer: little is learned about stopping")
+        packed = []
+        if self.texts_per_row != 1 or self.packed_share != 1:
+            packed.append(
+                f"packed: {self.texts_per_row:.2f} texts a row on average; {1 - self.hidden_share:.1%} of all positions "
+                f"belong to a text, {1 - self.padding_share:.1%} without the end-of-text after its end token; one text a "
+                f"row would take {1 / self.packed_share:.2f} times as many positions"
+            )
         return [
             f"{self.steps} steps, {self.epochs:.2f} epochs{of}:",
+            *packed,
             f"end-of-text is {self.eos_share:.1%} of the supervised tokens, padding {self.padding_share:.1%} of all "
             f"positions ({self.hidden_share:.1%} hidden)",
             f"answers that are complete in their batch: {self.whole_share:.1%}; number of batches by width: {widths}",
@@ -197,9 +209,13 @@ class BatchPlanner:
         return [batches[index] for index in order]
 
     def _draw(self, what: str, number: int) -> int:
-        """Returns a uniform random integer in [0, 2**64): a hash of the seed, the purpose `what` and `number`.
+        return draw(self._seed, what, number)
 
-        A random generator is not used, because its output may change between versions of numpy.
-        """
-        key = f"{self._seed}/{what}/{number}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"dream_jax.batch").digest(), "little")
+
+def draw(seed: int, what: str, number: int) -> int:
+    """Returns a uniform random integer in [0, 2**64): a hash of the seed, the purpose `what` and `number`.
+
+    A random generator is not used, because its output may change between versions of numpy.
+    """
+    key = f"{seed}/{what}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"dream_jax.batch").digest(), "little")

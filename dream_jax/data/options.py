@@ -1,7 +1,7 @@
 """Defines the options for reading text, tokenising it and laying it out in batches; all are validated."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from dream_jax.bounds import MOST_TOKENS, SHARE, FloatRange, IntegerRange, check_numbers
@@ -95,12 +95,17 @@ class BatchOptions:
       max_length, and put rows of similar length into the same batch (not with cut_responses, which needs rows of
       different lengths). The train step is compiled once for each width that occurs. None: all batches have the
       width max_length.
+    pack: put several texts into each row, one after the other, each with the end-of-text tokens that `eos_tail` allows,
+      which must be given; see `dream_jax.data.packing`. Not with cut_responses or tail_cut, which give all responses of
+      a batch one length.
     """
 
     eos_tail: int | None = None
     cut_responses: bool = False
     tail_cut: float = 0.0
     width_step: int | None = None
+    # Not shown by repr, because checkpoints of earlier versions contain the options as text, without this one.
+    pack: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -109,11 +114,29 @@ class BatchOptions:
             tail_cut=SHARE,
             width_step=IntegerRange(1, MOST_TOKENS, "pass None for one width"),
         )
+        if not self.pack:
+            return
+        if self.cut_responses or self.tail_cut:
+            given = (
+                "cut_responses (--cut-responses)" if self.cut_responses else f"tail_cut={self.tail_cut} (--tail-cut)"
+            )
+            raise ValueError(
+                f"pack=True (--pack) puts texts of different lengths into one row, but {given} gives all responses of a "
+                "batch one length: leave one of them out"
+            )
+        if self.eos_tail is None:
+            raise ValueError(
+                "pack=True (--pack) needs eos_tail, the number of end-of-text tokens after each text: give --eos-tail, "
+                "for example --eos-tail 16"
+            )
 
     @property
     def hides(self) -> bool:
-        """Whether rows may be shorter than the width of their batch, so that a batch needs `valid_BT`."""
-        return self.eos_tail is not None or self.cut_responses or self.tail_cut > 0
+        """Whether rows may be shorter than the width of their batch, so that a batch needs `valid_BT`.
+
+        Rows with several texts do not need it, because the batch has the lengths of the texts.
+        """
+        return not self.pack and (self.eos_tail is not None or self.cut_responses or self.tail_cut > 0)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,21 +2,24 @@
 
 All processes have the same endless stream of rows, which is shuffled again in every epoch. Row k * batch_size + r of
 the stream is row r of global batch k. (With `width_step`, rows also move within groups of a few batches, so that rows
-of similar length are together; see `dream_jax.data.layout`.) Process p of P reads the rows p, p + P, p + 2 P, ... of
-each global batch, so the global batches do not depend on P.
+of similar length are together; see `dream_jax.data.layout`. With `pack`, the elements of the stream are texts, several of
+which share a row of a batch; see `dream_jax.data.packing`.) Process p of P reads the rows p, p + P, p + 2 P, ... of each
+global batch, so the global batches do not depend on P.
 """
 
 import bisect
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import grain
 import numpy as np
 
 from dream_jax.batch import Batch
-from dream_jax.data.encode import lay_out
+from dream_jax.data.encode import TokenRow, lay_out, lay_out_packed
 from dream_jax.data.layout import BatchPlanner, Outlook
 from dream_jax.data.lengths import LengthReport, TokenizedRows, fitting_rows
 from dream_jax.data.options import BatchOptions
+from dream_jax.data.packing import PackingPlanner
 from dream_jax.data.rows import Mixture, RowSource
 
 # The stream of batches has no end, but grain needs one.
@@ -34,13 +37,14 @@ class Batches:
         self,
         dataset: grain.IterDataset[Batch[np.ndarray]],
         report: LengthReport,
-        planner: BatchPlanner,
+        planner: BatchPlanner | PackingPlanner,
         identity: dict[str, int | str],
     ):
         self.report = report
         self._planner = planner
         self._identity = identity
         self._iterator = iter(dataset)
+        self._taken = 0  # number of batches before the next one; only needed for packed rows
 
     def __iter__(self) -> Self:
         return self
@@ -51,14 +55,19 @@ class Batches:
         Raises: ValueError after `close`; or if a row of a source of uniform length does not fit, or has a prompt of
         another length than the measured row of that source.
         """
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._taken += 1
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the stream, before the next batch, as a dict that JSON can represent.
 
         It is the same on every process, and can also be restored with another number of processes.
         """
-        return {"grain": self._iterator.get_state(), "of": dict(self._identity)}
+        state = {"grain": self._iterator.get_state(), "of": dict(self._identity)}
+        if isinstance(self._planner, PackingPlanner):
+            state["packing"] = {"batch": self._taken, "position": self._planner.position(self._taken)}
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to the position of `state`, a result of `get_state`.
@@ -76,10 +85,13 @@ class Batches:
                 f"the saved position belongs to another stream of data: {'; '.join(differences)}. "
                 "Resume with the old settings, text and tokenizer"
             )
+        if isinstance(self._planner, PackingPlanner):
+            self._taken = state["packing"]["batch"]
+            self._planner.start_at(state["packing"]["position"])
         self._iterator.set_state(state["grain"])
 
     def outlook(self, steps: int) -> Outlook:
-        """Returns statistics of a run of `steps` batches; `BatchPlanner.outlook` says how many batches are counted."""
+        """Returns statistics of a run of `steps` batches; `outlook` of the planner says how many batches are counted."""
         return self._planner.outlook(steps)
 
     def close(self) -> None:
@@ -110,6 +122,7 @@ def make_batches(
     Each batch has batch_size / process_count rows. Local row j is row j * process_count + process_index of the global
     batch. Its number of tokens T is max_length; with options.width_step it is the smallest multiple of the step that
     holds the longest row of the global batch as laid out, at most max_length. valid_BT is None unless options.hides.
+    With options.pack a row holds several texts, and length_BM and text_BM say where they are.
 
     Every epoch is another permutation of the rows that the length policy keeps; a batch may contain rows of two epochs.
     In a `Mixture` every source has its own epochs, and the weights decide which source is next. In every process, this
@@ -133,16 +146,13 @@ def make_batches(
         raise ValueError(f"{num_threads=} and {prefetch=} must not be negative")
     numbers, lengths, report = fitting_rows(rows, max_length)
     stream = _stream(rows.source, numbers, seed)
-    planner = BatchPlanner(
-        lengths, stream.__getitem__, batch_size=batch_size, max_length=max_length, seed=seed, options=options
-    )
     local = range(process_index, batch_size, process_count)
     row_B = np.array(local, dtype=np.int32)
+    pad_id = rows.tokenizer.pad_id
 
-    def batch(number: int) -> Batch[np.ndarray]:
-        plan = planner.plan(number, local)
+    def read(indices: Iterable[int]) -> list[TokenRow]:
         fitted = []
-        for index in plan.rows.tolist():
+        for index in indices:
             row = rows.fit(rows[int(numbers[index])], max_length)
             # If one process dropped a row here, the streams of the processes would differ from then on.
             if isinstance(row, str) or row.prompt_length != lengths.prompt[index]:
@@ -151,7 +161,36 @@ def make_batches(
                     "has uniform_length=True; set its uniform_length to False"
                 )
             fitted.append(row)
-        return lay_out(fitted, plan.regions, plan.width, rows.tokenizer.pad_id, row_B=row_B, hides=options.hides)
+        return fitted
+
+    planner: BatchPlanner | PackingPlanner
+    batch: Callable[[int], Batch[np.ndarray]]
+    if options.pack:
+        packer = planner = PackingPlanner(
+            lengths,
+            stream.__getitem__,
+            epoch=None if isinstance(rows.source, Mixture) else len(numbers),
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            options=options,
+        )
+
+        def batch(number: int) -> Batch[np.ndarray]:
+            plan = packer.plan(number, local)
+            texts = [read(row.tolist()) for row in plan.texts]
+            most, first_B = packer.most_texts, plan.first_B
+            return lay_out_packed(texts, plan.regions, plan.width, pad_id, most=most, first_B=first_B, row_B=row_B)
+
+    else:
+        single = planner = BatchPlanner(
+            lengths, stream.__getitem__, batch_size=batch_size, max_length=max_length, seed=seed, options=options
+        )
+
+        def batch(number: int) -> Batch[np.ndarray]:
+            plan = single.plan(number, local)
+            texts = read(plan.rows.tolist())
+            return lay_out(texts, plan.regions, plan.width, pad_id, row_B=row_B, hides=options.hides)
 
     # grain maps over the indices of global batches, so its position is such an index and does not depend on the number
     # of processes. A whole batch is encoded in one transformation, because each one costs grain about 10 microseconds.
@@ -160,6 +199,8 @@ def make_batches(
     identity: dict[str, int | str] = {"seed": seed, "batch_size": batch_size, "max_length": max_length}
     identity |= {"rows": len(numbers), "digest of the rows": report.digest}
     identity |= {"encoding": str(rows.options), "layout": str(options)}
+    if options.pack:  # batches without packing have the same identity as in earlier versions
+        identity["packing"] = "best fit"
     if isinstance(rows.source, Mixture):
         identity["weights of the mixture"] = str(rows.source.weights)
     return Batches(batches.to_iter_dataset(reading), report, planner, identity)

@@ -8,8 +8,8 @@ key. Masks can be combined (`&`, `|`, `~`) and drawn as text (`draw`).
 
 from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, conjuncts, is_fixed
 from dream_jax.masks.names import NAMES, name_of, parse
-from dream_jax.masks.order import Annealed, BlockCausal, Causal, Prefix, SlidingWindow, TwoStream, anneal
-from dream_jax.masks.rows import KeyLengths, KeyPadding, Segments
+from dream_jax.masks.order import Annealed, BlockCausal, Causal, Ordered, Prefix, SlidingWindow, TwoStream, anneal
+from dream_jax.masks.rows import KeyLengths, KeyPadding, Packed, Segments
 
 __all__ = [
     "NAMES",
@@ -23,6 +23,8 @@ __all__ = [
     "Mask",
     "Not",
     "Or",
+    "Ordered",
+    "Packed",
     "Prefix",
     "Queries",
     "Segments",

@@ -58,6 +58,23 @@ class Mask(abc.ABC):
         del valid_BT, answer_BT
         return self
 
+    def positions(self, num_tokens: int) -> Int[jax.Array, "b T"]:
+        """Returns the position of each token in its text, int32 [1, T] or [B, T]; 0, 1, ..., T - 1 if a row is one text."""
+        return jnp.arange(num_tokens, dtype=jnp.int32)[None]
+
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the mask for rows that hold several texts, in each of which it counts from the start of the text.
+
+        Which text a token belongs to is not part of the result: it is combined with `Packed` by `&`. Masks that compare
+        the distance of query and key, or nothing, return themselves.
+
+        Args:
+          position_BT: int [B, T], the position of each token in its text, from 0.
+          answer_BT: true at tokens of the answers. The prompt of a text ends before the first of these tokens.
+        """
+        del position_BT, answer_BT
+        return self
+
     def draw(self, num_queries: int, num_keys: int | None = None, row: int = 0) -> str:
         """Returns the mask of one row of the batch as text, with one line per query and one character per key.
 
@@ -141,6 +158,15 @@ class And(Mask):
         """Returns the same combination, after `for_rows` was applied to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) & self.right.for_rows(valid_BT, answer_BT)
 
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the same combination, after `for_texts` was applied to both masks."""
+        return self.left.for_texts(position_BT, answer_BT) & self.right.for_texts(position_BT, answer_BT)
+
+    def positions(self, num_tokens: int) -> Int[jax.Array, "b T"]:
+        """Returns the positions that a mask for rows of several texts gives; 0, 1, ..., T - 1 without such a mask."""
+        left, right = self.left.positions(num_tokens), self.right.positions(num_tokens)
+        return jnp.minimum(left, right)  # a position in a text is at most the position in the row
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +199,10 @@ class Or(Mask):
         """Returns the same combination, after `for_rows` was applied to both masks."""
         return self.left.for_rows(valid_BT, answer_BT) | self.right.for_rows(valid_BT, answer_BT)
 
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the same combination, after `for_texts` was applied to both masks."""
+        return self.left.for_texts(position_BT, answer_BT) | self.right.for_texts(position_BT, answer_BT)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +233,10 @@ class Not(Mask):
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the inverse of the mask after `for_rows` was applied to it."""
         return ~self.mask.for_rows(valid_BT, answer_BT)
+
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the inverse of the mask after `for_texts` was applied to it."""
+        return ~self.mask.for_texts(position_BT, answer_BT)
 
 
 @jax.tree_util.register_dataclass

@@ -62,6 +62,15 @@ class Prefix(Mask):
         """Returns the mask in which the prompt of each row ends before the first token of the answer."""
         return Prefix(_first(answer_BT))
 
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the mask in which the prompt of each text ends before the first token of its answer."""
+        position_BT = jnp.asarray(position_BT, jnp.int32)
+        before_BT = jnp.cumsum(answer_BT, axis=1, dtype=jnp.int32)  # answer tokens of the row up to each token
+        start_BT = _keys(position_BT.shape[1]) - position_BT
+        before_text_BT = jnp.take_along_axis(before_BT - jnp.asarray(answer_BT, jnp.int32), start_BT, axis=1)
+        order_BT = jnp.where(before_BT > before_text_BT, position_BT + 1, 0)
+        return Ordered(order_BT, order_BT)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,41 @@ class BlockCausal(Mask):
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the first block of each row starts at its first valid token."""
         return BlockCausal(self.size, _first(valid_BT))
+
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Returns the mask in which the first block of each text starts at its first token."""
+        order_BT = jnp.asarray(position_BT, jnp.int32) // self.size
+        return Ordered(order_BT, order_BT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ordered(Mask):
+    """A query may attend to the keys whose number in a given order is not larger. Drawn with the order `0 1 0`:
+
+    ::
+
+        #.#
+        ###
+        #.#
+
+    Attributes:
+      query_BT: int [B, T], number of each query in the order.
+      key_BS: int [B, S], number of each key in the order.
+    """
+
+    query_BT: Int[Array, "B T"]
+    key_BS: Int[Array, "B S"]
+
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """Returns bool [B, T, S]. Raises ValueError if the order is of another number of keys."""
+        if self.key_BS.shape[1] != num_keys:
+            raise ValueError(f"the order is of {self.key_BS.shape[1]} keys, but there are {num_keys} keys")
+        rows = max(position_bT.shape[0], self.query_BT.shape[0])
+        query_BT = jnp.broadcast_to(jnp.asarray(self.query_BT), (rows, self.query_BT.shape[1]))
+        position_BT = jnp.broadcast_to(position_bT, (rows, position_bT.shape[1]))
+        query_BT = jnp.take_along_axis(query_BT, position_BT, axis=1)
+        return jnp.asarray(self.key_BS)[:, None, :] <= query_BT[:, :, None]
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +217,10 @@ class TwoStream(Mask):
         noised = ~clean_query & ~clean_key & (block_of_key == block_of_query)
         before = ~clean_query & clean_key & (block_of_key < block_of_query)
         return noised | before | (clean_query & clean_key & (block_of_key <= block_of_query))
+
+    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
+        """Raises ValueError, because each half of a row is one text."""
+        raise ValueError("the mask TwoStream needs rows that hold one text twice; train with one text a row")
 
 
 @jax.tree_util.register_dataclass

@@ -115,3 +115,69 @@ class Segments(Mask):
         return Segments(jnp.take_along_axis(query_BT, position_BT, axis=1), self.key_BS).dense(
             position_bT.shape[1], num_keys
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed(Mask):
+    """A token attends only to its own text, in rows of several texts. Drawn with texts of 2 and 1 of 4 tokens:
+
+    ::
+
+        ##..
+        ##..
+        ..#.
+        ...#
+
+    The texts lie one after the other from the start of the row, and padding follows the last one; it attends only to
+    padding. In contrast to `Segments`, an attention backend can see from the shapes how many texts a row has at most. A
+    model that is called with this mask counts the positions from the start of each text, see `positions`.
+
+    Attributes:
+      length_BM: int [B, M], the number of tokens of each text; 0 after the last text of a row.
+    """
+
+    length_BM: Int[Array, "B M"]
+
+    def slots(self, num_tokens: int) -> Int[jax.Array, "B T"]:
+        """Returns the index of the text of each token among the texts of its row, int32 [B, T]; M at padding."""
+        end_BM = jnp.cumsum(jnp.asarray(self.length_BM, jnp.int32), axis=1)
+        token_T1 = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+        return jnp.sum(end_BM[:, None, :] <= token_T1, axis=2, dtype=jnp.int32)
+
+    def spread(self, value_BM: Array, padding_B1: Array, num_tokens: int) -> jax.Array:
+        """Returns for each token the value of its text, and for padding the value of `padding_B1`: [B, T]."""
+        values = jnp.concatenate([jnp.asarray(value_BM), jnp.broadcast_to(padding_B1, (value_BM.shape[0], 1))], axis=1)
+        return jnp.take_along_axis(values, self.slots(num_tokens), axis=1)
+
+    def positions(self, num_tokens: int) -> Int[jax.Array, "B T"]:
+        """Returns the position of each token in its text, from 0, int32 [B, T]; padding is counted in the same way."""
+        end_BM = jnp.cumsum(jnp.asarray(self.length_BM, jnp.int32), axis=1)
+        start_BT = self.spread(end_BM - jnp.asarray(self.length_BM, jnp.int32), end_BM[:, -1:], num_tokens)
+        return jnp.arange(num_tokens, dtype=jnp.int32) - start_BT
+
+    def starts(self, num_tokens: int) -> Bool[jax.Array, "B T"]:
+        """Returns bool [B, T], true at the first token of each text and at the first position of padding."""
+        return self.positions(num_tokens) == 0
+
+    def valid(self, num_tokens: int) -> Bool[jax.Array, "B T"]:
+        """Returns bool [B, T], true at tokens of texts, false at padding."""
+        return self.slots(num_tokens) < self.length_BM.shape[1]
+
+    def segments(self, num_tokens: int) -> Segments:
+        """Returns the same mask with an id for each token; in each row the ids ascend, and padding has the largest."""
+        slot_BT = self.slots(num_tokens)
+        return Segments(slot_BT, slot_BT)
+
+    def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
+        """Returns bool [B, T, S], true within a text. Raises ValueError if queries and keys are not the same tokens."""
+        if num_queries != num_keys:
+            raise ValueError(
+                f"rows of several texts got {num_queries} queries and {num_keys} keys; if they are not the same tokens, "
+                "give the positions of the queries with `at`"
+            )
+        return self.segments(num_keys).dense(num_queries, num_keys)
+
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """Returns bool [B, T, S] for the queries with these indices, true where query and key are of the same text."""
+        return self.segments(num_keys).allowed(position_bT, num_keys)

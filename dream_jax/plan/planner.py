@@ -18,7 +18,7 @@ import numpy as np
 
 from dream_jax import sharding
 from dream_jax.chips import CHIPS, chip_of
-from dream_jax.data import TokenizedRows, TokenRow, length_report, longest_row
+from dream_jax.data import TokenizedRows, TokenRow, length_report, longest_row, make_batches
 from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
@@ -299,6 +299,8 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     tokenizer = open_tokenizer(settings, model)
     rows = TokenizedRows(source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
+    if settings.batches.pack:
+        return _packed_rows(settings, rows, max_length)
     report = length_report(rows, max_length)
     numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
     fitted = (rows.fit(rows.keep(number), max_length) for number in numbers.tolist())
@@ -310,6 +312,28 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
         rows=report.kept,
         mean_length=report.mean,
         epochs=settings.run.steps * settings.batches.batch_size / report.kept,
+    )
+
+
+def _packed_rows(settings: TrainSettings, rows: TokenizedRows, max_length: int) -> PlannedRows:
+    """Returns what `_rows` returns, for rows that hold several texts each."""
+    chosen = settings.batches
+    with make_batches(
+        rows,
+        batch_size=chosen.batch_size,
+        max_length=max_length,
+        seed=settings.run.seed,
+        options=chosen.options(),
+        num_threads=0,
+    ) as batches:
+        outlook, report = batches.outlook(settings.run.steps), batches.report
+    positions = chosen.batch_size * sum(int(width) * count for width, count in outlook.widths.items())
+    return PlannedRows(
+        max_length=max_length,
+        masked_share=outlook.supervised / positions / 2,
+        rows=report.kept,
+        mean_length=report.mean,
+        epochs=outlook.epochs,
     )
 
 

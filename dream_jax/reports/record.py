@@ -174,6 +174,7 @@ class _Outlook(msgspec.Struct):
     eos_share: float
     padding_share: float
     whole_share: float
+    texts_per_row: float = 1.0
 
 
 class _Data(msgspec.Struct):

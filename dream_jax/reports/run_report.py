@@ -96,6 +96,12 @@ def _data(record: Record) -> list[str]:
         ("tokens: shortest, mean, longest", f"{rows['shortest']}, {rows['mean']:.1f}, {rows['longest']}"),
         ("tokens a row, at most", rows["max_length"]),
         ("epochs", f"{batches['epochs']:.2f}"),
+        # Only rows of several texts have another number than 1; runs of earlier versions have none.
+        *(
+            (("texts in a row, on average", f"{batches['texts_per_row']:.2f}"),)
+            if batches.get("texts_per_row", 1) != 1
+            else ()
+        ),
         ("end-of-text among the supervised tokens", f"{batches['eos_share']:.1%}"),
         ("padding among all positions", f"{batches['padding_share']:.1%}"),
         ("answers whole in their batch", f"{batches['whole_share']:.1%}"),

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dream_jax import lora, masks, sharding
 from dream_jax.batch import Batch
+from dream_jax.data import MOST_TEXTS
 from dream_jax.inference import find_tokenizer
 from dream_jax.layer_forms import training_form
 from dream_jax.model import Dream, split_params
@@ -110,11 +111,14 @@ def with_shapes(settings: TrainSettings, built: Build, mesh: sharding.AnyMesh, m
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((settings.batches.batch_size, *shape), dtype, sharding=batch_sharding)
 
+    options = settings.batches.options()
     batch = Batch(
         tokens_BT=rows((max_length,), jnp.int32),
         maskable_BT=rows((max_length,), jnp.bool_),
         row_B=rows((), jnp.int32),
-        valid_BT=rows((max_length,), jnp.bool_) if settings.batches.options().hides else None,
+        valid_BT=rows((max_length,), jnp.bool_) if options.hides else None,
+        length_BM=rows((MOST_TEXTS,), jnp.int32) if options.pack else None,
+        text_BM=rows((MOST_TEXTS,), jnp.int32) if options.pack else None,
     )
     return AbstractStep(
         model=built.model,

@@ -395,7 +395,8 @@ def last_losses(folder: pathlib.Path, number: int = 10) -> list[float | None]:
 def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]]) -> pathlib.Path:
     """Writes this process's rows of the given batches (by step) to `skipped/step-N.npz`, and returns that folder.
 
-    A file has the arrays `tokens`, `maskable`, `row`, and `attention_mask` (`valid_BT` of `Batch`) if it is not None.
+    A file has the arrays `tokens`, `maskable`, `row`, and `attention_mask` (`valid_BT` of `Batch`), `text_lengths` and
+    `texts` (`length_BM` and `text_BM`), each if it is not None.
     """
     target = folder / "skipped"
     target.mkdir(exist_ok=True)
@@ -406,6 +407,8 @@ def save_batches(folder: pathlib.Path, batches: Mapping[int, Batch[np.ndarray]])
             arrays = {"tokens": batch.tokens_BT, "maskable": batch.maskable_BT, "row": batch.row_B}
             if batch.valid_BT is not None:
                 arrays["attention_mask"] = batch.valid_BT
+            if batch.length_BM is not None and batch.text_BM is not None:
+                arrays |= {"text_lengths": batch.length_BM, "texts": batch.text_BM}
             np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes an array for the flag `allow_pickle`
     return target
 

@@ -204,6 +204,9 @@ class BatchSettings:
     width_step: int | None = None
     """pad each batch to a multiple of this number of tokens instead of --max-length, and put rows of similar length in
     the same batch; the step is compiled once for each width"""
+    pack: bool = False
+    """put several texts into each row, each with the tail that --eos-tail allows; every text is learned as in a row of its
+    own. --batch-size then counts rows of --max-length tokens with several texts each"""
 
     def __post_init__(self) -> None:
         check_numbers(self, batch_size=IntegerRange(1, MOST_ROWS), accumulation=IntegerRange(1, MOST_ROWS))
@@ -216,6 +219,7 @@ class BatchSettings:
             cut_responses=self.cut_responses,
             tail_cut=self.tail_cut,
             width_step=self.width_step,
+            pack=self.pack,
         )
 
 

@@ -119,7 +119,7 @@ def take_steps(
             now = time.monotonic()
             positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
-            mfu = flop_counter(width).mfu(positions, row["num_masked"], now - clock, run.mesh)
+            mfu = flop_counter(width).mfu(positions, row["num_masked"], now - clock, run.mesh, _span(batch))
             clock = now
             if log:
                 log.write(number, row)
@@ -161,6 +161,13 @@ def take_steps(
                 )
     checkpoints.wait()
     return state, score
+
+
+def _span(batch: Batch[np.ndarray]) -> float | None:
+    """Returns the mean number of tokens to which a token attends, over the rows of this process; None without packing."""
+    if batch.length_BM is None:
+        return None
+    return float(np.sum(np.square(batch.length_BM.astype(np.float64))) / batch.tokens_BT.size)
 
 
 def _is_best(score: GridScore, checkpoints: RunCheckpoints) -> bool:
