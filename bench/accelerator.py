@@ -184,8 +184,6 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        # jax gives a program 75 % of the memory by default, which is too little for several of the stages.
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "TF_CPP_MIN_LOG_LEVEL": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -196,6 +194,7 @@ def run_one(stage: Stage, out: pathlib.Path) -> int:
     """Runs a stage in this process and returns its exit status."""
     try:
         module = importlib.import_module(f"stages.{stage.module}")
+        importlib.import_module("dream_jax.device_memory").take_memory()
         wait_for_turn()
         module.run(stage.options, StageResult(result_path(out, stage.name)))
     except NotAvailable as reason:

@@ -24,7 +24,7 @@ _NOT_SCOPES = re.compile(
 _CALL = re.compile(r"^(jit|pjit|jvp|transpose|vmap|custom_vjp_call|remat|checkpoint)\((.*)\)$")
 
 
-class Event(NamedTuple):
+class KernelEvent(NamedTuple):
     """A kernel, or a copy of memory, that ran on a device.
 
     Attributes:
@@ -71,7 +71,7 @@ def summary(folder: pathlib.Path, text: str, *, runs: int = 1, most: int = 30) -
     }
 
 
-def events(folder: pathlib.Path) -> Iterator[Event]:
+def events(folder: pathlib.Path) -> Iterator[KernelEvent]:
     """Yields the events of the newest profile in a folder: those on the streams of GPUs, or else those of XLA on CPUs.
 
     Raises:
@@ -91,7 +91,9 @@ def events(folder: pathlib.Path) -> Iterator[Event]:
                 stats = {str(name): value for name, value in event.stats if name is not None}
                 operation = stats.get("hlo_op")
                 if gpus or operation is not None:
-                    yield Event(event.name, None if operation is None else str(operation), event.duration_ns / 1e6)
+                    yield KernelEvent(
+                        event.name, None if operation is None else str(operation), event.duration_ns / 1e6
+                    )
 
 
 def scopes_of(text: str) -> Mapping[str, str]:
@@ -119,13 +121,15 @@ def scope(op_name: str) -> str:
             # The argument of jit(...) is the name of a function, that of the others is a scope or another call.
             part = "" if call[1] in ("jit", "pjit") else call[2]
         recomputed |= part == "rematted_computation"
-        if part and not _NOT_SCOPES.match(part) and (not names or names[-1] != part):
+        # jnp.einsum makes a scope of its subscripts, such as "BD,DV->BV".
+        is_scope = part and "->" not in part and not _NOT_SCOPES.match(part)
+        if is_scope and (not names or names[-1] != part):
             names.append(part)
     words = "/".join(names) or "(no scope)"
     return words + (", recomputed" if recomputed else ", backward" if backward else "")
 
 
-def scope_of_event(event: Event, scopes: Mapping[str, str]) -> str:
+def scope_of_event(event: KernelEvent, scopes: Mapping[str, str]) -> str:
     """Returns the scope of an event; "?" if its operation is not in the program."""
     names = [event.kernel] if event.operation is None else [event.operation, event.kernel]
     return next((scopes[name] for name in names if name in scopes), "?")

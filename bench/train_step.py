@@ -43,7 +43,7 @@ from dream_jax.chips import chip_of
 from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
 from dream_jax.flops import FlopCounter
-from dream_jax.model import Dream, abstract_model, parameter_count, split_params
+from dream_jax.model import Dream, LayerForm, abstract_model, parameter_count, split_params
 from dream_jax.optimizer import Moments, OptimizerConfig, OptimizerKind
 from dream_jax.remat import Remat
 from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
@@ -62,6 +62,7 @@ class TrainStepBenchSettings:
     accumulation: int = 1
     mesh: str = "1x1"
     remat: Remat = "full"
+    layer_form: LayerForm = "stacked"
     attention: Backend = "auto"
     compute_dtype: str = "bfloat16"
     optimizer: OptimizerKind = "adamw"
@@ -95,24 +96,21 @@ PRESETS: Mapping[str, TrainStepBenchSettings] = {
 
 def make_model(settings: TrainStepBenchSettings) -> Dream:
     """Returns a model with random weights; with an adapter, the base is stored in `base_dtype`."""
-    mesh = sharding.make_mesh(settings.mesh)
-    model = random_weights.filled(abstract_base(settings), mesh)
-    if settings.lora_rank:
-        lora_config = lora.LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank)
-        with jax.set_mesh(mesh):
-            model = lora.attach(model, lora_config, jax.random.key(0))
-    return model
+    return random_weights.filled(abstract_model_of(settings), sharding.make_mesh(settings.mesh))
 
 
-def abstract_base(settings: TrainStepBenchSettings) -> Dream:
-    """Returns the model of shapes, without an adapter."""
-    return abstract_model(
+def abstract_model_of(settings: TrainStepBenchSettings) -> Dream:
+    """Returns the model of shapes, with its adapter if it has one."""
+    model = abstract_model(
         settings.config(),
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
         param_dtype=settings.base_dtype if settings.lora_rank else "float32",
         attention_backend=settings.attention,
     )
+    if not settings.lora_rank:
+        return model
+    return lora.attached_shapes(model, lora.LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank))
 
 
 def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
@@ -136,7 +134,7 @@ def optimizer_of(settings: TrainStepBenchSettings) -> OptimizerConfig:
 def make_step(settings: TrainStepBenchSettings, model: Dream, mesh: jax.sharding.Mesh) -> TrainStep:
     """Returns the training step for a model of arrays or shapes."""
     optimizer = optimizer_of(settings)
-    config = StepConfig(global_batch=settings.batch, accumulation=settings.accumulation)
+    config = StepConfig(global_batch=settings.batch, accumulation=settings.accumulation, layers=settings.layer_form)
     return make_train_step(split_params(model)[0], optimizer.make(), optimizer.schedule(), config, mesh)
 
 
@@ -250,7 +248,12 @@ def main() -> None:
     parser.add_argument("--trace", type=pathlib.Path, help="folder for a profile of one step")
     parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS / "train_step.json")
     for field in dataclasses.fields(TrainStepBenchSettings):
-        choices = {"remat": get_args(Remat), "attention": get_args(Backend), "moments": get_args(Moments)}
+        choices = {
+            "remat": get_args(Remat),
+            "layer_form": get_args(LayerForm),
+            "attention": get_args(Backend),
+            "moments": get_args(Moments),
+        }
         flag = "--" + field.name.replace("_", "-")
         if field.type == "bool":
             parser.add_argument(flag, action="store_true", default=None)

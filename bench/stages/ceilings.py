@@ -5,7 +5,6 @@ The other stages divide their times by these numbers, because they are of the sa
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import report
 
+from dream_jax.device_memory import share_in_force
 from stages.results import StageResult, require_accelerator
 
 
@@ -33,7 +33,7 @@ def run(options: Mapping[str, Any], result: StageResult) -> None:
         platform=device.platform,
         runtime=str(getattr(device.client, "platform_version", "")).replace("\n", " "),
         memory_for_programs_gib=stats["bytes_limit"] / 2**30 if "bytes_limit" in stats else None,
-        memory_fraction=os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        memory_share=share_in_force().share,
         versions=report.versions(["jax", "jaxlib", "flax", "optax", "numpy"]),
     )
     size, seconds = int(options["size"]), float(options["seconds"])

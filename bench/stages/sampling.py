@@ -5,6 +5,7 @@ The weights are random, so no rule by confidence would write several tokens in a
 
 from __future__ import annotations
 
+import math
 import pathlib
 import tempfile
 import time
@@ -18,7 +19,7 @@ import random_weights
 import sampler_modes
 
 import dream_jax
-from dream_jax import lora, sharding
+from dream_jax import layer_forms, lora, sharding
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.quantisation import KINDS
@@ -41,10 +42,8 @@ def run(options: Mapping[str, Any], result: StageResult) -> None:
     config = PRESETS[options["model"]]
     result.doing("making the weights")
     model = make_model(options)
-    weights = split_params(model)[1]
-    # The embedding table is read at a few rows only, unless it is also the output projection.
-    read = nbytes(weights) - (0 if config.tie_word_embeddings else nbytes(weights["embed"]))
-    result.write(weights_gib=nbytes(weights) / GIB, read_a_pass_gib=read / GIB)
+    read = read_a_pass(model)
+    result.write(weights_gib=nbytes(split_params(model)[1]) / GIB, read_a_pass_gib=read / GIB)
     ceilings = neighbour(result.path, "ceilings")
     for row in options["rows"]:
         result.doing(f"{name_of(row)}: compiling and a first run")
@@ -64,10 +63,18 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 
 def abstract(options: Mapping[str, Any]) -> Dream:
-    """Returns the model of shapes that a stage samples from."""
-    model = abstract_model(PRESETS[options["model"]], param_dtype=options.get("dtype", "bfloat16"))
+    """Returns the model of shapes that a stage samples from, in the form that `sample.py` gives it."""
+    form = options.get("layers", "stacked")
+    model = abstract_model(PRESETS[options["model"]], param_dtype=options.get("dtype", "bfloat16"), layers=form)
     base = options.get("base", "float")
-    return lora.with_base_shapes(model, base) if base in KINDS else model
+    if base in KINDS:
+        model = lora.with_base_shapes(model, base)
+    return jax.eval_shape(_joined, model) if form == "apart" else model
+
+
+def _joined(model: Dream) -> Dream:
+    layer_forms.join(model)
+    return model
 
 
 def make_model(options: Mapping[str, Any]) -> Dream:
@@ -76,8 +83,15 @@ def make_model(options: Mapping[str, Any]) -> Dream:
 
 
 def nbytes(params: Any) -> int:
-    """Returns the bytes of the arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    """Returns the bytes of the arrays, or shapes, of a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def read_a_pass(model: Dream) -> int:
+    """Returns the bytes of the weights that every pass reads."""
+    params = split_params(model)[1]
+    # Of the embedding table only a few rows are read, unless it is also the output projection.
+    return nbytes(params) - (0 if model.config.tie_word_embeddings else nbytes(params["embed"]))
 
 
 def sampler_config(options: Mapping[str, Any], row: Mapping[str, Any]) -> SamplerConfig:
@@ -142,13 +156,14 @@ def least_ms(
     options: Mapping[str, Any],
     row: Mapping[str, Any],
     sampler: SamplerConfig,
-    out: dream_jax.Sample,
+    out: Any,
     read: int,
     ceilings: Mapping[str, Any],
 ) -> float | None:
     """Returns the least milliseconds a pass by the ceilings that were measured before; None if they were not.
 
-    A full pass is bound by its arithmetic. A window pass is bound by its arithmetic or by reading the weights.
+    A full pass is bound by its arithmetic. A window pass is bound by its arithmetic or by reading the weights, `read`
+    bytes. `out` has `commit_step` and `passes`, as a `dream_jax.Sample`.
     """
     if "product_tflops" not in ceilings or "read_bandwidth_tb_per_s" not in ceilings:
         return None

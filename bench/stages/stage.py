@@ -6,7 +6,7 @@ A stage is one process. To measure another setting, add a row here; `small` deri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -43,6 +43,8 @@ _STEP: Mapping[str, Any] = {
     "warmup": 2,
     "steps": 4,
 }
+# The policy that `--remat auto` takes for this step on an H200, see docs/memory.md.
+AUTO = "products"
 _ATTENTION = {"batch": 4, "queries": 2048, "keys": 2048, "heads": 28, "kv_heads": 4, "head_dim": 128}
 
 
@@ -60,8 +62,10 @@ def _sampling(name: str, rows: list[dict[str, Any]], limit_s: float, **changes: 
     return Stage(name=name, module="sampling", options={**_SAMPLER, **changes, "rows": rows}, limit_s=limit_s)
 
 
-def _training(name: str, limit_s: float = 75.0, profile: bool = False, **changes: Any) -> Stage:
-    options = {"settings": {**_STEP, **changes}, "profile": profile}
+def _training(
+    name: str, limit_s: float = 75.0, profile: bool = False, otherwise: Sequence[str] = (), **changes: Any
+) -> Stage:
+    options = {"settings": {**_STEP, **changes}, "profile": profile, "otherwise": otherwise}
     return Stage(name=name, module="training", options=options, limit_s=limit_s, needs_s=30.0)
 
 
@@ -79,11 +83,13 @@ STAGES: tuple[Stage, ...] = (
         needs_s=10.0,
     ),
     _sampling(
-        "sample-stacked",
-        [exact(1, 32), cached(1, 4)],
-        limit_s=60.0,
+        "sample-apart",
+        [exact(1, 64, profile=True), cached(1, 4, profile=True), cached(1, 1), cached(16, 4, repeats=1), exact(16, 8)],
+        limit_s=110.0,
+        layers="apart",
     ),
     _training("train-int8", profile=True),
+    _training("train-auto", profile=True, remat=AUTO, otherwise=("except-up", "except-mlp")),
     Stage(
         name="torch-sampler",
         module="pytorch",
@@ -93,6 +99,13 @@ STAGES: tuple[Stage, ...] = (
             "rows": [_torch_row("all rows", "all"), _torch_row("masked rows", "masked")],
         },
         limit_s=60.0,
+    ),
+    _sampling(
+        "sample-int8",
+        [cached(1, 1), cached(1, 4), exact(1, 32)],
+        limit_s=60.0,
+        layers="apart",
+        base="int8",
     ),
     _training("train-lora", lora_rank=32, moments="float32"),
     Stage(
@@ -109,6 +122,7 @@ STAGES: tuple[Stage, ...] = (
         needs_s=15.0,
     ),
     _training("train-float32", moments="float32"),
+    _sampling("sample-stacked", [exact(1, 32), cached(1, 4), cached(1, 1, repeats=1)], limit_s=60.0),
     _training("train-2048", batch=8, tokens=2048),
     _training("train-0.5b", limit_s=45.0, model="dream-0.5b", batch=16, tokens=2048, moments="float32"),
     Stage(

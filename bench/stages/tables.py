@@ -180,6 +180,11 @@ def shown(value: float, unit: str) -> str:
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
 
 
+def aim_header(found: Found) -> tuple[str, ...]:
+    """Returns the header for `aim_rows`. A plan is a bound, so it says what is possible and not what is reached."""
+    return ("aim", "wanted", *(("planned", "possible") if found.get("planned") else ("measured", "reached")))
+
+
 def aim_rows(found: Found) -> list[tuple[str, str, str, str]]:
     """Returns a row for each aim: its name, the aim, the figure or why there is none, and whether it was reached."""
     rows = []
@@ -302,6 +307,19 @@ def profile_tables(found: Found, most: int = 12) -> list[str]:
     return parts
 
 
+def scope_tables(found: Found, most: int = 10) -> list[str]:
+    """Returns, for a plan, a table of the bytes and of the largest named scopes of each program."""
+    rows = []
+    for stage, entry in found["stages"].items():
+        got = entry.get("values", {})
+        for one in [got, *got.get("rows", ())]:
+            if "scopes_ms" in one:
+                scopes = [f"{name} {ms:.2f}" for name, ms in list(one["scopes_ms"].items())[:most]]
+                nbytes = one.get("gb_a_pass", one.get("gb_a_step"))
+                rows.append((stage, one.get("name", "one step"), f"{nbytes:.1f}", "; ".join(scopes)))
+    return [table(("stage", "program", "GB moved", "ms by named scope"), rows)] if rows else []
+
+
 def markdown(found: Found) -> str:
     """Returns the report."""
     ceilings = values(found, "ceilings")
@@ -331,9 +349,7 @@ def markdown(found: Found) -> str:
         )
     ]
     parts.append(f"Ceilings: {', '.join(lines)}.")
-    parts.append(
-        "## Aims\n\n" + table(("aim", "wanted", "planned" if planned else "measured", "reached"), aim_rows(found))
-    )
+    parts.append("## Aims\n\n" + table(aim_header(found), aim_rows(found)))
     sections: list[tuple[str, Sequence[str], Iterable[Sequence[str]]]] = [
         ("Training step", ("stage", "s a step", "tokens/s", "MFU", "peak GiB", "compiled, s"), train_rows(found)),
         (
@@ -352,7 +368,7 @@ def markdown(found: Found) -> str:
         rows = list(rows)
         if rows:
             parts.append(f"## {title}\n\n{table(header, rows)}")
-    profiles = profile_tables(found)
+    profiles = profile_tables(found) + scope_tables(found)
     if profiles:
         parts.append("## Where the time goes")
         parts += profiles

@@ -229,11 +229,25 @@ def _read(computations: _Computations, name: str, unknown: float) -> float:
         elif instruction.opcode in ("call", "async-start"):
             total += sum(_read(computations, part, unknown) for part in parts)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith(("-done", "-update")):
-            fused = computations[parts[0]] if instruction.opcode == "fusion" else None
-            for number, operand in enumerate(instruction.operands):
-                whole = _main_memory(computation[operand].shape) if operand in computation else 0.0
-                used = _sliced(instruction, number) if fused is None else _sliced_in(fused, number)
-                total += whole if used is None else min(whole, used)
+            total += operand_bytes(computations, computation, instruction)
+    return total
+
+
+def operand_bytes(
+    computations: Mapping[str, Mapping[str, Instruction]],
+    computation: Mapping[str, Instruction],
+    instruction: Instruction,
+) -> float:
+    """Returns the bytes that one instruction reads from the main memory; `computation` is the one that contains it.
+
+    It must be an instruction that computes something itself, and no loop, conditional or call.
+    """
+    total = 0.0
+    fused = computations[instruction.called[0]] if instruction.opcode == "fusion" else None
+    for number, operand in enumerate(instruction.operands):
+        whole = _main_memory(computation[operand].shape) if operand in computation else 0.0
+        used = _sliced(instruction, number) if fused is None else _sliced_in(fused, number)
+        total += whole if used is None else min(whole, used)
     return total
 
 

@@ -1,0 +1,216 @@
+"""Writes the table of bench/accelerator.py without an accelerator, from programs that are compiled for an H200.
+
+Every program is that of the stage of the same name. Its time is that of `program_cost`: each kernel at the ceiling of its
+arithmetic or of the memory. So a plan is a lower bound of what can be measured. It shows what the compiled program costs
+beside its arithmetic: copies, casts, and whatever else is written to memory and read again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import program_cost
+import report
+import sampler_modes
+import train_step
+
+from dream_jax import lora, sharding
+from dream_jax.batch import Batch
+from dream_jax.chips import chip_of
+from dream_jax.flops import FlopCounter
+from dream_jax.model import Dream, merge_params, split_params
+from dream_jax.objective import chunk_rows
+from dream_jax.plan.hardware import find_hardware
+from dream_jax.sampler import NoCache
+from dream_jax.train_step import abstract_state
+from stages import sampling, tables
+from stages.results import read_json, write_json
+from stages.stage import STAGES
+
+TOPOLOGY = "h200:1"
+RESULTS = report.RESULTS / "accelerator_planned.json"
+
+# Measured on one H200 (bench/results/h200.json). The rate of float8 products was not: it is twice that of bfloat16, as in
+# the data sheet.
+CEILINGS = program_cost.DeviceCeilings(product=784e12, float8=2 * 784e12, bandwidth=3.3e12)
+GIB = 2**30
+
+
+def main(only: Sequence[str] | None) -> int:
+    """Compiles the programs of the stages, writes the results after each, and prints the table; returns the exit status.
+
+    Args:
+      only: names of stages; None for all. The result file keeps what it says of the others.
+    """
+    hardware = find_hardware(TOPOLOGY)
+    if hardware.devices is None:
+        print(f"{TOPOLOGY}: {hardware.missing}")
+        return 1
+    mesh = hardware.mesh("1x1")
+    assert isinstance(mesh, jax.sharding.Mesh), "the topology has devices to compile for"
+    found = read_json(RESULTS) or {"stages": {}}
+    for stage in STAGES:
+        if stage.module not in PLANS or (only is not None and stage.name not in only):
+            continue
+        values = PLANS[stage.module](stage.options, mesh)
+        found["stages"][stage.name] = {"status": "planned", "values": values}
+        # The order is that of the table of stages, also if only some are planned again.
+        found["stages"] = {one.name: found["stages"][one.name] for one in STAGES if one.name in found["stages"]}
+        found |= {"date": report.now(), "commit": report.commit(), "hardware": report.hardware(), "planned": True}
+        write_json(RESULTS, found)
+        print(f"{stage.name}: planned", flush=True)
+    print(f"\n{tables.markdown(found)}\nwrote {RESULTS.name}")
+    return 0
+
+
+def with_shardings(model: Dream, mesh: jax.sharding.Mesh) -> Dream:
+    """Returns a model of shapes with their shardings over the mesh."""
+    graphdef, params = split_params(model)
+    shapes = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        params,
+        sharding.parameter_shardings(params, mesh),
+    )
+    return merge_params(graphdef, shapes)
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+
+def ceilings(options: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns the ceilings that the plans use."""
+    return {
+        "device": f"1 x {mesh.devices.flat[0].device_kind}, not present",
+        "product_tflops": CEILINGS.product / 1e12,
+        "float8_product_tflops": CEILINGS.float8 / 1e12,
+        "bandwidth_tb_per_s": CEILINGS.bandwidth / 1e12,
+        "read_bandwidth_tb_per_s": CEILINGS.bandwidth / 1e12,
+        "versions": report.versions(["jax", "jaxlib", "flax", "optax", "numpy"]),
+    }
+
+
+def sampler(options: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns the planned times of the rows of a sampler stage."""
+    model = with_shardings(sampling.abstract(options), mesh)
+    return {"rows": [_sampler_row(model, options, row, mesh) for row in options["rows"]]}
+
+
+def _sampler_row(
+    model: Dream, options: Mapping[str, Any], row: Mapping[str, Any], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    config, batch = sampling.sampler_config(options, row), row["batch"]
+    everywhere = sharding.replicated(mesh)
+    lowered = sampler_modes.lower(model, config, batch=batch, prompt=options["prompt"], array_sharding=everywhere)
+    compiled = lowered.compile()
+    region = program_cost.region_of(compiled.as_text(), CEILINGS)
+    new, block = options["new"], options["block"]
+    is_exact = isinstance(config.cache, NoCache)
+    passes = row["passes"] if is_exact else math.ceil(new / block) * math.ceil(block / row["tokens_a_pass"])
+    refreshes = 0 if is_exact else math.ceil(new / block)
+    (loop,) = [part for part in region.parts if part.is_loop]
+    heads = _head_chunks(model, batch, new if is_exact else block, passes // max(1, refreshes))
+    # The pass over all tokens (of one row at a time in a loop, or of all rows) and the pass over a window, in this order.
+    passes_of = sorted(
+        (part for part in loop.region.parts if part.trips is None and not _is_head(part)),
+        key=lambda part: -part.region.total().flops,
+    )
+    runs = {id(part): (passes - refreshes) / passes for part in passes_of}
+    if passes_of:
+        runs[id(passes_of[0])] = refreshes * (batch if passes_of[0].is_loop else 1) / passes
+    cost = loop.region.total(lambda part: heads if _is_head(part) else runs.get(id(part), 1.0))
+    memory = compiled.memory_analysis()
+    least = _least_ms(model, options, config, row, passes, refreshes)
+    tokens = batch * (1 if is_exact else new / passes)
+    return {
+        "name": sampling.name_of(row),
+        **row,
+        "passes_a_row": passes,
+        "ms_a_pass": 1e3 * cost.seconds,
+        "tokens_per_s": tokens / cost.seconds,
+        "least_ms_a_pass": least,
+        "gb_a_pass": cost.nbytes / 1e9,
+        "tflop_a_pass": cost.flops / 1e12,
+        "scopes_ms": _milliseconds(cost),
+        "allocator_peak_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
+    }
+
+
+def _is_head(part: program_cost.ProgramPart) -> bool:
+    """Returns whether a part is the loop over chunks of positions whose logits are computed."""
+    return "/propose/" in part.op_name
+
+
+class _Steps(NamedTuple):
+    """When each token is written, and the passes of each row, as in a `dream_jax.Sample`."""
+
+    commit_step: np.ndarray
+    passes: np.ndarray
+
+
+def _head_chunks(model: Dream, batch: int, positions: int, passes: int) -> float:
+    """Returns the mean number of chunks of the head in a pass, if `passes` passes write `positions` masks evenly."""
+    # As in sampler.propose: a quarter of the positions, at least 64 rows, at most 2^26 logits.
+    chunk = max(positions // 4, -(-64 // batch))
+    chunk = max(1, min(positions, chunk, 2**26 // (batch * model.config.vocab_size)))
+    masked = positions * (1 - np.arange(passes) / passes)
+    return float(np.mean(np.ceil(masked / chunk)))
+
+
+def _least_ms(
+    model: Dream, options: Mapping[str, Any], config: Any, row: Mapping[str, Any], passes: int, refreshes: int
+) -> float:
+    """Returns the least milliseconds a pass, by arithmetic and by reading the weights once, whatever was compiled."""
+    new = options["new"]
+    of_row = np.minimum(np.arange(new) * passes // new, passes - 1)
+    out = _Steps(
+        commit_step=np.broadcast_to(np.pad(of_row, (options["prompt"], 0)), (row["batch"], options["prompt"] + new)),
+        passes=np.full(row["batch"], passes),
+    )
+    read = sampling.read_a_pass(model)
+    known = {"product_tflops": CEILINGS.product / 1e12, "read_bandwidth_tb_per_s": CEILINGS.bandwidth / 1e12}
+    found = sampling.least_ms(model.config, options, row, config, out, read, known)
+    assert found is not None
+    return found
+
+
+def training(options: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns the planned time of a training step."""
+    settings = train_step.TrainStepBenchSettings(**options["settings"])
+    model = with_shardings(train_step.abstract_model_of(settings), mesh)
+    params = split_params(model)[1]
+    trained, frozen = lora.split(params) if settings.lora_rank else (params, {})
+    state = abstract_state(trained, train_step.optimizer_of(settings).make(), mesh)
+    where = sharding.batch_sharding(mesh)
+    batch: Batch[Any] = jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=where), train_step.rows(settings)
+    )
+    compiled = train_step.make_step(settings, model, mesh).lower(state, batch, frozen).compile()
+    region = program_cost.region_of(compiled.as_text(), CEILINGS)
+    tokens = settings.batch * settings.tokens
+    # Half of the positions are masked in the mean, and the loop over chunks of the loss ends after them.
+    chunks = math.ceil(tokens / 2 / chunk_rows(tokens, model.config.vocab_size, "gpu"))
+    cost = region.total(lambda part: float(chunks) if part.is_loop else 1.0)
+    memory = compiled.memory_analysis()
+    total = FlopCounter(model, settings.tokens).step(tokens, tokens / 2)
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    assert chip is not None
+    return {
+        "seconds": report.summarize([cost.seconds]),
+        "tokens_per_second": tokens / cost.seconds,
+        "mfu": total / cost.seconds / chip.peak_flops,
+        "allocator_peak_gib": [memory.peak_memory_in_bytes / GIB],
+        "tflop_with_recomputation": cost.flops / 1e12,
+        "gb_a_step": cost.nbytes / 1e9,
+        "scopes_ms": _milliseconds(cost),
+    }
+
+
+def _milliseconds(cost: program_cost.KernelCost) -> dict[str, float]:
+    return {name: 1e3 * seconds for name, seconds in cost.scopes.most_common(20)}
+
+
+PLANS = {"ceilings": ceilings, "sampling": sampler, "training": training}
