@@ -246,9 +246,11 @@ def main() -> int:
     console = Console(markup=False, emoji=False)
     settings = tyro.cli(StudySettings, description=__doc__)
     try:
+        from dream_jax.device_memory import take_memory
         from dream_jax.tokenizer import check_texts
 
         check_texts(sys.argv[1:])
+        take_memory()
         study(settings, console) if settings.inspect is None else look(settings, console)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to resume", file=sys.stderr)

@@ -89,7 +89,8 @@ def memory_of_device(devices: Sequence[jax.Device]) -> int | None:
 def _available_here(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     """Returns the bytes of memory that this machine has available; None if the system does not say it as Linux does.
 
-    If the process is in a container with a limit, it is at most what the limit leaves.
+    If the process is in a container with a limit, it is at most what the limit leaves. Files that the system keeps in
+    memory and has not used lately count as available.
     """
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -98,10 +99,15 @@ def _available_here(root: pathlib.Path = pathlib.Path("/")) -> int | None:
         return None
     group = root / "sys/fs/cgroup"
     try:
-        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        limit, used, parts = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
     except OSError:
         return available
-    return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
+    if limit.strip() == "max":
+        return available
+    cached = next((int(line.split()[1]) for line in parts.splitlines() if line.startswith("inactive_file ")), 0)
+    return min(available, max(0, int(limit) - int(used) + cached))
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

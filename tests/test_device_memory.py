@@ -102,7 +102,8 @@ def test_memory_of_this_machine(tmp_path):
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
     (group / "memory.current").write_text("1024\n")
-    for limit, left in (("max", 4096 * 1024), ("2048", 1024), ("512", 0)):
+    (group / "memory.stat").write_text("anon 900\ninactive_file 100\n")
+    for limit, left in (("max", 4096 * 1024), ("2048", 1124), ("512", 0)):
         (group / "memory.max").write_text(f"{limit}\n")
         assert device_memory._available_here(tmp_path) == left
     assert device_memory._available_here(tmp_path / "elsewhere") is None

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
-from dream_jax import sharding
+from dream_jax import pretrained, sharding
 from dream_jax.attention import target_platform
 from dream_jax.chips import CHIPS
 from dream_jax.config import PRESETS, DreamConfig
@@ -19,6 +19,7 @@ from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.plan import PlanSettings, make_plan
 from dream_jax.remat import KEPT, Remat, RematSetting
 from dream_jax.step_memory import kept_bytes, recomputed_attention, recomputed_products
+from dream_jax.train_step import init_state, put_batch
 from dream_jax.trainer import TrainSettings, remat_choice
 from dream_jax.trainer.build import abstract_step, step_shape
 from dream_jax.trainer.folder import begun_remat
@@ -215,10 +216,10 @@ def test_a_resumed_run_reads_the_policy_of_its_beginning(tmp_path, older):
 @pytest.mark.slow
 def test_a_run_on_an_accelerator_compiles_the_chosen_step_once(tmp_path, monkeypatch):
     """The size of the compiled step decides, and the run does not compile the same step again."""
-    settings, mesh = TrainSettings.flat(out=tmp_path / "run", **RUN), sharding.make_mesh("1x1")
+    settings, mesh = TrainSettings.flat(out=tmp_path / "run", layers="stacked", **RUN), sharding.make_mesh("1x1")
     monkeypatch.setattr(remat_choice, "memory_of_device", lambda devices: 64 * GIB)
     monkeypatch.setattr(remat_choice.sharding, "platform_of", lambda mesh: "gpu")
-    tried = []
+    tried, compilations = [], []
     size = remat_choice.peak_bytes
 
     def peak(compiled):
@@ -227,5 +228,15 @@ def test_a_run_on_an_accelerator_compiles_the_chosen_step_once(tmp_path, monkeyp
 
     monkeypatch.setattr(remat_choice, "peak_bytes", peak)
     run = prepare(settings, mesh)
+    monkeypatch.undo()
     assert len(tried) == 2 and run.model.remat not in ("none", "full")
-    assert "as compiled" in run.remat.reason
+    assert run.remat is not None and "as compiled" in run.remat.reason
+    params = split_params(pretrained.load("nano", mesh=mesh, layers="stacked"))[1]
+    state = init_state(params, run.optimizer, mesh)
+    with run.batches:
+        batch = put_batch(next(run.batches), mesh)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compilations.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    run.step(state, batch, {})
+    assert compilations == []

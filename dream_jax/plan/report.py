@@ -48,7 +48,7 @@ def _memory(plan: RunPlan) -> list[str]:
     ]
     lines = ["memory of a device, GiB", *(f"  {name:<30}{gib(size):>8}" for name, size in parts)]
     if memory.share is not None:
-        lines.append(f"  a program can have {memory.share}")
+        lines.append(f"  that is {memory.share}")
     lines.append(f"  working is {_source(memory)}; by arithmetic the parts are")
     arithmetic = [
         ("gradients", memory.gradients),

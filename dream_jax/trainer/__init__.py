@@ -11,6 +11,7 @@ replaced with `--overwrite`. A run that trains an adapter writes `adapter/`, and
 | `setting_groups`, `settings`, `recipes` | the settings of a run, and recipes: files with settings of whole runs |
 | `weights` | which weights are trained and which are frozen; reading and writing them |
 | `build` | the training step, which can be compiled without its devices |
+| `remat_choice` | what the backward pass keeps with `--remat auto` |
 | `prepared` | everything that is made and checked before a file is written |
 | `loop`, `steps`, `stop_signal` | the order of the work in a run, its steps, and stopping on SIGINT and SIGTERM |
 | `heldout`, `scoring`, `samples` | likelihood during the run, evaluation at its end, and answers for people to read |
