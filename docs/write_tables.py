@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+from stages import tables  # noqa: E402 - it is found in bench/
+
 FILES = ("README.md", "README.zh.md", "docs/index.md", "docs/benchmarks.md", "docs/sample.md")
 BLOCK = re.compile(r"(<!-- docs/write_tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -250,6 +253,25 @@ _SERVER_MISSING = (
     "Not measured yet: `python bench/server.py` writes the data, and `python docs/write_tables.py` this table.\n"
 )
 
+
+def planned_aims() -> str:
+    """The aims for one H200, and what the compiled programs allow."""
+    found = read("accelerator_planned")
+    return tables.table(tables.aim_header(found), tables.aim_rows(found))
+
+
+def planned_train_step() -> str:
+    """The least time of the training step, by the compiled program."""
+    # The last column is the time of compiling, which is of no interest here.
+    rows = [row[:-1] for row in tables.train_rows(read("accelerator_planned"))]
+    return tables.table(tables.TRAIN_HEADER[:-1], rows)
+
+
+def planned_sampler() -> str:
+    """The least time of the modes of the sampler, by the compiled programs."""
+    return tables.table(tables.SAMPLE_HEADER, tables.sample_rows(read("accelerator_planned")))
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "status": status,
     "status-zh": status_zh,
@@ -257,6 +279,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "h200-sampler": h200_sampler,
     "h200-layers-apart": h200_layers_apart,
     "h200-attention": h200_attention,
+    "planned-aims": planned_aims,
+    "planned-train-step": planned_train_step,
+    "planned-sampler": planned_sampler,
     "pytorch-cpu": pytorch_cpu,
     "sampler-quality": sampler_quality,
     "server-throughput": server_throughput,

@@ -192,7 +192,14 @@ def aim_rows(found: Found) -> list[tuple[str, str, str, str]]:
         value = aim.value(found)
         wanted = f"{'at most' if aim.at_most else 'at least'} {shown(aim.wanted, aim.unit)}"
         if value is None:
-            rows.append((aim.name, wanted, "; ".join(_why(found, stage) for stage in aim.stages) or "-", "-"))
+            rows.append(
+                (
+                    aim.name,
+                    wanted,
+                    "; ".join(_why(found, stage) for stage in aim.stages if not values(found, stage)),
+                    "-",
+                )
+            )
         else:
             reached = value <= aim.wanted if aim.at_most else value >= aim.wanted
             rows.append((aim.name, wanted, shown(value, aim.unit), "yes" if reached else "no"))
@@ -200,10 +207,16 @@ def aim_rows(found: Found) -> list[tuple[str, str, str, str]]:
 
 
 def _why(found: Found, stage: str) -> str:
+    if found.get("planned"):
+        return f"{stage} is not planned"
     entry = found["stages"].get(stage)
     if entry is None:
         return f"{stage} did not run"
     return f"{stage}: {entry['status']}" + (f" ({entry['reason'][:120]})" if entry.get("reason") else "")
+
+
+TRAIN_HEADER = ("stage", "s a step", "tokens/s", "MFU", "peak GiB", "compiled, s")
+SAMPLE_HEADER = ("stage", "mode", "ms a pass", "tokens/s", "least ms", "share of the roof", "peak GiB")
 
 
 def train_rows(found: Found) -> list[tuple[str, ...]]:
@@ -351,12 +364,8 @@ def markdown(found: Found) -> str:
     parts.append(f"Ceilings: {', '.join(lines)}.")
     parts.append("## Aims\n\n" + table(aim_header(found), aim_rows(found)))
     sections: list[tuple[str, Sequence[str], Iterable[Sequence[str]]]] = [
-        ("Training step", ("stage", "s a step", "tokens/s", "MFU", "peak GiB", "compiled, s"), train_rows(found)),
-        (
-            "Sampler",
-            ("stage", "mode", "ms a pass", "tokens/s", "least ms", "share of the roof", "peak GiB"),
-            sample_rows(found),
-        ),
+        ("Training step", TRAIN_HEADER, train_rows(found)),
+        ("Sampler", SAMPLE_HEADER, sample_rows(found)),
         ("PyTorch", ("work", "rows", "s", "ms a pass", "tokens/s", "peak GiB"), torch_rows(found)),
         (
             "Attention against float32",
