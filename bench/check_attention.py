@@ -65,6 +65,9 @@ class AttentionShape:
         # Each row packs four texts, whose borders differ from row to row.
         key_BS = np.minimum((keys + 3 * rows) * 4 // self.keys, 3).astype(np.int32)
         yield "segments", masks.Segments(key_BS[:, : self.queries], key_BS)
+        if self.queries == self.keys:  # the rows of packed training, whose lengths the kernels know
+            rows_BM = (key_BS[:, :, None] == np.arange(4)).sum(axis=1)
+            yield "packed texts", masks.Packed(rows_BM.astype(np.int32))
 
 
 def forward(backend: attention.Backend, structure: Any) -> Any:

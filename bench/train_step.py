@@ -49,16 +49,23 @@ from dream_jax.remat import Remat
 from dream_jax.train_step import StepConfig, TrainStep, init_state, make_train_step, put_batch
 
 GIB = 2**30
+# The number of texts for which a packed row has entries: dream_jax.data.MOST_TEXTS, whose module needs more libraries.
+MOST_TEXTS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStepBenchSettings:
-    """Settings of one measurement: the model, the batch, the mesh and the optimizer."""
+    """Settings of one measurement: the model, the batch, the mesh and the optimizer.
+
+    `texts` is the number of texts in each row, which attend within themselves only (`train.py --pack`); with 0 each row is
+    one text.
+    """
 
     model: str = "dream-7b"
     layers: int | None = None
     batch: int = 1
     tokens: int = 2048
+    texts: int = 0
     accumulation: int = 1
     mesh: str = "1x1"
     remat: Remat = "full"
@@ -116,8 +123,28 @@ def abstract_model_of(settings: TrainStepBenchSettings) -> Dream:
 def rows(settings: TrainStepBenchSettings) -> Batch[np.ndarray]:
     """Returns a batch of random tokens, in which every position may be masked."""
     shape = (settings.batch, settings.tokens)
-    tokens = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
-    return Batch(tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32))
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 256, shape).astype(np.int32)
+    one_text = Batch(
+        tokens_BT=tokens, maskable_BT=np.ones(shape, bool), row_B=np.arange(settings.batch, dtype=np.int32)
+    )
+    if not settings.texts:
+        return one_text
+    length_BM = np.zeros((settings.batch, MOST_TEXTS), np.int32)
+    text_BM = np.full((settings.batch, MOST_TEXTS), -1, np.int32)
+    for row in range(settings.batch):
+        # The borders are at random positions, which differ from row to row.
+        borders = np.sort(generator.choice(np.arange(1, settings.tokens), settings.texts - 1, replace=False))
+        length_BM[row, : settings.texts] = np.diff(np.concatenate([[0], borders, [settings.tokens]]))
+        text_BM[row, : settings.texts] = row * settings.texts + np.arange(settings.texts)
+    return dataclasses.replace(one_text, length_BM=length_BM, text_BM=text_BM)
+
+
+def span(batch: Batch[np.ndarray]) -> float | None:
+    """Returns the mean number of tokens to which a token attends; None if these are all tokens of its row."""
+    if batch.length_BM is None:
+        return None
+    return float(np.sum(np.square(batch.length_BM.astype(np.float64))) / batch.tokens_BT.size)
 
 
 def optimizer_of(settings: TrainStepBenchSettings) -> OptimizerConfig:
@@ -186,7 +213,7 @@ def measure(
             masked.append(float(metrics["num_masked"]))
     median = report.summarize(seconds)["median_s"]
     tokens = settings.batch * settings.tokens
-    total = flops.step(tokens, float(np.mean(masked)))
+    total = flops.step(tokens, float(np.mean(masked)), span(rows(settings)))
     chip = chip_of(jax.devices()[0].device_kind)
     result = {
         **numbers,

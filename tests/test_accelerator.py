@@ -171,6 +171,20 @@ def test_attention_check(bench, tmp_path):
     assert all("refusal" in row for row in got.values["rows"] if row["backend"] != "xla")
 
 
+def test_packed_rows_of_the_training_stage(bench):
+    import train_step
+
+    from dream_jax.data import MOST_TEXTS
+
+    assert train_step.MOST_TEXTS == MOST_TEXTS
+    settings = train_step.TrainStepBenchSettings(model="nano", batch=2, tokens=16, texts=3)
+    batch = train_step.rows(settings)
+    np.testing.assert_array_equal(batch.length_BM.sum(axis=1), [16, 16])
+    assert np.count_nonzero(batch.length_BM) == 6
+    assert sorted(batch.text_BM[batch.text_BM >= 0]) == list(range(6))
+    assert 16 / 3 < train_step.span(batch) < 16
+
+
 def test_wrong_attention_fails_the_stage(bench, tmp_path, monkeypatch):
     import check_attention
     from stages import attention_check

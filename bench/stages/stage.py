@@ -121,6 +121,7 @@ STAGES: tuple[Stage, ...] = (
         limit_s=45.0,
         needs_s=15.0,
     ),
+    _training("train-packed", texts=8),
     _training("train-float32", moments="float32"),
     _sampling("sample-stacked", [exact(1, 32), cached(1, 4), cached(1, 1, repeats=1)], limit_s=60.0),
     _training("train-2048", batch=8, tokens=2048),
