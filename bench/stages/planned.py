@@ -29,7 +29,7 @@ from dream_jax.sampler import NoCache
 from dream_jax.train_step import abstract_state
 from stages import sampling, tables
 from stages.results import read_json, write_json
-from stages.stage import STAGES
+from stages.stage import STAGES, Stage
 
 TOPOLOGY = "h200:1"
 RESULTS = report.RESULTS / "accelerator_planned.json"
