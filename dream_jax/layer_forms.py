@@ -7,7 +7,7 @@
 
 Both choices are independent of each other. `apart` and `stacked` convert the first, `join` and `separate` the second, for
 models; `layer_params` returns the canonical parameters of one layer from the parameters of any form, which is what
-writers of files need. An adapted or quantised projection is never joined.
+writers of files need. An adapted projection is never joined, and of quantised ones only those in int8 are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dream_jax.model import (
     split_params,
     split_qkv,
 )
+from dream_jax.quantisation import kind_of
 from dream_jax.shapes import ParamTree
 
 LayersChoice = Literal["auto", "stacked", "apart"]
@@ -126,8 +127,9 @@ def join(model: Dream) -> None:
     """Joins the projections q, k and v, and gate and up, of every layer of a model; it changes the model.
 
     The layers are converted one after the other, so that little more memory is needed than that of the model, if nothing
-    else refers to its arrays. Projections stay separate if one of them has an adapter or is quantised. So do q, k and v on
-    a mesh that can shard the heads of q but not those of k and v.
+    else refers to its arrays. Projections stay separate if one of them has an adapter or is in nf4. So do q, k and v on a
+    mesh that can shard the heads of q but not those of k and v. Codes and scales are joined as they are, so a model in
+    int8 computes the same numbers.
     """
     with sharding.mesh_context(model):
         for layer in model.layer_modules():
@@ -150,18 +152,18 @@ def _separate_params(layer: Layer) -> ParamTree:
     found: ParamTree = {}
     attn, mlp = layer.attn, layer.mlp
     if _is_plain(attn.q, attn.k, attn.v) and _shards_joined(attn.q.out_shape[0], attn.k.out_shape[0]):
-        found["attn"] = {
-            name: {"kernel": one.kernel[...], "bias": one.bias[...]}
-            for name, one in (("q", attn.q), ("k", attn.k), ("v", attn.v))
-        }
+        found["attn"] = {name: split_params(one)[1] for name, one in (("q", attn.q), ("k", attn.k), ("v", attn.v))}
     if _is_plain(mlp.gate, mlp.up):
-        found["mlp"] = {"gate": {"kernel": mlp.gate.kernel[...]}, "up": {"kernel": mlp.up.kernel[...]}}
+        found["mlp"] = {name: split_params(one)[1] for name, one in (("gate", mlp.gate), ("up", mlp.up))}
     return found
 
 
 def _is_plain(*linears: Linear | None) -> bool:
-    """Returns whether none of these projections is joined already, quantised or adapted."""
-    return all(one is not None and one.kernel is not None and one.lora_a is None for one in linears)
+    """Returns whether none of these projections is joined already, in nf4 or adapted."""
+    return all(
+        one is not None and one.lora_a is None and (one.kernel is not None or kind_of(one.codes) == "int8")
+        for one in linears
+    )
 
 
 def _shards_joined(num_heads: int, num_kv_heads: int) -> bool:
@@ -239,14 +241,15 @@ def separated(layer: ParamTree) -> ParamTree:
 
 def _linear(in_shape: tuple[int, ...], params: ParamTree, is_apart: bool) -> Linear:
     """Returns a projection that holds these parameters, of one layer or of stacked layers."""
-    kernel, bias = params["kernel"], params.get("bias")
-    out_shape = kernel.shape[len(in_shape) + (0 if is_apart else 1) :]
+    # Codes in int8 have the shape of their kernel.
+    shape = params["kernel" if "kernel" in params else "codes"].shape
+    out_shape = shape[len(in_shape) + (0 if is_apart else 1) :]
     draw = lambda: Linear(
-        in_shape, out_shape, use_bias=bias is not None, stddev=1.0, dtype=kernel.dtype, rngs=nnx.Rngs(0)
+        in_shape, out_shape, use_bias="bias" in params, stddev=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
     linear: Linear = jax.eval_shape(draw)  # a module without arrays
-    linear.kernel = nnx.Param(kernel)
-    linear.bias = None if bias is None else nnx.Param(bias)
+    for name in ("kernel", "bias", "codes", "scales"):
+        setattr(linear, name, nnx.Param(params[name]) if name in params else None)
     return linear
 
 

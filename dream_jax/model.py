@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int, Key
 from dream_jax import masks
 from dream_jax.attention import Backend, KVCache, Window, attention
 from dream_jax.config import DreamConfig
-from dream_jax.quantisation import product
+from dream_jax.quantisation import joined_product, product
 from dream_jax.remat import LAYER_INPUT, Remat, checkpointed, named
 from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
@@ -114,22 +114,36 @@ class JoinedLinear(nnx.Module):
     """Several dense layers with the same input as one, so that one matrix product computes all of them.
 
     XLA joins such products by itself on GPUs, but then it copies their kernels into one array in every forward pass.
-    `layer_forms.join` makes this layer from the separate ones. It has no adapter, and its kernel is not quantised.
+    `layer_forms.join` makes this layer from the separate ones. It has no adapter.
 
     Attributes:
-      kernel: the kernel, [D, *out_shape]; the axes of the output say which of the layers they belong to.
+      kernel: the kernel, [D, *out_shape]; the axes of the output say which of the layers they belong to. None if the
+        kernel is quantised.
       bias: the bias, [*out_shape], or None.
+      codes, scales: the kernel in int8, see `quantisation.QuantisedKernel`; None if it is not quantised.
     """
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
-        self.kernel = nnx.Param(kernel)
-        self.bias = None if bias is None else nnx.Param(bias)
+    def __init__(
+        self,
+        kernel: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        codes: jax.Array | None = None,
+        scales: jax.Array | None = None,
+    ):
+        self.kernel: Any = None if kernel is None else nnx.Param(kernel)
+        self.bias: Any = None if bias is None else nnx.Param(bias)
+        self.codes: Any = None if codes is None else nnx.Param(codes)
+        self.scales: Any = None if scales is None else nnx.Param(scales)
 
     def __call__(self, x_BTD: Float[jax.Array, "*b d"]) -> Float[jax.Array, "..."]:
         """Returns the outputs of all layers, [B, T, *out_shape]."""
         # The kernel is not reshaped to a matrix as in `Linear`: its last axis may be sharded, and then the reshaped
         # kernel would need all of it on every device.
-        y = jax.lax.dot_general(x_BTD, self.kernel[...], (((x_BTD.ndim - 1,), (0,)), ((), ())))
+        if self.kernel is None:
+            y_R = joined_product(x_BTD.reshape(-1, x_BTD.shape[-1]), self.codes[...], self.scales[...])
+            y = y_R.reshape(*x_BTD.shape[:-1], *y_R.shape[1:])
+        else:
+            y = jax.lax.dot_general(x_BTD, self.kernel[...], (((x_BTD.ndim - 1,), (0,)), ((), ())))
         return y if self.bias is None else jnp.add(y, self.bias[...])
 
 

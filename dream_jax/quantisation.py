@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,11 +23,19 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from dream_jax.shapes import ParamTree
+from dream_jax.target import current_target
 
 CodeKind = Literal["int8", "nf4"]
 KINDS: tuple[CodeKind, ...] = get_args(CodeKind)
 
 BLOCK = 64  # elements per scale, as in the QLoRA paper
+
+# With at most so many rows, a product on a GPU reads int8 codes without writing the dequantised kernel to memory. With
+# more rows the arithmetic takes longer than reading the kernel, and the product of float matrices is faster.
+MOST_FUSED_ROWS = 256
+
+# XLA's GPU compiler multiplies int8 codes with their scales inside a matrix product only with this option.
+COMPILER_OPTIONS = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True}
 
 # From appendix E of the QLoRA paper: means of neighbouring quantiles of a normal distribution, 8 from each side, scaled
 # to [-1, 1]; zero is one of the levels.
@@ -57,7 +66,8 @@ class QuantisedKernel(NamedTuple):
       codes: int8 with the shape of the kernel; or, for nf4, uint8 with two elements per byte. Byte j of a block of w
         elements has element j in its low half and element j + w/2 in its high half, so that packing and unpacking
         need not interleave elements.
-      scales: float32 [..., blocks], the largest magnitude of the elements of each block.
+      scales: float32 [..., blocks], the largest magnitude of the elements of each block. For sampling they may be
+        rounded to bfloat16, see `lora.round_scales`.
     """
 
     codes: Any
@@ -113,7 +123,7 @@ def dequantise(x: QuantisedKernel, size: int, dtype: jax.typing.DTypeLike = jnp.
     width = _width(size)
     if kind_of(x.codes) == "int8":
         # The factor 1/127 is applied to the scales, because there are only 1/64 as many scales as elements.
-        values = _blocks(x.codes.astype(jnp.float32)) * (x.scales * jnp.float32(1 / 127))[..., None]
+        values = _blocks(x.codes.astype(jnp.float32)) * (x.scales.astype(jnp.float32) * jnp.float32(1 / 127))[..., None]
     else:
         packed = x.codes.reshape(*x.codes.shape[:-1], -1, width // 2)
         code = jnp.concatenate([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=-1)
@@ -138,6 +148,9 @@ def _level(code: jax.Array) -> jax.Array:
 def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> jax.Array:
     """Multiplies x [R, I] with a quantised kernel, reshaped to a matrix [I, O].
 
+    A product of few rows on a GPU reads the codes alone, see `is_fused`. All other products dequantise the kernel first,
+    and so does every product that is differentiated.
+
     Only x has a gradient. The backward pass dequantises the kernel again: storing the dequantised kernels of all layers
     for it would take as much memory as the model in full precision.
 
@@ -149,12 +162,18 @@ def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> 
     Returns:
       [R, O] in the dtype of x; O is the number of outputs of the kernel.
     """
+    if is_fused(x_RI, codes, size):
+        inputs = x_RI.shape[1]
+        axes = next(number for number in range(codes.ndim + 1) if math.prod(codes.shape[:number]) == inputs)
+        quantised = QuantisedKernel(*(leaf.reshape(inputs, *leaf.shape[axes:]) for leaf in (codes, scales)))
+        return _fused_product(x_RI, quantised).reshape(x_RI.shape[0], -1)
     return x_RI @ dequantise(QuantisedKernel(codes, scales), size, x_RI.dtype).reshape(x_RI.shape[1], -1)
 
 
 # The two rules of custom_vjp have no annotations, because only jax calls them, with the types of `product`.
 def _forward(x_RI, codes, scales, size):  # type: ignore[no-untyped-def]
-    return product(x_RI, codes, scales, size), (codes, scales)
+    kernel = dequantise(QuantisedKernel(codes, scales), size, x_RI.dtype)
+    return x_RI @ kernel.reshape(x_RI.shape[1], -1), (codes, scales)
 
 
 def _backward(size, residuals, gradient_RO):  # type: ignore[no-untyped-def]
@@ -163,6 +182,59 @@ def _backward(size, residuals, gradient_RO):  # type: ignore[no-untyped-def]
 
 
 product.defvjp(_forward, _backward)
+
+
+def joined_product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Multiplies x [R, I] with a kernel [I, *out_shape] in int8, and keeps the axes of its outputs. See `product`.
+
+    Args:
+      x_RI: float [R, I].
+      codes, scales: the fields of a `QuantisedKernel` of the kind int8.
+
+    Returns:
+      [R, *out_shape] in the dtype of x.
+    """
+    kernel, size = QuantisedKernel(codes, scales), codes.shape[-1]
+    if is_fused(x_RI, codes, size):
+        # XLA may divide the inputs among several thread blocks. Their sums are added up once, and not by each of the
+        # operations that use some of the outputs.
+        return jax.lax.optimization_barrier(_fused_product(x_RI, kernel))
+    return jax.lax.dot_general(x_RI, dequantise(kernel, size, x_RI.dtype), (((1,), (0,)), ((), ())))
+
+
+def is_fused(x_RI: jax.Array, codes: Any, size: int) -> bool:
+    """Returns whether a product dequantises codes while it multiplies, without writing the kernel to memory.
+
+    This needs a GPU as the target (`target.current_target`), int8 codes in blocks of `BLOCK`, bfloat16 inputs and at most
+    `MOST_FUSED_ROWS` rows. It is not done for nf4, whose levels XLA does not select inside a matrix product.
+    """
+    return (
+        current_target().platform == "gpu"
+        and kind_of(codes) == "int8"
+        and size % BLOCK == 0
+        and x_RI.dtype == jnp.bfloat16
+        and x_RI.shape[0] <= MOST_FUSED_ROWS
+    )
+
+
+def _fused_product(x_RI: jax.Array, kernel: QuantisedKernel) -> jax.Array:
+    """Returns the product [R, *out_shape] with int8 codes [I, *out_shape], as one kernel of XLA's GPU compiler.
+
+    XLA puts a multiplication into a matrix product only if the smaller factor has all axes of the product but the last
+    one. So the blocks of outputs are batch axes, and each block has one scale for every input. Codes are exact in
+    bfloat16. Scales are rounded to bfloat16, because XLA does not round float32 numbers inside a product.
+    """
+    rows, inputs = x_RI.shape
+    outputs = kernel.codes.shape[1:]
+    codes = kernel.codes.reshape(inputs, *outputs[:-1], -1, BLOCK).astype(x_RI.dtype)
+    scales = kernel.scales.astype(x_RI.dtype)
+    blocks = scales.shape[1:]
+    x = jnp.broadcast_to(x_RI, (*blocks, rows, inputs))
+    batch = range(len(blocks))
+    axes = (((len(blocks) + 1,), (0,)), (tuple(batch), tuple(axis + 1 for axis in batch)))
+    y = jax.lax.dot_general(x, codes * scales[..., None], axes, preferred_element_type=jnp.float32)
+    y = jnp.moveaxis((y * jnp.float32(1 / 127)).astype(x_RI.dtype), -2, 0)
+    return y.reshape(rows, *outputs)
 
 
 def quantised_kernels(params: ParamTree, kind: CodeKind, others: Callable[[jax.Array], jax.Array]) -> ParamTree:

@@ -212,9 +212,8 @@ def test_quantised_bases():
     wanted, found = (lora.with_base(one, "int8") for one in (model("tiny_a"), model("tiny_a", "apart")))
     assert_same(found, layer_forms.apart(wanted))
     assert lora.identity(found) == lora.identity(wanted)
-    before = flat(found)
     layer_forms.join(found)
-    assert flat(found).keys() == before.keys()
+    assert found.layer_modules()[0].mlp.gate_up.codes is not None
     np.testing.assert_allclose(found(tokens()), wanted(tokens()), rtol=0, atol=1e-5)
     assert_same(lora.merge(found, dequantised=True), layer_forms.apart(lora.merge(wanted, dequantised=True)))
 

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dream_jax.quantisation import BLOCK, NF4_LEVELS, QuantisedKernel, dequantise, product, quantise, quantised_kernels
+from dream_jax.quantisation import (
+    BLOCK,
+    MOST_FUSED_ROWS,
+    NF4_LEVELS,
+    QuantisedKernel,
+    dequantise,
+    is_fused,
+    joined_product,
+    product,
+    quantise,
+    quantised_kernels,
+)
+from dream_jax.target import target_platform
 
 INT8_LEVELS = np.arange(-127, 128) / 127
 
@@ -103,3 +115,56 @@ def test_unknown_kinds_raise():
     with pytest.raises((ValueError, TypeCheckError), match="int4"):
         quantise(jnp.ones((2, 64)), "int4")
     assert QuantisedKernel._fields == ("codes", "scales")  # the names that the sharding tables know
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs"),
+    [((96, 3, 64), 96), ((2, 48, 128), 96), ((96, 128), 96)],
+    ids=["heads out", "heads in", "matrix"],
+)
+def test_few_rows_on_a_gpu_are_multiplied_with_the_codes(shape, inputs):
+    """The product that a GPU compiles into one kernel, run here: that of the dequantised kernel, up to bfloat16."""
+    quantised = quantise(jnp.asarray(normal(*shape)), "int8")
+    meant = np.asarray(dequantise(quantised, shape[-1])).reshape(inputs, -1)
+    x = jnp.asarray(normal(5, inputs, seed=1), jnp.bfloat16)
+    wanted = np.asarray(x, np.float32) @ meant
+    with target_platform("gpu"):
+        assert is_fused(x, quantised.codes, shape[-1])
+        found = product(x, *quantised, shape[-1])
+        short = product(x, quantised.codes, quantised.scales.astype(jnp.bfloat16), shape[-1])
+        # The outputs must be rounded once, from sums in float32; the scales are rounded too.
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0, atol=0.006 * np.abs(wanted).max())
+        np.testing.assert_array_equal(found, short)
+        _, pull = jax.vjp(lambda x: product(x, *quantised, shape[-1]), x)
+        gradient = pull(jnp.ones(found.shape, jnp.bfloat16))[0]
+    assert found.dtype == jnp.bfloat16 and found.shape == (5, meant.shape[1])
+    wanted = np.broadcast_to(meant.sum(axis=1), gradient.shape)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=0, atol=0.01 * np.abs(wanted).max())
+
+
+def test_joined_kernels_keep_their_axes():
+    """One product of two kernels is the two products, fused or not, and its kernels are not flattened."""
+    one, other = (quantise(jnp.asarray(normal(96, 128, seed=seed)), "int8") for seed in (0, 3))
+    joined = [jnp.stack(leaves, axis=1) for leaves in zip(one, other, strict=True)]
+    x = jnp.asarray(normal(5, 96, seed=1), jnp.bfloat16)
+    for platform in ("cpu", "gpu"):
+        with target_platform(platform):
+            found = joined_product(x, *joined)
+            assert found.shape == (5, 2, 128)
+            for number, kernel in enumerate((one, other)):
+                np.testing.assert_array_equal(found[:, number], product(x, *kernel, 128))
+
+
+def test_what_is_not_multiplied_with_its_codes():
+    """More rows, other dtypes and kinds, blocks that are not whole, and other platforms dequantise first."""
+    codes = {kind: quantise(jnp.asarray(normal(8, 128)), kind).codes for kind in ("int8", "nf4")}
+    x = jnp.zeros((MOST_FUSED_ROWS, 8), jnp.bfloat16)
+    with target_platform("gpu"):
+        assert is_fused(x, codes["int8"], 128)
+        assert not is_fused(jnp.zeros((MOST_FUSED_ROWS + 1, 8), jnp.bfloat16), codes["int8"], 128)
+        assert not is_fused(x.astype(jnp.float32), codes["int8"], 128)
+        assert not is_fused(x, codes["nf4"], 128)
+        assert not is_fused(x, quantise(jnp.asarray(normal(8, 96)), "int8").codes, 96)
+    for platform in ("cpu", "tpu"):
+        with target_platform(platform):
+            assert not is_fused(x, codes["int8"], 128)

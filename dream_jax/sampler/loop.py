@@ -19,13 +19,14 @@ from dream_jax.attention import KVCache
 from dream_jax.model import Dream, padded_positions
 from dream_jax.sampler import callbacks, passes, propose, rules
 from dream_jax.sampler.callbacks import Moment
+from dream_jax.sampler.compiled import ModelProgram
 from dream_jax.sampler.config import CachePolicy, KVCachePolicy
 from dream_jax.sampler.passes import Block, CanvasLayout, take
 from dream_jax.sampler.state import NUM_TOP, DynamicSettings, Recorded, State, StaticSettings, active, begin, first
 from dream_jax.shapes import Array
 
 
-@functools.partial(jax.jit, static_argnames=("static",))
+@functools.partial(ModelProgram, static_argnames=("static",))
 def denoise(
     model: Dream,
     canvas_BT: Int[jax.Array, "B T"],
@@ -70,7 +71,7 @@ class StreamBatch(NamedTuple):
     keys_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("batch",))
+@functools.partial(ModelProgram, static_argnames=("static",), donate_argnames=("batch",))
 def resume(
     model: Dream,
     batch: StreamBatch,
