@@ -314,9 +314,22 @@ def test_first_losses_of_nano_are_those_of_any_mesh(nano_losses, tmp_path, mesh,
     np.testing.assert_allclose(found, nano_losses, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_under_the_other_form_of_the_layers(nano_losses, tmp_path):
+    """Layers that are apart in a step have the same losses, and the checkpoints know nothing of it."""
+    out = tmp_path / "out"
+    train(plain(out, **NANO | {"layers": "apart", "save_every": 10}))
+    np.testing.assert_allclose([loss for _, loss in losses(out)], nano_losses, rtol=1e-5)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "20")
+    train(plain(out, **NANO | {"layers": "stacked", "save_every": 10}))
+    np.testing.assert_allclose([loss for _, loss in losses(out)], nano_losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"layers": "both"}, "layers='both' is not one of"),
         ({"mesh": "8"}, "not of the form FSDPxTENSOR"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
