@@ -235,6 +235,8 @@ def parameter_specs(shapes: ParamTree, mesh: AnyMesh) -> ParamTree:
 
 def parameter_axes(path: Sequence[str]) -> tuple[str, ...] | None:
     """Returns the logical axes of the parameter with this path of keys; None if it has no row in PARAMETER_AXES."""
+    if not path:
+        return None
     is_apart = len(path) > 1 and path[0] == "layers" and path[1].isdecimal()
     *folder, last = (path[0], *path[2:]) if is_apart else path
     # The codes and the scales of a quantised kernel have the axes of the kernel; the last axis of the scales is the axis

@@ -183,6 +183,12 @@ def test_every_parameter_has_a_row(name):
     assert any(config.tie_word_embeddings for config in PRESETS.values())  # both kinds are seen
 
 
+def test_axes_of_layers_that_are_apart():
+    assert sharding.parameter_axes(("layers", "3", "attn", "q", "kernel")) == ("embed", "heads", "head_dim")
+    assert sharding.parameter_axes(("layers", "attn", "q", "codes")) == ("layers", "embed", "heads", "head_dim")
+    assert sharding.parameter_axes(("layers", "3", "attn")) is sharding.parameter_axes(()) is None
+
+
 def test_strategy():
     """What the tables mean for Dream-7B: every matrix is split both ways, vectors over D are whole."""
     specs = sharding.parameter_specs(split_params(abstract_model(PRESETS["dream-7b"]))[1], sharding.make_mesh("4x2"))

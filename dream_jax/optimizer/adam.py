@@ -228,7 +228,7 @@ def _num_chunks(names: tuple[str, ...], shape: tuple[int, ...]) -> int:
     """
     if len(shape) < 2:  # the only axis is the one along which codes form blocks
         return 1
-    axes = sharding.PARAMETER_AXES.get(".".join(names))
+    axes = sharding.parameter_axes(names)
     mesh = jax.sharding.get_abstract_mesh()
     if axes is not None and not mesh.empty:
         spec = sharding.partition_spec(axes, shape, dict(mesh.shape))
