@@ -294,10 +294,12 @@ def test_model_on_splash():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_splash_lowers_to_a_tpu_kernel():
+@pytest.mark.parametrize("kind", ["segments", slow("texts")])
+def test_splash_lowers_to_a_tpu_kernel(kind):
     arrays = inputs(2, 130, 130, 4, 2, width=128, dtype=jnp.bfloat16)
+    mask = masks.Packed(np.array([[70, 60], [9, 0]])) if kind == "texts" else make_mask(kind, 2, 130, 130)
     with attention_module.target_platform("tpu"):
-        text = lowered("tpu", attend("auto"), arrays, make_mask("segments", 2, 130, 130))
+        text = lowered("tpu", attend("auto"), arrays, mask)
     assert text.count("tpu_custom_call") >= 3  # forward, and backward for dq and for dk and dv
     assert not re.search(r"tensor<[\dx]*130x130x", text)
 

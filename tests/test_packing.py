@@ -41,6 +41,9 @@ from dream_jax.objective import (
     masked_diffusion_loss,
 )
 from dream_jax.packed_noise import draw_packed_noise
+from dream_jax.plan import PlanSettings, make_plan
+from dream_jax.reports.record import read_record
+from dream_jax.reports.run_report import write_report
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 from dream_jax.train_step import (
     NLL_BY_TIME,
@@ -199,6 +202,11 @@ def test_options_that_contradict_packing(options: dict[str, Any], message: str) 
         BatchOptions(pack=True, **options)
     with pytest.raises(ValueError, match=message):
         TrainSettings.flat(pack=True, **options)
+
+
+def test_rows_of_one_text_are_warned_of() -> None:
+    assert "--pack without --max-length" in "".join(TrainSettings.flat(pack=True, eos_tail=1).warnings())
+    assert "--pack" not in "".join(TrainSettings.flat(pack=True, eos_tail=1, max_length=99).warnings())
 
 
 def saved_share(source: Any, tokenizer: Any, eos_tail: int) -> float:
@@ -498,6 +506,20 @@ def test_a_run_is_resumed_bit_by_bit_and_on_another_mesh(tmp_path: Path, monkeyp
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     data = json.loads((whole / "data.json").read_text())["batches"]
     assert data["texts_per_row"] > 2 and data["packed_share"] < 0.5
+    write_report(read_record(whole))
+    assert f"| texts in a row, on average | {data['texts_per_row']:.2f} |" in (whole / "report.md").read_text()
+
+
+def test_a_plan_counts_the_texts_of_a_row(tmp_path: Path) -> None:
+    settings = {"model": "nano", "data": str(chats(tmp_path)), "max_length": 128, "eos_tail": 2, "pack": True}
+    chosen = TrainSettings.flat(batch_size=4, steps=50, **settings)
+    plan = make_plan(chosen, PlanSettings(plan=True, topology="h100:1", compile=False, read_data=True))
+    rows = TokenizedRows(chosen.source("train"), BYTES)
+    with make_batches(rows, batch_size=4, max_length=128, seed=0, options=chosen.batches.options()) as batches:
+        found = batches.outlook(50)
+    assert plan.rows.epochs == found.epochs > 50 * 4 * 2 / len(rows)
+    maskable = found.supervised / sum(int(width) * 4 * count for width, count in found.widths.items())
+    assert plan.rows.masked_share == pytest.approx(maskable / 2) and 0.1 < plan.rows.masked_share < 0.5
 
 
 def stop_after(steps: int) -> Any:

@@ -125,8 +125,8 @@ def _is_right(repeats: int, groups: int, head_dim: int, dtype: Any) -> bool:
             )
         )(qkv)
         found = [np.asarray(array, np.float32) for array in found]
-    except (ImportError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return False  # this jax, this GPU or this cuDNN does not have the layout
+    except (ImportError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return False  # this jax has no such function or another one, or this GPU or this cuDNN lacks the layout
     mask = masks.Packed(length_BM)
     exact = [array.astype(jnp.float32) for array in qkv]
     wanted = jax.jit(

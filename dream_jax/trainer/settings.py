@@ -133,6 +133,11 @@ class TrainSettings:
             found += self._adapter_warnings(rate)
         elif not network.starts_at_random and rate > 1e-4:
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
+        if self.batches.pack and self.rows.max_length is None:
+            found.append(
+                "--pack without --max-length makes rows as long as the longest text, which few others fit beside: give "
+                "--max-length, for example --max-length 2048"
+            )
         if network.anneal_steps > self.run.steps:
             found.append(
                 f"--anneal-steps {network.anneal_steps} is larger than --steps {self.run.steps}: the model is never "
