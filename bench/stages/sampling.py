@@ -5,6 +5,7 @@ The weights are random, so no rule by confidence would write several tokens in a
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import tempfile
@@ -69,11 +70,14 @@ def abstract(options: Mapping[str, Any]) -> Dream:
     base = options.get("base", "float")
     if base in KINDS:
         model = lora.with_base_shapes(model, base)
-    return jax.eval_shape(_joined, model) if form == "apart" else model
+    return jax.eval_shape(functools.partial(_joined, base=base), model) if form == "apart" else model
 
 
-def _joined(model: Dream) -> Dream:
+def _joined(model: Dream, base: str) -> Dream:
+    """Returns the model as `inference` prepares it for a GPU: projections joined, scales of int8 codes rounded."""
     layer_forms.join(model)
+    if base == "int8":
+        lora.round_scales(model)
     return model
 
 
