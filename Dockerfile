@@ -1,6 +1,7 @@
 # A server of a model in a mounted folder (docs/serve.md). CPU: docker build -t dream_jax .
 # NVIDIA: docker build -t dream_jax --build-arg EXTRAS=serve,cuda .   and docker run --gpus all; the driver must be 580 or newer.
-# Status: written after the Makefile's steps, not built in the tests of this project.
+# Status: not built, for lack of a Docker daemon on this project's machines. On 2026-11-30 its steps were run by hand with Python 3.11: the files that it
+# copies, and pip with EXTRAS=serve, which took 1.3 GB; for EXTRAS=serve,cuda, pip found a consistent set of releases (CUDA 13).
 FROM python:3.13-slim
 ARG EXTRAS=serve
 WORKDIR /app

@@ -1,5 +1,6 @@
 """The engine: any mix of tasks that come and go, each with the answer that it has alone; bounds, cancelling, ending."""
 
+import dataclasses
 import queue
 import random
 import threading
@@ -183,6 +184,14 @@ def test_programs_do_not_depend_on_the_numbers_of_a_request(engine):
         for seed in range(200)
     }
     assert len(families) == 1
+
+
+def test_a_schedule_longer_than_its_row_is_refused(engine):
+    """It would end the engine: the arrays of a program have a place for each step."""
+    [task] = completion(max_tokens=10)
+    config = dataclasses.replace(task.config, steps=512)
+    with pytest.raises(ValueError, match="512 steps, more than the 64"):
+        engine.submit([dataclasses.replace(task, config=config)], lambda *_: None)
 
 
 def test_number_of_programs_is_bounded(model):

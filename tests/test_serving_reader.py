@@ -25,7 +25,7 @@ def task(length, pieces=None, prompt=(), **options):
 def view(tokens, commit_step=None):
     tokens = np.asarray(tokens)
     steps = np.where(tokens == MASK, -1, 0) if commit_step is None else np.asarray(commit_step)
-    return RowView(tokens, steps, 1, False, np.full(tokens.shape, 0.5, np.float32))
+    return RowView(tokens, steps, 1, False, np.full(tokens.shape, 0.5, np.float32), False)
 
 
 def read_in_order(tokens, order, wanted):

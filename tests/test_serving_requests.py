@@ -100,6 +100,7 @@ WRONG = [
     (ChatRequest, CHAT, {"dream": {"commit": {"rule": "threshold"}}}, "dream", "needs a value"),
     (ChatRequest, CHAT, {"dream": {"commit": {"rule": "threshold", "value": 2}}}, "dream", "outside [0, 1]"),
     (ChatRequest, CHAT, {"dream": {"commit": {"rule": "count", "value": 2}}}, "dream", "has no value"),
+    (ChatRequest, CHAT, {"dream": {"preset": "fast", "commit": {"rule": "count"}}}, "dream.commit", "preset 'exact'"),
     (ChatRequest, CHAT, {"dream": {"alg": "origin", "block_length": 4}}, "dream", "without blocks"),
     (ChatRequest, CHAT, {"dream": {"guidance": float("inf")}}, "dream.guidance", "finite"),
     (ChatRequest, CHAT, {"dream": {"denoise": True}}, "dream.denoise", "set stream to true"),

@@ -173,8 +173,9 @@ def make_app(engine: Engine, maker: TaskMaker, settings: AppSettings, drain_seco
             jobs = engine.submit(tasks, report)
         except EngineError as error:
             return _engine_error(error)
-        except TooManySettingsError as error:
-            raise RequestError(str(error), "dream", code="too_many_settings") from error
+        except ValueError as error:
+            code = "too_many_settings" if isinstance(error, TooManySettingsError) else None
+            raise RequestError(str(error), "dream", code=code) from error
         answering = _Answering(engine, jobs, updates, reply, metrics, begun)
         if asked.streams:
             return EventStream(answering)

@@ -33,6 +33,8 @@ from dream_jax.tokenizer import Tokenizer
 
 _FIRST_STEPS = 4  # steps of the first call of a batch, from which the time of a step is measured
 _MOST_STEPS = 256
+_PATIENCE = 3  # intervals after which the loop returns if nobody waits for it
+_GATHER_SECONDS = 0.01  # an idle engine waits so long for a second task before it opens a batch of one row
 
 State = Literal["running", "draining", "stopped", "failed"]
 
@@ -268,6 +270,7 @@ class _Batch:
             if job is None or job.closed:
                 continue
             begin = self.program.family.length - job.task.length
+            done = bool(start_B[row] >= self.program.family.length)
             views.append(
                 (
                     job,
@@ -277,11 +280,12 @@ class _Batch:
                         int(passes_B[row]),
                         bool(undefined_B[row]),
                         recorded.confidence_BT[row, begin:],
+                        done,
                         *(() if recorded.logprobs is None else (leaf[row, begin:] for leaf in recorded.logprobs)),
                     ),
                 )
             )
-            if start_B[row] >= self.program.family.length and self.jobs[row] is job:
+            if done and self.jobs[row] is job:
                 self.jobs[row] = None
         self.in_flight = None
         new, self._forwards = int(forwards) - self._forwards, int(forwards)
@@ -327,7 +331,7 @@ class Engine:
         """Returns the family of programs that a task needs.
 
         Raises:
-          ValueError: the task is longer than the longest row.
+          ValueError: the task is longer than the longest row, or its schedule has more steps than the row has tokens.
         """
         if task.length > self.settings.longest:
             raise ValueError(
@@ -335,7 +339,13 @@ class Engine:
                 "this server; shorten the prompt or ask for fewer new tokens"
             )
         length = next(length for length in self.lengths if length >= task.length)
-        return Family.of(task.config, length, task.record)
+        family = Family.of(task.config, length, task.record)
+        steps = task.config.block_steps(sum(gap.length for gap in task.gaps)) if family.static.follows_schedule else 1
+        if steps > family.static.steps:
+            raise ValueError(
+                f"a block has {steps} steps, more than the {family.static.steps} of this server; ask for fewer"
+            )
+        return family
 
     def submit(self, tasks: Sequence[Task], on_update: Callable[[int, Update | EngineError], None]) -> list[Job]:
         """Puts tasks into the queue, all or none.
@@ -346,15 +356,14 @@ class Engine:
             it ended. The last update of a task has a reason to finish.
 
         Raises:
-          ValueError: a task is too long; or it needs a program that cannot be compiled (TooManySettingsError).
+          ValueError: as `family` raises; or a task needs a program beyond the limit (TooManySettingsError).
           QueueFullError: the queue has no place for the tasks.
           NotAcceptingError: the engine is ending or has failed.
         """
         families = [self.family(task) for task in tasks]
         with self._wake:
             self._check_accepts(len(tasks))
-        for family in families:
-            self._programs.admit(family)
+        families = [self._programs.admit(family) for family in families]
         deadline = time.monotonic() + self.settings.time_limit
 
         def reporter(index: int) -> Callable[[Update | EngineError], None]:
@@ -394,8 +403,7 @@ class Engine:
         Raises:
           ValueError, jax.errors.JaxRuntimeError: as `submit` and `ProgramTable.ready` raise.
         """
-        family = self.family(task)
-        self._programs.admit(family)
+        family = self._programs.admit(self.family(task))
         for rows in {1, self.settings.rows}:
             self._programs.ready(Program(family, rows), task.config)
         self._programs.wait()
@@ -465,6 +473,10 @@ class Engine:
                 self._wake.wait(self.settings.interval if self._waiting else None)
                 if self._waiting:
                     break
+            if not self._batches and len(self._waiting) == 1 and self.state == "running":
+                # Clients that come at the same time share one batch; otherwise the first one would have a batch alone,
+                # which takes every second turn.
+                self._wake.wait_for(lambda: len(self._waiting) > 1 or self.state != "running", _GATHER_SECONDS)
             self._changed = False
             return bool(self._batches or self._waiting or self.state == "running")
 
@@ -552,7 +564,7 @@ class Engine:
                 self._open_batches()
             if batch.num_busy:
                 wanted = any(job.family == batch.program.family for job in list(self._waiting))
-                batch.call(self.settings.interval, wanted)
+                batch.call(self._interval(batch), wanted)
             else:
                 self._batches.remove(batch)
         except jax.errors.JaxRuntimeError as error:
@@ -562,8 +574,20 @@ class Engine:
                 if not job.closed:
                     self._fail(job, error)
         for job, row in views:
-            if not job.closed:
+            # The answer of a task that neither streams nor stops at strings ends with its row, and is read then.
+            early = job.task.streams or job.task.stop or not job.task.config.stop_at_end
+            if not job.closed and (row.done or row.undefined or early):
                 self._read(job, row)
+
+    def _interval(self, batch: _Batch) -> float:
+        """Returns the seconds after which the loop of a batch returns.
+
+        They are more if the batch is alone and full, and no client waits for a part of an answer: then only rows that are
+        done, for which the loop returns anyway if tasks are waiting, and clients that go away ask for a return.
+        """
+        alone = len(self._batches) == 1 and batch.num_busy == self.settings.rows
+        patient = alone and not any(job is not None and job.task.streams for job in batch.jobs)
+        return self.settings.interval * (_PATIENCE if patient else 1)
 
     def _read(self, job: Job, row: RowView) -> None:
         if row.undefined:

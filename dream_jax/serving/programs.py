@@ -56,6 +56,14 @@ class Family:
         """Returns the family of a row with this configuration on a canvas of this length."""
         return cls(StaticSettings.of_rows(config, length, record), switched_off(config), length)
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.static, self.off, self.length))
+
+    def __hash__(self) -> int:
+        # Computed once, because the engine counts the families of all waiting tasks at every return of a loop.
+        return self._hash
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -104,7 +112,7 @@ class ProgramTable:
     def __init__(self, model: Dream, limit: int, on_ready: Callable[[], None]):
         self._model, self._limit, self._on_ready = model, limit, on_ready
         self._programs: dict[Program, Future[None]] = {}
-        self._families: set[Family] = set()
+        self._families: dict[Family, Family] = {}
         self._reserved: frozenset[Family] = frozenset()
         self._lock = threading.Lock()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -118,21 +126,24 @@ class ProgramTable:
         """Notes families that are always admitted and do not count against the limit."""
         self._reserved = self._reserved.union(families)
 
-    def admit(self, family: Family) -> None:
+    def admit(self, family: Family) -> Family:
         """Notes a family, whose programs may then be compiled.
+
+        Returns:
+          The object that was noted first, for all equal families, so that they are compared quickly.
 
         Raises:
           TooManySettingsError: the family is new, and the table is full.
         """
         with self._lock:
             new = family not in self._families and family not in self._reserved
-            if new and len(self._families - self._reserved) >= self._limit:
+            if new and len(self._families.keys() - self._reserved) >= self._limit:
                 raise TooManySettingsError(
                     f"the server has compiled programs for {self._limit} combinations of settings and lengths, and this "
                     "request needs another one; use the settings of earlier requests (a preset without further "
                     "settings), or start the server with a higher --max-programs"
                 )
-            self._families.add(family)
+            return self._families.setdefault(family, family)
 
     def ready(self, program: Program, config: SamplerConfig) -> bool:
         """Returns whether a program is compiled; if it is not, compilation starts.

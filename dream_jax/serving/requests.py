@@ -596,6 +596,12 @@ class TaskMaker:
         steps = options.steps
         if steps is not None and steps > masks:
             raise RequestError(f"dream.steps: {steps} steps are more than the {masks} tokens to write", "dream.steps")
+        if preset != "exact" and options.commit is not None and options.commit.rule == "count":
+            raise RequestError(
+                f"dream.commit: the rule count needs a number of steps, which the preset {preset!r} does not have; use the "
+                "preset 'exact', with a block_length if wanted",
+                "dream.commit",
+            )
         try:
             return inference.make_sampler(
                 self.tokenizer,

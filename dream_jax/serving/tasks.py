@@ -139,6 +139,7 @@ class RowView:
       passes: number of forward passes that the row has taken part in.
       undefined: whether a token was written from logits that are no numbers.
       confidence: confidence in each written token.
+      done: whether the sampler has finished the row.
       logprob, top_token, top_logprob: as in `propose.TokenLogprobs`; None if they were not recorded.
     """
 
@@ -147,6 +148,7 @@ class RowView:
     passes: int
     undefined: bool
     confidence: np.ndarray
+    done: bool
     logprob: np.ndarray | None = None
     top_token: np.ndarray | None = None
     top_logprob: np.ndarray | None = None
