@@ -40,6 +40,7 @@ class Chip:
       topology: example values of `--topology`, for messages.
       node: number of devices that a switch connects; None for a torus.
       network_bandwidth: bandwidth between nodes in one direction, in bytes/s per device; None for a torus.
+      has_fp8: whether `float8` has products in fp8 for it: NVIDIA GPUs from Hopper on.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Chip:
     topology: str
     node: int | None = None
     network_bandwidth: float | None = None
+    has_fp8: bool = False
 
     @property
     def interconnect(self) -> float:
@@ -108,6 +110,7 @@ def _gpu(
         usd_per_chip_hour=usd,
         topology=f"{name}:8 (one node), {name}:2x8 (two nodes of eight)",
         node=8,
+        has_fp8=not name.startswith("a100"),
         network_bandwidth=50e9,  # 400 Gbit/s per GPU, as in NVIDIA's own clusters of these GPUs
     )
 

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int, Key
 from dream_jax import masks
 from dream_jax.attention import Backend, KVCache, Window, attention
 from dream_jax.config import DreamConfig
+from dream_jax.float8 import matrix_product
 from dream_jax.quantisation import joined_product, product
 from dream_jax.remat import LAYER_INPUT, Remat, checkpointed, named
 from dream_jax.shapes import Array, ParamTree
@@ -90,7 +91,7 @@ class Linear(nnx.Module):
         if self.kernel is None:
             y_RO = product(x_RI, self.codes[...], self.scales[...], self.out_shape[-1])
         else:
-            y_RO = x_RI @ self.kernel[...].reshape(x_RI.shape[1], math.prod(self.out_shape))
+            y_RO = matrix_product(x_RI, self.kernel[...].reshape(x_RI.shape[1], math.prod(self.out_shape)))
         if self.lora_a is not None:
             y_RO = y_RO + self._adapted(x, dropout_keys).reshape(y_RO.shape)
         y = y_RO.reshape(*leading, *self.out_shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dream_jax import layer_forms, masks, sharding
+from dream_jax import float8, layer_forms, masks, sharding, xla_flags
 from dream_jax.batch import Batch
 from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
 from dream_jax.model import Dream, LayerForm, merge_params
@@ -88,6 +88,7 @@ class StepConfig:
         These steps are slower, because they compute all attention scores. 0 switches this off.
       layers: "stacked" runs the layers in a loop; "apart" writes them out one after the other, each with slices of the
         stacked parameters. The state has stacked layers in both cases.
+      products: how the layers multiply their inputs with their weights, see `float8.products`.
 
     Raises:
       ValueError: a number is out of range, `global_batch` is not a multiple of `accumulation`, or `anneal_steps` is
@@ -102,6 +103,7 @@ class StepConfig:
     mask: masks.Mask = masks.Bidirectional()  # noqa: RUF009 - immutable
     anneal_steps: int = 0
     layers: LayerForm = "stacked"
+    products: float8.Products = "compute"
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -111,6 +113,8 @@ class StepConfig:
             seed=SEED,
             anneal_steps=IntegerRange(0),
         )
+        if self.products not in get_args(float8.Products):
+            raise ValueError(f"products={self.products!r} is not one of {get_args(float8.Products)}")
         if self.anneal_steps and not isinstance(self.mask, masks.Bidirectional):
             raise ValueError(
                 f"{self.anneal_steps=} leads to bidirectional attention, but {self.mask=}; choose one of them"
@@ -196,7 +200,7 @@ class TrainStep:
             )
         self.mesh = mesh
         self._function = functools.partial(_train_step, graphdef, optimizer, schedule, config, mesh)
-        self._anneal_steps = config.anneal_steps
+        self._anneal_steps, self._products = config.anneal_steps, config.products
         self._jitted: dict[bool, Any] = {}
 
     def __call__(
@@ -237,7 +241,10 @@ class TrainStep:
         if annealing not in self._jitted:
             shardings = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
             function = functools.partial(self._function, annealing)
-            self._jitted[annealing] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
+            options = xla_flags.compiler_options(sharding.platform_of(self.mesh), self._products)
+            self._jitted[annealing] = jax.jit(
+                function, donate_argnums=0, out_shardings=shardings, compiler_options=options or None
+            )
         return self._jitted[annealing]
 
 
@@ -341,7 +348,10 @@ def _train_step(
             "ends_correct": jnp.sum(ends_BT & aux["token_correct"], dtype=jnp.float32),
         }
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(params: ParamTree, microbatch: tuple[Any, ...]) -> tuple[ParamTree, Metrics]:
+        with float8.products(config.products):
+            return jax.grad(loss, has_aux=True)(params, microbatch)
+
     whole = (batch, masked_BT, t_B, mask_of_rows)
     if config.accumulation == 1:
         gradients, sums = gradient(state.params, whole)

@@ -40,7 +40,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # trace). The hook must be installed before dream_jax is imported. It uses beartype, because typeguard 4 (a dependency
 # of tyro) fails at shapes such as "B T" in postponed annotations.
 SHAPED = ["masks", "schedule", "decoding", "sharding", "attention", "model", "objective", "hf", "lora"]
-SHAPED += ["optimizer", "train_step", "sampler", "quantisation"]
+SHAPED += ["optimizer", "train_step", "sampler", "quantisation", "float8"]
 CHECKED = importlib.util.find_spec("beartype") is not None
 if CHECKED:
     install_import_hook([f"dream_jax.{module}" for module in SHAPED], "beartype.beartype")

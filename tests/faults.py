@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "optimizer: int8 moments are rounded to nearest, so that small steps are lost",
         "dream_jax/optimizer/codes.py",
-        "_blocks(noise) * (above - below)",
-        "0.5 * (above - below)",
+        "grid.shifted(_blocks(noise))",
+        "grid.shifted(0.5)",
         "tests/test_optimizer.py -k no_bias",
     ),
     Fault(

@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "basics": (
         "batch", "masks", "schedule", "decoding", "quantisation", "sharding", "distributed", "finite", "tokenizer",
         "files", "row_file", "chat_template", "paths", "hub", "player", "packed_noise",
+        "float8", "xla_flags",
     ),
     "model": ("attention", "model", "layer_forms"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),

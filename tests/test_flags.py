@@ -29,6 +29,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "dream_jax/data/": ("train.py",),
     "dream_jax/distributed.py": ("train.py",),
     "dream_jax/evaluation/": ("evaluate.py",),
+    "dream_jax/float8.py": ("train.py",),
     "dream_jax/files.py": (*CONVERTING, "train.py"),
     "dream_jax/inference.py": ASKING,
     "dream_jax/paths.py": (*ASKING, "train.py"),

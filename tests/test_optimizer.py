@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,11 @@ from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.config import PRESETS
 from dream_jax.model import abstract_model, split_params
-from dream_jax.optimizer import OptimizerConfig, adam, shardings, state_bytes
-from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, quantise
+from dream_jax.optimizer import OptimizerConfig, adam, shardings, state_bytes, update_if
+from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, quantise, random_bits
+from dream_jax.plan.hardware import find_hardware
+from dream_jax.plan.traffic import bytes_read
+from dream_jax.target import target_platform
 from dream_jax.train_step import StepConfig, TrainState, abstract_state, init_state, make_train_step, put_batch
 from dream_jax.trainer import TrainSettings, train
 
@@ -637,6 +642,68 @@ def test_chunks_change_nothing(variant, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, other[1], found[0][1])
 
 
+@pytest.mark.parametrize("variant", [slow("bfloat16"), "int8"])
+def test_update_for_gpus_gives_the_same_numbers(variant):
+    """It is traced in another form, in which XLA for GPUs stores no float32 moments."""
+    params, gradients = ({"lm_head": tree(np.random.default_rng(seed))["lm_head"]} for seed in (0, 1))
+    transform, found = config(variant).make(), {}
+    for platform in ("cpu", "gpu"):
+        with target_platform(platform):
+            state = transform.init(params)
+            for _ in range(2):
+                updates, state = update(transform)(gradients, state, params)
+        found[platform] = jax.device_get((updates, state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found["gpu"][0], found["cpu"][0])
+    for one, other in zip(*map(jax.tree.leaves, (found["gpu"][1], found["cpu"][1])), strict=True):
+        if one.dtype.itemsize == 1:  # another rounding of a moment may round its code to the other neighbour
+            assert np.mean(one != other) < 0.01
+        else:
+            np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "most_read", "most_temporaries"), [("int8", 23, 1.0), ("bfloat16", 16.5, 0.1)])
+def test_compiled_for_an_h200_no_float32_moment_is_stored(variant, most_read, most_temporaries):
+    """Bytes per weight; float32 moments read 20 (the gradient twice, parameters and moments) and write 12."""
+    if not importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("needs the extra plan-gpu, to compile for an H200")
+    mesh, transform = find_hardware("h200:1").mesh("1x1"), config(variant).make()
+    shapes = {"layers": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((28, 3584, 18944), jnp.float32)}}}}
+    state = abstract_state(shapes, transform, mesh)
+
+    def run(params, opt_state, gradients):
+        with jax.numpy_dtype_promotion("standard"):
+            usable = jnp.isfinite(optax.tree.norm(gradients))
+            return update_if(usable, transform, gradients, opt_state, params)
+
+    with jax.set_mesh(mesh):
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.opt_state))
+        jitted = jax.jit(run, donate_argnums=(0, 1, 2), out_shardings=wanted)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # the gradient has no successor
+            compiled = jitted.lower(state.params, state.opt_state, state.params).compile()
+    weights = 28 * 3584 * 18944
+    assert bytes_read(compiled.as_text()) < most_read * weights
+    assert compiled.memory_analysis().temp_size_in_bytes < most_temporaries * weights
+
+
+def test_random_bits_are_uniform_and_independent():
+    """Of rows, steps and parameters: every bit is set half of the time, and equal to another row's half of the time."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(5), jnp.arange(8))
+    bits = np.asarray(random_bits(keys, (8, 64, 128))).reshape(8, -1)
+    ones = np.unpackbits(bits.view(np.uint8), axis=-1).reshape(8, -1, 32)
+    expected = 5 * 0.5 / np.sqrt(bits.shape[1])  # five standard deviations
+    assert np.all(np.abs(ones.mean(1) - 0.5) < expected)
+    for other in (np.roll(ones, 1, axis=0), np.roll(ones, 1, axis=1), np.roll(ones, 128, axis=1)):
+        assert np.all(np.abs((ones == other).mean(1) - 0.5) < expected)
+    for half in (bits & 0xFFFF, bits >> 16):
+        counts = np.array([np.bincount(row // 256, minlength=256) for row in half])
+        assert np.all(np.abs(counts - 32) < 6 * np.sqrt(32))
+    # A part of the rows has the same bits, so that chunks and meshes change nothing.
+    np.testing.assert_array_equal(random_bits(keys[3:5], (2, 64, 128)).reshape(2, -1), bits[3:5])
+    np.testing.assert_array_equal(random_bits(keys, (8,)), bits[:, 0])
+
+
 def test_float32_moments_exist_for_one_chunk_at_a_time(monkeypatch):
     shapes = {"layers": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((32, 256, 512), jnp.float32)}}}}
     transform, temporaries = config("int8").make(), {}
@@ -651,4 +718,4 @@ def test_float32_moments_exist_for_one_chunk_at_a_time(monkeypatch):
         compiled = jax.jit(run, donate_argnums=(0, 1)).lower(*arguments).compile()
         temporaries[chunk] = compiled.memory_analysis().temp_size_in_bytes
     small, large = temporaries.values()
-    assert small < large / 4
+    assert small < large / 3

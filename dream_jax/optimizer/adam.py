@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,9 +13,22 @@ import jax.numpy as jnp
 import optax
 
 from dream_jax import sharding
-from dream_jax.optimizer.codes import BLOCK, QuantisedMoment, dequantise, is_quantised, quantise
+from dream_jax.optimizer.codes import (
+    BLOCK,
+    QuantisedMoment,
+    block_absmax,
+    block_codes,
+    block_values,
+    dequantise,
+    from_blocks,
+    is_quantised,
+    quantise,
+    random_bits,
+    to_blocks,
+)
 from dream_jax.optimizer.shardings import path_names
 from dream_jax.shapes import ParamTree
+from dream_jax.target import current_target
 
 # The seed of the random rounding of moments, chosen to differ from the usual seeds of runs.
 _ROUNDING = 1 << 29
@@ -22,6 +36,16 @@ _ROUNDING = 1 << 29
 # Above this decay a bfloat16 moment may stop changing while it is still more than 13 % away from its target, because
 # rounding to nearest removes every change of less than half of the last bit of the mantissa.
 BFLOAT16_LARGEST_DECAY = 0.97
+
+
+# A function that returns the new moments (m, v), float32. Each call computes them again, see `scale_by_adam`.
+NewMoments = Callable[[], tuple[jax.Array, jax.Array]]
+# The number 0 as a float32 scalar whose value XLA does not know, or as a float.
+Zero = jax.Array | float
+
+
+# The classes below store moments. `to_computed` reshapes a gradient to the shape in which `load` returns the moments, and
+# `from_computed` is its inverse. `for_kernels` returns the same storage in the form that is fast on GPUs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +65,20 @@ class _FloatMoments:
         zeros = jnp.zeros(param.shape, self.dtype)
         return zeros, zeros
 
-    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+    def for_kernels(self) -> _FloatMoments:
+        return self
+
+    def to_computed(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def from_computed(self, x: jax.Array, size: int) -> jax.Array:
+        return x
+
+    def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
         return mu.astype(jnp.float32), nu.astype(jnp.float32)
 
-    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        m, v = new()
         return m.astype(self.dtype), v.astype(self.dtype)
 
 
@@ -65,18 +99,54 @@ class _Int8Moments:
 
         return zeros("int8"), zeros("uint8")
 
-    def load(self, mu: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+    def for_kernels(self) -> _Int8Moments:
+        return _Int8Blocks()
+
+    def to_computed(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def from_computed(self, x: jax.Array, size: int) -> jax.Array:
+        return x
+
+    def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
         return dequantise(mu), dequantise(nu)
 
-    def store(self, m: jax.Array, v: jax.Array, keys_R: jax.Array) -> tuple[Any, Any]:
-        # 16 random bits for each of m and v are enough. They depend on the index of the element, but not on the mesh.
-        bits = jax.vmap(lambda key: jax.random.bits(key, m.shape[1:], jnp.uint32))(keys_R)
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        m, v = new()
+        noise_m, noise_v = _noise(keys_R, shape)
+        return quantise(m, noise_m, "int8"), quantise(v, noise_v, "uint8")
 
-        def uniform(bits: jax.Array) -> jax.Array:
-            return (bits.astype(jnp.float32) + 0.5) / 2.0**16
 
-        mu = quantise(m, uniform(bits & jnp.uint32(0xFFFF)), "int8")
-        return mu, quantise(v, uniform(bits >> jnp.uint32(16)), "uint8")
+class _Int8Blocks(_Int8Moments):
+    """The same numbers, computed in the shape of the blocks.
+
+    XLA for GPUs makes one kernel of operations in one shape. If some of them were in blocks and others not, it would store
+    what they share. TPUs store arrays whose last axis is as short as a block in four times the memory.
+    """
+
+    def to_computed(self, x: jax.Array) -> jax.Array:
+        return to_blocks(x)
+
+    def from_computed(self, x: jax.Array, size: int) -> jax.Array:
+        return from_blocks(x, size)
+
+    def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
+        return block_values(to_blocks(mu.codes), mu.absmax, zero), block_values(to_blocks(nu.codes), nu.absmax, zero)
+
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        absmax_m, absmax_v = map(block_absmax, new())
+        m, v = new()
+        noise_m, noise_v = map(to_blocks, _noise(keys_R, shape))
+        codes_m = from_blocks(block_codes(m, absmax_m, noise_m, "int8"), shape[-1])
+        codes_v = from_blocks(block_codes(v, absmax_v, noise_v, "uint8"), shape[-1])
+        return QuantisedMoment(codes_m, absmax_m), QuantisedMoment(codes_v, absmax_v)
+
+
+def _noise(keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns two uniform random numbers in [0, 1) for each element of an array; 16 random bits are enough for each."""
+    bits = random_bits(keys_R, shape)
+    low, high = bits & jnp.uint32(0xFFFF), bits >> jnp.uint32(16)
+    return low.astype(jnp.float32) * 2.0**-16, high.astype(jnp.float32) * 2.0**-16
 
 
 MomentStorage = _FloatMoments | _Int8Moments
@@ -107,18 +177,24 @@ class OnHost(NamedTuple):
 
 
 def scale_by_adam(
-    b1: float, b2: float, eps: float, storage: MomentStorage, *, on_host: bool
+    b1: float, b2: float, eps: float, kind: MomentStorage, *, on_host: bool
 ) -> optax.GradientTransformation:
     """Returns `optax.scale_by_adam` with moments that are stored in less memory or in the memory of the host.
 
-    The update is computed in float32, for one chunk of one parameter after the other. Only the moments of this chunk
-    are on the devices in float32, because those of all parameters would take more memory than the storage saves.
+    The update is computed in float32. On GPUs, XLA makes two kernels of it for each parameter, one that finds the largest
+    magnitude of every block of 8-bit codes and one for the rest, and no float32 moment is ever in the memory. Elsewhere
+    one chunk of one parameter is updated after the other, so that only the moments of this chunk are in the memory in
+    float32; those of all parameters would take more memory than the storage saves.
 
     Args:
       b1, b2: the decays of the first and of the second moment, in [0, 1).
       eps: is added to the square root of the second moment.
-      storage: how moments are stored, one of `STORAGES`.
+      kind: how moments are stored, one of `STORAGES`.
       on_host: whether they are in the memory of the host.
+
+    Returns:
+      The transformation. Its `update` takes two more arguments: `usable`, see `update_if`; and `scale`, a float32 scalar
+      by which the gradients are multiplied first, or None.
     """
 
     def state(count: jax.Array, treedef: Any, pairs: list[tuple[Any, Any]]) -> Any:
@@ -128,7 +204,7 @@ def scale_by_adam(
 
     def init(params: ParamTree) -> Any:
         leaves, treedef = jax.tree.flatten(params)
-        pairs = [storage.empty(leaf) for leaf in leaves]
+        pairs = [kind.empty(leaf) for leaf in leaves]
         return state(jnp.int32(0), treedef, _to_host(pairs) if on_host else pairs)
 
     def update(
@@ -137,24 +213,41 @@ def scale_by_adam(
         params: ParamTree | None = None,
         *,
         usable: jax.Array | None = None,
+        scale: jax.Array | None = None,
         **others: Any,
     ) -> tuple[ParamTree, Any]:
         before = before.on_host if on_host else before
         count = optax.safe_increment(before.count)
         key = jax.random.fold_in(jax.random.key(_ROUNDING), count)
         steps = count.astype(jnp.float32)
+        correction_m, correction_v = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
+        in_kernels = current_target().platform == "gpu" and not on_host
+        storage = kind.for_kernels() if in_kernels else kind
 
         def advance(gradient: jax.Array, moments: Any, keys_R: jax.Array) -> tuple[jax.Array, Any]:
-            g = gradient.astype(jnp.float32)
             moments = _to_device(moments) if on_host else moments
-            before_m, before_v = storage.load(*moments)
-            m = b1 * before_m + (1 - b1) * g
-            v = b2 * before_v + (1 - b2) * jnp.square(g)
-            m, v = select(usable, (m, v), (before_m, before_v))
-            direction = m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
-            after = storage.store(m, v, keys_R)
+            mu, nu = moments
+            computed = storage.to_computed(gradient)
+            calls = itertools.count()
+
+            def new() -> tuple[jax.Array, jax.Array]:
+                # The new moments are needed three times: for the direction, for the largest magnitudes and for the codes.
+                # If the three were the same expression, XLA would compute it once, write it to the memory and read it
+                # again, which on a GPU takes longer than computing it again. This zero makes them different, because
+                # XLA does not know that it is one. Adding it changes no number.
+                zero = (steps + next(calls)) * 0.0 if in_kernels else 0.0
+                g = computed.astype(jnp.float32) * (1.0 if scale is None else scale + zero)
+                before_m, before_v = storage.load(mu, nu, zero)
+                m = b1 * before_m + (1 - b1) * g
+                v = b2 * before_v + (1 - b2) * jnp.square(g)
+                return select(usable, (m, v), (before_m, before_v))
+
+            m, v = new()
+            direction = m * correction_m / (jnp.sqrt(v * correction_v) + eps)
+            after = storage.store(new, keys_R, gradient.shape)
             if not storage.exact:
                 after = select(usable, after, moments)
+            direction = storage.from_computed(direction, gradient.shape[-1])
             # In the dtype of the gradient, so that XLA can reuse the memory of the gradient.
             return direction.astype(gradient.dtype), _to_host(after) if on_host else after
 
@@ -163,11 +256,32 @@ def scale_by_adam(
         updates, pairs = [], []
         for index, ((path, gradient), mu, nu) in enumerate(zip(leaves, *moments, strict=True)):
             keys_R = _row_keys(jax.random.fold_in(key, index), gradient.shape[0])
-            chunks = _num_chunks(path_names(path), gradient.shape)
+            chunks = 1 if in_kernels else _num_chunks(path_names(path), gradient.shape)
             update, pair = _by_chunks(advance, gradient, (mu, nu), keys_R, chunks)
             updates.append(update)
             pairs.append(pair)
         return jax.tree.unflatten(treedef, updates), state(select(usable, count, before.count), treedef, pairs)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clipped(method: optax.GradientTransformation, max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Returns `optax.chain(optax.clip_by_global_norm(max_norm), method)`, with the same state, for `scale_by_adam`.
+
+    optax writes the scaled gradients to the memory if more than one kernel reads them. Here `method` gets the factor.
+    """
+    method = optax.with_extra_args_support(method)
+
+    def init(params: ParamTree) -> Any:
+        return optax.EmptyState(), method.init(params)
+
+    def update(
+        gradients: ParamTree, before: Any, params: ParamTree | None = None, **others: Any
+    ) -> tuple[ParamTree, Any]:
+        norm = optax.tree.norm(gradients)
+        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        updates, after = method.update(gradients, before[1], params, scale=scale, **others)
+        return updates, (before[0], after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

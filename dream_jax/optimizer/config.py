@@ -10,7 +10,7 @@ import optax
 
 from dream_jax import sharding
 from dream_jax.bounds import MOST_STEPS, POSITIVE, FloatRange, IntegerRange, check_numbers
-from dream_jax.optimizer.adam import BFLOAT16_LARGEST_DECAY, STORAGES, scale_by_adam, scale_by_float32_adam
+from dream_jax.optimizer.adam import BFLOAT16_LARGEST_DECAY, STORAGES, clipped, scale_by_adam, scale_by_float32_adam
 from dream_jax.optimizer.shardings import require_host_memory
 from dream_jax.optimizer.skipping import skipping
 from dream_jax.shapes import ParamTree
@@ -115,8 +115,16 @@ class OptimizerConfig:
             optax.scale_by_learning_rate(self.schedule()),
         )
         if self.clip_norm is not None:
-            method = optax.chain(optax.clip_by_global_norm(self.clip_norm), method)
+            if self._has_own_moments:
+                method = clipped(method, self.clip_norm)
+            else:
+                method = optax.chain(optax.clip_by_global_norm(self.clip_norm), method)
         return skipping(method)
+
+    @property
+    def _has_own_moments(self) -> bool:
+        """Whether `scale_by_adam` stores the moments, and not the update of optax."""
+        return self.kind == "adamw" and (self.moments != "float32" or self.moments_on_host)
 
     def _direction(self) -> optax.GradientTransformation:
         """Returns the transformation from gradients to the direction that is multiplied by the learning rate."""
@@ -124,7 +132,7 @@ class OptimizerConfig:
             # optax.adafactor is not used, because it does not multiply the weight decay by the learning rate: 0.01
             # would remove one percent of every weight in every step.
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-        if self.moments == "float32" and not self.moments_on_host:
+        if not self._has_own_moments:
             return scale_by_float32_adam(self.b1, self.b2, self.eps)
         return scale_by_adam(self.b1, self.b2, self.eps, STORAGES[self.moments], on_host=self.moments_on_host)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dream_jax import lora, masks, sharding
+from dream_jax import float8, lora, masks, sharding
 from dream_jax.batch import Batch
 from dream_jax.data import MOST_TEXTS
 from dream_jax.inference import find_tokenizer
@@ -60,11 +60,13 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
     """Makes the training step of these settings for a model from `describe_model`.
 
     Raises:
-      ValueError: the mesh cannot divide the batch evenly, or its devices do not support the optimizer settings.
+      ValueError: the mesh cannot divide the batch evenly, or its devices do not support the optimizer settings
+        or the products.
     """
     graphdef = split_params(model)[0]
     optimizer = settings.optimizer_config()
     optimizer.check_devices(mesh)
+    float8.check_devices(mesh, settings.network.products)
     transformation = optimizer.make()
     config = StepConfig(
         global_batch=settings.batches.batch_size,
@@ -75,6 +77,7 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         mask=masks.parse(model.trained_mask),
         anneal_steps=settings.network.anneal_steps,
         layers=training_form(settings.network.layers),
+        products=settings.network.products,
     )
     step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
     return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)

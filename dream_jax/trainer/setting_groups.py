@@ -26,6 +26,7 @@ from dream_jax.bounds import (
 )
 from dream_jax.config import PRESETS
 from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
+from dream_jax.float8 import Products
 from dream_jax.layer_forms import LayersChoice
 from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
@@ -101,6 +102,10 @@ class NetworkSettings:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU and for nano. Weights that are trained
     are always stored in float32"""
+    products: Products = "compute"
+    """how the layers multiply with their weights in training: in the dtype of the computation (compute); in 8-bit
+    floating point on NVIDIA GPUs from Hopper on (fp8); or with the same roundings on any device, slowly, to see what
+    they do to a training (fp8-emulated)"""
 
     def __post_init__(self) -> None:
         check_numbers(self, anneal_steps=IntegerRange(0))
@@ -110,6 +115,8 @@ class NetworkSettings:
             raise ValueError(f"layers={self.layers!r} is not one of {get_args(LayersChoice)}")
         if self.attention not in get_args(Backend):
             raise ValueError(f"attention={self.attention!r} is not one of {get_args(Backend)}")
+        if self.products not in get_args(Products):
+            raise ValueError(f"products={self.products!r} is not one of {get_args(Products)}")
         if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
             raise ValueError(f"--anneal-steps ends with bidirectional attention, so leave out --mask {self.mask}")
 
