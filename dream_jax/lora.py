@@ -296,6 +296,8 @@ def merge_inside(model: Dream, *, dequantised: bool = False) -> None:
             f"the base is {base_of(model)}, which cannot store the sum: load the float base with this adapter and "
             "merge that, or pass dequantised=True (merge_adapter) to get float kernels with the error of the codes"
         )
+    if base_of(model) in KINDS:
+        layer_forms.separate(model)  # joined projections may be in int8
     dtype = jnp.dtype(model.embed.embedding.dtype)
     for layer in projections_by_layer(model):
         changed = {name: linear for name, linear in layer.items() if linear.lora_a is not None or linear.kernel is None}
