@@ -36,12 +36,13 @@ import random_weights
 import report
 import torch_side
 
-from dream_jax import lora, sharding
+from dream_jax import float8, lora, sharding
 from dream_jax.attention import Backend
 from dream_jax.batch import Batch
 from dream_jax.chips import chip_of
 from dream_jax.config import PRESETS as MODELS
 from dream_jax.config import DreamConfig
+from dream_jax.float8 import Products
 from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, LayerForm, abstract_model, parameter_count, split_params
 from dream_jax.optimizer import Moments, OptimizerConfig, OptimizerKind
@@ -72,6 +73,7 @@ class TrainStepBenchSettings:
     layer_form: LayerForm = "stacked"
     attention: Backend = "auto"
     compute_dtype: str = "bfloat16"
+    products: Products = "compute"
     optimizer: OptimizerKind = "adamw"
     moments: Moments = "float32"
     moments_on_host: bool = False
@@ -161,7 +163,12 @@ def optimizer_of(settings: TrainStepBenchSettings) -> OptimizerConfig:
 def make_step(settings: TrainStepBenchSettings, model: Dream, mesh: jax.sharding.Mesh) -> TrainStep:
     """Returns the training step for a model of arrays or shapes."""
     optimizer = optimizer_of(settings)
-    config = StepConfig(global_batch=settings.batch, accumulation=settings.accumulation, layers=settings.layer_form)
+    config = StepConfig(
+        global_batch=settings.batch,
+        accumulation=settings.accumulation,
+        layers=settings.layer_form,
+        products=settings.products,
+    )
     return make_train_step(split_params(model)[0], optimizer.make(), optimizer.schedule(), config, mesh)
 
 
@@ -181,6 +188,7 @@ def measure(
     """
     mesh = sharding.make_mesh(settings.mesh)
     optimizer_of(settings).check_devices(mesh)
+    float8.check_devices(mesh, settings.products)
     doing("making the weights")
     model = make_model(settings)
     params = split_params(model)[1]
@@ -278,6 +286,7 @@ def main() -> None:
         choices = {
             "remat": get_args(Remat),
             "layer_form": get_args(LayerForm),
+            "products": get_args(Products),
             "attention": get_args(Backend),
             "moments": get_args(Moments),
         }

@@ -97,6 +97,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     _training("train-int8"),
     _training("train-auto", profile=True, remat=AUTO, otherwise=("except-up", "except-mlp")),
+    _training("train-fp8", products="fp8", remat=AUTO, otherwise=("except-up", "except-mlp")),
     _training("train-lora", lora_rank=32, moments="float32"),
     _sampling(
         "sample-int8",
@@ -163,8 +164,12 @@ def small(stage: Stage) -> Stage:
         options |= {"model": "nano", "prompt": 8, "new": 8, "block": 4}
         options["rows"] = [_small_row(row) for row in options["rows"]]
     elif stage.module == "training":
+        settings = options["settings"]
+        # Products in fp8 need a GPU; elsewhere the same roundings are computed slowly.
+        products = {"products": "fp8-emulated"} if settings.get("products") == "fp8" else {}
         options["settings"] = {
-            **options["settings"],
+            **settings,
+            **products,
             "model": "nano",
             "batch": 2,
             "tokens": 16,
