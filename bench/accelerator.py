@@ -195,6 +195,9 @@ def run_one(stage: Stage, out: pathlib.Path) -> int:
     try:
         module = importlib.import_module(f"stages.{stage.module}")
         importlib.import_module("dream_jax.device_memory").take_memory()
+        flags = stage.options.get("flags")
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = importlib.import_module("dream_jax.xla_flags").in_environment(flags, os.environ)
         wait_for_turn()
         module.run(stage.options, StageResult(result_path(out, stage.name)))
     except NotAvailable as reason:

@@ -120,6 +120,8 @@ def test_stages_have_different_names_and_fit_into_the_table(bench):
     from stages import tables
     from stages.stage import STAGES, small
 
+    from dream_jax import xla_flags
+
     names = [one.name for one in STAGES]
     assert len(set(names)) == len(names)
     assert names[0] == "ceilings"  # the others divide by its figures
@@ -132,6 +134,8 @@ def test_stages_have_different_names_and_fit_into_the_table(bench):
     }
     assert all((BENCH / "stages" / f"{one.module}.py").is_file() for one in STAGES)
     assert all(small(one).options["cpu"] for one in STAGES)
+    flags = {one.options["flags"] for one in STAGES if one.options.get("flags")}
+    assert flags and flags <= set(xla_flags.CANDIDATES)
 
 
 def test_stages_refuse_a_cpu_for_the_real_shapes(bench, tmp_path):

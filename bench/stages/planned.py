@@ -70,9 +70,11 @@ def main(only: Sequence[str] | None) -> int:
 def can_be_planned(stage: Stage) -> bool:
     """Returns whether the programs of a stage can be compiled here and their time computed.
 
-    Rows of several texts cannot: their attention kernel is chosen by running an example on the GPU.
+    Rows of several texts cannot: their attention kernel is chosen by running an example on the GPU. Stages that compare
+    flags of XLA need a process of their own.
     """
-    return stage.module in PLANS and not stage.options.get("settings", {}).get("texts")
+    has_texts = stage.options.get("settings", {}).get("texts")
+    return stage.module in PLANS and not has_texts and stage.options.get("flags") is None
 
 
 def with_shardings(model: Dream, mesh: jax.sharding.Mesh) -> Dream:

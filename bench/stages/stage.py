@@ -64,9 +64,14 @@ def _sampling(name: str, rows: list[dict[str, Any]], limit_s: float, **changes: 
 
 
 def _training(
-    name: str, limit_s: float = 75.0, profile: bool = False, otherwise: Sequence[str] = (), **changes: Any
+    name: str,
+    limit_s: float = 75.0,
+    profile: bool = False,
+    otherwise: Sequence[str] = (),
+    flags: str | None = None,
+    **changes: Any,
 ) -> Stage:
-    options = {"settings": {**_STEP, **changes}, "profile": profile, "otherwise": otherwise}
+    options = {"settings": {**_STEP, **changes}, "profile": profile, "otherwise": otherwise, "flags": flags}
     return Stage(name=name, module="training", options=options, limit_s=limit_s, needs_s=30.0)
 
 
@@ -148,6 +153,11 @@ STAGES: tuple[Stage, ...] = (
             ],
         },
         limit_s=45.0,
+    ),
+    # Flags of XLA that may pay, see dream_jax/xla_flags.py: the same step as train-auto.
+    *(
+        _training(f"train-auto-{flags}", remat=AUTO, flags=flags)
+        for flags in ("no-rematerialization", "no-triton-products", "cublaslt", "no-command-buffers")
     ),
 )
 
