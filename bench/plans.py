@@ -1,6 +1,6 @@
 """Makes the plans of the documentation: compiles the train step of Dream-7B, and writes memory, time and price.
 
-    python bench/plans.py [--only v6e-8x1 h200-1] [--recount] [--docs]
+    python bench/plans.py [--only v6e-8x1 h200-1] [--no-compile] [--recount] [--docs]
 
 Each plan takes one to several minutes on two cores. Needs the extra `plan`, and `plan-gpu` for GPUs: if a plan cannot be
 compiled on this machine, the result file keeps its old result. Writes bench/results/plans.json after each plan, and at the
@@ -62,7 +62,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "h200-1": _case("h200:1", "1x1", 4, 4096),
     # What `--remat auto` takes.
     "auto-h100-1-lora": _case("h100:1", "1x1", 4, 4096, lora_rank=32, remat="auto"),
-    "auto-h100-1-int8": _case("h100:1", "1x1", 2, 4096, moments="int8", remat="auto"),
+    "auto-h100-1-host": _case("h100:1", "1x1", 4, 4096, moments="bfloat16", moments_on_host=True, remat="auto"),
     "auto-h100-8x1": _case("h100:8", "8x1", 8, 4096, remat="auto"),
     **{
         f"auto-h200-1-{moments}-{length}": _case(
@@ -83,6 +83,8 @@ class PlanTableSettings:
 
     only: tuple[str, ...] = ()
     """names of plans; all by default"""
+    compile: bool = True
+    """compile the steps; --no-compile plans by arithmetic, and keeps every result that was compiled"""
     recount: bool = False
     """compile nothing, but compute times and shares of memory again for what was compiled before"""
     docs: bool = False
@@ -144,8 +146,8 @@ def tables(found: Mapping[str, Any]) -> str:
 def auto_table(found: Mapping[str, Any]) -> str:
     """Returns the table of docs/memory.md of what `--remat auto` takes, made from the content of the result file."""
     lines = [
-        "| hardware | rows x tokens | moments | took | peak | of | s a step, fast to slow | why |",
-        "|---|---|---|---|---|---|---|---|",
+        "| hardware | rows x tokens | moments | took | peak | of | size | s a step, fast to slow | why |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found.values():
         plan = one["plan"]
@@ -155,8 +157,8 @@ def auto_table(found: Mapping[str, Any]) -> str:
         why = plan["remat"].partition(", ")[2].partition(";")[0]
         lines.append(
             f"| {plan['hardware']} | {settings['batch_size']} x {settings['max_length']} | {_trains(settings)} | "
-            f"`{settings['remat']}` | {gib(memory['peak'])} | {gib(memory['limit'])} | {time['fast']:.2f} to "
-            f"{time['slow']:.2f} | {why} |"
+            f"`{settings['remat']}` | {gib(memory['peak'])} | {gib(memory['limit'])} | "
+            f"{'compiled' if memory['compiled'] else 'arithmetic'} | {time['fast']:.2f} to {time['slow']:.2f} | {why} |"
         )
     return "\n".join(lines)
 
@@ -196,7 +198,7 @@ KEEPS: Mapping[Remat, str] = {
 
 def _trains(settings: Mapping[str, Any]) -> str:
     if settings.get("lora_rank") is None:
-        return str(settings["moments"])
+        return f"{settings['moments']}{' on the host' if settings['moments_on_host'] else ''}"
     return f"rank {settings['lora_rank']} on {'bfloat16' if settings['base'] == 'auto' else settings['base']}"
 
 
@@ -215,11 +217,11 @@ def written_tables() -> dict[str, str]:
     return {BEGIN: tables(found), BEGIN_POLICIES: policy_table(), BEGIN_AUTO: auto_table(found)}
 
 
-def one_plan(name: str) -> RunPlan:
-    """Returns the plan of one of `CASES`, compiled if the compiler is installed."""
+def one_plan(name: str, *, compiles: bool = True) -> RunPlan:
+    """Returns the plan of one of `CASES`, compiled if that is wanted and the compiler is installed."""
     topology, settings = CASES[name]
     training = TrainSettings.flat(out=pathlib.Path("unused"), **settings)
-    return make_plan(training, PlanSettings(plan=True, topology=topology))
+    return make_plan(training, PlanSettings(plan=True, topology=topology, compile=compiles))
 
 
 def recounted(name: str, stored: Mapping[str, Any]) -> RunPlan:
@@ -227,12 +229,12 @@ def recounted(name: str, stored: Mapping[str, Any]) -> RunPlan:
     topology, settings = CASES[name]
     training = TrainSettings.flat(out=pathlib.Path("unused"), **{**settings, "remat": stored["settings"]["remat"]})
     memory, seconds = stored["memory"], stored["compile_seconds"]
-    found: Compiled | Refusal
+    found: Compiled | Refusal | None = None
     if memory["compiled"]:
         moved = tuple(Collective(**one) for one in stored["collectives"])
         given = memory["peak"] - memory["working"]
         found = Compiled(peak=memory["peak"], given=given, collectives=moved, seconds=seconds)
-    else:
+    elif memory["refused"] is not None:
         found = Refusal(needed=memory["peak"], words=memory["refused"], seconds=seconds)
     plan = make_plan(training, PlanSettings(plan=True, topology=topology, compile=False), found)
     return dataclasses.replace(plan, remat=stored.get("remat"), versions=stored["versions"])
@@ -253,14 +255,17 @@ def main(settings: PlanTableSettings) -> None:
     if settings.recount:
         recount()
     for name in () if settings.docs or settings.recount else settings.only or tuple(CASES):
-        plan = one_plan(name)
+        plan = one_plan(name, compiles=settings.compile)
         memory = plan.memory
         print(
             f"{name}: peak {gib(memory.peak)} of {gib(memory.limit)} GiB, {'fits' if plan.fits else 'does not fit'}, "
             f"{'not compiled' if plan.compile_seconds is None else f'{plan.compile_seconds:.0f} s'}",
             flush=True,
         )
-        if plan.compile_seconds is None:
+        before = results().get(name)
+        if plan.compile_seconds is None and (
+            settings.compile or (before is not None and before["plan"]["memory"]["compiled"])
+        ):
             print(f"  {'; '.join(plan.advice)}: the file keeps its old result")
             continue
         plain = plan.plain()

@@ -18,7 +18,7 @@ from dream_jax.chips import CHIPS, chip_of
 from dream_jax.device_memory import shortage
 from dream_jax.plan import PlanSettings, RunPlan, arithmetic, cost, hardware, make_plan, planner, render
 from dream_jax.plan.compile import Compiled, compile_step
-from dream_jax.plan.hardware import find_hardware
+from dream_jax.plan.hardware import Hardware, find_hardware
 from dream_jax.plan.hlo import Collective
 from dream_jax.remat import Remat
 from dream_jax.trainer import TrainSettings
@@ -162,6 +162,17 @@ def test_arithmetic_is_near_what_was_compiled(bench, name):
     settings = settings | {"remat": COMPILED[name]["settings"]["remat"]}
     plan = estimated(TrainSettings.flat(**settings), topology)
     assert plan.memory.peak == pytest.approx(COMPILED[name]["memory"]["peak"], rel=0.15)
+
+
+def test_what_auto_took_fits_into_the_share_in_force():
+    every = {name: one["plan"] for name, one in json.loads(RESULTS.read_text(encoding="utf-8")).items()}
+    auto = {name: plan for name, plan in every.items() if plan["remat"] is not None}
+    assert {plan["chip"] for plan in auto.values()} == {"h100", "h200", "v5p", "v6e"}
+    for plan in auto.values():
+        memory = plan["memory"]
+        assert memory["limit"] == Hardware.limit_of(CHIPS[plan["chip"]])
+        assert plan["fits"] and memory["peak"] <= memory["limit"]
+        assert plan["remat"].startswith(f"remat auto: {plan['settings']['remat']}, ")
 
 
 def test_tables_of_the_documentation_are_those_of_the_results(bench):

@@ -153,8 +153,8 @@ def choose_for_run(
     def compiled(remat: Remat) -> int | None:
         found = compile_step(with_shapes(settings, built(remat), mesh, max_length))
         peak = None if isinstance(found, Shortage) else peak_bytes(found)
-        # The policy must be the same in all processes.
-        return None if distributed.which_say(peak is None) else peak
+        # The policy must be the same in all processes, so the largest size counts.
+        return None if distributed.which_say(peak is None) or peak is None else -distributed.smallest(-peak)
 
     platform = sharding.platform_of(mesh)
     limit = memory_of_device([device for device in mesh.devices.flat if device.process_index == jax.process_index()])
