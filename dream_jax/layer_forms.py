@@ -138,7 +138,8 @@ def join(model: Dream) -> None:
 
 def _join_layer(layer: Layer, is_apart: bool) -> None:
     """Joins the projections of one layer, or of stacked layers."""
-    joined = _joined(_separate_params(layer), is_apart)
+    # Without waiting, the separate and the joined projections of many layers would be in memory at the same time.
+    joined = jax.block_until_ready(_joined(_separate_params(layer), is_apart))
     if "attn" in joined:
         attn = layer.attn
         attn.qkv, attn.q, attn.k, attn.v = JoinedLinear(**joined["attn"]["qkv"]), None, None, None
@@ -152,10 +153,16 @@ def _separate_params(layer: Layer) -> ParamTree:
     found: ParamTree = {}
     attn, mlp = layer.attn, layer.mlp
     if _is_plain(attn.q, attn.k, attn.v) and _shards_joined(attn.q.out_shape[0], attn.k.out_shape[0]):
-        found["attn"] = {name: split_params(one)[1] for name, one in (("q", attn.q), ("k", attn.k), ("v", attn.v))}
+        found["attn"] = {name: _arrays(one) for name, one in (("q", attn.q), ("k", attn.k), ("v", attn.v))}
     if _is_plain(mlp.gate, mlp.up):
-        found["mlp"] = {name: split_params(one)[1] for name, one in (("gate", mlp.gate), ("up", mlp.up))}
+        found["mlp"] = {name: _arrays(one) for name, one in (("gate", mlp.gate), ("up", mlp.up))}
     return found
+
+
+def _arrays(linear: Linear) -> ParamTree:
+    """Returns the parameters of a projection without an adapter."""
+    leaves = {name: getattr(linear, name) for name in ("kernel", "bias", "codes", "scales")}
+    return {name: leaf[...] for name, leaf in leaves.items() if leaf is not None}
 
 
 def _is_plain(*linears: Linear | None) -> bool:

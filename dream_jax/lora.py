@@ -302,7 +302,8 @@ def merge_inside(model: Dream, *, dequantised: bool = False) -> None:
     for layer in projections_by_layer(model):
         changed = {name: linear for name, linear in layer.items() if linear.lora_a is not None or linear.kernel is None}
         with sharding.mesh_context(model):
-            kernels = _merged_kernels(changed, dtype, model.is_apart)
+            # Without waiting, the old and the new kernels of many layers would be in memory at the same time.
+            kernels = jax.block_until_ready(_merged_kernels(changed, dtype, model.is_apart))
         for name, linear in changed.items():
             linear.kernel = nnx.Param(kernels[name])
             linear.codes = linear.scales = linear.lora_a = linear.lora_b = None
