@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dream_jax import sharding
+from dream_jax import layer_forms, layouts, lora, sharding
+from dream_jax import model as dream_model
+from dream_jax.attention import KVCache, Window
 from dream_jax.config import DreamConfig
-from dream_jax.model import Dream
+from dream_jax.model import Dream, LayerForm, merge_params, split_params
+from dream_jax.quantisation import CodeKind
 from dream_jax.sampler import NoCache, SamplerConfig, WindowCache
-from dream_jax.sampler.loop import denoise
+from dream_jax.sampler.loop import canvas_layout, denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
 
 
@@ -93,3 +96,79 @@ def lower(model: Dream, config: SamplerConfig, *, batch: int, prompt: int, array
     valid = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=array_sharding)
     with sharding.mesh_context(model):
         return denoise.lower(model, canvas, valid, shape(keys), jax.tree.map(shape, dynamic), None, static=static)
+
+
+def lower_window_pass(model: Dream, *, batch: int, length: int, window: int, array_sharding: Any = None) -> Any:
+    """Returns the `jax.stages.Lowered` of one window pass: its layers, and the most probable token of every position.
+
+    Args:
+      model, batch, array_sharding: as for `lower`.
+      length: number of tokens of a row, whose keys and values are in the cache.
+      window: number of tokens of a row that the pass computes.
+    """
+    config = model.config
+    static = StaticSettings.of(SamplerConfig(max_new_tokens=length), length, [length] * batch)
+    cache = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=array_sharding)
+
+    @functools.partial(jax.jit, donate_argnames=("k", "v"))
+    def window_pass(
+        model: Dream, tokens_BW: jax.Array, position_BW: jax.Array, valid_BT: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        mask = canvas_layout(model, valid_BT, static).mask.at(position_BW)
+        window = Window(KVCache(k, v), position_BW)
+        hidden_BWD, kv_cache = model.hidden_window(tokens_BW, mask, position_BW, window)
+        return jnp.argmax(model.unembed(hidden_BWD), axis=-1), kv_cache
+
+    of_window, valid = shape((batch, window), jnp.int32), shape((batch, length), jnp.bool_)
+    k, v = (shape(cache, model.compute_dtype) for _ in range(2))
+    with sharding.mesh_context(model):
+        return window_pass.lower(model, of_window, of_window, valid, k, v)
+
+
+def abstract_model(config: DreamConfig, mesh: jax.sharding.Mesh, *, layers: LayerForm, base: CodeKind | None) -> Dream:
+    """Returns the model that the commands would load for sampling in bfloat16: shapes, each with the place of its array.
+
+    Args:
+      config: the architecture.
+      mesh: the devices, which need not be present.
+      layers: the form of the layers; the projections of layers that are apart are joined.
+      base: the kind of the codes of the kernels; None for bfloat16.
+    """
+
+    platform = sharding.platform_of(mesh)
+
+    def joined(model: Dream) -> Dream:
+        if layers == "apart":
+            layer_forms.join(model)
+        if base == "int8" and platform == "gpu":
+            lora.round_scales(model)
+        return model
+
+    model = dream_model.abstract_model(config, param_dtype=jnp.bfloat16, layers=layers)
+    if base is not None:
+        model = lora.with_base_shapes(model, base)
+    with jax.set_mesh(mesh):
+        graphdef, shapes = split_params(jax.eval_shape(joined, model))
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        layouts.parameter_formats(shapes, mesh),
+    )
+    return merge_params(graphdef, placed)
+
+
+def smallest_projection(model: Dream, mesh: jax.sharding.Mesh) -> int:
+    """Returns the bytes that the smallest kernel of one layer takes on a device of the mesh."""
+    config = model.config
+    size = config.hidden_size * config.num_key_value_heads * config.head_dim * model.compute_dtype.itemsize
+    return size // math.prod(mesh.shape.values())
+
+
+def weights_read(model: Dream) -> int:
+    """Returns the bytes of the weights that every pass reads: all but the table of token embeddings."""
+    params = split_params(model)[1]
+    if model.lm_head is not None:
+        del params["embed"]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

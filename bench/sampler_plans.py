@@ -1,9 +1,11 @@
-"""Compiles the sampler of Dream-7B for TPUs that this machine does not have, and writes the memory that it needs.
+"""Compiles the sampler of Dream-7B for hardware that this machine does not have, and writes what the programs need.
 
     python bench/sampler_plans.py [--only v6e:2x4/1x8] [--out FILE]
 
-Each mesh and mode is compiled for 512 prompt tokens and 512 new tokens, bfloat16 weights, and batches of 1 and 16 rows. The
-peak memory of a device is that of the compiler. Needs the extra `plan`; a program takes about a minute on two cores.
+Each program is compiled for 512 prompt tokens and 512 new ones, with the weights stored as the commands store them. Written
+are the memory of a device, the size of the arrays in which the program copies weights, the bytes that a window pass reads,
+and the time that compiling took a processor. Needs the extra `plan` for TPUs, and `plan-gpu` for GPUs; a program takes
+seconds for a GPU and up to a minute for a TPU, on one core.
 """
 
 from __future__ import annotations
@@ -12,32 +14,55 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import report
+import sampler_modes
 import tyro
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 import dream_jax
-from dream_jax import sharding
-from dream_jax.model import Dream, abstract_model
+from dream_jax.model import Dream, LayerForm
+from dream_jax.plan import traffic
 from dream_jax.plan.hardware import find_hardware
 from dream_jax.plan.report import gib
+from dream_jax.quantisation import CodeKind
 from dream_jax.sampler import SamplerConfig, WindowCache
-from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import DynamicSettings, StaticSettings
 
-HARDWARE_AND_MESH = ("v6e:2x4/1x8", "v6e:2x4/2x4", "v5p:2x2x1/1x4")
+CONFIG = dream_jax.PRESETS["dream-7b"]
 PROMPT, NEW, BLOCK = 512, 512, 32
-BATCHES = (1, 16)
 OPTIONS: Mapping[str, Any] = {"max_new_tokens": NEW, "steps": NEW, "alg": "entropy", "temperature": 0.2, "top_p": 0.95}
 MODES = {
     "exact": SamplerConfig(**OPTIONS),
     "cached": SamplerConfig(**OPTIONS, block_length=BLOCK, cache=WindowCache()),
+}
+WINDOW_PASS = "window pass"
+
+
+class Case(NamedTuple):
+    """One program. `mode` is a key of `MODES`, or `WINDOW_PASS` for one such pass alone."""
+
+    layers: LayerForm
+    base: CodeKind | None
+    mode: str
+    batch: int
+
+
+TPU_CASES = (
+    Case("stacked", None, "exact", 1),
+    Case("stacked", None, "cached", 1),
+    Case("apart", None, "exact", 1),
+)
+GPU_CASES = tuple(
+    Case(layers, base, mode, batch)
+    for layers, base in (("stacked", None), ("apart", None), ("apart", "int8"))
+    for mode, batch in (("exact", 1), ("cached", 1), (WINDOW_PASS, 1), ("cached", 16))
+)
+CASES: Mapping[str, tuple[Case, ...]] = {
+    "v6e:2x4/1x8": TPU_CASES,
+    "h200:1/1x1": GPU_CASES,
 }
 
 
@@ -45,71 +70,67 @@ MODES = {
 class SamplerPlansSettings:
     """The choice of programs to compile, and the result file."""
 
-    only: tuple[str, ...] = HARDWARE_AND_MESH
+    only: tuple[str, ...] = tuple(CASES)
     """hardware and meshes, each as TOPOLOGY/MESH"""
     out: pathlib.Path = report.RESULTS / "sampler_plans.json"
 
 
-def sharded_shapes(mesh: jax.sharding.Mesh) -> Dream:
-    """Returns an abstract Dream-7B: shapes in bfloat16 with their shardings over the mesh."""
-    graphdef, state = nnx.split(abstract_model(dream_jax.PRESETS["dream-7b"], param_dtype=jnp.bfloat16))
-    params = nnx.to_pure_dict(state)
-    sharded = jax.tree.map(
-        lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding),
-        params,
-        sharding.parameter_shardings(params, mesh),
-    )
-    nnx.replace_by_pure_dict(state, sharded)
-    return nnx.merge(graphdef, state)
-
-
-def compiled(mesh: jax.sharding.Mesh, config: SamplerConfig, batch: int) -> dict[str, Any]:
-    """Compiles one program; returns its memory per device in bytes, and the compile time in seconds."""
-    model = sharded_shapes(mesh)
+def lower(model: Dream, mesh: jax.sharding.Mesh, case: Case) -> Any:
+    """Returns the `jax.stages.Lowered` of the program of a case."""
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    if case.mode == WINDOW_PASS:
+        window = 1 + BLOCK
+        return sampler_modes.lower_window_pass(
+            model, batch=case.batch, length=PROMPT + NEW, window=window, array_sharding=everywhere
+        )
+    config = MODES[case.mode]
+    return sampler_modes.lower(model, config, batch=case.batch, prompt=PROMPT, array_sharding=everywhere)
 
-    def shape(like: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=everywhere)
 
-    canvas = jax.ShapeDtypeStruct((batch, PROMPT + NEW), jnp.int32, sharding=everywhere)
-    valid = jax.ShapeDtypeStruct(canvas.shape, jnp.bool_, sharding=everywhere)
-    keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
-    static = StaticSettings.of(config, NEW, [NEW])
-    dynamic = jax.tree.map(shape, DynamicSettings.of(config, static.steps, [NEW] * batch))
-    begun = time.monotonic()
-    with sharding.mesh_context(model):
-        program = denoise.lower(model, canvas, valid, keys, dynamic, None, static=static).compile()
-    memory = program.memory_analysis()
-    assert memory is not None, "XLA reports the memory of programs for TPUs"
+def compiled(mesh: jax.sharding.Mesh, case: Case) -> dict[str, Any]:
+    """Compiles one program; returns its figures: bytes of one device, and seconds of one core."""
+    model = sampler_modes.abstract_model(CONFIG, mesh, layers=case.layers, base=case.base)
+    begun = time.process_time()
+    program = lower(model, mesh, case).compile()
+    seconds = time.process_time() - begun
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None, "XLA reports the memory of programs for TPUs and GPUs"
+    copies = traffic.weight_copies(text, least=sampler_modes.smallest_projection(model, mesh), weights="model")
     found = {
         "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         "given": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "compile_seconds": round(time.monotonic() - begun, 1),
+        "weights_copied": sum(copy.times * copy.nbytes for copy in copies),
+        "compile_core_seconds": round(seconds, 1),
     }
+    if case.mode == WINDOW_PASS:
+        plain = sampler_modes.abstract_model(CONFIG, mesh, layers=case.layers, base=None)
+        found |= {"weights_in_bfloat16": sampler_modes.weights_read(plain), "bytes_read": traffic.bytes_read(text)}
     return found
 
 
 def main(settings: SamplerPlansSettings) -> None:
     """Compiles every program, writes the result after each, and prints a table."""
     console = Console()
-    table = Table("hardware", "mesh", "mode", "rows", "peak, GiB", "of", "compiled, s")
+    table = Table("program", "peak, GiB", "of", "temporaries, GiB", "weights copied, GiB", "compiled, s of a core")
     for name in settings.only:
         topology, _, shape = name.partition("/")
         hardware = find_hardware(topology)
+        if hardware.missing is not None:
+            console.print(f"{name}: {hardware.missing}")
+            continue
         mesh = hardware.mesh(shape)
-        assert isinstance(mesh, jax.sharding.Mesh), "a named topology has devices to compile for"
-        for mode, config in MODES.items():
-            for batch in BATCHES:
-                if batch % dict(mesh.shape)["fsdp"]:
-                    continue
-                found = compiled(mesh, config, batch)
-                found |= {"limit": hardware.limit, "date": report.now()}
-                found |= {"versions": report.versions(["jax", "jaxlib", "libtpu"])}
-                report.add_json(settings.out, f"{name}/{mode}/{batch}", found)
-                cells = (gib(found["peak"]), gib(found["limit"]), str(found["compile_seconds"]))
-                table.add_row(topology, shape, mode, str(batch), *cells)
-                console.print(f"{name} {mode} {batch}: {gib(found['peak'])} GiB")
+        assert isinstance(mesh, jax.sharding.Mesh), "a topology has devices if nothing is missing"
+        for case in CASES[name]:
+            found = compiled(mesh, case) | case._asdict() | {"hardware": topology, "mesh": shape}
+            found |= {"limit": hardware.limit, "date": report.now()}
+            library = "libtpu" if hardware.chip.platform == "tpu" else "jax-cuda12-plugin"
+            found |= {"versions": report.versions(["jax", "jaxlib", library])}
+            key = f"{name}/{case.layers}/{case.base or 'bfloat16'}/{case.mode}/{case.batch}"
+            report.add_json(settings.out, key, found)
+            sizes = (gib(found[size]) for size in ("peak", "limit", "temporaries", "weights_copied"))
+            table.add_row(key, *sizes, str(found["compile_core_seconds"]))
+            console.print(f"{key}: {gib(found['peak'])} GiB")
     console.print(table)
 
 

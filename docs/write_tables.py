@@ -272,6 +272,28 @@ def planned_sampler() -> str:
     return tables.table(tables.SAMPLE_HEADER, tables.sample_rows(read("accelerator_planned")))
 
 
+def sampler_plans() -> str:
+    """Memory of the sampler, copies of weights and bytes read, by the compiled programs."""
+    rows = []
+    for row in read("sampler_plans").values():
+        place = f"{row['hardware']}, mesh {row['mesh']}"
+        sizes = [f"{row[name] / 2**30:.2f}" for name in ("peak", "temporaries", "weights_copied")]
+        share = f"{row['bytes_read'] / row['weights_in_bfloat16']:.2f}" if "bytes_read" in row else None
+        rows.append((place, row["layers"], row["base"] or "bfloat16", row["mode"], row["batch"], *sizes, share))
+    header = (
+        "hardware",
+        "layers",
+        "weights",
+        "program",
+        "batch",
+        "peak GiB",
+        "of it temporaries",
+        "weights copied, GiB",
+        "bytes read / bfloat16 weights",
+    )
+    return table(header, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "status": status,
     "status-zh": status_zh,
@@ -282,6 +304,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "planned-aims": planned_aims,
     "planned-train-step": planned_train_step,
     "planned-sampler": planned_sampler,
+    "sampler-plans": sampler_plans,
     "pytorch-cpu": pytorch_cpu,
     "sampler-quality": sampler_quality,
     "server-throughput": server_throughput,

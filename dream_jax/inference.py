@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dream_jax import hub, layer_forms, lora, masks, pretrained, sharding
+from dream_jax import hub, layer_forms, layouts, lora, masks, pretrained, sharding
 from dream_jax.attention import Backend
 from dream_jax.bounds import check_numbers
 from dream_jax.layer_forms import LayersChoice, form_of
@@ -184,6 +184,7 @@ class PreparedModel:
             layer_forms.join(model)
         if base == "int8" and self.dtype == "bfloat16" and sharding.platform_of(self.mesh) == "gpu":
             lora.round_scales(model)
+        layouts.lay_out(model)
         if settings.mask is not None:
             model.trained_mask = settings.mask
         return model

@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "files", "row_file", "chat_template", "paths", "hub", "player", "packed_noise",
         "float8", "xla_flags",
     ),
-    "model": ("attention", "model", "layer_forms"),
+    "model": ("attention", "model", "layer_forms", "layouts"),
     "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),
     "programs": ("inference", "train_step", "step_memory", "sampler", "pretrained", "flops"),
     "runs": ("trainer", "posttraining"),

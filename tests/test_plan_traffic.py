@@ -25,13 +25,19 @@ HloModule sampler, is_scheduled=true
   ROOT %slice = bf16[1,1024]{1,0} dynamic-slice(%stack, %index, %zero), dynamic_slice_sizes={1,1024}
 }
 
-%slices_and_multiplies (stack: bf16[2,1024], x: f32[32], index: s32[]) -> f32[32] {
+%slices_inside (stack: bf16[2,1024], index: s32[]) -> bf16[1024] {
   %stack.1 = bf16[2,1024]{1,0} parameter(0)
   %cast = bf16[2048]{0} bitcast(%stack.1)
+  %index.1 = s32[] parameter(1)
+  ROOT %slice.1 = bf16[1024]{0} dynamic-slice(%cast, %index.1), dynamic_slice_sizes={1024}
+}, execution_thread="main"
+
+%slices_and_multiplies (stack: bf16[2,1024], x: f32[32], index: s32[]) -> f32[32] {
+  %stack.4 = bf16[2,1024]{1,0} parameter(0)
   %x = f32[32]{0} parameter(1)
-  %index.1 = s32[] parameter(2)
-  %slice.1 = bf16[1024]{0} dynamic-slice(%cast, %index.1), dynamic_slice_sizes={1024}
-  ROOT %dot.1 = f32[32]{0} dot(%slice.1, %x)
+  %index.2 = s32[] parameter(2)
+  %inside = bf16[1024]{0} fusion(%stack.4, %index.2), kind=kLoop, calls=%slices_inside
+  ROOT %dot.1 = f32[32]{0} dot(%inside, %x)
 }
 
 %condition (carried: (s32[], f32[32], bf16[2,1024], bf16[1024])) -> pred[] {
@@ -77,6 +83,8 @@ ENTRY %main (stack: bf16[2,1024], head: bf16[1024], x: f32[32], p: pred[]) -> f3
   %again = (bf16[1024]{0}, bf16[1024]{0}, u32[]) copy-start(%head)
   %is_again = bf16[1024]{0} copy-done(%again)
   %small = bf16[8]{0} slice(%head), slice={[0:8]}
+  %few = ((bf16[1024]{0}), bf16[8]{0:S(1)}, s32[]) slice-start(%head), slice={[0:8]}
+  %few_are_here = bf16[8]{0:S(1)} slice-done(%few)
   %gathered = bf16[4,1024]{1,0} all-gather(%stack.3), replica_groups=[1,2]<=[2], dimensions={0}
   %product = f32[32]{0} fusion(%head, %is_ahead, %x.3), kind=kCustom, calls=%joins
   %zero.1 = s32[] constant(0)
@@ -118,7 +126,7 @@ def test_copies_are_shown_with_their_shapes():
 def test_bytes_that_a_text_reads():
     layers = 2 * (2048 + 2048 + 2048 + 128 + 2048 + 128)
     # The loop: a slice, a copy, a slice and x, the two operands of the product; counters in between.
-    entry = 4096 + 2048 + 2048 + 16 + 4096 + 2048 + 128
+    entry = 4096 + 2048 + 2048 + 16 + 16 + 4096 + 2048 + 128
     branch = 2048 + 128
     assert traffic.bytes_read(PROGRAM) == pytest.approx(entry + layers + branch, abs=100)
 

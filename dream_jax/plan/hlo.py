@@ -28,6 +28,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+# The end of a computation. The whole line is compared, because lines of a kernel's metadata may begin with "}" too.
+_CLOSED = re.compile(r'\}(?:, execution_thread="[^"]*")?')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -108,7 +110,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             if opening:
                 current = computations[opening[2]] = {}
                 entry = opening[2] if opening[1] else entry
-        elif line.rstrip() == "}":  # The whole line is compared: lines of a kernel's metadata may begin with "}" too.
+        elif _CLOSED.fullmatch(line.rstrip()):
             current = None
         else:
             instruction = _instruction(line)

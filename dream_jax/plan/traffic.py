@@ -243,38 +243,47 @@ def operand_bytes(
     It must be an instruction that computes something itself, and no loop, conditional or call.
     """
     total = 0.0
-    fused = computations[instruction.called[0]] if instruction.opcode == "fusion" else None
     for number, operand in enumerate(instruction.operands):
         whole = _main_memory(computation[operand].shape) if operand in computation else 0.0
-        used = _sliced(instruction, number) if fused is None else _sliced_in(fused, number)
+        used = _sliced(computations, instruction, number)
         total += whole if used is None else min(whole, used)
     return total
 
 
-def _sliced(instruction: Instruction, number: int) -> float | None:
-    """Returns the bytes of an operand that an instruction reads, if these are a slice of it; otherwise None."""
+def _sliced(computations: _Computations, instruction: Instruction, number: int) -> float | None:
+    """Returns the bytes that an instruction reads of an operand if it only takes slices of it; otherwise None."""
+    if instruction.opcode == "fusion":
+        return _sliced_in(computations, instruction.called[0], number)
     if number == 0 and instruction.opcode in _SLICES:
         return hlo.nbytes(instruction.shape)
+    if number == 0 and instruction.opcode == "slice-start":  # its shape is (operand, slice, context)
+        return hlo.nbytes(hlo.elements(instruction.shape)[-2])
     # The array into which a slice is written stays where it is, and the rest of it is not read.
     if number == 0 and instruction.opcode in ("dynamic-update-slice", "scatter"):
         return 0.0
     return None
 
 
-def _sliced_in(fused: Mapping[str, Instruction], number: int) -> float | None:
-    """Returns the bytes of a fusion's operand that the fusion reads, if it only takes slices of it; otherwise None."""
-    names = [one.name for one in fused.values() if one.opcode == "parameter" and one.operands[0] == str(number)]
+def _sliced_in(computations: _Computations, fused: str, number: int) -> float | None:
+    """Returns the bytes that a fusion reads of an operand if it only takes slices of it; otherwise None.
+
+    Args:
+      computations: all computations of the program.
+      fused: the name of the computation of the fusion.
+      number: the number of the operand.
+    """
+    names = [_parameters(computations[fused])[number].name]
     total = 0.0
     while names:
         name = names.pop()
-        for user in fused.values():
+        for user in computations[fused].values():
             for position, operand in enumerate(user.operands):
                 if operand != name or user.opcode in ("parameter", "constant"):
                     continue
                 if user.opcode == "bitcast":
                     names.append(user.name)
                     continue
-                sliced = _sliced(user, position)
+                sliced = _sliced(computations, user, position)
                 if sliced is None:
                     return None
                 total += sliced
