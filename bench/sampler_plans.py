@@ -55,9 +55,10 @@ TPU_CASES = (
     Case("stacked", None, "cached", 1),
     Case("apart", None, "exact", 1),
 )
+GPU_FORMS: tuple[tuple[LayerForm, CodeKind | None], ...] = (("stacked", None), ("apart", None), ("apart", "int8"))
 GPU_CASES = tuple(
     Case(layers, base, mode, batch)
-    for layers, base in (("stacked", None), ("apart", None), ("apart", "int8"))
+    for layers, base in GPU_FORMS
     for mode, batch in (("exact", 1), ("cached", 1), (WINDOW_PASS, 1), ("cached", 16))
 )
 CASES: Mapping[str, tuple[Case, ...]] = {

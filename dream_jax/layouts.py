@@ -73,7 +73,7 @@ def lay_out(model: Dream) -> None:
         if not isinstance(node, nnx.Param):
             continue
         array = node[...]
-        if next(iter(array.sharding.device_set)).platform not in _PLATFORMS:
+        if {device.platform for device in array.devices()}.isdisjoint(_PLATFORMS):
             return
         axes = order(tuple(map(str, path)))
         if axes is not None:
