@@ -71,10 +71,11 @@ def can_be_planned(stage: Stage) -> bool:
     """Returns whether the programs of a stage can be compiled here and their time computed.
 
     Rows of several texts cannot: their attention kernel is chosen by running an example on the GPU. Stages that compare
-    flags of XLA need a process of their own.
+    flags of XLA need a process of their own, and the rate of float8 products was never measured.
     """
-    has_texts = stage.options.get("settings", {}).get("texts")
-    return stage.module in PLANS and not has_texts and stage.options.get("flags") is None
+    settings = stage.options.get("settings", {})
+    is_other = settings.get("texts") or settings.get("products") == "fp8" or stage.options.get("flags") is not None
+    return stage.module in PLANS and not is_other
 
 
 def with_shardings(model: Dream, mesh: jax.sharding.Mesh) -> Dream:
