@@ -1,14 +1,23 @@
-"""Measures the memory of a quantised base, and the difference of its logits from those of the float weights.
+"""Measures the memory of a quantised base, and the difference of its logits and answers from those of the float weights.
 
     python bench/quantised_base.py --model PATH|PRESET [--data sudoku] [--rows 16] [--out FILE]
 
 Rows of a data set, with half of each response masked, go through the float32 model and through each kind of base. The
 logits of the masked positions are compared: root mean square of the error / root mean square of the logits, mean KL
-divergence in nats, and share of positions with the same most probable token. Writes FILE (JSON). Needs the extra `bench`.
+divergence in nats, and share of positions with the same most probable token. Then the same prompts are answered with the
+preset `fast` at temperature 0; the share of equal tokens is that of all positions of the answers.
+
+"int8 on a GPU" is the product that a GPU computes in a window pass, in bfloat16: codes times scales in bfloat16. It is
+computed here as a whole pass over few rows, and stands beside "bfloat16", the same model without codes. The untrained tiny
+checkpoint of the tests is measured too, on random tokens.
+
+With the extra `plan-gpu`, a window pass of Dream-7B is compiled for an H200, and the bytes that it reads are counted.
+Writes FILE (JSON). Needs the extra `bench`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -20,12 +29,21 @@ import report
 import tyro
 from rich.console import Console
 from rich.table import Table
+from window_pass import compiled_window_pass
 
-from dream_jax import lora, pretrained, quantisation
+from dream_jax import PRESETS, lora, pretrained, quantisation
 from dream_jax.data import TokenizedRows, lay_out, length_report, open_source
 from dream_jax.inference import find_tokenizer
 from dream_jax.model import Dream, parameter_count, split_params
+from dream_jax.plan import traffic
+from dream_jax.plan.hardware import find_hardware
+from dream_jax.sampler import Preset, SamplerConfig, generate
+from dream_jax.target import target_platform
 from dream_jax.tokenizer import Tokenizer
+
+NEW_TOKENS = 32  # of an answer
+PRESETS_ASKED: tuple[Preset, ...] = ("fast",)  # the preset whose passes are over windows of 32 tokens
+TINY = report.REPOSITORY / "tests" / "golden" / "tiny_a" / "hf"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,30 +80,100 @@ def canvases(settings: QuantisedBaseSettings, tokenizer: Tokenizer) -> tuple[np.
 
 def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:
     """Returns the logits that predict the masked positions, float32 [masked positions, V]."""
+    # A pass has few rows, so that its products are those of a window pass.
+    rows = max(1, quantisation.MOST_FUSED_ROWS // tokens.shape[1])
+    logits = np.concatenate([np.asarray(model(tokens[at : at + rows])) for at in range(0, len(tokens), rows)])
     # With the right shift the logits at i - 1 predict token i.
-    return jnp.asarray(np.asarray(model(tokens))[:, :-1][masked[:, 1:]])
+    return jnp.asarray(logits[:, :-1][masked[:, 1:]])
+
+
+def answers(model: Dream, tokens: np.ndarray, new_tokens: int) -> dict[str, np.ndarray]:
+    """Returns the new tokens int32 [B, new tokens] for each preset asked; the prompt is the first half of each row."""
+    prompt = tokens[:, : tokens.shape[1] // 2]
+    settings: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "temperature": 0.0,
+        "forbidden_tokens": (model.config.mask_token_id,),
+    }
+    return {
+        preset: np.asarray(generate(model, prompt, SamplerConfig.preset(preset, **settings)).tokens)[
+            :, prompt.shape[1] :
+        ]
+        for preset in PRESETS_ASKED
+    }
+
+
+def compared(path: str, tokens: np.ndarray, masked: np.ndarray, new_tokens: int) -> dict[str, Any]:
+    """Returns name of the weights -> bytes of a weight of the layers, errors of logits, and shares of equal tokens."""
+    exact = pretrained.load(path)
+    wanted, wanted_answers = at_masks(exact, tokens, masked), answers(exact, tokens, new_tokens)
+    weights = parameter_count(exact.layers)
+    results: dict[str, Any] = {}
+    for name in (*quantisation.KINDS, "bfloat16", "int8 on a GPU"):
+        dtype = "float32" if name in quantisation.KINDS else "bfloat16"
+        base: Any = None if name == "bfloat16" else "int8" if name == "int8 on a GPU" else name
+        model = pretrained.load(path, dtype, base=base, attention_backend="xla")
+        context: Any = contextlib.nullcontext()
+        if name == "int8 on a GPU":
+            lora.round_scales(model)
+            context = target_platform("gpu")
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_params(model)[1]["layers"]))
+        with context:
+            found, found_answers = at_masks(model, tokens, masked), answers(model, tokens, new_tokens)
+        results[name] = {
+            **lora.logit_error(wanted, found),
+            "bytes_a_weight": nbytes / weights,
+            "equal_tokens": {
+                preset: float(np.mean(found_answers[preset] == those)) for preset, those in wanted_answers.items()
+            },
+        }
+    return results
+
+
+def window_passes() -> dict[str, Any] | None:
+    """Returns kind of the weights -> bytes that a window pass reads on an H200, as a share of the weights in bfloat16.
+
+    Returns None if this machine has no compiler for GPUs.
+    """
+    hardware = find_hardware("h200:1")
+    if hardware.devices is None:
+        return None
+    layers = PRESETS["dream-7b"].num_hidden_layers
+    results: dict[str, Any] = {}
+    for base in (None, *quantisation.KINDS):
+        text, weights = compiled_window_pass(hardware, base, layers)
+        results[base or "bfloat16"] = {"weights": weights, "read": traffic.bytes_read(text)}
+    for found in results.values():
+        found["read_share"] = found["read"] / results["bfloat16"]["weights"]
+    return results
 
 
 def main(settings: QuantisedBaseSettings) -> None:
     """Compares all kinds of codes, prints a table and writes the result."""
     console, other_work = Console(), report.OtherWork()
     console.print(settings)
-    exact = pretrained.load(settings.model)
-    tokens, masked = canvases(settings, find_tokenizer(settings.tokenizer, settings.model, exact))
-    wanted, weights = at_masks(exact, tokens, masked), parameter_count(exact.layers)
-    results: dict[str, Any] = {}
-    for kind in quantisation.KINDS:
-        model = pretrained.load(settings.model, base=kind)
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_params(model)[1]["layers"]))
-        results[kind] = {
-            **lora.logit_error(wanted, at_masks(model, tokens, masked)),
-            "bytes_a_weight": nbytes / weights,
-        }
-    table = Table("base", "bytes a weight of the layers", "logit error", "KL, nats", "same first choice")
-    for name_of_kind, found in results.items():
-        figures = (found[name] for name in ("bytes_a_weight", "relative", "kl", "same_top"))
-        table.add_row(name_of_kind, *(f"{figure:.3g}" for figure in figures))
-    console.print(table)
+    described = pretrained.describe(settings.model)
+    tokens, masked = canvases(settings, find_tokenizer(settings.tokenizer, settings.model, described))
+    results = compared(settings.model, tokens, masked, NEW_TOKENS)
+    random = np.random.default_rng(0)
+    vocabulary = pretrained.describe(str(TINY)).config.vocab_size
+    tiny = random.integers(0, vocabulary - 8, (16, 64)).astype(np.int32)
+    tiny_results = compared(str(TINY), tiny, random.random(tiny.shape) < 0.5, NEW_TOKENS)
+    passes = window_passes()
+    for title, some in ((settings.model, results), ("tiny checkpoint, untrained", tiny_results)):
+        table = Table(
+            "weights", "bytes a weight of the layers", "logit error", "KL, nats", "same first choice", "equal tokens"
+        )
+        table.title = title
+        for name_of_kind, found in some.items():
+            figures = (found[name] for name in ("bytes_a_weight", "relative", "kl", "same_top"))
+            equal = ", ".join(f"{preset} {share:.1%}" for preset, share in found["equal_tokens"].items())
+            table.add_row(name_of_kind, *(f"{figure:.3g}" for figure in figures), equal)
+        console.print(table)
+    for name_of_kind, found in (passes or {}).items():
+        console.print(
+            f"{name_of_kind}: a window pass on an H200 reads {found['read_share']:.2f} of the bfloat16 weights"
+        )
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     report.write_json(
         settings.out,
@@ -97,6 +185,8 @@ def main(settings: QuantisedBaseSettings) -> None:
             "settings": plain,
             "masked_positions": int(masked[:, 1:].sum()),
             "results": results,
+            "tiny": tiny_results,
+            "h200_window_pass": passes,
         },
     )
     console.print(f"wrote {settings.out}")

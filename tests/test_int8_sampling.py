@@ -1,21 +1,21 @@
 """A base in int8 or nf4 that samples: its forms, its presets, and the program that an H200 would run."""
 
 import dataclasses
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run_script
+from commands import ROOT, run_script
 from flax import nnx
 from golden_numbers import GOLDEN, arrays
 from golden_numbers import model as golden_model
 from marking import slow
 
 import dream_jax
-from dream_jax import layer_forms, lora, masks, sharding
-from dream_jax.attention import KVCache, Window
-from dream_jax.model import Dream, abstract_model, merge_params, split_params
+from dream_jax import layer_forms, lora
+from dream_jax.model import Dream, split_params
 from dream_jax.plan import traffic
 from dream_jax.plan.hardware import find_hardware
 from dream_jax.pretrained import load
@@ -116,46 +116,15 @@ def test_every_preset_samples_from_codes(small, preset, mesh, base):
 # ------------------------------------------------------------------------------------------------ compiled for an H200
 
 
-def compiled_window_pass(base: str | None) -> tuple[str, float]:
-    """Returns the text of a window pass of one layer of Dream-7B, 32 positions of one row, and the bytes of its weights."""
-    hardware = find_hardware("h200:1")
-    if hardware.devices is None:
-        pytest.skip(f"compiling for an H200 needs XLA's compiler for GPUs: {hardware.missing}")
-    mesh = hardware.mesh("1x1")
-    config = dataclasses.replace(dream_jax.PRESETS["dream-7b"], num_hidden_layers=1)
-
-    def prepared(model):
-        if base is not None:
-            model = lora.with_base(model, base)
-        layer_forms.join(model)
-        if base is not None:
-            lora.round_scales(model)
-        return model
-
-    model = jax.eval_shape(prepared, abstract_model(config, param_dtype=jnp.bfloat16, layers="apart"))
-    graphdef, params = split_params(model)
-    shape = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
-    params = jax.tree.map(shape, params, sharding.parameter_shardings(params, mesh))
-    everywhere = sharding.replicated(mesh)
-    ids = jax.ShapeDtypeStruct((1, 32), jnp.int32, sharding=everywhere)
-    cache_shape = (1, 1, 1024, config.num_key_value_heads, config.head_dim)
-    cache = jax.ShapeDtypeStruct(cache_shape, jnp.bfloat16, sharding=everywhere)
-
-    def window_pass(model, ids, position, k, v):
-        return model.hidden_window(ids, masks.Bidirectional(), position, Window(KVCache(k, v), position))
-
-    with sharding.mesh_context(params):
-        options = None if base is None else dict(COMPILER_OPTIONS)
-        step = jax.jit(window_pass, donate_argnums=(3, 4), compiler_options=options)
-        text = step.lower(merge_params(graphdef, params), ids, ids, cache, cache).compile().as_text()
-    return text, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params["layers"]))
-
-
 @pytest.mark.slow
 def test_window_pass_on_an_h200_reads_codes():
     """A window pass at batch 1 reads at most 0.6 of the bytes of bfloat16 weights, and writes no dequantised kernel."""
-    _, weights = compiled_window_pass(None)
-    text, codes = compiled_window_pass("int8")
+    hardware = find_hardware("h200:1")
+    if hardware.devices is None:
+        pytest.skip(f"compiling for an H200 needs XLA's compiler for GPUs: {hardware.missing}")
+    compiled_window_pass = runpy.run_path(str(ROOT / "bench" / "window_pass.py"))["compiled_window_pass"]
+    weights = compiled_window_pass(hardware, None, 1)[1]
+    text, codes = compiled_window_pass(hardware, "int8", 1)
     read = traffic.bytes_read(text)
     assert codes < 0.52 * weights and read < 0.6 * weights, (codes / weights, read / weights)
     smallest = 3584 * 512  # the codes of one projection, k or v
