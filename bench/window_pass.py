@@ -54,18 +54,20 @@ def compiled_window_pass(hardware: Hardware, base: CodeKind | None, layers: int)
         return jax.ShapeDtypeStruct(size, dtype, sharding=sharding.replicated(mesh))
 
     def window_pass(
-        model: Dream, tokens_BW: jax.Array, position_BW: jax.Array, kv_cache: KVCache
+        model: Dream, tokens_BW: jax.Array, position_BW: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        window = Window(kv_cache, position_BW)
+        window = Window(KVCache(k, v), position_BW)
         hidden_BWD, kv_cache = model.hidden_window(tokens_BW, masks.Bidirectional(), position_BW, window)
         return jnp.argmax(model.unembed(hidden_BWD), axis=-1) if whole else hidden_BWD, kv_cache
 
     size = (layers, 1, LENGTH, config.num_key_value_heads, config.head_dim)
-    kv_cache = KVCache(shape(size, jnp.bfloat16), shape(size, jnp.bfloat16))
+    cache = shape(size, jnp.bfloat16)
     of_window = shape((1, WINDOW), jnp.int32)
-    step = jax.jit(window_pass, donate_argnums=3, compiler_options=dict(COMPILER_OPTIONS) if base == "int8" else None)
+    step = jax.jit(
+        window_pass, donate_argnums=(3, 4), compiler_options=dict(COMPILER_OPTIONS) if base == "int8" else None
+    )
     with sharding.mesh_context(params):
-        text = step.lower(merge_params(graphdef, params), of_window, of_window, kv_cache).compile().as_text()
+        text = step.lower(merge_params(graphdef, params), of_window, of_window, cache, cache).compile().as_text()
     assert text is not None, "XLA writes the text of programs for GPUs"
     multiplied = [params["layers"], params["lm_head"]] if whole else params["layers"]
     return text, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(multiplied))
