@@ -338,7 +338,7 @@ def cart(masked: np.ndarray, p: float) -> np.ndarray:
         (LinearWeight(), lambda masked, t: 1 - t),
         (UniformWeight(), lambda masked, t: 1.0),
     ],
-    ids=str,
+    ids=["cart:0.1", "cart:0.7", "inverse", "linear", "uniform"],
 )
 def test_weights_end_at_the_text(weight: LossWeight, wanted: Any) -> None:
     packed, rng = Packed(LENGTHS), np.random.default_rng(0)
