@@ -11,7 +11,6 @@ from commands import ROOT, run_script
 from flax import nnx
 from golden_numbers import GOLDEN, arrays
 from golden_numbers import model as golden_model
-from jax.experimental.compilation_cache import compilation_cache
 from marking import slow
 
 import dream_jax
@@ -117,18 +116,9 @@ def test_every_preset_samples_from_codes(small, preset, mesh, base):
 # ------------------------------------------------------------------------------------------------ compiled for an H200
 
 
-@pytest.fixture
-def no_program_cache():
-    """Compiles anew: jax cannot read a stored program for a device that is not here."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.slow
-def test_window_pass_on_an_h200_reads_codes(no_program_cache):
+@pytest.mark.usefixtures("compiled_anew")  # jax cannot read a stored program for a device that is not here
+def test_window_pass_on_an_h200_reads_codes():
     """A window pass at batch 1 reads at most 0.6 of the bytes of bfloat16 weights, and writes no dequantised kernel."""
     hardware = find_hardware("h200:1")
     if hardware.devices is None:

@@ -687,6 +687,27 @@ def test_compiled_for_an_h200_no_float32_moment_is_stored(variant, most_read, mo
     assert compiled.memory_analysis().temp_size_in_bytes < most_temporaries * weights
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
+def test_compiled_for_an_h200_moments_of_8_bits_need_no_more_temporary_memory():
+    """Of a whole step, in which gradients are added to arrays of zeros: the update must not keep these arrays."""
+    if not importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("needs the extra plan-gpu, to compile for an H200")
+    mesh, temporaries = find_hardware("h200:1").mesh("1x1"), {}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 4, "vocab_size": 4096, "mask_token_id": 4001, "pad_token_id": 4000}
+    small = dataclasses.replace(PRESETS["dream-7b"], **sizes)
+    graphdef, shapes = split_params(abstract_model(small, compute_dtype="bfloat16", remat="full"))
+    for moments in ("float32", "int8"):
+        optimizer = OptimizerConfig(learning_rate=1e-4, total_steps=10, moments=moments)
+        array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+        rows = Batch(tokens_BT=array(jnp.int32, 2, 128), maskable_BT=array(bool, 2, 128), row_B=array(jnp.int32, 2))
+        step = make_train_step(graphdef, optimizer.make(), optimizer.schedule(), StepConfig(global_batch=2), mesh)
+        compiled = step.lower(abstract_state(shapes, optimizer.make(), mesh), rows).compile()
+        temporaries[moments] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries["int8"] < 1.1 * temporaries["float32"]
+
+
 def test_random_bits_are_uniform_and_independent():
     """Of rows, steps and parameters: every bit is set half of the time, and equal to another row's half of the time."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(5), jnp.arange(8))

@@ -77,7 +77,7 @@ class _FloatMoments:
     def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
         return mu.astype(jnp.float32), nu.astype(jnp.float32)
 
-    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...], zero: Zero) -> tuple[Any, Any]:
         m, v = new()
         return m.astype(self.dtype), v.astype(self.dtype)
 
@@ -111,7 +111,7 @@ class _Int8Moments:
     def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
         return dequantise(mu), dequantise(nu)
 
-    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...], zero: Zero) -> tuple[Any, Any]:
         m, v = new()
         noise_m, noise_v = _noise(keys_R, shape)
         return quantise(m, noise_m, "int8"), quantise(v, noise_v, "uint8")
@@ -133,12 +133,12 @@ class _Int8Blocks(_Int8Moments):
     def load(self, mu: Any, nu: Any, zero: Zero) -> tuple[jax.Array, jax.Array]:
         return block_values(to_blocks(mu.codes), mu.absmax, zero), block_values(to_blocks(nu.codes), nu.absmax, zero)
 
-    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def store(self, new: NewMoments, keys_R: jax.Array, shape: tuple[int, ...], zero: Zero) -> tuple[Any, Any]:
         absmax_m, absmax_v = map(block_absmax, new())
         m, v = new()
         noise_m, noise_v = map(to_blocks, _noise(keys_R, shape))
-        codes_m = from_blocks(block_codes(m, absmax_m, noise_m, "int8"), shape[-1])
-        codes_v = from_blocks(block_codes(v, absmax_v, noise_v, "uint8"), shape[-1])
+        codes_m = from_blocks(block_codes(m, absmax_m, noise_m, "int8", zero), shape[-1])
+        codes_v = from_blocks(block_codes(v, absmax_v, noise_v, "uint8", zero), shape[-1])
         return QuantisedMoment(codes_m, absmax_m), QuantisedMoment(codes_v, absmax_v)
 
 
@@ -230,12 +230,16 @@ def scale_by_adam(
             computed = storage.to_computed(gradient)
             calls = itertools.count()
 
+            def hidden_zero() -> Zero:
+                # XLA does not know that this number is 0. Each call makes another expression.
+                return (steps + next(calls)) * 0.0 if in_kernels else 0.0
+
             def new() -> tuple[jax.Array, jax.Array]:
                 # The new moments are needed three times: for the direction, for the largest magnitudes and for the codes.
                 # If the three were the same expression, XLA would compute it once, write it to the memory and read it
-                # again, which on a GPU takes longer than computing it again. This zero makes them different, because
-                # XLA does not know that it is one. Adding it changes no number.
-                zero = (steps + next(calls)) * 0.0 if in_kernels else 0.0
+                # again, which on a GPU takes longer than computing it again. This zero makes them different. Adding it
+                # changes no number.
+                zero = hidden_zero()
                 g = computed.astype(jnp.float32) * (1.0 if scale is None else scale + zero)
                 before_m, before_v = storage.load(mu, nu, zero)
                 m = b1 * before_m + (1 - b1) * g
@@ -244,7 +248,8 @@ def scale_by_adam(
 
             m, v = new()
             direction = m * correction_m / (jnp.sqrt(v * correction_v) + eps)
-            after = storage.store(new, keys_R, gradient.shape)
+            # Comparisons with a constant 0 would share the array of zeros to which the gradients are added, and so keep it.
+            after = storage.store(new, keys_R, gradient.shape, hidden_zero())
             if not storage.exact:
                 after = select(usable, after, moments)
             direction = storage.from_computed(direction, gradient.shape[-1])

@@ -118,8 +118,12 @@ def block_codes(
     absmax: Float[jax.Array, "*b n"],
     noise: Float[jax.Array, "*b n w"],
     dtype: Literal["int8", "uint8"],
+    zero: Float[jax.Array, ""] | float = 0.0,
 ) -> Num[jax.Array, "*b n w"]:
-    """Returns the codes of `quantise` for blocks whose `block_absmax` is given, in this dtype."""
+    """Returns the codes of `quantise` for blocks whose `block_absmax` is given, in this dtype.
+
+    `zero` is 0, see `adam.scale_by_adam`.
+    """
     grid, magnitude = _GRIDS[dtype], jnp.abs(x)
     # One division per block. The inverse of a number above 8.5e37 is denormal too, so it becomes the least number above
     # it: then the largest magnitude keeps its code, and the others are stored up to 4 times too large.
@@ -131,11 +135,11 @@ def block_codes(
     # `noise` is compared with (ratio - below) / (above - below), solved here for `level`.
     code = _nearest(level + (0.5 - grid.shifted(noise))) + grid.levels
     if dtype == "uint8":
-        return jnp.where(magnitude > 0, jnp.clip(code, 1, grid.levels), 0).astype(dtype)
+        return jnp.where(magnitude > zero, jnp.clip(code, 1, grid.levels), 0).astype(dtype)
     # Below the smallest level above zero the lower one is zero.
     is_one = ratio * 2.0**grid.octaves > noise
     code = jnp.where(level < 1 - grid.levels, is_one.astype(jnp.int32), jnp.minimum(code, grid.levels))
-    return jnp.where(x < 0, -code, code).astype(dtype)
+    return jnp.where(x < zero, -code, code).astype(dtype)
 
 
 def block_values(
@@ -143,10 +147,12 @@ def block_values(
 ) -> Float[jax.Array, "*b n w"]:
     """Returns the numbers that codes in blocks stand for, float32; `zero` is 0, see `adam.scale_by_adam`."""
     grid, code = _GRIDS[codes.dtype.name], codes.astype(jnp.float32)
+    if isinstance(zero, jax.Array):
+        code = code + zero  # here, so that nothing after it is the same expression in two calls
     level = grid(jnp.abs(code))
     if codes.dtype == jnp.int8:
-        level = jnp.where(code < 0, -level, level)
-    return jnp.where(codes == 0, 0.0, level) * (absmax + zero)[..., None]
+        level = jnp.where(code < zero, -level, level)
+    return jnp.where(code == zero, code, level) * absmax[..., None]
 
 
 def _nearest(x: jax.Array) -> jax.Array:
