@@ -71,10 +71,10 @@ def can_be_planned(stage: Stage) -> bool:
     """Returns whether the programs of a stage can be compiled here and their time computed.
 
     Rows of several texts cannot: their attention kernel is chosen by running an example on the GPU. Stages that compare
-    flags of XLA need a process of their own, and the rate of float8 products was never measured.
+    flags of XLA need a process of their own.
     """
     settings = stage.options.get("settings", {})
-    is_other = settings.get("texts") or settings.get("products") == "fp8" or stage.options.get("flags") is not None
+    is_other = settings.get("texts") or stage.options.get("flags") is not None
     return stage.module in PLANS and not is_other
 
 

@@ -28,7 +28,7 @@ _TPU_ENVIRONMENT = {
 }
 
 # The properties of a device that XLA's GPU compiler needs, from NVIDIA's tuning guide and data sheets for the Hopper
-# generation. H100 and H200 differ in memory only.
+# generation. H100 and H200 differ in memory only. Without a version of the CUDA runtime, XLA uses no products in float8.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -52,6 +52,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{kind}"
 """
 _L2_CACHE = {"h100": 50 * 2**20, "h200": 60 * 2**20}
