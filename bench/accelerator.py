@@ -5,12 +5,12 @@
 
 The stages (`stages/stage.py`) measure what the device can do, the training step under several settings, the sampler under
 several modes, PyTorch beside both, the attention kernels against float32, and where the time of a step and of a pass goes.
-They run in order of importance. Each has its own limit of time, and writes its result as it goes: one that fails or is
-ended keeps what it measured and leaves the others as they are. A stage for which too little time is left is skipped, with
-the reason. DIR receives accelerator.json (everything, rewritten after each stage), table.md, and the log of each stage. A
-persistent cache of compiled programs in DIR/cache is shared by the stages, and by a later command with the same DIR.
+They run in order of importance. Each has its own limit of time, and writes each result at once: the results of a stage that
+fails or is ended are kept, and the other stages still run. A stage for which too little time is left is skipped, and the
+reason is written. DIR receives accelerator.json (everything, rewritten after each stage), table.md, and the log of each
+stage. The stages, and later commands with the same DIR, share a persistent cache of compiled programs in DIR/cache.
 
-The table puts the aims of the project beside what was measured. `--small` uses shapes for a CPU; its figures mean nothing.
+The table shows the aims of the project beside the measurements. `--small` uses shapes for a CPU; its figures mean nothing.
 `--planned` needs no accelerator: it compiles the same programs for an H200 and writes the same table from their operations
 and bytes into bench/results/accelerator_planned.json (it needs the extra `plan-gpu`, and takes many minutes).
 
@@ -44,7 +44,7 @@ RESERVE_S = 5.0
 
 
 class StageProcess:
-    """The process of a stage. It imports its libraries as soon as it exists, and measures after `begin`."""
+    """The process of a stage. It imports its libraries at once, and begins to measure when `begin` is called."""
 
     def __init__(self, command: Sequence[str], log: pathlib.Path, environment: Mapping[str, str]):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class StageProcess:
         except subprocess.TimeoutExpired:
             self.end()
             return "ended", f"it took more than its {limit_s:.0f} s"
-        except BaseException:  # The user ends the command: no process stays behind.
+        except BaseException:  # If the user interrupts the command, no process may keep running.
             self.end()
             raise
         self._output.close()
@@ -126,7 +126,7 @@ def run_stages(
       out: the folder of the results.
       deadline: the value of `time.monotonic()` at which everything has to be finished.
       start: starts the process of a stage.
-      about: what accelerator.json says beside the stages.
+      about: the other entries of accelerator.json: date, commit, hardware and whether the shapes are small.
 
     Returns:
       The content of accelerator.json.
@@ -178,7 +178,7 @@ def result_path(out: pathlib.Path, stage: str) -> pathlib.Path:
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
-    """Returns the environment variables of the processes of the stages; what the user has set wins."""
+    """Returns the environment variables of the stages' processes; variables that the user has set keep their values."""
     paths = [str(report.REPOSITORY), os.environ.get("PYTHONPATH", "")]
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -219,8 +219,8 @@ def main() -> int:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--out", type=pathlib.Path, default=report.REPOSITORY / "runs" / "accelerator", metavar="DIR")
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="compiled programs; by default OUT/cache")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after so many minutes everything has ended")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
+    parser.add_argument("--minutes", type=float, default=8.0, help="all stages end within this many minutes")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"run only these: {', '.join(names)}")
     parser.add_argument("--small", action="store_true", help="shapes for a CPU")
     parser.add_argument("--planned", action="store_true", help="compile for an H200 and measure nothing")
     parser.add_argument("--stage", choices=names, help=argparse.SUPPRESS)

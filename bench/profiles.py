@@ -29,8 +29,8 @@ class KernelEvent(NamedTuple):
 
     Attributes:
       kernel: the name of the kernel.
-      operation: the name of the operation in the compiled program; None if the profile does not say.
-      milliseconds: how long it ran.
+      operation: the name of the operation in the compiled program; None if the profile does not name it.
+      milliseconds: the time for which it ran.
     """
 
     kernel: str
@@ -48,9 +48,9 @@ def summary(folder: pathlib.Path, text: str, *, runs: int = 1, most: int = 30) -
       most: number of kernels in the result, those with the most time.
 
     Returns:
-      `busy_ms`, the sum of all times; `kernels`, rows of name, milliseconds and number of events; `kinds`, the time of
-      products, attention, copies and all others; `scopes`, the time by named scope, where "?" is the time of events whose
-      operation is not in the program. Everything is of one run.
+      A dict of milliseconds of one run: `busy_ms`, the sum of all times; `kernels`, a row for each kernel with its name,
+      time and number of events; `kinds`, the time of products, attention, copies and all others; `scopes`, the time by
+      named scope, where "?" has the time of events whose operation is not in the program.
     """
     scopes = scopes_of(text)
     by_kernel: dict[str, list[float]] = collections.defaultdict(list)
@@ -97,9 +97,9 @@ def events(folder: pathlib.Path) -> Iterator[KernelEvent]:
 
 
 def scopes_of(text: str) -> Mapping[str, str]:
-    """Returns operation -> named scope for the operations of a compiled program.
+    """Returns a dict from the name of each operation of a compiled program to its named scope.
 
-    A kernel has the name of its operation with "_" in place of all signs, so each operation is there under both names.
+    The name of a kernel is that of its operation with "_" in place of "." and "-", so the dict has both names.
     """
     found = {name: scope(op_name) for name, op_name in _OPERATION.findall(text)}
     return {re.sub(r"\W", "_", name): words for name, words in found.items()} | found
@@ -108,8 +108,8 @@ def scopes_of(text: str) -> Mapping[str, str]:
 def scope(op_name: str) -> str:
     """Returns the named scopes in the name of an operation, such as "layers/mlp, backward".
 
-    The name is a path of functions, transformations and scopes, and ends with the operation. Transformations are removed.
-    Of these only the backward pass and the recomputation for it are kept, as words after the scopes.
+    The name is a path of functions, transformations and scopes, and ends with the operation. Only the scopes are kept. An
+    operation of the backward pass, or of the recomputation for it, gets the word "backward" or "recomputed" after them.
     """
     # A fusion of several operations may have several names.
     parts = op_name.split(";")[0].strip().split("/")

@@ -31,7 +31,7 @@ _BACKWARD = 2.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceCeilings:
-    """What a device can do: floating-point operations a second in bfloat16 and float8, and bytes a second."""
+    """The peak rates of a device: operations per second of bfloat16 and of float8 products, and memory bytes per second."""
 
     product: float
     float8: float
@@ -40,10 +40,10 @@ class DeviceCeilings:
 
 @dataclasses.dataclass(kw_only=True)
 class KernelCost:
-    """Sums over kernels.
+    """The sums of the costs of several kernels.
 
     Attributes:
-      seconds: the least time.
+      seconds: the least time of the kernels.
       flops: floating-point operations of products and attention.
       nbytes: bytes that are read and written.
       scopes: the least time by named scope, in seconds.
@@ -65,13 +65,13 @@ class KernelCost:
 
 @dataclasses.dataclass(kw_only=True)
 class ProgramPart:
-    """A loop or a conditional, whose number of runs the caller may know.
+    """A loop or a conditional in a program.
 
     Attributes:
       op_name: its name in the code, such as "jit(denoise)/while/body/propose/while".
       is_loop: whether it is a loop; otherwise it is a conditional.
-      trips: number of iterations that the compiler knows; None for other loops and for conditionals.
-      region: the kernels of one iteration; of a conditional, of the branch that takes longest.
+      trips: number of iterations of a loop; None if the compiler does not know it, and for conditionals.
+      region: the kernels of one iteration of a loop, or of the branch of a conditional that takes longest.
     """
 
     op_name: str
@@ -88,10 +88,10 @@ class ProgramRegion:
     parts: list[ProgramPart] = dataclasses.field(default_factory=list)
 
     def total(self, times: Callable[[ProgramPart], float] = lambda part: 1.0) -> KernelCost:
-        """Returns the cost of one run.
+        """Returns the cost of one run of this region.
 
         Args:
-          times: how often a part of unknown `trips` runs, for each run of what contains it.
+          times: function that returns how often a part whose `trips` is None runs in one run of the region around it.
         """
         cost = KernelCost()
         cost.add(self.own, 1.0)
@@ -111,7 +111,7 @@ def region_of(text: str, ceilings: DeviceCeilings) -> ProgramRegion:
 
     Args:
       text: the text of the program for a GPU, `Compiled.as_text()`.
-      ceilings: what the device can do.
+      ceilings: the peak rates of the device.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -202,7 +202,7 @@ def _sizes(shape: str) -> list[int]:
 def _written(computations: _Computations, instruction: Instruction) -> float:
     """Returns the bytes that a kernel writes. Of an array in which it replaces a slice, only the slice counts."""
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
-        return 0.0  # The slice was counted when it was read as an operand; it is small.
+        return 0.0  # The written slice has already been counted as an operand that is read.
     if instruction.opcode != "fusion":
         return hlo.nbytes(instruction.shape)
     fused = computations[instruction.called[0]]

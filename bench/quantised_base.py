@@ -7,11 +7,11 @@ logits of the masked positions are compared: root mean square of the error / roo
 divergence in nats, and share of positions with the same most probable token. Then the same prompts are answered with the
 preset `fast` at temperature 0; the share of equal tokens is that of all positions of the answers.
 
-"int8 on a GPU" is the product that a GPU computes in a window pass, in bfloat16: codes times scales in bfloat16. It is
-computed here as a whole pass over few rows, and stands beside "bfloat16", the same model without codes. The untrained tiny
-checkpoint of the tests is measured too, on random tokens.
+"int8 on a GPU" uses the products that a GPU computes in a window pass: codes times scales, both in bfloat16. Here they are
+computed in a pass over whole rows, of which there are few. The result stands beside "bfloat16", the same model without
+codes. The untrained tiny checkpoint of the tests is also measured, on random tokens.
 
-With the extra `plan-gpu`, a window pass of Dream-7B is compiled for an H200, and the bytes that it reads are counted.
+With the extra `plan-gpu`, a window pass of Dream-7B is compiled for an H200, and the bytes that the pass reads are counted.
 Writes FILE (JSON). Needs the extra `bench`.
 """
 
@@ -41,8 +41,8 @@ from dream_jax.sampler import Preset, SamplerConfig, generate
 from dream_jax.target import target_platform
 from dream_jax.tokenizer import Tokenizer
 
-NEW_TOKENS = 32  # of an answer
-PRESETS_ASKED: tuple[Preset, ...] = ("fast",)  # the preset whose passes are over windows of 32 tokens
+NEW_TOKENS = 32  # number of new tokens of an answer
+PRESETS_ASKED: tuple[Preset, ...] = ("fast",)  # this preset computes passes over windows of 32 tokens
 TINY = report.REPOSITORY / "tests" / "golden" / "tiny_a" / "hf"
 
 
@@ -88,7 +88,7 @@ def at_masks(model: Dream, tokens: np.ndarray, masked: np.ndarray) -> jax.Array:
 
 
 def answers(model: Dream, tokens: np.ndarray, new_tokens: int) -> dict[str, np.ndarray]:
-    """Returns the new tokens int32 [B, new tokens] for each preset asked; the prompt is the first half of each row."""
+    """Returns the new tokens, int32 [B, new_tokens], for each of `PRESETS_ASKED`; a prompt is the first half of a row."""
     prompt = tokens[:, : tokens.shape[1] // 2]
     settings: dict[str, Any] = {
         "max_new_tokens": new_tokens,
@@ -104,7 +104,12 @@ def answers(model: Dream, tokens: np.ndarray, new_tokens: int) -> dict[str, np.n
 
 
 def compared(path: str, tokens: np.ndarray, masked: np.ndarray, new_tokens: int) -> dict[str, Any]:
-    """Returns name of the weights -> bytes of a weight of the layers, errors of logits, and shares of equal tokens."""
+    """Compares the model at `path` in float32 with its quantised and bfloat16 versions.
+
+    Returns:
+      A dict from the name of the weights to the errors of the logits (see `lora.logit_error`), `bytes_a_weight` of the
+      layers, and `equal_tokens`, the share of equal tokens in the answers for each preset.
+    """
     exact = pretrained.load(path)
     wanted, wanted_answers = at_masks(exact, tokens, masked), answers(exact, tokens, new_tokens)
     weights = parameter_count(exact.layers)
@@ -131,9 +136,10 @@ def compared(path: str, tokens: np.ndarray, masked: np.ndarray, new_tokens: int)
 
 
 def window_passes() -> dict[str, Any] | None:
-    """Returns kind of the weights -> bytes that a window pass reads on an H200, as a share of the weights in bfloat16.
+    """Returns a dict from the kind of weights to the bytes that a window pass on an H200 reads; None without a compiler.
 
-    Returns None if this machine has no compiler for GPUs.
+    For each kind it has `weights` (bytes of the weights that are multiplied), `read` (bytes that the pass reads), and
+    `read_share` (`read` / the bytes of the weights in bfloat16).
     """
     hardware = find_hardware("h200:1")
     if hardware.devices is None:

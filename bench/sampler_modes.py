@@ -51,7 +51,7 @@ def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
 
 
 def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps_B: np.ndarray, passes: int) -> float:
-    """Returns the minimum of floating-point operations of the passes of one row: layers, and logits of masked positions.
+    """Returns the least number of floating-point operations of all passes of one row: layers, and logits at masks.
 
     Args:
       config: the architecture.
@@ -128,7 +128,7 @@ def lower_window_pass(model: Dream, *, batch: int, length: int, window: int, arr
 
 
 def abstract_model(config: DreamConfig, mesh: jax.sharding.Mesh, *, layers: LayerForm, base: CodeKind | None) -> Dream:
-    """Returns the model that the commands would load for sampling in bfloat16: shapes, each with the place of its array.
+    """Returns the model that the commands would load for sampling in bfloat16, with shapes and shardings instead of arrays.
 
     Args:
       config: the architecture.
@@ -151,12 +151,12 @@ def abstract_model(config: DreamConfig, mesh: jax.sharding.Mesh, *, layers: Laye
         model = lora.with_base_shapes(model, base)
     with jax.set_mesh(mesh):
         graphdef, shapes = split_params(jax.eval_shape(joined, model))
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    stored = jax.tree.map(
+        lambda leaf, form: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=form),
         shapes,
         layouts.parameter_formats(shapes, mesh),
     )
-    return merge_params(graphdef, placed)
+    return merge_params(graphdef, stored)
 
 
 def smallest_projection(model: Dream, mesh: jax.sharding.Mesh) -> int:

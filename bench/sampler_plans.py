@@ -2,10 +2,10 @@
 
     python bench/sampler_plans.py [--only v6e:2x4/1x8] [--out FILE]
 
-Each program is compiled for 512 prompt tokens and 512 new ones, with the weights stored as the commands store them. Written
-are the memory of a device, the size of the arrays in which the program copies weights, the bytes that a window pass reads,
-and the time that compiling took a processor. Needs the extra `plan` for TPUs, and `plan-gpu` for GPUs; a program takes
-seconds for a GPU and up to a minute for a TPU, on one core.
+Each program is compiled for 512 prompt tokens and 512 new ones, with the weights stored as the commands store them. The
+result has the memory that the program needs on a device, the bytes of the weights that it copies, the bytes that a window
+pass reads, and the processor time of the compilation. Needs the extra `plan` for TPUs, and `plan-gpu` for GPUs. On one
+core, compiling a program takes seconds for a GPU and up to a minute for a TPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,14 @@ WINDOW_PASS = "window pass"
 
 
 class Case(NamedTuple):
-    """One program. `mode` is a key of `MODES`, or `WINDOW_PASS` for one such pass alone."""
+    """The settings of one program.
+
+    Attributes:
+      layers: the form of the layers.
+      base: the kind of the codes of the kernels; None for bfloat16.
+      mode: a key of `MODES`, or `WINDOW_PASS` for a program with one window pass only.
+      batch: number of rows.
+    """
 
     layers: LayerForm
     base: CodeKind | None

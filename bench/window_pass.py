@@ -1,4 +1,7 @@
-"""Compiles a pass over one window of a cached row for an H200, which need not be here, to see what it reads."""
+"""Compiles a pass over one window of a cached row for an H200, so that the bytes that it reads can be counted.
+
+The GPU need not be in this machine.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,17 @@ LENGTH, WINDOW = 1024, 32  # tokens of the row, and of the window
 
 
 def compiled_window_pass(hardware: Hardware, base: CodeKind | None, layers: int) -> tuple[str, float]:
-    """Compiles a window pass of Dream-7B at batch 1, as it samples on a GPU: layers apart, projections joined, bfloat16.
+    """Compiles a window pass of Dream-7B for one row, with the model as it samples on a GPU.
+
+    Its layers are apart, its projections are joined, and it computes in bfloat16.
 
     Args:
-      hardware: one GPU, with devices to compile for.
+      hardware: hardware with one GPU and with devices to compile for.
       base: the kind of the codes of the kernels; None for bfloat16.
-      layers: number of layers; with all 28 the pass also has the output projection.
+      layers: number of layers; with all 28 layers the pass also computes the output projection.
 
     Returns:
-      The text of the compiled program, and the bytes of the weights that it multiplies with.
+      The text of the compiled program, and the number of bytes of the weights that the program multiplies with.
     """
     mesh = hardware.mesh("1x1")
     assert isinstance(mesh, jax.sharding.Mesh), "the hardware has devices to compile for"
@@ -45,7 +50,7 @@ def compiled_window_pass(hardware: Hardware, base: CodeKind | None, layers: int)
     model = jax.eval_shape(prepared, abstract_model(config, param_dtype=jnp.bfloat16, layers="apart"))
     graphdef, params = split_params(model)
     params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         params,
         sharding.parameter_shardings(params, mesh),
     )

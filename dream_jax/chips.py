@@ -5,8 +5,8 @@ memory bandwidth and interconnect are from the pages "TPU v4", "TPU v5e", "TPU v
 documentation of Google Cloud, and from the NVIDIA data sheets of A100, H100 (SXM), H200 (SXM) and DGX B200, all read in
 2026. Peak rates are for dense bfloat16: a rate that a data sheet gives "with sparsity" is halved here. The memory of a
 TPU is what libtpu 0.0.42.1 leaves to a program, according to its out-of-memory messages (a test compares them). The
-memory of a GPU is the total that CUDA reports to programs: measured on an H200, and for the other GPUs the smallest size
-that messages of PyTorch about too little memory name. A program can have a share of it (`device_memory`).
+memory of a GPU is the total that CUDA reports to programs: measured on an H200, and for the other GPUs the smallest total
+that was found in PyTorch's messages about too little memory. A program can have a share of it (`device_memory`).
 
 Prices change, depend on the region, and are lower with a commitment, so pass your own price. TPU prices are the
 on-demand list prices of Google Cloud in its US regions, 2025. GPU prices are from the price list of Modal (per second,
@@ -40,7 +40,7 @@ class Chip:
       topology: example values of `--topology`, for messages.
       node: number of devices that a switch connects; None for a torus.
       network_bandwidth: bandwidth between nodes in one direction, in bytes/s per device; None for a torus.
-      has_fp8: whether `float8` has products in fp8 for it: NVIDIA GPUs from Hopper on.
+      has_fp8: whether `float8` can multiply in fp8 on these devices, which are then NVIDIA GPUs from Hopper on.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The memory of a device: the share of a GPU that jax takes, how much there is here, and errors about too little of it."""
+"""Sets the share of a GPU's memory that jax takes, reads how much memory a device has, and explains memory errors."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def take_memory(environment: MutableMapping[str, str] = os.environ) -> None:
 def memory_of_device(devices: Sequence[jax.Device]) -> int | None:
     """Returns how many bytes a program can have on each of these devices of this process; None if it is not known.
 
-    An accelerator says it itself. On a CPU it is the memory that is available now, divided by the number of devices,
-    because these share it.
+    For accelerators this is the smallest number that their runtime reports. For CPU devices it is the memory that is
+    available now, divided by the number of devices, because they share this memory.
     """
     if devices[0].platform == "cpu":
         available = _available_here()
@@ -87,10 +87,10 @@ def memory_of_device(devices: Sequence[jax.Device]) -> int | None:
 
 
 def _available_here(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Returns the bytes of memory that this machine has available; None if the system does not say it as Linux does.
+    """Returns the bytes of memory that this machine has available; None if the system has no /proc/meminfo as Linux has.
 
-    If the process is in a container with a limit, it is at most what the limit leaves. Files that the system keeps in
-    memory and has not used lately count as available.
+    If the process is in a container with a limit, the result is at most what the container may still use. Files that the
+    system keeps in memory and has not used lately count as available.
     """
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -114,8 +114,8 @@ def _available_here(root: pathlib.Path = pathlib.Path("/")) -> int | None:
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B\b| ?bytes|\b)"
-# The forms of the messages of XLA: of libtpu's compiler before it assigns memory to buffers, and after; of its runtime;
-# of the allocator of GPUs with the exact number of bytes; and of GPUs and CPUs.
+# The messages of XLA come, in this order, from libtpu's compiler before it assigns memory to buffers and after that, from
+# libtpu's runtime, from the allocator of GPUs (with the exact number of bytes), and from other code for GPUs and CPUs.
 _ASKED = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
@@ -131,10 +131,11 @@ class Shortage:
     """What an error of jax says about too little memory.
 
     Attributes:
-      asked: the bytes that were asked for: of one array, or of a whole program if the compiler refused it; None if the
-        message has no number.
-      has: the bytes that there were: free ones for an array, and all for a program; None if the message does not say it.
-      words: the message of jax without the kind of the error, its first line only.
+      asked: the requested bytes: of one array, or of a whole program if the compiler refused it; None if the message does
+        not say the number.
+      has: the bytes of the device: the free ones if `asked` is of an array, all of them if it is of a program; None if the
+        message does not say the number.
+      words: the first line of the message of jax, without the kind of the error.
     """
 
     asked: int | None
@@ -143,7 +144,7 @@ class Shortage:
 
 
 def shortage(error: BaseException | str) -> Shortage | None:
-    """Returns what an error, or its message, says about too little memory; None if that is not what it is about."""
+    """Returns what an error, or its message, says about too little memory; None if the error has another cause."""
     if not isinstance(error, str) and not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     message = str(error)
@@ -162,10 +163,10 @@ def explained(error: jax.errors.JaxRuntimeError, remedies: Callable[[], Sequence
 
     Args:
       error: an error of jax while it compiled or ran a program.
-      remedies: returns flags that reduce the memory, the best ones first.
+      remedies: function that returns flags with which less memory is needed, the best ones first.
 
     Raises:
-      JaxRuntimeError: `error` itself, if it is not about too little memory.
+      JaxRuntimeError: `error` itself, if it has another cause.
     """
     found = shortage(error)
     if found is None:
@@ -178,7 +179,7 @@ def explained(error: jax.errors.JaxRuntimeError, remedies: Callable[[], Sequence
 
 
 def _state_of_device() -> str:
-    """Returns how much of the first device is in use; an empty text for a CPU, which does not say it."""
+    """Returns a text about how much of the first device's memory is in use; an empty text for a CPU device."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
         return ""

@@ -119,7 +119,10 @@ def from_first(value: int) -> int:
 
 
 def smallest(size: int) -> int:
-    """Returns the smallest number of bytes that a process passes, in whole MiB. All must call it, as `which_say`."""
+    """Returns the smallest size in bytes that a process passes; with several processes it is rounded down to whole MiB.
+
+    All processes must call this function, because they wait for each other.
+    """
     if jax.process_count() == 1:
         return size
     # jax passes int32 between processes.

@@ -1,11 +1,11 @@
 """Multiplies matrices in 8-bit floating point (fp8), forward and for both gradients, with one scale per matrix.
 
-A matrix is divided by a scale, so that its largest magnitude is in the upper half of the range of the format, rounded to
-8 bits, multiplied with float32 sums, and multiplied by the two scales (Micikevicius et al. 2022, FP8 Formats for Deep
-Learning; the scale is that of the matrix itself, not of earlier steps). Inputs and weights are e4m3 (3 bits of mantissa, up
-to 448), gradients are e5m2 (2 bits, up to 57344), which have a wider range. On NVIDIA GPUs from Hopper on, XLA makes one
-product of cuBLASLt in fp8 of it, which has twice the rate of one in bfloat16; a test reads the compiled program. Elsewhere
-the same expression has the same roundings.
+Each matrix is divided by a scale, so that its largest magnitude is in the upper half of the range of the format, and is
+rounded to 8 bits. The rounded matrices are multiplied with float32 sums, and the product is multiplied by the two scales
+(Micikevicius et al. 2022, FP8 Formats for Deep Learning; here a scale is computed from the matrix itself, not from earlier
+steps). Inputs and weights are e4m3 (3 bits of mantissa, up to 448). Gradients are e5m2 (2 bits of mantissa, up to 57344),
+which has a wider range. On NVIDIA GPUs from Hopper on, XLA compiles this into one fp8 product of cuBLASLt, which has twice
+the rate of a product in bfloat16; a test reads the compiled program. On other devices the same code has the same roundings.
 
 `products` is a context manager, and `matrix_product` is the product that `model.Linear` computes. So a model and its
 files do not know about fp8: the training step chooses it, and evaluating and sampling multiply in the compute dtype.
@@ -26,10 +26,10 @@ from dream_jax.sharding import AnyMesh
 
 Products = Literal["compute", "fp8", "fp8-emulated"]
 
-# A matrix of smaller numbers is divided by this one, so that scales and products of two scales are normal numbers.
+# A smaller largest magnitude is replaced by this number, so that scales and products of two scales are normal numbers.
 _LEAST_MAGNITUDE = 1e-12
 
-# The lowest compute capability whose matrix products in fp8 were looked at: Hopper's.
+# The lowest compute capability for which the compiled fp8 products were checked: that of Hopper.
 _LEAST_CAPABILITY = (9, 0)
 
 # A user context is a part of the key of the caches of jax.jit, so another choice makes jax trace a function again.
@@ -40,8 +40,8 @@ def products(kind: Products) -> contextlib.AbstractContextManager[Any]:
     """Returns a context manager, inside which the layers of a model are traced with products of this kind.
 
     Args:
-      kind: "compute", in the dtype of the inputs; "fp8", on devices that `check_devices` accepts; "fp8-emulated", the
-        same, which is computed with the same roundings and slowly on all others.
+      kind: "compute" multiplies in the dtype of the inputs; "fp8" multiplies in fp8 on devices that `check_devices`
+        accepts; "fp8-emulated" makes the same roundings on any device, slowly where the device has no fp8 products.
 
     Raises:
       ValueError: `kind` is unknown.
@@ -52,7 +52,7 @@ def products(kind: Products) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_devices(mesh: AnyMesh, kind: Products) -> None:
-    """Raises ValueError if the devices of a mesh have no products in fp8, and `kind` asks for them."""
+    """Raises ValueError if `kind` is "fp8" and the devices of the mesh have no products in fp8."""
     if kind != "fp8":
         return
     if isinstance(mesh, AbstractMesh):
@@ -87,16 +87,16 @@ def matrix_product(x_RI: Float[jax.Array, "R I"], kernel_IO: Float[jax.Array, "I
 
 
 def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Returns an array in an 8-bit format, and the scalar by which its elements have to be multiplied, in its dtype.
+    """Returns x / scale in the 8-bit format `dtype`, and the scale, a scalar in the dtype of x.
 
-    The scale is the least power of 2 with which the largest magnitude is in the range of the format; so it is exact in
-    bfloat16, in which XLA expects it. It is the same on every device of a mesh. A NaN or an infinity makes the scale NaN
+    The scale is the least power of 2 with which the largest magnitude is in the range of the format. So the scale is exact
+    in bfloat16, which XLA expects. It is the same on every device of a mesh. A NaN or an infinity in x makes the scale NaN
     or infinite, so that every element of a product with this matrix is NaN.
     """
     largest = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32), _LEAST_MAGNITUDE)
     scale = jnp.exp2(jnp.ceil(jnp.log2(largest / float(jnp.finfo(dtype).max))))
     x8 = (x.astype(jnp.float32) * (1.0 / scale)).astype(dtype)
-    # Without the barrier XLA would remove the conversion to 8 bits, because another one undoes it.
+    # Without the barrier XLA would remove the conversion to 8 bits together with the conversion back in `_exact`.
     return jax.lax.optimization_barrier(x8), scale.astype(x.dtype)
 
 
@@ -104,7 +104,11 @@ def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.A
 def product(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """Multiplies two matrices after rounding both to e4m3.
 
-    In the backward pass the gradient is rounded to e5m2. For it the inputs are kept in 8 bits.
+    The backward pass rounds the gradient to e5m2, and uses the rounded inputs, which are saved for it in 8 bits.
+
+    Args:
+      x_RI: inputs [R, I], in the compute dtype.
+      kernel_IO: weights [I, O], in the same dtype.
 
     Returns:
       [R, O], in the dtype of x.
@@ -113,7 +117,7 @@ def product(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 
 def _exact(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Returns what `rounded` stands for. A product of two such arrays is what XLA recognises as a product in fp8."""
+    """Returns the array that a result of `rounded` represents. XLA recognises the product of two as a product in fp8."""
     return x[0].astype(x[1].dtype) * x[1]
 
 

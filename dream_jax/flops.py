@@ -33,10 +33,10 @@ class FlopCounter:
         self._pair = 12 * config.num_hidden_layers * config.hidden_size  # of a query and a key
 
     def step(self, tokens: float, masked: float, span: float | None = None) -> float:
-        """Returns the FLOPs of a step over all devices, for numbers of computed tokens and of masked positions.
+        """Returns the FLOPs of a step over all devices.
 
-        `span` is the mean number of tokens to which a token attends; None means all tokens of its row. It is less in rows
-        of several texts.
+        `tokens` is the number of computed tokens, padding included, and `masked` the number of masked positions. `span`
+        is the mean number of tokens to which a token attends; None means all tokens of its row.
         """
         keys = self._length if span is None else span
         return (self._token + self._pair * keys) * tokens + self._head * masked

@@ -113,7 +113,7 @@ class ModelSettings:
 
 
 def memory_remedies(settings: ModelSettings, flag: str, rows: int) -> list[str]:
-    """Returns flags with which a program needs less memory, the best two that the settings do not have already.
+    """Returns two changes of the settings, as text, with which a program needs less memory; the better one comes first.
 
     Args:
       settings: the settings of the program.

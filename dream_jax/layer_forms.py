@@ -5,9 +5,9 @@
 | canonical: in files, in the state of a training run | stacked, arrays [L, ...] | separate: q, k, v; gate, up |
 | for sampling | apart: arrays of each layer, under its number | joined: qkv; gate_up |
 
-Both choices are independent of each other. `apart` and `stacked` convert the first, `join` and `separate` the second, for
-models; `layer_params` returns the canonical parameters of one layer from the parameters of any form, which is what
-writers of files need. An adapted projection is never joined, and of quantised ones only those in int8 are.
+The two columns are independent choices. `apart` and `stacked` convert the layers of a model, `join` and `separate` convert
+its projections. `layer_params` returns the canonical parameters of one layer from the parameters of any form; code that
+writes files uses it. A projection with an adapter or in nf4 is never joined; float and int8 projections can be.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def form_of(choice: LayersChoice, mesh: sharding.AnyMesh | None = None) -> Layer
 
 
 def training_form(choice: LayersChoice) -> LayerForm:
-    """Returns how a training step runs the layers: "auto" is stacked, see docs/negative-results.md."""
+    """Returns the form in which a training step runs the layers: "auto" is stacked; docs/negative-results.md says why."""
     return "stacked" if choice == "auto" else choice
 
 
@@ -100,7 +100,7 @@ def _copy(model: Dream) -> Dream:
 
 @jax.jit
 def _apart(params: ParamTree) -> ParamTree:
-    """Returns number of the layer -> its parameters, from the stacked parameters of all layers."""
+    """Returns a dict from the number of each layer to its parameters, made from the stacked parameters."""
     leaves, structure = jax.tree.flatten(params)
     # The derivative of a split is one concatenation. That of indexing would be a sum of L arrays as large as the stack.
     pieces = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
@@ -126,10 +126,10 @@ def _stacked(layers: list[ParamTree]) -> ParamTree:
 def join(model: Dream) -> None:
     """Joins the projections q, k and v, and gate and up, of every layer of a model; it changes the model.
 
-    The layers are converted one after the other, so that little more memory is needed than that of the model, if nothing
-    else refers to its arrays. Projections stay separate if one of them has an adapter or is in nf4. So do q, k and v on a
-    mesh that can shard the heads of q but not those of k and v. Codes and scales are joined as they are, so a model in
-    int8 computes the same numbers.
+    The layers are converted one after the other. If nothing else refers to the arrays of the model, this needs little more
+    memory than the model. Projections stay separate if one of them has an adapter or is in nf4; q, k and v also stay
+    separate on a mesh that can shard the heads of q but not those of k and v. Codes and scales are joined without being
+    computed again, so a model in int8 computes the same numbers.
     """
     with sharding.mesh_context(model):
         for layer in model.layer_modules():
@@ -166,7 +166,7 @@ def _arrays(linear: Linear) -> ParamTree:
 
 
 def _is_plain(*linears: Linear | None) -> bool:
-    """Returns whether none of these projections is joined already, in nf4 or adapted."""
+    """Returns whether these projections can be joined: all are separate, none has an adapter, and none is in nf4."""
     return all(
         one is not None and one.lora_a is None and (one.kernel is not None or kind_of(one.codes) == "int8")
         for one in linears
@@ -277,9 +277,9 @@ def canonical_shapes(params: ParamTree) -> ParamTree:
 
 
 def canonical(params: ParamTree) -> ParamTree:
-    """Returns parameters of a model in the canonical form; other arrays than those of the layers are not copied.
+    """Returns the parameters of a model in the canonical form; only the arrays of the layers are copied.
 
-    The layers need memory in both forms. `layer_params` needs less, and `canonical_shapes` needs none.
+    This needs memory for the layers in both forms. `layer_params` needs less memory, and `canonical_shapes` needs none.
     """
     layers = params.get("layers")
     if layers is None:

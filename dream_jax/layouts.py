@@ -1,10 +1,10 @@
-"""The order in which the axes of a kernel lie in the memory of a TPU.
+"""Stores the kernels of a model on TPUs with their axes in the order in which the sampler reads them.
 
-By default jax stores an array on a TPU with its axes in the order that wastes the least memory on padding. That is not the
-order in which the programs of the sampler read the kernels, so each call of such a program would first copy most of the
-weights. `lay_out` stores the kernels once as the programs read them. The compiler said what this order is: compiled for
-v6e with `jax.experimental.layout.Layout.AUTO` or with these orders, the sampler copies no weights, see
-`bench/sampler_plans.py`. A jitted function takes an array as it is stored, so nothing else depends on this module.
+By default jax stores an array on a TPU with its axes in the order that wastes the least memory on padding. The programs of
+the sampler read the kernels in another order, so each call of such a program would first copy most of the weights.
+`lay_out` stores the kernels once in the order of the programs. The compiler chose this order: if the sampler is compiled
+for v6e with `jax.experimental.layout.Layout.AUTO` or with these orders, it copies no weights, see `bench/sampler_plans.py`.
+A jitted function accepts an array in any order, so nothing else depends on this module.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dream_jax import sharding
 from dream_jax.model import Dream
 from dream_jax.shapes import ParamTree
 
-# Platforms whose compilers read kernels in another order than the default one. The memory of other devices has no tiles.
+# Platforms for which jax's default order is not that of the programs. Other devices do not store arrays in tiles.
 _PLATFORMS = ("tpu",)
 
 
 def order(path: Sequence[str]) -> tuple[int, ...] | None:
-    """Returns the axes of a kernel in the order of its memory, from the slowest to the fastest; None for no kernel.
+    """Returns the axes of a kernel in their order in memory, from the slowest to the fastest; None for other parameters.
 
-    If the outputs of a kernel have several axes, such as heads and their channels, the axis of the inputs is the fastest
-    one. Then the outputs together are one axis of a matrix; in other orders each head would have tiles of its own. All
-    other kernels keep the order of their axes.
+    If the outputs of a kernel have several axes, such as heads and their channels, the axis of the inputs becomes the
+    fastest one. Then the outputs together are one axis of a matrix; in other orders each head would have separate tiles.
+    All other kernels keep the order of their axes.
 
     Args:
       path: the keys that lead to the parameter, such as ("layers", "attn", "q", "kernel").
@@ -44,7 +44,7 @@ def order(path: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def parameter_formats(shapes: ParamTree, mesh: sharding.AnyMesh) -> ParamTree:
-    """Returns where every parameter is stored by `lay_out`: its sharding, or on TPUs for a kernel its `Format`.
+    """Returns how `lay_out` stores every parameter: on TPUs the `Format` of a kernel; otherwise its sharding.
 
     Args:
       shapes: a nested dict of arrays or shapes.
@@ -66,8 +66,8 @@ def _format(path: Sequence[str], leaf_sharding: Sharding) -> Any:
 def lay_out(model: Dream) -> None:
     """Stores the kernels of a model in the order in which the sampler reads them; it changes the model.
 
-    The kernels are converted one after the other, so that besides the model the memory holds one of them, if nothing else
-    refers to its arrays. On devices other than TPUs nothing is done.
+    The kernels are converted one after the other. If nothing else refers to the arrays of the model, this needs memory for
+    only one more kernel. On other devices than TPUs the model is not changed.
     """
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Param):

@@ -97,9 +97,9 @@ def projections(model: Dream) -> Projections:
 
 
 def projections_by_layer(model: Dream) -> list[Projections]:
-    """Returns the separate projections of each layer, by name; of the stacked layers as the only entry.
+    """Returns a dict for each layer, from the names in `TARGETS` to the projections that are not joined.
 
-    A layer with joined projections (`layer_forms.join`) has fewer than seven.
+    Stacked layers have one dict for all. After `layer_forms.join` a dict has fewer than seven projections.
     """
     return [_projections(layer) for layer in model.layer_modules()]
 
@@ -154,7 +154,7 @@ def _sharded(name: Target, leaves: Mapping[str, jax.Array], is_apart: bool = Fal
     Args:
       name: the name of the projection.
       leaves: leaf name -> array.
-      is_apart: whether the arrays are those of one layer, or of all layers, stacked.
+      is_apart: whether the arrays are those of one layer; otherwise they are those of all layers, stacked.
     """
     layer = {_block(name): {name: dict(leaves)}}
     # The sharding does not depend on the number of the layer.
@@ -202,12 +202,12 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
 
 
 def put_adapter(model: Dream, config: LoraConfig, leaves: Mapping[Target, Mapping[str, jax.Array]]) -> None:
-    """Gives the projections of a model, none of which is joined, the weights of an adapter; it changes the model.
+    """Puts the weights of an adapter into the projections of a model; it changes the model.
 
     Args:
-      model: the model; an adapter that it has is replaced.
+      model: the model, without joined projections. If it has an adapter, the new weights replace those of its targets.
       config: the configuration of the adapter.
-      leaves: for each target `lora_a` and `lora_b` of all layers, stacked.
+      leaves: for each target the matrices `lora_a` and `lora_b` of all layers, stacked: [L, ..., rank] and [L, rank, ...].
     """
     layers = projections_by_layer(model)
     for name in config.targets:
@@ -221,7 +221,7 @@ def put_adapter(model: Dream, config: LoraConfig, leaves: Mapping[Target, Mappin
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pairs(name: Target, lora_a: jax.Array, lora_b: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the two matrices of an adapter for each layer, from stacked ones."""
+    """Returns a pair (lora_a, lora_b) for each layer, from the stacked matrices of one projection."""
     layers = [_sharded(name, {"lora_a": a, "lora_b": b}, True) for a, b in zip(lora_a, lora_b, strict=True)]
     return [(layer["lora_a"], layer["lora_b"]) for layer in layers]
 
@@ -285,9 +285,12 @@ def merge(model: Dream, *, dequantised: bool = False) -> Dream:
 
 
 def merge_inside(model: Dream, *, dequantised: bool = False) -> None:
-    """Changes the model into the one that `merge` returns, and raises as `merge`.
+    """Changes the model itself into the model that `merge` returns.
 
     If the layers are apart and nothing else refers to their arrays, this needs little more memory than the model.
+
+    Raises:
+      ValueError: as for `merge`.
     """
     if config_of(model) is None and (base_of(model) not in KINDS or not dequantised):
         return
@@ -381,9 +384,9 @@ def _quantised(kernels: dict[Target, jax.Array], kind: CodeKind, is_apart: bool)
 def round_scales(model: Dream) -> None:
     """Rounds the scales of an int8 base to bfloat16, which halves their bytes; it changes the model.
 
-    It is for models that only sample on a GPU. Their products with few rows round the scales anyway
-    (`quantisation.is_fused`), and would otherwise read them in float32 and write them in bfloat16 in every pass. The error
-    of a weight grows by at most 0.4 % of the weight. Projections may be joined or separate.
+    This is for models that only sample on a GPU. There, products with few rows round the scales anyway
+    (`quantisation.is_fused`); without this function every pass would read the scales in float32 and write them in bfloat16.
+    The error of a weight grows by at most 0.4 % of the weight. Projections may be joined or separate.
     """
     for layer in model.layer_modules():
         for block in (layer.attn, layer.mlp):

@@ -3,8 +3,8 @@
 A model holds its layers in one of two forms, which compute the same. In the form "stacked" the parameters of all layers
 are stacked along a leading axis L, and one `jax.lax.scan` runs the layers, so compile time does not depend on the number
 of layers. In the form "apart" every layer has arrays of its own, and the compiled program contains the layers one after
-the other. Then no weights are copied out of the stack, which takes a GPU a quarter of a forward pass. `layer_forms`
-converts between the two; files contain the stacked form.
+the other. Then no weights are copied out of a stack; on a GPU this copying takes a quarter of the time of a forward pass.
+`layer_forms` converts between the two forms; files contain the stacked form.
 
 The caller gives the attention mask. The logits are not shifted: those at position i predict token i + 1, as in the
 published checkpoint.
@@ -112,14 +112,14 @@ class Linear(nnx.Module):
 
 
 class JoinedLinear(nnx.Module):
-    """Several dense layers with the same input as one, so that one matrix product computes all of them.
+    """Several dense layers with the same input, which one matrix product computes together.
 
     XLA joins such products by itself on GPUs, but then it copies their kernels into one array in every forward pass.
     `layer_forms.join` makes this layer from the separate ones. It has no adapter.
 
     Attributes:
-      kernel: the kernel, [D, *out_shape]; the axes of the output say which of the layers they belong to. None if the
-        kernel is quantised.
+      kernel: the kernel, [D, *out_shape], or None if it is quantised. One axis of out_shape distinguishes the layers;
+        `Attention` and `MLP` say which one.
       bias: the bias, [*out_shape], or None.
       codes, scales: the kernel in int8, see `quantisation.QuantisedKernel`; None if it is not quantised.
     """
@@ -248,7 +248,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = named(q_BTNH, "q"), named(k_BSKH, "k"), named(v_BSKH, "v")
         new_kv = KVCache(k_BSKH, v_BSKH)
         kv = new_kv if window is None else window.updated(new_kv)
-        # The attention backends name their own output, because the gradients of their kernels need more than that.
+        # The attention backends name their output themselves, because the gradients of their kernels need more results.
         return named(self.o(attention(q_BTNH, kv.k, kv.v, mask, backend), keys[3]), "o"), new_kv
 
 
@@ -449,8 +449,8 @@ class Dream(nnx.Module):
           attention_mask: an array [B, T] that is nonzero at valid tokens (the other keys are hidden), or a
             `masks.Mask`. None hides no key.
           positions: positions for the rotary embedding. The default is 0, 1, ..., T - 1. With an array as
-            `attention_mask` it is the published rule: 0 at the first valid token of each row, 1 at padding. A mask for
-            rows of several texts begins at 0 in each text.
+            `attention_mask` it is the published rule: 0 at the first valid token of each row, 1 at padding. With a mask
+            for rows of several texts the positions of each text begin at 0.
 
         Returns:
           The logits, float32 [B, T, V]. They are not shifted: the logits at position i predict token i + 1.
@@ -567,7 +567,7 @@ def _unrolled(
     layers: Sequence[Layer],
     kv_cache: KVCache | None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Returns what `jax.lax.scan` returns for `block` and stacked layers, for layers that are apart."""
+    """Runs layers that are apart; returns what `jax.lax.scan` returns for the same layers in the stacked form."""
     block = jax.jit(block)  # so that jax traces it once, and not once for each layer
     found = []
     for index, layer in enumerate(layers):

@@ -34,7 +34,7 @@ _LOGIT_ELEMENTS = 1 << 27
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
 NoiseLevels = Float[Array, "B"] | Float[Array, "B T"]
-"""The noise level of each row, or of each token of rows that hold several texts."""
+"""The noise level of each row, [B], or of each token if rows hold several texts, [B, T]; float32 in [0, 1]."""
 
 # Number of equal ranges of the noise level t, [0, 1/4), [1/4, 1/2), and so on, for which losses are reported.
 TIME_BUCKETS = 4
@@ -104,7 +104,7 @@ class CartWeight(LossWeight):
 
     The weight of position i is the sum over all unmasked j other than i of 0.5 p (1 - p)^(|i - j| - 1), where j may be
     in the prompt, the response or the padding. In a row of several texts, j is in the same text as i. Far from the ends
-    of a text its mean at noise level t is 1 - t. Two first-order recurrences compute all weights of a row in O(T).
+    of a text the mean weight at noise level t is 1 - t. Two first-order recurrences compute all weights of a row in O(T).
 
     Attributes:
       geometric_p: p in (0, 1). With a larger p only nearer tokens count. The published SFT configuration has 0.1.
@@ -223,7 +223,7 @@ def masked_diffusion_loss(
       model: the model, with float32 or bfloat16 parameters.
       tokens_BT: ids of the clean tokens.
       masked_BT: true where the model receives the mask token instead of the clean token.
-      t_B: noise level of each row, in [0, 1]; under `masks.Packed` also of each text, [B, M].
+      t_B: noise level of each row, [B], in [0, 1]; with `masks.Packed` it may be that of each text, [B, M].
       weight: the factor on each masked position: CartWeight(p), InverseTimeWeight(), LinearWeight(), UniformWeight().
       attention_mask: an array that is nonzero at valid tokens, for left-padded batches; or a `Mask`. Padding on the
         right must count as valid: the model attends to it and learns it, and so learns to stop. `masks.Packed` is for
@@ -254,10 +254,10 @@ def masked_diffusion_loss(
     t_B = jnp.asarray(t_B, jnp.float32)
     packed = _packed(attention_mask)
     if packed is None and _packed(mask) is not None:
-        raise ValueError("rows of several texts are told by attention_mask; give masks.Packed there, not as mask")
+        raise ValueError("the argument mask must not contain masks.Packed; pass masks.Packed as attention_mask")
     if packed is not None and packed.length_BM.shape[:1] != tokens_BT.shape[:1]:
         raise ValueError(
-            f"the lengths of texts are of {len(packed.length_BM)} rows, but there are {len(tokens_BT)} rows"
+            f"masks.Packed has lengths for {len(packed.length_BM)} rows, but the tokens have {len(tokens_BT)} rows"
         )
     if packed is not None and t_B.shape == packed.length_BM.shape:
         t_B = packed.spread(t_B, jnp.zeros((1, 1), jnp.float32), tokens_BT.shape[1])
@@ -272,7 +272,7 @@ def masked_diffusion_loss(
 
 
 def _packed(mask: Any) -> Packed | None:
-    """Returns the mask for rows of several texts that `mask` is, or that it combines with others by `&`; None without."""
+    """Returns the `Packed` mask that `mask` is, or that it combines with other masks by `&`; None if there is none."""
     found = conjuncts(mask) if isinstance(mask, Mask) else ()
     return next((conjunct for conjunct in found if isinstance(conjunct, Packed)), None)
 
@@ -292,7 +292,7 @@ def sums_by_time(
       microbatches of a step can be added.
     """
     t_B, masked_BT = jnp.asarray(t), jnp.asarray(masked_BT)
-    if t_B.ndim == 2:  # then each position is a row of its own
+    if t_B.ndim == 2:  # each position is then treated as a row with one token
         t_B, token_nll_BT, masked_BT = t_B.reshape(-1), jnp.reshape(token_nll_BT, (-1, 1)), masked_BT.reshape(-1, 1)
     bucket_B = jnp.clip((t_B * TIME_BUCKETS).astype(jnp.int32), 0, TIME_BUCKETS - 1)
     in_bucket = (bucket_B[:, None] == jnp.arange(TIME_BUCKETS)).astype(jnp.float32)  # [B, TIME_BUCKETS]
@@ -370,7 +370,7 @@ def _masked_cross_entropy(
 
     These are the cross entropy of each masked position (float32, 0 elsewhere), and whether its most probable token is
     correct (bool, false elsewhere). `groups` has the number of shards of B and that of T. `shifted` says whether the
-    hidden states are shifted already; they must be if T is sharded.
+    hidden states are shifted already; it must be true if T is sharded.
     """
     arrays = (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT)
     outputs, _ = _over_chunks(focal, groups, shifted, *arrays, gradients="none")

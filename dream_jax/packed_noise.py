@@ -48,7 +48,7 @@ def draw_packed_noise(
     token_T = jnp.arange(num_tokens, dtype=jnp.int32)
 
     def add_text(slot: jax.Array, u_BT: jax.Array) -> jax.Array:
-        """Sets the random numbers of the text with this index in each row."""
+        """Returns the random numbers [B, T], with those of text number `slot` of each row filled in."""
         text_B, end_B = (jax.lax.dynamic_index_in_dim(x, slot, axis=1, keepdims=False) for x in (text_BM, end_BM))
         row_BT = jax.vmap(lambda text: jax.random.uniform(jax.random.fold_in(mask_key, text), (num_tokens,)))(text_B)
         # In a row of its own, the last token of the text would be the last token of the row.

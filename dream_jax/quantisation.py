@@ -30,8 +30,8 @@ KINDS: tuple[CodeKind, ...] = get_args(CodeKind)
 
 BLOCK = 64  # elements per scale, as in the QLoRA paper
 
-# With at most so many rows, a product on a GPU reads int8 codes without writing the dequantised kernel to memory. With
-# more rows the arithmetic takes longer than reading the kernel, and the product of float matrices is faster.
+# With at most this many rows, a product on a GPU reads int8 codes without writing the dequantised kernel to memory. With
+# more rows the arithmetic takes longer than reading the kernel, and a product of float matrices is faster.
 MOST_FUSED_ROWS = 256
 
 # XLA's GPU compiler multiplies int8 codes with their scales inside a matrix product only with this option.
@@ -148,8 +148,8 @@ def _level(code: jax.Array) -> jax.Array:
 def product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array, size: int) -> jax.Array:
     """Multiplies x [R, I] with a quantised kernel, reshaped to a matrix [I, O].
 
-    A product of few rows on a GPU reads the codes alone, see `is_fused`. All other products dequantise the kernel first,
-    and so does every product that is differentiated.
+    A product of few rows on a GPU dequantises the codes while it multiplies, see `is_fused`. All other products, and all
+    products that are differentiated, dequantise the whole kernel first.
 
     Only x has a gradient. The backward pass dequantises the kernel again: storing the dequantised kernels of all layers
     for it would take as much memory as the model in full precision.
@@ -196,8 +196,8 @@ def joined_product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.
     """
     kernel, size = QuantisedKernel(codes, scales), codes.shape[-1]
     if is_fused(x_RI, codes, size):
-        # XLA may divide the inputs among several thread blocks. Their sums are added up once, and not by each of the
-        # operations that use some of the outputs.
+        # XLA may divide the inputs among several thread blocks, and must then add their partial sums. With the barrier this
+        # happens once, and not in each of the operations that use some of the outputs.
         return jax.lax.optimization_barrier(_fused_product(x_RI, kernel))
     return jax.lax.dot_general(x_RI, dequantise(kernel, size, x_RI.dtype), (((1,), (0,)), ((), ())))
 
@@ -207,6 +207,11 @@ def is_fused(x_RI: jax.Array, codes: Any, size: int) -> bool:
 
     This needs a GPU as the target (`target.current_target`), int8 codes in blocks of `BLOCK`, bfloat16 inputs and at most
     `MOST_FUSED_ROWS` rows. It is not done for nf4, whose levels XLA does not select inside a matrix product.
+
+    Args:
+      x_RI: the inputs of the product, [R, I].
+      codes: the codes of a `QuantisedKernel`.
+      size: number of elements of the kernel along its last axis.
     """
     return (
         current_target().platform == "gpu"
@@ -220,9 +225,9 @@ def is_fused(x_RI: jax.Array, codes: Any, size: int) -> bool:
 def _fused_product(x_RI: jax.Array, kernel: QuantisedKernel) -> jax.Array:
     """Returns the product [R, *out_shape] with int8 codes [I, *out_shape], as one kernel of XLA's GPU compiler.
 
-    XLA puts a multiplication into a matrix product only if the smaller factor has all axes of the product but the last
-    one. So the blocks of outputs are batch axes, and each block has one scale for every input. Codes are exact in
-    bfloat16. Scales are rounded to bfloat16, because XLA does not round float32 numbers inside a product.
+    XLA moves the multiplication of codes and scales into the matrix product only if the scales have all axes of the codes
+    but the last one. So the blocks of outputs are batch axes, and each block has one scale for every input. Codes are
+    exact in bfloat16. Scales are rounded to bfloat16, because XLA does not round float32 numbers inside a product.
     """
     rows, inputs = x_RI.shape
     outputs = kernel.codes.shape[1:]

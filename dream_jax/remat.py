@@ -1,7 +1,7 @@
 """Rematerialisation policies: which results of a layer are saved for the backward pass, and which are computed again.
 
-Every policy saves the input of each layer. The results that a policy may save besides have names, which the model gives
-them by `named`. `docs/memory.md` has a table of what each policy costs.
+Every policy saves the input of each layer. A policy may also save results that have names; the model gives them these
+names with `named`. `docs/memory.md` has a table of what each policy costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Remat = Literal[
 ]
 
 RematSetting = Literal["auto", Remat]
-"""A policy, or "auto" for the fastest one that fits into the memory, which the trainer chooses."""
+"""A policy, or "auto": the trainer then chooses the fastest policy with which the step fits into the memory."""
 
 Result = Literal["q", "k", "v", "attention", "o", "gate", "up"]
 """The results of a layer that a policy can save: the queries and keys after the rotary embedding, the values, the output
@@ -33,26 +33,29 @@ KEPT: Mapping[Remat, tuple[Result, ...]] = {
     "qkv": ("q", "k", "v"),
     "full": (),
 }
-"""The policies that save named results, with these results. The other policies are "none", which saves everything, "dots",
-which saves the results of all matrix products but not that of the attention, and "offload", which saves the input of each
-layer only, in the memory of the host."""
+"""The named results that each policy saves besides the input of the layer. The policies that are not in this table are
+"none", which saves everything, "dots", which saves the results of all matrix products but not the output of the attention,
+and "offload", which saves only the input of each layer, in the memory of the host."""
 
 # The name of the input of each layer, by which "offload" finds it.
 LAYER_INPUT = "layer_input"
 
 # The primitive of cuDNN's attention, whose gradient needs both of its results: the attended values and the statistics of
-# the softmax. A name on the attended values alone would not prevent that the kernel runs again.
+# the softmax. If only the attended values had a name and were saved, the kernel would run again for the statistics.
 _ATTENTION_KERNEL = "dot_product_attention_fwd_wrapper"
 
 
 def named(x: jax.Array, name: Result) -> jax.Array:
-    """Returns x, marked as this result of a layer."""
+    """Returns x itself, marked with this name so that a policy can save it."""
     marked: jax.Array = checkpoint_name(x, name)
     return marked
 
 
 def checkpointed(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """Returns a function that computes one layer, as `block` does, and whose gradient saves what the policy says."""
+    """Returns a function that computes one layer with the same results as `block`, under a policy.
+
+    For the backward pass this function saves what the policy says, and computes everything else again.
+    """
     if remat == "none":
         return block
     if remat == "full":

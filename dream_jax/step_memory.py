@@ -55,7 +55,7 @@ class StepShape:
       accumulation: number of microbatches into which these rows are divided.
       length: number of tokens of a row, padding included.
       mesh: size of each mesh axis, by name.
-      remat: which results the backward pass recomputes.
+      remat: the rematerialisation policy of the step.
       masked_share: expected number of masked positions / all positions, in [0, 1].
     """
 
@@ -79,7 +79,15 @@ class StepShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceBytes:
-    """Bytes on one device by arithmetic; `plan.settings.MemoryPlan` explains the attributes."""
+    """The memory that a step needs on one device, in bytes, computed by arithmetic.
+
+    Attributes:
+      parameters, optimizer, batch: the arguments of the step. `parameters` includes the frozen ones.
+      host: what the step keeps in the memory of the host; no other attribute includes it.
+      gradients: the gradients of the trained parameters.
+      kept: the activations that the forward pass saves for the backward pass.
+      layer, loss: the temporary arrays of one layer, and those of the loss.
+    """
 
     parameters: int
     optimizer: int
@@ -105,10 +113,15 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     """Computes the memory of a train step on one device.
 
     The size of the arguments follows exactly from shapes and shardings. The other numbers follow the code of the step:
-    gradients have the dtype of the weights; saved activations are the input of each layer and what the policy keeps
-    besides (see `kept_bytes`); one layer needs its gathered weights twice, because those of the next layer are gathered
-    meanwhile, and its results; the loss needs the gathered projection and its float32 gradient, the gradient of the
-    hidden states, and the logits of one chunk.
+    gradients have the dtype of the weights; the saved activations are those of `kept_bytes`; one layer needs all of its
+    results, and twice the bytes of its gathered weights, because the weights of the next layer are gathered meanwhile;
+    the loss needs the gathered projection and its float32 gradient, the gradient of the hidden states, and the logits
+    of one chunk.
+
+    Args:
+      step: the step with the shapes and shardings of its arguments.
+      shape: the sizes and the policy of the step.
+      platform: the name of the platform in jax: "cpu", "gpu" or "tpu".
     """
     model, config = step.model, step.model.config
     width = jax.numpy.dtype(model.compute_dtype).itemsize
@@ -168,7 +181,7 @@ def kept_bytes(config: DreamConfig, remat: Remat, width: int, tensor: int = 1) -
     if remat == "dots":
         return inputs + sum(size for name, size in results.items() if name != "attention") * width
     kept = KEPT.get(remat, ())
-    # cuDNN and splash keep one float32 number for each query head besides, the statistics of the softmax.
+    # cuDNN and splash also keep the statistics of the softmax, one float32 number for each query head.
     statistics = config.num_attention_heads // _ways(config.num_attention_heads, tensor) * _FLOAT32
     return inputs + sum(results[name] for name in kept) * width + ("attention" in kept) * statistics
 
@@ -205,7 +218,10 @@ def recomputed_attention(config: DreamConfig, remat: Remat, length: int, *, kern
 
 
 def result_widths(config: DreamConfig, tensor: int = 1) -> Mapping[Result, int]:
-    """Returns the number of elements of each named result of a layer for one position, on one of `tensor` devices."""
+    """Returns the number of elements of each named result of a layer, for one position, on one device.
+
+    `tensor` is the size of the mesh axis "tensor", which divides the heads and the MLP if their sizes allow it.
+    """
     query = config.num_attention_heads * config.head_dim // _ways(config.num_attention_heads, tensor)
     key = config.num_key_value_heads * config.head_dim // _ways(config.num_key_value_heads, tensor)
     mlp = config.intermediate_size // _ways(config.intermediate_size, tensor)
@@ -213,7 +229,7 @@ def result_widths(config: DreamConfig, tensor: int = 1) -> Mapping[Result, int]:
 
 
 def _all_results(config: DreamConfig, width: int, tensor: int) -> int:
-    """Returns the number of elements of everything that a layer computes for one position, on one of `tensor` devices."""
+    """Returns the size of everything that a layer computes for one position on one device, in elements of `width` bytes."""
     results, hidden = result_widths(config, tensor), config.hidden_size
     products = sum(size for name, size in results.items() if name != "attention")
     # The values before and after each norm, also in float32; queries and keys with and without rotation; the gate, its
@@ -252,7 +268,7 @@ def remat_flops(step: AbstractStep, shape: StepShape, platform: str) -> float:
     """Returns the floating-point operations that the backward pass of a step recomputes, over all devices."""
     config = step.model.config
     products = recomputed_products(config, shape.remat)
-    # An adapter is recomputed with the products that it is added to; its share of them is about the share of its weights.
+    # The products of an adapter are recomputed with those that they are added to, and are estimated by its weights.
     products *= 1 + adapter_count(step) / matrix_count(config)
     kernel = attention_backend(step, platform) != "xla"
     attention = recomputed_attention(config, shape.remat, shape.length, kernel=kernel)
@@ -260,7 +276,7 @@ def remat_flops(step: AbstractStep, shape: StepShape, platform: str) -> float:
 
 
 def recomputed_share(step: AbstractStep, shape: StepShape, platform: str) -> float:
-    """Returns which share of the floating-point operations of the layers' forward pass is repeated in the backward pass."""
+    """Returns the share of the floating-point operations of the layers' forward pass that the backward pass repeats."""
     config = step.model.config
     attention = 4.0 * config.num_attention_heads * config.head_dim * shape.length * config.num_hidden_layers
     forward = 2.0 * (matrix_count(config) + adapter_count(step)) + attention
@@ -296,7 +312,7 @@ def compile_step(step: AbstractStep) -> Any:
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Returns the bytes in use on a device when memory use is highest, with the program itself."""
+    """Returns the bytes in use on a device when the memory use of a `jax.stages.Compiled` is highest, with its code."""
     memory = compiled.memory_analysis()
     peak: int = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return peak

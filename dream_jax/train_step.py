@@ -391,7 +391,7 @@ def _train_step(
 
 
 def _packed(batch: Batch[jax.Array]) -> masks.Packed | None:
-    """Returns the texts of the rows of a batch; None if each row is one text."""
+    """Returns the mask for a batch whose rows hold several texts; None if each row is one text."""
     return None if batch.length_BM is None else masks.Packed(batch.length_BM)
 
 

@@ -1,11 +1,11 @@
-"""The options of XLA that the training step is compiled with, in one table, each with the evidence for it.
+"""The options of XLA with which the training step is compiled, in one table, each with the reason for it.
 
-They are compiler options of this one program and not words in XLA_FLAGS: XLA ends the process at a name in XLA_FLAGS that
-it does not know, and its names differ between releases. A flag that the user has set in XLA_FLAGS is left alone.
+They are compiler options of this one program and are not put into XLA_FLAGS: XLA ends the process if XLA_FLAGS has a name
+that it does not know, and its names differ between releases. A flag that the user has set in XLA_FLAGS is not changed.
 
-All names are known to the XLA of jax 0.10.2 and of jax 0.11.2. `CHOSEN` has what a compiled program or a measurement
-speaks for. `CANDIDATES` has what others report to be faster and nobody has measured here; `bench/accelerator.py` may
-compare them, each in a process of its own with `in_environment`.
+All names are known to the XLA of jax 0.10.2 and of jax 0.11.2. `CHOSEN` has the flags whose benefit was seen in a compiled
+program or in a measurement. `CANDIDATES` has flags that are faster according to others and were not measured here;
+`bench/accelerator.py` compares some of them, each in a process of its own with `in_environment`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class XlaFlag:
     """One option of XLA.
 
     Attributes:
-      name: its name, without the leading hyphens.
-      value: its value, of the type that XLA expects.
-      reason: what it is expected to do, and why it is in its table.
+      name: the name of the option, without the leading hyphens.
+      value: the value, of the type that XLA expects.
+      reason: what the option is expected to do, and why it is in its table; a text for people.
     """
 
     name: str
@@ -37,9 +37,9 @@ CHOSEN: Mapping[Products, tuple[XlaFlag, ...]] = {
         XlaFlag(
             name="xla_gpu_enable_triton_gemm",
             value=False,
-            reason="The pass that makes kernels of Triton runs before the one that makes products of cuBLASLt in fp8, and "
-            "then the product is one in bfloat16 of matrices that were rounded to fp8. Seen in the program that was "
-            "compiled for an H200: no product in fp8 with it, all of them without it.",
+            reason="XLA runs its pass for Triton kernels before its pass for fp8 products of cuBLASLt, and makes a "
+            "bfloat16 product of the matrices that were rounded to fp8. The program that was compiled for an H200 had no "
+            "fp8 product with Triton kernels, and only fp8 products without them.",
         ),
     ),
 }
@@ -51,15 +51,15 @@ CANDIDATES: Mapping[str, tuple[XlaFlag, ...]] = {
         XlaFlag(
             name="xla_disable_hlo_passes",
             value="rematerialization",
-            reason="XLA recomputes by itself where it counts too little memory; the policies of train.py --remat decide it "
-            "better.",
+            reason="XLA itself recomputes results if it expects too little memory; the policies of train.py --remat make a "
+            "better choice.",
         ),
     ),
     "no-triton-products": (
         XlaFlag(
             name="xla_gpu_enable_triton_gemm",
             value=False,
-            reason="All products by cuBLAS, which compiles faster and is seldom slower for large matrices.",
+            reason="cuBLAS computes all products; this compiles faster and is seldom slower for large matrices.",
         ),
     ),
     "cublaslt": (
@@ -80,15 +80,15 @@ CANDIDATES: Mapping[str, tuple[XlaFlag, ...]] = {
         XlaFlag(
             name="xla_gpu_enable_latency_hiding_scheduler",
             value=True,
-            reason="Collectives run beside the products; without effect on one GPU.",
+            reason="Collectives run at the same time as products; this has no effect on one GPU.",
         ),
-        XlaFlag(name="xla_gpu_all_gather_combine_threshold_bytes", value=2**30, reason="Fewer, larger ones."),
-        XlaFlag(name="xla_gpu_all_reduce_combine_threshold_bytes", value=2**30, reason="Fewer, larger ones."),
-        XlaFlag(name="xla_gpu_reduce_scatter_combine_threshold_bytes", value=2**27, reason="Fewer, larger ones."),
+        XlaFlag(name="xla_gpu_all_gather_combine_threshold_bytes", value=2**30, reason="Joins all-gathers."),
+        XlaFlag(name="xla_gpu_all_reduce_combine_threshold_bytes", value=2**30, reason="Joins all-reduces."),
+        XlaFlag(name="xla_gpu_reduce_scatter_combine_threshold_bytes", value=2**27, reason="Joins reduce-scatters."),
         XlaFlag(
             name="xla_gpu_enable_pipelined_all_gather",
             value=True,
-            reason="The weights of the next layer are gathered while this one is computed; needs the loop over layers.",
+            reason="The weights of the next layer are gathered while a layer is computed; this needs stacked layers.",
         ),
     ),
 }

@@ -406,11 +406,11 @@ def test_loss_refuses_noise_of_other_texts() -> None:
         masked_diffusion_loss(
             model, batch.tokens_BT, batch.maskable_BT, np.ones((4, 2), np.float32), attention_mask=Packed(LENGTHS)
         )
-    with pytest.raises(ValueError, match="give masks.Packed there, not as mask"):
+    with pytest.raises(ValueError, match="pass masks.Packed as attention_mask"):
         masked_diffusion_loss(
             model, batch.tokens_BT, batch.maskable_BT, np.ones(4, np.float32), mask=masks.Causal() & Packed(LENGTHS)
         )
-    with pytest.raises(ValueError, match="the lengths of texts are of 2 rows, but there are 4 rows"):
+    with pytest.raises(ValueError, match="has lengths for 2 rows, but the tokens have 4 rows"):
         masked_diffusion_loss(
             model, batch.tokens_BT, batch.maskable_BT, np.ones(4, np.float32), attention_mask=Packed(LENGTHS[:2])
         )

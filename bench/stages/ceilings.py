@@ -1,6 +1,6 @@
 """Measures what the device can do: the rates of large matrix products, and the bandwidth of its memory.
 
-The other stages divide their times by these numbers, because they are of the same run.
+The other stages compute the least times of their work from these numbers, which come from the same run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writes the table of bench/accelerator.py without an accelerator, from programs that are compiled for an H200.
 
-Every program is that of the stage of the same name. Its time is that of `program_cost`: each kernel at the ceiling of its
-arithmetic or of the memory. So a plan is a lower bound of what can be measured. It shows what the compiled program costs
-beside its arithmetic: copies, casts, and whatever else is written to memory and read again.
+The plan of a stage compiles the same program as the stage. `program_cost` computes its time, as if each kernel ran at the
+peak rate of products or of the memory. So a planned time is a lower bound of the measured time. A plan shows what the
+program costs in addition to its arithmetic: copies, casts, and everything else that is written to memory and read again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from stages.stage import STAGES, Stage
 TOPOLOGY = "h200:1"
 RESULTS = report.RESULTS / "accelerator_planned.json"
 
-# Measured on one H200 (bench/results/h200.json). The rate of float8 products was not: it is twice that of bfloat16, as in
-# the data sheet.
+# These rates were measured on one H200 (bench/results/h200.json), except that of float8 products: it is assumed to be twice
+# the rate of bfloat16 products, as in the data sheet.
 CEILINGS = program_cost.DeviceCeilings(product=784e12, float8=2 * 784e12, bandwidth=3.3e12)
 GIB = 2**30
 
@@ -44,7 +44,7 @@ def main(only: Sequence[str] | None) -> int:
     """Compiles the programs of the stages, writes the results after each, and prints the table; returns the exit status.
 
     Args:
-      only: names of stages; None for all. The result file keeps what it says of the others.
+      only: names of stages to plan; None for all. The result file keeps the earlier plans of the other stages.
     """
     hardware = find_hardware(TOPOLOGY)
     if hardware.devices is None:
@@ -70,8 +70,8 @@ def main(only: Sequence[str] | None) -> int:
 def can_be_planned(stage: Stage) -> bool:
     """Returns whether the programs of a stage can be compiled here and their time computed.
 
-    Rows of several texts cannot: their attention kernel is chosen by running an example on the GPU. Stages that compare
-    flags of XLA need a process of their own.
+    Stages with rows of several texts cannot be planned, because their attention kernel is chosen by running an example on
+    the GPU. Neither can stages with flags of XLA, which need a process of their own.
     """
     settings = stage.options.get("settings", {})
     is_other = settings.get("texts") or stage.options.get("flags") is not None
@@ -156,7 +156,7 @@ def _is_head(part: program_cost.ProgramPart) -> bool:
 
 
 class _Steps(NamedTuple):
-    """When each token is written, and the passes of each row, as in a `dream_jax.Sample`."""
+    """The step that writes each token, and the number of passes of each row, as in a `dream_jax.Sample`."""
 
     commit_step: np.ndarray
     passes: np.ndarray
@@ -174,7 +174,7 @@ def _head_chunks(model: Dream, batch: int, positions: int, passes: int) -> float
 def _least_ms(
     model: Dream, options: Mapping[str, Any], config: Any, row: Mapping[str, Any], passes: int, refreshes: int
 ) -> float:
-    """Returns the least milliseconds a pass, by arithmetic and by reading the weights once, whatever was compiled."""
+    """Returns the least milliseconds a pass by `sampling.least_ms`, which does not depend on the compiled program."""
     new = options["new"]
     of_row = np.minimum(np.arange(new) * passes // new, passes - 1)
     out = _Steps(

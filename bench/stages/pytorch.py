@@ -1,4 +1,4 @@
-"""Times the same work in plain PyTorch. The process uses no device through jax."""
+"""Times the sampler and the training step in plain PyTorch. In this process jax uses no device."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class StageResult:
         self.write(**{name: [*self.values.get(name, []), row]})
 
     def doing(self, what: str) -> None:
-        """Writes what is being done, so that a stage which is ended shows where it was."""
+        """Writes what the stage does next, so that the file of a stage that is ended says where it was."""
         print(f"{time.monotonic() - self._begun:7.1f} s  {what}", flush=True)
         self.write(doing=what)
 

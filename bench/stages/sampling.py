@@ -101,8 +101,8 @@ def read_a_pass(model: Dream) -> int:
 def sampler_config(options: Mapping[str, Any], row: Mapping[str, Any]) -> SamplerConfig:
     """Returns the settings of the sampler of a row.
 
-    An exact row writes all tokens in `passes` passes. A pass costs what one of the `new` passes that write a token each
-    costs in the mean, because the number of masked positions falls evenly in both.
+    An exact row writes all `new` tokens in `passes` passes. Such a pass takes as long, on average, as one of `new` passes
+    that write one token each, because the number of masked positions falls evenly in both cases.
     """
     more = {"temperature": 0.2, "top_p": 0.95} if row.get("top_p") else {}
     if row["mode"] == "exact":
@@ -137,7 +137,7 @@ def timed(
         call()
         seconds.append(time.perf_counter() - begun)
     best = min(seconds)
-    # In exact mode a pass of `generate` here writes several tokens; the rate is that of one token a pass.
+    # In exact mode each pass here writes several tokens, but the reported rate counts one token for each pass and row.
     passes = int(np.max(out.passes))
     tokens = batch * (passes if row["mode"] == "exact" else options["new"])
     stats = jax.devices()[0].memory_stats() or {}

@@ -19,8 +19,8 @@ class Stage:
       name: the name of its result file, and what `--only` takes.
       module: the module of `stages` whose `run` measures it.
       options: the argument of `run`.
-      limit_s: after so many seconds the process is ended. What it has measured until then stays.
-      needs_s: the stage is not begun if less time is left.
+      limit_s: number of seconds after which the process is ended. Its results until then are kept.
+      needs_s: the stage is skipped if fewer seconds are left.
     """
 
     name: str

@@ -38,7 +38,7 @@ class Aim:
 
 
 def values(found: Found, stage: str) -> Mapping[str, Any]:
-    """Returns what a stage has measured; empty if nothing."""
+    """Returns the values that a stage has measured; empty if it has measured nothing."""
     of_stage: Mapping[str, Any] = found["stages"].get(stage, {}).get("values", {})
     return of_stage
 
@@ -181,7 +181,7 @@ def shown(value: float, unit: str) -> str:
 
 
 def aim_header(found: Found) -> tuple[str, ...]:
-    """Returns the header for `aim_rows`. A plan is a bound, so it says what is possible and not what is reached."""
+    """Returns the header for `aim_rows`. A plan has bounds, so its last column says whether the aim is possible."""
     return ("aim", "wanted", *(("planned", "possible") if found.get("planned") else ("measured", "reached")))
 
 
@@ -334,7 +334,7 @@ def scope_tables(found: Found, most: int = 10) -> list[str]:
 
 
 def markdown(found: Found) -> str:
-    """Returns the report."""
+    """Returns the whole report as a text in Markdown."""
     ceilings = values(found, "ceilings")
     planned = bool(found.get("planned"))
     parts = ["# Accelerator benchmark" + (", planned" if planned else "")]
@@ -390,7 +390,7 @@ def markdown(found: Found) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
+    """Returns a table in Markdown with this header and these rows."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(
         "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |\n" for line in lines

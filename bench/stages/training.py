@@ -1,4 +1,4 @@
-"""Times a training step: one of the presets, in a process that does nothing else."""
+"""Times one training step, in a process that does nothing else."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def run(options: Mapping[str, Any], result: StageResult) -> None:
       options: `settings`, the fields of `train_step.TrainStepBenchSettings`; `profile`, whether one step is traced;
         `otherwise`, rematerialisation policies to try in this order if the memory is too small for that of the settings.
       result: receives what `train_step.measure` returns, and the policy.
+
+    Raises:
+      RuntimeError: the memory is too small with each of the policies.
     """
     require_accelerator(options, jax.default_backend())
     settings = train_step.TrainStepBenchSettings(**options["settings"])

@@ -1,7 +1,7 @@
 """cuDNN's flash attention on NVIDIA GPUs, through jax.nn.dot_product_attention. It stores no scores [T, S].
 
 The kernel itself implements bidirectional and causal attention, padding on the right (given by lengths) and windows that
-look back. Rows of several texts have a layout of their own, see `packed`. Other masks become a bias [B, 1, T, S] in half
+look back. For rows of several texts it has another layout, see `packed`. Other masks become a bias [B, 1, T, S] in half
 precision, which takes 2 N times less memory than the float32 scores [B, N, T, S] of the "xla" backend.
 """
 
@@ -73,7 +73,7 @@ def attention(
     """Computes `dream_jax.attention.attention` for calls for which `refusal` returns None."""
     batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
     native = native_mask(mask, num_queries, num_keys)
-    # On a device that holds only a shard of the queries, the texts of queries and keys differ, and the mask is a bias.
+    # If a device holds a shard of the queries only, its queries and keys are of different texts: the mask becomes a bias.
     if isinstance(mask, masks.Packed) and num_queries == num_keys and not splits_queries(num_queries):
         repeats = packed.usable(q_BTNH.shape[2], k_BSKH.shape[2], q_BTNH.shape[3], q_BTNH.dtype)
         if repeats is not None:
@@ -163,8 +163,8 @@ def _with_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_
 def _even(x_BTNH: jax.Array) -> jax.Array:
     """Returns queries, keys or values with one more token if their number is odd.
 
-    cuDNN's gradients with a mask need even lengths. jax refuses odd lengths without a mask too ("Unsupported sequence
-    length"), because it takes the empty array that it passes instead of a bias for a bias. The output of an additional
-    query is removed again, and an additional key is hidden.
+    cuDNN's gradients with a mask need even lengths. jax also refuses odd lengths without a mask ("Unsupported sequence
+    length"), because it treats the empty array that stands for "no bias" as a bias. The callers remove the output of the
+    additional query again, and hide the additional key.
     """
     return jnp.pad(x_BTNH, ((0, 0), (0, x_BTNH.shape[1] % 2), (0, 0), (0, 0)))

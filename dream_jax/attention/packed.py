@@ -1,10 +1,10 @@
 """Attention within each text of rows that hold several texts, by cuDNN's packed layout on GPUs.
 
 The kernel gets the start and the length of each text. It stores no scores and no bias [T, S], and computes no scores
-between texts. `jax.nn.dot_product_attention` has no arguments for this layout, so the function below it in jax is called.
-That function is not public, and some versions of it read the keys of other texts if several query heads share a key head
-(jax pull request 39521), without an error. So it is used only if it computes the right values and gradients for a small
-example on the GPU of this process; otherwise `cudnn` gives the mask to the kernel as a bias.
+between texts. `jax.nn.dot_product_attention` has no arguments for this layout, so this module calls a function of jax that
+is not public. Some versions of that function read the keys of other texts if several query heads share a key head (jax pull
+request 39521), without an error. So it is used only if it computes the right values and gradients for a small example on
+the GPU of this process; otherwise `cudnn` gives the mask to the kernel as a bias.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def attention(
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     tokens = q_BTNH.shape[1]
-    # jax refuses gradients for an odd number of tokens, so there is one more token of padding then.
+    # jax refuses gradients for an odd number of tokens, so an odd number gets one more token of padding.
     q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     length_BM = jnp.asarray(length_BM, jnp.int32)
     # The padding at the end of a row is one more text, so that every output is written.
@@ -79,11 +79,11 @@ def attention(
 
 @functools.lru_cache(maxsize=16)
 def usable(num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int | None:
-    """Returns how often key heads must be repeated for `attention` to be right on this machine, or None if it is not.
+    """Returns the `repeats` with which `attention` is correct on this machine, or None if it is not correct here.
 
-    The answer is 1 if the installed jax supports grouped heads in this layout, `num_heads / num_kv_heads` if it is right
-    only for as many key heads as query heads, and None without a GPU, for a GPU older than Hopper, or if the small
-    example is not computed correctly.
+    The result is 1 if the installed jax supports grouped heads in this layout. It is `num_heads / num_kv_heads` if jax is
+    correct only for equal numbers of key heads and query heads. It is None without a GPU, for a GPU older than Hopper,
+    or if the small example is not computed correctly. `dtype` is the dtype of queries, keys and values.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -94,7 +94,7 @@ def usable(num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int 
         right = (repeats for repeats in dict.fromkeys((1, groups)) if _is_right(repeats, groups, head_dim, dtype))
         found.append(next(right, None))
 
-    # The caller is traced under a mesh. A thread of its own has neither the trace nor the mesh, so it really computes.
+    # The caller is traced by jax under a mesh. A new thread has neither the trace nor the mesh, so it computes numbers.
     thread = threading.Thread(target=check)
     thread.start()
     thread.join()
@@ -126,7 +126,7 @@ def _is_right(repeats: int, groups: int, head_dim: int, dtype: Any) -> bool:
         )(qkv)
         found = [np.asarray(array, np.float32) for array in found]
     except (ImportError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return False  # this jax has no such function or another one, or this GPU or this cuDNN lacks the layout
+        return False  # jax lacks the function or has changed it, or the GPU or cuDNN does not support the layout
     mask = masks.Packed(length_BM)
     exact = [array.astype(jnp.float32) for array in qkv]
     wanted = jax.jit(

@@ -95,9 +95,9 @@ class BatchOptions:
       max_length, and put rows of similar length into the same batch (not with cut_responses, which needs rows of
       different lengths). The train step is compiled once for each width that occurs. None: all batches have the
       width max_length.
-    pack: put several texts into each row, one after the other, each with the end-of-text tokens that `eos_tail` allows,
-      which must be given; see `dream_jax.data.packing`. Not with cut_responses or tail_cut, which give all responses of
-      a batch one length.
+    pack: put several texts into each row, one after the other, each followed by its end-of-text tokens; see
+      `dream_jax.data.packing`. This needs eos_tail, the number of these tokens, and excludes cut_responses and tail_cut,
+      which give all responses of a batch one length.
     """
 
     eos_tail: int | None = None

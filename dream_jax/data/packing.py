@@ -4,12 +4,12 @@ The shuffled stream of texts is divided into windows of at most `WINDOW` consecu
 epoch only, except in a mixture, which has no common epochs. The texts of a window are put into rows by best fit: from the
 longest text to the shortest, each goes into the row where it leaves the least space, or into a new row if it fits into
 none. The rows of the window are then put into a random order. So each text occurs once in each epoch, and the memory that
-this needs does not grow with the number of texts, apart from one number for each window. With texts of very different
-lengths nearly all positions are filled; the worst case are texts a little longer than half a row, which stay alone.
+packing needs does not grow with the number of texts, apart from one number for each window. With texts of very different
+lengths nearly all positions are filled. The worst case is texts a little longer than half a row: each then has a row alone.
 
 The plan of a batch depends only on its index, the seed, the options and the lengths of the texts, as in
-`dream_jax.data.layout`. To know how many rows the windows before a batch have, these windows are packed once, or a saved
-position of an earlier run says it (`PackingPlanner.position`).
+`dream_jax.data.layout`. The planner must know how many rows the windows before a batch have. It packs these windows once,
+or takes the number from the position that an earlier run has saved (`PackingPlanner.position`).
 """
 
 import bisect
@@ -33,7 +33,7 @@ MOST_TEXTS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PackedPlan:
-    """The plan of one global batch, or of some of its rows.
+    """The plan of one global batch, or of some of its rows. n is the number of texts in a row.
 
     texts: for each row int64 [n], indices into the texts that the length policy keeps, in the order of the row.
     regions: for each row int64 [n], number of positions of each response including its end-of-text tail.
@@ -66,7 +66,7 @@ class PackingPlanner:
         lengths: the lengths of the texts that the length policy keeps. stream: maps a position in the endless, shuffled
         stream of texts (0, 1, 2, ...) to the index of a kept text. epoch: number of positions of an epoch of the stream;
         None if it has no common epochs. batch_size: rows of a global batch. max_length: the largest width, in tokens.
-        options: with `pack`, and therefore with `eos_tail`.
+        seed: seed of the order of the rows. options: options whose `pack` is true, so that `eos_tail` is not None.
         """
         assert options.pack and options.eos_tail is not None
         self._lengths, self._stream, self._epoch = lengths, stream, epoch
@@ -102,7 +102,7 @@ class PackingPlanner:
         return list(self._window_of(batch * self._batch_size))
 
     def start_at(self, position: Sequence[int]) -> None:
-        """Notes a `position` of a planner for the same stream, so that the windows before it need not be packed."""
+        """Notes a result of `position` for the same stream, so that the windows before it need not be packed."""
         window, rows_before = position
         with self._counting:
             self._counted.append((window, [rows_before]))
@@ -186,7 +186,7 @@ class PackingPlanner:
         """Returns the positions in the stream of the texts of a window."""
         if self._epoch is None:
             return range(window * WINDOW, (window + 1) * WINDOW)
-        windows = -(-self._epoch // WINDOW)  # of an epoch; they have the same size, up to one text
+        windows = -(-self._epoch // WINDOW)  # number of windows in an epoch, whose sizes differ by at most one text
         epoch, part = divmod(window, windows)
         first, last = (self._epoch * number // windows for number in (part, part + 1))
         return range(epoch * self._epoch + first, epoch * self._epoch + last)
@@ -195,8 +195,8 @@ class PackingPlanner:
 def best_fit(lengths: Sequence[int], width: int, most: int) -> list[list[int]]:
     """Returns for each row the indices of the lengths that it holds; no row holds more than `width` in all.
 
-    From the longest to the shortest, each length goes into the row with the least space that is enough, or into a new
-    row. No row holds more than `most` lengths. No length may be larger than `width`.
+    From the longest to the shortest, each length goes into the row with the least space among the rows with enough space,
+    or into a new row. No row holds more than `most` lengths. No length may be larger than `width`.
     """
     rows = list[list[int]]()
     spaces = list[tuple[int, int]]()  # (space, index) of the rows that may get another length, ascending

@@ -122,7 +122,7 @@ def make_batches(
     Each batch has batch_size / process_count rows. Local row j is row j * process_count + process_index of the global
     batch. Its number of tokens T is max_length; with options.width_step it is the smallest multiple of the step that
     holds the longest row of the global batch as laid out, at most max_length. valid_BT is None unless options.hides.
-    With options.pack a row holds several texts, and length_BM and text_BM say where they are.
+    With options.pack a row holds several texts: length_BM has their lengths, and text_BM their indices, else both are None.
 
     Every epoch is another permutation of the rows that the length policy keeps; a batch may contain rows of two epochs.
     In a `Mixture` every source has its own epochs, and the weights decide which source is next. In every process, this

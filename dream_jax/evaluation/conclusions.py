@@ -123,7 +123,7 @@ class _Announcement:
 
 
 def _denies(sentence: str) -> bool:
-    """Returns whether a sentence only says what the answer is not."""
+    """Returns whether a sentence only says that something is not the answer ("The answer is not 5.")."""
     denial = _DENIAL.search(sentence)
     return denial is not None and not _INSTEAD.search(sentence, denial.end())
 
@@ -248,7 +248,7 @@ def _turns(text: str) -> Iterator[str]:
 
 
 def conclude(answer: str) -> Conclusion | None:
-    """Returns the conclusion of an answer; None if it has no number, or only in questions and checks ("Is it 5?")."""
+    """Returns the conclusion of an answer; None if it has no number outside of questions and checks ("Is it 5?")."""
     text = answer[-_LONGEST:].rpartition("</think>")[2]
     # In the formats of d1 and s1 the answer begins after the reasoning, which may have announced and boxed other numbers.
     reasoned = _REASONED.search(text)

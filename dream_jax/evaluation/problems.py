@@ -48,7 +48,7 @@ class Problem:
       where: "FILE:LINE" or "generated:NUMBER", with which error messages begin.
       question: a text, or the messages of a chat.
       tools: functions that the prompt announces, as JSON schemas.
-      columns: whether the question was a text in a column, so that an instruction may come before it.
+      columns: whether the question is the text of a column of the file; then an instruction may be put before it.
       answer: a correct answer as text, for use as a worked example; empty if the file has none.
       judge: function from the text of an answer to a Verdict.
     """
@@ -74,7 +74,7 @@ def identify(*parts: Any) -> str:
 
 
 def check_fields(found: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raises ValueError, which begins with `where`, for a field that is not in `known`, such as a misspelt one."""
+    """Raises ValueError, with a message that begins with `where`, if a field of `found` is not in `known`."""
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise ValueError(

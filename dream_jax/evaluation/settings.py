@@ -27,7 +27,7 @@ PUBLISHED: Mapping[Published, tuple[Template, Mapping[str, Any]]] = {
     "instruct": ("chat", {"alg": "entropy", "temperature": 0.1, "top_p": 0.9}),
     "planning": ("raw", {"alg": "entropy", "temperature": 0.0}),
 }
-"""Template and sampler settings of Dream's published evaluations. All use one denoising step for each new token."""
+"""The template and the sampler settings of each of Dream's published evaluations. All use one step for each new token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class EvaluateSettings(ModelSettings):
         if self.ignore_field and self.file is None:
             raise ValueError("--ignore-field is for the rows of --file; leave it out, or give a file")
         if self.task in ("countdown", "gsm8k", "chat", "choice", "likelihood") and not (self.file or self.compare):
-            raise ValueError(f"task {self.task} needs --file, a .jsonl file")
+            raise ValueError(f"task {self.task} needs --file, a .jsonl, .json or .parquet file")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -126,8 +126,8 @@ def published_sampler(
 ) -> SamplerConfig:
     """Returns the sampler of `preset`, at temperature 0, changed by other settings.
 
-    For each field of `SamplerConfig` the first that sets it counts: `given` (values of the user), the settings of the
-    evaluation `published`, `asked` (values of the task), and the preset.
+    For each field of `SamplerConfig` the first of these that sets the field counts: `given` (values of the user), the
+    settings of the evaluation `published`, `asked` (values of the task), and the preset.
 
     Raises: ValueError for a value outside its range, and for `steps` with a preset that commits by confidence.
     """

@@ -28,9 +28,9 @@ class Estimate:
 def mean_score(scores: np.ndarray) -> Estimate:
     """Returns the mean of scores, float [problems, seeds] in 0..1, with Wilson's interval.
 
-    With one seed and scores of 0 or 1 this is exactly Wilson's interval. With more seeds, the number of trials is the
-    one for which a binomial mean has the variance that the means of the problems show. It lies between the number of
-    problems (all seeds score the same) and problems times seeds. It is not an integer, so scipy's function cannot be
+    With one seed and scores of 0 or 1 this is exactly Wilson's interval. With more seeds, the number of trials is chosen so
+    that a binomial mean has the variance that the means of the problems show. The number lies between the number of
+    problems (if all seeds score the same) and problems times seeds. It is not an integer, so scipy's function cannot be
     used. Unlike a normal interval, Wilson's interval has a positive width if the mean is 0 or 1.
 
     Raises: ValueError if there are no scores, or if a score is outside 0..1.

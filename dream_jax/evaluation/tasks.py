@@ -244,7 +244,7 @@ def read_problems(
     if path is not None:
         return [task.read(found, where) for where, found in numbered_records(path, ignored, strict=strict)]
     if task.name != "sudoku":
-        raise ValueError(f"task {task.name} needs --file, a .jsonl file")
+        raise ValueError(f"task {task.name} needs --file, a .jsonl, .json or .parquet file")
     return list(_generated(open_source("sudoku", "test")))
 
 

@@ -63,10 +63,10 @@ class Mask(abc.ABC):
         return jnp.arange(num_tokens, dtype=jnp.int32)[None]
 
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Returns the mask for rows that hold several texts, in each of which it counts from the start of the text.
+        """Returns this mask for rows that hold several texts, with positions that count from the start of each text.
 
-        Which text a token belongs to is not part of the result: it is combined with `Packed` by `&`. Masks that compare
-        the distance of query and key, or nothing, return themselves.
+        The result does not say which text a token belongs to, so the caller combines it with `Packed` by `&`. Masks that
+        depend only on the distance between query and key, or on no position, return themselves.
 
         Args:
           position_BT: int [B, T], the position of each token in its text, from 0.
@@ -163,7 +163,7 @@ class And(Mask):
         return self.left.for_texts(position_BT, answer_BT) & self.right.for_texts(position_BT, answer_BT)
 
     def positions(self, num_tokens: int) -> Int[jax.Array, "b T"]:
-        """Returns the positions that a mask for rows of several texts gives; 0, 1, ..., T - 1 without such a mask."""
+        """Returns the positions of the mask for rows of several texts, int32; 0, 1, ..., T - 1 if there is no such mask."""
         left, right = self.left.positions(num_tokens), self.right.positions(num_tokens)
         return jnp.minimum(left, right)  # a position in a text is at most the position in the row
 

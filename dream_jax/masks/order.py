@@ -120,7 +120,7 @@ class BlockCausal(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ordered(Mask):
-    """A query may attend to the keys whose number in a given order is not larger. Drawn with the order `0 1 0`:
+    """Each token has a number, and a query may attend to keys with at most its own number. Drawn with `0 1 0`:
 
     ::
 
@@ -129,15 +129,15 @@ class Ordered(Mask):
         #.#
 
     Attributes:
-      query_BT: int [B, T], number of each query in the order.
-      key_BS: int [B, S], number of each key in the order.
+      query_BT: int [B, T], the number of each query.
+      key_BS: int [B, S], the number of each key.
     """
 
     query_BT: Int[Array, "B T"]
     key_BS: Int[Array, "B S"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Returns bool [B, T, S]. Raises ValueError if the order is of another number of keys."""
+        """Returns bool [B, T, S]. Raises ValueError if `key_BS` has another number of keys than `num_keys`."""
         if self.key_BS.shape[1] != num_keys:
             raise ValueError(f"the order is of {self.key_BS.shape[1]} keys, but there are {num_keys} keys")
         rows = max(position_bT.shape[0], self.query_BT.shape[0])

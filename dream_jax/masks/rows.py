@@ -120,7 +120,7 @@ class Segments(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed(Mask):
-    """A token attends only to its own text, in rows of several texts. Drawn with texts of 2 and 1 of 4 tokens:
+    """In rows of several texts, a token attends only to its own text. Drawn for 4 tokens, with texts of 2 and of 1:
 
     ::
 
@@ -129,9 +129,9 @@ class Packed(Mask):
         ..#.
         ...#
 
-    The texts lie one after the other from the start of the row, and padding follows the last one; it attends only to
-    padding. In contrast to `Segments`, an attention backend can see from the shapes how many texts a row has at most. A
-    model that is called with this mask counts the positions from the start of each text, see `positions`.
+    The texts lie one after the other from the start of the row. Padding follows the last text, and attends only to padding.
+    In contrast to `Segments`, an attention backend can see from the shape of `length_BM` how many texts a row has at most.
+    A model that is called with this mask counts the positions from the start of each text, see `positions`.
 
     Attributes:
       length_BM: int [B, M], the number of tokens of each text; 0 after the last text of a row.
@@ -146,7 +146,10 @@ class Packed(Mask):
         return jnp.sum(end_BM[:, None, :] <= token_T1, axis=2, dtype=jnp.int32)
 
     def spread(self, value_BM: Array, padding_B1: Array, num_tokens: int) -> jax.Array:
-        """Returns for each token the value of its text, and for padding the value of `padding_B1`: [B, T]."""
+        """Returns [B, T]: for each token the value of its text, and for padding the value of its row in `padding_B1`.
+
+        `value_BM` has a value for each text, [B, M]; `padding_B1` has the shape [B, 1] or [1, 1].
+        """
         values = jnp.concatenate([jnp.asarray(value_BM), jnp.broadcast_to(padding_B1, (value_BM.shape[0], 1))], axis=1)
         return jnp.take_along_axis(values, self.slots(num_tokens), axis=1)
 

@@ -118,10 +118,11 @@ class _Int8Moments:
 
 
 class _Int8Blocks(_Int8Moments):
-    """The same numbers, computed in the shape of the blocks.
+    """Stores the same numbers as `_Int8Moments`, but computes them in the shape of the blocks.
 
-    XLA for GPUs makes one kernel of operations in one shape. If some of them were in blocks and others not, it would store
-    what they share. TPUs store arrays whose last axis is as short as a block in four times the memory.
+    XLA for GPUs makes one kernel of operations that have the same shape. If some of them were in blocks and others not, XLA
+    would write the values between them to memory. This class is not used on TPUs, which need four times the memory for
+    arrays whose last axis is as short as a block.
     """
 
     def to_computed(self, x: jax.Array) -> jax.Array:
@@ -231,7 +232,7 @@ def scale_by_adam(
             calls = itertools.count()
 
             def hidden_zero() -> Zero:
-                # XLA does not know that this number is 0. Each call makes another expression.
+                # XLA does not know that this number is 0. Each call returns another expression.
                 return (steps + next(calls)) * 0.0 if in_kernels else 0.0
 
             def new() -> tuple[jax.Array, jax.Array]:
@@ -248,7 +249,7 @@ def scale_by_adam(
 
             m, v = new()
             direction = m * correction_m / (jnp.sqrt(v * correction_v) + eps)
-            # Comparisons with a constant 0 would share the array of zeros to which the gradients are added, and so keep it.
+            # If moments were compared with a constant 0, XLA would keep the array of zeros to which gradients are added.
             after = storage.store(new, keys_R, gradient.shape, hidden_zero())
             if not storage.exact:
                 after = select(usable, after, moments)
@@ -273,7 +274,8 @@ def scale_by_adam(
 def clipped(method: optax.GradientTransformation, max_norm: float) -> optax.GradientTransformationExtraArgs:
     """Returns `optax.chain(optax.clip_by_global_norm(max_norm), method)`, with the same state, for `scale_by_adam`.
 
-    optax writes the scaled gradients to the memory if more than one kernel reads them. Here `method` gets the factor.
+    With optax the scaled gradients are written to the memory if more than one kernel reads them. Here `method` gets the
+    gradients as they are, and the factor as the argument `scale`.
     """
     method = optax.with_extra_args_support(method)
 

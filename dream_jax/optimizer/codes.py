@@ -53,10 +53,11 @@ class _Grid:
         return jnp.exp2((code - self.levels) * self.step)
 
     def shifted(self, noise: jax.Array) -> jax.Array:
-        """Returns how far above its lower level, in levels, a number is that is `noise` of the way to the upper level.
+        """Returns the distance in levels between a lower level and the number x that `noise` in [0, 1) describes.
 
-        This is log2(1 + noise (r - 1)) / log2(r) for the ratio r of neighbouring levels. Here it is the parabola that is
-        equal to it at 0, 1/2 and 1, and elsewhere differs by at most 1.3e-4 levels.
+        x = lower + noise (upper - lower), where `upper` is the next level. With the ratio r = upper / lower the distance is
+        log2(1 + noise (r - 1)) / log2(r). The result is the parabola that has these values at 0, 1/2 and 1; elsewhere it
+        differs from them by at most 1.3e-4 levels.
         """
         bend = 4 * math.log2((1 + 2.0**self.step) / 2) / self.step - 2
         return noise * ((1 + bend) - noise * bend)
@@ -101,7 +102,7 @@ def dequantise(x: QuantisedMoment) -> Float[jax.Array, "*b d"]:
     return from_blocks(block_values(to_blocks(x.codes), x.absmax), x.codes.shape[-1])
 
 
-# The next three functions work on arrays that are cut into blocks.
+# The next three functions work on arrays that are cut into n blocks of w elements each: [..., n, w].
 
 
 def block_absmax(x: Float[jax.Array, "*b n w"]) -> Float[jax.Array, "*b n"]:
@@ -120,23 +121,23 @@ def block_codes(
     dtype: Literal["int8", "uint8"],
     zero: Float[jax.Array, ""] | float = 0.0,
 ) -> Num[jax.Array, "*b n w"]:
-    """Returns the codes of `quantise` for blocks whose `block_absmax` is given, in this dtype.
+    """Returns the codes that `quantise` computes, of this dtype, for blocks x whose `block_absmax` is given.
 
-    `zero` is 0, see `adam.scale_by_adam`.
+    `zero` is the number 0, see `adam.scale_by_adam`.
     """
     grid, magnitude = _GRIDS[dtype], jnp.abs(x)
-    # One division per block. The inverse of a number above 8.5e37 is denormal too, so it becomes the least number above
-    # it: then the largest magnitude keeps its code, and the others are stored up to 4 times too large.
+    # There is one division per block. The inverse of a number above 8.5e37 is denormal, so it is replaced by the smallest
+    # normal number: then the largest magnitude keeps its code, and the others are stored up to 4 times too large.
     inverse = jnp.maximum(1.0 / jnp.where(absmax == 0.0, 1.0, absmax), _TINY)
     ratio = magnitude * inverse[..., None]
-    # Counted from the largest level, which is 0, so that rounding to float32 is finest there and A keeps its code.
+    # Levels are counted from the largest one, which is 0: float32 is most exact near 0, so `absmax` keeps its code.
     level = _log2(ratio) * (1.0 / grid.step)
     # `level` is between two codes. The probability of the upper one grows linearly with `ratio`, not with `level`:
     # `noise` is compared with (ratio - below) / (above - below), solved here for `level`.
     code = _nearest(level + (0.5 - grid.shifted(noise))) + grid.levels
     if dtype == "uint8":
         return jnp.where(magnitude > zero, jnp.clip(code, 1, grid.levels), 0).astype(dtype)
-    # Below the smallest level above zero the lower one is zero.
+    # A ratio below the smallest level that is not zero gets the code 0 or 1.
     is_one = ratio * 2.0**grid.octaves > noise
     code = jnp.where(level < 1 - grid.levels, is_one.astype(jnp.int32), jnp.minimum(code, grid.levels))
     return jnp.where(x < zero, -code, code).astype(dtype)
@@ -145,10 +146,10 @@ def block_codes(
 def block_values(
     codes: Num[jax.Array, "*b n w"], absmax: Float[jax.Array, "*b n"], zero: Float[jax.Array, ""] | float = 0.0
 ) -> Float[jax.Array, "*b n w"]:
-    """Returns the numbers that codes in blocks stand for, float32; `zero` is 0, see `adam.scale_by_adam`."""
+    """Returns the numbers, float32, that codes in blocks represent; `zero` is the number 0, see `adam.scale_by_adam`."""
     grid, code = _GRIDS[codes.dtype.name], codes.astype(jnp.float32)
     if isinstance(zero, jax.Array):
-        code = code + zero  # here, so that nothing after it is the same expression in two calls
+        code = code + zero  # added early, so that two calls have no expression after it in common
     level = grid(jnp.abs(code))
     if codes.dtype == jnp.int8:
         level = jnp.where(code < zero, -level, level)
@@ -158,8 +159,8 @@ def block_values(
 def _nearest(x: jax.Array) -> jax.Array:
     """Returns the nearest whole number, int32, of float32 numbers between -2**21 and 2**21.
 
-    The sum with 1.5 * 2**23 has no bits for fractions, so that it is rounded, and its lowest bits are the whole number.
-    That is two instructions; `jnp.round` and a conversion, which must treat every number, are eight.
+    The sum with 1.5 * 2**23 has no bits for fractions, so the sum is rounded, and its lowest bits are the whole number.
+    This takes two instructions. `jnp.round` and a conversion take eight, because they must work for every number.
     """
     return jax.lax.bitcast_convert_type(x + 1.5 * 2.0**23, jnp.int32) - 0x4B400000
 
@@ -167,9 +168,10 @@ def _nearest(x: jax.Array) -> jax.Array:
 def _log2(x: jax.Array) -> jax.Array:
     """Returns log2 of positive float32 numbers to within 5.2e-5, and -127 for zero.
 
-    It takes a third of the instructions of `jnp.log2`, which is exact to the last bit and treats every special number.
-    The bits of a float32 number are its exponent and its mantissa, so as an integer they are log2 up to a curve between
-    two powers of 2. The polynomial is this curve, and exactly 0 at both ends, so that powers of 2 are exact.
+    It takes a third of the instructions of `jnp.log2`, which is exact to the last bit and handles every special number.
+    The bits of a float32 number are its exponent and its mantissa. Read as an integer, shifted and scaled (`line`), they
+    are log2 except for a curve between two powers of 2. A polynomial in the mantissa approximates this curve; it is exactly
+    0 at both ends, so the result for powers of 2 is exact.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32) - 1.0

@@ -116,7 +116,8 @@ def memory_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes, chu
 def host_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes) -> float:
     """Returns the bytes that a device copies to and from the memory of the host in one step.
 
-    They are the optimizer's moments that are stored there, and with remat "offload" the inputs of all layers.
+    These are the optimizer's moments that are stored there, and with remat "offload" the inputs of all layers; both are
+    copied once in each direction.
     """
     config = step.model.config
     width = jax.numpy.dtype(step.model.compute_dtype).itemsize

@@ -69,7 +69,7 @@ class Hardware:
       nodes: number of groups of devices, each of which is connected by a switch; 1 for a torus.
       devices: the devices to compile for, which need not be on this machine; None if nothing is compiled.
       missing: why it cannot be compiled for this hardware, and what to install; None if it can be, or is not wanted.
-      has: bytes that a program can have on a device, as the devices of this machine say; None for hardware by name.
+      has: bytes that a program can have on a device of this machine, if it reports them; None for hardware given by name.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Hardware:
 
     @property
     def share(self) -> str | None:
-        """Which share of the memory a program can have, and why; None if it can have all of it, as on a TPU."""
+        """A text with the share of the memory that a program can have, and the reason; None for a TPU or CPU."""
         if self.chip.platform != "gpu":
             return None
         found = share_in_force()

@@ -51,8 +51,9 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings, found: Compiled | R
 
     Args:
       settings: the settings of the run.
-      wanted: the hardware, and what to do.
-      found: the result of an earlier compilation of the same step, which is then not compiled again.
+      wanted: the settings of the plan, such as the hardware.
+      found: the result of an earlier compilation of the same step; the step is then not compiled again. None if there is
+        no such result.
 
     Raises:
       ValueError: hardware, mesh, model and batch do not match, or data or a tokenizer that is needed cannot be read.
@@ -161,7 +162,7 @@ def remedies(settings: TrainSettings) -> list[str]:
     On a known accelerator they are the first `suggestions`. Otherwise they are flags that reduce the memory and that the
     settings do not have yet.
     """
-    # If `auto` chose the policy of the run, the run has written it; before that, `auto` has tried the smallest one.
+    # A run that began has written the policy that `auto` chose. A run that did not begin needed too much even with "full".
     taken = begun_remat(settings.run.out) or "full"
     settings = settings.replaced(remat=taken) if settings.network.remat == "auto" else settings
     chip = chip_of(jax.devices()[0].device_kind)
@@ -316,7 +317,7 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
 
 
 def _packed_rows(settings: TrainSettings, rows: TokenizedRows, max_length: int) -> PlannedRows:
-    """Returns what `_rows` returns, for rows that hold several texts each."""
+    """Returns the `PlannedRows` of a run with `--pack`, whose rows hold several texts each."""
     chosen = settings.batches
     with make_batches(
         rows,

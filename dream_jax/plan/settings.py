@@ -56,7 +56,7 @@ class MemoryPlan:
       working: bytes in use in addition to the arguments when memory use is highest, by the compiler or by arithmetic.
       peak: all bytes in use when memory use is highest.
       limit: memory of the device that a program can use.
-      share: which share of the memory of a GPU that is, and why; None on a TPU, where it is all of it.
+      share: a text with the share of a GPU's memory that `limit` is, and the reason; None on a TPU, where it is all memory.
       compiled: whether `working` and `peak` come from the compiler.
       estimate: the peak by arithmetic, for comparison.
       refused: the message of the compiler if it found too little memory; None otherwise.
@@ -98,7 +98,7 @@ class StepTime:
         half of the rate of a switch) and at the full rate, so the larger number is first.
       host: seconds of the copies to and from the memory of the host at a low and at a high rate, so the larger number is
         first.
-      fast: seconds of a step if everything overlaps: the longest of the four at their best.
+      fast: seconds of a step if everything overlaps: the longest of computation, memory, network and host at their best.
       slow: seconds of a step if computation, network and copies to the host do not overlap.
       mfu: model_flops divided by the operations that the chips could do at their peak in `slow` and in `fast`.
     """
@@ -164,7 +164,7 @@ class RunPlan:
       advice: changes with which the step would fit, if it does not, and why nothing was compiled, if it could not be.
       versions: versions of jax and of the compiler, by package.
       compile_seconds: seconds that compiling took; None if nothing was compiled.
-      remat: what `remat` "auto" took and why; None if the settings name a policy.
+      remat: a text with the policy that `remat` "auto" chose, and the reason; None if the settings name a policy.
     """
 
     hardware: str

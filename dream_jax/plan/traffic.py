@@ -1,7 +1,7 @@
-"""Reads from the text of a compiled program which copies of its weights it makes, and how many bytes it reads.
+"""Finds out from the text of a compiled program which copies of weights the program makes, and how many bytes it reads.
 
-The text is that of XLA after optimisation, see `plan.hlo`. An instruction inside a fusion writes nothing to memory, so only
-the instructions outside fusions count.
+The text is written by XLA after optimisation, see `plan.hlo`. An instruction inside a fusion writes nothing to memory, so
+only the instructions outside fusions count.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _FREE = {
 }  # fmt: skip
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Values of at most so many bytes, such as counters of loops and indices of slices, are no data of a program's user.
+# Values of at most this many bytes, such as loop counters and the indices of slices, are treated as constants.
 _SMALL = 64
 
 
 class Origin(enum.IntEnum):
-    """From what a value is computed: from constants, from weights (and constants), or from other arguments too."""
+    """What a value is computed from: constants only, weights (and constants), or also other arguments of the program."""
 
     CONSTANTS = 0
     WEIGHTS = 1
@@ -42,12 +42,12 @@ _Origins = Origin | tuple["_Origins", ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightCopy:
-    """An instruction that writes an array which depends on weights alone: a copy, a slice, a cast, or several joined.
+    """An instruction that writes an array computed from weights alone: a copy, slice, cast or concatenation of weights.
 
     Attributes:
-      name, shape, opcode: as in the text of the program.
-      nbytes: size of the largest array that it writes.
-      times: how often it runs in one run of the program.
+      name, shape, opcode: the name, result shape and kind of the instruction, as in the text of the program.
+      nbytes: size in bytes of the largest array that the instruction writes.
+      times: how often the instruction runs in one run of the program.
     """
 
     name: str
@@ -58,7 +58,7 @@ class WeightCopy:
 
 
 def weight_copies(text: str, *, least: float, weights: str, unknown_trips: float = 1.0) -> tuple[WeightCopy, ...]:
-    """Returns the instructions that write to memory what depends on the weights of a program alone, largest first.
+    """Returns the instructions that write to memory an array computed from weights alone, the largest array first.
 
     Such an array could have been computed once, before the program runs. Collectives are left out: they gather weights
     that are sharded on purpose. Results in the memory beside the compute units of a TPU are left out too, because the
@@ -67,7 +67,7 @@ def weight_copies(text: str, *, least: float, weights: str, unknown_trips: float
     Args:
       text: the text of the compiled program, `Compiled.as_text()`.
       least: smallest size in bytes of the arrays that are reported.
-      weights: regular expression that the names of the program's arguments which are weights begin with.
+      weights: regular expression; an argument of the program is a weight if the beginning of its name matches.
       unknown_trips: number of iterations of a loop whose end depends on data.
 
     Raises:
@@ -107,10 +107,11 @@ class _Follower:
     found: dict[tuple[str, str], WeightCopy] = dataclasses.field(default_factory=dict)
 
     def follow(self, name: str, arguments: Sequence[_Origins], times: float, *, fused: bool = False) -> _Origins:
-        """Returns the origin of the result of a computation that runs `times` times with these arguments.
+        """Returns the origin of the result of a computation that runs `times` times with arguments of these origins.
 
-        In a fusion only concatenations are collected. They write nothing to memory as long as the fusion is one kernel,
-        but on GPUs a product that is compiled as a library call gets them as a kernel of their own.
+        `fused` says whether the computation is that of a fusion; then only concatenations are collected. They write
+        nothing to memory as long as the fusion is one kernel. But if XLA compiles a product as a call of a GPU library,
+        a separate kernel writes the concatenated weights for it.
         """
         origins: dict[str, _Origins] = {}
         result: _Origins = Origin.CONSTANTS
@@ -200,9 +201,9 @@ def _main_memory(shape: str) -> float:
 def bytes_read(text: str, *, unknown_trips: float = 1.0) -> float:
     """Returns the bytes that one run of a program reads from the main memory of a device.
 
-    Every operand of an instruction outside fusions counts once for each time that the instruction runs. Of an operand
-    that an instruction or a fusion only takes slices of, the slices count. Of the branches of a conditional, the one
-    that reads the most counts. Caches are not modelled.
+    Every operand of an instruction outside fusions counts once for each time that the instruction runs. If an instruction
+    or a fusion reads only slices of an operand, only these slices count. Of the branches of a conditional, the one that
+    reads the most counts. Caches are not modelled.
 
     Args:
       text: the text of the compiled program, `Compiled.as_text()`.
@@ -238,9 +239,12 @@ def operand_bytes(
     computation: Mapping[str, Instruction],
     instruction: Instruction,
 ) -> float:
-    """Returns the bytes that one instruction reads from the main memory; `computation` is the one that contains it.
+    """Returns the bytes that one instruction reads from the main memory of a device.
 
-    It must be an instruction that computes something itself, and no loop, conditional or call.
+    Args:
+      computations: all computations of the program, by name.
+      computation: the computation that contains the instruction.
+      instruction: an instruction that computes something itself: no loop, conditional or call.
     """
     total = 0.0
     for number, operand in enumerate(instruction.operands):
@@ -251,7 +255,7 @@ def operand_bytes(
 
 
 def _sliced(computations: _Computations, instruction: Instruction, number: int) -> float | None:
-    """Returns the bytes that an instruction reads of an operand if it only takes slices of it; otherwise None."""
+    """Returns the bytes that an instruction reads of an operand, if it reads only slices of the operand; else None."""
     if instruction.opcode == "fusion":
         return _sliced_in(computations, instruction.called[0], number)
     if number == 0 and instruction.opcode in _SLICES:
@@ -265,7 +269,7 @@ def _sliced(computations: _Computations, instruction: Instruction, number: int) 
 
 
 def _sliced_in(computations: _Computations, fused: str, number: int) -> float | None:
-    """Returns the bytes that a fusion reads of an operand if it only takes slices of it; otherwise None.
+    """Returns the bytes that a fusion reads of an operand, if it reads only slices of the operand; else None.
 
     Args:
       computations: all computations of the program.
@@ -291,5 +295,5 @@ def _sliced_in(computations: _Computations, fused: str, number: int) -> float | 
 
 
 def named(copies: Sequence[WeightCopy]) -> str:
-    """Returns a line for each copy, for error messages."""
+    """Returns a text for error messages, with one line for each copy."""
     return "\n".join(f"{copy.times:g} x {copy.opcode} {copy.name}: {copy.shape}" for copy in copies)

@@ -2,9 +2,8 @@
 
 `models` loads, saves and exports whole models; `conversion` converts between the two layouts, also with an adapter added;
 `directories` finds and identifies directories; `by_layer` reads a model layer by layer, to hold its layers apart or to
-quantise it to 8 or 4 bits; `adapter` saves
-and loads adapters, also in the layout of PEFT; `autoregressive` makes a Dream checkpoint, from which training starts, from
-a Qwen2 one.
+quantise it to 8 or 4 bits; `adapter` saves and loads adapters, also in the layout of PEFT; `autoregressive` makes a Dream
+checkpoint, from which training starts, from a Qwen2 checkpoint.
 """
 
 from dream_jax.lora import merge as merge_adapter

@@ -1,7 +1,7 @@
-"""Reads a model from a converted or a Hugging Face directory layer by layer: layers apart, and quantised models.
+"""Reads a model from a converted or a Hugging Face directory layer by layer.
 
-A layer is quantised before the next one is read. Loading a 7B base in 4 bits therefore needs no more memory than running
-it.
+This is for models whose layers are held apart, and for quantised models: a layer is quantised before the next one is read,
+so loading a 7B base in 4 bits needs no more memory than running it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def start_unit(
     pool: Executor,
     buffers: hf.Buffers,
 ) -> hf.Reading:
-    """Starts to read one unit of a published checkpoint in the dtype of `unit.shapes`; see `hf.start_reading`."""
+    """Starts to read one unit of a published checkpoint, and returns the `hf.Reading`, whose `wait` returns the arrays.
+
+    The arrays have the dtype of `unit.shapes`. `mesh` has the devices of the arrays (None: one device). `pool` and
+    `buffers` are as for `hf.start_reading`.
+    """
     tensors = {(one.rule.target, one.layer): (name, one) for name, one in hf.destinations(config).items()}
     leaves = hf.flat(unit.shapes)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
@@ -68,7 +72,9 @@ def unit_reader(
 
 
 def apart_params(directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, mesh: Mesh | None) -> ParamTree:
-    """Reads the model in a directory into arrays of each layer; besides the result, one unit is in memory at a time.
+    """Reads the model in a directory into separate arrays for each layer.
+
+    Besides the result, this needs memory for one unit of the model at a time (see `checkpoint.units`).
 
     Args:
       directory: a converted or a Hugging Face directory.
@@ -77,7 +83,7 @@ def apart_params(directory: pathlib.Path, config: DreamConfig, dtype: np.dtype, 
       mesh: the devices of the parameters; None for one device.
 
     Returns:
-      The parameters; the keys of the layers are their numbers.
+      The parameters as a nested dict; under "layers" the keys are the numbers of the layers, from 0.
 
     Raises:
       FileNotFoundError, ValueError: as for `unit_reader`.
@@ -107,8 +113,8 @@ def quantised_params(
       config: the configuration of the model in the directory.
       dtype: the dtype of the parameters that are not quantised.
       kind: the kind of the codes, "int8" or "nf4".
-      shapes: the shapes of all parameters of the quantised model, which `lora.with_base_shapes` returns; in the form of
-        these shapes the result is returned.
+      shapes: the shapes of all parameters of the quantised model, which `lora.with_base_shapes` returns. The layers of
+        the result are apart or stacked as in these shapes.
       mesh: the devices of the parameters; None for one device.
 
     Returns:

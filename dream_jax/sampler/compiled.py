@@ -1,4 +1,4 @@
-"""Compiles the functions of the sampler with the options of XLA that the products of their model need."""
+"""Compiles the functions of the sampler with the options of XLA that the matrix products of the model need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dream_jax.target import current_target
 
 
 class ModelProgram:
-    """A function of a model that jax compiles, with options of XLA that depend on the model; else like `jax.jit`.
+    """A function that jax compiles with options of XLA that depend on the model, its first argument.
+
+    Apart from these options, it behaves as the result of `jax.jit(function, **options)`.
 
     Attributes:
       plain: the result of `jax.jit` without options.
@@ -39,7 +41,7 @@ class ModelProgram:
         return lowered
 
     def clear_cache(self) -> None:
-        """Forgets what has been compiled."""
+        """Removes all compiled programs from the caches."""
         self.plain.clear_cache()
         self.fused.clear_cache()
 
@@ -54,9 +56,9 @@ class ModelProgram:
 def needs_options(model: Dream) -> bool:
     """Returns whether a program of this model is compiled with `quantisation.COMPILER_OPTIONS`.
 
-    It is if the target is a GPU and the base is int8, unless XLA has no such option, or the user has set it in XLA_FLAGS.
-    Without the option the results are the same, but the dequantised kernels are written to memory. jax accepts options
-    only for a program that is not part of another one.
+    This is so if the target is a GPU and the base is int8, unless XLA has no such option, or the user has set the option in
+    XLA_FLAGS. Without the option the results are the same, but the dequantised kernels are written to memory. The
+    options are also left out while jax traces a larger program, because jax accepts them only for a whole program.
     """
     return (
         current_target().platform == "gpu"

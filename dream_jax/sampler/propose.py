@@ -131,7 +131,7 @@ def propose(
       num_top: how many of the most probable tokens `Proposal.logprobs` lists; None computes no logprobs.
 
     Returns:
-      The tokens and their confidences; undefined from `needed` on.
+      The tokens and their confidences at M positions; the values at positions from `needed` on are undefined.
 
     Raises:
       ValueError: as `Writable.table`; or there is a temperature, but `uniform_BM` is None.

@@ -423,7 +423,12 @@ class _Guard:
         return None
 
     async def _read_body(self, receive: Receive, body: bytearray) -> None:
-        """Appends what arrives to a body; its bytes count as held until the request has been answered."""
+        """Appends the arriving bytes to `body`; they count as held until the request has been answered.
+
+        Raises:
+          RequestError: this body is too large, or all bodies together are.
+          _GoneError: the client has disconnected.
+        """
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":

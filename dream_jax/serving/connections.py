@@ -1,4 +1,4 @@
-"""Bounds on what the connections of clients may hold: time for the head of a request, unread answers, their number."""
+"""Limits the connections of clients: their number, the time for the head of a request, and the time to read an answer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_HEAD_SECONDS = 30.0  # within which the head of a request must be complete
-_STALL_SECONDS = 60.0  # within which a client must read what was sent
-_SPARE_FILES = 128  # descriptors that connections leave to the rest of the process
+_HEAD_SECONDS = 30.0  # the head of a request must be complete within this time
+_STALL_SECONDS = 60.0  # a client must read the sent data within this time
+_SPARE_FILES = 128  # number of file descriptors that are kept for the rest of the process
 
 
 class BoundedConnection(H11Protocol):
-    """A connection that is closed if its client neither asks nor reads.
+    """A connection that is closed if its client does not finish the head of a request, or does not read an answer.
 
-    uvicorn itself closes connections that are idle after an answer, and the application bounds the time of bodies.
+    uvicorn itself closes connections that are idle after an answer, and the application limits the time for a body.
 
     Attributes:
-      most: maximum number of connections; further ones are closed at once.
+      most: maximum number of connections of the process; further ones are closed at once.
     """
 
     most = 10_000
@@ -31,7 +31,7 @@ class BoundedConnection(H11Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for a request."""
+        """Starts the timer for the head of the first request; closes a connection beyond `most`."""
         super().connection_made(transport)
         if len(self.connections) > self.most:
             transport.abort()
@@ -39,13 +39,13 @@ class BoundedConnection(H11Protocol):
         self._head_timer = self.loop.call_later(_HEAD_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the waiting."""
+        """Stops the timers of the connection."""
         self._end_head_timer()
         self._end_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Reads data; the time for a head begins with its first byte."""
+        """Reads data. The timer for the head of a later request starts with the first byte of this head."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._end_head_timer()
@@ -53,12 +53,12 @@ class BoundedConnection(H11Protocol):
             self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """Begins to wait for a client that has not read what was sent."""
+        """Starts the timer for a client that has not read the sent data."""
         super().pause_writing()
         self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Ends this waiting."""
+        """Stops the timer, because the client has read enough of the sent data."""
         self._end_stall_timer()
         super().resume_writing()
 
@@ -74,6 +74,6 @@ class BoundedConnection(H11Protocol):
 
 
 def most_connections() -> int:
-    """Returns how many connections the limit of open files of this process leaves room for."""
+    """Returns the number of connections that this process's limit of open files allows, in 16..10,000."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 10_000 if soft == resource.RLIM_INFINITY else max(min(soft - _SPARE_FILES, 10_000), 16)

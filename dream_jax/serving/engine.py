@@ -33,8 +33,8 @@ from dream_jax.tokenizer import Tokenizer
 
 _FIRST_STEPS = 4  # steps of the first call of a batch, from which the time of a step is measured
 _MOST_STEPS = 256
-_PATIENCE = 3  # intervals after which the loop returns if nobody waits for it
-_GATHER_SECONDS = 0.01  # an idle engine waits so long for a second task before it opens a batch of one row
+_PATIENCE = 3  # number of intervals after which the loop returns if no client waits for a part of an answer
+_GATHER_SECONDS = 0.01  # time for which an idle engine waits for a second task before it opens a batch of one row
 
 State = Literal["running", "draining", "stopped", "failed"]
 
@@ -71,8 +71,8 @@ class EngineSettings:
       rows: number of rows of a batch, at least 1. A task that is alone runs in a batch of one row.
       most_batches: maximum number of batches that take turns, at least 1.
       most_waiting: maximum number of tasks that wait, at least 1.
-      most_programs: maximum number of families of compiled programs, without those that `Engine.reserve` has noted; at
-        least 1.
+      most_programs: maximum number of families of compiled programs, at least 1. Families that `Engine.reserve` has noted
+        do not count.
       longest: maximum number of tokens of a row.
       interval: seconds after which the compiled loop returns, above 0.
       time_limit: seconds within which a task must be finished, waiting included; above 0.
@@ -374,7 +374,7 @@ class Engine:
             for index, (task, family) in enumerate(zip(tasks, families, strict=True))
         ]
         with self._wake:
-            self._check_accepts(len(jobs))  # again, because others may have come since
+            self._check_accepts(len(jobs))  # again, because other tasks may have been added meanwhile
             self._waiting.extend(jobs)
             self.counts.waiting = len(self._waiting)
             self._changed = True
@@ -382,7 +382,7 @@ class Engine:
         return jobs
 
     def _check_accepts(self, count: int) -> None:
-        """Raises an error if the queue does not take this number of tasks; the caller holds the lock."""
+        """Raises NotAcceptingError or QueueFullError if the queue cannot take `count` tasks; the caller holds the lock."""
         if self.state != "running":
             raise NotAcceptingError(f"the server is {self.state} and takes no new requests")
         if len(self._waiting) + count > self.settings.most_waiting:
@@ -394,7 +394,7 @@ class Engine:
             )
 
     def reserve(self, tasks: Iterable[Task]) -> None:
-        """Keeps programs for tasks like these free: they are always accepted, also if the others are too many."""
+        """Reserves the programs of these tasks: tasks that need them are accepted even if there are too many programs."""
         self._programs.reserve(self.family(task) for task in tasks)
 
     def compile(self, task: Task) -> None:
@@ -474,8 +474,8 @@ class Engine:
                 if self._waiting:
                     break
             if not self._batches and len(self._waiting) == 1 and self.state == "running":
-                # Clients that come at the same time share one batch; otherwise the first one would have a batch alone,
-                # which takes every second turn.
+                # Tasks that arrive together then share one batch. Otherwise the first task would be alone in a batch, and
+                # this batch would take every second turn.
                 self._wake.wait_for(lambda: len(self._waiting) > 1 or self.state != "running", _GATHER_SECONDS)
             self._changed = False
             return bool(self._batches or self._waiting or self.state == "running")
@@ -574,7 +574,7 @@ class Engine:
                 if not job.closed:
                     self._fail(job, error)
         for job, row in views:
-            # The answer of a task that neither streams nor stops at strings ends with its row, and is read then.
+            # If a task neither streams nor stops at strings, its answer is complete when its row is, and is only read then.
             early = job.task.streams or job.task.stop or not job.task.config.stop_at_end
             if not job.closed and (row.done or row.undefined or early):
                 self._read(job, row)
@@ -582,8 +582,9 @@ class Engine:
     def _interval(self, batch: _Batch) -> float:
         """Returns the seconds after which the loop of a batch returns.
 
-        They are more if the batch is alone and full, and no client waits for a part of an answer: then only rows that are
-        done, for which the loop returns anyway if tasks are waiting, and clients that go away ask for a return.
+        The result is `_PATIENCE` intervals if the batch is full and is the only one, and no client waits for a part of an
+        answer. Then an earlier return is only needed for clients that disconnect, and for rows that are done; for such
+        rows the loop returns anyway if tasks are waiting.
         """
         alone = len(self._batches) == 1 and batch.num_busy == self.settings.rows
         patient = alone and not any(job is not None and job.task.streams for job in batch.jobs)

@@ -26,7 +26,7 @@ from dream_jax.tokenizer import Template, Tokenizer
 
 _LARGEST_SEED = _LARGEST_INT = 2**31 - 1
 _MOST_STOPS = 16
-_MOST_FIELDS = 100  # of an object; a mistake in each of them would be an error of its own
+_MOST_FIELDS = 100  # maximum number of fields of an object; every wrong field makes pydantic add an error
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
@@ -35,12 +35,12 @@ Count1 = Annotated[int, Field(ge=1, le=1_000_000)]
 NumTop = Annotated[int, Field(ge=0, le=NUM_TOP)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Index = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
-# fail_fast: one mistake is reported, and a list of a million mistakes costs no more.
+# With fail_fast pydantic stops at the first mistake, so that a list of a million mistakes takes no more time.
 TokenIds = Annotated[list[Index], Field(max_length=1_000_000, fail_fast=True)]
 
 
 def _few_fields(data: Any) -> Any:
-    """Returns data before its fields are checked. Raises an error if it is an object of too many fields."""
+    """Returns the data unchanged. Raises PydanticCustomError if it is an object of more than `_MOST_FIELDS` fields."""
     if isinstance(data, dict) and len(data) > _MOST_FIELDS:
         message = "an object of {count} fields; send only fields that GET /docs lists"
         raise pydantic_core.PydanticCustomError("too_many_fields", message, {"count": len(data)})
@@ -281,13 +281,13 @@ def _explained(error: pydantic.ValidationError, kind: type[_Body], body: bytes) 
 
 
 def _cut(name: int | str) -> str:
-    """Returns the name of a field of a client, which may be as long as its body, for a message."""
+    """Returns the name of a field for a message, at most 80 characters; the client may have sent a very long name."""
     text = str(name)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shown(value: Any, depth: int = 2) -> str:
-    """Returns a value of a client for a message; what is long or deep is shortened before it is written."""
+    """Returns a value from a client as text for a message; long and deeply nested values are shortened first."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     if isinstance(value, list | dict) and value:
@@ -303,7 +303,7 @@ def _shown(value: Any, depth: int = 2) -> str:
 
 
 def _field(error: pydantic_core.ErrorDetails, data: Any) -> tuple[int | str, ...]:
-    """Returns the names and indices of an error that lead into the data, without the names of alternatives."""
+    """Returns the path of the wrong field in the data, as names and indices, without pydantic's names of union members."""
     found: list[int | str] = []
     location = error["loc"]
     for number, name in enumerate(location):

@@ -22,10 +22,10 @@ class _Choice:
     Attributes:
       task: its task.
       echo: text of the prompt that precedes the answer; empty if it was not asked for.
-      reader: takes the calls of tools out of the text; None if the request has no tools, and all is text.
-      text: the text without these calls.
-      calls: the calls.
-      news: the text and the calls of the last update.
+      reader: takes the calls of tools out of the text; None if the request has no tools: then everything is text.
+      text: the text of the answer so far, without the calls.
+      calls: the calls so far, in OpenAI's form.
+      news: the text and the calls that the last update added.
     """
 
     task: Task

@@ -66,7 +66,7 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
         lifespan="on",
         ws="none",
         http=BoundedConnection,
-        log_level="error",  # a warning for each broken request of a stranger would fill the log
+        log_level="error",  # warnings would fill the log, because every malformed request causes one
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -92,8 +92,11 @@ def run(app: FastAPI, bound: socket.socket, engine: Engine, on_ready: Callable[[
 
 
 def reserve_programs(engine: Engine, maker: TaskMaker) -> None:
-    """Keeps programs of the default preset free for every length, so that requests with odd settings cannot use up all."""
-    # The shortest row has a prompt of one token and a new one.
+    """Reserves the programs of the default preset for every length, see `Engine.reserve`.
+
+    Otherwise requests with unusual settings could use up all programs.
+    """
+    # The shortest row has one token of a prompt and one new token.
     engine.reserve(task for length in engine.lengths if length > 1 for task in _plain_tasks(maker, length))
 
 

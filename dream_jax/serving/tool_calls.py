@@ -1,4 +1,4 @@
-"""Calls of tools in the text of an answer, read as the text comes."""
+"""Reads the calls of tools in the text of an answer, while the text is still being written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 
 class CallReader:
-    """Takes the calls of tools out of a text that comes in pieces.
+    """Takes the calls of tools out of a text that arrives in pieces.
 
     A call is written as in the chat template: `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`.
-    What only resembles a call stays text. White space before a call is left out, as is white space around calls at the
-    beginning and at the end of the text. The result does not depend on how the text is cut into pieces.
+    Anything that only resembles a call stays text. White space before a call is left out, and so is white space around
+    calls at the beginning and at the end of the text. The result does not depend on how the text is cut into pieces.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,13 @@ class CallReader:
         self._has_text = self._has_calls = False
 
     def read(self, text: str, last: bool) -> tuple[str, list[Json]]:
-        """Returns the text that certainly is none of a call, and the calls that are complete, in OpenAI's form.
+        """Reads one more piece; returns the text that is certainly not part of a call, and the complete calls.
+
+        Each part of the text and each call is returned once. Calls have OpenAI's form, see `_read_call`.
 
         Args:
-          text: the text that follows the earlier pieces.
-          last: whether nothing follows.
+          text: the piece, which follows the earlier ones.
+          last: whether this is the last piece.
         """
         self._held += text
         found, calls = "", list[Json]()
@@ -58,7 +60,7 @@ class CallReader:
         return found, calls
 
     def _taken(self, size: int, *, before_call: bool) -> str:
-        """Takes the first characters out of the held text, and returns them without the white space that is left out."""
+        """Takes the first `size` characters out of the held text; returns them, without white space beside calls."""
         text, self._held = self._held[:size], self._held[size:]
         if before_call:
             text = text.rstrip()
@@ -71,7 +73,8 @@ class CallReader:
 def _read_call(text: str, begin: int) -> tuple[Json, int] | str:
     """Returns the call whose opening mark ends at `begin`, and the index after its closing mark.
 
-    If there is none, the result is "unfinished" if it may become one when more text follows, and "none" otherwise.
+    If there is no call, the result is "unfinished" if more text may complete a call, and "none" otherwise. A call is a
+    dict with `id`, `type` and `function`, whose `arguments` are JSON text, as in OpenAI's responses.
     """
     start = _after_space(text, begin)
     if not text.startswith("{", start):
@@ -79,9 +82,9 @@ def _read_call(text: str, begin: int) -> tuple[Json, int] | str:
     try:
         found, end = _DECODER.raw_decode(text, start)
     except ValueError:
-        # JSON that has only begun can be read as a part of JSON; text that is no JSON cannot.
+        # The text may be the beginning of a JSON object that more text completes.
         return "unfinished" if _is_json(text[start:], partial=True) else "none"
-    except RecursionError:  # thousands of brackets
+    except RecursionError:  # Python raises this for thousands of nested brackets
         return "none"
     closing = _after_space(text, end)
     if not text.startswith(_CLOSING, closing):
@@ -99,7 +102,7 @@ def _read_call(text: str, begin: int) -> tuple[Json, int] | str:
 
 
 def _is_json(text: str, *, partial: bool) -> bool:
-    """Returns whether a text is JSON, or a beginning of it."""
+    """Returns whether a text is JSON, or with `partial` also whether it is the beginning of JSON."""
     try:
         pydantic_core.from_json(text, allow_partial="trailing-strings" if partial else False)
     except ValueError:

@@ -46,7 +46,10 @@ class RunConsole:
         self._progress: Progress | None = None
 
     def say(self, text: str, kind: Kind = "warning", step: int | None = None) -> None:
-        """Prints a line. After "warning: " in it, the text is also saved as an incident of this kind and step."""
+        """Prints a line. If it contains "warning: ", the text after that is saved as an incident of this kind and step.
+
+        `step` is the number of the step, from 1, or None if the warning does not belong to a step.
+        """
         self._console.print(text, markup=False)
         _, found, warning = text.partition("warning: ")
         if found:
@@ -148,7 +151,11 @@ class RunConsole:
                 self.say(f"{name}: {value}")
 
     def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
-        """Shows the metrics of one step in the live line, or every `log_every` steps as a line; `mfu` is in [0, 1]."""
+        """Shows the metrics of one step in the live line, or every `log_every` steps as a line.
+
+        `number` is the number of the step, from 1; `row` has its metrics by the column names of metrics.csv; `mfu` is in
+        [0, 1], or None if the peak rate of the devices is not known.
+        """
         # The first step includes compilation, so the remaining time is estimated from the second step on.
         if number == self._done_then + 1:
             self._begun, self._done = time.monotonic(), number

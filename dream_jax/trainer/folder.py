@@ -44,7 +44,7 @@ FORMATS = "answer_formats"
 """The key of `data.json` with the version of the answer formats, 2. Runs of version 0.1 of this project do not have it."""
 
 REMAT = "remat"
-"""The key of `data.json` with the rematerialisation policy of the run, also if the settings leave the choice to `auto`."""
+"""The key of `data.json` with the rematerialisation policy of the run: with `auto` the policy that was chosen."""
 
 # The files and folders that a run creates; --overwrite removes these and nothing else, if they hold nothing else (see
 # `_check_removable`). settings.json is replaced after that, so that a folder whose removal was interrupted is still

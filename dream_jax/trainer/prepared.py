@@ -52,7 +52,7 @@ class PreparedRun:
       grid: the held-out rows with masks at fixed noise levels; None without evaluation, or if no row fits `max_length`.
       optimizer: the transformation from gradients to updates.
       step: the training step, which is compiled at its first call.
-      remat: why the policy of `model.remat` was chosen; None if the settings name it.
+      remat: the choice of the policy in `model.remat`, with its reason; None if the settings name the policy.
     """
 
     settings: TrainSettings

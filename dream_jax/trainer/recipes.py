@@ -42,11 +42,12 @@ class Planned:
     Attributes:
       topology: name of the hardware, as for `--topology`.
       settings: the settings that differ from the recipe's on this hardware.
-      hours: time of all steps as (if computation, memory and communication overlap fully, if they do not overlap).
+      hours: the hours of all steps, as a pair: first if computation, memory and communication overlap fully, then if
+        they do not overlap.
       rmb: price in RMB for these two times; None if the hardware has no list price.
       peak_gib: peak memory of one device in GiB.
       fits: whether a device has this much memory.
-      how: whether the memory was read from the compiled step or computed by arithmetic.
+      how: "compiled" if the compiler reported the memory, "arithmetic" if it is an estimate.
     """
 
     topology: str
@@ -213,7 +214,7 @@ _FILE = _typed(
 
 
 def _in_order(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in the order in which the file has them."""
+    """Returns the settings in the order of the file, whose contents are `written`."""
     return {name: settings[name] for name in written.get("settings", ())}
 
 

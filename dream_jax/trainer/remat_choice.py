@@ -1,7 +1,7 @@
 """Chooses the rematerialisation policy of a run with `--remat auto`: the fastest one with which a step fits.
 
-Arithmetic (`step_memory`) orders the policies and says what each would need. Where the step can be compiled, the size
-that the compiler reports decides. All policies compute the same numbers up to rounding.
+Arithmetic (`step_memory`) orders the policies by time, and estimates the memory that a step needs with each. Where the step
+can be compiled, the size that the compiler reports decides. All policies compute the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from dream_jax.trainer.build import Build, build_step, describe_model, step_shap
 from dream_jax.trainer.settings import TrainSettings
 
 ARITHMETIC_SHARE = 0.9
-"""A step must fit into this share of the memory if only arithmetic says what it needs, because that can be too low."""
+"""The share of the memory into which a step must fit if its size is an estimate by arithmetic, which can be too low."""
 COMPILED_SHARE = 0.98
-"""A step must fit into this share of the memory if the compiler says what it needs; memory can be fragmented."""
-# Arithmetic can also be too high, so policies are compiled that would need slightly more than the memory.
+"""The share of the memory into which a step must fit if the compiler says its size. The rest is for fragmentation."""
+# An estimate can also be too high, so a policy is compiled if its estimate is at most this share of the memory.
 _TRIED_SHARE = 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RematChoice:
-    """The policy that was taken, and why.
+    """The policy that was chosen, and the reason.
 
     Attributes:
-      taken: the policy.
-      peak: bytes that a step needs on a device with it, by the compiler or by arithmetic.
-      fits: whether that is little enough.
-      reason: what was taken and why, as one line of text.
+      taken: the chosen policy.
+      peak: bytes that a step with this policy needs on a device, by the compiler or by arithmetic.
+      fits: whether the step fits into the memory of a device.
+      reason: one line of text with the policy, the reason, the memory and the repeated share of the forward pass.
     """
 
     taken: Remat
@@ -66,19 +66,20 @@ def choose(
     compiled: Callable[[Remat], int | None] | None = None,
     begun: Remat | None = None,
 ) -> RematChoice:
-    """Returns the fastest policy with which the step fits, by `seconds`.
+    """Returns the fastest policy, according to `seconds`, with which the step fits into the memory.
 
-    `offload` is only taken if nothing else fits. If no policy fits, it is `full`.
+    `offload` is only chosen if no other policy fits. If no policy fits, the choice is `full`. If the memory is not known,
+    the choice is `none`.
 
     Args:
-      step: the step, with any policy.
+      step: the step; the policy with which it was made is not used.
       shape: the sizes of the step; its policy is not used.
-      platform: the platform of its devices.
-      chip: the kind of its devices; None if the table of chips does not have it, as for a CPU.
-      limit: bytes that a program can have on a device; None if it is not known.
-      compiled: compiles the step with a policy, and returns the bytes that it needs on a device by the compiler, or None if
-        the compiler found too little memory. None if nothing is compiled.
-      begun: the policy with which a resumed run began, which it keeps if it fits; None for a new run.
+      platform: the name of the platform of the devices in jax: "cpu", "gpu" or "tpu".
+      chip: the kind of the devices; None if the table of chips does not have it, as for a CPU.
+      limit: bytes that a program can have on a device; None if the number is not known.
+      compiled: function that compiles the step with a policy, and returns the bytes that the step needs on a device, or
+        None if the compiler found too little memory. Without this function nothing is compiled.
+      begun: the policy with which a resumed run began; it is kept if it fits. None for a new run.
     """
 
     def needed(remat: Remat) -> int:
@@ -110,7 +111,7 @@ def choose(
     for remat in (*order, "offload"):
         peak, how, share = needed(remat), "by arithmetic", ARITHMETIC_SHARE
         if refused and peak >= min(map(needed, refused)):
-            continue  # it is slower than a policy that does not fit, and needs more
+            continue  # a policy that does not fit needs no more memory than this one, which is also slower
         over = f"{_gib(peak)} GiB"
         if compiled is not None and peak <= _TRIED_SHARE * limit:
             how, share = "as compiled", COMPILED_SHARE
@@ -173,9 +174,10 @@ def choose_for_run(
 def seconds(step: AbstractStep, shape: StepShape, remat: Remat, platform: str, chip: Chip | None) -> float:
     """Returns the seconds that a policy costs in a step at the peak rates of the chip.
 
-    They are those of the repeated operations. Keeping the result of a product costs no time, because a repeated product
-    would write it to the memory as well; but "none" also keeps what would otherwise never be written, and that is added.
-    Without a chip the result is the number of repeated operations, which orders the policies of a CPU.
+    This is the time of the repeated operations. Keeping the result of a product costs no time, because a repeated product
+    would also write it to the memory. But "none" also keeps values that other policies never write to the memory, so the
+    time to write and read these values is added. If `chip` is None, the result is the number of repeated operations
+    instead, which is enough to order the policies.
     """
     repeated = remat_flops(step, dataclasses.replace(shape, remat=remat), platform)
     if chip is None:

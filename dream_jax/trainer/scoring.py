@@ -33,8 +33,11 @@ def evaluate(
 
     Args:
       model: the model, with its parameters on the mesh.
-      held_out, settings, max_length, mesh: those of the run, as in `PreparedRun`.
-      score: the score of the model on the fixed grid of noise levels, if known already; else it is computed.
+      held_out: the held-out rows.
+      settings: the settings of the run.
+      max_length: length of the rows in tokens.
+      mesh: the mesh of the run.
+      score: the score of the model on the fixed grid of noise levels; None if it must be computed here.
 
     Returns:
       A dict with `exact_accuracy` (share of answers equal to the response of their row, apart from surrounding

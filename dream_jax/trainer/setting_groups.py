@@ -89,11 +89,11 @@ class NetworkSettings:
     anneal_steps: int = 0
     """number of first steps in which attention changes from causal to bidirectional, if the model is autoregressive"""
     remat: RematSetting = "auto"
-    """which results of a layer are stored for the backward pass instead of being computed again: all (none), those of all
-    products and of the attention (products), of these without the up projection (except-up) or without the MLP
-    (except-mlp), queries, keys, values and attention (qkv-attention), only attention, only qkv, the results of all
-    products but not of the attention (dots), or the input of the layer alone (full; offload: in host memory). auto: the
-    fastest that fits; the numbers are the same up to rounding"""
+    """which results of a layer are stored for the backward pass; the others are computed again. none: all are stored;
+    products: those of all products and of the attention; except-up: the same without the up projection; except-mlp: the
+    same without the MLP; qkv-attention: queries, keys, values and attention; attention, qkv: only these; dots: those of
+    all products but not of the attention; full: only the input of the layer; offload: this input in host memory; auto:
+    the fastest that fits. The numbers are the same up to rounding"""
     layers: LayersChoice = "auto"
     """how a step runs the layers: stacked (in a loop, which compiles fast), or apart (written out one after the other);
     auto: stacked. Results change only by rounding, and the files are the same"""

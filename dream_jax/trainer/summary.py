@@ -24,7 +24,11 @@ from dream_jax.trainer.weights import Frozen
 
 
 def data_facts(run: PreparedRun) -> dict[str, Any]:
-    """Returns the contents of `data.json`: facts about rows and batches, origins of model and data, versions, remat."""
+    """Returns the contents of `data.json`.
+
+    These are facts about rows and batches, the origins of model and data, the version of the answer formats, and the
+    rematerialisation policy.
+    """
     return {
         "rows": run.batches.report.plain(),
         "batches": dataclasses.asdict(run.batches.outlook(run.settings.run.steps)),
