@@ -42,8 +42,8 @@ FAULTS = (
     Fault(
         "model: the biases of q, k and v are not added",
         "dream_jax/model.py",
-        "y = y_RO.reshape(*leading, *self.out_shape)\n        return y if self.bias is None else jnp.add(y, self.bias[...])",
-        "return y_RO.reshape(*leading, *self.out_shape)",
+        "*self.out_shape)\n        return y if self.bias is None else jnp.add(y, self.bias[...])",
+        "*self.out_shape)\n        return y",
         "tests/test_model.py -k every_parameter_matters",
     ),
     Fault(

@@ -80,8 +80,9 @@ NO_SETTINGS = {
     "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "PackedPlan", "Paired", "PlannedRows", "PreparedRun", "Problem",
     "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
     "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
-    "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel", "WeightCopy", "WeightUnit",
-    "WeightsDescription", "Work", "WorkUnit", "_Grid", "_LastAndBest", "_TiledMask",
+    "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
+    "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
+    "_TiledMask",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.
