@@ -162,6 +162,7 @@ def test_ceilings(bench, tmp_path):
     assert json.loads(got.path.read_text()) == got.values
 
 
+@pytest.mark.slow
 def test_attention_check(bench, tmp_path):
     from stages import attention_check
 

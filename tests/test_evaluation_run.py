@@ -87,6 +87,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_file(tmp_path):
         assert summaries[0][name] == summaries[1][name]
 
 
+@pytest.mark.slow
 def test_the_batch_an_answer_is_in_changes_nothing(tmp_path):
     """Prompts of two buckets of lengths, temperature and all: the same answers one by one and 32 at once."""
     rows = [{"question": "x" * length, "contains": "y"} for length in (3, 14, 5, 13, 1)]

@@ -215,6 +215,7 @@ def test_real_tokenizer_files_come_out_unchanged(assets, tmp_path):
     assert config["model_type"] == "Dream" and config["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_every_target_is_added(tmp_path):
     """Merging layer by layer, of all seven projections, is what `lora.merge` does to the whole model."""
     small = dataclasses.replace(dream_jax.PRESETS["nano"], num_hidden_layers=2, tie_word_embeddings=True)

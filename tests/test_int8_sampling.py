@@ -92,6 +92,7 @@ def test_options_of_xla_are_for_int8_on_gpus(small, monkeypatch):
     compiled._has_options.cache_clear()
 
 
+@pytest.mark.slow
 def test_programs_with_options_sample(small):
     """A cached sampler whose window passes multiply with the codes writes nearly the tokens of dequantised kernels."""
     model = load(small, "bfloat16", base="int8", attention_backend="xla")

@@ -112,9 +112,7 @@ def test_skipped_steps():
 # The loop
 
 
-@pytest.mark.parametrize(
-    "config", [RANDOM[1], *map(slow, (RANDOM[0], *RANDOM[2:])), BLOCKS], ids=lambda config: config.alg
-)
+@pytest.mark.parametrize("config", [*map(slow, RANDOM), BLOCKS], ids=lambda config: config.alg)
 @pytest.mark.optimised
 def test_driver_is_a_python_loop_over_the_step(config):
     dream, (start, valid) = model("tiny_a"), prompt(5, 8)

@@ -103,7 +103,7 @@ def test_published_fast_dllm_alone(number):
 # Ours
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, slow(0.7)])
 @pytest.mark.optimised
 def test_a_full_pass_every_time_is_exact(temperature):
     dream, (start, valid) = model("tiny_a"), prompt(4, 8)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from golden_numbers import GOLDEN, model
+from marking import slow
 
 from dream_jax.pretrained import load
 from dream_jax.sampler import SamplerConfig, Stream, Threshold, WindowCache, generate, loop
@@ -26,7 +27,7 @@ def prompts(count, longest=8, seed=0):
     return [rng.integers(0, 100, length).tolist() for length in rng.integers(1, longest + 1, count)]
 
 
-@pytest.mark.parametrize("config", [EXACT, CACHED], ids=["exact", "cached"])
+@pytest.mark.parametrize("config", [slow(EXACT), CACHED], ids=["exact", "cached"])
 def test_answers_are_those_of_each_prompt_alone(config):
     dream, asked, keys = model("tiny_a"), prompts(11), jax.random.split(jax.random.key(3), 11)
     asked[4] = [5, dream.config.mask_token_id, 7]  # a gap to fill in: more masks than the others

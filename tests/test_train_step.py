@@ -86,7 +86,7 @@ def run(mesh, accumulation=1):
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
-    [("4x2", 1), ("1x1", 4)] + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x1x8", "2x2x2")] + [slow("2x1x4", 4)],
+    [("4x2", 1), slow("1x1", 4)] + [slow(mesh, 1) for mesh in ("8x1", "2x4", "1x1x8", "2x2x2")] + [slow("2x1x4", 4)],
 )
 def test_meshes_and_accumulation_change_nothing(mesh, accumulation):
     wanted, found = run("1x1")[0], run(mesh, accumulation)[0]
@@ -363,6 +363,7 @@ def test_annealing_leads_to_no_other_mask():
         StepConfig(global_batch=8, anneal_steps=1, mask=masks.Causal())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # while a batch is split in parts, a mask's arrays have an axis more
 @pytest.mark.parametrize(("mesh", "accumulation"), [("1x1", 1), slow("8x1", 2)])
 def test_step_under_a_mask_is_the_loss_under_it(mesh, accumulation):
