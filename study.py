@@ -250,7 +250,8 @@ def main() -> int:
         from dream_jax.tokenizer import check_texts
 
         check_texts(sys.argv[1:])
-        take_memory()
+        if settings.processes == 1 or settings.inspect is not None:
+            take_memory()  # several processes share a GPU, so each takes what jax takes by default
         study(settings, console) if settings.inspect is None else look(settings, console)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to resume", file=sys.stderr)

@@ -173,7 +173,10 @@ def explained(error: jax.errors.JaxRuntimeError, remedies: Callable[[], Sequence
         raise error
     asked = "" if found.asked is None else f": {_gib(found.asked)} GiB were asked for"
     has = "" if found.has is None else f", and there are {_gib(found.has)} GiB"
-    flags = remedies()
+    try:
+        flags = remedies()
+    except (ValueError, OSError, RuntimeError):  # what is known about the memory is more important than the remedies
+        flags = ()
     helps = f". Try {', or '.join(flags)}" if flags else ""
     return f"there is too little memory{asked}{has}{_state_of_device()}{helps} (jax: {found.words})"
 

@@ -121,15 +121,18 @@ def memory_remedies(settings: ModelSettings, flag: str, rows: int) -> list[str]:
       rows: the present value of this flag.
     """
     found = []
+    fsdp, tensor, sequence = sharding.parse_mesh_shape(settings.mesh)
     if settings.dtype == "float32":
         found.append("--dtype bfloat16")
-    if rows > 1:
-        found.append(f"{flag} {rows // 2}")
+    if fewer := rows // 2 // fsdp * fsdp:  # fsdp must divide the number of rows
+        found.append(f"{flag} {fewer}")
     if settings.base == "auto":
         found.append("--base int8")
     if settings.base != "nf4":
         found.append("--base nf4")
-    return [*found, "--mesh 2x1 on two devices", "fewer new tokens"][:2]
+    if fsdp * tensor * sequence == 1:
+        found.append("--mesh 2x1 on two devices")
+    return [*found, "fewer new tokens", "more devices in --mesh"][:2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

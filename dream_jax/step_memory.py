@@ -139,9 +139,10 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     scores = 0
     if attention_backend(step, platform) == "xla":
         rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
-        scores = (
-            2 * rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"]) * _FLOAT32
-        )
+        entries = rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"])
+        scores = 2 * entries * _FLOAT32
+        if shape.remat == "none":  # every layer keeps its softmax in float32, and the same in the compute dtype
+            kept += layers * entries * (_FLOAT32 + (width if width != _FLOAT32 else 0))
     layer = 2 * weights + tokens * _all_results(config, width, tensor) * width + scores
     rows = chunk_rows(tokens, config.vocab_size, platform)
     # A frozen projection has no gradient.

@@ -132,15 +132,15 @@ def test_policies_of_the_table_are_ordered_by_what_they_keep():
 # --- auto
 
 
-def chosen(limit, compiled=None, begun=None, **settings):
-    """Returns the choice for four rows of Dream-7B on an H200, for a limit in GiB."""
+def chosen(limit, compiled=None, begun=None, platform="gpu", **settings):
+    """Returns the choice for four rows of Dream-7B on an H200 (or on a CPU), for a limit in GiB."""
     options = {"model": "dream-7b", "compute_dtype": "bfloat16", "batch_size": 4, "moments": "int8"} | settings
     run, mesh = TrainSettings.flat(**options), sharding.make_mesh("1x1")
     found = choose(
         abstract_step(run, mesh, 4096),
         step_shape(run, mesh, 4096),
-        platform="gpu",
-        chip=CHIPS["h200"],
+        platform=platform,
+        chip=CHIPS["h200"] if platform == "gpu" else None,
         limit=None if limit is None else int(limit * GIB),
         compiled=compiled,
         begun=begun,
@@ -154,9 +154,10 @@ def test_auto_takes_less_with_less_memory():
     assert taken[0] == "products" and taken[-1] == "offload"
     kept = [kept_bytes(PRESETS["dream-7b"], remat, 2) for remat in taken]
     assert kept == sorted(kept, reverse=True) and len(set(taken)) > 4
+    assert chosen(87, platform="cpu").taken != "offload"  # the memory of a CPU is that of the host
     nothing = chosen(60)
     assert (nothing.taken, nothing.fits) == ("full", False) and "no policy fits" in nothing.reason
-    assert chosen(None).taken == "none"
+    assert chosen(None).taken == "full" and chosen(None, begun="qkv").taken == "qkv"
 
 
 def test_auto_believes_the_compiler():
@@ -175,6 +176,8 @@ def test_auto_believes_the_compiler():
 def test_resumed_run_keeps_its_policy_if_it_fits():
     assert chosen(400, begun="qkv").taken == "qkv"
     assert chosen(90, begun="products").taken != "products"
+    # The compiler decides, if there is one: it may find more than the arithmetic.
+    assert chosen(400, lambda remat: int(399 * GIB), begun="qkv").taken != "qkv"
 
 
 def test_a_plan_says_what_auto_takes_and_counts_with_the_share(monkeypatch):

@@ -131,6 +131,13 @@ def test_connections_that_neither_ask_nor_read_are_closed(served, client, monkey
                 while connection.recv(10_000):
                     pass
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n")
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"x")  # of a body that never ends, after the answer
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(10_000):
+                pass
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         asked = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
         with pytest.raises(OSError):
             while True:  # the server stops reading when nobody reads, and then closes the connection

@@ -1,7 +1,7 @@
 """Writes the table of bench/accelerator.py without an accelerator, from programs that are compiled for an H200.
 
 The plan of a stage compiles the same program as the stage. `program_cost` computes its time, as if each kernel ran at the
-peak rate of products or of the memory. So a planned time is a lower bound of the measured time. A plan shows what the
+peak rate of products or of the memory. So a planned time is near the least time of the program. A plan shows what the
 program costs in addition to its arithmetic: copies, casts, and everything else that is written to memory and read again.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -34,6 +35,9 @@ def run(options: Mapping[str, Any], result: StageResult) -> None:
         found = _measured(dataclasses.replace(settings, remat=remat), bool(options.get("profile")), result)
         if found is None:
             break
+        # Errors of jax refer to the arrays of the step that did not fit, which the next policy needs.
+        jax.clear_caches()
+        gc.collect()
         result.add("refused", {"remat": remat, "reason": found})
     else:
         raise RuntimeError(f"the memory is too small for a step with each of {', '.join(policies)}")

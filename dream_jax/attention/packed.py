@@ -81,9 +81,12 @@ def attention(
 def usable(num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int | None:
     """Returns the `repeats` with which `attention` is correct on this machine, or None if it is not correct here.
 
-    The result is 1 if the installed jax supports grouped heads in this layout. It is `num_heads / num_kv_heads` if jax is
-    correct only for equal numbers of key heads and query heads. It is None without a GPU, for a GPU older than Hopper,
-    or if the small example is not computed correctly. `dtype` is the dtype of queries, keys and values.
+    The result is `num_heads / num_kv_heads`, so that every query head has a key head of its own. It is None without a
+    GPU, for a GPU older than Hopper, or if a small example is not computed correctly. `dtype` is the dtype of queries,
+    keys and values.
+
+    Fewer key heads than query heads are not even tried. Releases of jax up to 0.10.2 (jax pull request 39521) compute the
+    offsets of keys with the number of query heads, so the kernel would write gradients outside of their arrays.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -91,8 +94,7 @@ def usable(num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int 
 
     def check() -> None:
         groups = num_heads // num_kv_heads
-        right = (repeats for repeats in dict.fromkeys((1, groups)) if _is_right(repeats, groups, head_dim, dtype))
-        found.append(next(right, None))
+        found.append(groups if _is_right(groups, head_dim, dtype) else None)
 
     # The caller is traced by jax under a mesh. A new thread has neither the trace nor the mesh, so it computes numbers.
     thread = threading.Thread(target=check)
@@ -101,7 +103,7 @@ def usable(num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int 
     return found[0] if found else None
 
 
-def _is_right(repeats: int, groups: int, head_dim: int, dtype: Any) -> bool:
+def _is_right(groups: int, head_dim: int, dtype: Any) -> bool:
     """Returns whether `attention` gives the right values and gradients for rows with texts of different lengths."""
     length_BM = np.array(_EXAMPLE_LENGTHS, np.int32)
     generator = np.random.default_rng(0)
@@ -121,11 +123,11 @@ def _is_right(repeats: int, groups: int, head_dim: int, dtype: Any) -> bool:
     try:
         found = jax.jit(
             lambda qkv: results(
-                lambda q, k, v: attention(q, k, v, jnp.asarray(length_BM), repeats=repeats), qkv, weights
+                lambda q, k, v: attention(q, k, v, jnp.asarray(length_BM), repeats=groups), qkv, weights
             )
         )(qkv)
         found = [np.asarray(array, np.float32) for array in found]
-    except (ImportError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):  # errors of XLA are RuntimeErrors
         return False  # jax lacks the function or has changed it, or the GPU or cuDNN does not support the layout
     mask = masks.Packed(length_BM)
     exact = [array.astype(jnp.float32) for array in qkv]

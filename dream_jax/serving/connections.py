@@ -47,10 +47,19 @@ class BoundedConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Reads data. The timer for the head of a later request starts with the first byte of this head."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        theirs = self.conn.their_state
+        # A body that is sent after the answer is not wanted any more: it has the time of a head, too.
+        is_late = theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if theirs is not h11.IDLE and not is_late:
             self._end_head_timer()
         elif self._head_timer is None and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that is idle after an answer, also if the client does not read the rest of this answer."""
+        super().timeout_keep_alive_handler()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         """Starts the timer for a client that has not read the sent data."""

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dream_jax import distributed, sharding
 from dream_jax.chips import Chip, chip_of
-from dream_jax.device_memory import Shortage, memory_of_device
+from dream_jax.device_memory import Shortage, memory_of_device, share_in_force
 from dream_jax.remat import Remat
 from dream_jax.step_memory import (
     AbstractStep,
@@ -97,18 +97,27 @@ def choose(
         return f"remat auto: {remat}, {why}; {size} on a device {how}, {again}"
 
     if limit is None:
-        peak = needed("none")
+        # An accelerator has less memory than the machine of a CPU, so the policy that needs the least is taken there.
+        taken: Remat = begun or ("none" if platform == "cpu" else "full")
+        peak = needed(taken)
         why = "because the memory of this device is not known"
-        return RematChoice(taken="none", peak=peak, fits=True, reason=said("none", peak, "by arithmetic", why))
-    if begun is not None and (peak := needed(begun)) <= limit:
-        why = "as at the beginning of the run"
-        return RematChoice(taken=begun, peak=peak, fits=True, reason=said(begun, peak, "by arithmetic", why))
+        return RematChoice(taken=taken, peak=peak, fits=True, reason=said(taken, peak, "by arithmetic", why))
+    if begun is not None and (peak := needed(begun)) <= (limit if compiled is None else _TRIED_SHARE * limit):
+        how, share = "by arithmetic", 1.0
+        if compiled is not None:
+            size = compiled(begun)
+            peak, how, share = (limit + 1 if size is None else size), "as compiled", COMPILED_SHARE
+        if peak <= share * limit:
+            why = "as at the beginning of the run"
+            return RematChoice(taken=begun, peak=peak, fits=True, reason=said(begun, peak, how, why))
     order = sorted(
         (remat for remat in get_args(Remat) if remat != "offload"),
         key=lambda one: seconds(step, shape, one, platform, chip),
     )
     refused: dict[Remat, str] = {}
-    for remat in (*order, "offload"):
+    # The memory of a CPU is that of the host, so nothing can be moved out of it.
+    candidates: list[Remat] = order if platform == "cpu" else [*order, "offload"]
+    for remat in candidates:
         peak, how, share = needed(remat), "by arithmetic", ARITHMETIC_SHARE
         if refused and peak >= min(map(needed, refused)):
             continue  # a policy that does not fit needs no more memory than this one, which is also slower
@@ -159,11 +168,14 @@ def choose_for_run(
 
     platform = sharding.platform_of(mesh)
     limit = memory_of_device([device for device in mesh.devices.flat if device.process_index == jax.process_index()])
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if limit is None and chip is not None:  # some allocators of jax do not tell it
+        limit = int(min(1.0, share_in_force().share) * chip.memory) if chip.platform == "gpu" else chip.memory
     choice = choose(
         with_shapes(settings, built("none"), mesh, max_length),
         step_shape(settings, mesh, max_length),
         platform=platform,
-        chip=chip_of(mesh.devices.flat[0].device_kind),
+        chip=chip,
         limit=None if limit is None else distributed.smallest(limit),
         compiled=None if platform == "cpu" else compiled,
         begun=begun,
