@@ -407,8 +407,8 @@ def test_lengths_of_one_bucket_share_programs():
     assert compilations(lambda: run(10)) > 0
     assert loop.denoise._cache_size() == before + 1
     assert compilations(lambda: run(10)) == 0
-    # Other lengths: the loop is there already, only cutting the padding off takes tiny programs of their own.
-    assert compilations(lambda: [run(length) for length in (9, 12, 11)]) <= 4
+    # Other lengths: the loop is there already, only cutting the padding off takes at most two tiny programs for each.
+    assert compilations(lambda: [run(length) for length in (9, 12, 11)]) <= 2 * 3
     assert loop.denoise._cache_size() == before + 1
     assert compilations(lambda: [run(length) for length in (9, 10, 11, 12)]) == 0
     run(13)
