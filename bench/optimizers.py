@@ -144,7 +144,7 @@ def main(settings: OptimizerBenchSettings) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     curves: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
-    shapes = split_params(pretrained.describe(settings.model))[1]
+    shapes = split_params(pretrained.describe(settings.model, layers="stacked"))[1]
     with tempfile.TemporaryDirectory() as folder:
         for variant in settings.variants:
             optimizer = settings.training(variant, 0, pathlib.Path(folder)).optimizer_config()

@@ -118,12 +118,13 @@ def compared(path: str, tokens: np.ndarray, masked: np.ndarray, new_tokens: int)
         dtype = "float32" if name in quantisation.KINDS else "bfloat16"
         base: Any = None if name == "bfloat16" else "int8" if name == "int8 on a GPU" else name
         model = pretrained.load(path, dtype, base=base, attention_backend="xla")
-        context: Any = contextlib.nullcontext()
         if name == "int8 on a GPU":
             lora.round_scales(model)
-            context = target_platform("gpu")
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split_params(model)[1]["layers"]))
-        with context:
+        with contextlib.ExitStack() as contexts:
+            if name == "int8 on a GPU":
+                contexts.enter_context(target_platform("gpu"))
+                contexts.enter_context(quantisation.fusing())
             found, found_answers = at_masks(model, tokens, masked), answers(model, tokens, new_tokens)
         results[name] = {
             **lora.logit_error(wanted, found),

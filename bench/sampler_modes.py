@@ -18,6 +18,7 @@ from dream_jax.config import DreamConfig
 from dream_jax.model import Dream, LayerForm, merge_params, split_params
 from dream_jax.quantisation import CodeKind
 from dream_jax.sampler import NoCache, SamplerConfig, WindowCache
+from dream_jax.sampler.compiled import ModelProgram
 from dream_jax.sampler.loop import canvas_layout, denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
 
@@ -112,7 +113,7 @@ def lower_window_pass(model: Dream, *, batch: int, length: int, window: int, arr
 
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=array_sharding)
 
-    @functools.partial(jax.jit, donate_argnames=("k", "v"))
+    @functools.partial(ModelProgram, donate_argnames=("k", "v"))
     def window_pass(
         model: Dream, tokens_BW: jax.Array, position_BW: jax.Array, valid_BT: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, KVCache]:

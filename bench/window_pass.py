@@ -16,7 +16,8 @@ from dream_jax import layer_forms, lora, masks, sharding
 from dream_jax.attention import KVCache, Window
 from dream_jax.model import Dream, abstract_model, merge_params, split_params
 from dream_jax.plan.hardware import Hardware
-from dream_jax.quantisation import COMPILER_OPTIONS, CodeKind
+from dream_jax.quantisation import CodeKind
+from dream_jax.sampler.compiled import ModelProgram
 
 LENGTH, WINDOW = 1024, 32  # tokens of the row, and of the window
 
@@ -68,9 +69,7 @@ def compiled_window_pass(hardware: Hardware, base: CodeKind | None, layers: int)
     size = (layers, 1, LENGTH, config.num_key_value_heads, config.head_dim)
     cache = shape(size, jnp.bfloat16)
     of_window = shape((1, WINDOW), jnp.int32)
-    step = jax.jit(
-        window_pass, donate_argnums=(3, 4), compiler_options=dict(COMPILER_OPTIONS) if base == "int8" else None
-    )
+    step = ModelProgram(window_pass, donate_argnums=(3, 4))
     with sharding.mesh_context(params):
         text = step.lower(merge_params(graphdef, params), of_window, of_window, cache, cache).compile().as_text()
     assert text is not None, "XLA writes the text of programs for GPUs"

@@ -72,8 +72,9 @@ def check_devices(mesh: AnyMesh, kind: Products) -> None:
 
 
 def _capability(device: jax.Device) -> tuple[int, ...]:
-    """Returns the compute capability of an NVIDIA GPU, such as (9, 0)."""
-    return tuple(int(part) for part in device.compute_capability.split("."))
+    """Returns the compute capability of an NVIDIA GPU, such as (9, 0); (0,) for a GPU of another maker."""
+    parts = str(device.compute_capability).split(".")  # a GPU of AMD has a name here, such as "gfx942"
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else (0,)
 
 
 def matrix_product(x_RI: Float[jax.Array, "R I"], kernel_IO: Float[jax.Array, "I O"]) -> Float[jax.Array, "R O"]:

@@ -126,8 +126,9 @@ def _stacked(layers: list[ParamTree]) -> ParamTree:
 def join(model: Dream) -> None:
     """Joins the projections q, k and v, and gate and up, of every layer of a model; it changes the model.
 
-    The layers are converted one after the other. If nothing else refers to the arrays of the model, this needs little more
-    memory than the model. Projections stay separate if one of them has an adapter or is in nf4; q, k and v also stay
+    Layers that are apart are converted one after the other; if nothing else refers to the arrays of the model, this needs
+    little more memory than the model. Stacked layers are converted together, which needs memory for their q, k, v, gate and
+    up a second time. Projections stay separate if one of them has an adapter or is in nf4; q, k and v also stay
     separate on a mesh that can shard the heads of q but not those of k and v. Codes and scales are joined without being
     computed again, so a model in int8 computes the same numbers.
     """

@@ -197,7 +197,7 @@ def attach(model: Dream, config: LoraConfig, key: jax.Array) -> Dream:
     sizes = tuple(size for size in sizes if size[0] in config.targets)
     with sharding.mesh_context(model):
         leaves = _initial(key, sizes, model.config.num_hidden_layers, config.rank)
-    put_adapter(adapted, config, leaves)
+        put_adapter(adapted, config, leaves)
     return adapted
 
 

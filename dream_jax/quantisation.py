@@ -12,6 +12,7 @@ paper also quantises the scales; here they stay float32.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -30,12 +31,15 @@ KINDS: tuple[CodeKind, ...] = get_args(CodeKind)
 
 BLOCK = 64  # elements per scale, as in the QLoRA paper
 
-# With at most this many rows, a product on a GPU reads int8 codes without writing the dequantised kernel to memory. With
+# With at most this many rows, a product on a GPU can read int8 codes without writing the dequantised kernel to memory. With
 # more rows the arithmetic takes longer than reading the kernel, and a product of float matrices is faster.
 MOST_FUSED_ROWS = 256
 
 # XLA's GPU compiler multiplies int8 codes with their scales inside a matrix product only with this option.
 COMPILER_OPTIONS = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True}
+
+# True inside `fusing`. A user context is a part of the key of the caches of jax.jit.
+_fusing = jax.make_user_context(False)
 
 # From appendix E of the QLoRA paper: means of neighbouring quantiles of a normal distribution, 8 from each side, scaled
 # to [-1, 1]; zero is one of the levels.
@@ -202,11 +206,21 @@ def joined_product(x_RI: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.
     return jax.lax.dot_general(x_RI, dequantise(kernel, size, x_RI.dtype), (((1,), (0,)), ((), ())))
 
 
+def fusing() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context manager, inside which products may dequantise codes while they multiply, see `is_fused`.
+
+    It is for programs that are compiled with `COMPILER_OPTIONS`, such as those of `sampler.compiled.ModelProgram`. Without
+    these options XLA would write the dequantised kernels, and the inputs once for each block of outputs, to memory.
+    """
+    return _fusing(True)
+
+
 def is_fused(x_RI: jax.Array, codes: Any, size: int) -> bool:
     """Returns whether a product dequantises codes while it multiplies, without writing the kernel to memory.
 
-    This needs a GPU as the target (`target.current_target`), int8 codes in blocks of `BLOCK`, bfloat16 inputs and at most
-    `MOST_FUSED_ROWS` rows. It is not done for nf4, whose levels XLA does not select inside a matrix product.
+    This needs the context `fusing`, a GPU as the target (`target.current_target`), int8 codes in blocks of `BLOCK`,
+    bfloat16 inputs and at most `MOST_FUSED_ROWS` rows. It is not done for nf4, whose levels XLA does not select inside a
+    matrix product.
 
     Args:
       x_RI: the inputs of the product, [R, I].
@@ -214,7 +228,8 @@ def is_fused(x_RI: jax.Array, codes: Any, size: int) -> bool:
       size: number of elements of the kernel along its last axis.
     """
     return (
-        current_target().platform == "gpu"
+        bool(_fusing.value)
+        and current_target().platform == "gpu"
         and kind_of(codes) == "int8"
         and size % BLOCK == 0
         and x_RI.dtype == jnp.bfloat16

@@ -91,8 +91,8 @@ class StepConfig:
       products: how the layers multiply their inputs with their weights, see `float8.products`.
 
     Raises:
-      ValueError: a number is out of range, `global_batch` is not a multiple of `accumulation`, or `anneal_steps` is
-        combined with a mask that is not bidirectional.
+      ValueError: a number is out of range, `layers` or `products` is unknown, `global_batch` is not a multiple of
+        `accumulation`, or `anneal_steps` is combined with a mask that is not bidirectional.
     """
 
     global_batch: int
@@ -113,6 +113,8 @@ class StepConfig:
             seed=SEED,
             anneal_steps=IntegerRange(0),
         )
+        if self.layers not in get_args(LayerForm):
+            raise ValueError(f"layers={self.layers!r} is not one of {get_args(LayerForm)}")
         if self.products not in get_args(float8.Products):
             raise ValueError(f"products={self.products!r} is not one of {get_args(float8.Products)}")
         if self.anneal_steps and not isinstance(self.mask, masks.Bidirectional):

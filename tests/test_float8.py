@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,24 @@ def test_settings_reach_the_step_and_are_refused_without_fp8():
     build_step(settings.replaced(products="fp8-emulated"), model, mesh)
     with pytest.raises(ValueError, match="products='int4' is not one of"):
         TrainSettings.flat(products="int4")
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_products_without_an_effect_are_refused(base):
+    """The codes of a quantised base are multiplied in the dtype of the computation, whatever the products are."""
+    settings = TrainSettings.flat(model="nano", lora_rank=4, products="fp8-emulated", base="bfloat16")
+    with pytest.raises(
+        ValueError, match=f"--products fp8-emulated has no effect on a base in {base}, .*--base bfloat16"
+    ):
+        settings.replaced(base=base)
+    settings.replaced(base=base, products="compute")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_capabilities_of_other_makers():
+    """A GPU of AMD says "gfx942": it is refused with the message of `check_devices`."""
+    made = lambda text: types.SimpleNamespace(compute_capability=text)
+    assert [float8._capability(made(text)) for text in ("9.0", "gfx942", None)] == [(9, 0), (0,), (0,)]
 
 
 @pytest.mark.usefixtures("unchecked")

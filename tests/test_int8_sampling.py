@@ -14,7 +14,7 @@ from golden_numbers import model as golden_model
 from marking import slow
 
 import dream_jax
-from dream_jax import layer_forms, lora
+from dream_jax import layer_forms, lora, quantisation
 from dream_jax.model import Dream, split_params
 from dream_jax.plan import traffic
 from dream_jax.plan.hardware import find_hardware
@@ -85,6 +85,8 @@ def test_options_of_xla_are_for_int8_on_gpus(small, monkeypatch):
         assert not jax.eval_shape(lambda model: jnp.array(compiled.needs_options(model)), model).weak_type
         monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(COMPILER_OPTIONS))}=false")
         assert not compiled.needs_options(model)
+        monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(COMPILER_OPTIONS))}=true")
+        assert compiled.needs_options(model)
         monkeypatch.delenv("XLA_FLAGS")
         monkeypatch.setattr(compiled, "COMPILER_OPTIONS", {"xla_gpu_option_of_the_past": True})
         compiled._has_options.cache_clear()
@@ -92,15 +94,34 @@ def test_options_of_xla_are_for_int8_on_gpus(small, monkeypatch):
     compiled._has_options.cache_clear()
 
 
+def test_only_programs_with_options_multiply_with_the_codes(small):
+    model, x = load(small, "bfloat16", base="int8"), jnp.zeros((4, 128), jnp.bfloat16)
+    codes, seen = jnp.zeros((128, 128), jnp.int8), []
+    program = compiled.ModelProgram(lambda model, x: seen.append(quantisation.is_fused(x, codes, 128)) or x)
+    for run in (program, program.lower, jax.jit(program)):
+        run(model, x)  # for a CPU
+        with target_platform("gpu"):
+            run(model, x)
+        program.clear_cache()
+    # A program inside another one has its options, and the last program has none.
+    assert seen == [False, True, False, True, False, False]
+
+
 @pytest.mark.slow
-def test_programs_with_options_sample(small):
+def test_programs_with_options_sample(small, monkeypatch):
     """A cached sampler whose window passes multiply with the codes writes nearly the tokens of dequantised kernels."""
+    calls, fused_product = [], quantisation._fused_product
+    monkeypatch.setattr(quantisation, "_fused_product", lambda *arrays: calls.append(1) or fused_product(*arrays))
     model = load(small, "bfloat16", base="int8", attention_backend="xla")
     config = SamplerConfig(max_new_tokens=8, steps=8, block_length=4, cache=WindowCache(), alg="entropy")
     plain = generate(model, tokens(), config, jax.random.key(0))
     with target_platform("gpu"):
         assert compiled.needs_options(model)
+        # A program without the options of XLA must not multiply with the codes: the kernels would be written to memory.
+        model(tokens())
+        assert not calls
         fused = generate(model, tokens(), config, jax.random.key(0))
+    assert calls
     assert np.mean(np.asarray(plain.tokens) == np.asarray(fused.tokens)) > 0.5
     assert int(plain.forwards) == int(fused.forwards)
 

@@ -197,7 +197,35 @@ def test_auto_is_apart_on_gpus_only():
         Dream(PRESETS["nano"], rngs=nnx.Rngs(0), layers="auto")
 
 
+def test_describing_does_not_start_jax():
+    """A program that describes a model first can still divide the CPU into the devices of its mesh."""
+    code = "from dream_jax import pretrained, sharding; pretrained.describe('nano'); sharding.make_mesh('3x1')"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=pathlib.Path(__file__).parents[1])
+
+
 # Adapters, quantised bases, files
+
+
+@pytest.mark.parametrize("layers", ["stacked", "apart"])
+def test_a_new_adapter_is_sharded_over_the_mesh_of_the_model(layers, monkeypatch):
+    """Also by the program that takes the stacked matrices apart, which was compiled without the mesh."""
+    meshes, put_adapter = [], lora.put_adapter
+    monkeypatch.setattr(
+        lora,
+        "put_adapter",
+        lambda *args: meshes.append(jax.sharding.get_abstract_mesh()) or put_adapter(*args),
+    )
+    mesh = sharding.make_mesh("2x2")
+    dream = lora.attach(pretrained.load("nano", mesh=mesh, layers=layers), CONFIG, jax.random.key(0))
+    assert meshes == [mesh.abstract_mesh]
+    params = split_params(dream)[1]
+    for leaf, wanted in zip(
+        jax.tree.leaves(params), jax.tree.leaves(sharding.parameter_shardings(params, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.shape, leaf.sharding)
 
 
 def test_adapters():

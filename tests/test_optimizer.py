@@ -708,6 +708,27 @@ def test_compiled_for_an_h200_moments_of_8_bits_need_no_more_temporary_memory():
     assert temporaries["int8"] < 1.1 * temporaries["float32"]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_of_layers_that_are_apart(variant):
+    """The moments of every layer have the sharding of the parameter, without the axis of layers."""
+    shapes = split_params(abstract_model(SMALL, layers="apart"))[1]
+    state = abstract_state(shapes, config(variant).make(), sharding.make_mesh("2x2")).opt_state
+    found = [(shardings.path_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    specs = {
+        tuple(
+            name for name in names if name in ("mu", "nu", "v_row", "v_col", "v", "codes", "absmax")
+        ): leaf.sharding.spec
+        for names, leaf in found
+        if "layers.1.mlp.gate.kernel" in ".".join(names)
+    }
+    whole = PartitionSpec("fsdp", "tensor")
+    wanted = {
+        "int8": {(name, leaf): whole for name in ("mu", "nu") for leaf in ("codes", "absmax")},
+        "adafactor": {("v_row",): PartitionSpec("fsdp"), ("v_col",): PartitionSpec("tensor"), ("v",): PartitionSpec()},
+    }
+    assert specs == wanted.get(variant, {("mu",): whole, ("nu",): whole})
+
+
 def test_random_bits_are_uniform_and_independent():
     """Of rows, steps and parameters: every bit is set half of the time, and equal to another row's half of the time."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(5), jnp.arange(8))

@@ -14,6 +14,7 @@ from dream_jax.quantisation import (
     NF4_LEVELS,
     QuantisedKernel,
     dequantise,
+    fusing,
     is_fused,
     joined_product,
     product,
@@ -128,7 +129,7 @@ def test_few_rows_on_a_gpu_are_multiplied_with_the_codes(shape, inputs):
     meant = np.asarray(dequantise(quantised, shape[-1])).reshape(inputs, -1)
     x = jnp.asarray(normal(5, inputs, seed=1), jnp.bfloat16)
     wanted = np.asarray(x, np.float32) @ meant
-    with target_platform("gpu"):
+    with target_platform("gpu"), fusing():
         assert is_fused(x, quantised.codes, shape[-1])
         found = product(x, *quantised, shape[-1])
         short = product(x, quantised.codes, quantised.scales.astype(jnp.bfloat16), shape[-1])
@@ -148,7 +149,7 @@ def test_joined_kernels_keep_their_axes():
     joined = [jnp.stack(leaves, axis=1) for leaves in zip(one, other, strict=True)]
     x = jnp.asarray(normal(5, 96, seed=1), jnp.bfloat16)
     for platform in ("cpu", "gpu"):
-        with target_platform(platform):
+        with target_platform(platform), fusing():
             found = joined_product(x, *joined)
             assert found.shape == (5, 2, 128)
             for number, kernel in enumerate((one, other)):
@@ -156,15 +157,17 @@ def test_joined_kernels_keep_their_axes():
 
 
 def test_what_is_not_multiplied_with_its_codes():
-    """More rows, other dtypes and kinds, blocks that are not whole, and other platforms dequantise first."""
+    """More rows, other dtypes and kinds, blocks that are not whole, other platforms and other programs dequantise first."""
     codes = {kind: quantise(jnp.asarray(normal(8, 128)), kind).codes for kind in ("int8", "nf4")}
     x = jnp.zeros((MOST_FUSED_ROWS, 8), jnp.bfloat16)
     with target_platform("gpu"):
+        assert not is_fused(x, codes["int8"], 128)
+    with target_platform("gpu"), fusing():
         assert is_fused(x, codes["int8"], 128)
         assert not is_fused(jnp.zeros((MOST_FUSED_ROWS + 1, 8), jnp.bfloat16), codes["int8"], 128)
         assert not is_fused(x.astype(jnp.float32), codes["int8"], 128)
         assert not is_fused(x, codes["nf4"], 128)
         assert not is_fused(x, quantise(jnp.asarray(normal(8, 96)), "int8").codes, 96)
     for platform in ("cpu", "tpu"):
-        with target_platform(platform):
+        with target_platform(platform), fusing():
             assert not is_fused(x, codes["int8"], 128)

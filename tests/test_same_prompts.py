@@ -162,8 +162,19 @@ def test_a_message_cannot_stand_for_another_chat(harness):
         lm.apply_chat_template([{"role": role, "content": content} for role, content in turns])
 
 
+def test_the_harness_takes_the_memory_and_the_form_of_the_layers(harness, monkeypatch):
+    """The share of the memory must be set before jax looks for devices, which `prepare` makes it do."""
+    order: list[str] = []
+    monkeypatch.setattr(harness.device_memory, "take_memory", lambda: order.append("take_memory"))
+    prepare = harness.prepare
+    monkeypatch.setattr(harness, "prepare", lambda settings: order.append("prepare") or prepare(settings))
+    lm = harness.DreamHarness("nano", batch_size=1, layers="apart")
+    assert order == ["take_memory", "prepare"] and lm._model.is_apart
+
+
 def test_the_harness_stops_at_special_tokens(harness, monkeypatch):
     """The stop texts of the stock task gsm8k; a canvas is full, so the next turns always stand after the answer."""
+    monkeypatch.setattr(harness.device_memory, "take_memory", lambda: None)
     lm = harness.DreamHarness("nano", batch_size=1)
     text = "The answer is 18.<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\nThe answer is 3."
     ids = ByteTokenizer().encode(text, allow_special=True)

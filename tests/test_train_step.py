@@ -306,6 +306,12 @@ def test_step_config_refuses(options):
         StepConfig(**{"global_batch": 16} | options)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_step_config_refuses_unknown_forms():
+    with pytest.raises(ValueError, match="layers='auto' is not one of"):
+        StepConfig(global_batch=16, layers="auto")
+
+
 @pytest.mark.parametrize(("mesh", "rows", "accumulation"), [("8x1", 12, 1), ("8x1", 16, 4), ("4x2", 6, 1)])
 def test_batch_that_the_mesh_cannot_split_raises(mesh, rows, accumulation):
     config = StepConfig(global_batch=rows, accumulation=accumulation)

@@ -24,6 +24,7 @@ import lm_eval.utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from dream_jax import device_memory
 from dream_jax.attention import Backend
 from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, SEED, IntegerRange, check
 from dream_jax.data import parse_messages, with_instruction
@@ -32,6 +33,7 @@ from dream_jax.evaluation import likelihood
 from dream_jax.evaluation.scored_texts import passage
 from dream_jax.evaluation.settings import Published, published_sampler
 from dream_jax.inference import BaseFlag, DtypeFlag, ModelSettings, RowName, answer, batches, make_sampler, prepare
+from dream_jax.layer_forms import LayersChoice
 from dream_jax.sampler import Preset, SamplerConfig
 from dream_jax.tokenizer import turn_text
 
@@ -67,7 +69,7 @@ class DreamHarness(TemplateLM):
       samples: number of Monte Carlo samples for each log-likelihood; even, at least 10.
       greedy: whether to compute `is_greedy`, that is, whether greedy decoding gives the continuation; some metrics need
         it. Without it `is_greedy` is always False.
-      batch_size, seed, mesh, dtype, attention, tokenizer: as in `evaluate.py`.
+      batch_size, seed, mesh, dtype, layers, attention, tokenizer: as in `evaluate.py`.
       max_batch_size: not supported; must be None.
       device: ignored. The harness always passes it, but `mesh` sets how many of jax's devices are used.
 
@@ -101,6 +103,7 @@ class DreamHarness(TemplateLM):
         seed: int = 0,
         mesh: str = "1x1",
         dtype: DtypeFlag = "auto",
+        layers: LayersChoice = "auto",
         attention: Backend = "auto",
         tokenizer: str | None = None,
     ):
@@ -119,6 +122,7 @@ class DreamHarness(TemplateLM):
         if max_batch_size is not None:
             raise ValueError(f"{max_batch_size=} belongs to batch_size=auto, which is not supported: leave it out")
         likelihood.check_samples(samples)
+        device_memory.take_memory()
         prepared = prepare(
             ModelSettings(
                 model=pretrained,
@@ -128,6 +132,7 @@ class DreamHarness(TemplateLM):
                 mask=mask,
                 mesh=mesh,
                 dtype=dtype,
+                layers=layers,
                 attention=attention,
                 tokenizer=tokenizer,
             )

@@ -40,7 +40,8 @@ def opt_state_shardings(state: Any, params: ParamTree, mesh: sharding.AnyMesh) -
 
     Args:
       state: arrays or shapes, as `OptimizerConfig.make().init` creates them for `params`.
-      params: arrays or shapes of the parameters; their paths are keys of `sharding.PARAMETER_AXES`.
+      params: arrays or shapes of the parameters; their paths are those that `sharding.parameter_axes` knows, and
+        arrays of other parameters are replicated.
       mesh: the devices of the state.
 
     Raises:
@@ -70,7 +71,9 @@ def _axes_left(
 
     `names` and `shape` are the path and shape of the array, `name` and `param_shape` those of its parameter.
     """
-    axes = sharding.PARAMETER_AXES[".".join(name)]
+    axes = sharding.parameter_axes(name)
+    if axes is None:
+        return None
     if shape == param_shape or (names[-1] == "absmax" and shape[:-1] == param_shape[:-1]):
         return axes
     # The name is needed too, because rows and columns of a square matrix have the same shape but different axes.

@@ -74,7 +74,8 @@ def load(
       any_base: whether to accept an adapter that was trained on other weights with the same shapes.
       layers: "stacked" or "apart", see `Dream`; "auto" is apart on GPUs, where the model then answers faster, and stacked
         elsewhere. The weights are read directly into this form.
-      joined: whether projections with one input are joined, so that the model answers faster, see `layer_forms.join`.
+      joined: whether projections with one input are joined, so that the model answers faster. With stacked layers this
+        needs memory for the joined projections a second time, see `layer_forms.join`.
         Such a model can do everything that another can; to attach an adapter, its projections are separated again.
 
     Returns:
@@ -141,13 +142,15 @@ def describe(
     attention_backend: Backend = "auto",
     remat: Remat = "none",
     ignore_config_keys: Iterable[str] = (),
-    layers: LayersChoice = "auto",
+    layers: LayersChoice = "stacked",
 ) -> Dream:
     """Returns the model that `load` would return, but with shapes and dtypes instead of weights; no weights are read.
 
     Args:
-      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys, layers: as for `load`; for a hub id only the
-        small files are downloaded.
+      path, dtype, compute_dtype, attention_backend, remat, ignore_config_keys: as for `load`; for a hub id only the small
+        files are downloaded.
+      layers: as for `load`, but stacked by default. With "auto" jax looks for devices, and after that a CPU can no longer
+        be divided for a mesh.
 
     Returns:
       The abstract model, with its `config`, `tokenizer_dir` and `trained_mask`.

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 
 from dream_jax import lora
 from dream_jax.model import Dream
-from dream_jax.quantisation import COMPILER_OPTIONS
+from dream_jax.quantisation import COMPILER_OPTIONS, fusing
 from dream_jax.target import current_target
 
 
 class ModelProgram:
     """A function that jax compiles with options of XLA that depend on the model, its first argument.
 
-    Apart from these options, it behaves as the result of `jax.jit(function, **options)`.
+    Apart from these options, it behaves as the result of `jax.jit(function, **options)`. With them, the function is traced
+    inside `quantisation.fusing`.
 
     Attributes:
       plain: the result of `jax.jit` without options.
@@ -33,11 +34,19 @@ class ModelProgram:
 
     def __call__(self, model: Dream, *args: Any, **kwargs: Any) -> Any:
         """Calls the compiled function."""
-        return self._chosen(model)(model, *args, **kwargs)
+        if not needs_options(model):
+            return self.plain(model, *args, **kwargs)
+        with fusing():
+            return self.fused(model, *args, **kwargs)
 
     def lower(self, model: Dream, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function without running it, as `jax.jit(...).lower` does; the arguments may be shapes."""
-        lowered: jax.stages.Lowered = self._chosen(model).lower(model, *args, **kwargs)
+        lowered: jax.stages.Lowered
+        if not needs_options(model):
+            lowered = self.plain.lower(model, *args, **kwargs)
+            return lowered
+        with fusing():
+            lowered = self.fused.lower(model, *args, **kwargs)
         return lowered
 
     def clear_cache(self) -> None:
@@ -49,24 +58,28 @@ class ModelProgram:
         """Returns the number of programs in the caches, as the method of `jax.jit` with this name does."""
         return int(self.plain._cache_size() + self.fused._cache_size())
 
-    def _chosen(self, model: Dream) -> Any:
-        return self.fused if needs_options(model) else self.plain
-
 
 def needs_options(model: Dream) -> bool:
     """Returns whether a program of this model is compiled with `quantisation.COMPILER_OPTIONS`.
 
-    This is so if the target is a GPU and the base is int8, unless XLA has no such option, or the user has set the option in
-    XLA_FLAGS. Without the option the results are the same, but the dequantised kernels are written to memory. The
-    options are also left out while jax traces a larger program, because jax accepts them only for a whole program.
+    This is so if the target is a GPU and the base is int8, unless XLA has no such option, or the user has switched it off
+    in XLA_FLAGS. Without the option the results are the same up to rounding, but the dequantised kernels are written to
+    memory. The options are also left out while jax traces a larger program, because jax accepts them only for a whole
+    program.
     """
     return (
         current_target().platform == "gpu"
         and lora.base_of(model) == "int8"
         and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
-        and not any(name in os.environ.get("XLA_FLAGS", "") for name in COMPILER_OPTIONS)
+        and not any(_is_switched_off(name) for name in COMPILER_OPTIONS)
         and _has_options()
     )
+
+
+def _is_switched_off(name: str) -> bool:
+    """Returns whether the user has switched off an option of XLA in the environment variable XLA_FLAGS."""
+    flags = os.environ.get("XLA_FLAGS", "").lower().split()
+    return any(f"--{name}={off}" in flags for off in ("false", "0"))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from dream_jax.data import RowSource, open_mixture
 from dream_jax.optimizer import OptimizerConfig
+from dream_jax.quantisation import KINDS
 from dream_jax.trainer.setting_groups import (
     AdapterSettings,
     BatchSettings,
@@ -31,6 +32,9 @@ class TrainSettings:
 
     `TrainSettings.flat(**values)` makes settings from values by the names of their flags, `replaced` returns a copy in
     which some values are changed, and `values` and `plain` return all values by name.
+
+    Raises:
+      ValueError: a value of the optimizer is out of range, or `products` has no effect because `base` is int8 or nf4.
     """
 
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
@@ -47,6 +51,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         self.optimizer_config()
+        products, base = self.network.products, self.lora.base
+        if products != "compute" and base in KINDS:
+            raise ValueError(
+                f"--products {products} has no effect on a base in {base}, whose codes are multiplied in the dtype of the "
+                "computation: leave it out, or give --base bfloat16"
+            )
 
     @classmethod
     def flat(cls, **values: Any) -> TrainSettings:
