@@ -220,6 +220,7 @@ def test_training_step_and_its_profile(bench, tmp_path):
     assert profile["scopes"].get("?", 0.0) < 0.5 * profile["busy_ms"]
 
 
+@pytest.mark.slow
 def test_sampler(bench, tmp_path):
     from stages import sampling
 

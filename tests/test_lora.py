@@ -295,6 +295,7 @@ def test_meshes_and_accumulation_change_nothing(mesh, accumulation, kind):
         assert np.abs(trained(dropout=0.0)[0][1:, 0] / wanted[1:, 0] - 1).max() > 1e-4  # it does drop something
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_trained_and_kept():
     _, state, rest = trained(kind="nf4")
     graphdef, params = split_params(lora.attach(lora.with_base(base(), "nf4"), CONFIG, jax.random.key(0)))

@@ -481,7 +481,7 @@ def bits(state):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("variant", [slow("float32"), slow("bfloat16"), "int8", slow("adafactor")])
+@pytest.mark.parametrize("variant", [slow("float32"), slow("bfloat16"), slow("int8"), slow("adafactor")])
 def test_a_restored_run_goes_on_to_the_bit_and_onto_another_mesh(variant, tmp_path):
     half = STEPS // 2
     state, losses = steps(variant, "4x2", first_state(variant, "4x2"), 0, half)

@@ -246,6 +246,7 @@ def test_answers_need_a_file(tmp_path, sample):
     assert done.returncode == 1 and "pipe is a pipe or a device" in done.stderr
 
 
+@pytest.mark.slow
 def test_several_answers_to_each_prompt(weights, tmp_path, sample):
     """Other samples are other answers; the first is the one that is drawn without them."""
     prompts = tmp_path / "prompts.jsonl"

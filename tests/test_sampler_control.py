@@ -55,6 +55,7 @@ def first_step_again(moment):
     return jnp.where(new & (moment.step_B[:, None] == 1), 120, moment.canvas_BT)
 
 
+@pytest.mark.slow
 def test_token_hook():
     dream, (start, _) = model("tiny_a"), prompt(8)
     config = dataclasses.replace(EXACT, steps=10)

@@ -140,6 +140,7 @@ def test_training_refuses(flags, capsys, monkeypatch):
     assert "mask 'casual' is not one of" in said or "ends with bidirectional attention" in said
 
 
+@pytest.mark.slow
 def test_sampling_from_the_command_line(run, capsys, monkeypatch):
     """By default as trained; told otherwise, otherwise; and the file of answers knows."""
     asked = []
