@@ -59,7 +59,7 @@ def summary(folder: pathlib.Path, text: str, *, runs: int = 1, most: int = 30) -
     for event in events(folder):
         by_kernel[event.kernel].append(event.milliseconds)
         by_kind[kind(event.kernel)] += event.milliseconds  # type: ignore[assignment]  # a Counter also adds floats
-        by_scope[scope_of_event(event, scopes)] += event.milliseconds  # type: ignore[assignment]
+        by_scope[scope_of_event(event, scopes)] += event.milliseconds  # type: ignore[assignment]  # likewise
     rows = sorted(by_kernel.items(), key=lambda item: -sum(item[1]))
     return {
         "busy_ms": sum(by_kind.values()) / runs,
