@@ -167,8 +167,11 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with process:  # waits for its end and closes its pipes
-        process.kill()
+    process.kill()
+    # If the process ended before it read its request, the pipe still holds the rest of the request, and closing the pipe
+    # tries to write it once more.
+    with contextlib.suppress(BrokenPipeError), process:  # waits for its end and closes its pipes
+        pass
 
 
 _RENDERER = _Renderer()
