@@ -101,6 +101,7 @@ def test_a_process_that_was_killed_is_replaced(renderer: chat_template._Renderer
     process.send_signal(signal.SIGTERM)
     assert render("b") == "b" and renderer._process is process
     process.kill()
+    process.wait()  # so that the next request certainly meets a closed pipe
     with pytest.raises(ValueError, match=r"ended the process that renders it \(exit status -9\)"):
         render("c")
     assert render("d") == "d"
