@@ -80,8 +80,9 @@ class ModelSettings:
     attention: Backend = "auto"
     """attention backend; auto: the fastest one that supports the model and the devices; xla runs everywhere"""
     mask: str | None = None
-    """attention mask: bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT; by default
-    the mask that the model was trained under; the model has not learned to work under another one"""
+    """attention mask: bidirectional, causal, prefix, block-causal:SIZE, block-diffusion:SIZE, window:REACH or
+    window:LEFT:RIGHT; by default the mask that the model was trained under; the model has not learned to work under
+    another one"""
     tokenizer: str | None = None
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model"""
     template: Literal["auto", "chat", "raw"] = "auto"

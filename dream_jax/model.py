@@ -478,6 +478,44 @@ class Dream(nnx.Module):
         """
         return self._hidden(tokens_BT, mask, positions_BT, return_kv=False, dropout_keys=dropout_keys)[0]
 
+    def hidden_two_streams(
+        self,
+        noised_BT: Int[jax.Array, "B T"],
+        clean_BT: Int[jax.Array, "B T"],
+        mask: masks.Mask,
+        positions_BT: Int[jax.Array, "B T"],
+        dropout_keys: DropoutKeys = None,
+    ) -> Float[jax.Array, "B T D"]:
+        """Returns the hidden states that predict the tokens of noised texts under block diffusion.
+
+        A token of the noised text sees the noised tokens of its block, and the clean tokens of earlier blocks.
+
+        Args:
+          noised_BT: the tokens, with mask tokens in answers. The prompts must be clean.
+          clean_BT: the same tokens without mask tokens.
+          mask: the mask of one of the two streams, as `masks.two_streams` accepts it: `masks.BlockDiffusion` for rows, also
+            with `masks.KeyPadding`, or for texts with `masks.Packed`.
+          positions_BT: positions for the rotary embedding, the same for both streams.
+          dropout_keys: random keys for the dropout of an adapter, see `Linear`.
+
+        Returns:
+          For each token the hidden state that predicts it, after the final norm, [B, T, D] in the compute dtype. They are
+          already shifted: this is the state at the position before the token, of the clean stream for the first token of
+          a block, otherwise of the noised stream. The first token of a text without a prompt is predicted from its own
+          noised position. The states of prompt tokens and of padding are not used.
+
+        Raises:
+          ValueError: the mask is not one that `masks.two_streams` accepts.
+        """
+        num_tokens = noised_BT.shape[1]
+        tokens_BS = jnp.concatenate([noised_BT, clean_BT], axis=1)
+        hidden_BSD = self.hidden(tokens_BS, masks.two_streams(mask), jnp.tile(positions_BT, (1, 2)), dropout_keys)
+        noised_BTD, clean_BTD = hidden_BSD[:, :num_tokens], hidden_BSD[:, num_tokens:]
+        block_starts_BT1 = masks.starts_of_blocks(mask, num_tokens)[..., None]
+        text_starts_BT1 = masks.starts_of_texts(mask, num_tokens)[..., None]
+        before_BTD = jnp.roll(jnp.where(jnp.roll(block_starts_BT1, -1, axis=1), clean_BTD, noised_BTD), 1, axis=1)
+        return constrain(jnp.where(text_starts_BT1, noised_BTD, before_BTD), "batch", "tokens", "width")
+
     def hidden_and_kv_cache(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
     ) -> tuple[Float[jax.Array, "B T D"], KVCache]:

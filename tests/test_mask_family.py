@@ -18,7 +18,15 @@ from dream_jax.sampler import FastDLLMCache, SamplerConfig, Stream, Threshold, W
 from dream_jax.sampler.loop import canvas_layout
 from dream_jax.sampler.state import StaticSettings
 
-NAMES = ["bidirectional", slow("causal"), "prefix", "block-causal:4", "window:3", slow("window:4:0")]
+NAMES = [
+    "bidirectional",
+    slow("causal"),
+    "prefix",
+    "block-causal:4",
+    "block-diffusion:4",
+    "window:3",
+    slow("window:4:0"),
+]
 CONFIG = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
 
 
@@ -141,7 +149,8 @@ def cached_error(name):
         ("causal", True),
         ("prefix", True),
         slow("window:4:0", True),
-        ("block-causal:4", True),  # the sampler's blocks are the mask's
+        ("block-causal:4", True),
+        ("block-diffusion:4", True),  # the sampler's blocks are the mask's
         slow("block-causal:2", True),
         ("block-causal:8", False),  # the mask's block goes on beyond the sampler's
         slow("block-causal:3", False),

@@ -25,7 +25,9 @@ DRAWN = [
     masks.Prefix(np.array([2])),
     masks.BlockCausal(2),
     masks.SlidingWindow(1, 0),
-    masks.TwoStream(1),
+    masks.BlockDiffusion(2, np.array([1])),
+    masks.TwoStream(2, np.array([1])),
+    masks.OrderedStreams(np.array([[0, 1]])),
     masks.Annealed(np.array([[False, False, False], [True, True, True], [False, False, True]])),
     masks.Causal() & masks.SlidingWindow(1, 1),
     masks.Causal() | masks.KeyLengths(np.array([2])),
@@ -52,7 +54,7 @@ def test_mask_looks_like_its_drawing(mask):
 
 @pytest.mark.parametrize("mask", DRAWN, ids=named)
 def test_mask_is_a_pytree(mask):
-    length = 4 if isinstance(mask, masks.TwoStream) else 3
+    length = 4 if isinstance(mask, masks.TwoStream | masks.OrderedStreams) else 3
     leaves, structure = jax.tree.flatten(mask)
     assert type(jax.tree.unflatten(structure, leaves)) is type(mask)
     dense = jax.jit(lambda mask: mask.dense(length, length))(mask)
@@ -136,6 +138,14 @@ def test_annealing_goes_from_causal_to_bidirectional():
 ROWS, LENGTH = 2, 8
 
 
+def block(token, row, size, start):
+    """The number of the block of a token of block diffusion, counted one block at a time."""
+    number, end = -1, 0 if start is None else start[row]
+    while token >= end:
+        number, end = number + 1, end + size
+    return number
+
+
 def sees(mask, row, query, key, length=LENGTH):
     """Whether a query may attend to a key, told one pair at a time."""
     match mask:
@@ -164,9 +174,11 @@ def sees(mask, row, query, key, length=LENGTH):
             return key <= last
         case masks.SlidingWindow(left, right):
             return query - left <= key <= query + right
-        case masks.TwoStream(size):
+        case masks.BlockDiffusion(size, start):
+            return block(key, row, size, start) <= block(query, row, size, start)
+        case masks.TwoStream(size, start):
             half = length // 2
-            (noised_q, q), (noised_k, k) = ((at < half, at % half // size) for at in (query, key))
+            (noised_q, q), (noised_k, k) = ((at < half, block(at % half, row, size, start)) for at in (query, key))
             if noised_q:
                 return q == k if noised_k else k < q
             return not noised_k and k <= q
@@ -186,12 +198,15 @@ of_rows = st.one_of(
     ids.map(lambda found: masks.Segments(found, found)),
     arrays(small, ROWS).map(masks.Prefix),
     st.builds(masks.BlockCausal, st.integers(1, LENGTH), arrays(small, ROWS)),
+    st.builds(masks.BlockDiffusion, st.integers(1, LENGTH), arrays(small, ROWS)),
+    st.builds(masks.TwoStream, st.integers(1, LENGTH), arrays(small, ROWS)),
 )
 fixed = st.one_of(
     st.just(masks.Bidirectional()),
     st.just(masks.Causal()),
     st.builds(masks.BlockCausal, st.integers(1, LENGTH)),
     st.builds(masks.SlidingWindow, small, small),
+    st.builds(masks.BlockDiffusion, st.integers(1, LENGTH)),
     st.builds(masks.TwoStream, st.integers(1, LENGTH)),
 )
 composed = st.recursive(
@@ -245,6 +260,7 @@ def test_masks_that_add_nothing_leave_the_others_as_they_are():
 
 PLACED = [masks.Bidirectional(), masks.Causal(), masks.Prefix(), masks.BlockCausal(3), masks.SlidingWindow(2, 1)]
 PLACED += [masks.Prefix() & masks.SlidingWindow(4, 4), masks.BlockCausal(3) | masks.Prefix(), ~masks.BlockCausal(3)]
+PLACED += [masks.BlockDiffusion(2)]
 
 
 @pytest.mark.parametrize("mask", PLACED, ids=named)
@@ -275,6 +291,8 @@ def test_row_without_an_answer_is_all_prompt():
 
 def test_block_sizes_go_from_causal_to_bidirectional():
     assert masks.BlockCausal(1).draw(5) == masks.Causal().draw(5)
+    assert masks.BlockDiffusion(1, np.array([2])).draw(5) == masks.Prefix(np.array([2])).draw(5)
+    assert masks.BlockDiffusion(2).draw(5) == masks.BlockCausal(2).draw(5)
     assert masks.BlockCausal(5).draw(5) == masks.Bidirectional().draw(5)
     assert masks.SlidingWindow(5, 5).draw(5) == masks.Bidirectional().draw(5)
 
@@ -291,10 +309,47 @@ def test_two_streams_see_what_decoding_block_by_block_sees():
     assert not dense[half:, :half].any()
 
 
+def test_two_streams_of_rows_and_of_packed_texts():
+    """The mask of both halves is the one that BlockDiffusion, padding and texts say, block by block."""
+    size, lengths, prompts = 2, [5, 4], [2, 0]
+    total = sum(lengths) + 1
+    position = np.concatenate([np.arange(length) for length in (*lengths, 1)])[None]
+    answer = np.concatenate([np.arange(n) >= p for n, p in zip(lengths, prompts, strict=True)] + [[False]])[None]
+    packed = masks.BlockDiffusion(size).for_texts(position, answer) & masks.Packed(np.array([lengths]))
+    starts, firsts = masks.starts_of_texts(packed, total), masks.starts_of_blocks(packed, total)
+    np.testing.assert_array_equal(np.flatnonzero(starts[0]), [0, 5, 9])
+    np.testing.assert_array_equal(np.flatnonzero(firsts[0]), [2, 4, 5, 7])
+    seen = np.asarray(masks.two_streams(packed).dense(2 * total, 2 * total))[0].reshape(2, total, 2, total)
+    single = np.asarray(packed.dense(total, total))[0]
+    at = 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        valid = np.arange(7) >= 7 - length  # the same text in a row of its own, after padding
+        alone = masks.BlockDiffusion(size).for_rows(valid[None], (np.arange(7) >= 7 - length + prompt)[None])
+        alone &= masks.KeyPadding(valid[None])
+        wanted = np.asarray(masks.two_streams(alone).dense(14, 14))[0].reshape(2, 7, 2, 7)
+        assert not wanted[:, :, :, ~valid].any()
+        here, there = slice(at, at + length), slice(7 - length, 7)
+        np.testing.assert_array_equal(seen[:, here, :, here], wanted[:, there, :, there])
+        np.testing.assert_array_equal(single[here, here], np.asarray(alone.dense(7, 7))[0][there, there])
+        assert not seen[:, here, :, : here.start].any()
+        assert not seen[:, here, :, here.stop :].any()
+        for marks, of_row in [(starts, masks.starts_of_texts), (firsts, masks.starts_of_blocks)]:
+            np.testing.assert_array_equal(marks[0, here], np.asarray(of_row(alone, 7))[0, there])
+        at += length
+    np.testing.assert_array_equal(seen[1, :, 1], single)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: masks.BlockCausal(0), "size=0 must be at least 1"),
+        (lambda: masks.BlockDiffusion(0), "size=0 must be at least 1"),
+        (lambda: masks.two_streams(masks.Bidirectional()), "need one mask BlockDiffusion.*; got Bidirectional"),
+        (lambda: masks.two_streams(masks.BlockCausal(2) & masks.Causal()), "got BlockCausal & Causal"),
+        (
+            lambda: masks.OrderedStreams(np.zeros((1, 2), int)).dense(6, 6),
+            "blocks are of 2 tokens, but each half has 3",
+        ),
         (lambda: masks.TwoStream(0), "size=0 must be at least 1"),
         (lambda: masks.SlidingWindow(-1, 0), "left=-1 must not be negative"),
         (lambda: masks.TwoStream(2).dense(5, 5), "5 keys cannot be a noised and a clean half"),
@@ -317,6 +372,7 @@ def test_masks_that_cannot_be_raise(make, message):
         ("causal", masks.Causal()),
         ("prefix", masks.Prefix()),
         ("block-causal:8", masks.BlockCausal(8)),
+        ("block-diffusion:8", masks.BlockDiffusion(8)),
         ("window:16", masks.SlidingWindow(16, 16)),
         ("window:16:0", masks.SlidingWindow(16, 0)),
     ],
@@ -332,6 +388,7 @@ def test_names_and_masks_are_each_others_inverse(name, mask):
     (
         *("", "casual", "Causal", "causal:1", "prefix:3", "two-stream:8"),
         *("block-causal", "block-causal:0", "block-causal:-8", "block-causal:8:8"),
+        *("block-diffusion", "block-diffusion:0", "block-diffusion:4:8"),
         *("window", "window:", "window:1:2:3", "window:1_6", "window: 16", "window:x"),
     ),
 )
@@ -342,7 +399,13 @@ def test_unknown_names_raise(name):
 
 @pytest.mark.parametrize(
     "mask",
-    [masks.Prefix(np.array([1])), masks.BlockCausal(2, np.array([1])), ~masks.Causal(), masks.TwoStream(2)],
+    [
+        masks.Prefix(np.array([1])),
+        masks.BlockDiffusion(2, np.array([1])),
+        masks.BlockCausal(2, np.array([1])),
+        ~masks.Causal(),
+        masks.TwoStream(2),
+    ],
     ids=named,
 )
 def test_masks_without_a_name_raise(mask):

@@ -112,6 +112,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "StudyPlan": {"tasks": ("addition",), "variants": ("causal",)},
     "Threshold": {"tau": 0.5},
     "TwoStream": {"size": 4},
+    "BlockDiffusion": {"size": 4},
 }
 
 FLOATS = [math.nan, math.inf, -math.inf, 1e-46, -1e-46, 1e-39, 1e39, -1e39, 1e300, 10**400, True, "1"]

@@ -7,8 +7,16 @@ key. Masks can be combined (`&`, `|`, `~`) and drawn as text (`draw`).
 """
 
 from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, conjuncts, is_fixed
+from dream_jax.masks.blocks import (
+    BlockDiffusion,
+    OrderedStreams,
+    TwoStream,
+    starts_of_blocks,
+    starts_of_texts,
+    two_streams,
+)
 from dream_jax.masks.names import NAMES, name_of, parse
-from dream_jax.masks.order import Annealed, BlockCausal, Causal, Ordered, Prefix, SlidingWindow, TwoStream, anneal
+from dream_jax.masks.order import Annealed, BlockCausal, Causal, Ordered, Prefix, SlidingWindow, anneal
 from dream_jax.masks.rows import KeyLengths, KeyPadding, Packed, Segments
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "Annealed",
     "Bidirectional",
     "BlockCausal",
+    "BlockDiffusion",
     "Causal",
     "KeyLengths",
     "KeyPadding",
@@ -24,6 +33,7 @@ __all__ = [
     "Not",
     "Or",
     "Ordered",
+    "OrderedStreams",
     "Packed",
     "Prefix",
     "Queries",
@@ -35,4 +45,7 @@ __all__ = [
     "is_fixed",
     "name_of",
     "parse",
+    "starts_of_blocks",
+    "starts_of_texts",
+    "two_streams",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dream_jax.masks.base import Bidirectional, Mask
+from dream_jax.masks.blocks import BlockDiffusion
 from dream_jax.masks.order import BlockCausal, Causal, Prefix, SlidingWindow
 
 _DIGITS = 10  # of the largest number of tokens that a mask accepts
 
-NAMES = "bidirectional, causal, prefix, block-causal:SIZE, window:REACH or window:LEFT:RIGHT"
+NAMES = "bidirectional, causal, prefix, block-causal:SIZE, block-diffusion:SIZE, window:REACH or window:LEFT:RIGHT"
 """The forms of the names, for messages. Numbers are in tokens, and window:REACH means window:REACH:REACH."""
 
 
@@ -31,6 +32,8 @@ def parse(name: str) -> Mask:
         try:
             if kind == "block-causal" and len(values) == 1:
                 return BlockCausal(values[0])
+            if kind == "block-diffusion" and len(values) == 1:
+                return BlockDiffusion(values[0])
             if kind == "window" and len(values) in (1, 2):
                 return SlidingWindow(values[0], values[-1])
         except ValueError as error:
@@ -54,6 +57,8 @@ def name_of(mask: Mask) -> str:
         return "prefix"
     if isinstance(mask, BlockCausal) and mask.start_B is None:
         return f"block-causal:{mask.size}"
+    if isinstance(mask, BlockDiffusion) and mask.start_B is None:
+        return f"block-diffusion:{mask.size}"
     if isinstance(mask, SlidingWindow):
         return f"window:{mask.left}" if mask.left == mask.right else f"window:{mask.left}:{mask.right}"
     raise ValueError(

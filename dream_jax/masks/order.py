@@ -30,7 +30,7 @@ class Causal(Mask):
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [b, T, S], true where the key is not after the query."""
-        return _keys(num_keys) <= jnp.asarray(position_bT)[:, :, None]
+        return key_indices(num_keys) <= jnp.asarray(position_bT)[:, :, None]
 
 
 @jax.tree_util.register_dataclass
@@ -55,20 +55,17 @@ class Prefix(Mask):
         """Returns bool [B, T, S]. Raises ValueError if `end_B` is not set."""
         if self.end_B is None:
             raise ValueError("a prefix mask needs the ends of the prompts: give Prefix(end_B), or call `for_rows`")
-        in_prompt_B1S = _keys(num_keys) < jnp.asarray(self.end_B, jnp.int32)[:, None, None]
-        return in_prompt_B1S | (_keys(num_keys) <= jnp.asarray(position_bT)[:, :, None])
+        in_prompt_B1S = key_indices(num_keys) < jnp.asarray(self.end_B, jnp.int32)[:, None, None]
+        return in_prompt_B1S | (key_indices(num_keys) <= jnp.asarray(position_bT)[:, :, None])
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the prompt of each row ends before the first token of the answer."""
-        return Prefix(_first(answer_BT))
+        return Prefix(first_true(answer_BT))
 
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the prompt of each text ends before the first token of its answer."""
         position_BT = jnp.asarray(position_BT, jnp.int32)
-        before_BT = jnp.cumsum(answer_BT, axis=1, dtype=jnp.int32)  # answer tokens of the row up to each token
-        start_BT = _keys(position_BT.shape[1]) - position_BT
-        before_text_BT = jnp.take_along_axis(before_BT - jnp.asarray(answer_BT, jnp.int32), start_BT, axis=1)
-        order_BT = jnp.where(before_BT > before_text_BT, position_BT + 1, 0)
+        order_BT = jnp.where(answer_numbers(position_BT, answer_BT) >= 0, position_BT + 1, 0)
         return Ordered(order_BT, order_BT)
 
 
@@ -103,13 +100,14 @@ class BlockCausal(Mask):
         """Returns bool [b, T, S], true where the block of the key is not after the block of the query."""
         start_B11 = jnp.int32(0) if self.start_B is None else jnp.asarray(self.start_B, jnp.int32)[:, None, None]
         block_of_key, block_of_query = (
-            (position - start_B11) // self.size for position in (_keys(num_keys), jnp.asarray(position_bT)[:, :, None])
+            (position - start_B11) // self.size
+            for position in (key_indices(num_keys), jnp.asarray(position_bT)[:, :, None])
         )
         return block_of_key <= block_of_query
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the first block of each row starts at its first valid token."""
-        return BlockCausal(self.size, _first(valid_BT))
+        return BlockCausal(self.size, first_true(valid_BT))
 
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the first block of each text starts at its first token."""
@@ -174,53 +172,8 @@ class SlidingWindow(Mask):
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [b, T, S], true where the key is inside the window of the query."""
-        ahead_BTS = _keys(num_keys) - jnp.asarray(position_bT)[:, :, None]
+        ahead_BTS = key_indices(num_keys) - jnp.asarray(position_bT)[:, :, None]
         return (ahead_BTS >= -self.left) & (ahead_BTS <= self.right)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TwoStream(Mask):
-    """The training mask of block diffusion (Arriola et al. 2025), for rows that hold a text twice, [noised | clean].
-
-    A noised token may attend to the noised tokens of its block and to the clean tokens of earlier blocks, as when blocks
-    are sampled one after the other. A clean token may attend to the clean tokens up to the end of its block. Drawn with
-    blocks of one token, for a text of two tokens:
-
-    ::
-
-        #...
-        .##.
-        ..#.
-        ..##
-
-    Attributes:
-      size: number of tokens in a block; the blocks are counted from the start of each half.
-
-    Raises:
-      ValueError: `size` is below 1.
-    """
-
-    size: int = dataclasses.field(metadata={"static": True})
-
-    def __post_init__(self) -> None:
-        check_numbers(self, size=_SIZE)
-
-    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Returns bool [b, T, S]. Raises ValueError for an odd number of keys."""
-        half, odd = divmod(num_keys, 2)
-        if odd:
-            raise ValueError(f"{num_keys} keys cannot be a noised and a clean half of the same length")
-        key, query = _keys(num_keys), jnp.asarray(position_bT)[:, :, None]
-        clean_key, clean_query = key >= half, query >= half
-        block_of_key, block_of_query = (key % half) // self.size, (query % half) // self.size
-        noised = ~clean_query & ~clean_key & (block_of_key == block_of_query)
-        before = ~clean_query & clean_key & (block_of_key < block_of_query)
-        return noised | before | (clean_query & clean_key & (block_of_key <= block_of_query))
-
-    def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Raises ValueError, because each half of a row is one text."""
-        raise ValueError("the mask TwoStream needs rows that hold one text twice; train with one text a row")
 
 
 @jax.tree_util.register_dataclass
@@ -259,12 +212,26 @@ def anneal(key: jax.Array, share: float | jax.Array, length: int) -> Bool[jax.Ar
     return jax.random.uniform(key, (length, length)) < share
 
 
-def _keys(num_keys: int) -> Int[jax.Array, "S"]:
+def key_indices(num_keys: int) -> Int[jax.Array, "S"]:
     """Returns the indices of the keys, int32 [S]."""
     return jnp.arange(num_keys, dtype=jnp.int32)
 
 
-def _first(x_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B"]:
+def answer_numbers(position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B T"]:
+    """Returns the number of each token in the answer of its text, int32 [B, T]: 0 for the first one; -1 in the prompt.
+
+    An answer reaches from its first token to the end of the text. The arguments are those of `Mask.for_texts`.
+    """
+    answer_BT, index_T = jnp.asarray(answer_BT), key_indices(position_BT.shape[1])
+    start_BT = index_T - jnp.asarray(position_BT, jnp.int32)
+    # The number of answer tokens of the row that are before each token.
+    before_BT = jnp.cumsum(answer_BT, axis=1, dtype=jnp.int32) - answer_BT.astype(jnp.int32)
+    is_first_BT = answer_BT & (before_BT == jnp.take_along_axis(before_BT, start_BT, axis=1))
+    first_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T, -1), axis=1)  # of this text, or of one before it
+    return jnp.where(first_BT >= start_BT, index_T - first_BT, -1)
+
+
+def first_true(x_BT: Bool[Array, "B T"]) -> Int[jax.Array, "B"]:
     """Returns the index of the first true element of each row, int32 [B]; T for a row without a true element."""
-    position_BT = jnp.where(jnp.asarray(x_BT), _keys(x_BT.shape[1]), x_BT.shape[1])
+    position_BT = jnp.where(jnp.asarray(x_BT), key_indices(x_BT.shape[1]), x_BT.shape[1])
     return jnp.min(position_BT, axis=1, initial=x_BT.shape[1])

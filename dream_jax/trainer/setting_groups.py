@@ -84,8 +84,8 @@ class NetworkSettings:
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
     """attention mask: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
-    window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with the model, or
-    bidirectional if none is. The mask is saved with the trained weights"""
+    block-diffusion:SIZE, window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with
+    the model, or bidirectional if none is. The mask is saved with the trained weights"""
     anneal_steps: int = 0
     """number of first steps in which attention changes from causal to bidirectional, if the model is autoregressive"""
     remat: RematSetting = "auto"
