@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import string
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -141,15 +142,28 @@ class CountdownTask(StudyTask):
         """Draws three numbers from 1 to 7, and a target that a sum or difference of all three gives."""
         while True:
             numbers = generator.integers(1, 8, 3)
-            a, b, c = (int(number) for number in generator.permutation(numbers))
-            first, second = (str(sign) for sign in generator.choice(list("+-"), 2))
-            between = _applied(a, first, b)
-            left, right = (between, c) if generator.random() < 0.5 else (c, between)
-            target = _applied(left, second, right)
-            if between >= 0 and target >= 0:
-                answer = f"{a}{first}{b}={between},{left}{second}{right}={target}"
-                prompt = "".join(map(str, numbers)) + f">{target:03d}:"
-                return Example(prompt, answer.ljust(self.answer_width, END))
+            order = [int(number) for number in generator.permutation(numbers)]
+            signs = [str(sign) for sign in generator.choice(list("+-"), 2)]
+            found = self.answer_of(order, signs, between_first=bool(generator.random() < 0.5))
+            if found is not None:
+                return Example("".join(map(str, numbers)) + found.prompt[3:], found.answer)
+
+    def answer_of(self, order: Sequence[int], signs: Sequence[str], *, between_first: bool) -> Example | None:
+        """Returns the example with these two steps, or None if the result of a step would be negative.
+
+        Args:
+          order: the three numbers; the first step joins the first two of them, and the prompt has them in this order.
+          signs: "+" or "-" of each step.
+          between_first: whether the result of the first step is on the left of the second step, or on its right.
+        """
+        a, b, c = order
+        between = _applied(a, signs[0], b)
+        left, right = (between, c) if between_first else (c, between)
+        target = _applied(left, signs[1], right)
+        if between < 0 or target < 0:
+            return None
+        answer = f"{a}{signs[0]}{b}={between},{left}{signs[1]}{right}={target}"
+        return Example(f"{a}{b}{c}>{target:03d}:", answer.ljust(self.answer_width, END))
 
     def is_right(self, example: Example, answer: str) -> bool:
         """Returns whether the answer reaches the target, uses each number once and has no wrong step."""

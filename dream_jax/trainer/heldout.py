@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from dream_jax import masks, sharding
 from dream_jax.batch import Batch
@@ -97,6 +98,11 @@ class Grid:
 
         # The sums are replicated, because every process reads those of all rows.
         self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+    @property
+    def masked_LRT(self) -> Bool[np.ndarray, "L R T"]:
+        """The masked positions, bool [L, R, T]: for each noise level of `LEVELS`, each row and each token."""
+        return np.stack(self._masked)
 
     @property
     def digest(self) -> str:
