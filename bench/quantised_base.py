@@ -11,8 +11,8 @@ preset `fast` at temperature 0; the share of equal tokens is that of all positio
 computed in a pass over whole rows, of which there are few. The result stands beside "bfloat16", the same model without
 codes. The untrained tiny checkpoint of the tests is also measured, on random tokens.
 
-With the extra `plan-gpu`, a window pass of Dream-7B is compiled for an H200, and the bytes that the pass reads are counted.
-Writes FILE (JSON). Needs the extra `bench`.
+Writes FILE (JSON). Needs the extra `bench`. What a window pass on a GPU reads with each base is in the result of
+bench/sampler_plans.py.
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ import report
 import tyro
 from rich.console import Console
 from rich.table import Table
-from window_pass import compiled_window_pass
 
-from dream_jax import PRESETS, lora, pretrained, quantisation
+from dream_jax import lora, pretrained, quantisation
 from dream_jax.data import TokenizedRows, lay_out, length_report, open_source
 from dream_jax.inference import find_tokenizer
 from dream_jax.model import Dream, parameter_count, split_params
-from dream_jax.plan import traffic
-from dream_jax.plan.hardware import find_hardware
 from dream_jax.sampler import Preset, SamplerConfig, generate
 from dream_jax.target import target_platform
 from dream_jax.tokenizer import Tokenizer
@@ -136,25 +133,6 @@ def compared(path: str, tokens: np.ndarray, masked: np.ndarray, new_tokens: int)
     return results
 
 
-def window_passes() -> dict[str, Any] | None:
-    """Returns a dict from the kind of weights to the bytes that a window pass on an H200 reads; None without a compiler.
-
-    For each kind it has `weights` (bytes of the weights that are multiplied), `read` (bytes that the pass reads), and
-    `read_share` (`read` / the bytes of the weights in bfloat16).
-    """
-    hardware = find_hardware("h200:1")
-    if hardware.devices is None:
-        return None
-    layers = PRESETS["dream-7b"].num_hidden_layers
-    results: dict[str, Any] = {}
-    for base in (None, *quantisation.KINDS):
-        text, weights = compiled_window_pass(hardware, base, layers)
-        results[base or "bfloat16"] = {"weights": weights, "read": traffic.bytes_read(text)}
-    for found in results.values():
-        found["read_share"] = found["read"] / results["bfloat16"]["weights"]
-    return results
-
-
 def main(settings: QuantisedBaseSettings) -> None:
     """Compares all kinds of codes, prints a table and writes the result."""
     console, other_work = Console(), report.OtherWork()
@@ -166,7 +144,6 @@ def main(settings: QuantisedBaseSettings) -> None:
     vocabulary = pretrained.describe(str(TINY)).config.vocab_size
     tiny = random.integers(0, vocabulary - 8, (16, 64)).astype(np.int32)
     tiny_results = compared(str(TINY), tiny, random.random(tiny.shape) < 0.5, NEW_TOKENS)
-    passes = window_passes()
     for title, some in ((settings.model, results), ("tiny checkpoint, untrained", tiny_results)):
         table = Table(
             "weights", "bytes a weight of the layers", "logit error", "KL, nats", "same first choice", "equal tokens"
@@ -177,10 +154,6 @@ def main(settings: QuantisedBaseSettings) -> None:
             equal = ", ".join(f"{preset} {share:.1%}" for preset, share in found["equal_tokens"].items())
             table.add_row(name_of_kind, *(f"{figure:.3g}" for figure in figures), equal)
         console.print(table)
-    for name_of_kind, found in (passes or {}).items():
-        console.print(
-            f"{name_of_kind}: a window pass on an H200 reads {found['read_share']:.2f} of the bfloat16 weights"
-        )
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     report.write_json(
         settings.out,
@@ -193,7 +166,6 @@ def main(settings: QuantisedBaseSettings) -> None:
             "masked_positions": int(masked[:, 1:].sum()),
             "results": results,
             "tiny": tiny_results,
-            "h200_window_pass": passes,
         },
     )
     console.print(f"wrote {settings.out}")

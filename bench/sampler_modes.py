@@ -99,13 +99,16 @@ def lower(model: Dream, config: SamplerConfig, *, batch: int, prompt: int, array
         return denoise.lower(model, canvas, valid, shape(keys), jax.tree.map(shape, dynamic), None, static=static)
 
 
-def lower_window_pass(model: Dream, *, batch: int, length: int, window: int, array_sharding: Any = None) -> Any:
+def lower_window_pass(
+    model: Dream, *, batch: int, length: int, window: int, array_sharding: Any = None, unembeds: bool = True
+) -> Any:
     """Returns the `jax.stages.Lowered` of one window pass: its layers, and the most probable token of every position.
 
     Args:
       model, batch, array_sharding: as for `lower`.
       length: number of tokens of a row, whose keys and values are in the cache.
       window: number of tokens of a row that the pass computes.
+      unembeds: whether the pass computes the tokens; otherwise it returns the hidden states of the last layer.
     """
     config = model.config
     static = StaticSettings.of(SamplerConfig(max_new_tokens=length), length, [length] * batch)
@@ -120,7 +123,7 @@ def lower_window_pass(model: Dream, *, batch: int, length: int, window: int, arr
         mask = canvas_layout(model, valid_BT, static).mask.at(position_BW)
         window = Window(KVCache(k, v), position_BW)
         hidden_BWD, kv_cache = model.hidden_window(tokens_BW, mask, position_BW, window)
-        return jnp.argmax(model.unembed(hidden_BWD), axis=-1), kv_cache
+        return jnp.argmax(model.unembed(hidden_BWD), axis=-1) if unembeds else hidden_BWD, kv_cache
 
     of_window, valid = shape((batch, window), jnp.int32), shape((batch, length), jnp.bool_)
     k, v = (shape(cache, model.compute_dtype) for _ in range(2))

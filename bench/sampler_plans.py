@@ -63,10 +63,10 @@ TPU_CASES = (
     Case("apart", None, "exact", 1),
 )
 GPU_FORMS: tuple[tuple[LayerForm, CodeKind | None], ...] = (("stacked", None), ("apart", None), ("apart", "int8"))
-GPU_CASES = tuple(
-    Case(layers, base, mode, batch)
-    for layers, base in GPU_FORMS
-    for mode, batch in (("exact", 1), ("cached", 1), (WINDOW_PASS, 1), ("cached", 16))
+GPU_MODES = (("exact", 1), ("cached", 1), (WINDOW_PASS, 1), ("cached", 16))
+GPU_CASES = (
+    *(Case(layers, base, mode, batch) for layers, base in GPU_FORMS for mode, batch in GPU_MODES),
+    Case("apart", "nf4", WINDOW_PASS, 1),
 )
 CASES: Mapping[str, tuple[Case, ...]] = {
     "v6e:2x4/1x8": TPU_CASES,

@@ -36,6 +36,7 @@ from dream_jax.quantisation import joined_product, product
 from dream_jax.remat import LAYER_INPUT, Remat, checkpointed, named
 from dream_jax.shapes import Array, ParamTree
 from dream_jax.sharding import constrain, mesh_context
+from dream_jax.target import current_target
 
 LayerForm = Literal["stacked", "apart"]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -569,7 +570,8 @@ class Dream(nnx.Module):
         ) -> tuple[jax.Array, KVCache | None]:
             x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             layer, layer_index, layer_cache = inputs
-            layer = jax.tree_util.tree_map_with_path(functools.partial(_cast, dtype=self.compute_dtype), layer)
+            cast = functools.partial(_cast, dtype=self.compute_dtype, is_apart=self.is_apart)
+            layer = jax.tree_util.tree_map_with_path(cast, layer)
             keys = None
             if dropout_keys is not None:
                 keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, layer_index)
@@ -615,11 +617,15 @@ def _unrolled(
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
-def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype) -> jax.Array:
+def _cast(path: tuple[Any, ...], leaf: jax.Array, dtype: np.dtype, is_apart: bool) -> jax.Array:
     """Casts a leaf of a layer to the compute dtype, except the codes and scales of a quantised kernel."""
     if leaf.dtype == dtype or any(getattr(entry, "name", None) in ("codes", "scales") for entry in path):
         # There is no barrier here, so the backward pass reads the leaf from the stacked parameters and saves no copy.
         return leaf
+    if current_target().platform == "gpu" and not is_apart:
+        # XLA for GPUs keeps this cast inside the loop over layers. One kernel reads the leaf out of the stack and casts it,
+        # and another one casts the gradient and writes it into the stack. A barrier would divide both into two kernels.
+        return leaf.astype(dtype)
     # The barrier keeps the cast inside the loop. Otherwise XLA would cast all layers before the loop and store them.
     return jax.lax.optimization_barrier(leaf).astype(dtype)
 

@@ -78,11 +78,12 @@ class StepShape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceBytes:
-    """The memory that a step needs on one device, in bytes, computed by arithmetic.
+class MemoryParts:
+    """The parts of the memory that a step needs on one device, in bytes, computed by arithmetic.
 
     Attributes:
-      parameters, optimizer, batch: the arguments of the step. `parameters` includes the frozen ones.
+      parameters, optimizer, batch: the arguments of the step, from shapes and shardings. `parameters` includes the frozen
+        ones.
       host: what the step keeps in the memory of the host; no other attribute includes it.
       gradients: the gradients of the trained parameters.
       kept: the activations that the forward pass saves for the backward pass.
@@ -97,6 +98,11 @@ class DeviceBytes:
     kept: int
     layer: int
     loss: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceBytes(MemoryParts):
+    """The memory that a step needs on one device, computed by arithmetic: its parts, and their sums."""
 
     @property
     def given(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import runpy
 import subprocess
@@ -21,9 +22,13 @@ class Finished(typing.NamedTuple):
 
 
 def run_script(script: str, *arguments: object) -> Finished:
-    """Runs `python script arguments` in this process, which saves the seconds that a new process needs for imports."""
+    """Runs `python script arguments` in this process, which saves the seconds that a new process needs for imports.
+
+    Afterwards the environment variables are as before, because those that a script sets for jax end with its process.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unittest.mock.patch.dict(os.environ))
         stack.enter_context(unittest.mock.patch.object(sys, "argv", [script, *map(str, arguments)]))
         # Python puts the folder of a script first on sys.path, so that the script can import its neighbours.
         stack.enter_context(unittest.mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]))

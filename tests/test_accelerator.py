@@ -356,7 +356,7 @@ def test_aims(bench):
     # 20.48 million tokens at 10,000 tokens/s take 0.569 hours.
     (price,) = [cells for name, cells in aims.items() if name.startswith("s1K")]
     assert price == ["at most 15.0 RMB", "15.4 RMB", "no"]
-    assert aims["training step, LoRA of rank 32, 4 x 4096: MFU"][1:] == ["train-lora did not run", "-"]
+    assert aims["training step, LoRA of rank 32, 4 x 4096, remat full: MFU"][1:] == ["train-lora did not run", "-"]
 
 
 def test_markdown_says_why_a_stage_has_no_figure(bench):

@@ -19,6 +19,7 @@ from dream_jax import masks, objective, sharding
 from dream_jax.batch import Batch
 from dream_jax.config import PRESETS
 from dream_jax.data import (
+    MOST_TEXTS,
     BatchOptions,
     Mixture,
     Row,
@@ -28,6 +29,7 @@ from dream_jax.data import (
     open_source,
     packing,
 )
+from dream_jax.device_memory import Shortage
 from dream_jax.masks import Packed
 from dream_jax.model import abstract_model, merge_params, split_params
 from dream_jax.objective import (
@@ -54,7 +56,8 @@ from dream_jax.train_step import (
     noise_key,
     put_batch,
 )
-from dream_jax.trainer import TrainSettings, train
+from dream_jax.trainer import TrainSettings, remat_choice, train
+from dream_jax.trainer.prepared import prepare
 
 BYTES = ByteTokenizer()
 PAD = BYTES.pad_id
@@ -520,6 +523,27 @@ def test_a_plan_counts_the_texts_of_a_row(tmp_path: Path) -> None:
     assert plan.rows.epochs == found.epochs > 50 * 4 * 2 / len(rows)
     maskable = found.supervised / sum(int(width) * 4 * count for width, count in found.widths.items())
     assert plan.rows.masked_share == pytest.approx(maskable / 2) and 0.1 < plan.rows.masked_share < 0.5
+
+
+def test_remat_auto_compiles_packed_rows_as_the_run_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the run would compile its step a second time."""
+    settings = {"model": "nano", "data": str(chats(tmp_path)), "max_length": 128, "eos_tail": 2, "pack": True}
+    tried: list[Any] = []
+
+    def compile_step(step: Any) -> Shortage:
+        tried.append(step.batch)
+        return Shortage(asked=None, has=None, words="")
+
+    monkeypatch.setattr(remat_choice, "compile_step", compile_step)
+    monkeypatch.setattr(remat_choice, "memory_of_device", lambda devices: 2**36)
+    monkeypatch.setattr(remat_choice.sharding, "platform_of", lambda mesh: "gpu")
+    chosen = TrainSettings.flat(out=tmp_path / "run", batch_size=4, steps=2, eval_rows=0, **settings)
+    run = prepare(chosen, sharding.make_mesh("1x1"))
+    with run.batches:
+        batch = next(run.batches)
+    assert batch.length_BM is not None and batch.length_BM.shape[1] == run.batches.most_texts < MOST_TEXTS
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), [batch, *tried])
+    assert shapes[1:] and all(shape == shapes[0] for shape in shapes[1:])
 
 
 def stop_after(steps: int) -> Any:

@@ -44,7 +44,7 @@ _STEP: Mapping[str, Any] = {
     "warmup": 1,
     "steps": 3,
 }
-# The policy that `--remat auto` takes for this step on an H200, see docs/memory.md.
+# The policy that `--remat auto` takes on an H200 for this step, and for the same step with an adapter, see docs/memory.md.
 AUTO = "products"
 _ATTENTION = {"batch": 4, "queries": 2048, "keys": 2048, "heads": 28, "kv_heads": 4, "head_dim": 128}
 
@@ -103,6 +103,7 @@ STAGES: tuple[Stage, ...] = (
     _training("train-int8"),
     _training("train-auto", profile=True, remat=AUTO, otherwise=("except-up", "except-mlp")),
     _training("train-fp8", products="fp8", remat=AUTO, otherwise=("except-up", "except-mlp")),
+    _training("train-lora-auto", lora_rank=32, moments="float32", remat=AUTO),
     _training("train-lora", lora_rank=32, moments="float32"),
     _sampling(
         "sample-int8",

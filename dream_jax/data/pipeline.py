@@ -90,6 +90,11 @@ class Batches:
             self._planner.start_at(state["packing"]["position"])
         self._iterator.set_state(state["grain"])
 
+    @property
+    def most_texts(self) -> int | None:
+        """The number of texts for which each row of a batch has entries; None if each row is one text."""
+        return self._planner.most_texts if isinstance(self._planner, PackingPlanner) else None
+
     def outlook(self, steps: int) -> Outlook:
         """Returns statistics of a run of `steps` batches; `outlook` of the planner says how many batches are counted."""
         return self._planner.outlook(steps)

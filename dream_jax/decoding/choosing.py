@@ -61,6 +61,11 @@ def choose_tokens(
     top_p = None if not isinstance(top_p, jax.Array) and (top_p is None or top_p >= 1.0) else top_p
     top_k = None if top_k is None or top_k >= vocab else top_k
 
+    # With a barrier XLA computes the probabilities once, and stores them. If it computed them again for each use, with
+    # different rounding, a token could be on both sides of a threshold. Without thresholds, a GPU computes them again in
+    # less time than it takes to write and read them; a CPU does not.
+    is_stored = samples or top_p is not None or top_k is not None or current_target().platform != "gpu"
+
     # Settings that differ from row to row are divided into groups like the rows.
     settings_R = {
         name: value
@@ -78,9 +83,10 @@ def choose_tokens(
         log_mass_RV = logits_RV - max_logit_R1
         divisor = settings_R["temperature"][:, None] if "temperature" in settings_R else temperature
         log_mass_RV = log_mass_RV / divisor if samples else log_mass_RV
-        # Unnormalised probabilities, of which the largest is 1. The barrier makes XLA compute them once. If it computed
-        # them again for each use, with different rounding, a token could be on both sides of a threshold.
-        mass_RV = jax.lax.optimization_barrier(jnp.exp(log_mass_RV))
+        # Unnormalised probabilities, of which the largest is 1.
+        mass_RV = jnp.exp(log_mass_RV)
+        if is_stored:
+            mass_RV = jax.lax.optimization_barrier(mass_RV)
         if top_p is not None or top_k is not None:
             mass_RV = filters.keep_likely(mass_RV, settings_R.get("top_p", top_p), top_k)
         return _token_and_confidence(mass_RV, log_mass_RV, best_R, alg=alg, uniform_R=uniform_R)

@@ -268,14 +268,7 @@ def _memory(parts: DeviceBytes, found: Compiled | Refusal | None, hardware: Hard
     else:
         peak, working, refused = estimate, parts.working, None
     return MemoryPlan(
-        parameters=parts.parameters,
-        optimizer=parts.optimizer,
-        batch=parts.batch,
-        host=parts.host,
-        gradients=parts.gradients,
-        kept=parts.kept,
-        layer=parts.layer,
-        loss=parts.loss,
+        **dataclasses.asdict(parts),
         working=working,
         peak=peak,
         limit=hardware.limit,

@@ -9,6 +9,7 @@ from typing import Any
 from dream_jax.bounds import FloatRange, check_numbers
 from dream_jax.paths import check_local
 from dream_jax.plan.hlo import Collective
+from dream_jax.step_memory import MemoryParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +44,10 @@ class PlanSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """The memory that a train step needs on one device, in bytes.
+class MemoryPlan(MemoryParts):
+    """The memory that a train step needs on one device, in bytes: the parts by arithmetic, and the whole.
 
     Attributes:
-      parameters, optimizer, batch: size of the arguments of a step, from shapes and shardings. Frozen parameters are
-        counted in `parameters`.
-      host: size of optimizer moments in the memory of the host; not included in any other number.
-      gradients: size of the gradients, by arithmetic.
-      kept: size of the activations that the forward pass saves for the backward pass, by arithmetic.
-      layer, loss: size of the temporary arrays of one layer, and of the loss, by arithmetic.
       working: bytes in use in addition to the arguments when memory use is highest, by the compiler or by arithmetic.
       peak: all bytes in use when memory use is highest.
       limit: memory of the device that a program can use.
@@ -62,14 +57,6 @@ class MemoryPlan:
       refused: the message of the compiler if it found too little memory; None otherwise.
     """
 
-    parameters: int
-    optimizer: int
-    batch: int
-    host: int
-    gradients: int
-    kept: int
-    layer: int
-    loss: int
     working: int
     peak: int
     limit: int

@@ -100,8 +100,21 @@ def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: i
     return with_shapes(settings, build_step(settings, model, mesh), mesh, max_length)
 
 
-def with_shapes(settings: TrainSettings, built: Build, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
-    """Returns the step of a `Build` with the shapes and shardings of its arguments; arguments as for `abstract_step`."""
+def with_shapes(
+    settings: TrainSettings,
+    built: Build,
+    mesh: sharding.AnyMesh,
+    max_length: int,
+    most_texts: int | None = None,
+) -> AbstractStep:
+    """Returns the step of a `Build` with the shapes and shardings of its arguments.
+
+    Args:
+      settings, mesh, max_length: as for `abstract_step`.
+      built: the step and its model.
+      most_texts: `Batches.most_texts` of the run, which depends on the lengths of its texts; None if it is not known, or if
+        each row is one text. If it is not known, packed rows get entries for as many texts as a row can have.
+    """
     batch_sharding = sharding.batch_sharding(mesh)
     params = split_params(built.model)[1]
     trained, base = lora.split(params) if settings.lora.adapts else (params, {})
@@ -115,13 +128,14 @@ def with_shapes(settings: TrainSettings, built: Build, mesh: sharding.AnyMesh, m
         return jax.ShapeDtypeStruct((settings.batches.batch_size, *shape), dtype, sharding=batch_sharding)
 
     options = settings.batches.options()
+    texts = MOST_TEXTS if most_texts is None else most_texts
     batch = Batch(
         tokens_BT=rows((max_length,), jnp.int32),
         maskable_BT=rows((max_length,), jnp.bool_),
         row_B=rows((), jnp.int32),
         valid_BT=rows((max_length,), jnp.bool_) if options.hides else None,
-        length_BM=rows((MOST_TEXTS,), jnp.int32) if options.pack else None,
-        text_BM=rows((MOST_TEXTS,), jnp.int32) if options.pack else None,
+        length_BM=rows((texts,), jnp.int32) if options.pack else None,
+        text_BM=rows((texts,), jnp.int32) if options.pack else None,
     )
     return AbstractStep(
         model=built.model,

@@ -150,11 +150,20 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
     check_length(model, max_length)
+    # With remat "auto" this step is not used, but settings that do not fit together are refused before rows are measured.
+    built, choice = build_step(settings, model, mesh), None
+    batches = make_batches(
+        rows,
+        batch_size=settings.batches.batch_size,
+        max_length=max_length,
+        seed=settings.run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        options=options,
+    )
     if settings.network.remat == "auto":
         begun = begun_remat(settings.run.out) if resumes else None
-        built, choice = choose_for_run(settings, mesh, max_length, begun)
-    else:
-        built, choice = build_step(settings, model, mesh), None
+        built, choice = choose_for_run(settings, mesh, max_length, begun, batches.most_texts)
     evaluated = (
         [] if held_out is None else [row for _, row in held_out.first(settings.evaluation.eval_rows, max_length)]
     )
@@ -171,15 +180,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
         template="raw" if isinstance(first.prompt, str) else "chat",
         instruction=first.instruction,
         max_length=max_length,
-        batches=make_batches(
-            rows,
-            batch_size=settings.batches.batch_size,
-            max_length=max_length,
-            seed=settings.run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            options=options,
-        ),
+        batches=batches,
         held_out=held_out,
         grid=grid,
         optimizer=built.optimizer,

@@ -139,7 +139,7 @@ def choose(
 
 
 def choose_for_run(
-    settings: TrainSettings, mesh: Mesh, max_length: int, begun: Remat | None
+    settings: TrainSettings, mesh: Mesh, max_length: int, begun: Remat | None, most_texts: int | None = None
 ) -> tuple[Build, RematChoice]:
     """Returns the step of a run with the chosen policy, and the choice. All processes of the run must call this.
 
@@ -150,6 +150,7 @@ def choose_for_run(
       mesh: the mesh of the run.
       max_length: length of the rows in tokens.
       begun: the policy with which a resumed run began; None for a new run.
+      most_texts: `Batches.most_texts` of the run; None if each row is one text.
 
     Raises:
       ValueError, FileNotFoundError, ConnectionError: as for `build.build_step` and `build.describe_model`.
@@ -161,7 +162,7 @@ def choose_for_run(
         return build_step(chosen, describe_model(chosen, mesh), mesh)
 
     def compiled(remat: Remat) -> int | None:
-        found = compile_step(with_shapes(settings, built(remat), mesh, max_length))
+        found = compile_step(with_shapes(settings, built(remat), mesh, max_length, most_texts))
         peak = None if isinstance(found, Shortage) else peak_bytes(found)
         # The policy must be the same in all processes, so the largest size counts.
         return None if distributed.which_say(peak is None) or peak is None else -distributed.smallest(-peak)
@@ -172,7 +173,7 @@ def choose_for_run(
     if limit is None and chip is not None:  # some allocators of jax do not tell it
         limit = int(min(1.0, share_in_force().share) * chip.memory) if chip.platform == "gpu" else chip.memory
     choice = choose(
-        with_shapes(settings, built("none"), mesh, max_length),
+        with_shapes(settings, built("none"), mesh, max_length, most_texts),
         step_shape(settings, mesh, max_length),
         platform=platform,
         chip=chip,
