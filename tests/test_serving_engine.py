@@ -75,9 +75,33 @@ def test_a_batch_of_one_row_is_not_refilled_under_load(engine, monkeypatch):
 
 
 def test_lengths_of_a_canvas():
-    assert canvas_lengths(512) == (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-    assert canvas_lengths(500)[-2:] == (448, 500)
+    assert canvas_lengths(272) == (64, 72, 80, 88, 96, 104, 112, 120, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272)
+    assert canvas_lengths(500)[-3:] == (448, 480, 500)
     assert canvas_lengths(64) == (64,) and canvas_lengths(20) == (20,)
+
+
+def test_tasks_of_several_lengths_share_a_batch(model, monkeypatch):
+    """A shorter task joins a batch of longer rows if its program is compiled, and has the answer that it has alone."""
+    put, canvases = engine_module._Batch.put, []
+
+    def noted(self, row, job):
+        canvases.append((self.program.rows, self.program.family.length))
+        put(self, row, job)
+
+    monkeypatch.setattr(engine_module._Batch, "put", noted)
+    with running(model, EngineSettings(rows=2, longest=24, interval=0.02)) as started:
+        started.lengths = (16, 20, 24)
+        [short], [longer], [longest] = (completion(max_tokens=count, temperature=1.0) for count in (12, 16, 20))
+        assert started.family(longer).serves(started.family(short))
+        assert not started.family(short).serves(started.family(longer))
+        assert not started.family(longest).serves(started.family(short))  # its canvas is half longer
+        [other] = completion(max_tokens=16)
+        assert not started.family(other).serves(started.family(short))  # its temperature is another
+        started.compile(longer)
+        together, _ = ask(started, [short, longer])
+        assert canvases == [(2, 20)] * 2
+        alone, _ = ask(started, [short])
+        assert canvases[2:] == [(1, 16)] and together[0] == alone[0]
 
 
 def test_keys_of_rows_are_those_of_the_command():

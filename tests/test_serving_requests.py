@@ -40,12 +40,12 @@ WRONG = [
     (ChatRequest, CHAT, {"max_tokens": {"a": [[5]]}}, "max_tokens", "got {'a': [...]}"),
     (ChatRequest, CHAT, {"max_tokens": "9" * 10**6}, "max_tokens", "99..."),
     (ChatRequest, CHAT, {"m" * 10**6: 5}, "m" * 77 + "...", "unknown field"),
-    (ChatRequest, CHAT, dict.fromkeys(map(str, range(10**5))), "None", "an object of 100002 fields; send only"),
-    (ChatRequest, CHAT, {"metadata": dict.fromkeys(map(str, range(10**5)), 1)}, "metadata", "an object of 100000 fields"),
-    (CompletionRequest, TEXT, {"prompt": [{}] * 10**5}, "prompt.0", "valid"),
+    (ChatRequest, CHAT, dict.fromkeys(map(str, range(10**4))), "None", "an object of 10002 fields; send only"),
+    (ChatRequest, CHAT, {"metadata": dict.fromkeys(map(str, range(10**4)), 1)}, "metadata", "an object of 10000 fields"),
+    (CompletionRequest, TEXT, {"prompt": [{}] * 10**4}, "prompt.0", "valid"),
     (CompletionRequest, TEXT, {"prompt": {"a": 1}}, "prompt", "prompt: Input should be a valid"),
     (CompletionRequest, TEXT, {"prompt": [10**50]}, "prompt.0", "less than or equal to"),
-    (InfillRequest, GAPS, {"parts": [dict.fromkeys(map(str, range(10**5)))]}, "parts.0", "an object of 100000 fields"),
+    (InfillRequest, GAPS, {"parts": [dict.fromkeys(map(str, range(10**4)))]}, "parts.0", "an object of 10000 fields"),
     (ChatRequest, CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "give either"),
     (ChatRequest, CHAT, {"temperature": -0.1}, "temperature", "greater than or equal"),
     (ChatRequest, CHAT, {"temperature": "hot"}, "temperature", "valid number"),
@@ -173,6 +173,26 @@ def test_broken_bodies(kind, body):
     with pytest.raises(RequestError) as error:
         parse(kind, body)
     assert len(str(error.value)) < 400
+
+
+MANY = [b"[]," * 10**5 + b"[]", b'{"":0},' * 5 * 10**4 + b"[]", b"{" + b'"\\"":0,' * 10**5 + b'"":0}']
+
+
+@pytest.mark.parametrize("members", MANY, ids=["lists", "objects", "keys"])
+def test_bodies_of_many_members_are_not_read(members):
+    """They would take seconds, in which the server does nothing else."""
+    with pytest.raises(RequestError, match="more than 100000 lists, objects and keys") as error:
+        parse(CompletionRequest, b'{"model": "nano", "prompt": "a", "user": [%b]}' % members)
+    assert error.value.status == 413
+
+
+def test_brackets_in_strings_are_text():
+    """Their number has no bound of its own, also after escaped quotes; a string without an end takes no longer."""
+    text = '[{":\\' * 10**5
+    body = json.dumps(TEXT | {"prompt": text}).encode()
+    assert parse(CompletionRequest, body).prompt == text
+    with pytest.raises(RequestError, match="not valid JSON"):
+        parse(CompletionRequest, body[:-2])
 
 
 def test_chat_is_what_sample_py_makes_of_messages():

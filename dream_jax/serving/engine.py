@@ -34,7 +34,8 @@ from dream_jax.tokenizer import Tokenizer
 _FIRST_STEPS = 4  # steps of the first call of a batch, from which the time of a step is measured
 _MOST_STEPS = 256
 _PATIENCE = 3  # number of intervals after which the loop returns if no client waits for a part of an answer
-_GATHER_SECONDS = 0.01  # time for which an idle engine waits for a second task before it opens a batch of one row
+_GATHER_SECONDS = 0.03  # maximum time for which an idle engine gathers tasks before it opens a batch
+_QUIET_SECONDS = 0.005  # it stops earlier if no further task has come for this time
 
 State = Literal["running", "draining", "stopped", "failed"]
 
@@ -473,12 +474,23 @@ class Engine:
                 self._wake.wait(self.settings.interval if self._waiting else None)
                 if self._waiting:
                     break
-            if not self._batches and len(self._waiting) == 1 and self.state == "running":
-                # Tasks that arrive together then share one batch. Otherwise the first task would be alone in a batch, and
-                # this batch would take every second turn.
-                self._wake.wait_for(lambda: len(self._waiting) > 1 or self.state != "running", _GATHER_SECONDS)
+            if not self._batches:
+                self._gather()
             self._changed = False
             return bool(self._batches or self._waiting or self.state == "running")
+
+    def _gather(self) -> None:
+        """Waits until no further task comes, or there are enough for a full batch; the caller holds the lock.
+
+        Tasks that arrive together then share one batch from its first step. Otherwise the first task would be alone in a
+        batch, and this batch would take every second turn.
+        """
+        end = time.monotonic() + _GATHER_SECONDS
+        while 0 < len(self._waiting) < self.settings.rows and self.state == "running" and time.monotonic() < end:
+            before = len(self._waiting)
+            more = lambda before=before: len(self._waiting) > before or self.state != "running"
+            if not self._wake.wait_for(more, _QUIET_SECONDS):
+                return
 
     def _count(self) -> None:
         self.counts.waiting, self.counts.batches = len(self._waiting), len(self._batches)
@@ -517,6 +529,8 @@ class Engine:
     def _open_batches(self) -> None:
         """Lets waiting tasks into rows, in the order in which they came.
 
+        A task may join a batch whose canvas is longer than its own (`Family.serves`), so that tasks of several lengths
+        share a batch. For the same reason a batch is opened for the longest of the waiting tasks that could share it.
         If a task needs a batch of its own, but there are as many as there may be, no later task starts before it.
         """
         with self._wake:
@@ -524,16 +538,19 @@ class Engine:
         started: set[int] = set()
         asked = collections.Counter(job.family for job in waiting)
         for job in waiting:
-            same = [batch for batch in self._batches if batch.program.family == job.family]
-            full_size = [batch for batch in same if batch.program.rows == self.settings.rows]
+            shared = self._shared_family(job.family, asked)
+            sharing = sum(count for family, count in asked.items() if shared.serves(family))
+            serving = [batch for batch in self._batches if batch.program.family.serves(job.family)]
+            serving.sort(key=lambda batch: batch.program.family.length)
+            full_size = [batch for batch in serving if batch.program.rows == self.settings.rows]
             # A batch of one row is not refilled while several tasks could share one: it would take every second turn.
-            usable = full_size or (same if asked[job.family] == 1 else [])
+            usable = full_size or (serving if sharing == 1 else [])
             batch = next((batch for batch in usable if batch.num_busy < batch.program.rows), None)
             if batch is None:
                 if full_size:
                     continue  # its batch is full, but rows of other batches may be free for others
-                alone = not same and asked[job.family] == 1
-                program = Program(job.family, 1 if alone else self.settings.rows)
+                alone = not serving and sharing == 1
+                program = Program(shared, 1 if alone else self.settings.rows)
                 try:
                     if not self._programs.ready(program, job.task.config):
                         continue
@@ -552,6 +569,13 @@ class Engine:
             with self._wake:
                 self._waiting = collections.deque(job for job in self._waiting if id(job) not in started)
 
+    def _shared_family(self, own: Family, asked: Iterable[Family]) -> Family:
+        """Returns the longest family among those that are asked for, serve `own` and are compiled for a full batch."""
+        rows = self.settings.rows
+        longer = (family for family in asked if family is not own and family.serves(own))
+        compiled = (family for family in longer if self._programs.compiled(Program(family, rows)))
+        return max((own, *compiled), key=lambda family: family.length)
+
     def _turn(self, batch: _Batch) -> None:
         """Fetches the result of a batch, starts its next call, and then reads the result while the device works."""
         views: list[tuple[Job, RowView]] = []
@@ -563,7 +587,7 @@ class Engine:
                 self._end_jobs()
                 self._open_batches()
             if batch.num_busy:
-                wanted = any(job.family == batch.program.family for job in list(self._waiting))
+                wanted = any(batch.program.family.serves(job.family) for job in list(self._waiting))
                 batch.call(self._interval(batch), wanted)
             else:
                 self._batches.remove(batch)

@@ -18,6 +18,8 @@ from dream_jax.sampler import SamplerConfig
 from dream_jax.sampler.loop import StreamBatch, idle_batch, resume
 from dream_jax.sampler.state import DynamicSettings, Record, StaticSettings, switched_off
 
+_LONGER = 1.25  # how many times as long as its own canvas the canvas of a row may be
+
 
 class TooManySettingsError(ValueError):
     """A request needs a program that is not compiled, and the server has as many programs as it may have."""
@@ -26,13 +28,13 @@ class TooManySettingsError(ValueError):
 def canvas_lengths(longest: int) -> tuple[int, ...]:
     """Returns the lengths of a canvas that the server has programs for, in rising order; the last one is `longest`.
 
-    There are four lengths for each power of two: 64, 80, 96, 112, 128, 160, ... A row that is shorter is padded.
+    There are eight lengths for each power of two: 64, 72, 80, ..., 128, 144, ... A row that is shorter is padded.
     """
-    lengths, step = [], 16
+    lengths, step = [], 8
     length = 64
     while length < longest:
         lengths.append(length)
-        step = step if length < 8 * step else 2 * step
+        step = step if length < 16 * step else 2 * step
         length += step
     return (*lengths, longest)
 
@@ -55,6 +57,20 @@ class Family:
     def of(cls, config: SamplerConfig, length: int, record: Record) -> Family:
         """Returns the family of a row with this configuration on a canvas of this length."""
         return cls(StaticSettings.of_rows(config, length, record), switched_off(config), length)
+
+    def serves(self, other: Family) -> bool:
+        """Returns whether rows of another family may be in batches of this one.
+
+        Their settings must be those of this family, and its canvas may be a quarter longer than theirs. A longer one would
+        take more time than a batch of their own length.
+        """
+        fits = other.length <= self.length <= _LONGER * other.length
+        return self is other or (fits and self._settings == other._settings)
+
+    @functools.cached_property
+    def _settings(self) -> tuple[StaticSettings, frozenset[str]]:
+        """The settings without those that follow from the length, see `StaticSettings.of_rows`."""
+        return dataclasses.replace(self.static, steps=0, capacity=0), self.off
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -144,6 +160,12 @@ class ProgramTable:
                     "settings), or start the server with a higher --max-programs"
                 )
             return self._families.setdefault(family, family)
+
+    def compiled(self, program: Program) -> bool:
+        """Returns whether a program has been compiled without an error."""
+        with self._lock:
+            future = self._programs.get(program)
+        return future is not None and future.done() and future.exception() is None
 
     def ready(self, program: Program, config: SamplerConfig) -> bool:
         """Returns whether a program is compiled; if it is not, compilation starts.

@@ -86,7 +86,8 @@ class AnswerReader:
         if found.closed:
             return
         ids = tokens[gap.start : gap.end]
-        stopped = np.flatnonzero((ids == self._tokenizer.mask_id) | np.isin(ids, self._ends))
+        stops = (self._tokenizer.mask_id, *self._ends)  # few, so that this is faster than np.isin
+        stopped = np.flatnonzero(np.logical_or.reduce([ids == token for token in stops]))
         count = int(stopped[0]) if stopped.size else gap.length
         found.ended = count < gap.length and int(ids[count]) in self._ends
         found.closed = found.ended or count == gap.length
