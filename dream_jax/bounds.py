@@ -133,7 +133,8 @@ def check_answers(name: str, each: int, prompts: int) -> None:
 def check_numbers(settings: Any, **ranges: Range) -> None:
     """Checks every number in the fields of a settings dataclass.
 
-    None is accepted if the type of the field includes None. In a field that holds several numbers, each is checked.
+    None is accepted if the type of the field includes None. In a field that holds several numbers, each is checked; a
+    sequence in a field that holds one number is refused.
 
     Args:
       settings: an instance of the dataclass.
@@ -154,15 +155,22 @@ def check_numbers(settings: Any, **ranges: Range) -> None:
         allowed, value = ranges.get(name, field.widest), getattr(settings, name)
         if value is None and field.optional:
             continue
-        for number in _numbers_in(value):
+        for number in _numbers_in(value) if field.several else (value,):
             check(name, number, allowed)
 
 
 class NumberField(NamedTuple):
-    """A field of a dataclass that holds numbers: the widest range of its numbers, and whether it may be None."""
+    """A field of a dataclass that holds numbers.
+
+    Attributes:
+      widest: the widest range of its numbers.
+      optional: whether it may be None.
+      several: whether it may hold a sequence of numbers.
+    """
 
     widest: Range
     optional: bool
+    several: bool
 
 
 @functools.cache
@@ -173,7 +181,11 @@ def number_fields(kind: type) -> Mapping[str, NumberField]:
     for field in dataclasses.fields(kind):
         leaves = set(_leaves(hints[field.name]))
         if leaves & {int, float}:
-            found[field.name] = NumberField(FloatRange() if float in leaves else IntegerRange(), type(None) in leaves)
+            found[field.name] = NumberField(
+                widest=FloatRange() if float in leaves else IntegerRange(),
+                optional=type(None) in leaves,
+                several=_holds_several(hints[field.name]),
+            )
     return found
 
 
@@ -182,11 +194,19 @@ def _leaves(hint: Any) -> Iterator[Any]:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         yield from _leaves(inside[0])
-    elif origin in (types.UnionType, typing.Union, tuple, list, Sequence):
+    elif origin in (types.UnionType, typing.Union, *_SEQUENCES):
         for one in inside:
             yield from _leaves(one)
     elif isinstance(hint, type):
         yield hint
+
+
+_SEQUENCES = (tuple, list, Sequence)
+
+
+def _holds_several(hint: Any) -> bool:
+    """Returns whether a value of a type may be a sequence: true for `tuple[int, ...] | None`."""
+    return typing.get_origin(hint) in _SEQUENCES or any(map(_holds_several, typing.get_args(hint)))
 
 
 def _numbers_in(value: Any) -> Iterator[Any]:

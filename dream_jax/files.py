@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import msgspec
@@ -78,7 +78,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield path
         return
     path = path.resolve() if path.is_symlink() else path
-    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    temporary = path.with_name(f".{_short_name(path.name)}.incomplete-{os.getpid()}")
     try:
         with naming_full_disk(path):
             yield temporary
@@ -88,6 +88,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:  # Ctrl-C (KeyboardInterrupt) must remove the file too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _short_name(name: str) -> str:
+    """Returns the name of a file, or a shorter one for a long name: a name may have 255 bytes, whatever is added to it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 200 else f"{name[:30]}-{zlib.crc32(encoded):08x}"
 
 
 def write_file(path: pathlib.Path, content: str | bytes) -> None:
@@ -180,18 +186,21 @@ def new_directory(
         barrier("new_directory.written")
         barrier("new_directory.named")
         return
-    directory.mkdir()
-    with open(directory / ".lock", "w") as lock:
-        # The system releases the lock in whatever way this process ends, so a directory whose lock is free is stale.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with _alone(target):
+            directory.mkdir()
+            lock = stack.enter_context(open(directory / ".lock", "w"))
+            # The system releases the lock in whatever way this process ends, so a directory whose lock is free is stale.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             barrier("new_directory.made")
             yield directory
             barrier("new_directory.written")
-            (directory / ".lock").unlink()
-            if target.exists() and overwrite:  # the user may have put a file there during the block
-                _check_replaced(target, marker, known)
-            _give_name(directory, target, overwrite)
+            with _alone(target):
+                (directory / ".lock").unlink()
+                if target.exists() and overwrite:  # the user may have put a file there during the block
+                    _check_replaced(target, marker, known)
+                _give_name(directory, target, overwrite)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
             if error.errno in _FULL:
@@ -276,8 +285,11 @@ def _prepare(
     known: Callable[[pathlib.Path], Collection[str]],
 ) -> None:
     """Removes stale directories and checks the arguments of `new_directory`. Raises its errors."""
-    _remove_stale(target)
-    check_new_directory(target, overwrite=overwrite, reads=reads, marker=marker, known=known)
+    with contextlib.ExitStack() as stack:
+        if (overwrite and target.exists()) or _stale(target, "replaced") or _stale(target, "incomplete"):
+            stack.enter_context(_alone(target))
+        _remove_stale(target)
+        check_new_directory(target, overwrite=overwrite, reads=reads, marker=marker, known=known)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes + _SPARE_BYTES:
@@ -302,19 +314,45 @@ def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -
     shutil.rmtree(old)
 
 
+@contextlib.contextmanager
+def _alone(target: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process creates, names or removes directories beside `target`, and keeps others waiting.
+
+    The lock is a file beside `target`, which is removed at the end of the block.
+    """
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        with open(path, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status = os.fstat(lock.fileno())
+            try:
+                is_current = os.path.samestat(status, os.stat(path))
+            except FileNotFoundError:
+                is_current = False
+            if not is_current:  # the process that had the lock before has removed the file
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _stale(target: pathlib.Path, kind: Literal["incomplete", "replaced"]) -> list[pathlib.Path]:
+    """Returns the directories beside `target` with names of this kind, as `new_directory` and `_give_name` make them."""
+    found = target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")
+    return [path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
+
+
 def _remove_stale(target: pathlib.Path) -> None:
     """Removes or restores the directories beside `target` that killed runs have left."""
-    for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):
-        if not old.name.rpartition("-")[2].isdigit():  # not a name that `_give_name` makes
-            continue
+    for old in _stale(target, "replaced"):
         if target.exists():
             shutil.rmtree(old)
         else:  # a run was killed between the two renames of `_give_name`
             old.rename(target)
             _log.warning("put %s back: a run that was replacing it was killed", target)
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.incomplete-*"):
-        if not stale.is_dir() or not stale.name.rpartition("-")[2].isdigit():  # an unfinished file of `replacing`
-            continue
+    for stale in _stale(target, "incomplete"):
         try:
             with open(stale / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

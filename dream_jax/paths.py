@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import pathlib
@@ -34,8 +35,8 @@ def local_path(path: AnyPath, name: str | None = None) -> pathlib.Path:
       name: name of the setting that the path is the value of, for the error message.
 
     Raises:
-      ValueError: the path is an address, such as gs://bucket/folder, is empty, contains a NUL character, or begins with the
-        home directory of a user that does not exist.
+      ValueError: the path is an address, such as gs://bucket/folder, is empty, contains a NUL character, begins with the
+        home directory of a user that does not exist, or has a symbolic link that leads to itself.
     """
     text = os.fspath(path)
     told = text if name is None else f"{name}={text}"
@@ -55,11 +56,23 @@ def local_path(path: AnyPath, name: str | None = None) -> pathlib.Path:
     if "\0" in text:
         raise ValueError(f"{told!r} contains a NUL character, which no path may contain")
     try:
-        return pathlib.Path(text).expanduser()
+        local = pathlib.Path(text).expanduser()
     except RuntimeError as error:  # of a name after "~" that the system does not know
         raise ValueError(
             f"{told} begins with {text.partition('/')[0]}, which is no home directory; write ./~..."
         ) from error
+    if _is_loop(local):  # `Path.resolve` raises RuntimeError for it
+        raise ValueError(f"{told} has a symbolic link that leads to itself; remove the link, or give another path")
+    return local
+
+
+def _is_loop(path: pathlib.Path) -> bool:
+    """Returns whether a path cannot be followed, because a symbolic link in it leads to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def check_local(settings: Any, *names: str) -> None:
@@ -92,9 +105,10 @@ def _identity(path: pathlib.Path) -> tuple[int, int] | None:
 
 
 def _links_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields all links in a folder and in its folders."""
+    """Yields all links in a folder and in its folders, except those that lead to themselves."""
     for here, folders, files in os.walk(folder):
-        yield from (one for name in (*folders, *files) if (one := pathlib.Path(here, name)).is_symlink())
+        links = (one for name in (*folders, *files) if (one := pathlib.Path(here, name)).is_symlink())
+        yield from (one for one in links if not _is_loop(one))
 
 
 def check_apart(

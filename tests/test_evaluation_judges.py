@@ -1,5 +1,6 @@
 """The judges of `evaluation`, on answers written by hand: right ones, and wrong ones of every kind that models produce."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -196,6 +197,21 @@ def test_countdown_problems_that_are_none(problem):
 )
 def test_numbers(expected, answer, correct):
     assert judge_number(Fraction(expected), answer).correct is correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("&#" + "9" * 5000 + "; The answer is 18.", True),  # Python refuses to read a number of 5000 digits
+        ("The answer is 18&#" + "0" * 5000, True),
+        ("-" + "\u00a0" * 20_000 + "\nThe answer is unknown.", False),  # took 17 seconds
+    ],
+    ids=["reference", "unfinished reference", "spaces"],
+)
+def test_degenerate_answers_neither_raise_nor_take_long(answer, correct):
+    begun = time.process_time()
+    assert judge_number(Fraction(18), answer).correct is correct
+    assert time.process_time() - begun < 2
 
 
 def test_how_a_number_was_announced():

@@ -72,3 +72,10 @@ def test_an_unfinished_file_does_not_stop_a_new_directory(tmp_path: Path) -> Non
     with files.new_directory(tmp_path / "made") as folder:
         (folder / "config.json").write_text("{}")
     assert (tmp_path / "made" / "config.json").is_file()
+
+
+def test_a_file_with_the_longest_name_is_written(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127):
+        files.write_file(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -203,7 +203,8 @@ class Example:
 def test_messages_say_field_value_and_remedy() -> None:
     found = []
     for values in (
-        {"share": 2}, {"sizes": (1, 10)}, {"sizes": [0]}, {"count": 10**400}, {"count": "x"}, {"share": None}
+        {"share": 2}, {"sizes": (1, 10)}, {"sizes": [0]}, {"count": 10**400}, {"count": "x"}, {"share": None},
+        {"share": [0.5]}, {"count": []}, {"count": {}},
     ):  # fmt: skip
         with pytest.raises(ValueError) as error:
             Example(**values)  # type: ignore[arg-type]
@@ -215,6 +216,9 @@ def test_messages_say_field_value_and_remedy() -> None:
         "count=(an integer of 401 digits) is too large: the largest value is 2147483647",
         "count='x' must be a whole number",
         "share=None must be a number; it is a share",
+        "share=[0.5] must be a number; it is a share",
+        "count=[] must be a whole number",
+        "count={} must be a whole number",
     ]
     assert Example(sizes=(np.int64(3),), share=np.float32(1.0)).count is None
     with pytest.raises(TypeError, match=r"Example has no numbers in the fields \['shares'\]"):

@@ -296,3 +296,33 @@ def test_folders_of_the_user_beside_a_target_are_left_alone(tmp_path):
     with files.new_directory(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_links_that_lead_to_themselves(tree):
+    (tree / "loop").symlink_to("loop")
+    (tree / "home" / "source" / "loop").symlink_to("loop")
+    for given in (tree / "loop", tree / "loop" / "x"):
+        with pytest.raises(ValueError, match="has a symbolic link that leads to itself"):
+            paths.local_path(given)
+    paths.check_apart("other", ["home/source"])
+
+
+WRITER = """
+import pathlib, sys
+from dream_jax import files
+for _ in range(60):
+    with files.new_directory(sys.argv[1], overwrite=True) as directory:
+        (directory / "config.json").write_text("{}")
+        files.write_checksums(directory, leave_out=(".lock",))
+"""
+
+
+def test_two_processes_that_replace_one_directory(tmp_path):
+    """Without a lock, one removes or restores what the other is just renaming, and both end with errors."""
+    target = tmp_path / "model"
+    command = [sys.executable, "-c", WRITER, str(target)]
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [one.communicate()[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0], errors
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert files.find_damage(target) is None

@@ -17,7 +17,7 @@ from dream_jax.reports.curves import draw_curves
 from dream_jax.reports.record import read_record, shown, table
 from dream_jax.reports.run_report import render_report, write_report
 from dream_jax.sharding import make_mesh
-from dream_jax.trainer import Diverged, segments, train
+from dream_jax.trainer import Diverged, TrainSettings, segments, train
 from dream_jax.trainer.console import RunConsole
 from dream_jax.trainer.cost import begin_segment, run_cost
 from dream_jax.trainer.incidents import FILE as INCIDENTS
@@ -38,6 +38,9 @@ def train_and_report(chosen):
 @pytest.fixture(scope="module")
 def finished(nano_run):
     return nano_run
+
+
+SAMPLES = {"prompts": ["a"], "expected": ["b"], "tokens": 1, "temperature": 0.0, "seed": 0}
 
 
 def copied(finished, tmp_path, name="run"):
@@ -400,3 +403,18 @@ def test_a_run_does_not_end_for_the_file_of_its_segments(tmp_path, monkeypatch):
     (tmp_path / "parts.json").write_text('[{"begun": 1}]')
     with pytest.raises(ValueError, match=r"parts.json: \[0\].begun: Expected `str`"):
         read_segments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", {"seconds": 1.0, "devices": "cpu", "eval": {"rows": "many"}}, "eval: rows: Expected `int"),
+        ("samples.json", SAMPLES | {"after": None}, "after: Expected `array`, got `null`"),
+        ("samples.json", SAMPLES | {"before": []}, "does not have one answer for each of its 1 prompts"),
+    ],
+)
+def test_damaged_entries_of_a_run_are_named(tmp_path, name, content, message):
+    (tmp_path / "settings.json").write_text(json.dumps(TrainSettings().plain()))
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        read_record(tmp_path)

@@ -33,9 +33,10 @@ _LONGEST_SENTENCE = 400  # Only this many characters of a sentence are read afte
 _SENTENCE_END = re.compile(
     r"\n|(?<=[.!?])(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bapprox\.)(?<!\bRs\.)(?<!\bNo\.)[\"')\]*]*\s|(?<=[.!?])$"
 )
-# A bullet, a number or a heading at the beginning of a sentence.
+# A bullet, a number or a heading at the beginning of a sentence. Possessive repetitions (++ and *+) never give back the
+# spaces that they took, so the time is linear.
 _MARKER = re.compile(
-    r"^\s*(?:(?:[-*+>\u2022]|\(?[0-9]{1,2}[.)]|[a-z][.)]|#{1,6})\s+|step [0-9]{1,3}\b[.:]?)+(?=\s*\S)", re.I
+    r"^\s*+(?:(?:[-*+>\u2022]|\(?[0-9]{1,2}[.)]|[a-z][.)]|#{1,6})\s++|step [0-9]{1,3}\b[.:]?)+(?=\s*+\S)", re.I
 )
 # The beginning of a sentence that checks or comments on a result.
 _CHECK = re.compile(

@@ -110,9 +110,14 @@ _LATEX = (
 )
 
 
+# A character of HTML by its number, which has more digits than the number of any character. Python refuses to read very
+# long numbers, so `html.unescape` would raise an error.
+_NO_CHARACTER = re.compile(r"&#[0-9]{20,};?")
+
+
 def plain(text: str) -> str:
     """Returns the text with ASCII digits and signs, without Markdown, tags and most of LaTeX; braces remain."""
-    text = html.unescape(text).replace("\r\n", "\n").replace("\r", "\n")
+    text = html.unescape(_NO_CHARACTER.sub("\ufffd", text)).replace("\r\n", "\n").replace("\r", "\n")
     text = _SUPERSCRIPT.sub(_raised, text)
     odd = {character for character in set(text) if character > "~" or (character < " " and character not in "\n\t")}
     text = text.translate({ord(one): " " if one < " " else _same(one) for one in odd})

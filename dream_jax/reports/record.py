@@ -22,6 +22,8 @@ from dream_jax.trainer.settings import TrainSettings
 LAST = 10
 """Number of last steps over which `Record.last` takes the mean."""
 
+_REMEDY = "restore it, or move it away"
+
 MetricRows = Sequence[Mapping[str, float]]
 
 
@@ -94,10 +96,12 @@ def read_record(folder: pathlib.Path) -> Record:
     if not (folder / "settings.json").is_file():
         raise FileNotFoundError(f"{folder} holds no settings.json: it is not the folder of a run")
     evaluations = read_table(folder / "eval.csv", ("nll",))
+    summary = _json(folder / "summary.json", _Summary)
+    typed(summary.get("eval", {}), _Evaluated, f"{folder / 'summary.json'}: eval", _REMEDY)
     return Record(
         folder=folder,
         settings=_json(folder / "settings.json", _Settings),
-        summary=_json(folder / "summary.json", _Summary),
+        summary=summary,
         data=_json(folder / "data.json", _Data),
         steps=[{name: _number(value) for name, value in row.items()} for row in read_table(folder / "metrics.csv")],
         evaluations=[{name: _number(value) for name, value in row.items() if name != GRID} for row in evaluations],
@@ -134,6 +138,12 @@ class _Cost(msgspec.Struct):
     usd_per_chip_hour: float | None
     usd: float | None
     rmb: float | None
+
+
+class _Evaluated(msgspec.Struct):
+    """The entry of `eval` in `summary.json` that reports compute with; the others are only shown."""
+
+    rows: int | None = None
 
 
 class _Summary(msgspec.Struct):
@@ -189,9 +199,8 @@ def _json(path: pathlib.Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Returns the object in a JSON file, whose entries must have the types of `kind`; an empty dict without the file."""
     if not path.is_file():
         return {}
-    remedy = "restore it, or move it away"
-    found = read_json(path, remedy)
-    typed(found, kind, path, remedy)
+    found = read_json(path, _REMEDY)
+    typed(found, kind, path, _REMEDY)
     return found
 
 

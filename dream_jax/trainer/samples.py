@@ -77,7 +77,7 @@ def read_samples(folder: pathlib.Path) -> dict[str, Any]:
     remedy = "move it away: the samples are then missing in the report"
     found = read_json(path, remedy)
     checked = typed(found, _SamplesFile, path, remedy)
-    answers = (checked.expected, checked.before or checked.prompts, checked.after or checked.prompts)
+    answers = [checked.expected, *(one for one in (checked.before, checked.after) if isinstance(one, list))]
     if any(len(texts) != len(checked.prompts) for texts in answers):
         raise ValueError(f"{path} does not have one answer for each of its {len(checked.prompts)} prompts; {remedy}")
     return found
@@ -91,5 +91,5 @@ class _SamplesFile(msgspec.Struct):
     tokens: int
     temperature: float
     seed: int
-    before: list[str] | None = None
-    after: list[str] | None = None
+    before: list[str] | msgspec.UnsetType = msgspec.UNSET
+    after: list[str] | msgspec.UnsetType = msgspec.UNSET
