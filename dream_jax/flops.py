@@ -1,7 +1,9 @@
 """Counts the FLOPs of a training step, and their share of the peak rate of the hardware (MFU).
 
 The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens of a text, and
-the output projection at masked positions only. It does not include recomputation.
+the output projection at masked positions only. It does not include recomputation. For block diffusion it includes both
+streams, and attention over the pairs that the mask of two streams shows; of the last layer's clean stream only the keys and
+values are needed.
 """
 
 from __future__ import annotations
@@ -13,13 +15,26 @@ from dream_jax.chips import chip_of
 from dream_jax.model import Dream, parameter_count, split_params
 
 
+def streams_run(layers: int, block: int | None) -> float:
+    """Returns how often each layer computes a token, on average over the layers.
+
+    This is 1 for a single stream. With two streams the last layer computes only the states that predict tokens.
+
+    Args:
+      layers: number of layers.
+      block: number of tokens in a block of block diffusion; None for a single stream.
+    """
+    return 1.0 if block is None else (2 * layers - 1) / layers
+
+
 class FlopCounter:
     """Counts the FLOPs of training steps of one model, whose rows all have `length` tokens.
 
-    The parameters of the model may be arrays or shapes. If the model has an adapter, only the adapter is trained.
+    The parameters of the model may be arrays or shapes. If the model has an adapter, only the adapter is trained. `block`
+    is the number of tokens in a block of block diffusion; None for other objectives.
     """
 
-    def __init__(self, model: Dream, length: int):
+    def __init__(self, model: Dream, length: int, block: int | None = None):
         config = model.config
         adapter = parameter_count(lora.split(split_params(model)[1])[0])
         embeddings = config.hidden_size * config.vocab_size
@@ -28,17 +43,22 @@ class FlopCounter:
         # the weight, which a frozen weight does not need.
         each = 4 if adapter else 6
         self._head = each * embeddings  # only at masked positions
+        depth, runs = config.num_hidden_layers, streams_run(config.num_hidden_layers, block)
         matrices = each * layers + 6 * adapter
-        self._length, self._token = length, matrices
-        self._pair = 12 * config.num_hidden_layers * config.hidden_size  # of a query and a key
+        self._length, self._block, self._token = length, block, runs * matrices
+        if block is not None:
+            keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+            self._token += each * keys_and_values  # of the last layer's clean stream
+        # Of a query and a key. The two copies of a token together see about as many keys as one token without blocks.
+        self._pair = 12 * depth * config.hidden_size * runs / (1 if block is None else 2)
 
     def step(self, tokens: float, masked: float, span: float | None = None) -> float:
         """Returns the FLOPs of a step over all devices.
 
         `tokens` is the number of computed tokens, padding included, and `masked` the number of masked positions. `span`
-        is the mean number of tokens to which a token attends; None means all tokens of its row.
+        is the mean number of tokens of a text, to all of which a token attends; None means that each row is one text.
         """
-        keys = self._length if span is None else span
+        keys = (self._length if span is None else span) + (self._block or 0)
         return (self._token + self._pair * keys) * tokens + self._head * masked
 
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh, span: float | None = None) -> float | None:

@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Key
 
 from dream_jax import masks
-from dream_jax.attention import Backend, KVCache, Window, attention
+from dream_jax.attention import Backend, KVCache, Sources, Window, attention
 from dream_jax.config import DreamConfig
 from dream_jax.float8 import matrix_product
 from dream_jax.quantisation import joined_product, product
@@ -205,6 +205,39 @@ def rotate(x_BTNH: Float[jax.Array, "B T N H"], rotation: Rotation) -> Float[jax
     return rotated.astype(x_BTNH.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenSources:
+    """Which state of two streams predicts each token: the right shift of block diffusion.
+
+    A token is predicted from the state at the position before it: of the clean stream if it is the first token of a block,
+    otherwise of the noised stream. The first token of a text without a prompt is predicted from its own noised position.
+
+    Attributes:
+      block_starts_BT: true at the first token of each block of an answer.
+      text_starts_BT: true at the first token of each text.
+    """
+
+    block_starts_BT: Bool[jax.Array, "B T"]
+    text_starts_BT: Bool[jax.Array, "B T"]
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """Returns the elements [B, T, ...] at the sources of the tokens, from an array [B, 2T, ...] of both streams."""
+        noised, clean = jnp.split(x, 2, axis=1)
+        block_starts, text_starts = (
+            starts_BT.reshape(*starts_BT.shape, *[1] * (x.ndim - 2))
+            for starts_BT in (self.block_starts_BT, self.text_starts_BT)
+        )
+        # The choice is made before the shift, so that a mesh that divides the tokens sends one state a row.
+        before = jnp.roll(jnp.where(jnp.roll(block_starts, -1, axis=1), clean, noised), 1, axis=1)
+        return jnp.where(text_starts, noised, before)
+
+    def indices(self) -> Int[jax.Array, "B T"]:
+        """Returns the index of the source of each token among the 2T tokens of both streams, int32."""
+        rows, num_tokens = self.text_starts_BT.shape
+        return self.of(jnp.broadcast_to(jnp.arange(2 * num_tokens, dtype=jnp.int32), (rows, 2 * num_tokens)))
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention, with biases in the projections q, k and v, and none in the output projection o.
 
@@ -229,21 +262,29 @@ class Attention(nnx.Module):
         backend: Backend,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
+        sources: TokenSources | None = None,
+    ) -> tuple[Float[jax.Array, "B t D"], KVCache]:
         """Computes the attention of each row under the mask.
 
         With a window, x holds the W tokens of the window, which are the queries. The keys are the S tokens of the
-        cached row, and `mask` is the mask of W queries and S keys.
+        cached row, and `mask` is the mask of W queries and S keys. With `sources`, x holds the tokens of both streams,
+        and only the states that predict tokens are queries.
 
         Returns:
-          The output [B, T, D], and the keys and values of the tokens in x.
+          The output [B, t, D] for t queries, and the keys and values of the tokens in x.
         """
         keys = _split_keys(dropout_keys, 4)
         if self.qkv is None:
-            q_BTNH, k_BSKH, v_BSKH = self.q(x_BTD, keys[0]), self.k(x_BTD, keys[1]), self.v(x_BTD, keys[2])
+            queries_BTD = x_BTD if sources is None else sources.of(x_BTD)
+            q_BTNH, k_BSKH, v_BSKH = self.q(queries_BTD, keys[0]), self.k(x_BTD, keys[1]), self.v(x_BTD, keys[2])
         else:
             q_BTNH, k_BSKH, v_BSKH = split_qkv(self.qkv(x_BTD))
-        q_BTNH = constrain(rotate(q_BTNH, rotation), "batch", "tokens", "heads", None)
+            q_BTNH = q_BTNH if sources is None else sources.of(q_BTNH)
+        query_rotation = rotation
+        if sources is not None:
+            query_rotation = jax.tree.map(sources.of, rotation)
+            mask = Sources(mask, sources.indices())
+        q_BTNH = constrain(rotate(q_BTNH, query_rotation), "batch", "tokens", "heads", None)
         k_BSKH = constrain(rotate(k_BSKH, rotation), "batch", None, "kv_heads", None)
         v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
         q_BTNH, k_BSKH, v_BSKH = named(q_BTNH, "q"), named(k_BSKH, "k"), named(v_BSKH, "v")
@@ -324,15 +365,27 @@ class Layer(nnx.Module):
         backend: Backend,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
-        """Returns the output of the block [B, T, D], and the keys and values of the tokens in x."""
+        sources: TokenSources | None = None,
+    ) -> tuple[Float[jax.Array, "B t D"], KVCache]:
+        """Returns the output of the block [B, t, D], and the keys and values of the tokens in x.
+
+        With `sources`, x holds the tokens of both streams, and the output is that of the states that predict tokens.
+        """
         keys = _split_keys(dropout_keys, 2)
         with jax.named_scope("attention"):
-            attended_BTD, new_kv = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window)
-            x_BTD = x_BTD + attended_BTD
+            attended_BTD, new_kv = self.attn(self.attn_norm(x_BTD), rotation, mask, backend, keys[0], window, sources)
+            x_BTD = (x_BTD if sources is None else sources.of(x_BTD)) + attended_BTD
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), keys[1])
         return constrain(x_BTD, "batch", "tokens", "width"), new_kv
+
+
+def _has_dropout(layer: Layer) -> bool:
+    """Returns whether a linear map of the layer has an adapter with dropout."""
+    return any(
+        isinstance(node, Linear) and node.lora_a is not None and node.lora_dropout > 0
+        for _, node in nnx.iter_graph(layer)
+    )
 
 
 def draw_layer(config: DreamConfig, key: jax.Array, number: int | jax.Array, dtype: jax.typing.DTypeLike) -> Layer:
@@ -510,12 +563,14 @@ class Dream(nnx.Module):
         """
         num_tokens = noised_BT.shape[1]
         tokens_BS = jnp.concatenate([noised_BT, clean_BT], axis=1)
-        hidden_BSD = self.hidden(tokens_BS, masks.two_streams(mask), jnp.tile(positions_BT, (1, 2)), dropout_keys)
-        noised_BTD, clean_BTD = hidden_BSD[:, :num_tokens], hidden_BSD[:, num_tokens:]
-        block_starts_BT1 = masks.starts_of_blocks(mask, num_tokens)[..., None]
-        text_starts_BT1 = masks.starts_of_texts(mask, num_tokens)[..., None]
-        before_BTD = jnp.roll(jnp.where(jnp.roll(block_starts_BT1, -1, axis=1), clean_BTD, noised_BTD), 1, axis=1)
-        return constrain(jnp.where(text_starts_BT1, noised_BTD, before_BTD), "batch", "tokens", "width")
+        sources = TokenSources(
+            *(
+                jnp.broadcast_to(starts(mask, num_tokens), noised_BT.shape)
+                for starts in (masks.starts_of_blocks, masks.starts_of_texts)
+            )
+        )
+        arrays = (tokens_BS, masks.two_streams(mask), jnp.tile(positions_BT, (1, 2)))
+        return self._hidden(*arrays, return_kv=False, dropout_keys=dropout_keys, sources=sources)[0]
 
     def hidden_and_kv_cache(
         self, tokens_BT: Int[jax.Array, "B T"], mask: masks.Mask, positions_BT: Int[jax.Array, "B T"]
@@ -557,8 +612,12 @@ class Dream(nnx.Module):
         return_kv: bool,
         dropout_keys: DropoutKeys = None,
         window: Window | None = None,
-    ) -> tuple[Float[jax.Array, "B T D"], KVCache | None]:
-        """Returns the hidden states, and with `return_kv` the keys and values [L, B, T, K, H] of these tokens."""
+        sources: TokenSources | None = None,
+    ) -> tuple[Float[jax.Array, "B t D"], KVCache | None]:
+        """Returns the hidden states, and with `return_kv` the keys and values [L, B, T, K, H] of these tokens.
+
+        With `sources` the tokens are those of both streams, and the hidden states are those that predict tokens.
+        """
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT).astype(self.compute_dtype)
@@ -566,7 +625,7 @@ class Dream(nnx.Module):
             rotary = rotation(positions_BT, config.head_dim, config.rope_theta)
 
         def block(
-            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KVCache | None]
+            x_BTD: jax.Array, inputs: tuple[Layer, jax.Array, KVCache | None], sources: TokenSources | None = None
         ) -> tuple[jax.Array, KVCache | None]:
             x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             layer, layer_index, layer_cache = inputs
@@ -576,17 +635,26 @@ class Dream(nnx.Module):
             if dropout_keys is not None:
                 keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(dropout_keys, layer_index)
             layer_window = None if layer_cache is None or window is None else window.layer(layer_cache)
-            x_BTD, new_kv = layer(x_BTD, rotary, mask, self.attention_backend, keys, layer_window)
+            x_BTD, new_kv = layer(x_BTD, rotary, mask, self.attention_backend, keys, layer_window, sources)
             return x_BTD, new_kv if return_kv else None
 
         block = checkpointed(block, self.remat)
         with jax.named_scope("layers"):
             kv_cache = None if window is None else window.kv_cache
-            if self.is_apart:
+            if self.is_apart and sources is not None and not _has_dropout(self.layer_modules()[-1]):
+                # Of the last layer only the states that predict tokens are read. All layers of a loop compute the same
+                # shapes, and the dropout of an adapter is drawn for all tokens.
+                *before, last = self.layer_modules()
+                x_BTD, _ = _unrolled(block, x_BTD, before, kv_cache)
+                x_BTD, new_kv = block(x_BTD, (last, jnp.int32(len(before)), None), sources)
+                sources = None
+            elif self.is_apart:
                 x_BTD, new_kv = _unrolled(block, x_BTD, self.layer_modules(), kv_cache)
             else:
                 inputs = (self.layers, jnp.arange(config.num_hidden_layers), kv_cache)
                 x_BTD, new_kv = jax.lax.scan(block, x_BTD, inputs)
+            if sources is not None:
+                x_BTD = constrain(sources.of(x_BTD), "batch", "tokens", "width")
         with jax.named_scope("final_norm"):
             return self.norm(x_BTD).astype(self.compute_dtype), new_kv
 

@@ -51,6 +51,11 @@ def named(x: jax.Array, name: Result) -> jax.Array:
     return marked
 
 
+def keeps_attention_kernel(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Returns whether a primitive is cuDNN's attention: the policy of `jax.checkpoint` that keeps only its results."""
+    return bool(primitive.name == _ATTENTION_KERNEL)
+
+
 def checkpointed(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """Returns a function that computes one layer with the same results as `block`, under a policy.
 
@@ -75,7 +80,7 @@ def checkpointed(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     is_named = policies.save_only_these_names(*results)
 
     def saves(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-        if "attention" in results and primitive.name == _ATTENTION_KERNEL:
+        if "attention" in results and keeps_attention_kernel(primitive):
             return True
         return bool(is_named(primitive, *arguments, **parameters))
 

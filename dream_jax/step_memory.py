@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dream_jax import sharding
+from dream_jax.attention import two_streams
 from dream_jax.batch import Batch
 from dream_jax.config import DreamConfig
 from dream_jax.device_memory import shortage
@@ -57,6 +58,7 @@ class StepShape:
       mesh: size of each mesh axis, by name.
       remat: the rematerialisation policy of the step.
       masked_share: expected number of masked positions / all positions, in [0, 1].
+      block: number of tokens in a block of block diffusion, which has two streams; None for a single stream.
     """
 
     batch: int
@@ -65,6 +67,7 @@ class StepShape:
     mesh: dict[str, int]
     remat: Remat
     masked_share: float
+    block: int | None = None
 
     @property
     def groups(self) -> int:
@@ -75,6 +78,16 @@ class StepShape:
     def tokens(self) -> int:
         """The number of positions of a microbatch on one device."""
         return self.batch // self.accumulation * self.length // self.groups
+
+    @property
+    def streams(self) -> int:
+        """The number of copies of a row that the layers compute."""
+        return 1 if self.block is None else 2
+
+    @property
+    def keys(self) -> float:
+        """The mean number of keys with which the scores of a query are computed."""
+        return self.length if self.block is None else two_streams.computed_keys(self.block, self.length) / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,25 +144,28 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     """
     model, config = step.model, step.model.config
     width = jax.numpy.dtype(model.compute_dtype).itemsize
-    tokens, tensor = shape.tokens, shape.mesh["tensor"]
+    tokens, computed, tensor = shape.tokens, shape.streams * shape.tokens, shape.mesh["tensor"]
 
     config_widths = result_widths(config, tensor)
     query, hidden = config_widths["q"], config.hidden_size
     vocab = config.vocab_size // _ways(config.vocab_size, tensor)
     layers = config.num_hidden_layers
-    kept = layers * tokens * kept_bytes(config, shape.remat, width, tensor)
+    kept = layers * computed * kept_bytes(config, shape.remat, width, tensor)
     if shape.remat == "offload":
-        kept = 2 * tokens * hidden * width  # the inputs of two layers, which are being copied to or from the host
+        kept = 2 * computed * hidden * width  # the inputs of two layers, which are being copied to or from the host
     # The weights of one layer are gathered over all axes except tensor.
     weights = matrix_count(config) // layers // tensor * width
     scores = 0
     if attention_backend(step, platform) == "xla":
         rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
         entries = rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"])
+        if shape.block is not None:  # the scores of one chunk, which are not kept
+            entries //= two_streams.MOST_CHUNKS
         scores = 2 * entries * _FLOAT32
-        if shape.remat == "none":  # every layer keeps its softmax in float32, and the same in the compute dtype
+        if shape.remat == "none" and shape.block is None:
+            # Every layer keeps its softmax in float32, and the same in the compute dtype.
             kept += layers * entries * (_FLOAT32 + (width if width != _FLOAT32 else 0))
-    layer = 2 * weights + tokens * _all_results(config, width, tensor) * width + scores
+    layer = 2 * weights + computed * _all_results(config, width, tensor) * width + scores
     rows = chunk_rows(tokens, config.vocab_size, platform)
     # A frozen projection has no gradient.
     projection = hidden * vocab * (width + (0 if step.frozen else _FLOAT32))
@@ -206,13 +222,13 @@ def recomputed_products(config: DreamConfig, remat: Remat) -> float:
     return sum(2.0 * inputs[name] * widths[name] for name in repeated)
 
 
-def recomputed_attention(config: DreamConfig, remat: Remat, length: int, *, kernel: bool = True) -> float:
+def recomputed_attention(config: DreamConfig, remat: Remat, length: float, *, kernel: bool = True) -> float:
     """Returns the floating-point operations of the attention that a policy repeats, for each position and layer.
 
     Args:
       config: the architecture.
       remat: the policy.
-      length: number of tokens of a row.
+      length: number of keys of a query.
       kernel: whether cuDNN or splash computes the attention. Without such a kernel the scores are an array, which no policy
         but "none" keeps, so they are computed again even if the output of the attention is kept.
     """
@@ -278,16 +294,18 @@ def remat_flops(step: AbstractStep, shape: StepShape, platform: str) -> float:
     # The products of an adapter are recomputed with those that they are added to, and are estimated by its weights.
     products *= 1 + adapter_count(step) / matrix_count(config)
     kernel = attention_backend(step, platform) != "xla"
-    attention = recomputed_attention(config, shape.remat, shape.length, kernel=kernel)
-    return shape.batch * shape.length * config.num_hidden_layers * (products + attention)
+    # The scores of a chunk of two streams are computed again under every policy, unless a kernel computes them.
+    remat: Remat = "attention" if shape.block is not None and shape.remat == "none" else shape.remat
+    attention = recomputed_attention(config, remat, shape.keys, kernel=kernel)
+    return shape.streams * shape.batch * shape.length * config.num_hidden_layers * (products + attention)
 
 
 def recomputed_share(step: AbstractStep, shape: StepShape, platform: str) -> float:
     """Returns the share of the floating-point operations of the layers' forward pass that the backward pass repeats."""
     config = step.model.config
-    attention = 4.0 * config.num_attention_heads * config.head_dim * shape.length * config.num_hidden_layers
+    attention = 4.0 * config.num_attention_heads * config.head_dim * shape.keys * config.num_hidden_layers
     forward = 2.0 * (matrix_count(config) + adapter_count(step)) + attention
-    return remat_flops(step, shape, platform) / (shape.batch * shape.length * forward)
+    return remat_flops(step, shape, platform) / (shape.streams * shape.batch * shape.length * forward)
 
 
 def matrix_count(config: DreamConfig) -> int:

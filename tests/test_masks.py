@@ -27,7 +27,8 @@ DRAWN = [
     masks.SlidingWindow(1, 0),
     masks.BlockDiffusion(2, np.array([1])),
     masks.TwoStream(2, np.array([1])),
-    masks.OrderedStreams(np.array([[0, 1]])),
+    masks.OrderedBlocks(np.array([[0, 1, 1]]), np.array([[0, 1, 1]]), 2),
+    masks.OrderedStreams(np.array([[0, 1]]), 1),
     masks.Annealed(np.array([[False, False, False], [True, True, True], [False, False, True]])),
     masks.Causal() & masks.SlidingWindow(1, 1),
     masks.Causal() | masks.KeyLengths(np.array([2])),
@@ -347,7 +348,7 @@ def test_two_streams_of_rows_and_of_packed_texts():
         (lambda: masks.two_streams(masks.Bidirectional()), "need one mask BlockDiffusion.*; got Bidirectional"),
         (lambda: masks.two_streams(masks.BlockCausal(2) & masks.Causal()), "got BlockCausal & Causal"),
         (
-            lambda: masks.OrderedStreams(np.zeros((1, 2), int)).dense(6, 6),
+            lambda: masks.OrderedStreams(np.zeros((1, 2), int), 2).dense(6, 6),
             "blocks are of 2 tokens, but each half has 3",
         ),
         (lambda: masks.TwoStream(0), "size=0 must be at least 1"),

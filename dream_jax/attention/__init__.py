@@ -12,11 +12,13 @@ import jax
 from jaxtyping import Float
 
 from dream_jax import masks
-from dream_jax.attention import cudnn, splash, xla
+from dream_jax.attention import cudnn, splash, two_streams, xla
 from dream_jax.attention.kv_cache import KVCache, Window
+from dream_jax.attention.two_streams import Sources
+from dream_jax.remat import keeps_attention_kernel, named
 from dream_jax.target import current_target, target_platform
 
-__all__ = ["Backend", "KVCache", "Window", "attention", "choose", "refusal", "target_platform"]
+__all__ = ["Backend", "KVCache", "Sources", "Window", "attention", "choose", "refusal", "target_platform"]
 
 Backend = Literal["auto", "cudnn", "splash", "xla"]
 
@@ -53,10 +55,15 @@ def attention(
     if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
         raise ValueError(f"queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}; cast them")
     chosen = choose(backend, q_BTNH, k_BSKH, mask)
-    if chosen == "cudnn":
-        return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, mask)
     if chosen == "splash":
         return splash.attention(q_BTNH, k_BSKH, v_BSKH, mask, interpret=current_target().interpret)
+    chunks = two_streams.chunks(mask, q_BTNH.shape[1], k_BSKH.shape[1])
+    if chunks is not None:
+        if chosen == "cudnn":
+            return two_streams.attention(q_BTNH, k_BSKH, v_BSKH, mask, chunks, cudnn.attention, keeps_attention_kernel)
+        return named(two_streams.attention(q_BTNH, k_BSKH, v_BSKH, mask, chunks, xla.attended), "attention")
+    if chosen == "cudnn":
+        return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, mask)
     return xla.attention(q_BTNH, k_BSKH, v_BSKH, mask)
 
 

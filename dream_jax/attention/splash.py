@@ -18,13 +18,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Float, Int
 
 from dream_jax import masks
+from dream_jax.attention import splash_streams
 from dream_jax.attention.per_device import per_device, splits_queries
+from dream_jax.attention.two_streams import Sources
 from dream_jax.target import Target
 
 # The sizes of tiles are multiples of the 128 lanes of a TPU. Larger tiles have less overhead, but above 512 they need
 # much vector memory.
 _LANES = 128
 _LARGEST_BLOCK = 512
+
+_DIVIDED = (
+    "the mesh divides the tokens, but the mask is compiled into the kernel, which is the same on all devices; "
+    'use the backend "xla" or "auto", or leave out the third number of the mesh'
+)
 
 # Segment ids of valid tokens and of padding, if the mask does not contain `masks.Segments`.
 _VALID, _PADDING = 1, 0
@@ -44,6 +51,14 @@ def refusal(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: masks.Mask, target: Targ
 
 def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | None:
     """Returns why splash does not support the mask, with a remedy; None if it does."""
+    rest = _beside_streams(mask)
+    if rest is not None:
+        if num_keys // 2 > splash_streams.MOST_TOKENS:
+            return (
+                f"it counts at most {splash_streams.MOST_TOKENS} tokens of a stream, and there are {num_keys // 2}; use "
+                'the backend "xla" or "auto"'
+            )
+        return _DIVIDED if splits_queries(num_queries) else _mask_refusal(rest, num_queries, num_keys)
     fixed, of_rows = _split(mask)
     for conjunct in of_rows:
         if not isinstance(conjunct, masks.KeyPadding | masks.KeyLengths | masks.Segments | masks.Packed):
@@ -58,10 +73,7 @@ def _mask_refusal(mask: masks.Mask, num_queries: int, num_keys: int) -> str | No
     if num_queries != num_keys:
         return f'this mask needs as many queries ({num_queries}) as keys ({num_keys}); use the backend "xla" or "auto"'
     if splits_queries(num_queries):
-        return (
-            "the mesh divides the tokens, but the mask is compiled into the kernel, which is the same on all devices; "
-            'use the backend "xla" or "auto", or leave out the third number of the mesh'
-        )
+        return _DIVIDED
     if not _every_query_sees_a_key(fixed, num_queries):
         return 'it has no result for queries that may attend to no key; use the backend "xla" or "auto"'
     return None
@@ -73,6 +85,28 @@ def _split(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
     everything: masks.Mask = masks.Bidirectional()
     fixed = functools.reduce(lambda a, b: a & b, filter(masks.is_fixed, conjuncts), everything)
     return fixed, [conjunct for conjunct in conjuncts if not masks.is_fixed(conjunct)]
+
+
+def _beside_streams(mask: masks.Mask) -> masks.Mask | None:
+    """Returns what a mask of two streams hides besides them: padding and other texts; None if it is another mask.
+
+    The result is also None if the blocks begin at the same token in all rows: such a mask is compiled into the kernel.
+    """
+    streams = mask.mask if isinstance(mask, Sources) else mask
+    found = [part for part in masks.conjuncts(streams) if _is_stream(part)]
+    if not found or (streams is mask and masks.is_fixed(found[0])):
+        return None
+    rest: masks.Mask = masks.Bidirectional()
+    for conjunct in masks.conjuncts(streams):
+        if isinstance(mask, Sources) and isinstance(conjunct, masks.Segments):
+            conjunct = masks.Segments(jnp.take_along_axis(conjunct.query_BT, mask.source_BT, axis=1), conjunct.key_BS)
+        if not _is_stream(conjunct):
+            rest &= conjunct
+    return rest
+
+
+def _is_stream(mask: masks.Mask) -> bool:
+    return isinstance(mask, masks.TwoStream | masks.OrderedStreams)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,13 +137,20 @@ def attention(
     Returns:
       The attention outputs, of the dtype of the queries.
     """
-    fixed, of_rows = _split(mask)
-    kernel = functools.partial(_kernel, fixed=fixed, interpret=interpret)
-    ids = segment_ids(of_rows, q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1])
-    if ids is None:
-        return per_device(kernel, q_BTNH, k_BSKH, v_BSKH)
-    query_BT, key_BS = ids
-    return per_device(kernel, q_BTNH, k_BSKH, v_BSKH, (query_BT, ("batch", "tokens")), (key_BS, ("batch", None)))
+    batch, num_queries, num_keys = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[1]
+    rest, blocks = _beside_streams(mask), None
+    further: list[tuple[jax.Array, tuple[str | None, ...]]] = []
+    if rest is not None:
+        blocks = splash_streams.StreamBlocks(splash_streams.size_of(mask), num_keys // 2, isinstance(mask, Sources))
+        code_BT = jnp.broadcast_to(splash_streams.codes(mask, num_keys), (batch, num_queries))
+        further.append((code_BT, ("batch", "tokens")))
+    fixed, of_rows = _split(mask if rest is None else rest)
+    kernel = functools.partial(_kernel, fixed=fixed, blocks=blocks, interpret=interpret)
+    ids = segment_ids(of_rows, batch, num_queries, num_keys)
+    if ids is not None:
+        query_BT, key_BS = ids
+        further += [(query_BT, ("batch", "tokens")), (key_BS, ("batch", None))]
+    return per_device(kernel, q_BTNH, k_BSKH, v_BSKH, *further)
 
 
 def segment_ids(
@@ -200,14 +241,17 @@ def _kernel(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    *ids: jax.Array,
+    *further: jax.Array,
     fixed: masks.Mask,
+    blocks: splash_streams.StreamBlocks | None,
     interpret: bool,
 ) -> jax.Array:
     """Computes attention on one device from its shards of the arrays; the result has the dtype of the queries.
 
-    `ids` are the two arrays of `segment_ids`, or nothing if it returns None.
+    `further` are the numbers of the queries, if `blocks` is given, and the two arrays of `segment_ids`, unless it returns
+    None.
     """
+    code_BT, ids = (None, further) if blocks is None else (further[0], further[1:])
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
     added_queries, added_keys = -num_queries % _LANES, -num_keys % _LANES
@@ -230,7 +274,7 @@ def _kernel(
     )
     padded = num_queries + added_queries, num_keys + added_keys
     query_block, key_block = _block(padded[0]), _block(padded[1])
-    compiled_in = _compiled_in(fixed, num_queries, num_keys, padded)
+    compiled_in = _compiled_in(fixed, num_queries, num_keys, padded) if blocks is None else blocks.tiles(padded)
     splash = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([compiled_in] * num_heads),
         head_shards=1,
@@ -249,7 +293,13 @@ def _kernel(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    out_BNTH = jax.vmap(lambda q, k, v, ids: splash(q, k, v, segment_ids=ids))(q_BNTH, k_BKSH, v_BKSH, segments)
+    of_row = lambda code: splash
+    if blocks is not None and code_BT is not None:
+        code_BT = jnp.pad(code_BT, ((0, 0), (0, added_queries)), mode="edge")
+        of_row = blocks.with_codes(splash, code_BT)
+    out_BNTH = jax.vmap(lambda q, k, v, ids, code: of_row(code)(q, k, v, segment_ids=ids))(
+        q_BNTH, k_BKSH, v_BKSH, segments, code_BT
+    )
     return out_BNTH.swapaxes(1, 2)[:, :num_queries]
 
 

@@ -21,6 +21,16 @@ def attention(
     mask: masks.Mask,
 ) -> Float[jax.Array, "B T N H"]:
     """Computes `dream_jax.attention.attention` for any platform, dtype, mask and shape."""
+    return named(attended(q_BTNH, k_BSKH, v_BSKH, mask), "attention")
+
+
+def attended(
+    q_BTNH: Float[jax.Array, "B T N H"],
+    k_BSKH: Float[jax.Array, "B S K H"],
+    v_BSKH: Float[jax.Array, "B S K H"],
+    mask: masks.Mask,
+) -> Float[jax.Array, "B T N H"]:
+    """Computes the same as `attention`; the result has no name for the policies of `remat`."""
     # In this layout one matrix product serves all query heads of a key/value head. On a CPU this takes half the time of
     # jax.nn.dot_product_attention.
     q_BKGTH = einops.rearrange(q_BTNH, "B T (K G) H -> B K G T H", K=k_BSKH.shape[2])
@@ -31,4 +41,4 @@ def attention(
         scores_BKGTS = jnp.where(allowed_BTS[:, None, None], scores_BKGTS, _HIDDEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH)
-    return named(einops.rearrange(out_BKGTH, "B K G T H -> B T (K G) H"), "attention")
+    return einops.rearrange(out_BKGTH, "B K G T H -> B T (K G) H")

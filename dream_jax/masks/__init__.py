@@ -9,6 +9,7 @@ key. Masks can be combined (`&`, `|`, `~`) and drawn as text (`draw`).
 from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, conjuncts, is_fixed
 from dream_jax.masks.blocks import (
     BlockDiffusion,
+    OrderedBlocks,
     OrderedStreams,
     TwoStream,
     starts_of_blocks,
@@ -33,6 +34,7 @@ __all__ = [
     "Not",
     "Or",
     "Ordered",
+    "OrderedBlocks",
     "OrderedStreams",
     "Packed",
     "Prefix",

@@ -66,7 +66,26 @@ class BlockDiffusion(Mask):
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask in which the first block of each text starts at the first token of its answer."""
         block_BT = answer_numbers(position_BT, answer_BT) // self.size
-        return Ordered(block_BT, block_BT)
+        return OrderedBlocks(block_BT, block_BT, self.size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OrderedBlocks(Ordered):
+    """The mask `BlockDiffusion` with the number of the block of each token, for rows of several texts. Drawn with `0 1 1`:
+
+    ::
+
+        #..
+        ###
+        ###
+
+    Attributes:
+      query_BT, key_BS: int [B, T], the numbers of the blocks of the queries and of the keys.
+      size: number of tokens in a block of an answer.
+    """
+
+    size: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -133,9 +152,11 @@ class OrderedStreams(Mask):
 
     Attributes:
       block_BT: int [B, T], the number of the block of each token of a half.
+      size: number of tokens in a block of an answer.
     """
 
     block_BT: Int[Array, "B T"]
+    size: int = dataclasses.field(metadata={"static": True})
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
         """Returns bool [B, T, S]. Raises ValueError if `num_keys` is not twice the number of tokens of a half."""
@@ -164,12 +185,12 @@ def two_streams(mask: Mask) -> Mask:
         match conjunct:
             case BlockDiffusion(size, start_B):
                 doubled: Mask = TwoStream(size, start_B)
-            case Ordered(_, block_BT):
-                doubled = OrderedStreams(block_BT)
+            case OrderedBlocks(_, block_BT, size):
+                doubled = OrderedStreams(block_BT, size)
             case KeyPadding(valid_BT):
                 doubled = KeyPadding(jnp.tile(jnp.asarray(valid_BT), (1, 2)))
             case Packed():
-                num_tokens = next(part.key_BS.shape[1] for part in conjuncts(mask) if isinstance(part, Ordered))
+                num_tokens = next(part.key_BS.shape[1] for part in conjuncts(mask) if isinstance(part, OrderedBlocks))
                 slot_BS = jnp.tile(conjunct.slots(num_tokens), (1, 2))
                 doubled = Segments(slot_BS, slot_BS)
         found = doubled if found is None else found & doubled
@@ -195,7 +216,7 @@ def starts_of_blocks(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
     for conjunct in _checked(mask):
         if isinstance(conjunct, BlockDiffusion):
             block_BT = conjunct.blocks(key_indices(num_tokens)[None])
-        elif isinstance(conjunct, Ordered):
+        elif isinstance(conjunct, OrderedBlocks):
             block_BT = jnp.asarray(conjunct.key_BS, jnp.int32)
     other_BT = jnp.pad(block_BT[:, 1:] != block_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return (block_BT >= 0) & (other_BT | starts_of_texts(mask, num_tokens))
@@ -205,7 +226,7 @@ def _checked(mask: Mask) -> tuple[Mask, ...]:
     """Returns the masks that `mask` combines by `&`. Raises ValueError if `two_streams` does not accept the mask."""
     found = conjuncts(mask)
     kinds = sorted(type(conjunct).__name__ for conjunct in found)
-    if kinds not in (["BlockDiffusion"], ["BlockDiffusion", "KeyPadding"], ["Ordered", "Packed"]):
+    if kinds not in (["BlockDiffusion"], ["BlockDiffusion", "KeyPadding"], ["OrderedBlocks", "Packed"]):
         raise ValueError(
             f"two streams need one mask BlockDiffusion, alone or with KeyPadding, or its `for_texts` with Packed; got "
             f"{' & '.join(kinds) or 'Bidirectional'}"

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 
+from dream_jax.flops import streams_run
 from dream_jax.objective import chunk_rows
 from dream_jax.plan.hlo import Collective
 from dream_jax.remat import KEPT
@@ -36,13 +37,17 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
     """Returns the floating-point operations of one step over all devices, without recomputation.
 
     They are 6 for each weight and token (4 for a frozen weight, which has no gradient), attention between all pairs of
-    positions, and the output head at masked positions only.
+    positions, and the output head at masked positions only. With two streams they are those that the mask needs: attention
+    to blocks before and to the own block, and of the last layer's clean stream only keys and values.
     """
     config = step.model.config
-    each = 4.0 if step.frozen else 6.0
-    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * shape.length
+    each, runs = 4.0 if step.frozen else 6.0, streams_run(config.num_hidden_layers, shape.block)
+    keys = shape.length if shape.block is None else (shape.length + shape.block) / 2
+    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys * runs
     head = each * config.hidden_size * config.vocab_size * shape.masked_share
-    products = each * matrix_count(config) + 6.0 * adapter_count(step)
+    products = runs * (each * matrix_count(config) + 6.0 * adapter_count(step))
+    if shape.block is not None:
+        products += each * 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
     return shape.batch * shape.length * (products + attention + head)
 
 
@@ -82,11 +87,11 @@ def collectives(step: AbstractStep, shape: StepShape) -> tuple[Collective, ...]:
         # projection is recomputed; the last product of the MLP is never recomputed.
         repeats = shape.remat not in ("none", "dots") and "o" not in KEPT.get(shape.remat, ())
         sums = shape.accumulation * config.num_hidden_layers * (4 + repeats)
-        sent = 2 * (tensor - 1) / tensor * shape.tokens * config.hidden_size * width
+        sent = 2 * (tensor - 1) / tensor * shape.streams * shape.tokens * config.hidden_size * width
         found.append(Collective(kind="all-reduce", count=sums, sent=sums * sent))
     if shape.mesh["sequence"] > 1:
         split = shape.mesh["sequence"]
-        keys = 2 * config.num_key_value_heads * config.head_dim // tensor * width * shape.tokens * split
+        keys = 2 * config.num_key_value_heads * config.head_dim // tensor * width * shape.streams * shape.tokens * split
         times = shape.accumulation * config.num_hidden_layers * 3
         found.append(Collective(kind="all-gather", count=2 * times, sent=times * (split - 1) / split * keys))
     return tuple(found)
@@ -121,5 +126,5 @@ def host_traffic(step: AbstractStep, shape: StepShape, found: DeviceBytes) -> fl
     """
     config = step.model.config
     width = jax.numpy.dtype(step.model.compute_dtype).itemsize
-    inputs = config.num_hidden_layers * shape.tokens * config.hidden_size * width * shape.accumulation
+    inputs = config.num_hidden_layers * shape.streams * shape.tokens * config.hidden_size * width * shape.accumulation
     return 2.0 * (found.host + (inputs if shape.remat == "offload" else 0))
