@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from dream_jax.block_diffusion import block_diffusion_loss
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream
 from dream_jax.objective import (
@@ -65,6 +66,7 @@ __all__ = [
     "Threshold",
     "UniformWeight",
     "WindowCache",
+    "block_diffusion_loss",
     "export_hf",
     "generate",
     "load",

@@ -195,13 +195,22 @@ def draw_noise(
     Returns:
       The noise level t of each row, float32 [B] in [0, 1), and the masked positions, bool [B, T].
     """
+    t_B, u_BT = row_numbers(key, row_B, maskable_BT.shape[1], global_batch)
+    return t_B, jnp.asarray(maskable_BT) & (u_BT < t_B[:, None])
+
+
+def row_numbers(
+    key: jax.Array, row_B: Int[Array, "B"], num_tokens: int, global_batch: int
+) -> tuple[Float[jax.Array, "B"], Float[jax.Array, "B T"]]:
+    """Returns the random numbers of `draw_noise`: the noise level of each row, and a number in [0, 1) for each token.
+
+    The arguments are those of `draw_noise`, with the number of tokens of a row. Both arrays are float32.
+    """
     offset_key, order_key, mask_key = jax.random.split(key, 3)
     stratum_K = jax.random.permutation(order_key, global_batch).astype(jnp.float32)
     t_K = (stratum_K + jax.random.uniform(offset_key)) / global_batch
     t_B = jnp.minimum(t_K, 1.0 - 2.0**-24)[row_B]  # rounding may make t_K equal to 1
-    length = maskable_BT.shape[1]
-    u_BT = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(mask_key, row), (length,)))(row_B)
-    return t_B, jnp.asarray(maskable_BT) & (u_BT < t_B[:, None])
+    return t_B, jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(mask_key, row), (num_tokens,)))(row_B)
 
 
 def masked_diffusion_loss(
@@ -252,8 +261,8 @@ def masked_diffusion_loss(
     if masked_BT.shape != tokens_BT.shape:
         raise ValueError(f"masked has shape {masked_BT.shape}, but the tokens have {tokens_BT.shape}")
     t_B = jnp.asarray(t_B, jnp.float32)
-    packed = _packed(attention_mask)
-    if packed is None and _packed(mask) is not None:
+    packed = packed_texts(attention_mask)
+    if packed is None and packed_texts(mask) is not None:
         raise ValueError("the argument mask must not contain masks.Packed; pass masks.Packed as attention_mask")
     if packed is not None and packed.length_BM.shape[:1] != tokens_BT.shape[:1]:
         raise ValueError(
@@ -271,7 +280,7 @@ def masked_diffusion_loss(
         return _loss(model, *arrays, weight=weight, focal=focal)
 
 
-def _packed(mask: Any) -> Packed | None:
+def packed_texts(mask: Any) -> Packed | None:
     """Returns the `Packed` mask that `mask` is, or that it combines with other masks by `&`; None if there is none."""
     found = conjuncts(mask) if isinstance(mask, Mask) else ()
     return next((conjunct for conjunct in found if isinstance(conjunct, Packed)), None)
@@ -328,9 +337,7 @@ def _loss(
         start_BT = None if packed is None else packed.starts(tokens_BT.shape[1])
         weights_BT = weight(masked_BT, t_B) if start_BT is None else weight(masked_BT, t_B, start_BT)
         weight_BT = jnp.where(masked_BT, weights_BT, 0.0)
-        kernel_DV = model.unembedding().astype(model.compute_dtype)
-        groups = sharding.token_shards(*tokens_BT.shape)
-        shifted = groups[1] > 1 or start_BT is not None
+        shifted = sharding.token_shards(*tokens_BT.shape)[1] > 1 or start_BT is not None
         if shifted:
             # If the tokens of a row are divided over devices, the right shift is done here, because on the whole array
             # the compiler only has to send one hidden state per row to the neighbouring device. It is also done here for
@@ -338,21 +345,50 @@ def _loss(
             before_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
             hidden_BTD = before_BTD if start_BT is None else jnp.where(start_BT[..., None], hidden_BTD, before_BTD)
             hidden_BTD = sharding.constrain(hidden_BTD, "batch", "tokens", "width")
-        total, token_nll_BT, correct_BT = _masked_cross_entropy(
-            focal, groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
+        return loss_of_states(
+            model, hidden_BTD, tokens_BT, masked_BT, weight_BT, normalizer, shifted=shifted, focal=focal
         )
-        token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
-        num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
-        # The denominator is at least 1, so that a batch without masked positions has the loss 0 and not 0 / 0.
-        denominator = jnp.maximum(num_masked if normalizer is None else normalizer, 1).astype(jnp.float32)
-        aux = {
-            "num_masked": num_masked,
-            "num_correct": jnp.sum(correct_BT, dtype=jnp.float32),
-            "nll": jnp.sum(token_nll_BT) / jnp.maximum(num_masked, 1.0),
-            "token_nll": token_nll_BT,
-            "token_correct": correct_BT,
-        }
-        return total / denominator, aux
+
+
+def loss_of_states(
+    model: Dream,
+    hidden_BTD: Float[jax.Array, "B T D"],
+    tokens_BT: Int[jax.Array, "B T"],
+    masked_BT: Bool[jax.Array, "B T"],
+    weight_BT: Float[jax.Array, "B T"],
+    normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None,
+    *,
+    shifted: bool,
+    focal: Focal | None,
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
+    """Returns the loss and the dict of `masked_diffusion_loss`, computed from the hidden states.
+
+    Args:
+      model: the model, whose output projection is used.
+      hidden_BTD: the hidden states after the final norm, in the compute dtype.
+      tokens_BT, masked_BT, normalizer, focal: as in `masked_diffusion_loss`.
+      weight_BT: the factor on each masked position, float32, 0 elsewhere.
+      shifted: whether the state at a position predicts the token at this position. False means that it predicts the next
+        token, and that the first token of a row is predicted from its own position. It must be true if the tokens of a row
+        are divided over devices.
+    """
+    kernel_DV = model.unembedding().astype(model.compute_dtype)
+    groups = sharding.token_shards(*tokens_BT.shape)
+    total, token_nll_BT, correct_BT = _masked_cross_entropy(
+        focal, groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT
+    )
+    token_nll_BT = jax.lax.stop_gradient(token_nll_BT)
+    num_masked = jnp.sum(masked_BT, dtype=jnp.float32)
+    # The denominator is at least 1, so that a batch without masked positions has the loss 0 and not 0 / 0.
+    denominator = jnp.maximum(num_masked if normalizer is None else normalizer, 1).astype(jnp.float32)
+    aux = {
+        "num_masked": num_masked,
+        "num_correct": jnp.sum(correct_BT, dtype=jnp.float32),
+        "nll": jnp.sum(token_nll_BT) / jnp.maximum(num_masked, 1.0),
+        "token_nll": token_nll_BT,
+        "token_correct": correct_BT,
+    }
+    return total / denominator, aux
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -34,8 +34,20 @@ def draw_packed_noise(
       The noise level t of each text, float32 [B, M] in [0, 1), 0 after the last text, and the masked positions, bool
       [B, T].
     """
+    t_BM, u_BT = text_numbers(key, packed, text_BM, maskable_BT.shape[1])
+    t_BT = packed.spread(t_BM, jnp.zeros((1, 1), jnp.float32), maskable_BT.shape[1])
+    return t_BM, jnp.asarray(maskable_BT) & (u_BT < t_BT)
+
+
+def text_numbers(
+    key: jax.Array, packed: Packed, text_BM: Int[Array, "B M"], num_tokens: int
+) -> tuple[Float[jax.Array, "B M"], Float[jax.Array, "B T"]]:
+    """Returns the random numbers of `draw_packed_noise`: the noise level of each text, and a number for each token.
+
+    The arguments are those of `draw_packed_noise`, with the number of tokens of a row. Both arrays are float32; the number
+    of a token is in [0, 1), and 1 at padding.
+    """
     text_BM = jnp.asarray(text_BM)
-    num_tokens = maskable_BT.shape[1]
     offset_key, order_key, mask_key = jax.random.split(key, 3)
     count = jnp.sum(text_BM >= 0, dtype=jnp.int32)
     stratum_K = _permutation(order_key, text_BM.size, count).astype(jnp.float32)
@@ -56,9 +68,7 @@ def draw_packed_noise(
         return jnp.where(slot_BT == slot, jnp.take_along_axis(row_BT, index_BT, axis=1), u_BT)
 
     slots = jnp.max(jnp.sum(text_BM >= 0, axis=1, dtype=jnp.int32))
-    u_BT = jax.lax.fori_loop(0, slots, add_text, jnp.ones(maskable_BT.shape, jnp.float32))
-    t_BT = packed.spread(t_BM, jnp.zeros((1, 1), jnp.float32), num_tokens)
-    return t_BM, jnp.asarray(maskable_BT) & (u_BT < t_BT)
+    return t_BM, jax.lax.fori_loop(0, slots, add_text, jnp.ones((len(text_BM), num_tokens), jnp.float32))
 
 
 def _permutation(key: jax.Array, most: int, count: Int[jax.Array, ""]) -> Int[jax.Array, "K"]:

@@ -21,7 +21,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import float8, layer_forms, masks, sharding, xla_flags
 from dream_jax.batch import Batch
-from dream_jax.bounds import MOST_ROWS, SEED, IntegerRange, check_numbers
+from dream_jax.block_diffusion import (
+    block_diffusion_loss,
+    check_weight,
+    complement,
+    draw_block_noise,
+    draw_packed_block_noise,
+)
+from dream_jax.bounds import MOST_ROWS, MOST_STEPS, MOST_TOKENS, SEED, IntegerRange, check_numbers
 from dream_jax.model import Dream, LayerForm, merge_params
 from dream_jax.objective import (
     TIME_BUCKETS,
@@ -86,13 +93,20 @@ class StepConfig:
         each batch, and a mask that depends on the prompts receives those of each batch.
       anneal_steps: in the first `anneal_steps` steps attention grows from causal to bidirectional (`masks.anneal`).
         These steps are slower, because they compute all attention scores. 0 switches this off.
+      block_sizes: sizes of the blocks for training by block diffusion, in tokens. With several sizes the steps are divided
+        into as many equal shares. () switches block diffusion off.
+      total_steps: the number of steps that several `block_sizes` divide; later steps have the last size.
+      complementary: under block diffusion each row is computed twice with complementary masked positions, so that each
+        maskable token is masked exactly once. A step then computes 2 `global_batch` rows.
       layers: "stacked" runs the layers in a loop; "apart" writes them out one after the other, each with slices of the
         stacked parameters. The state has stacked layers in both cases.
       products: how the layers multiply their inputs with their weights, see `float8.products`.
 
     Raises:
       ValueError: a number is out of range, `layers` or `products` is unknown, `global_batch` is not a multiple of
-        `accumulation`, or `anneal_steps` is combined with a mask that is not bidirectional.
+        `accumulation`, or `anneal_steps` is combined with a mask that is not bidirectional; `block_sizes` is combined with
+        `mask` or `anneal_steps` or a weight that has no meaning under block diffusion, or has several sizes without
+        `total_steps`; `mask` is `BlockDiffusion`, or `complementary` is set, without `block_sizes`.
     """
 
     global_batch: int
@@ -102,6 +116,9 @@ class StepConfig:
     seed: int = 0
     mask: masks.Mask = masks.Bidirectional()  # noqa: RUF009 - immutable
     anneal_steps: int = 0
+    block_sizes: tuple[int, ...] = ()
+    total_steps: int | None = None
+    complementary: bool = False
     layers: LayerForm = "stacked"
     products: float8.Products = "compute"
 
@@ -112,6 +129,8 @@ class StepConfig:
             accumulation=IntegerRange(1, MOST_ROWS),
             seed=SEED,
             anneal_steps=IntegerRange(0),
+            block_sizes=IntegerRange(1, MOST_TOKENS),
+            total_steps=IntegerRange(1, MOST_STEPS),
         )
         if self.layers not in get_args(LayerForm):
             raise ValueError(f"layers={self.layers!r} is not one of {get_args(LayerForm)}")
@@ -123,6 +142,27 @@ class StepConfig:
             )
         if self.global_batch % self.accumulation:
             raise ValueError(f"{self.global_batch=} must be a positive multiple of {self.accumulation=}")
+        if self.block_sizes:
+            check_weight(self.weight)
+            if self.anneal_steps or not isinstance(self.mask, masks.Bidirectional):
+                raise ValueError(
+                    f"{self.block_sizes=} brings a mask of its own; leave out {self.mask=} and {self.anneal_steps=}"
+                )
+            if len(self.block_sizes) > 1 and self.total_steps is None:
+                raise ValueError(f"{self.block_sizes=} divides the steps of a run; give their number as total_steps")
+        elif self.complementary:
+            raise ValueError("complementary=True is for block diffusion; give block_sizes, or leave it out")
+        elif any(isinstance(one, masks.BlockDiffusion) for one in masks.conjuncts(self.mask)):
+            raise ValueError(
+                f"{self.mask=} is trained with two streams: give its size as block_sizes; for one stream take BlockCausal"
+            )
+
+    def block_size(self, step: int) -> int | None:
+        """Returns the size of the blocks in step `step` (from 0); None without block diffusion."""
+        if not self.block_sizes:
+            return None
+        number = 0 if self.total_steps is None else step * len(self.block_sizes) // self.total_steps
+        return self.block_sizes[min(number, len(self.block_sizes) - 1)]
 
 
 def state_shardings(abstract: TrainState, mesh: sharding.AnyMesh) -> Any:
@@ -202,8 +242,8 @@ class TrainStep:
             )
         self.mesh = mesh
         self._function = functools.partial(_train_step, graphdef, optimizer, schedule, config, mesh)
-        self._anneal_steps, self._products = config.anneal_steps, config.products
-        self._jitted: dict[bool, Any] = {}
+        self._config = config
+        self._jitted: dict[tuple[bool, int | None], Any] = {}
 
     def __call__(
         self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
@@ -218,19 +258,24 @@ class TrainStep:
         Returns:
           The new state and the metrics, which `make_train_step` lists.
         """
-        # Annealed steps are a separate program, because attention is faster under the mask of the later steps.
-        annealing = self._anneal_steps > 0 and int(state.step) < self._anneal_steps
+        # Annealed steps are a separate program, because attention is faster under the mask of the later steps. The size of
+        # the blocks is a constant of a program. The number of the step is only read if there are several programs.
+        config, annealing, size = self._config, False, self._config.block_size(0)
+        if config.anneal_steps or len(config.block_sizes) > 1:
+            number = int(state.step)
+            annealing, size = number < config.anneal_steps, config.block_size(number)
         with jax.set_mesh(self._devices()):
-            after: tuple[TrainState, Metrics] = self._compiled_for(state, annealing)(state, batch, frozen or {})
+            after: tuple[TrainState, Metrics] = self._compiled_for(state, annealing, size)(state, batch, frozen or {})
             return after
 
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
         """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings.
 
-        This is the program of the steps after the first `anneal_steps`.
+        This is the program of the steps after the first `anneal_steps`, with the last of several `block_sizes`.
         """
+        size = self._config.block_sizes[-1] if self._config.block_sizes else None
         with jax.set_mesh(self._devices()):
-            return self._compiled_for(state).lower(state, batch, frozen or {})
+            return self._compiled_for(state, False, size).lower(state, batch, frozen or {})
 
     def _devices(self) -> Mesh:
         if isinstance(self.mesh, AbstractMesh):
@@ -239,15 +284,15 @@ class TrainStep:
             )
         return self.mesh
 
-    def _compiled_for(self, state: TrainState, annealing: bool = False) -> Any:
-        if annealing not in self._jitted:
+    def _compiled_for(self, state: TrainState, annealing: bool, size: int | None) -> Any:
+        if (annealing, size) not in self._jitted:
             shardings = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
-            function = functools.partial(self._function, annealing)
-            options = xla_flags.compiler_options(sharding.platform_of(self.mesh), self._products)
-            self._jitted[annealing] = jax.jit(
+            function = functools.partial(self._function, annealing, size)
+            options = xla_flags.compiler_options(sharding.platform_of(self.mesh), self._config.products)
+            self._jitted[annealing, size] = jax.jit(
                 function, donate_argnums=0, out_shardings=shardings, compiler_options=options or None
             )
-        return self._jitted[annealing]
+        return self._jitted[annealing, size]
 
 
 def make_train_step(
@@ -288,16 +333,24 @@ def _train_step(
     config: StepConfig,
     mesh: sharding.AnyMesh,
     annealing: bool,
+    size: int | None,
     state: TrainState,
     batch: Batch[jax.Array],
     frozen: ParamTree,
 ) -> tuple[TrainState, Metrics]:
-    """Computes one step, as `make_train_step` describes it; `annealing` is true in the first `anneal_steps` steps."""
+    """Computes one step, as `make_train_step` describes it.
+
+    `annealing` is true in the first `anneal_steps` steps. `size` is the size of the blocks, None without block diffusion.
+    """
     tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
     with jax.named_scope("noise"):
         key = noise_key(config.seed, state.step)
         packed = _packed(batch)
-        if packed is None:
+        if size is not None:
+            # The noise levels [B, T] are those of the tokens, and both copies of a row are next to each other.
+            batch, masked_BT, t_B = _block_noise(config, size, key, batch)
+            tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
+        elif packed is None:
             t_B, masked_BT = draw_noise(key, batch.row_B, maskable_BT, config.global_batch)
         else:
             assert batch.text_BM is not None
@@ -306,7 +359,9 @@ def _train_step(
         # All microbatches and devices divide by the same number, so that their losses can be added.
         normalizer = jnp.maximum(jnp.sum(masked_BT, dtype=jnp.float32), 1.0)
     mask_of_rows, annealed = config.mask, None
-    if packed is None:
+    if size is not None:
+        pass  # the loss makes the mask of two streams
+    elif packed is None:
         valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
         mask_of_rows = config.mask.for_rows(valid_BT, maskable_BT)
     else:
@@ -322,21 +377,20 @@ def _train_step(
         model = merge_params(graphdef, joined(frozen, params))
         model = layer_forms.apart(model) if config.layers == "apart" else model
         packed = _packed(batch)
-        value, aux = masked_diffusion_loss(
-            model,
-            batch.tokens_BT,
-            masked_BT,
-            t_B,
-            config.weight,
+        arguments = (
+            *(model, batch.tokens_BT, masked_BT, t_B, config.weight),
             batch.valid_BT if packed is None else packed,
-            mask=mask_of_rows if annealed is None else annealed,
-            focal=config.focal,
-            normalizer=normalizer,
-            # If no adapter has dropout, XLA removes these keys as unused.
-            dropout_keys=dropout_keys(config.seed, state.step, batch.row_B),
         )
+        # If no adapter has dropout, XLA removes these keys as unused.
+        keys = dropout_keys(config.seed, state.step, batch.row_B)
+        shared: dict[str, Any] = {"focal": config.focal, "normalizer": normalizer, "dropout_keys": keys}
+        if size is None:
+            mask = mask_of_rows if annealed is None else annealed
+            value, aux = masked_diffusion_loss(*arguments, mask=mask, **shared)
+        else:
+            value, aux = block_diffusion_loss(*arguments, size=size, answer_BT=batch.maskable_BT, **shared)
         t = t_B
-        if packed is not None:
+        if packed is not None and size is None:
             t = packed.spread(t_B, jnp.zeros((1, 1), jnp.float32), batch.tokens_BT.shape[1])
         nll_by_time, masked_by_time = sums_by_time(aux["token_nll"], masked_BT, t)
         ends_BT = masked_BT & (batch.tokens_BT == model.config.pad_token_id)
@@ -395,6 +449,40 @@ def _train_step(
 def _packed(batch: Batch[jax.Array]) -> masks.Packed | None:
     """Returns the mask for a batch whose rows hold several texts; None if each row is one text."""
     return None if batch.length_BM is None else masks.Packed(batch.length_BM)
+
+
+def _block_noise(
+    config: StepConfig, size: int, key: jax.Array, batch: Batch[jax.Array]
+) -> tuple[Batch[jax.Array], jax.Array, jax.Array]:
+    """Draws the noise of a step by block diffusion.
+
+    Returns:
+      The batch, the masked positions, bool [B, T], and the noise levels of the tokens, float32 [B, T]. If the settings ask
+      for complementary copies, every row of the batch is there twice, so that B is 2 `global_batch`.
+    """
+    packed, maskable_BT = _packed(batch), batch.maskable_BT
+    if packed is None:
+        t_BT, masked_BT = draw_block_noise(
+            key, batch.row_B, maskable_BT, config.global_batch, size=size, valid_BT=batch.valid_BT
+        )
+    else:
+        assert batch.text_BM is not None
+        t_BT, masked_BT = draw_packed_block_noise(key, packed, batch.text_BM, maskable_BT, size=size)
+    if not config.complementary:
+        return batch, masked_BT, t_BT
+    other_t_BT, other_masked_BT = complement(t_BT, masked_BT, maskable_BT)
+    # The copy has a row number of its own, which gives it a dropout of its own.
+    copy = dataclasses.replace(batch, row_B=batch.row_B + config.global_batch)
+    interleaved: tuple[Batch[jax.Array], jax.Array, jax.Array] = jax.tree.map(
+        _next_to_each_other, (batch, masked_BT, t_BT), (copy, other_masked_BT, other_t_BT)
+    )
+    return interleaved
+
+
+def _next_to_each_other(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the rows of two arrays [B, ...] in one array [2 B, ...], equal rows side by side on the same device."""
+    both = jnp.stack([x, y], axis=1).reshape(2 * x.shape[0], *x.shape[1:])
+    return sharding.constrain(both, "batch", *[None] * (both.ndim - 1))
 
 
 def noise_key(seed: int, step: int | jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "float8", "xla_flags",
     ),
     "model": ("attention", "model", "layer_forms", "layouts"),
-    "parts": ("objective", "optimizer", "lora", "hf", "checkpoint", "data"),
+    "parts": ("objective", "block_diffusion", "optimizer", "lora", "hf", "checkpoint", "data"),
     "programs": ("inference", "train_step", "step_memory", "sampler", "pretrained", "flops"),
     "runs": ("trainer", "posttraining"),
     "services": ("serving", "evaluation", "plan", "reports"),

@@ -208,16 +208,25 @@ def starts_of_texts(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
     return key_indices(num_tokens)[None] == 0
 
 
+def block_numbers(mask: Mask, num_tokens: int) -> Int[jax.Array, "b T"]:
+    """Returns the number of the block of each token in its text, int32 [1, T] or [B, T]; -1 in prompts.
+
+    The mask is one that `two_streams` accepts.
+    """
+    for conjunct in _checked(mask):
+        if isinstance(conjunct, OrderedBlocks):
+            return jnp.asarray(conjunct.key_BS, jnp.int32)
+        if isinstance(conjunct, BlockDiffusion):
+            found = conjunct.blocks(key_indices(num_tokens)[None])
+    return found
+
+
 def starts_of_blocks(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
     """Returns bool [1, T] or [B, T], true at the first token of each block of an answer.
 
     The mask is one that `two_streams` accepts. In a text without a prompt the first token of the text is also true.
     """
-    for conjunct in _checked(mask):
-        if isinstance(conjunct, BlockDiffusion):
-            block_BT = conjunct.blocks(key_indices(num_tokens)[None])
-        elif isinstance(conjunct, OrderedBlocks):
-            block_BT = jnp.asarray(conjunct.key_BS, jnp.int32)
+    block_BT = block_numbers(mask, num_tokens)
     other_BT = jnp.pad(block_BT[:, 1:] != block_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return (block_BT >= 0) & (other_BT | starts_of_texts(mask, num_tokens))
 
