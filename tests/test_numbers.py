@@ -82,7 +82,7 @@ NO_SETTINGS = {
     "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
     "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
     "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
-    "_TiledMask",
+    "_TiledMask", "MemoryParts", "OrderedBlocks", "OrderedStreams", "StreamBlocks", "StreamTiles", "_Seen",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.
