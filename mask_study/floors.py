@@ -226,8 +226,8 @@ def kinds(task: CountdownTask) -> dict[str, list[Context]]:
         "block-causal:4": contexts(masks.BlockCausal(4), prompt, width),
         "block-causal:4, unshifted": contexts(masks.BlockCausal(4), prompt, width, shift=False),
     }
-    for size in (1, 2, 4, 8):
-        mask = masks.TwoStream(size)
+    for size in (1, 2, 4, 8, 16):
+        mask = masks.TwoStream(size, np.array([prompt], np.int32))
         found[f"two streams, blocks of {size}"] = contexts(mask, prompt, width, block=size)
         if size > 1:
             found[f"two streams, blocks of {size}, first token first"] = first_tokens_known(

@@ -160,7 +160,7 @@ class DreamHarness(TemplateLM):
         if not 1 < self._max_length <= longest:
             raise ValueError(f"{max_length=} is outside 2..{longest}, the range of the model")
         self._name = pretrained
-        self._nll = likelihood.model_nll(self._model, self._tokenizer, self.batch_size)
+        self._bounds = likelihood.model_bounds(self._model, self._tokenizer, self.batch_size)
         self._chats: dict[str, list[int]] = {}
         self._warned: set[str] = set()
 
@@ -268,7 +268,7 @@ class DreamHarness(TemplateLM):
             group = requests[start : start + _GROUP]
             fitted = [(self._fit(context, len(continuation)), continuation) for _, context, continuation in group]
             passages = [passage(context, continuation, []) for context, continuation in fitted]
-            bounds = likelihood.bounds(passages, self._samples, self._nll, names[start : start + _GROUP])
+            bounds = self._bounds(passages, self._samples, names[start : start + _GROUP])
             for (texts, _, _), bound, pair in zip(group, bounds, fitted, strict=True):
                 found.append((-bound.nats, self._greedy and self._is_greedy(*pair)))
                 if texts is not None:

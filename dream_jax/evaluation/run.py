@@ -261,8 +261,8 @@ def _scored(settings: EvaluateSettings, template: Template, model: Dream, tokeni
     def compute(model: Dream, unit: WorkUnit) -> list[JsonRow]:
         (index,) = unit.problems
         one, found = problems[index], passages[index]
-        nll = likelihood.model_nll(model, tokenizer, settings.batch_size)
-        bounds = likelihood.bounds(found, settings.samples, nll, one.seeds(unit.seed))
+        bounds_of = likelihood.model_bounds(model, tokenizer, settings.batch_size)
+        bounds = bounds_of(found, settings.samples, one.seeds(unit.seed))
         return [{"seed": unit.seed, "number": one.number, **one.row(found, bounds)}]
 
     return Work(

@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from dream_jax import masks, sharding
 from dream_jax.batch import Batch
+from dream_jax.block_diffusion import block_diffusion_loss
 from dream_jax.data import BatchOptions, Row, TokenRow, lay_out
 from dream_jax.masks import Mask
 from dream_jax.model import Dream
@@ -90,9 +91,21 @@ class Grid:
         self._mesh = mesh
 
         def sums(
-            model: Dream, tokens_BT: jax.Array, masked_BT: jax.Array, t_B: jax.Array, valid_BT: jax.Array, mask: Mask
+            model: Dream,
+            tokens_BT: jax.Array,
+            masked_BT: jax.Array,
+            maskable_BT: jax.Array,
+            t_B: jax.Array,
+            valid_BT: jax.Array,
+            mask: Mask,
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), valid_BT, mask=mask)
+            if isinstance(mask, masks.BlockDiffusion):  # a block is predicted from clean blocks before it
+                t_BT = jnp.broadcast_to(t_B[:, None], tokens_BT.shape)
+                _, aux = block_diffusion_loss(
+                    model, tokens_BT, masked_BT, t_BT, UniformWeight(), valid_BT, size=mask.size, answer_BT=maskable_BT
+                )
+            else:
+                _, aux = masked_diffusion_loss(model, tokens_BT, masked_BT, t_B, UniformWeight(), valid_BT, mask=mask)
             ends_BT = aux["token_correct"] & (tokens_BT == model.config.pad_token_id)
             return jnp.sum(aux["token_nll"], 1), jnp.sum(aux["token_correct"], 1), jnp.sum(ends_BT, 1)
 
@@ -113,7 +126,11 @@ class Grid:
         return found.hexdigest()
 
     def score(self, model: Dream) -> GridScore:
-        """Returns the score of a model whose parameters are on the mesh, under the mask that it was trained with."""
+        """Returns the score of a model whose parameters are on the mesh, under the mask that it was trained with.
+
+        A model that was trained by block diffusion is scored with two streams: each block after clean tokens, and all
+        blocks of a row with the same noise level. The masked positions are those of other masks.
+        """
         attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
         # Sums over the masked tokens of each level and row, [L, R]: nll, correct tokens, correct end-of-text tokens.
@@ -130,7 +147,7 @@ class Grid:
                 mask = jax.tree.map(np.asarray, attends.for_rows(valid_BT, maskable_BT))
                 with jax.set_mesh(self._mesh):
                     t_B = np.full(self._size, level, np.float32)
-                    found = self._sums(model, tokens_BT, masked_BT, t_B, valid_BT, mask)
+                    found = self._sums(model, tokens_BT, masked_BT, maskable_BT, t_B, valid_BT, mask)
                 for target, sums_B in zip((nll_LR, right_LR, ends_right_LR), found, strict=True):
                     target[number, chunk] = np.asarray(sums_B)[: rows - start]
         count_LR = np.stack([masked_RT.sum(1) for masked_RT in self._masked]).astype(float)
