@@ -124,10 +124,10 @@ class SampleSettings(inference.ModelSettings):
             raise ValueError(f"runner_ups={self.runner_ups} must be 0 to {NUM_TOP - 1}, and needs --replay FILE.html")
         self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
 
-    def sampler(self, tokenizer: Tokenizer) -> dream_jax.SamplerConfig:
-        """Returns the configuration of the sampler that these settings describe."""
+    def sampler(self, tokenizer: Tokenizer, trained_mask: str = "bidirectional") -> dream_jax.SamplerConfig:
+        """Returns the configuration of the sampler that these settings describe, for a model with this trained mask."""
         options = {name: getattr(self, name) for name in SAMPLER_FIELDS}
-        return inference.make_sampler(tokenizer, self.max_new_tokens, self.preset, **options)
+        return inference.make_sampler(tokenizer, self.max_new_tokens, self.preset, trained_mask=trained_mask, **options)
 
     def of_the_answer(self) -> dict[str, Any]:
         """Returns the settings that decide the answer, without those that are switched off. Paths are not among them."""
@@ -163,7 +163,7 @@ def run(settings: SampleSettings) -> int:
     prepared = inference.prepare(settings)
     if prepared.note is not None:
         console.print(prepared.note, markup=False)
-    sampler = settings.sampler(prepared.tokenizer)
+    sampler = settings.sampler(prepared.tokenizer, prepared.model.trained_mask)
     if settings.chat:
         converse(settings, prepared, sampler, console)
     elif settings.prompts is None:

@@ -141,6 +141,7 @@ def run(settings: ServeSettings) -> int:
         preset=settings.preset,
         limits=limits,
         instruction=prepared.instruction,
+        trained_mask=prepared.model.trained_mask,
     )
     with server.bind(settings.host, settings.port) as bound:
         address = f"http://{settings.host}:{bound.getsockname()[1]}"

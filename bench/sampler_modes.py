@@ -17,7 +17,7 @@ from dream_jax.attention import KVCache, Window
 from dream_jax.config import DreamConfig
 from dream_jax.model import Dream, LayerForm, merge_params, split_params
 from dream_jax.quantisation import CodeKind
-from dream_jax.sampler import NoCache, SamplerConfig, WindowCache
+from dream_jax.sampler import BlockCache, NoCache, SamplerConfig, WindowCache
 from dream_jax.sampler.compiled import ModelProgram
 from dream_jax.sampler.loop import canvas_layout, denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
@@ -71,6 +71,10 @@ def sample_flops(config: DreamConfig, sampler: SamplerConfig, prompt: int, steps
     if isinstance(sampler.cache, NoCache):
         return passes * pass_flops(config, length, length) + head
     full = math.ceil(new / block)
+    if isinstance(sampler.cache, BlockCache):
+        first, two = prompt + block, pass_flops(config, 2 * block, length)
+        later = (full - 1) * two + (passes - full) * pass_flops(config, block, length)
+        return pass_flops(config, first, first) + later + head
     window = sampler.cache.left + block + (sampler.cache.right or 0)
     return full * pass_flops(config, length, length) + (passes - full) * pass_flops(config, window, length) + head
 

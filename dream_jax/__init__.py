@@ -22,6 +22,7 @@ from dream_jax.objective import (
 )
 from dream_jax.sampler import (
     Answer,
+    BlockCache,
     Count,
     EntropyBound,
     Factor,
@@ -47,6 +48,7 @@ except importlib.metadata.PackageNotFoundError:  # dream_jax is not installed, b
 __all__ = [
     "PRESETS",
     "Answer",
+    "BlockCache",
     "CartWeight",
     "Count",
     "Dream",

@@ -302,13 +302,21 @@ def by_tokenizer(tokenizer: Tokenizer) -> Template:
     return "raw" if isinstance(tokenizer, ByteTokenizer) else "chat"
 
 
-def make_sampler(tokenizer: Tokenizer, max_new_tokens: int, preset: Preset = "exact", **options: Any) -> SamplerConfig:
+def make_sampler(
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    preset: Preset = "exact",
+    *,
+    trained_mask: str = "bidirectional",
+    **options: Any,
+) -> SamplerConfig:
     """Returns a preset of the sampler that writes only tokens of this tokenizer, and never the mask token.
 
     Args:
       tokenizer: the tokenizer of the model.
       max_new_tokens: number of tokens of an answer.
       preset: name of the preset, see `SamplerConfig.preset`.
+      trained_mask: `Dream.trained_mask`; a model of block diffusion is sampled in its own blocks.
       **options: further fields of SamplerConfig; a value of None leaves the value of the preset.
 
     Raises:
@@ -323,6 +331,7 @@ def make_sampler(tokenizer: Tokenizer, max_new_tokens: int, preset: Preset = "ex
     return SamplerConfig.preset(
         preset,
         max_new_tokens=max_new_tokens,
+        trained_mask=trained_mask,
         vocab_limit=tokenizer.vocab_limit,
         forbidden_tokens=(tokenizer.mask_id,),
         **given,

@@ -194,7 +194,7 @@ def test_full_passes_in_groups(monkeypatch):
     dream, (start, valid) = model("tiny_a"), prompt(4, 8, 6, 1, 7)
     whole = generate(dream, start, CACHED, prompt_mask=valid)
     for tokens in (1, 60):  # one row a group; three, of which the last group has two
-        monkeypatch.setattr(passes, "_REFRESH_TOKENS", tokens)
+        monkeypatch.setattr(passes, "REFRESH_TOKENS", tokens)
         loop.denoise.clear_cache()
         found = generate(dream, start, CACHED, prompt_mask=valid)
         np.testing.assert_array_equal(found.tokens, whole.tokens)
@@ -206,7 +206,7 @@ def test_full_passes_in_groups(monkeypatch):
 
 @pytest.mark.slow
 def test_mesh_changes_nothing(monkeypatch):
-    monkeypatch.setattr(passes, "_REFRESH_TOKENS", 1)
+    monkeypatch.setattr(passes, "REFRESH_TOKENS", 1)
     loop.denoise.clear_cache()
     spread = load(GOLDEN / "tiny_a" / "hf", mesh="2x4")
     for lengths in ((4, 8, 6, 5, 8, 3, 7, 1), (5, 8, 2)):  # rows that the mesh divides, and rows that it does not

@@ -8,10 +8,11 @@ import threading
 import jax
 import numpy as np
 import pytest
+from marking import slow
 from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
 from dream_jax.inference import canvas_text, row_keys
-from dream_jax.sampler import generate
+from dream_jax.sampler import BlockCache, generate
 from dream_jax.serving import engine as engine_module
 from dream_jax.serving import programs, server
 from dream_jax.serving.engine import (
@@ -125,12 +126,13 @@ MIX = [
 ]
 
 
-def asked(options, prompt, new_tokens, seed):
+def asked(options, prompt, new_tokens, seed, trained_mask="bidirectional"):
     """The task of a request with these settings of the sampler."""
     dream = {name: value for name, value in options.items() if name not in ("temperature", "top_p")}
     top = {name: value for name, value in options.items() if name in ("temperature", "top_p")}
     body = {"model": "nano", "prompt": prompt, "max_tokens": new_tokens, "seed": seed, "dream": dream}
-    [task] = maker().tasks(CompletionRequest.model_validate(body | top))
+    make = dataclasses.replace(maker(), trained_mask=trained_mask)
+    [task] = make.tasks(CompletionRequest.model_validate(body | top))
     return task
 
 
@@ -181,15 +183,18 @@ def test_gaps_are_filled_as_by_generate(model, engine):
     assert reasons == ["length"]
 
 
-@pytest.mark.parametrize("trained_mask", ["prefix", pytest.param("block-causal:4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trained_mask", ["prefix", slow("block-causal:4"), slow("block-diffusion:4")])
 def test_masks_count_the_new_tokens_of_each_row(trained_mask):
     """Rows with different numbers of new tokens share a program, also if the mask depends on where the answer begins."""
     masked = nano()
     masked.trained_mask = trained_mask
     chosen = [({"preset": "exact"}, "x" * length, new_tokens, 0) for length, new_tokens in ((3, 9), (8, 4))]
     with running(masked, SETTINGS) as started:
-        texts, _ = ask(started, [asked(*one) for one in chosen])
+        tasks = [asked(*one, trained_mask) for one in chosen]
+        assert (tasks[0].config.cache == BlockCache()) == trained_mask.startswith("block-diffusion")
+        texts, _ = ask(started, tasks)
     for (options, prompt, new_tokens, seed), text in zip(chosen, texts, strict=True):
+        options = options | {"trained_mask": trained_mask}
         assert text == expected_text(masked, prompt.encode(), new_tokens, seed=seed, **options)
 
 

@@ -104,7 +104,7 @@ def sampler_config(options: Mapping[str, Any], row: Mapping[str, Any]) -> Sample
     An exact row writes all `new` tokens in `passes` passes. Such a pass takes as long, on average, as one of `new` passes
     that write one token each, because the number of masked positions falls evenly in both cases.
     """
-    more = {"temperature": 0.2, "top_p": 0.95} if row.get("top_p") else {}
+    more: dict[str, Any] = {"temperature": 0.2, "top_p": 0.95} if row.get("top_p") else {}
     if row["mode"] == "exact":
         return SamplerConfig.preset("exact", max_new_tokens=options["new"], steps=row["passes"], **more)
     return sampler_modes.cached(options["new"], options["block"], row["tokens_a_pass"])

@@ -153,6 +153,7 @@ class DreamHarness(TemplateLM):
         }
         self._given = {name: value for name, value in sampler_options.items() if value is not None}
         self._preset, self._published = sampler, preset
+        self._trained_mask = prepared.model.trained_mask
         self._config({}, 1)  # raises for invalid settings before the weights are read, which takes long
         self._model = prepared.load()
         longest = self._model.config.max_position_embeddings
@@ -296,7 +297,7 @@ class DreamHarness(TemplateLM):
         return found
 
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
-        config = make_sampler(self._tokenizer, len(continuation))
+        config = make_sampler(self._tokenizer, len(continuation), trained_mask=self._trained_mask)
         (one,) = answer(self._model, self._tokenizer, [context], [(0, 0)], config, 1)
         return one.tokens == tuple(continuation)
 
@@ -320,7 +321,15 @@ class DreamHarness(TemplateLM):
         return self._config(asked, self._max_new_tokens or length)
 
     def _config(self, asked: dict[str, Any], max_new_tokens: int) -> SamplerConfig:
-        return published_sampler(self._preset, self._published, self._given, self._tokenizer, max_new_tokens, asked)
+        return published_sampler(
+            self._preset,
+            self._published,
+            self._given,
+            self._tokenizer,
+            max_new_tokens,
+            asked,
+            trained_mask=self._trained_mask,
+        )
 
     def _fit(self, ids: list[int], new_tokens: int) -> list[int]:
         """Returns the end of a prompt, as many tokens as fit before `new_tokens` further ones, and at least one."""

@@ -196,7 +196,7 @@ def _sampled(
             f"--instruction has no place in raw prompts of the task {task.name} without examples, which are the question "
             "alone; leave it out, or ask with --template chat"
         )
-    config = settings.sampler_config(tokenizer, settings.max_new_tokens or task.max_new_tokens)
+    config = settings.sampler_config(tokenizer, settings.max_new_tokens or task.max_new_tokens, model.trained_mask)
     prompts = []
     for problem in problems:
         prompt = task.prompt(problem, examples, template, settings.instruction)

@@ -109,11 +109,15 @@ class EvaluateSettings(ModelSettings):
         """The folder of the results: `out`, or runs/eval-TASK if `out` is None."""
         return pathlib.Path("runs") / f"eval-{self.task}" if self.out is None else self.out
 
-    def sampler_config(self, tokenizer: Tokenizer, max_new_tokens: int) -> SamplerConfig:
+    def sampler_config(
+        self, tokenizer: Tokenizer, max_new_tokens: int, trained_mask: str = "bidirectional"
+    ) -> SamplerConfig:
         """Returns the sampler for answers of `max_new_tokens` tokens; see `published_sampler` for which value wins."""
         given = {name: getattr(self, name) for name in ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp")}
         given = {name: value for name, value in given.items() if value is not None}
-        return published_sampler(self.sampler, self.published, given, tokenizer, max_new_tokens)
+        return published_sampler(
+            self.sampler, self.published, given, tokenizer, max_new_tokens, trained_mask=trained_mask
+        )
 
 
 def published_sampler(
@@ -123,15 +127,18 @@ def published_sampler(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     asked: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    trained_mask: str = "bidirectional",
 ) -> SamplerConfig:
     """Returns the sampler of `preset`, at temperature 0, changed by other settings.
 
     For each field of `SamplerConfig` the first of these that sets the field counts: `given` (values of the user), the
-    settings of the evaluation `published`, `asked` (values of the task), and the preset.
+    settings of the evaluation `published`, `asked` (values of the task), and the preset. The preset depends on
+    `trained_mask`, see `SamplerConfig.preset`.
 
     Raises: ValueError for a value outside its range, and for `steps` with a preset that commits by confidence.
     """
     said = dict(PUBLISHED[published][1]) if published is not None else {}
     if preset != "exact":
         said.pop("alg", None)  # The commit rules of these presets need the `alg` that the preset sets.
-    return make_sampler(tokenizer, max_new_tokens, preset, **{**asked, **said, **given})
+    return make_sampler(tokenizer, max_new_tokens, preset, trained_mask=trained_mask, **{**asked, **said, **given})

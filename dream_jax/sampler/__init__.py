@@ -12,17 +12,20 @@ a forward pass, proposes a token and a confidence for every masked position, and
 | `stream` | many prompts in one batch, where each row that is done is replaced by the next prompt |
 | `state`, `loop` | the carry of the loop; its step and the compiled functions that run it |
 | `passes` | forward passes over all tokens, or over a window with a KV cache |
+| `block_passes` | forward passes with the exact KV cache of block diffusion |
+| `growth` | a canvas that is made longer while its texts go on |
 | `propose` | from hidden states to tokens and confidences, with the logits of a few positions at a time |
 """
 
 from dream_jax.sampler.callbacks import LogitsHook, Moment, TokenHook
-from dream_jax.sampler.config import FastDLLMCache, NoCache, Preset, SamplerConfig, WindowCache
+from dream_jax.sampler.config import BlockCache, FastDLLMCache, NoCache, Preset, SamplerConfig, WindowCache
 from dream_jax.sampler.generate import Sample, bucket_length, generate
 from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
 from dream_jax.sampler.stream import Answer, Stream
 
 __all__ = [
     "Answer",
+    "BlockCache",
     "Count",
     "EntropyBound",
     "Factor",

@@ -87,8 +87,19 @@ class FastDLLMCache:
         return None if self.variant == "prefix" else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockCache:
+    """A KV cache for models of block diffusion: the keys and values of finished blocks, which are exact.
+
+    Under the mask `block-diffusion:SIZE` no token sees a later block, so the keys and values of a finished block never
+    change. The first pass of a row computes the tokens up to the end of its first block. The first pass of a later block
+    computes the block before it, whose tokens are final now, and the block; the other passes compute the block alone. The
+    answers are equal to those of `NoCache()`. `block_length` must be the SIZE of the mask.
+    """
+
+
 KVCachePolicy = WindowCache | FastDLLMCache
-CachePolicy = NoCache | KVCachePolicy
+CachePolicy = NoCache | KVCachePolicy | BlockCache
 
 _NO_CACHE, _COUNT = NoCache(), Count()
 
@@ -117,7 +128,8 @@ class SamplerConfig:
       forbidden_tokens: further token ids that are never written, such as the mask token.
       block_length: each row is written in blocks of this many tokens that start at its first mask, and a block is
         finished before the next one begins; None writes the whole row as one block.
-      cache: whether keys and values are reused between forward passes: `NoCache()` or `WindowCache(...)`.
+      cache: whether keys and values are reused between forward passes: `NoCache()`, `WindowCache(...)`, or `BlockCache()`
+        for a model of block diffusion.
       commit: rule for the number of positions that a pass writes. `Count()` follows the published schedule.
         `Threshold`, `Factor` and `EntropyBound` decide by the confidences; `steps` and `eps` then have no effect.
       forced_tokens: pairs (offset, token). The token is written before the first step at this offset, which is counted
@@ -218,8 +230,13 @@ class SamplerConfig:
         return -(-steps * min(self.block_length, masked) // masked)
 
     @classmethod
-    def preset(cls, name: Preset, *, max_new_tokens: int, **options: Any) -> SamplerConfig:
+    def preset(
+        cls, name: Preset, *, max_new_tokens: int, trained_mask: str = "bidirectional", **options: Any
+    ) -> SamplerConfig:
         """Returns a named configuration; the names differ in their balance of speed and quality.
+
+        For a model of block diffusion (`trained_mask` or the option `mask` is `block-diffusion:SIZE`), every preset writes
+        blocks of SIZE tokens with `BlockCache()`, and sets `stop_at_end`; its order and its commit rule stay.
 
         Args:
           name: "exact": entropy order, one step per mask (or `steps`), no cache. "balanced": blocks of 32 tokens; each
@@ -228,10 +245,11 @@ class SamplerConfig:
             of 32 tokens, a probability of at least 0.9, windows of the block and one token before it, a full pass at
             each block start. "balanced" and "fast" set `stop_at_end`.
           max_new_tokens: as in SamplerConfig.
+          trained_mask: name of the mask under which the model was trained (`Dream.trained_mask`).
           **options: other fields of SamplerConfig; they override the preset.
 
         Raises:
-          ValueError: the name is unknown, or SamplerConfig refuses the values.
+          ValueError: the name is unknown, or SamplerConfig or `check_cache` refuses the values.
         """
         if name not in get_args(Preset):
             raise ValueError(f"preset {name=} is not one of {get_args(Preset)}")
@@ -243,7 +261,13 @@ class SamplerConfig:
                 chosen |= {"commit": Threshold(0.998), "cache": WindowCache(left=32, right=32, refresh_passes=4)}
             else:
                 chosen |= {"commit": Threshold(0.9), "cache": WindowCache()}
-        return cls(max_new_tokens=max_new_tokens, **chosen | options)
+        mask = options.get("mask") or masks.parse(trained_mask)
+        # "origin" writes positions at random, without blocks, and so without this cache.
+        if isinstance(mask, masks.BlockDiffusion) and options.get("alg") != "origin":
+            chosen |= {"block_length": mask.size, "cache": BlockCache(), "stop_at_end": True}
+        config = cls(max_new_tokens=max_new_tokens, **chosen | options)
+        check_cache(config.cache, mask, config.block_length)
+        return config
 
     @classmethod
     def fast_dllm(
@@ -296,4 +320,34 @@ class SamplerConfig:
             cache=FastDLLMCache(variant=cache),
             commit=Count() if commit is None else commit,
             **options,
+        )
+
+
+def block_grid(mask: masks.Mask, block_length: int | None) -> int | None:
+    """Returns the number of tokens of a block if the blocks of the sampler are the blocks of the mask, and otherwise None.
+
+    These blocks are counted from the first token of the answer of each row. Other blocks of the sampler begin at masks.
+    """
+    return block_length if isinstance(mask, masks.BlockDiffusion) and block_length == mask.size else None
+
+
+def check_cache(cache: CachePolicy, mask: masks.Mask, block_length: int | None) -> None:
+    """Raises ValueError if the cache is `BlockCache()`, but would not be exact.
+
+    Args:
+      cache: the cache.
+      mask: the mask of the model, not bound to particular rows.
+      block_length: as in SamplerConfig.
+    """
+    if not isinstance(cache, BlockCache):
+        return
+    if not isinstance(mask, masks.BlockDiffusion):
+        raise ValueError(
+            f"{cache=} needs a model of block diffusion (mask block-diffusion:SIZE), in which no token sees a later block; "
+            f"its keys and values would not be exact under the mask {mask}; pass WindowCache() or NoCache()"
+        )
+    if block_length != mask.size:
+        raise ValueError(
+            f"{block_length=} is not the block of the mask block-diffusion:{mask.size}, so {cache=} would not be exact; "
+            f"pass block_length={mask.size} (the default of the presets), or cache=NoCache()"
         )

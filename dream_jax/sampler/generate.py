@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dream_jax import sharding
+from dream_jax import masks, sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.callbacks import listening
-from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.loop import denoise
-from dream_jax.sampler.state import DynamicSettings, Record, Recorded, StaticSettings, bucket_length
+from dream_jax.sampler.config import SamplerConfig, check_cache
+from dream_jax.sampler.growth import extents, filled_up, finished, first_width, grow, wants_more
+from dream_jax.sampler.loop import denoise, new_batch, resume
+from dream_jax.sampler.state import DynamicSettings, Record, Recorded, State, StaticSettings, bucket_length
 from dream_jax.shapes import Array
 
 UNDEFINED = (
@@ -90,14 +91,15 @@ def generate(
     Raises:
       ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
         vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
-        shape; a forced or forbidden token is outside the vocabulary, or no token may be written; the key is missing, is
-        not a random key, or has another number of rows; or the logits of a row are NaN or infinite, for which
-        `generate` waits for the result.
+        shape; the cache would not be exact (`config.check_cache`); a forced or forbidden token is outside the vocabulary,
+        or no token may be written; the key is missing, is not a random key, or has another number of rows; or the logits of
+        a row are NaN or infinite, for which `generate` waits for the result.
     """
     config = SamplerConfig() if config is None else config
     prompt = np.asarray(prompt_BP)
     valid_BP = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
     check_prompt(model, prompt, valid_BP, config)
+    check_mask(model, config)
     rows, length = prompt.shape
 
     padding = bucket_length(length) - length
@@ -115,18 +117,19 @@ def generate(
         )
     check_key(config, key)
 
+    only_new = not np.any((prompt == model.config.mask_token_id) & valid_BP)
     static = StaticSettings.of(config, min(bucket_length(int(masked_B.max())), canvas.shape[1]), masked_B)
-    static = dataclasses.replace(static, record=record)
+    static = dataclasses.replace(
+        static, record=record, first_width=first_width(config, padding + length, only_new=only_new)
+    )
+    dynamic = DynamicSettings.of(config, static.steps, masked_B)
+    extent = extents(config, only_new=only_new, has_listener=on_step is not None)
     with sharding.mesh_context(model), listening(on_step, padding) as listener_id:
-        state = denoise(
-            model,
-            canvas,
-            valid_BT,
-            _row_keys(key, rows),
-            DynamicSettings.of(config, static.steps, masked_B),
-            listener_id,
-            static=static,
-        )
+        keys_B = _row_keys(key, rows)
+        if len(extent) > 1:
+            state = _denoise_growing(model, canvas, valid_BT, keys_B, dynamic, extent, static)
+        else:
+            state = denoise(model, canvas, valid_BT, keys_B, dynamic, listener_id, static=static)
         if on_step is not None:
             jax.effects_barrier()
     undefined = np.flatnonzero(state.undefined_B)
@@ -141,6 +144,36 @@ def generate(
         mask_token_id=model.config.mask_token_id,
         recorded=jax.tree.map(lambda noted: noted[:, padding:], state.recorded),
     )
+
+
+def _denoise_growing(
+    model: Dream,
+    canvas: np.ndarray,
+    valid_BT: np.ndarray,
+    keys_B: jax.Array,
+    dynamic: DynamicSettings,
+    extent: tuple[int, ...],
+    static: StaticSettings,
+) -> State:
+    """Returns what `denoise` returns, but makes the canvas only as long as the texts need it, see `growth`.
+
+    `extent` holds the numbers of new tokens for which the canvas has room, one after the other.
+    """
+    rows, before = canvas.shape[0], canvas.shape[1] - static.new_tokens
+    new_B, idle = np.ones(rows, bool), jnp.int32(rows)
+    batch = new_batch(model, rows, before + extent[0], static=dataclasses.replace(static, new_tokens=extent[0]))
+    length = before + extent[0]
+    for tokens in extent:
+        now = dataclasses.replace(static, new_tokens=tokens)
+        if before + tokens > length:
+            batch = grow(model, batch, ~new_B, columns=before + tokens - length, static=now)
+            length = before + tokens
+        start, valid = canvas[:, :length], valid_BT[:, :length]
+        batch = resume(model, batch, new_B, start, valid, keys_B, dynamic, idle, static=now)
+        new_B = np.zeros(rows, bool)
+        if not np.any(wants_more(model, batch, static=now)):
+            break
+    return filled_up(finished(batch), canvas.shape[1] - length, model.config.pad_token_id)
 
 
 def lay_out(
@@ -195,6 +228,12 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config:
         raise ValueError(
             f"prompt and max_new_tokens make {total} tokens, more than {model.config.max_position_embeddings=}"
         )
+
+
+def check_mask(model: Dream, config: SamplerConfig) -> None:
+    """Raises ValueError if the cache of the configuration would not be exact under the mask of the model."""
+    mask = masks.parse(model.trained_mask) if config.mask is None else config.mask
+    check_cache(config.cache, mask, config.block_length)
 
 
 def check_key(config: SamplerConfig, key: jax.Array | None) -> None:

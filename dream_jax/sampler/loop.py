@@ -15,14 +15,24 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import masks, schedule, sharding
-from dream_jax.attention import KVCache
 from dream_jax.model import Dream, padded_positions
-from dream_jax.sampler import callbacks, passes, propose, rules
+from dream_jax.sampler import block_passes, callbacks, passes, propose, rules
+from dream_jax.sampler.block_passes import FinishedBlocks
 from dream_jax.sampler.callbacks import Moment
 from dream_jax.sampler.compiled import ModelProgram
-from dream_jax.sampler.config import CachePolicy, KVCachePolicy
+from dream_jax.sampler.config import BlockCache, CachePolicy, KVCachePolicy, check_cache
 from dream_jax.sampler.passes import Block, CanvasLayout, take
-from dream_jax.sampler.state import NUM_TOP, DynamicSettings, Recorded, State, StaticSettings, active, begin, first
+from dream_jax.sampler.state import (
+    NUM_TOP,
+    DynamicSettings,
+    Recorded,
+    State,
+    StaticSettings,
+    active,
+    begin,
+    block_start,
+    first,
+)
 from dream_jax.shapes import Array
 
 
@@ -51,10 +61,15 @@ def denoise(
       The last state, replicated on all devices, without its KV cache.
     """
     state = begin(model, sharding.constrain(canvas_BT, "batch", None), static)
-    layout = canvas_layout(model, valid_BT, static)
+    layout = canvas_layout(model, valid_BT, static, answer_start_B=state.answer_start_B)
     state = _run(model, layout, keys_B, dynamic, listener_id, state, static, jnp.int32(canvas_BT.shape[0]))
-    # The result is replicated, so that every process of a run can read all of it.
-    return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state._replace(kv_cache=None))
+    return replicated(state)
+
+
+def replicated(state: State) -> State:
+    """Returns a state without its KV cache, replicated, so that every process of a run can read all of it."""
+    state = state._replace(kv_cache=None, before_XD=None)
+    return jax.tree.map(lambda leaf: sharding.constrain(leaf, *[None] * leaf.ndim), state)
 
 
 class StreamBatch(NamedTuple):
@@ -95,14 +110,14 @@ def resume(
         return jax.tree.map(lambda old, new: jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old), old, new)
 
     # The KV cache is not replaced: a new row begins with a full pass, which overwrites it.
-    fresh = begin(model, canvas_BT, static)
-    shared: dict[str, Any] = {"kv_cache": batch.state.kv_cache, "forwards": batch.state.forwards}
+    fresh = begin(model, canvas_BT, static, dynamic.new_tokens)
+    shared: dict[str, Any] = {name: getattr(batch.state, name) for name in ("kv_cache", "before_XD", "forwards")}
     rows: dict[str, Any] = {
         name: replaced(getattr(batch.state, name), getattr(fresh, name)) for name in State._fields if name not in shared
     }
     state = State(**rows, **shared)
     valid_BT, keys_B = replaced(batch.valid_BT, valid_BT), replaced(batch.keys_B, keys_B)
-    layout = canvas_layout(model, valid_BT, static, dynamic.new_tokens)
+    layout = canvas_layout(model, valid_BT, static, dynamic.new_tokens, state.answer_start_B)
     state = _run(model, layout, keys_B, dynamic, None, state, static, idle, most_steps)
     return StreamBatch(state, valid_BT, keys_B)
 
@@ -115,23 +130,45 @@ def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> 
     return StreamBatch(state, jnp.ones((rows, length), bool), keys_B)
 
 
+new_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "static"))(idle_batch)
+"""`idle_batch` as a compiled function."""
+
+
 def canvas_layout(
     model: Dream,
     valid_BT: Bool[jax.Array, "B T"],
     static: StaticSettings,
     new_tokens_B: Int[Array, "B"] | None = None,
+    answer_start_B: Int[jax.Array, "B"] | None = None,
 ) -> CanvasLayout:
     """Returns the layout of a canvas. Its mask is `static.mask` or else the model's trained mask, and hides padding.
 
-    `new_tokens_B` is the number of positions at the end of each row that do not belong to the prompt; None if it is
-    `static.new_tokens` in every row.
+    Args:
+      model: gives the trained mask.
+      valid_BT: false at padding.
+      static: the settings of the sampler.
+      new_tokens_B: number of positions at the end of each row that do not belong to the prompt; None if it is
+        `static.new_tokens` in every row.
+      answer_start_B: `State.answer_start_B`, where the blocks of block diffusion begin; None for the first new token.
+
+    Raises:
+      ValueError: the cache would not be exact under this mask, see `config.check_cache`.
     """
-    mask = masks.parse(model.trained_mask) if static.mask is None else static.mask
-    length = valid_BT.shape[1]
+    unbound, length = static.mask_of(model), valid_BT.shape[1]
+    check_cache(static.cache, unbound, static.block_length)
     new_tokens = static.new_tokens if new_tokens_B is None else new_tokens_B[:, None]
-    answer_BT = jnp.broadcast_to(jnp.arange(length) >= length - new_tokens, valid_BT.shape)
-    mask = mask.for_rows(valid_BT, answer_BT) & masks.KeyPadding(valid_BT)
-    return CanvasLayout(valid_BT, padded_positions(valid_BT), mask)
+    start = length - new_tokens
+    # Under other masks an answer begins with the new tokens: a prompt sees all of itself, also around its masks.
+    if isinstance(unbound, masks.BlockDiffusion) and answer_start_B is not None:
+        start = answer_start_B[:, None]
+    answer_BT = jnp.broadcast_to(jnp.arange(length) >= start, valid_BT.shape)
+
+    def bound(width: int) -> masks.Mask:
+        valid_Bt = valid_BT[:, :width]
+        return unbound.for_rows(valid_Bt, answer_BT[:, :width]) & masks.KeyPadding(valid_Bt)
+
+    first_mask = bound(static.first_width or length) if isinstance(static.cache, BlockCache) else None
+    return CanvasLayout(valid_BT, padded_positions(valid_BT), bound(length), first_mask)
 
 
 def _run(
@@ -186,7 +223,7 @@ def step(
         # from its own hidden state, never from the hidden state of the padding before it.
         first_BM = (take(layout.positions_BT, position_BM) == 0) | (position_BM == 0)
         source_BM = jnp.where(first_BM, position_BM, position_BM - 1)
-        hidden_XMD, kv_cache, forwards = _forward(model, state, layout, source_BM, refresh_B, block, static)
+        hidden_XMD, state = _forward(model, state, layout, source_BM, refresh_B, block, static)
         moment = Moment(step_id_B, state.canvas_BT, layout.valid_BT, layout.positions_BT)
         hook = static.logits_hook
         proposal = propose.propose(
@@ -229,7 +266,7 @@ def step(
             # jax orders callbacks on one device only. On several devices a slow listener may see steps out of order.
             ordered = mesh.empty or mesh.size == 1
             jax.debug.callback(callbacks.notify, listener_id, latest_step, state.canvas_BT, ordered=ordered)
-        return state._replace(kv_cache=kv_cache, forwards=state.forwards + forwards)
+        return state
 
     if at_random:
         # A random step may choose no position; then no forward pass is made.
@@ -256,34 +293,57 @@ def _forward(
     refresh_B: Bool[jax.Array, "B"],
     block: Block,
     static: StaticSettings,
-) -> tuple[Float[jax.Array, "X M D"], KVCache | None, Int[jax.Array, ""]]:
+) -> tuple[Float[jax.Array, "X M D"], State]:
     """Makes the forward passes that the cache policy asks for.
 
     Returns:
-      The hidden states at the source positions (X is B, or 2 B under guidance), the updated KV cache (None without a
-      cache), and the number of forward passes made (int32).
+      The hidden states at the source positions (X is B, or 2 B under guidance), and the state with the updated cache and
+      number of forward passes.
     """
-    canvas_BT = state.canvas_BT
+    canvas_BT, active_B, cached_B = state.canvas_BT, active(state), state.cached_B
     if static.guided:
         # Each row is followed by its unconditional copy, in which every given token is masked.
-        layout, source_BM, refresh_B, block, canvas_BT = jax.tree.map(
-            lambda x: jnp.repeat(x, 2, axis=0), (layout, source_BM, refresh_B, block, canvas_BT)
+        layout, source_BM, refresh_B, block, canvas_BT, active_B, cached_B = jax.tree.map(
+            lambda x: jnp.repeat(x, 2, axis=0),
+            (layout, source_BM, refresh_B, block, canvas_BT, active_B, cached_B),
         )
         given_BT = layout.valid_BT & (jnp.repeat(state.commit_step_BT, 2, axis=0) < 0)
         unconditional_B1 = jnp.arange(canvas_BT.shape[0])[:, None] % 2 == 1
         canvas_BT = jnp.where(given_BT & unconditional_B1, model.config.mask_token_id, canvas_BT)
-    if state.kv_cache is None or not isinstance(static.cache, KVCachePolicy):
-        return passes.full(model, canvas_BT, layout, source_BM), None, jnp.int32(1)
-    return passes.cached(
+    if state.kv_cache is None:
+        hidden_XMD = passes.full(model, canvas_BT, layout, source_BM)
+        return hidden_XMD, state._replace(forwards=state.forwards + 1)
+    assert static.block_length is not None, "SamplerConfig needs a block_length with a cache"
+    if isinstance(static.cache, KVCachePolicy):
+        hidden_XMD, kv_cache, forwards = passes.cached(
+            model,
+            canvas_BT,
+            layout,
+            source_BM,
+            state.kv_cache,
+            refresh_B,
+            block,
+            policy=static.cache,
+            block_length=static.block_length,
+        )
+        return hidden_XMD, state._replace(kv_cache=kv_cache, forwards=state.forwards + forwards)
+    assert state.before_XD is not None, "a state for BlockCache has this array"
+    hidden_XMD, finished, forwards = block_passes.block_cached(
         model,
         canvas_BT,
         layout,
         source_BM,
-        state.kv_cache,
-        refresh_B,
+        FinishedBlocks(state.kv_cache, state.before_XD, cached_B),
+        active_B,
         block,
-        policy=static.cache,
-        block_length=static.block_length or 1,
+        size=static.block_length,
+        first_width=static.first_width or canvas_BT.shape[1],
+    )
+    return hidden_XMD, state._replace(
+        kv_cache=finished.kv_cache,
+        before_XD=finished.before_XD,
+        cached_B=finished.cached_X[:: 2 if static.guided else 1],
+        forwards=state.forwards + forwards,
     )
 
 
@@ -371,7 +431,16 @@ def _record(
 def _fill_after_end(
     model: Dream, state: State, valid_BT: Bool[jax.Array, "B T"], step_id_B: Int[jax.Array, "B"]
 ) -> State:
-    """Fills the masks of a row with end-of-text tokens if none is before its first written end-of-text token.
+    """Fills the masks of a row with end-of-text tokens if its text has ended."""
+    filled_BT = (state.canvas_BT == model.config.mask_token_id) & ended(model, state, valid_BT)[:, None]
+    return state._replace(
+        canvas_BT=jnp.where(filled_BT, model.config.pad_token_id, state.canvas_BT),
+        commit_step_BT=jnp.where(filled_BT, step_id_B[:, None], state.commit_step_BT),
+    )
+
+
+def ended(model: Dream, state: State, valid_BT: Bool[jax.Array, "B T"]) -> Bool[jax.Array, "B"]:
+    """Marks the rows whose text has ended: they have no mask before their first written end-of-text token.
 
     An end-of-text token does not count if a given token is after it: the text goes on there.
     """
@@ -379,11 +448,7 @@ def _fill_after_end(
     given_BT = valid_BT & ~masked_BT & (state.commit_step_BT < 0)
     given_after_BT = jnp.flip(jnp.cumsum(jnp.flip(given_BT, axis=1), axis=1), axis=1) > 0
     end_BT = (state.canvas_BT == model.config.pad_token_id) & (state.commit_step_BT >= 0) & ~given_after_BT
-    filled_BT = masked_BT & (first(end_BT) < first(masked_BT))[:, None]
-    return state._replace(
-        canvas_BT=jnp.where(filled_BT, model.config.pad_token_id, state.canvas_BT),
-        commit_step_BT=jnp.where(filled_BT, step_id_B[:, None], state.commit_step_BT),
-    )
+    return first(end_BT) < first(masked_BT)
 
 
 def _apply_token_hook(
@@ -391,15 +456,21 @@ def _apply_token_hook(
 ) -> State:
     """Returns the state with the canvas that a hook returned, in the rows that are not done."""
     changed_BT = (canvas_BT != state.canvas_BT) & active(state)[:, None]
+    stale_B = first(changed_BT) < state.cached_B  # a cached token was changed, so the row makes its first pass again
     step_id_BT = jnp.where(canvas_BT == model.config.mask_token_id, -1, step_id_B[:, None])
     return state._replace(
         canvas_BT=jnp.where(changed_BT, canvas_BT, state.canvas_BT),
         commit_step_BT=jnp.where(changed_BT, step_id_BT, state.commit_step_BT),
+        cached_B=jnp.where(stale_B, 0, state.cached_B),
     )
 
 
 def _advance(model: Dream, state: State, block: Block, dynamic: DynamicSettings, static: StaticSettings) -> State:
-    """Moves each row that has finished its block to the next block, which starts at the first mask after the block."""
+    """Moves each row that has finished its block to the next block.
+
+    The next block starts at the first mask after the block. If the blocks are those of block diffusion (`block_grid`), it
+    is the block of this mask.
+    """
     length = state.canvas_BT.shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
     masked_BT = state.canvas_BT == model.config.mask_token_id
@@ -411,6 +482,7 @@ def _advance(model: Dream, state: State, block: Block, dynamic: DynamicSettings,
     left_B = jnp.any(masked_BT & (position_T >= block.start_B[:, None]) & (position_T < block.end_B[:, None]), axis=1)
     finished_B = (spent_B | ~left_B) & active(state)
     next_B = first(masked_BT & (position_T >= block.end_B[:, None]))
+    next_B = block_start(next_B, state.answer_start_B, length, static.grid_of(model))
     return state._replace(
         block_start_B=jnp.where(finished_B, next_B, state.block_start_B),
         schedule_step_B=jnp.where(finished_B, 0, state.schedule_step_B),

@@ -16,7 +16,7 @@ from dream_jax.attention import KVCache
 from dream_jax.model import Dream
 from dream_jax.sampler import passes, propose, rules
 from dream_jax.sampler.callbacks import LogitsHook, TokenHook
-from dream_jax.sampler.config import CachePolicy, KVCachePolicy, SamplerConfig
+from dream_jax.sampler.config import BlockCache, CachePolicy, KVCachePolicy, SamplerConfig, block_grid
 from dream_jax.shapes import Array
 
 Record = Literal["nothing", "confidences", "logprobs"]
@@ -39,6 +39,8 @@ class StaticSettings:
       new_tokens: number of positions at the end of the canvas that do not belong to the prompt.
       capacity: maximum number of masked positions of a row for which one step computes logits.
       record: what is noted about each token when it is written.
+      first_width: number of tokens, from the start of the canvas, that hold the first block of every row and all that is
+        before it: with `BlockCache` a pass over a whole row computes so many tokens. None for the whole canvas.
 
     The other attributes are as in SamplerConfig.
     """
@@ -58,6 +60,7 @@ class StaticSettings:
     new_tokens: int
     capacity: int
     record: Record = "nothing"
+    first_width: int | None = None
 
     @classmethod
     def of(cls, config: SamplerConfig, capacity: int, masked_B: Sequence[int] | np.ndarray) -> StaticSettings:
@@ -106,6 +109,14 @@ class StaticSettings:
     def forces_first(self) -> bool:
         """Whether a full pass writes the first token of a block and nothing else, as in Fast-dLLM."""
         return isinstance(self.cache, KVCachePolicy) and self.cache.forces_first
+
+    def mask_of(self, model: Dream) -> masks.Mask:
+        """Returns the mask of a model under these settings, which is not bound to particular rows."""
+        return masks.parse(model.trained_mask) if self.mask is None else self.mask
+
+    def grid_of(self, model: Dream) -> int | None:
+        """Returns `config.block_grid` for a model under these settings."""
+        return block_grid(self.mask_of(model), self.block_length)
 
 
 class DynamicSettings(NamedTuple):
@@ -234,6 +245,8 @@ class State(NamedTuple):
       commit_step_BT: id of the step that last wrote each position; -1 at positions that no step has written, or that a
         token hook has masked again.
       passes_B: number of forward passes that each row took part in.
+      answer_start_B: first position of the answer of each row: the first position that was masked before the first step,
+        or the first new token if this is earlier (because it was forced).
       block_start_B: first position of the current block of each row; T if the row is done.
       schedule_step_B: index in the schedule of the next step of the block.
       block_passes_B: number of steps made in the block; a random step (alg "origin") counts even if it needed no pass.
@@ -241,6 +254,10 @@ class State(NamedTuple):
         full pass -1. Without a cache the value has no meaning.
       blocks_since_full_B: number of blocks finished since the last full pass of the row.
       kv_cache: cached keys and values, of 2 B rows under guidance and B rows otherwise; None without a cache.
+      before_XD: with `BlockCache` the hidden state, after the final norm, of the token before the current block of each row
+        of the KV cache, if its keys and values are cached; None without `BlockCache`.
+      cached_B: with `BlockCache` the number of leading positions of each row whose tokens are final, and whose keys and
+        values are in the KV cache; without it 0.
       forwards: number of forward passes made by the program.
       undefined_B: whether a token of the row was written from logits that are no numbers.
       recorded: what was noted about the written tokens; None if the settings record nothing.
@@ -249,37 +266,71 @@ class State(NamedTuple):
     canvas_BT: Int[jax.Array, "B T"]
     commit_step_BT: Int[jax.Array, "B T"]
     passes_B: Int[jax.Array, "B"]
+    answer_start_B: Int[jax.Array, "B"]
     block_start_B: Int[jax.Array, "B"]
     schedule_step_B: Int[jax.Array, "B"]
     block_passes_B: Int[jax.Array, "B"]
     passes_since_full_B: Int[jax.Array, "B"]
     blocks_since_full_B: Int[jax.Array, "B"]
     kv_cache: KVCache | None
+    before_XD: Float[jax.Array, "X D"] | None
+    cached_B: Int[jax.Array, "B"]
     forwards: Int[jax.Array, ""]
     undefined_B: Bool[jax.Array, "B"]
     recorded: Recorded | None = None
 
 
-def begin(model: Dream, canvas_BT: Int[jax.Array, "B T"], static: StaticSettings) -> State:
-    """Returns the state before the first step, with an empty KV cache if the settings ask for a cache."""
+def begin(
+    model: Dream,
+    canvas_BT: Int[jax.Array, "B T"],
+    static: StaticSettings,
+    new_tokens_B: Int[Array, "B"] | None = None,
+) -> State:
+    """Returns the state before the first step, with an empty KV cache if the settings ask for a cache.
+
+    `new_tokens_B` is the number of positions at the end of each row that do not belong to the prompt; None if it is
+    `static.new_tokens` in every row.
+    """
     zeros_B = jnp.zeros(canvas_BT.shape[0], jnp.int32)
     rows, length = canvas_BT.shape
-    masked_BT = canvas_BT == model.config.mask_token_id
-    has_cache = isinstance(static.cache, KVCachePolicy)
+    first_mask_B = first(canvas_BT == model.config.mask_token_id)
+    new_tokens: Any = static.new_tokens if new_tokens_B is None else jnp.asarray(new_tokens_B, jnp.int32)
+    answer_start_B = jnp.minimum(first_mask_B, length - new_tokens).astype(jnp.int32)
+    has_blocks, cache_rows = isinstance(static.cache, BlockCache), 2 * rows if static.guided else rows
+    has_cache = has_blocks or isinstance(static.cache, KVCachePolicy)
     return State(
         canvas_BT=canvas_BT,
         commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
         passes_B=zeros_B,
-        block_start_B=first(masked_BT),
+        answer_start_B=answer_start_B,
+        block_start_B=block_start(first_mask_B, answer_start_B, length, static.grid_of(model)),
         schedule_step_B=zeros_B,
         block_passes_B=zeros_B,
         passes_since_full_B=zeros_B - 1,
         blocks_since_full_B=zeros_B,
-        kv_cache=passes.empty_kv_cache(model, 2 * rows if static.guided else rows, length) if has_cache else None,
+        kv_cache=passes.empty_kv_cache(model, cache_rows, length) if has_cache else None,
+        before_XD=jnp.zeros((cache_rows, model.config.hidden_size), model.compute_dtype) if has_blocks else None,
+        cached_B=zeros_B,
         forwards=jnp.int32(0),
         undefined_B=jnp.zeros(rows, bool),
         recorded=_nothing_recorded(rows, length, min(NUM_TOP, model.config.vocab_size), static.record),
     )
+
+
+def block_start(
+    mask_B: Int[jax.Array, "B"], answer_start_B: Int[jax.Array, "B"], length: int, grid: int | None
+) -> Int[jax.Array, "B"]:
+    """Returns the start of the block to which a masked position of each row belongs; T where there is no such position.
+
+    Args:
+      mask_B: the masked position of each row, or T (`length`).
+      answer_start_B: `State.answer_start_B`.
+      length: T, the length of the canvas.
+      grid: `config.block_grid`; with None the block starts at the masked position.
+    """
+    if grid is None:
+        return mask_B
+    return jnp.where(mask_B < length, mask_B - (mask_B - answer_start_B) % grid, length)
 
 
 def _nothing_recorded(rows: int, length: int, num_top: int, record: Record) -> Recorded | None:

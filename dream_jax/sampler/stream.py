@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ from dream_jax import sharding
 from dream_jax.bounds import MOST_ROWS, IntegerRange, check
 from dream_jax.model import Dream
 from dream_jax.sampler.config import SamplerConfig
-from dream_jax.sampler.generate import UNDEFINED, check_key, check_prompt, lay_out
-from dream_jax.sampler.loop import idle_batch, resume
+from dream_jax.sampler.generate import UNDEFINED, check_key, check_mask, check_prompt, lay_out
+from dream_jax.sampler.growth import extents, first_width, grow, wants_more
+from dream_jax.sampler.loop import new_batch, resume
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, active, bucket_length
 
 
@@ -66,6 +67,7 @@ class Stream(Iterator[Answer]):
         batch_size: int = 8,
     ):
         check("batch_size", batch_size, IntegerRange(1, MOST_ROWS))
+        check_mask(model, config)
         check_key(config, keys)
         if keys is not None and keys.shape[:1] != (len(prompts),):
             raise ValueError(f"got keys of shape {keys.shape} for {len(prompts)} prompts; pass one per prompt")
@@ -102,10 +104,15 @@ class Stream(Iterator[Answer]):
         model, config, size = self._model, self._config, self._batch_size
         total = width + config.max_new_tokens
         masked = [self._num_masked(index) for index in waiting]
+        only_new = all(not np.any(self._rows[index] == model.config.mask_token_id) for index in waiting)
+        extent = list(extents(config, only_new=only_new))
         static = StaticSettings.of(config, min(bucket_length(max(masked)), total), masked)
+        static = dataclasses.replace(
+            static, new_tokens=extent[0], first_width=first_width(config, width, only_new=only_new)
+        )
         before = self.forwards
         with sharding.mesh_context(model):
-            batch = _idle_batch(model, size, total, static)
+            batch = new_batch(model, size, width + extent[0], static)
             prompt_of_row: list[int | None] = [None] * size
             canvas = np.full((size, total), model.config.pad_token_id, np.int32)
             valid = np.ones((size, total), bool)
@@ -126,22 +133,39 @@ class Stream(Iterator[Answer]):
                 idle = -(-size // 4) if waiting else size
                 if np.any(new):
                     dynamic = DynamicSettings.of(config, static.steps, masked_B)
+                length = width + static.new_tokens
                 batch = resume(
-                    model, batch, new, canvas, valid, self._keys[key_index], dynamic, jnp.int32(idle), static=static
+                    model,
+                    batch,
+                    new,
+                    canvas[:, :length],
+                    valid[:, :length],
+                    self._keys[key_index],
+                    dynamic,
+                    jnp.int32(idle),
+                    static=static,
                 )
                 state = batch.state
                 self.forwards = before + int(state.forwards)
+                busy_B = active(state)
+                occupied = np.array([index is not None for index in prompt_of_row])
+                if len(extent) > 1:
+                    full = np.asarray(wants_more(model, batch, static=static)) & occupied
+                    busy_B = busy_B | full
+                    if np.any(full):
+                        columns = extent[1] - extent.pop(0)
+                        static = dataclasses.replace(static, new_tokens=extent[0])
+                        batch = grow(model, batch, occupied, columns=columns, static=static)
                 found = jax.device_get(
-                    (active(state), state.canvas_BT, state.commit_step_BT, state.passes_B, state.undefined_B)
+                    (busy_B, state.canvas_BT, state.commit_step_BT, state.passes_B, state.undefined_B)
                 )
                 for row, (busy, tokens, commit_step, passes, undefined) in enumerate(zip(*found, strict=True)):
                     index = prompt_of_row[row]
                     if index is not None and not busy:
                         if undefined:
                             raise ValueError(f"prompt {index}: {UNDEFINED}")
-                        begin = width - self._rows[index].shape[1]
-                        yield Answer(index, tokens[begin:], commit_step[begin:], int(passes))
+                        begin, missing = width - self._rows[index].shape[1], total - length
+                        tokens = np.pad(tokens[begin:], (0, missing), constant_values=model.config.pad_token_id)
+                        commit_step = np.pad(commit_step[begin:], (0, missing), constant_values=passes - 1)
+                        yield Answer(index, tokens, commit_step, int(passes))
                         prompt_of_row[row] = None
-
-
-_idle_batch = functools.partial(jax.jit, static_argnames=("rows", "length", "static"))(idle_batch)

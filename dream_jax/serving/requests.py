@@ -353,6 +353,7 @@ class TaskMaker:
       preset: the preset of requests that name none.
       limits: what a request may ask for.
       instruction: the text before the first message of the user in each chat, as `inference.PreparedModel.instruction`.
+      trained_mask: name of the mask under which the model was trained.
     """
 
     tokenizer: Tokenizer
@@ -360,6 +361,7 @@ class TaskMaker:
     preset: Preset
     limits: Limits
     instruction: str = ""
+    trained_mask: str = "bidirectional"
 
     def tasks(self, request: AnyRequest) -> list[Task]:
         """Returns one task for each answer: the answers to the first prompt, then those to the next one.
@@ -618,6 +620,7 @@ class TaskMaker:
                 self.tokenizer,
                 new_tokens,
                 preset,
+                trained_mask=self.trained_mask,
                 steps=steps,
                 alg=options.alg,
                 temperature=request.temperature,

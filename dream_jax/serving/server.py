@@ -118,5 +118,12 @@ def compile_programs(engine: Engine, maker: TaskMaker, lengths: Sequence[int]) -
 def _plain_tasks(maker: TaskMaker, length: int) -> Iterator[Task]:
     """Yields tasks of the default preset: at temperature 0, with a temperature, and with a temperature and top_p."""
     for temperature, top_p in ((0.0, None), (1.0, None), (1.0, 0.5)):
-        config = inference.make_sampler(maker.tokenizer, length - 1, maker.preset, temperature=temperature, top_p=top_p)
+        config = inference.make_sampler(
+            maker.tokenizer,
+            length - 1,
+            maker.preset,
+            trained_mask=maker.trained_mask,
+            temperature=temperature,
+            top_p=top_p,
+        )
         yield Task(prompt=(0,), config=config, seed=0, sample=0, pieces=(Gap(start=1, length=length - 1),))

@@ -51,7 +51,7 @@ def take_samples(
     # A longer answer than the longest held-out one would only add end-of-text tokens.
     room = min(settings.evaluation.sample_tokens, bucket_length(room))
     shards = dict(mesh.shape)["fsdp"]
-    config = make_sampler(tokenizer, room, temperature=_TEMPERATURE)
+    config = make_sampler(tokenizer, room, trained_mask=model.trained_mask, temperature=_TEMPERATURE)
     prompts, names = [prompt for _, prompt in found], [(settings.run.seed, number) for number in range(len(found))]
     answered = answer(model, tokenizer, prompts, names, config, -(-len(found) // shards) * shards)
     if jax.process_index():

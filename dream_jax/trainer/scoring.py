@@ -112,6 +112,6 @@ def _answers(model: Dream, tokenizer: Tokenizer, rows: Sequence[TokenRow], size:
     """Returns the answers of the model as texts, and the number of forward passes. Always denoises `size` rows."""
     prompts = [one.tokens[: one.prompt_length] for one in rows]
     names = [(0, number) for number in range(len(rows))]  # not used: at temperature 0 nothing is random
-    config = make_sampler(tokenizer, max(_answer_length(one) for one in rows))
+    config = make_sampler(tokenizer, max(_answer_length(one) for one in rows), trained_mask=model.trained_mask)
     found = answer(model, tokenizer, prompts, names, config, size)
     return [one.text for one in found], found[0].forwards

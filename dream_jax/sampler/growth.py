@@ -1,0 +1,132 @@
+"""A canvas that grows: with `BlockCache` a row needs no more memory than the blocks that it has begun.
+
+No block sees a later one, so the tokens that a text will have after its present block need not exist yet. The canvas and
+the KV cache begin with room for some new tokens, and the room is doubled while a text goes on. `max_new_tokens` is then
+only a bound: what is after the end of all texts is neither stored nor computed. Each length is a compiled program.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from dream_jax import sharding
+from dream_jax.model import Dream
+from dream_jax.sampler.config import BlockCache, SamplerConfig
+from dream_jax.sampler.loop import StreamBatch, ended, replicated
+from dream_jax.sampler.state import State, StaticSettings, active
+
+# Number of new tokens for which a canvas that grows has room at first.
+_FIRST_EXTENT = 256
+
+
+def extents(config: SamplerConfig, *, only_new: bool, has_listener: bool = False) -> tuple[int, ...]:
+    """Returns the numbers of new tokens for which the canvas has room, one after the other; the last is `max_new_tokens`.
+
+    There is only one if the canvas cannot grow: without `BlockCache`, if the prompts have masks, and with hooks or a
+    listener, which see the whole canvas.
+
+    Args:
+      config: the settings of the sampler.
+      only_new: whether all masks are after the prompts.
+      has_listener: whether a listener sees the canvas after each step.
+    """
+    most, block = config.max_new_tokens, config.block_length
+    has_hooks = config.token_hook is not None or config.logits_hook is not None
+    if not isinstance(config.cache, BlockCache) or block is None or not only_new or has_hooks or has_listener:
+        return (most,)
+    # Forced tokens are part of the text from the beginning: an end-of-text token before them does not end it.
+    extent, found = max(_FIRST_EXTENT, *(at + 1 for at, _ in config.forced_tokens), 1), []
+    extent = -(-extent // block) * block
+    while extent < most:
+        found.append(extent)
+        extent *= 2
+    return (*found, most)
+
+
+def first_width(config: SamplerConfig, width: int, *, only_new: bool) -> int | None:
+    """Returns `StaticSettings.first_width` for a canvas whose prompts, padding included, have `width` tokens.
+
+    Args:
+      config: the settings of the sampler.
+      width: number of tokens before the new ones.
+      only_new: whether all masks are after the prompts.
+    """
+    if not isinstance(config.cache, BlockCache) or config.block_length is None:
+        return None
+    # A row whose blocks do not follow each other makes a first pass again, up to its present block.
+    if not only_new or config.forced_tokens or config.token_hook is not None:
+        return None
+    return width + min(config.block_length, config.max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("static",))
+def wants_more(model: Dream, batch: StreamBatch, *, static: StaticSettings) -> Bool[jax.Array, "B"]:
+    """Marks the rows that have filled the canvas, and whose text has not ended; bool [B], replicated."""
+    return sharding.constrain(_wants_more(model, batch, static), None)
+
+
+def _wants_more(model: Dream, batch: StreamBatch, static: StaticSettings) -> jax.Array:
+    has_ended_B = (
+        ended(model, batch.state, batch.valid_BT) if static.stop_at_end else jnp.zeros_like(active(batch.state))
+    )
+    return ~active(batch.state) & ~has_ended_B
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "static"))
+def grow(
+    model: Dream, batch: StreamBatch, occupied_B: Bool[jax.Array, "B"], *, columns: int, static: StaticSettings
+) -> StreamBatch:
+    """Returns the batch with `columns` more positions at the end of its canvas.
+
+    In rows whose text goes on they are masks. In rows whose text has ended, and in rows without a text (false in
+    `occupied_B`), they are end-of-text tokens.
+    """
+    state, rows = batch.state, batch.valid_BT.shape[0]
+    goes_on_B = occupied_B & (active(state) | _wants_more(model, batch, static))
+    added = functools.partial(jnp.broadcast_to, shape=(rows, columns))
+    canvas_BC = added(jnp.where(goes_on_B, model.config.mask_token_id, model.config.pad_token_id)[:, None])
+    commit_step_BC = added(jnp.where(goes_on_B, -1, state.passes_B - 1)[:, None])
+    recorded = jax.tree.map(lambda noted: _padded(noted, columns), state.recorded)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0))), state.kv_cache)
+    length = batch.valid_BT.shape[1]
+    state = state._replace(
+        canvas_BT=jnp.concatenate([state.canvas_BT, canvas_BC], axis=1),
+        commit_step_BT=jnp.concatenate([state.commit_step_BT, commit_step_BC], axis=1),
+        recorded=recorded,
+        kv_cache=cache,
+        # A row that has filled the canvas goes on with the first new position.
+        block_start_B=jnp.where(goes_on_B, state.block_start_B, length + columns),
+    )
+    return batch._replace(state=state, valid_BT=jnp.pad(batch.valid_BT, ((0, 0), (0, columns)), constant_values=True))
+
+
+@jax.jit
+def finished(batch: StreamBatch) -> State:
+    """Returns the state of a batch as `loop.denoise` returns it."""
+    return replicated(batch.state)
+
+
+def filled_up(state: State, columns: int, end: int) -> State:
+    """Returns the state of rows whose texts have ended with `columns` more end-of-text tokens."""
+    if not columns:
+        return state
+    rows = np.asarray(state.canvas_BT).shape[0]
+    last = np.asarray(state.passes_B)[:, None] - 1
+    wide = lambda x, new: jnp.asarray(np.concatenate([np.asarray(x), new], axis=1))
+    return state._replace(
+        canvas_BT=wide(state.canvas_BT, np.full((rows, columns), end, np.int32)),
+        commit_step_BT=wide(state.commit_step_BT, np.broadcast_to(last, (rows, columns))),
+        recorded=jax.tree.map(lambda noted: _padded(jnp.asarray(noted), columns), state.recorded),
+    )
+
+
+def _padded(noted_BT: jax.Array, columns: int) -> jax.Array:
+    """Returns an array of `Recorded` with more columns at its end, in which nothing is noted."""
+    nothing = jnp.nan if jnp.issubdtype(noted_BT.dtype, jnp.floating) else 0
+    widths = ((0, 0), (0, columns), *[(0, 0)] * (noted_BT.ndim - 2))
+    return jnp.pad(noted_BT, widths, constant_values=nothing)
