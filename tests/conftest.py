@@ -14,12 +14,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that tries to download fails at once, with a clear message
 
 # Tests spend most of their time in the XLA compiler. Here it optimises less, and compiled programs are cached on the
-# disk for the other workers, for the processes that tests start and for the next session (docs/testing.md).
+# disk for the other workers, for the processes that tests start and for the next session (docs/testing.md). The older
+# emitters of fused loops compile in half the time of those through MLIR, and one thread is enough for each program.
 # DREAM_JAX_XLA=default (make test-optimised) compiles with the default options, as for users.
 TESTS = Path(__file__).parent
 PROGRAMS = TESTS.parent / ".pytest_cache" / "programs"
 if os.environ.get("DREAM_JAX_XLA", "fast") == "fast":
     _fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    _fast += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{_fast} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -64,16 +66,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 # Test files that take minutes, the longest first. If a worker started one of them last, the other workers would wait.
-LONG = ("sampler", "interruptions", "trainer", "sampler_blocks", "mask_family", "adapters", "run_report", "optimizer")
-LONG += ("train_step", "lora", "mask_study", "docs", "examples", "evaluation_run", "inference", "sampler_stream")
-LONG += ("sampler_control", "export", "sample_cli", "attention_backends", "trained_mask", "skipped_steps", "objective")
-LONG += ("model", "checkpoint", "autoregressive", "hf", "plan", "evaluation_harness", "convert_cli")
+LONG = ("interruptions", "sampler", "serve_cli", "trainer", "optimizer", "train_step", "mask_study")
+LONG += ("attention_backends", "serve_load", "objective", "examples", "decoding", "lora", "layer_forms", "adapters")
+LONG += ("sampler_blocks", "mask_family", "packing", "serving_engine", "evaluation_run", "sample_cli")
+LONG += ("skipped_steps", "sampler_control", "accelerator", "int8_sampling", "checkpoint", "export", "serving_api")
+LONG += ("model", "trained_mask", "sampler_steps", "sampler_stream", "numbers", "convert_cli", "browser_chat")
+LONG += ("run_report", "plan", "full_disk", "autoregressive", "outputs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Moves the files in `LONG` to the beginning; the other files keep their order."""
     rank = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))  # a stable sort: tests keep their order in a file
+    gc.collect()
+    gc.freeze()  # modules and tests exist to the end, so that the collector need not look at them again
 
 
 # Linux allows 65530 memory maps per process (vm.max_map_count), and a compiled program has five to several hundred. A
