@@ -1,0 +1,462 @@
+"""Compares block diffusion with one stream, bidirectional attention and an autoregressive model at equal FLOPs.
+
+    python bench/block_diffusion.py [--tasks sudoku countdown gsm8k] [--seeds 3] [--out runs/block-diffusion]
+    python bench/block_diffusion.py --quick
+
+Trains the nano model (856,192 parameters, bytes as tokens) on each task in each way of `ARMS`. A step with two streams
+computes more, so it gets fewer steps: all arms of a task have the FLOPs of the same number of steps with one stream. Each
+model is measured on test rows: the bound on -log p of an answer in nats (exact for the autoregressive model and for blocks
+of one token), and the share of correct answers when they are written a token a pass, and in a quarter of the passes.
+
+Each run is a file in OUT/runs. The same command goes on where it was stopped, and several processes may share OUT: each
+takes runs that no other process has locked. OUT/summary.csv has means over seeds with 95 % intervals, and differences from
+the bidirectional model by seed. The exact floors of countdown are printed beside them. `--store` copies runs and summary to
+bench/results. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+import tyro
+from flax import nnx
+
+from dream_jax import masks, sharding
+from dream_jax.batch import Batch
+from dream_jax.bounds import MOST_ROWS, POSITIVE, IntegerRange, check_numbers
+from dream_jax.config import PRESETS
+from dream_jax.data import open_source
+from dream_jax.evaluation.likelihood import Passage, model_bounds
+from dream_jax.files import read_json, write_file
+from dream_jax.flops import FlopCounter
+from dream_jax.model import Dream, mask_and_positions, merge_params, split_params
+from dream_jax.objective import UniformWeight, loss_of_states
+from dream_jax.optimizer import OptimizerConfig, update_if
+from dream_jax.sampler import EntropyBound, SamplerConfig, generate
+from dream_jax.tokenizer import Tokenizer, load_tokenizer
+from dream_jax.train_step import StepConfig, TrainState, init_state, make_train_step, put_batch
+from mask_study.floors import floors
+from mask_study.runs import differences, summarise, write_table
+from mask_study.tasks import TASKS, CountdownTask, Example
+from mask_study.training import decode, encode
+
+RESULT, SUMMARY = "block_diffusion.jsonl", "block_diffusion.csv"
+_LEARNING_RATE = 2e-3  # the default of train.py for random weights
+_REMEDY = "remove the file, then the same command makes its run again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train and sample.
+
+    Attributes:
+      name: its name in the tables.
+      mask: the mask of the trained model.
+      size: number of tokens in a block for training with two streams; None for one stream.
+      autoregressive: whether all tokens of an answer are learned in every step, from the clean tokens before them.
+      block_length: the answer is sampled in blocks of this many tokens; None for one block.
+    """
+
+    name: str
+    mask: str
+    size: int | None = None
+    autoregressive: bool = False
+    block_length: int | None = None
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(name="autoregressive", mask="block-diffusion:1", autoregressive=True, block_length=1),
+        Arm(name="bidirectional", mask="bidirectional"),
+        *(
+            Arm(name=f"two streams, blocks of {size}", mask=f"block-diffusion:{size}", size=size, block_length=size)
+            for size in (1, 4, 16)
+        ),
+        *(
+            Arm(name=f"one stream, block-causal:{size}", mask=f"block-causal:{size}", block_length=size)
+            for size in (4, 16)
+        ),
+        Arm(name="one stream, causal", mask="causal", block_length=1),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problems:
+    """The rows of a task and the budget of each run.
+
+    Attributes:
+      train, test: prompt and answer of each row as token ids; a run takes the training rows in this order, from the first
+        one again after the last one.
+      width: number of tokens of a training row, padding on the left included.
+      batch: number of rows of a step.
+      steps: number of steps with one stream.
+      examples: the test rows as text, for the judge of `name`; () if answers are not judged.
+    """
+
+    name: str
+    train: Sequence[tuple[list[int], list[int]]]
+    test: Sequence[tuple[list[int], list[int]]]
+    width: int
+    batch: int
+    steps: int
+    examples: Sequence[Example] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockDiffusionSettings:
+    """Which models are trained, and how they are measured."""
+
+    tasks: tuple[str, ...] = ("sudoku", "countdown", "gsm8k")
+    """sudoku, countdown, gsm8k"""
+    arms: tuple[str, ...] = ()
+    """names of arms; all by default"""
+    seeds: int = 3
+    """number of models for each task and arm"""
+    length: float = 1.0
+    """factor on the number of steps: 600 for sudoku and countdown, 300 for gsm8k"""
+    test_rows: int = 256
+    """number of test rows, 1 to 1024; a quarter of it for gsm8k"""
+    samples: int = 32
+    """number of Monte Carlo samples of each bound; an even number, at least 10"""
+    out: pathlib.Path = pathlib.Path("runs/block-diffusion")
+    """folder of the runs; those that are in it are not made again"""
+    quick: bool = False
+    """countdown alone, one seed, 3 % of the steps, 16 test rows, and three arms unless others are given"""
+    store: bool = False
+    """make nothing; copy the finished runs and their summary to bench/results"""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            seeds=IntegerRange(1, 1000),
+            length=POSITIVE,
+            test_rows=IntegerRange(1, 1024),
+            samples=IntegerRange(10, MOST_ROWS),
+        )
+        for kind, asked, known in (("task", self.tasks, _TASKS), ("arm", self.arms, ARMS)):
+            for name in asked:
+                if name not in known:
+                    raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
+
+    def resolved(self) -> BlockDiffusionSettings:
+        """Returns the settings that a quick run stands for."""
+        if not self.quick:
+            return self
+        arms = self.arms or ("autoregressive", "bidirectional", "two streams, blocks of 4")
+        changes: dict[str, Any] = {"tasks": ("countdown",), "arms": arms, "seeds": 1, "length": 0.03 * self.length}
+        return dataclasses.replace(self, **changes, test_rows=16, samples=10)
+
+
+def _study_problems(name: str, seed: int, settings: BlockDiffusionSettings) -> Problems:
+    task, words = TASKS[name], load_tokenizer("bytes")
+    steps, batch = max(1, round(task.steps * settings.length)), 64
+    pair = lambda example: (encode(example.prompt, words), encode(example.answer, words))
+    examples = task.examples("test", 0, settings.test_rows)
+    return Problems(
+        name=name,
+        train=[pair(one) for one in task.examples("train", seed, steps * batch)],
+        test=[pair(one) for one in examples],
+        width=task.prompt_width + task.answer_width,
+        batch=batch,
+        steps=steps,
+        examples=examples,
+    )
+
+
+def _gsm8k_problems(name: str, seed: int, settings: BlockDiffusionSettings) -> Problems:
+    words, width = load_tokenizer("bytes"), 384
+
+    def rows(split: str) -> Iterator[tuple[list[int], list[int]]]:
+        source = open_source("gsm8k", split)
+        for index in range(len(source)):
+            row = source[index]
+            pair = words.encode(f"{row.prompt}\n"), [*words.encode(row.response), words.eos_id]
+            if sum(map(len, pair)) <= width:
+                yield pair
+
+    train = list(rows("train"))
+    order = np.random.default_rng([seed]).permutation(len(train))
+    return Problems(
+        name=name,
+        train=[train[index] for index in order],
+        test=list(rows("test"))[: max(1, settings.test_rows // 4)],
+        width=width,
+        batch=16,
+        steps=max(1, round(300 * settings.length)),
+    )
+
+
+_TASKS = {"sudoku": _study_problems, "countdown": _study_problems, "gsm8k": _gsm8k_problems}
+
+
+def steps_of(arm: Arm, problems: Problems) -> int:
+    """Returns the number of steps that has the FLOPs of `problems.steps` steps with one stream."""
+    model = jax.eval_shape(lambda: Dream(PRESETS["nano"], rngs=nnx.Rngs(0)))
+    tokens = problems.width * problems.batch
+    masked = sum(len(answer) for _, answer in problems.train[: problems.batch]) / 2
+    one = FlopCounter(model, problems.width).step(tokens, masked)
+    # An autoregressive step learns all tokens of the answers, a step of diffusion half of them on average.
+    learned = 2 * masked if arm.autoregressive else masked
+    return max(1, round(problems.steps * one / FlopCounter(model, problems.width, arm.size).step(tokens, learned)))
+
+
+def _batch(problems: Problems, step: int) -> Batch[np.ndarray]:
+    rows = [problems.train[(step * problems.batch + row) % len(problems.train)] for row in range(problems.batch)]
+    shape = (problems.batch, problems.width)
+    tokens_BT, valid_BT, maskable_BT = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, (prompt, answer) in enumerate(rows):
+        tokens_BT[row, -len(prompt) - len(answer) :] = [*prompt, *answer]
+        valid_BT[row, -len(prompt) - len(answer) :] = True
+        maskable_BT[row, -len(answer) :] = True
+    return Batch(
+        tokens_BT=tokens_BT,
+        maskable_BT=maskable_BT,
+        row_B=np.arange(problems.batch, dtype=np.int32),
+        valid_BT=None if valid_BT.all() else valid_BT,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")
+def _autoregressive_step(
+    graphdef: Any, optimizer: Any, state: TrainState, batch: Batch[jax.Array]
+) -> tuple[TrainState, jax.Array]:
+    """One step in which every token of an answer is predicted from the clean tokens before it; returns the mean nats."""
+    tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
+    valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
+    padding, positions_BT = mask_and_positions(tokens_BT.shape, batch.valid_BT, None)
+    mask = masks.BlockDiffusion(1).for_rows(valid_BT, maskable_BT) & padding
+
+    def loss(params: Any) -> jax.Array:
+        model = merge_params(graphdef, params)
+        hidden_BTD = model.hidden(tokens_BT, mask, positions_BT)
+        weight_BT = maskable_BT.astype(jnp.float32)
+        return loss_of_states(model, hidden_BTD, tokens_BT, maskable_BT, weight_BT, None, shifted=False, focal=None)[0]
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    params, opt_state = update_if(jnp.isfinite(value), optimizer, gradients, state.opt_state, state.params)
+    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), value
+
+
+def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, list[float], float]:
+    """Trains a model with random weights.
+
+    Returns:
+      The model, the mean nats of a learned token in each twentieth of the training, and its seconds without the first step.
+    """
+    mesh = sharding.make_mesh("1x1")
+    graphdef, params = split_params(jax.jit(lambda: Dream(PRESETS["nano"], rngs=nnx.Rngs(seed)))())
+    settings = OptimizerConfig(learning_rate=_LEARNING_RATE, total_steps=steps)
+    optimizer = settings.make()
+    state = init_state(params, optimizer, mesh)
+    if not arm.autoregressive:
+        config = StepConfig(
+            global_batch=problems.batch,
+            weight=UniformWeight(),  # of equal weights the nats of all arms are the same quantity
+            seed=seed,
+            mask=masks.Bidirectional() if arm.size is not None else masks.parse(arm.mask),
+            block_sizes=() if arm.size is None else (arm.size,),
+        )
+        step = make_train_step(graphdef, optimizer, settings.schedule(), config, mesh)
+    nats: list[jax.Array] = []
+    begun = 0.0
+    for number in range(steps):
+        batch = put_batch(_batch(problems, number), mesh)
+        if arm.autoregressive:
+            state, value = _autoregressive_step(graphdef, optimizer, state, batch)
+        else:
+            state, metrics = step(state, batch)
+            value = metrics["nll"]
+        nats.append(value)
+        if number == 0:
+            jax.block_until_ready(nats)
+            begun = time.perf_counter()
+    found = np.array(jax.device_get(nats))
+    seconds = time.perf_counter() - begun
+    if not np.isfinite(found).all():
+        raise FloatingPointError(f"{problems.name}, {arm.name}, seed {seed}: a loss is not finite")
+    model = merge_params(graphdef, state.params)
+    model.trained_mask = arm.mask
+    return model, [round(float(part.mean()), 5) for part in np.array_split(found, min(20, steps))], seconds
+
+
+def measure(model: Dream, arm: Arm, problems: Problems, samples: int, seed: int) -> dict[str, float]:
+    """Returns the mean bound in nats an answer and in nats a token, and the shares of correct answers."""
+    words = load_tokenizer("bytes")
+    passages = [
+        Passage(tokens=np.array([*prompt, *answer]), scored=np.arange(len(prompt) + len(answer)) >= len(prompt))
+        for prompt, answer in problems.test
+    ]
+    seeds = [(seed, number) for number in range(len(passages))]
+    nats = [bound.nats for bound in model_bounds(model, words, 64)(passages, samples, seeds)]
+    found = {
+        "nats an answer": float(np.mean(nats)),
+        "nats a token": float(np.sum(nats) / sum(one.num_scored for one in passages)),
+    }
+    if problems.examples:
+        width = len(problems.test[0][1])
+        found["a token a pass"] = _accuracy(model, arm, problems, words, commit=EntropyBound(0.0))
+        if arm.block_length is None or arm.block_length >= 4:
+            found["a quarter of the passes"] = _accuracy(model, arm, problems, words, steps=width // 4)
+    return found
+
+
+def _accuracy(model: Dream, arm: Arm, problems: Problems, words: Tokenizer, **options: Any) -> float:
+    config = SamplerConfig(
+        max_new_tokens=len(problems.test[0][1]),
+        alg="entropy",
+        block_length=arm.block_length,
+        vocab_limit=words.vocab_limit,
+        forbidden_tokens=(words.mask_id,),
+        **options,
+    )
+    prompts_BP = np.array([prompt for prompt, _ in problems.test], np.int32)
+    tokens_BT = np.asarray(generate(model, prompts_BP, config).tokens)
+    answers = [decode(row, words) for row in tokens_BT[:, prompts_BP.shape[1] :]]
+    task = TASKS[problems.name]
+    return float(np.mean([task.is_right(*pair) for pair in zip(problems.examples, answers, strict=True)]))
+
+
+def runs(settings: BlockDiffusionSettings) -> list[tuple[str, Arm, int]]:
+    """Returns task, arm and seed of each run; all runs of seed 0 come first."""
+    arms = [ARMS[name] for name in settings.arms or ARMS]
+    return [(task, arm, seed) for seed in range(settings.seeds) for task in settings.tasks for arm in arms]
+
+
+def file_of(task: str, arm: Arm, seed: int) -> str:
+    """Returns the name of the file of a run."""
+    return "".join(one if one.isalnum() else "-" for one in f"{task} {arm.name} seed {seed}") + ".json"
+
+
+def make(task: str, arm: Arm, seed: int, settings: BlockDiffusionSettings) -> dict[str, Any]:
+    """Trains and measures one model, and returns its record."""
+    problems = _TASKS[task](task, seed, settings)
+    steps = steps_of(arm, problems)
+    model, nats, seconds = train(arm, problems, seed, steps)
+    begun = time.perf_counter()
+    measured = measure(model, arm, problems, settings.samples, seed)
+    return {
+        "task": task,
+        "arm": arm.name,
+        "seed": seed,
+        "steps": steps,
+        "batch": problems.batch,
+        "test_rows": len(problems.test),
+        "length": settings.length,
+        "samples": settings.samples,
+        "train_seconds": round(seconds, 1),
+        "measure_seconds": round(time.perf_counter() - begun, 1),
+        "training_nats": nats,
+        "measured": {name: round(value, 6) for name, value in measured.items()},
+    }
+
+
+def _check_same(path: pathlib.Path, settings: BlockDiffusionSettings) -> None:
+    """Raises FileExistsError if a finished run had other steps, test rows or samples than these settings say."""
+    found = read_json(path, _REMEDY)
+    rows = settings.test_rows if found["task"] != "gsm8k" else max(1, settings.test_rows // 4)
+    if (found["length"], found["test_rows"], found["samples"]) != (settings.length, rows, settings.samples):
+        raise FileExistsError(
+            f"{path} has a run with the length {found['length']}, {found['test_rows']} test rows and {found['samples']} "
+            "samples; give another --out, or the settings of that run"
+        )
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of the summary: means, differences from the bidirectional model, and the floors of countdown."""
+    rows = [
+        {"task": one["task"], "variant": one["arm"], "seed": one["seed"], "measure": _kind(name), "of": name, "passes": 0.0,
+         "value": value, "test_rows": one["test_rows"]}
+        for one in records
+        for name, value in one["measured"].items()
+    ]  # fmt: skip
+    steps = {(one["task"], one["arm"]): one["steps"] for one in records}
+    found = []
+    for row in summarise(rows):
+        line = {"task": row["task"], "arm": row["variant"], "measure": row["of"], "minus": ""}
+        numbers = {name: row[name] for name in ("seeds", "mean", "low", "high")}
+        found.append(line | {"steps": steps[row["task"], row["variant"]]} | numbers)
+    for row in differences(rows):
+        if row["minus"] == "bidirectional":
+            line = {"task": row["task"], "arm": row["variant"], "measure": row["of"], "minus": row["minus"]}
+            numbers = {name: row[name] for name in ("seeds", "mean", "low", "high")}
+            found.append(line | {"steps": steps[row["task"], row["variant"]]} | numbers)
+    return found
+
+
+def _kind(measure: str) -> str:
+    return "nll" if measure.startswith("nats") else "accuracy"
+
+
+def finished(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records of all runs in the folder, sorted by task, arm and seed."""
+    found = [read_json(path, _REMEDY) for path in sorted((folder / "runs").glob("*.json"))]
+    arms = list(ARMS)
+    return sorted(found, key=lambda one: (one["task"], arms.index(one["arm"]), one["seed"]))
+
+
+def write_summary(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Writes and prints the summary of the records, which must all have the same settings of their task."""
+    rows = summary(records)
+    write_table(path, rows)
+    for row in rows:
+        if not row["minus"]:
+            interval = "" if row["low"] != row["low"] else f" [{row['low']:.3f}, {row['high']:.3f}]"
+            print(f"{row['task']:10} {row['arm']:30} {row['measure']:24} {row['mean']:8.3f}{interval}")
+    if any(row["task"] == "countdown" for row in rows):
+        task = TASKS["countdown"]
+        assert isinstance(task, CountdownTask)
+        number = next(one["test_rows"] for one in records if one["task"] == "countdown")
+        for floor in floors(task, number):
+            print(f"countdown  floor of {floor['model']:46} {floor['nats_an_answer']:8.3f}")
+
+
+def main(settings: BlockDiffusionSettings) -> None:
+    """Makes the missing runs, or stores those that are finished, and writes the summary."""
+    settings = settings.resolved()
+    folder = settings.out / "runs"
+    if settings.store:
+        records = finished(settings.out)
+        if not records:
+            raise ValueError(f"{settings.out} has no finished run; start the command without --store first")
+        write_file(report.RESULTS / RESULT, "".join(json.dumps(one) + "\n" for one in records))
+        write_summary(records, report.RESULTS / SUMMARY)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, arm, seed in runs(settings):
+        path = folder / file_of(task, arm, seed)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # Another process makes this run.
+            if path.is_file():
+                _check_same(path, settings)
+            else:
+                record = make(task, arm, seed, settings)
+                write_file(path, json.dumps(record) + "\n")
+                print(f"{task}, {arm.name}, seed {seed}: {record['steps']} steps in {record['train_seconds']:.0f} s, "
+                      f"measured in {record['measure_seconds']:.0f} s: {record['measured']}", flush=True)  # fmt: skip
+            path.with_suffix(".lock").unlink(missing_ok=True)
+    write_summary(finished(settings.out), settings.out / "summary.csv")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(BlockDiffusionSettings, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
