@@ -2,10 +2,17 @@
 
     python bench/server.py [--model runs/demo/model] [--prompts FILE.jsonl] [--presets exact balanced] [--out FILE]
 
-The server runs on this machine (uvicorn on a port of 127.0.0.1), its clients in another process. Throughput: `Stream` and
-the server answer the same prompts with the same settings, in turns and in batches of the same number of rows; there are
-twice as many clients as rows, so that requests wait as the prompts of `Stream` do. Load: for each number of clients, the
-seconds from a request to the first text that can change no more, and to the end. Everything is compiled before it is timed.
+With the default settings and the model of `make demo` it takes about four minutes on two cores.
+
+The server runs on this machine (uvicorn on a port of 127.0.0.1), its clients in another process. Throughput: `Stream`
+and the server answer the same prompts with the same settings, in turns and in batches of the same number of rows; there
+are twice as many clients as rows, so that requests wait as the prompts of `Stream` do. Load: for each number of clients,
+the seconds from a request to the first text that can change no more, and to the end. Everything is compiled before it is
+timed.
+
+A forward pass of the demo model takes only about 10 ms, and an answer needs few passes, so the work for HTTP is a larger
+part of the time than with the models that people serve. Therefore the throughput is also measured for a model of random
+weights that is twice as deep and twice as wide, with the preset `exact`.
 """
 
 from __future__ import annotations
@@ -25,11 +32,13 @@ import jax
 import numpy as np
 import report
 import tyro
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from dream_jax import inference
 from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, IntegerRange, check_numbers
+from dream_jax.config import DreamConfig
 from dream_jax.data import numbered_records, text_field
 from dream_jax.data.sources import SUDOKU_GIVENS
 from dream_jax.data.sudoku import SudokuSource
@@ -51,7 +60,7 @@ class ServingSpeed(inference.ModelSettings):
     """.jsonl file whose rows have a `prompt` text; by default held-out sudokus, for the model of `make demo`"""
     num_prompts: int = 64
     """number of prompts, and of requests for each number of clients"""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 64
     """number of new tokens of each answer"""
     presets: tuple[Preset, ...] = ("exact", "balanced")
     """presets of the sampler to measure"""
@@ -59,10 +68,12 @@ class ServingSpeed(inference.ModelSettings):
     """number of rows of a batch, of the server and of `Stream`"""
     clients: tuple[int, ...] = (1, 8, 32)
     """numbers of clients for which waiting times are measured"""
-    repeats: int = 5
+    repeats: int = 3
     """number of times that `Stream` and the server answer all prompts, in turns"""
     interval: float = 0.1
     """seconds after which the compiled loop of the server returns"""
+    larger_prompts: int = 24
+    """number of prompts for the larger model with random weights; 0 leaves this model out"""
     allow_busy: bool = False
     """measure even while other processes compute; the result records their share, and should not be quoted"""
     out: pathlib.Path = report.RESULTS / "server.json"
@@ -78,6 +89,7 @@ class ServingSpeed(inference.ModelSettings):
             rows=several,
             clients=IntegerRange(1, 1000),
             repeats=IntegerRange(1),
+            larger_prompts=IntegerRange(0, MOST_ROWS),
             interval=POSITIVE,
         )
 
@@ -123,7 +135,7 @@ def read_prompts(settings: ServingSpeed, prepared: inference.PreparedModel) -> l
 
 
 @contextlib.contextmanager
-def serving(settings: ServingSpeed, prepared: inference.PreparedModel) -> Iterator[_Served]:
+def serving(settings: ServingSpeed, prepared: inference.PreparedModel, model: Dream) -> Iterator[_Served]:
     """Serves the model on a free port; at the end the server is stopped."""
     longest = min(2048, prepared.model.config.max_position_embeddings)
     longest = max(longest, settings.max_new_tokens)
@@ -133,7 +145,6 @@ def serving(settings: ServingSpeed, prepared: inference.PreparedModel) -> Iterat
         preset="exact",
         limits=Limits(longest=longest, default_tokens=settings.max_new_tokens, most_choices=1),
     )
-    model = prepared.load()
     most_waiting = 2 * max(settings.rows, *settings.clients)
     engine = Engine(
         model,
@@ -157,6 +168,17 @@ def serving(settings: ServingSpeed, prepared: inference.PreparedModel) -> Iterat
             thread.join()
 
 
+def larger(config: DreamConfig) -> Dream:
+    """Returns a model of random weights that is twice as deep and twice as wide as `config` says."""
+    config = dataclasses.replace(
+        config,
+        num_hidden_layers=2 * config.num_hidden_layers,
+        hidden_size=2 * config.hidden_size,
+        intermediate_size=2 * config.intermediate_size,
+    )
+    return Dream(config, rngs=nnx.Rngs(0))
+
+
 def bodies_of(
     prompts: Sequence[Sequence[int]], settings: ServingSpeed, preset: Preset, stream: bool
 ) -> list[dict[str, Any]]:
@@ -177,9 +199,13 @@ def compile_all(served: _Served, prompts: Sequence[Sequence[int]], settings: Ser
 
 
 def throughput(
-    served: _Served, prompts: Sequence[Sequence[int]], settings: ServingSpeed, preset: Preset
+    served: _Served, prompts: Sequence[Sequence[int]], settings: ServingSpeed, preset: Preset, model: str
 ) -> dict[str, Any]:
-    """Returns the times of `Stream` and of the server for all prompts, the ratio of their rates, and their work."""
+    """Returns the times of `Stream` and of the server for all prompts, the ratio of their rates, and their work.
+
+    `model` is the name of the model in the result. The programs are compiled before.
+    """
+    compile_all(served, prompts, settings, preset)
     tokenizer = served.prepared.tokenizer
     config = inference.make_sampler(tokenizer, settings.max_new_tokens, preset)
     keys = inference.row_keys([(0, 0)] * len(prompts))  # of the seed 0, as the server makes them
@@ -212,6 +238,7 @@ def throughput(
     ratios = [stream / http for stream, http in zip(seconds["stream"], seconds["http"], strict=True)]
     equal = sum(a == b for a, b in zip(warm["stream"][1], warm["http"][1], strict=True))
     return {
+        "model": model,
         "preset": preset,
         "answers": len(prompts),
         "clients": 2 * settings.rows,
@@ -250,26 +277,33 @@ def measure(settings: ServingSpeed, console: Console) -> dict[str, Any]:
     """Measures everything, prints two tables and returns the results."""
     prepared = inference.prepare(settings)
     prompts = read_prompts(settings, prepared)
-    rates = Table("preset", "answers", "Stream, s", "HTTP, s", "HTTP / Stream", "passes", "equal texts")
+    rates = Table("model", "preset", "answers", "Stream, s", "HTTP, s", "HTTP / Stream", "passes", "equal texts")
     waits = Table("preset", "clients", "answers/s", "first text p50, s", "p95", "end p50, s", "p95")
     found: dict[str, Any] = {"throughput": [], "load": []}
-    with serving(settings, prepared) as served:
+    other_work = report.OtherWork()
+
+    def note_rates(row: dict[str, Any]) -> None:
+        found["throughput"].append(row)
+        medians = (f"{row[f'{name}_seconds']['median_s']:.2f}" for name in ("stream", "http"))
+        passes = f"{row['stream_forwards']} / {row['http_forwards']}"
+        equal = f"{row['equal_texts']}/{row['answers']}"
+        ratio = f"{row['http_over_stream']:.3f}"
+        rates.add_row(row["model"], row["preset"], str(row["answers"]), *medians, ratio, passes, equal)
+
+    with serving(settings, prepared, prepared.load()) as served:
         for preset in settings.presets:
-            compile_all(served, prompts, settings, preset)
-            other_work = report.OtherWork()
-            row = throughput(served, prompts, settings, preset)
-            found["throughput"].append(row)
-            medians = (f"{row[f'{name}_seconds']['median_s']:.2f}" for name in ("stream", "http"))
-            passes = f"{row['stream_forwards']} / {row['http_forwards']}"
-            equal = f"{row['equal_texts']}/{row['answers']}"
-            rates.add_row(preset, str(row["answers"]), *medians, f"{row['http_over_stream']:.3f}", passes, equal)
+            note_rates(throughput(served, prompts, settings, preset, settings.short_name()))
             for clients in settings.clients:
                 row = load(served, prompts, settings, preset, clients)
                 found["load"].append(row)
                 times = (row[name][part] for name in ("first_text_s", "end_s") for part in ("p50", "p95"))
                 cells = ("" if seconds is None else f"{seconds:.3f}" for seconds in times)
                 waits.add_row(preset, str(clients), f"{row['answers_per_s']:.1f}", *cells)
-            found["other_work_share"] = max(other_work.share(), found.get("other_work_share", 0.0))
+    if settings.larger_prompts:
+        with serving(settings, prepared, larger(prepared.model.config)) as served:
+            few = prompts[: settings.larger_prompts]
+            note_rates(throughput(served, few, settings, "exact", "larger, random weights"))
+    found["other_work_share"] = other_work.share()
     console.print(rates)
     console.print(waits)
     return found

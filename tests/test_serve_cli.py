@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 
 import openai
@@ -224,27 +222,30 @@ def test_clients_of_the_benchmark(model, served, monkeypatch):
 @pytest.mark.slow
 def test_benchmark(tmp_path):
     given = ("--num-prompts", 4, "--max-new-tokens", 8, "--rows", 2, "--clients", 1, 3, "--repeats", 1)
+    given = (*given, "--larger-prompts", 2)
     out = tmp_path / "server.json"
     words = ("bench/server.py", "--model", "nano", *given, "--presets", "exact", "--allow-busy", "--out", out)
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    [row] = found["throughput"]
+    row, other = found["throughput"]
+    assert (other["model"], other["answers"]) == ("larger, random weights", 2)
     assert (row["answers"], row["clients"], len(row["all_ratios"])) == (4, 4, 1) and row["http_over_stream"] > 0
     assert [(row["clients"], row["answers"]) for row in found["load"]] == [(1, 4), (3, 6)]
     assert found["settings"]["model"] == "nano" and found["hardware"]["cores"] > 0
 
 
 @pytest.mark.slow
-def test_signals(tmp_path):
-    """SIGTERM finishes what runs and refuses the new; after kill -9, a new server serves at the same port at once."""
-    model = nano()
+def test_signals(tmp_path, monkeypatch):
+    """After kill -9 in the middle of an answer a new server serves; SIGTERM finishes what runs and refuses the new."""
+    # The second server takes the compiled programs of the first one.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     (tmp_path / "tokenizer").mkdir()
     TOKENIZER.save(tmp_path / "tokenizer")
-    dream_jax.save(model, tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
+    dream_jax.save(nano(), tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
     with server.bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-
     started = []
 
     def start():
@@ -255,7 +256,7 @@ def test_signals(tmp_path):
                 return process
         raise AssertionError("the server ended")
 
-    def ask(tokens):
+    def ask(tokens=250):
         body = json.dumps({"model": "nano", "prompt": "x", "max_tokens": tokens, "dream": {"preset": "exact"}}).encode()
         headers = {"content-type": "application/json"}
         with urllib.request.urlopen(
@@ -263,29 +264,47 @@ def test_signals(tmp_path):
         ) as got:
             return json.load(got)["choices"][0]["text"]
 
-    first = start()
-    try:
-        text = ask(500)
-        found = []
-        waiting = threading.Thread(target=lambda: found.append(ask(500)))
-        waiting.start()
-        time.sleep(0.3)
-        first.send_signal(signal.SIGTERM)
-        waiting.join(120)
-        assert found == [text]
-        assert first.wait(60) in (0, -signal.SIGTERM)
-        with pytest.raises(OSError):
+    def refuses(process):
+        try:
             ask(1)
-    finally:
-        first.kill()
-    second = start()
-    os.kill(second.pid, signal.SIGKILL)
-    second.wait(60)
-    third = start()
+        except OSError:
+            return True
+        assert process.poll() is None
+        return False
+
+    def interrupted(process, number):
+        """What a client gets whose answer is being made when the server gets the signal: its text or an error."""
+        found = []
+
+        def client():
+            try:
+                found.append(ask())
+            except OSError as error:
+                found.append(error)
+
+        def busy():
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as got:
+                return json.load(got)["busy_rows"] == 1
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        until(busy)
+        process.send_signal(number)
+        if number == signal.SIGTERM:
+            until(lambda: refuses(process))
+        thread.join(120)
+        return found[0]
+
     try:
-        assert ask(500) == text
+        first = start()
+        text = ask()
+        assert isinstance(interrupted(first, signal.SIGKILL), OSError)
+        first.wait(60)
+        second = start()
+        assert interrupted(second, signal.SIGTERM) == text
+        assert second.wait(60) in (0, -signal.SIGTERM)
     finally:
-        third.kill()
-        third.wait(60)
-    for process in started:
-        process.stdout.close()
+        for process in started:
+            process.kill()
+            process.wait(60)
+            process.stdout.close()

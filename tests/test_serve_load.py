@@ -83,15 +83,20 @@ def at_once(count: int, client: Callable[[int], None]) -> None:
         raise errors[0]
 
 
+@pytest.fixture(scope="module")
+def wanted(model: dream_jax.Dream) -> Callable[..., str]:
+    """Returns the text of `sample.py` for a mix, a prompt, a number of new tokens and a seed; each is computed once."""
+    return functools.cache(
+        lambda mix, prompt, tokens, seed: expected_text(model, prompt.encode(), tokens, seed=seed, **MIX[mix])
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clients", [1, 8, 64])
-def test_answers_are_those_of_sample_py(model: dream_jax.Dream, served: tuple[int, Engine], clients: int) -> None:
+def test_answers_are_those_of_sample_py(wanted: Callable[..., str], served: tuple[int, Engine], clients: int) -> None:
     """Mixed lengths, seeds and settings, streamed or not; every fourth client goes away at a random time."""
     port, engine = served
     before, asked = (engine.counts.finished, engine.counts.cancelled), threading.Semaphore(0)
-    wanted = functools.cache(
-        lambda mix, prompt, tokens, seed: expected_text(model, prompt.encode(), tokens, seed=seed, **MIX[mix])
-    )
     found: list[tuple[tuple[int, str, int, int], str]] = []
 
     def client(number: int) -> None:

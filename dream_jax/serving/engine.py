@@ -31,11 +31,11 @@ from dream_jax.serving.reader import AnswerReader
 from dream_jax.serving.tasks import RowView, Task, Update
 from dream_jax.tokenizer import Tokenizer
 
-_FIRST_STEPS = 4  # steps of the first call of a batch, from which the time of a step is measured
+_FIRST_STEPS = 2  # steps of the first call of a batch, from which the time of a step is measured
 _MOST_STEPS = 256
 _PATIENCE = 3  # number of intervals after which the loop returns if no client waits for a part of an answer
 _GATHER_SECONDS = 0.03  # maximum time for which an idle engine gathers tasks before it opens a batch
-_QUIET_SECONDS = 0.005  # it stops earlier if no further task has come for this time
+_QUIET_SECONDS = 0.01  # it stops earlier if no further task has come for this time
 
 State = Literal["running", "draining", "stopped", "failed"]
 
