@@ -150,13 +150,14 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     query, hidden = config_widths["q"], config.hidden_size
     vocab = config.vocab_size // _ways(config.vocab_size, tensor)
     layers = config.num_hidden_layers
-    kept = layers * computed * kept_bytes(config, shape.remat, width, tensor)
+    kernel = attention_backend(step, platform) != "xla"
+    kept = layers * computed * kept_bytes(config, shape.remat, width, tensor, kernel=kernel)
     if shape.remat == "offload":
         kept = 2 * computed * hidden * width  # the inputs of two layers, which are being copied to or from the host
     # The weights of one layer are gathered over all axes except tensor.
     weights = matrix_count(config) // layers // tensor * width
     scores = 0
-    if attention_backend(step, platform) == "xla":
+    if not kernel:
         rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
         entries = rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"])
         if shape.block is not None:  # the scores of one chunk, which are not kept
@@ -186,7 +187,7 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     )
 
 
-def kept_bytes(config: DreamConfig, remat: Remat, width: int, tensor: int = 1) -> int:
+def kept_bytes(config: DreamConfig, remat: Remat, width: int, tensor: int = 1, *, kernel: bool = True) -> int:
     """Returns the bytes that a policy keeps for the backward pass, for each position and layer, on one device.
 
     With "offload" they are in the memory of the host. With "none" they are an estimate: XLA decides what it keeps.
@@ -196,6 +197,7 @@ def kept_bytes(config: DreamConfig, remat: Remat, width: int, tensor: int = 1) -
       remat: the policy.
       width: bytes of an element of the activations.
       tensor: size of the mesh axis "tensor".
+      kernel: whether cuDNN or splash computes the attention, whose gradients also need the statistics of the softmax.
     """
     results = result_widths(config, tensor)
     inputs = config.hidden_size * width
@@ -204,8 +206,8 @@ def kept_bytes(config: DreamConfig, remat: Remat, width: int, tensor: int = 1) -
     if remat == "dots":
         return inputs + sum(size for name, size in results.items() if name != "attention") * width
     kept = KEPT.get(remat, ())
-    # cuDNN and splash also keep the statistics of the softmax, one float32 number for each query head.
-    statistics = config.num_attention_heads // _ways(config.num_attention_heads, tensor) * _FLOAT32
+    # The statistics are one float32 number for each query head.
+    statistics = config.num_attention_heads // _ways(config.num_attention_heads, tensor) * _FLOAT32 if kernel else 0
     return inputs + sum(results[name] for name in kept) * width + ("attention" in kept) * statistics
 
 

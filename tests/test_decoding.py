@@ -1,6 +1,7 @@
 """Thresholds instead of a sort: the same tokens and confidences as a plain reference that sorts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from marking import slow
 
 from dream_jax import decoding
 from dream_jax.decoding import choosing, filters
+from dream_jax.target import Platform, target_platform
 
 ALGS = ["origin", "maskgit_plus", "topk_margin", "entropy"]
 ROWS, VOCAB = 1000, 97  # of most tests: one shape, so that programs are compiled once
@@ -386,3 +388,24 @@ def test_commit_writes_candidates_of_no_confidence_too():
     confidence = jnp.array([[-jnp.inf, 0.0, -jnp.inf]])
     candidate = jnp.array([[False, True, True]])
     np.testing.assert_array_equal(commit(confidence, candidate, jnp.array([2])), [[0, 1, 1]])
+
+
+def test_a_gpu_stores_probabilities_only_for_thresholds() -> None:
+    """Without a threshold it computes them for each use; tokens and confidences are the same."""
+    logits_RV = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1000)) * 4, jnp.float32)
+    uniform_R = jnp.asarray([0.1, 0.4, 0.6, 0.9], jnp.float32)
+
+    def lowered(platform: Platform, temperature: float) -> tuple[str, list[np.ndarray]]:
+        chosen = functools.partial(
+            decoding.choose_tokens, alg="entropy", temperature=temperature, top_p=None, top_k=None, uniform_R=uniform_R
+        )
+        with target_platform(platform):
+            program = jax.jit(lambda logits_RV: chosen(logits_RV)).lower(logits_RV)
+        return program.as_text(), [np.asarray(x) for x in program.compile()(logits_RV)]
+
+    (on_gpu, found), (on_cpu, expected) = lowered("gpu", 0.0), lowered("cpu", 0.0)
+    stored = "stablehlo.optimization_barrier %[a-z0-9_]+ : tensor<4x1000xf32>"
+    assert not re.search(stored, on_gpu) and re.search(stored, on_cpu)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+    assert re.search(stored, lowered("gpu", 0.5)[0])

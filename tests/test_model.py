@@ -28,6 +28,7 @@ from dream_jax.model import (
     split_params,
 )
 from dream_jax.remat import Remat
+from dream_jax.target import target_platform
 
 SMALL = dataclasses.replace(PRESETS["nano"], num_hidden_layers=2, hidden_size=64, intermediate_size=96)
 TIED = dataclasses.replace(SMALL, tie_word_embeddings=True)
@@ -421,3 +422,17 @@ def test_logits_lie_on_the_mesh_of_the_model():
     np.testing.assert_allclose(logits, make()(tokens(batch=4)), atol=1e-5)
     batch, length, vocab = logits.shape
     assert logits.sharding.shard_shape(logits.shape) == (batch // 4, length, vocab // 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "layers", "has_barrier"),
+    [("gpu", "stacked", False), ("gpu", "apart", True), ("tpu", "stacked", True), ("cpu", "stacked", True)],
+)
+def test_casts_stay_in_the_loop_over_layers(platform, layers, has_barrier):
+    """A barrier keeps the casts of weights where they are; XLA for GPUs keeps those of a stack without one."""
+    options = {"compute_dtype": jnp.bfloat16, "layers": layers, "attention_backend": "xla"}
+    model = abstract_model(dataclasses.replace(SMALL, num_hidden_layers=1), **options)
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    with target_platform(platform):
+        traced = jax.make_jaxpr(lambda model, ids: model.hidden(ids, masks.Bidirectional(), ids))(model, ids)
+    assert ("optimization_barrier" in str(traced)) == has_barrier
