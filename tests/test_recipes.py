@@ -211,4 +211,4 @@ def test_every_setting_has_a_type_that_recipes_can_hold(tmp_path):
         if name not in skipped and value is not None:
             lines.append(f"{name} = {json.dumps(value)}")
     settings = read_recipe(str(written(tmp_path, recipe_text("\n".join(lines)))), FOLDER).train_settings(recipe=None)
-    assert settings.replaced(out=defaults.run.out) == defaults
+    assert settings.replaced(out=defaults.run.out, weight="auto") == defaults  # plain() has the weight in force

@@ -27,6 +27,8 @@ _SETTINGS = (
     "weight",
     "cart_p",
     "focal",
+    "block_diffusion",
+    "complementary",
     "mask",
     "anneal_steps",
     "lora_rank",

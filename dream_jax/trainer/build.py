@@ -74,8 +74,11 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         weight=settings.loss.loss_weight(),
         focal=Focal() if settings.loss.focal else None,
         seed=settings.run.seed,
-        mask=masks.parse(model.trained_mask),
+        mask=masks.Bidirectional() if settings.loss.block_sizes else masks.parse(model.trained_mask),
         anneal_steps=settings.network.anneal_steps,
+        block_sizes=settings.loss.block_sizes,
+        total_steps=settings.run.steps if settings.loss.block_sizes else None,
+        complementary=settings.loss.complementary,
         layers=training_form(settings.network.layers),
         products=settings.network.products,
     )
@@ -157,13 +160,16 @@ def step_shape(
       max_length: length of the rows in tokens.
       masked_share: expected number of masked positions / all positions; 0.5 is an upper bound.
     """
+    sizes = settings.loss.block_sizes
     return StepShape(
-        batch=settings.batches.batch_size,
+        # Complementary copies are rows too.
+        batch=settings.batches.batch_size * (2 if settings.loss.complementary else 1),
         accumulation=settings.batches.accumulation,
         length=max_length,
         mesh=mesh_sizes(mesh),
         remat=weights.remat_of(settings),
         masked_share=masked_share,
+        block=sizes[-1] if sizes else None,
     )
 
 

@@ -22,6 +22,7 @@ from dream_jax.bounds import (
     SEED,
     FloatRange,
     IntegerRange,
+    check,
     check_numbers,
 )
 from dream_jax.config import PRESETS
@@ -84,8 +85,8 @@ class NetworkSettings:
     """directory with tokenizer files, or "bytes"; by default the tokenizer of the model, and "bytes" for nano"""
     mask: str | None = None
     """attention mask: bidirectional, causal, prefix (a bidirectional prompt, a causal answer), block-causal:SIZE,
-    block-diffusion:SIZE, window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with
-    the model, or bidirectional if none is. The mask is saved with the trained weights"""
+    window:REACH or window:LEFT:RIGHT, sizes in tokens; by default the mask that is saved with the model, or
+    bidirectional if none is. The mask is saved with the trained weights"""
     anneal_steps: int = 0
     """number of first steps in which attention changes from causal to bidirectional, if the model is autoregressive"""
     remat: RematSetting = "auto"
@@ -119,6 +120,11 @@ class NetworkSettings:
             raise ValueError(f"products={self.products!r} is not one of {get_args(Products)}")
         if self.mask is not None and not isinstance(masks.parse(self.mask), masks.Bidirectional) and self.anneal_steps:
             raise ValueError(f"--anneal-steps ends with bidirectional attention, so leave out --mask {self.mask}")
+        if self.mask is not None and isinstance(masks.parse(self.mask), masks.BlockDiffusion):
+            raise ValueError(
+                f"--mask {self.mask} is the mask of a model that is trained by block diffusion: for that give "
+                f"--block-diffusion {self.mask.partition(':')[2]} instead; for one stream give --mask block-causal:SIZE"
+            )
 
     @property
     def starts_at_random(self) -> bool:
@@ -324,22 +330,66 @@ class OptimizationSettings:
 class LossSettings:
     """The loss and the weight of each masked position in it."""
 
-    weight: Literal["cart", "inverse-time", "linear", "uniform"] = "cart"
-    """weight of a masked position at noise level t: context-adaptive (cart), 1/t (inverse-time), 1-t (linear) or 1"""
+    weight: Literal["auto", "cart", "inverse-time", "linear", "uniform"] = "auto"
+    """weight of a masked position at noise level t: context-adaptive (cart), 1/t (inverse-time), 1-t (linear) or 1;
+    auto: cart, or inverse-time under --block-diffusion"""
     cart_p: float = 0.1
     """p of the cart weight, in (0, 1): with a larger value only nearer unmasked tokens count"""
     focal: bool = False
     """multiply the loss by a focal term (alpha 0.25, gamma 2), so that easy positions count less"""
+    block_diffusion: str | None = None
+    """train by block diffusion: the number of tokens in a block of the answer, such as 16, or several numbers for equal
+    shares of the steps, such as 4:8:16:32. A block is learned after the clean text before it, so that the finished model
+    samples blocks one after the other"""
+    complementary: bool = False
+    """under --block-diffusion compute each row twice, so that each token of its answer is masked in exactly one of both"""
 
     def __post_init__(self) -> None:
         check_numbers(self, cart_p=FloatRange(0.0, 1.0, open_low=True, open_high=True))
         self.loss_weight()
+        if self.block_sizes:
+            if self.weight == "cart":
+                raise ValueError(
+                    "--weight cart counts unmasked tokens on both sides of a token, but under --block-diffusion a token "
+                    "sees nothing after its block: give --weight inverse-time, linear or uniform"
+                )
+        elif self.complementary:
+            raise ValueError("--complementary is for block diffusion: give --block-diffusion as well, or leave it out")
+
+    @property
+    def weight_in_force(self) -> Literal["cart", "inverse-time", "linear", "uniform"]:
+        """The weight that "auto" stands for, or the weight that is given."""
+        if self.weight != "auto":
+            return self.weight
+        return "cart" if self.block_diffusion is None else "inverse-time"
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The sizes of the blocks, in the order of the steps; () without block diffusion.
+
+        Raises:
+          ValueError: a size is not a number, or is out of range.
+        """
+        if self.block_diffusion is None:
+            return ()
+        sizes = self.block_diffusion.split(":")
+        if any(not (size.isascii() and size.isdigit() and len(size) <= 7) for size in sizes):
+            raise ValueError(
+                f"block_diffusion={self.block_diffusion!r:.80} must be a number of tokens, such as 16, or several with "
+                "colons between them, such as 4:8:16:32"
+            )
+        numbers = tuple(int(size) for size in sizes)
+        for number in numbers:
+            check("block_diffusion", number, IntegerRange(1, MOST_TOKENS))
+        return numbers
 
     def loss_weight(self) -> LossWeight:
         """Returns the loss weight. Raises ValueError if `cart_p` is out of range."""
-        if self.weight == "cart":
+        if self.weight_in_force == "cart":
             return CartWeight(self.cart_p)
-        return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[self.weight]
+        return {"inverse-time": InverseTimeWeight(), "linear": LinearWeight(), "uniform": UniformWeight()}[
+            self.weight_in_force
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

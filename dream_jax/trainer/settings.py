@@ -34,7 +34,8 @@ class TrainSettings:
     which some values are changed, and `values` and `plain` return all values by name.
 
     Raises:
-      ValueError: a value of the optimizer is out of range, or `products` has no effect because `base` is int8 or nf4.
+      ValueError: a value of the optimizer is out of range, `products` has no effect because `base` is int8 or nf4, or block
+        diffusion is combined with `mask` or `anneal_steps`, or has more sizes than there are steps.
     """
 
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
@@ -57,6 +58,20 @@ class TrainSettings:
                 f"--products {products} has no effect on a base in {base}, whose codes are multiplied in the dtype of the "
                 "computation: leave it out, or give --base bfloat16"
             )
+
+        if self.loss.block_diffusion is not None:
+            given = [f"--mask {self.network.mask}"] if self.network.mask is not None else []
+            given += [f"--anneal-steps {self.network.anneal_steps}"] if self.network.anneal_steps else []
+            if given:
+                raise ValueError(
+                    f"--block-diffusion {self.loss.block_diffusion} brings a mask of its own: leave out "
+                    f"{' and '.join(given)}"
+                )
+            if len(self.loss.block_sizes) > self.run.steps:
+                raise ValueError(
+                    f"--block-diffusion {self.loss.block_diffusion} has more sizes than there are steps: give a larger "
+                    f"--steps than {self.run.steps}, or fewer sizes"
+                )
 
     @classmethod
     def flat(cls, **values: Any) -> TrainSettings:
@@ -85,11 +100,11 @@ class TrainSettings:
         return {name: getattr(getattr(self, group), name) for group, names in _GROUPS.items() for name in names}
 
     def plain(self) -> dict[str, Any]:
-        """Returns `values` as `settings.json` stores them: paths as strings, tuples as lists."""
+        """Returns `values` as `settings.json` stores them: paths as strings, tuples as lists, and the weight in force."""
         return {
             name: str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
             for name, value in self.values().items()
-        }
+        } | {"weight": self.loss.weight_in_force}
 
     def default_rate(self) -> float:
         """Returns the peak learning rate that is used if --learning-rate is not given.
@@ -133,7 +148,7 @@ class TrainSettings:
     def warnings(self) -> list[str]:
         """Returns warnings about settings that are allowed but probably a mistake; the list may be empty."""
         network, chosen, found = self.network, self.optimization, []
-        if self.loss.weight == "inverse-time":
+        if self.loss.weight == "inverse-time" and not self.loss.block_sizes:
             found.append(
                 "--weight inverse-time gives each masked position the weight 1/t, so the positions of rows with few masked "
                 "tokens count most; with one row per batch it acts like 1/t^2, as the loss is divided by the masked count"

@@ -105,7 +105,8 @@ def take_steps(
     settings, evaluation = run.settings, run.settings.evaluation
     log = MetricsLog(settings, done) if console.leads else None
     # FLOP counters by the number of tokens per row: a batch may be narrower than max_length.
-    flop_counter = functools.cache(functools.partial(FlopCounter, run.model))
+    sizes = settings.loss.block_sizes
+    flop_counter = functools.cache(functools.partial(FlopCounter, run.model, block=sizes[-1] if sizes else None))
     stop = StopSignal()
     skipped: dict[int, Batch[np.ndarray]] = {}  # the batches since the last step that was not skipped, by step
     due, score = False, None
@@ -119,7 +120,8 @@ def take_steps(
             now = time.monotonic()
             positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
-            mfu = flop_counter(width).mfu(positions, row["num_masked"], now - clock, run.mesh, _span(batch))
+            computed = 2 * positions if settings.loss.complementary else positions
+            mfu = flop_counter(width).mfu(computed, row["num_masked"], now - clock, run.mesh, _span(batch))
             clock = now
             if log:
                 log.write(number, row)

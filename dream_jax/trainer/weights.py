@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from dream_jax import lora, pretrained
+from dream_jax import lora, masks, pretrained
 from dream_jax.lora import LoraConfig
 from dream_jax.model import Dream, split_params
 from dream_jax.quantisation import KINDS, CodeKind
@@ -41,11 +41,12 @@ class Frozen:
 def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     """Returns the model of a run with shapes instead of weights, with its adapter if there is one.
 
-    Its `trained_mask` is the mask of the settings, or else that of the adapter or model that the run begins with. Its
-    `remat` is that of `remat_of`.
+    Its `trained_mask` is the mask of the settings (under block diffusion that of the last size of blocks), or else that of
+    the adapter or model that the run begins with. Its `remat` is that of `remat_of`.
 
     Raises:
-      ValueError: `config.json` or the adapter is damaged, or the adapter does not fit the model.
+      ValueError: `config.json` or the adapter is damaged, the adapter does not fit the model, or the model was trained by
+        block diffusion and the settings name neither blocks nor a mask.
       FileNotFoundError: the model or the adapter does not exist.
       ConnectionError: the hub id is not in the cache and cannot be downloaded.
     """
@@ -63,6 +64,13 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
         model.trained_mask = adapter.mask
     if settings.network.mask is not None:
         model.trained_mask = settings.network.mask
+    if settings.loss.block_sizes:
+        model.trained_mask = masks.name_of(masks.BlockDiffusion(settings.loss.block_sizes[-1]))
+    elif isinstance(masks.parse(model.trained_mask), masks.BlockDiffusion):
+        raise ValueError(
+            f"the model was trained by block diffusion, under the mask {model.trained_mask}: give --block-diffusion "
+            f"{model.trained_mask.partition(':')[2]} to train it further in this way, or another mask with --mask"
+        )
     if not settings.lora.adapts:
         return model
     model = lora.attached_shapes(model, _adapter(settings))
