@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -34,6 +35,7 @@ CHECKSUMS = "checksums.json"
 _OWN_SUM = "sum"  # the key of the checksum of the other entries
 _CHUNK_BYTES = 1 << 20  # each thread has one buffer of this size
 _THREADS = 8  # threads run in parallel here, because reading and zlib release Python's global lock
+_PATIENCE_SECONDS = 20.0  # how long a process waits for others that replace the same directory
 _SPARE_BYTES = 64 * 2**20  # free space that must remain on the disk, for small files and the file system itself
 
 _log = logging.getLogger(__name__)
@@ -200,7 +202,9 @@ def new_directory(
                 (directory / ".lock").unlink()
                 if target.exists() and overwrite:  # the user may have put a file there during the block
                     _check_replaced(target, marker, known)
-                _give_name(directory, target, overwrite)
+                replaced = _give_name(directory, target, overwrite)
+            if replaced is not None:
+                _remove_tree(replaced)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
             if error.errno in _FULL:
@@ -299,11 +303,11 @@ def _prepare(
         )
 
 
-def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    """Renames the complete directory to `target`, and removes the directory that it replaces."""
+def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -> pathlib.Path | None:
+    """Renames the complete directory to `target`; returns the new path of the directory that it replaces, if any."""
     if not (overwrite and target.exists()):
         directory.rename(target)  # raises OSError if another process has created the target in the meantime
-        return
+        return None
     old = target.parent / f".{target.name}.replaced-{os.getpid()}"
     target.rename(old)
     try:
@@ -311,31 +315,47 @@ def _give_name(directory: pathlib.Path, target: pathlib.Path, overwrite: bool) -
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    return old
 
 
 @contextlib.contextmanager
 def _alone(target: pathlib.Path) -> Iterator[None]:
     """Waits until no other process creates, names or removes directories beside `target`, and keeps others waiting.
 
-    The lock is a file beside `target`, which is removed at the end of the block.
+    The lock is a file beside `target`, which is removed at the end of the block. A process that was stopped in its block
+    keeps others waiting for `_PATIENCE_SECONDS` only.
     """
     path = target.parent / f".{target.name}.lock"
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        with open(path, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            status = os.fstat(lock.fileno())
-            try:
-                is_current = os.path.samestat(status, os.stat(path))
-            except FileNotFoundError:
-                is_current = False
-            if not is_current:  # the process that had the lock before has removed the file
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            if not _locked(lock, path) and time.monotonic() < deadline:
+                time.sleep(0.02)
                 continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
+        finally:
+            os.close(lock)
+
+
+def _locked(descriptor: int, path: pathlib.Path) -> bool:
+    """Locks an open file; returns whether it has the lock, and the file is still the one at `path`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):  # the process that had the lock before removes the file
+        return False
+
+
+def _remove_tree(directory: pathlib.Path) -> None:
+    """Removes a directory, which another process may be removing too. Raises OSError."""
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # the other process has removed an entry first
+            shutil.rmtree(directory)
 
 
 def _stale(target: pathlib.Path, kind: Literal["incomplete", "replaced"]) -> list[pathlib.Path]:
@@ -348,7 +368,7 @@ def _remove_stale(target: pathlib.Path) -> None:
     """Removes or restores the directories beside `target` that killed runs have left."""
     for old in _stale(target, "replaced"):
         if target.exists():
-            shutil.rmtree(old)
+            _remove_tree(old)
         else:  # a run was killed between the two renames of `_give_name`
             old.rename(target)
             _log.warning("put %s back: a run that was replacing it was killed", target)

@@ -448,7 +448,7 @@ def test_a_map_is_an_object(tmp_path: Path) -> None:
 
 
 def test_bad_values_of_columns_are_named(tmp_path: Path) -> None:
-    """Names twice in a map, text that is not UTF-8, and text that is not JSON in a column of the type JSON."""
+    """Names twice in a map, text that is not UTF-8, text that is not JSON in a column of JSON, and the year 73 million."""
     kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
     tools = pyarrow.array([[("name", "f"), ("name", "g")]], kind)
     not_text = pyarrow.Array.from_buffers(
@@ -459,6 +459,7 @@ def test_bad_values_of_columns_are_named(tmp_path: Path) -> None:
         (tools, "row 1: the name 'name' occurs twice"),
         (not_text, "a text after row 0 is not UTF-8"),
         (not_json, "row 1: not JSON"),
+        (pyarrow.array([2**61], pyarrow.timestamp("ms")), "a value after row 0 cannot be read"),
     ):
         table = pyarrow.table({"prompt": ["p"], "response": ["r"], "tools": column})
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")

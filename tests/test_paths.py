@@ -1,6 +1,7 @@
 """Addresses, overlaps, links, kinds of files and claims: what is checked before a path is written or read."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -326,3 +327,13 @@ def test_two_processes_that_replace_one_directory(tmp_path):
     assert [one.returncode for one in started] == [0, 0], errors
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert files.find_damage(target) is None
+
+
+def test_a_stopped_process_does_not_keep_others_waiting(tmp_path, monkeypatch):
+    """Its lock is held by an open file here, which never lets go of it."""
+    monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0.1)
+    with open(tmp_path / ".model.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.new_directory(tmp_path / "model") as directory:
+            (directory / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -158,6 +158,7 @@ def test_guidance_with_a_cache():
     [
         ({"forced_tokens": [(10, 3)]}, "offset 10 is outside"),
         ({"forced_tokens": [(-1, 3)]}, "offset -1 is outside"),
+        ({"forced_tokens": [(1, 3), (1, 4)]}, "has an offset twice"),
         ({"end_penalty": float("nan")}, "end_penalty=nan"),
         ({"guidance": float("inf")}, "guidance=inf"),
         ({"forced_tokens": [(1, 128)]}, "forced token 128"),

@@ -218,6 +218,10 @@ def _table_records(table: Any, name: str, start: int) -> Iterator[Record]:
         raise ValueError(
             f"{name}: a text after row {start - 1} is not UTF-8 ({error}); save the texts as UTF-8"
         ) from error
+    except (OverflowError, ValueError) as error:  # for example of a date that Python cannot represent
+        raise ValueError(
+            f"{name}: a value after row {start - 1} cannot be read ({error}); remove its column, or save it as text"
+        ) from error
     for number, row in enumerate(rows, start=start):
         where = f"{name}:row {number}"
         try:

@@ -194,6 +194,8 @@ class SamplerConfig:
         for at, token in self.forced_tokens:
             if not 0 <= at < self.max_new_tokens:
                 raise ValueError(f"forced_tokens: token {token} at offset {at} is outside the {self.max_new_tokens=}")
+        if len({at for at, _ in self.forced_tokens}) < len(self.forced_tokens):
+            raise ValueError(f"forced_tokens={self.forced_tokens!r:.200} has an offset twice; give one token for each")
         if self.alg not in get_args(decoding.Alg):
             raise ValueError(f"{self.alg=} is not one of {get_args(decoding.Alg)}")
         if self.mask is not None and not masks.is_fixed(self.mask):
