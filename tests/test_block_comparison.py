@@ -2,44 +2,32 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from commands import run_script
 
-ROOT = Path(__file__).parents[1]
+from mask_study import block_diffusion
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The module of the script."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.delitem(sys.modules, "block_diffusion", raising=False)
-    import block_diffusion
-
-    return block_diffusion
-
-
-def test_arms_have_equal_flops(bench):
+def test_arms_have_equal_flops():
     rows = [([65] * 8, [66] * 16)] * 64  # as wide as countdown's
-    problems = bench.Problems(name="countdown", train=rows, test=(), width=24, batch=64, steps=600)
-    steps = {name: bench.steps_of(arm, problems) for name, arm in bench.ARMS.items()}
+    problems = block_diffusion.Problems(name="countdown", train=rows, test=(), width=24, batch=64, steps=600)
+    steps = {name: block_diffusion.steps_of(arm, problems) for name, arm in block_diffusion.ARMS.items()}
     assert steps["bidirectional"] == steps["one stream, block-causal:4"] == 600
     assert 0.9 * 600 < steps["autoregressive"] <= 600  # all tokens of the answer are learned, not half of them
     assert all(600 / 2.1 < steps[f"two streams, blocks of {size}"] < 600 / 1.5 for size in (1, 4, 16))
-    batch = bench._batch(problems, 0)
+    batch = block_diffusion._batch(problems, 0)
     assert batch.valid_BT is None and (batch.maskable_BT[:, 8:]).all() and not batch.maskable_BT[:, :8].any()
 
 
-def test_summary_has_intervals_and_differences(bench):
+def test_summary_has_intervals_and_differences():
     def record(arm, seed, nats):
         measured = {"nats an answer": nats, "a token a pass": 0.5}
         return {"task": "countdown", "arm": arm, "seed": seed, "steps": 7, "test_rows": 16, "measured": measured}
 
     records = [record("bidirectional", seed, 2.0 + seed) for seed in range(3)]
     records += [record("autoregressive", seed, 1.0 + seed) for seed in range(3)]
-    rows = {(row["arm"], row["measure"], row["minus"]): row for row in bench.summary(records)}
+    rows = {(row["arm"], row["measure"], row["minus"]): row for row in block_diffusion.summary(records)}
     mean = rows["autoregressive", "nats an answer", ""]
     assert (mean["mean"], mean["steps"], mean["seeds"]) == (2.0, 7, 3) and mean["high"] - mean["mean"] > 2
     apart = rows["autoregressive", "nats an answer", "bidirectional"]
@@ -55,14 +43,14 @@ def test_summary_has_intervals_and_differences(bench):
         ({"test_rows": 0}, "test_rows=0"),
     ],
 )
-def test_settings_that_cannot_be(bench, options, message):
+def test_settings_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        bench.BlockDiffusionSettings(**options)
+        block_diffusion.BlockDiffusionSettings(**options)
 
 
 @pytest.mark.slow
 def test_a_quick_comparison_resumes(tmp_path):
-    command = ("bench/block_diffusion.py", "--quick", "--out", tmp_path, "--arms", "two streams, blocks of 4")
+    command = ("mask_study/block_diffusion.py", "--quick", "--out", tmp_path, "--arms", "two streams, blocks of 4")
     first = run_script(*command)
     assert first.returncode == 0, first.stderr
     (path,) = (tmp_path / "runs").glob("*.json")

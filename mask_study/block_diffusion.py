@@ -1,7 +1,7 @@
 """Compares block diffusion with one stream, bidirectional attention and an autoregressive model at equal FLOPs.
 
-    python bench/block_diffusion.py [--tasks sudoku countdown gsm8k] [--seeds 3] [--out runs/block-diffusion]
-    python bench/block_diffusion.py --quick
+    python -m mask_study.block_diffusion [--tasks sudoku countdown gsm8k] [--seeds 3] [--out runs/block-diffusion]
+    python -m mask_study.block_diffusion --quick
 
 Trains the nano model (856,192 parameters, bytes as tokens) on each task in each way of `ARMS`. A step with two streams
 computes more, so it gets fewer steps: all arms of a task have the FLOPs of the same number of steps with one stream. Each
@@ -11,7 +11,7 @@ of one token), and the share of correct answers when they are written a token a 
 Each run is a file in OUT/runs. The same command goes on where it was stopped, and several processes may share OUT: each
 takes runs that no other process has locked. OUT/summary.csv has means over seeds with 95 % intervals, and differences from
 the bidirectional model by seed. The exact floors of countdown are printed beside them. `--store` copies runs and summary to
-bench/results. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
+docs/study. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import tyro
 from flax import nnx
 
@@ -52,6 +51,7 @@ from mask_study.runs import differences, summarise, write_table
 from mask_study.tasks import TASKS, CountdownTask, Example
 from mask_study.training import decode, encode
 
+STORED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "study"
 RESULT, SUMMARY = "block_diffusion.jsonl", "block_diffusion.csv"
 _LEARNING_RATE = 2e-3  # the default of train.py for random weights
 _REMEDY = "remove the file, then the same command makes its run again"
@@ -137,7 +137,7 @@ class BlockDiffusionSettings:
     quick: bool = False
     """countdown alone, one seed, 3 % of the steps, 16 test rows, and three arms unless others are given"""
     store: bool = False
-    """make nothing; copy the finished runs and their summary to bench/results"""
+    """make nothing; copy the finished runs and their summary to docs/study"""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -432,8 +432,8 @@ def main(settings: BlockDiffusionSettings) -> None:
         records = finished(settings.out)
         if not records:
             raise ValueError(f"{settings.out} has no finished run; start the command without --store first")
-        write_file(report.RESULTS / RESULT, "".join(json.dumps(one) + "\n" for one in records))
-        write_summary(records, report.RESULTS / SUMMARY)
+        write_file(STORED / RESULT, "".join(json.dumps(one) + "\n" for one in records))
+        write_summary(records, STORED / SUMMARY)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for task, arm, seed in runs(settings):
