@@ -218,7 +218,7 @@ def test_command_resumes_where_it_was_stopped(tmp_path):
     assert [file.name for file in files] == ["addition-causal-seed-0.json", "addition-prefix-seed-0.json"]
     first, kept = json.loads(files[0].read_text()), files[1].stat().st_mtime_ns
     files[0].unlink()
-    code, told = run()
+    code, told = run("--processes", "1")
     assert code == 0 and "1 of them to make" in told, told
     again = json.loads(files[0].read_text())
     assert again["measured"] == first["measured"] and again["training_nll"] == first["training_nll"]
@@ -227,8 +227,8 @@ def test_command_resumes_where_it_was_stopped(tmp_path):
     assert {row["variant"] for row in rows} == {"causal", "prefix"}
     accuracies = {row["of"] for row in rows if row["measure"] == "accuracy"}
     assert {"random", "confidence", "left to right", "right to left", "in 1 passes", "all above 0.9"} <= accuracies
-    code, told = run("--length", "0.04")  # the last one counts
-    assert code == 1 and "give another --out" in told, told
+    refused = run_script(*command[1:], "--length", "0.04")  # the last one counts
+    assert refused.returncode == 1 and "give another --out" in " ".join(refused.stderr.split()), refused
 
 
 # Looking inside
