@@ -1,9 +1,9 @@
 """Adapters as a user meets them: directories, runs that train them, commands that use them, and their refusals."""
 
 import csv
+import importlib
 import json
 import pathlib
-import runpy
 import shutil
 
 import jax
@@ -328,24 +328,25 @@ def test_going_on_from_an_adapter(finished, weights, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_sampling_with_an_adapter(finished, weights, capsys):
+def test_sampling_with_an_adapter(finished, weights, capsys, monkeypatch):
     """Merged over float weights, beside them over codes."""
-    script = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
+    monkeypatch.syspath_prepend(ROOT)
+    script = importlib.import_module("sample")  # types of settings are looked up in the module, so it has to be one
     given = {"model": str(weights), "adapter": str(finished[0] / "adapter"), "prompt": "1+1=", "max_new_tokens": 2}
     for changes, kinds in (
         ({}, ("float32", None)),
         ({"base": "nf4"}, ("nf4", LoraConfig(rank=4, alpha=8.0, dropout=0.1))),
     ):
-        settings = script["SampleSettings"](**given | changes)
+        settings = script.SampleSettings(**given | changes)
         model = inference.prepare(settings).load()
         assert (lora.base_of(model), lora.config_of(model)) == kinds
-        assert script["run"](settings) == 0
+        assert script.run(settings) == 0
         assert "--- answer" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--any-base"):
-        script["run"](script["SampleSettings"](**given | {"model": "nano"}))
-    assert script["run"](script["SampleSettings"](**given | {"model": "nano", "any_base": True})) == 0
+        script.run(script.SampleSettings(**given | {"model": "nano"}))
+    assert script.run(script.SampleSettings(**given | {"model": "nano", "any_base": True})) == 0
     with pytest.raises(ValueError, match="--any-base needs an adapter"):
-        script["SampleSettings"](prompt="x", any_base=True)
+        script.SampleSettings(prompt="x", any_base=True)
 
 
 def test_prompts_are_written_as_the_adapter_was_trained(finished, weights):
