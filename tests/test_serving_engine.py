@@ -143,7 +143,8 @@ def check_mix(model, engine, mix, count, seed):
     chosen = []
     for number in range(count):
         options = mix[number % len(mix)]
-        length = rng.randint(0, 7) if number % 8 or count < 20 else rng.randint(8, 30)
+        is_long = count > 20 and number % (2 * len(mix)) == len(mix)
+        length = 30 if is_long else rng.randint(0, 7)
         chosen.append((options, "x" * length + "y", 12 + 8 * (mix.index(options) % 2), rng.randint(0, 99)))
     texts, _ = ask(engine, [asked(*one) for one in chosen])
     for (options, prompt, new_tokens, seed), text in zip(chosen, texts, strict=True):
