@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dream_jax import layer_forms, layouts, lora, sharding
+from dream_jax import layer_forms, layouts, lora, masks, sharding
 from dream_jax import model as dream_model
 from dream_jax.attention import KVCache, Window
 from dream_jax.config import DreamConfig
 from dream_jax.model import Dream, LayerForm, merge_params, split_params
 from dream_jax.quantisation import CodeKind
-from dream_jax.sampler import BlockCache, NoCache, SamplerConfig, WindowCache
+from dream_jax.sampler import BlockCache, NoCache, SamplerConfig, WindowCache, growth
 from dream_jax.sampler.compiled import ModelProgram
 from dream_jax.sampler.loop import canvas_layout, denoise
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, bucket_length
@@ -40,6 +41,11 @@ def cached(new: int, block: int, tokens: int) -> SamplerConfig:
     """Returns cached sampling in blocks, in which a pass writes this number of tokens, whatever their confidence."""
     steps = math.ceil(block / tokens) * math.ceil(new / block)
     return SamplerConfig(max_new_tokens=new, steps=steps, alg="entropy", block_length=block, cache=WindowCache())
+
+
+def block_diffusion(new: int, block: int, tokens: int) -> SamplerConfig:
+    """Returns the same as `cached`, but for a model of block diffusion, whose cache is exact."""
+    return dataclasses.replace(cached(new, block, tokens), cache=BlockCache(), mask=masks.BlockDiffusion(block))
 
 
 def pass_flops(config: DreamConfig, tokens: int, keys: int) -> float:
@@ -91,6 +97,7 @@ def lower(model: Dream, config: SamplerConfig, *, batch: int, prompt: int, array
     new = config.max_new_tokens
     masked = [new] * batch
     static = StaticSettings.of(config, min(bucket_length(new), prompt + new), masked)
+    static = dataclasses.replace(static, first_width=growth.first_width(config, prompt, only_new=True))
     dynamic = DynamicSettings.of(config, static.steps, masked)
     keys = jax.eval_shape(lambda: jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)))
 

@@ -26,7 +26,7 @@ from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.objective import chunk_rows
 from dream_jax.plan.hardware import find_hardware
-from dream_jax.sampler import NoCache
+from dream_jax.sampler import BlockCache, NoCache, block_passes
 from dream_jax.train_step import abstract_state
 from stages import sampling, tables
 from stages.results import read_json, write_json
@@ -129,14 +129,17 @@ def _sampler_row(
     refreshes = 0 if is_exact else math.ceil(new / block)
     (loop,) = [part for part in region.parts if part.is_loop]
     heads = _head_chunks(model, batch, new if is_exact else block, passes // max(1, refreshes))
-    # The pass over all tokens (of one row at a time in a loop, or of all rows) and the pass over a window, in this order.
-    passes_of = sorted(
-        (part for part in loop.region.parts if part.trips is None and not _is_head(part)),
-        key=lambda part: -part.region.total().flops,
-    )
+    # The passes over all tokens, over two blocks (only for block diffusion) and over a window, in the order of the program.
+    # In a loop the first one is over one row at a time, and the second one over groups of rows; otherwise over all rows.
+    passes_of = [part for part in loop.region.parts if part.trips is None and not _is_head(part)]
     runs = {id(part): (passes - refreshes) / passes for part in passes_of}
     if passes_of:
-        runs[id(passes_of[0])] = refreshes * (batch if passes_of[0].is_loop else 1) / passes
+        has_blocks = isinstance(config.cache, BlockCache)
+        full = 1 if has_blocks else refreshes
+        runs[id(passes_of[0])] = full * (batch if passes_of[0].is_loop else 1) / passes
+        if has_blocks:
+            groups = -(-batch // block_passes.group_rows(batch, block)) if passes_of[1].is_loop else 1
+            runs[id(passes_of[1])] = (refreshes - 1) * groups / passes
     cost = loop.region.total(lambda part: heads if _is_head(part) else runs.get(id(part), 1.0))
     memory = compiled.memory_analysis()
     least = _least_ms(model, options, config, row, passes, refreshes)

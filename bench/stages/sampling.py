@@ -24,8 +24,9 @@ from dream_jax import layer_forms, lora, sharding
 from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import Dream, abstract_model, split_params
 from dream_jax.quantisation import KINDS
-from dream_jax.sampler import NoCache, SamplerConfig
+from dream_jax.sampler import BlockCache, NoCache, SamplerConfig
 from stages.results import StageResult, neighbour, require_accelerator
+from stages.stage import BLOCK_DIFFUSION
 
 GIB = 2**30
 
@@ -107,7 +108,8 @@ def sampler_config(options: Mapping[str, Any], row: Mapping[str, Any]) -> Sample
     more: dict[str, Any] = {"temperature": 0.2, "top_p": 0.95} if row.get("top_p") else {}
     if row["mode"] == "exact":
         return SamplerConfig.preset("exact", max_new_tokens=options["new"], steps=row["passes"], **more)
-    return sampler_modes.cached(options["new"], options["block"], row["tokens_a_pass"])
+    mode = sampler_modes.block_diffusion if row["mode"] == BLOCK_DIFFUSION else sampler_modes.cached
+    return mode(options["new"], options["block"], row["tokens_a_pass"])
 
 
 def prompt_of(config: DreamConfig, options: Mapping[str, Any], batch: int) -> np.ndarray:
@@ -179,8 +181,9 @@ def least_ms(
     passes = int(np.max(out.passes))
     if isinstance(sampler.cache, NoCache):
         return 1e3 * flops / rate / passes
-    full = -(-options["new"] // options["block"])
-    length, batch = options["prompt"] + options["new"], row["batch"]
+    full, length, batch = -(-options["new"] // options["block"]), options["prompt"] + options["new"], row["batch"]
+    if isinstance(sampler.cache, BlockCache):  # one pass over the prompt and the first block, and no other full pass
+        full, length = 1, options["prompt"] + options["block"]
     of_full = full * batch * sampler_modes.pass_flops(config, length, length)
     windows = max((flops - of_full) / rate, (passes - full) * read / bandwidth)
     return 1e3 * (of_full / rate + windows) / passes

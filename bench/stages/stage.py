@@ -49,6 +49,10 @@ AUTO = "products"
 _ATTENTION = {"batch": 4, "queries": 2048, "keys": 2048, "heads": 28, "kv_heads": 4, "head_dim": 128}
 
 
+BLOCK_DIFFUSION = "block diffusion"
+"""The mode of rows that sample from a model of block diffusion, with its exact cache."""
+
+
 def exact(batch: int, passes: int, **more: Any) -> dict[str, Any]:
     """Returns a row of a sampler stage without a cache."""
     return {"mode": "exact", "batch": batch, "passes": passes, **more}
@@ -57,6 +61,11 @@ def exact(batch: int, passes: int, **more: Any) -> dict[str, Any]:
 def cached(batch: int, tokens_a_pass: int, **more: Any) -> dict[str, Any]:
     """Returns a row of a sampler stage with `WindowCache()` and blocks."""
     return {"mode": "cached", "batch": batch, "tokens_a_pass": tokens_a_pass, **more}
+
+
+def block_diffusion(batch: int, tokens_a_pass: int, **more: Any) -> dict[str, Any]:
+    """Returns a row of a sampler stage with `BlockCache()`."""
+    return {"mode": BLOCK_DIFFUSION, "batch": batch, "tokens_a_pass": tokens_a_pass, **more}
 
 
 def _sampling(name: str, rows: list[dict[str, Any]], limit_s: float, **changes: Any) -> Stage:
@@ -101,6 +110,12 @@ STAGES: tuple[Stage, ...] = (
         layers="apart",
     ),
     _training("train-int8"),
+    _sampling(
+        "sample-blocks",
+        [block_diffusion(1, 4), block_diffusion(16, 4, repeats=1)],
+        limit_s=75.0,
+        layers="apart",
+    ),
     _training("train-auto", profile=True, remat=AUTO, otherwise=("except-up", "except-mlp")),
     _training("train-fp8", products="fp8", remat=AUTO, otherwise=("except-up", "except-mlp")),
     _training("train-lora-auto", lora_rank=32, moments="float32", remat=AUTO),

@@ -67,6 +67,14 @@ def _of(stage: str, name: str) -> Callable[[Found], float | None]:
     return lambda found: values(found, stage).get(name)
 
 
+def _times_cached(row: str) -> Callable[[Found], float | None]:
+    def value(found: Found) -> float | None:
+        blocks = _row(found, "sample-blocks", f"block diffusion, {row}").get("tokens_per_s")
+        return _ratio(blocks, _row(found, "sample-apart", f"cached, {row}").get("tokens_per_s"))
+
+    return value
+
+
 def _times_torch(found: Found) -> float | None:
     ours = _row(found, "sample-apart", "exact, 1 a pass, B=1").get("ms_a_pass")
     return _ratio(_row(found, "torch-sampler", "all rows").get("ms_a_pass"), ours)
@@ -129,6 +137,16 @@ AIMS: tuple[Aim, ...] = (
         unit="tokens/s",
         stages=("sample-apart",),
         value=_speed("sample-apart", "cached, 4 a pass, B=16"),
+    ),
+    *(
+        Aim(
+            name=f"a model of block diffusion, 4 tokens a pass, batch {batch}: speed over cached sampling",
+            wanted=wanted,
+            unit="times",
+            stages=("sample-blocks", "sample-apart"),
+            value=_times_cached(f"4 a pass, B={batch}"),
+        )
+        for batch, wanted in ((1, 1.4), (16, 2.5))
     ),
     Aim(
         name="training step, all weights, 4 x 4096, int8 moments, remat full: MFU",

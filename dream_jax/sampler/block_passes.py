@@ -79,7 +79,7 @@ def block_cached(
     hidden_XMD = jnp.zeros((*wanted_XM.shape, model.config.hidden_size), model.compute_dtype)
     found, made = blocks.first(first_X, first_width, (hidden_XMD, finished.kv_cache))
     rows = canvas_XT.shape[0]
-    group = passes.group_rows(rows, 2 * size, _TWO_BLOCKS_TOKENS)
+    group = group_rows(rows, size)
     if group == passes.group_rows(rows, 2 * size, rows * 2 * size):
         # All rows fit into one group, so the rows that need only one block take part in its pass.
         any_two = jnp.any(two_X)
@@ -101,6 +101,11 @@ def block_cached(
     hidden_XMD = jnp.where(from_before_XM[:, :, None], finished.before_XD[:, None], hidden_XMD[:, :-1])
     cached_X = jnp.where(active_X, jnp.maximum(cached_X, start_X), cached_X)
     return hidden_XMD, FinishedBlocks(kv_cache, before_XD, cached_X), made
+
+
+def group_rows(rows: int, size: int) -> int:
+    """Returns the number of rows of each shard of the batch that compute two blocks of `size` tokens together."""
+    return passes.group_rows(rows, 2 * size, _TWO_BLOCKS_TOKENS)
 
 
 Found = tuple[jax.Array, KVCache]
