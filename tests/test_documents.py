@@ -12,7 +12,9 @@ from dream_jax.data import (
     Row,
     TokenizedRows,
     encode_row,
+    first_prompted,
     make_batches,
+    open_mixture,
     open_source,
 )
 from dream_jax.tokenizer import ByteTokenizer
@@ -95,3 +97,12 @@ def test_a_row_with_a_text_beside_prompt_and_response_is_no_document(tmp_path):
 def test_a_document_has_no_prompt():
     with pytest.raises(ValueError, match="a document must have an empty prompt, but this one has 'p'"):
         Row(prompt="p", response="r", document=True)
+
+
+def test_a_mixture_is_asked_as_its_first_source_with_prompts(tmp_path):
+    documents, chats = tmp_path / "documents.jsonl", tmp_path / "chats.jsonl"
+    documents.write_text('{"text": "a text"}\n{"text": "another"}\n')
+    chats.write_text('{"prompt": "1+1", "response": "2"}\n{"prompt": "1+2", "response": "3"}\n')
+    for mixed, kind in (([documents, chats], tuple), ([documents, documents], str), (["sudoku", chats], str)):
+        first = first_prompted(open_mixture([str(one) for one in mixed]))
+        assert isinstance(first.prompt, kind) and first.document == (mixed == [documents, documents])

@@ -18,7 +18,17 @@ from dream_jax.data.packing import MOST_TEXTS
 from dream_jax.data.pipeline import Batches, make_batches
 from dream_jax.data.questions import numbered_records, record_number
 from dream_jax.data.records import read_json_lines, text_field
-from dream_jax.data.rows import Intake, Mixture, Piece, Row, RowList, RowSource, first_numbers, has_traces
+from dream_jax.data.rows import (
+    Intake,
+    Mixture,
+    Piece,
+    Row,
+    RowList,
+    RowSource,
+    first_numbers,
+    first_prompted,
+    has_traces,
+)
 from dream_jax.data.sources import open_mixture, open_source
 from dream_jax.data.sudoku import SudokuSource, is_solution
 
@@ -45,6 +55,7 @@ __all__ = [
     "TokenizedRows",
     "encode_row",
     "first_numbers",
+    "first_prompted",
     "has_traces",
     "is_solution",
     "lay_out",

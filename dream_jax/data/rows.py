@@ -124,6 +124,12 @@ def has_traces(source: RowSource) -> bool:
     return any(source[index].pieces for index in range(number))
 
 
+def first_prompted(source: RowSource) -> Row:
+    """Returns the first row of the first part of the source that has prompts; of a source of documents, its first row."""
+    parts = source.parts if isinstance(source, Mixture) else (source,)
+    return next((part[0] for part in parts if not part[0].document), source[0])
+
+
 class RowList:
     """A source whose rows are held in memory."""
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dream_jax import distributed, lora, sharding
-from dream_jax.data import Batches, TokenizedRows, longest_row, make_batches
+from dream_jax.data import Batches, TokenizedRows, first_prompted, longest_row, make_batches
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
@@ -142,7 +142,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     resumes = check_folder(settings)
     if resumes:
         check_answer_format(settings, source)
-    first = source[0]
+    first = first_prompted(source)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     encoding, options = settings.rows.encode_options(), settings.batches.options()
