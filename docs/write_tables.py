@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 from stages import tables  # noqa: E402 - it is found in bench/
 
-FILES = ("README.md", "README.zh.md", "docs/index.md", "docs/benchmarks.md", "docs/sample.md")
+FILES = ("README.md", "README.zh.md", "docs/index.md", "docs/benchmarks.md", "docs/memory.md", "docs/sample.md")
 BLOCK = re.compile(r"(<!-- docs/write_tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -307,6 +307,32 @@ def sampler_plans() -> str:
     return table(header, rows)
 
 
+def two_streams() -> str:
+    """Memory and operations of a step of block diffusion, by the compiled and the traced programs."""
+    rows = []
+    for row in read("two_streams").values():
+        settings = row["settings"]
+        rank = settings.get("lora_rank")
+        trains = f"LoRA, rank {rank}" if rank else f"all weights, {settings.get('moments', 'float32')} moments"
+        ratios = (f"{row[key]['two'] / row[key]['one']:.2f}" for key in ("needed", "computed"))
+        size = f"{settings['batch_size']} x {settings['max_length']}"
+        sizes = (f"{row[key] / 2**30:.1f}" for key in ("peak", "limit"))
+        how = "compiled" if row["compiled"] else "arithmetic"
+        rows.append((row["hardware"], size, trains, f"`{row['remat']}`", *sizes, how, *ratios))
+    header = (
+        "hardware",
+        "rows x tokens",
+        "trains",
+        "`--remat auto` takes",
+        "peak GiB",
+        "of",
+        "by",
+        "needed",
+        "computed",
+    )
+    return table(header, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "status": status,
     "status-zh": status_zh,
@@ -318,6 +344,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "planned-train-step": planned_train_step,
     "planned-sampler": planned_sampler,
     "sampler-plans": sampler_plans,
+    "two-streams": two_streams,
     "pytorch-cpu": pytorch_cpu,
     "sampler-quality": sampler_quality,
     "server-throughput": server_throughput,

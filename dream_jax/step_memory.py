@@ -87,7 +87,9 @@ class StepShape:
     @property
     def keys(self) -> float:
         """The mean number of keys with which the scores of a query are computed."""
-        return self.length if self.block is None else two_streams.computed_keys(self.block, self.length) / 2
+        if self.block is None or self.mesh["sequence"] > 1:  # a mesh that divides the tokens leaves no chunks
+            return self.streams * self.length
+        return two_streams.computed_keys(self.block, self.length) / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +162,11 @@ def bytes_on_device(step: AbstractStep, shape: StepShape, platform: str) -> Devi
     if not kernel:
         rows = shape.batch // shape.accumulation // shape.mesh["fsdp"]
         entries = rows * (query // config.head_dim) * shape.length * (shape.length // shape.mesh["sequence"])
-        if shape.block is not None:  # the scores of one chunk, which are not kept
-            entries //= two_streams.MOST_CHUNKS
+        chunked = shape.block is not None and shape.mesh["sequence"] == 1
+        # The scores of a chunk are not kept. Without chunks they are those of all pairs of both streams.
+        entries = entries // two_streams.MOST_CHUNKS if chunked else entries * shape.streams**2
         scores = 2 * entries * _FLOAT32
-        if shape.remat == "none" and shape.block is None:
+        if shape.remat == "none" and not chunked:
             # Every layer keeps its softmax in float32, and the same in the compute dtype.
             kept += layers * entries * (_FLOAT32 + (width if width != _FLOAT32 else 0))
     layer = 2 * weights + computed * _all_results(config, width, tensor) * width + scores
@@ -297,7 +300,8 @@ def remat_flops(step: AbstractStep, shape: StepShape, platform: str) -> float:
     products *= 1 + adapter_count(step) / matrix_count(config)
     kernel = attention_backend(step, platform) != "xla"
     # The scores of a chunk of two streams are computed again under every policy, unless a kernel computes them.
-    remat: Remat = "attention" if shape.block is not None and shape.remat == "none" else shape.remat
+    chunked = shape.block is not None and shape.mesh["sequence"] == 1
+    remat: Remat = "attention" if chunked and shape.remat == "none" else shape.remat
     attention = recomputed_attention(config, remat, shape.keys, kernel=kernel)
     return shape.streams * shape.batch * shape.length * config.num_hidden_layers * (products + attention)
 

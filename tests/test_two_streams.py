@@ -1,16 +1,25 @@
 """The attention of two streams computes what the mask says, and only the keys that it needs."""
 
+import dataclasses
+import importlib.util
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import ROOT
+from jax.sharding import NamedSharding, PartitionSpec
 from marking import slow
 from test_block_diffusion import batch, model, noised
 
+from dream_jax import PRESETS, layer_forms, masks
 from dream_jax import attention as attention_module
-from dream_jax import layer_forms, masks
 from dream_jax.attention import Sources, splash_streams, two_streams, xla
-from dream_jax.model import TokenSources, merge_params, padded_positions, split_params
+from dream_jax.flops import FlopCounter
+from dream_jax.model import TokenSources, abstract_model, merge_params, padded_positions, split_params
+from dream_jax.plan.hardware import find_hardware
+from dream_jax.step_memory import matrix_count
 
 TOKENS = 150  # two chunks, the last of which is not full
 ROWS = [(0, 0), (7, 90), (20, 3)]  # for each row the padding on the left and the length of the prompt
@@ -175,3 +184,65 @@ def test_last_layer_computes_only_what_predicts_tokens():
     for number in range(len(kernel)):
         other = apart["layers"][number]["attn"]["q"]["kernel"]
         np.testing.assert_allclose(kernel[number], other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("layers", ["apart", slow("stacked")])
+def test_operations_are_those_of_the_traced_program(monkeypatch, layers):
+    """The planner and the MFU count the operations that the program has, less what a chunk computes besides the mask."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from two_streams import operations
+
+    config = dataclasses.replace(PRESETS["nano"], num_hidden_layers=3)
+    size, tokens, rows = 16, 1024, 2
+    model = abstract_model(config)
+
+    def states(model, tokens_BT, start_B):
+        model = layer_forms.apart(model) if layers == "apart" else model
+        mask, positions_BT = masks.BlockDiffusion(size, start_B), jnp.zeros_like(tokens_BT)
+        return model.hidden_two_streams(tokens_BT, tokens_BT, mask, positions_BT)
+
+    graphdef, params = split_params(model)
+    shapes = jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda params, *arrays: states(merge_params(graphdef, params), *arrays))(params, *shapes)
+    found = operations(jaxpr.jaxpr, 1.0, float) / (rows * tokens)
+    both = 2 * 2 * matrix_count(config) / 3  # operations of a layer for both copies of a token
+    scores = 4 * config.num_attention_heads * config.head_dim
+    keys = two_streams.computed_keys(size, tokens)
+    if layers == "stacked":
+        assert found == 3 * (both + scores * keys)
+        return
+    last = found - 2 * (both + scores * keys)
+    chunks = two_streams.chunks(Sources(masks.TwoStream(size), np.zeros((1, tokens), np.int32)), tokens, 2 * tokens)
+    pairs = sum((chunk.queries[1] - chunk.queries[0]) * sum(b - a for a, b in chunk.keys) for chunk in chunks)
+    keys_and_values = 2 * 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    assert last == both / 2 + keys_and_values + scores * pairs / tokens
+    needed = FlopCounter(model, tokens, size).step(1.0, 0.0) / 3  # the forward pass
+    assert 0.75 * found < needed < found
+    assert needed < 1.9 * FlopCounter(model, tokens).step(1.0, 0.0) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize(
+    ("hardware", "mesh", "package"), [("h200:1", "1x1", "jax_cuda12_plugin"), ("v6e:2x4", "8x1", "libtpu")]
+)
+def test_compiled_attention_has_no_array_over_all_pairs(hardware, mesh, package):
+    """At 1024 tokens of the published heads: kernels of the hardware, and nothing of 2T x 2T."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip("needs the extra plan or plan-gpu, to compile for hardware that is not here")
+    tokens, devices = 1024, find_hardware(hardware).mesh(mesh)
+    rows = devices.shape["fsdp"]
+
+    def shaped(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(devices, PartitionSpec("fsdp")))
+
+    def gradients(q, k, v, start_B):
+        mask = masks.TwoStream(16, start_B)
+        return jax.grad(lambda qkv: attention_module.attention(*qkv, mask).astype(jnp.float32).sum())((q, k, v))
+
+    arrays = shaped(rows, 2 * tokens, 28, 128), *[shaped(rows, 2 * tokens, 4, 128)] * 2
+    with jax.set_mesh(devices):
+        text = jax.jit(gradients).lower(*arrays, shaped(rows, dtype=jnp.int32)).compile().as_text()
+    assert "__cudnn$fmhaScaleBias" in text if hardware == "h200:1" else "tpu_custom_call" in text
+    assert not re.search(rf"\b(bf16|f32|pred)\[(\d+,)*{2 * tokens},{2 * tokens}\b", text)
+    assert not re.search(rf"\b(bf16|f32|pred)\[(\d+,)*{tokens},{tokens}\b", text)

@@ -42,7 +42,9 @@ def attention(
       mask: the mask that says which query may attend to which key.
       backend: "xla" runs on every platform and stores the scores [B, N, T, S]. "cudnn" (NVIDIA GPUs, bfloat16
         or float16) and "splash" (TPUs) do not store them. "auto" is the first of "cudnn", "splash" and "xla" that
-        supports the call: this depends on the target platform, the dtypes, the shapes and the mask.
+        supports the call: this depends on the target platform, the dtypes, the shapes and the mask. Under a mask of two
+        streams no backend stores the scores or a bias of all pairs, and the outputs of the noised tokens of prompts have no
+        meaning, see `two_streams`.
 
     Returns:
       The attended values, in the dtype of the queries.

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import masks
@@ -121,7 +120,11 @@ def chunks(mask: masks.Mask, num_queries: int, num_keys: int) -> tuple[Chunk, ..
     streams = _streams(mask.mask if isinstance(mask, Sources) else mask)
     if streams is None or splits_queries(num_queries) or num_queries != (num_keys // 2 if of_sources else num_keys):
         return None
-    tokens = num_keys // 2
+    return _chunks(streams, num_keys // 2, of_sources=of_sources)
+
+
+def _chunks(streams: _Streams, tokens: int, *, of_sources: bool) -> tuple[Chunk, ...]:
+    """Returns the chunks for the tokens of both streams, or for the sources of the tokens."""
     length = max(_LANES, -(-tokens // (MOST_CHUNKS * _LANES)) * _LANES)
     spans = [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
     if of_sources:
@@ -139,8 +142,7 @@ def computed_keys(size: int, tokens: int) -> float:
       size: number of tokens in a block.
       tokens: number of tokens of the text.
     """
-    found = chunks(masks.TwoStream(size, np.zeros(1, np.int32)), 2 * tokens, 2 * tokens)
-    assert found is not None
+    found = _chunks(_Streams(size, False), tokens, of_sources=False)
     return sum((chunk.queries[1] - chunk.queries[0]) * sum(b - a for a, b in chunk.keys) for chunk in found) / tokens
 
 
