@@ -34,7 +34,7 @@ _LOGIT_ELEMENTS = 1 << 27
 _CPU_ROWS, _CPU_FEWEST_ROWS, _CPU_SMALL_BLOCK = 256, 64, 1 << 22
 
 NoiseLevels = Float[Array, "B"] | Float[Array, "B T"]
-"""The noise level of each row, [B], or of each token if rows hold several texts, [B, T]; float32 in [0, 1]."""
+"""The noise level of each row, [B], or of each token if it differs within rows, [B, T]; float32 in [0, 1]."""
 
 # Number of equal ranges of the noise level t, [0, 1/4), [1/4, 1/2), and so on, for which losses are reported.
 TIME_BUCKETS = 4
