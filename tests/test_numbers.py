@@ -75,9 +75,10 @@ def classes() -> dict[str, type]:
 NO_SETTINGS = {
     "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement", "AppSettings", "EngineCounts",
     "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote", "Update", "_Choice", "_GapText",
-    "AdditionTask", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Context", "Conversion",
-    "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
+    "AdditionTask", "Arm", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Context",
+    "Conversion", "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
     "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "PackedPlan", "Paired", "PlannedRows", "PreparedRun", "Problem",
+    "Problems",
     "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
     "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
     "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
