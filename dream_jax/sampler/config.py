@@ -127,7 +127,9 @@ class SamplerConfig:
         tokenizer has tokens: pass `tokenizer.vocab_limit`.
       forbidden_tokens: further token ids that are never written, such as the mask token.
       block_length: each row is written in blocks of this many tokens that start at its first mask, and a block is
-        finished before the next one begins; None writes the whole row as one block.
+        finished before the next one begins; None writes the whole row as one block. Under the mask block-diffusion:SIZE,
+        blocks of SIZE tokens are those of the mask: they are counted from the first token of the answer, which is the
+        first mask of the row or its first new token.
       cache: whether keys and values are reused between forward passes: `NoCache()`, `WindowCache(...)`, or `BlockCache()`
         for a model of block diffusion.
       commit: rule for the number of positions that a pass writes. `Count()` follows the published schedule.
@@ -238,7 +240,8 @@ class SamplerConfig:
         """Returns a named configuration; the names differ in their balance of speed and quality.
 
         For a model of block diffusion (`trained_mask` or the option `mask` is `block-diffusion:SIZE`), every preset writes
-        blocks of SIZE tokens with `BlockCache()`, and sets `stop_at_end`; its order and its commit rule stay.
+        blocks of SIZE tokens with `BlockCache()`, and sets `stop_at_end`; its order and its commit rule stay. The order
+        "origin" has no blocks, and so no cache.
 
         Args:
           name: "exact": entropy order, one step per mask (or `steps`), no cache. "balanced": blocks of 32 tokens; each

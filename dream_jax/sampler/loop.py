@@ -109,9 +109,16 @@ def resume(
     def replaced(old: Any, new: Any) -> Any:
         return jax.tree.map(lambda old, new: jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old), old, new)
 
-    # The KV cache is not replaced: a new row begins with a full pass, which overwrites it.
+    # The KV cache is not replaced: a new row begins with a full pass, which overwrites it. With `BlockCache` this pass does
+    # not reach the end of the row, and values that are no numbers would spoil the row although they are hidden.
     fresh = begin(model, canvas_BT, static, dynamic.new_tokens)
     shared: dict[str, Any] = {name: getattr(batch.state, name) for name in ("kv_cache", "before_XD", "forwards")}
+    if isinstance(static.cache, BlockCache):
+        cache_rows = jnp.repeat(new_B, 2) if static.guided else new_B
+        clear = lambda x: jnp.where(cache_rows[None, :, None, None, None], jnp.zeros_like(x), x)
+        shared["kv_cache"] = jax.lax.cond(
+            jnp.any(new_B), lambda cache: jax.tree.map(clear, cache), lambda cache: cache, batch.state.kv_cache
+        )
     rows: dict[str, Any] = {
         name: replaced(getattr(batch.state, name), getattr(fresh, name)) for name in State._fields if name not in shared
     }
