@@ -59,6 +59,19 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "h200:1": {},
         "v6e:2x4": {"mesh": "8x1", "accumulation": 16, "moments": "float32"},
     },
+    # A row of block diffusion has two streams, and so as many tokens as two rows.
+    "block-lora-4096": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 2}},
+    "block-full-4096": {
+        "h100:1": {**_H100, "batch_size": 2, "steps": 620 * 8, "learning_rate": 5e-6},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 2, "moments": "float32"},
+    },
+    "block-ar-2048": {
+        "h100:1": {**_H100, "batch_size": 2, "steps": 7600 * 32, "learning_rate": 2e-6},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 8, "moments": "float32"},
+    },
+    "block-nano": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
 }
 
 

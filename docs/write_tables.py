@@ -1,4 +1,4 @@
-"""Writes the tables of figures in the README and the docs from `bench/results/`, so that none is copied by hand.
+"""Writes the tables of figures in the README and the docs from `bench/results/` and `docs/study/`, so that none is copied.
 
     python docs/write_tables.py [--check]
 
@@ -8,6 +8,7 @@ written, and the exit status is 1 when a file differs from the data; tests/test_
 
 from __future__ import annotations
 
+import csv
 import json
 import pathlib
 import re
@@ -19,7 +20,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 from stages import tables  # noqa: E402 - it is found in bench/
 
-FILES = ("README.md", "README.zh.md", "docs/index.md", "docs/benchmarks.md", "docs/memory.md", "docs/sample.md")
+FILES = (
+    "README.md",
+    "README.zh.md",
+    "docs/index.md",
+    "docs/benchmarks.md",
+    "docs/block_diffusion.md",
+    "docs/memory.md",
+    "docs/sample.md",
+)
 BLOCK = re.compile(r"(<!-- docs/write_tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -333,7 +342,23 @@ def two_streams() -> str:
     return table(header, rows)
 
 
+def floors() -> str:
+    """The fewest nats that each kind of model can have on countdown."""
+    with (ROOT / "docs" / "study" / "floors.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cells = [
+        [
+            row["model"],
+            *(f"{float(row[name]):.3f}" for name in ("nats_an_answer", "on_eight_levels")),
+            None if row["nats_a_token_on_grid"] == "nan" else f"{float(row['nats_a_token_on_grid']):.3f}",
+        ]
+        for row in rows
+    ]
+    return table(("model", "bound of an answer", "mean over eight levels", "a masked token on the grid"), cells)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "floors": floors,
     "status": status,
     "status-zh": status_zh,
     "h200-train-step": h200_train_step,
