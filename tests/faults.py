@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "masks: a causal mask shows later tokens, not earlier ones",
         "dream_jax/masks/order.py",
-        "return _keys(num_keys) <= ",
-        "return _keys(num_keys) >= ",
+        "return key_indices(num_keys) <= ",
+        "return key_indices(num_keys) >= ",
         "tests/test_masks.py -k drawing",
     ),
     Fault(
