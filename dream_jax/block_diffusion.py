@@ -1,8 +1,9 @@
 """The objective of block diffusion: noise for each block of an answer, and the cross entropy at the masked positions.
 
-An answer is divided into blocks, which are sampled one after the other, each as in masked diffusion, with all earlier
-blocks known. In training every row is therefore computed as two streams: a noised one, whose masked tokens are learned, and
-a clean one, which the noised blocks see as their past. `masks.TwoStream` says which token sees which.
+An answer is divided into blocks, which are sampled one after the other. Each block is sampled as in masked diffusion,
+when the prompt and all earlier blocks are known. In training every row is therefore computed as two streams: a noised
+one, whose masked tokens are learned, and a clean one, in which the noised blocks see the blocks before them.
+`masks.TwoStream` says which tokens a token sees.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from dream_jax.objective import (
 from dream_jax.packed_noise import text_numbers
 from dream_jax.shapes import Array
 
-# The golden ratio as a fraction of 2^32. Its multiples, modulo 1, are spread more evenly than random numbers.
+# The fractional part of the golden ratio, 0.618..., times 2^32. Its multiples, modulo 1, are spread more evenly than
+# random numbers.
 _GOLDEN_RATIO = 2654435769
 
 
@@ -45,8 +47,8 @@ def draw_block_noise(
 
     The noise level of block k of a row is t + k * 0.618... modulo 1, with the noise level t that `objective.draw_noise`
     draws for the row. So each level is uniform in [0, 1), and the levels are spread evenly over the blocks of a row and
-    over the rows of the batch. Each maskable position is masked with the probability of its block. The noise of a row
-    depends only on the key and on the index of the row.
+    over the rows of the batch. A maskable position is masked with a probability that is the noise level of its block.
+    The noise of a row does not depend on how the rows are divided over microbatches and devices.
 
     Args:
       key: the random key of the step.
@@ -57,7 +59,8 @@ def draw_block_noise(
       valid_BT: false at padding; None for rows without padding.
 
     Returns:
-      The noise level of each token, float32 [B, T] in [0, 1), and the masked positions, bool [B, T].
+      The noise level of each token, float32 [B, T] in [0, 1), and the masked positions, bool [B, T]. Prompt and
+      padding, which are never masked, have the noise level of block 0.
     """
     t_B, u_BT = row_numbers(key, row_B, maskable_BT.shape[1], global_batch)
     mask = _mask_of_rows(size, valid_BT, maskable_BT)
@@ -90,10 +93,10 @@ def draw_packed_block_noise(
 def complement(
     t_BT: Float[Array, "B T"], masked_BT: Bool[Array, "B T"], maskable_BT: Bool[Array, "B T"]
 ) -> tuple[Float[jax.Array, "B T"], Bool[jax.Array, "B T"]]:
-    """Returns the noise of the complementary copy of each row.
+    """Returns the noise of the complementary copy of each row: noise levels, float32 [B, T], and masked positions.
 
-    Its masked positions are the maskable ones that are not masked in the row itself, and its noise levels are 1 - t. So
-    each maskable token is masked in exactly one of the two copies.
+    The masked positions of the copy, bool [B, T], are the maskable ones that are not masked in the row itself. Its
+    noise levels are 1 - t. So each maskable token is masked in exactly one of the row and its copy.
     """
     return 1.0 - jnp.asarray(t_BT), jnp.asarray(maskable_BT) & ~jnp.asarray(masked_BT)
 
@@ -112,16 +115,17 @@ def block_diffusion_loss(
     normalizer: Float[jax.Array, ""] | Int[jax.Array, ""] | None = None,
     dropout_keys: DropoutKeys = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """Computes the loss of block diffusion: the weighted cross entropy of masked tokens, each block after a clean past.
+    """Computes the loss of block diffusion: the weighted cross entropy of the masked tokens of each block.
 
-    It is the sum over masked positions, divided by their number, as in `masked_diffusion_loss`. The first token of a block
-    is predicted from the clean token before it, the others from the noised token before them. The first token of a text
-    without a prompt is predicted from its own position.
+    A block is computed with clean tokens before it. The loss is the sum over masked positions, divided by their number,
+    as in `masked_diffusion_loss`. The first token of a block is predicted from the state of the clean token before it,
+    the other tokens from the state of the noised token before them. The first token of a text without a prompt is
+    predicted from its own noised position.
 
     Args:
       model: the model, with float32 or bfloat16 parameters.
       tokens_BT: ids of the clean tokens.
-      masked_BT: true where the model receives the mask token; only in answers.
+      masked_BT: true where the noised stream has the mask token; only in answers.
       t_BT: noise level of each token, in [0, 1], equal in all tokens of a block.
       weight: the factor on each masked position: InverseTimeWeight(), LinearWeight() or UniformWeight().
       attention_mask: an array that is nonzero at valid tokens, for left-padded batches; or `masks.Packed` for rows that
@@ -137,8 +141,9 @@ def block_diffusion_loss(
       The loss (float32 scalar), and a dict of values to report, as `masked_diffusion_loss` returns it.
 
     Raises:
-      ValueError: a shape does not match the tokens, `size` is below 1, the weight is a `CartWeight`, a token of a prompt is
-        masked, or an id is outside the vocabulary (values are not checked when jax traces the call).
+      ValueError: a shape does not match the tokens; `size` is below 1; the weight is a `CartWeight`; `attention_mask`
+        is a mask other than `Packed`; a token of a prompt or of padding is masked; or an id is outside the vocabulary.
+        Masked positions and ids are not checked when jax traces the call.
     """
     check_weight(weight)
     check_ids(tokens_BT, model.config.vocab_size)

@@ -255,8 +255,9 @@ def listed(names: Collection[str], most: int = 5) -> str:
 def foreign_entries(folder: pathlib.Path, known: Collection[str]) -> list[str]:
     """Returns the entries of a folder that this program has not written, as sorted paths relative to it.
 
-    An entry is a file or a link; empty folders do not count. Below a folder that has a `checksums.json`, the entries in
-    its list are known; elsewhere, those that match a pattern.
+    An entry is a file or a link; empty folders do not count. In a folder that has a `checksums.json`, and in the
+    folders below it, an entry is known if that file lists it. In other folders an entry is known if its path matches a
+    pattern.
 
     Args:
       folder: the folder.

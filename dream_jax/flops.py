@@ -2,8 +2,8 @@
 
 The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens of a text, and
 the output projection at masked positions only. It does not include recomputation. For block diffusion it includes both
-streams, and attention over the pairs that the mask of two streams shows; of the last layer's clean stream only the keys and
-values are needed.
+streams, and attention over the pairs that the mask of two streams allows. Of the clean stream of the last layer it
+includes only the keys and values, because nothing else is needed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dream_jax.model import Dream, parameter_count, split_params
 
 
 def streams_run(layers: int, block: int | None) -> float:
-    """Returns how often each layer computes a token, on average over the layers.
+    """Returns how many copies of a token a layer computes, on average over the layers.
 
-    This is 1 for a single stream. With two streams the last layer computes only the states that predict tokens.
+    This is 1 for a single stream. With two streams it is 2, except in the last layer, which computes only the states
+    that predict tokens, one for each token.
 
     Args:
       layers: number of layers.
@@ -49,7 +50,8 @@ class FlopCounter:
         if block is not None:
             keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
             self._token += each * keys_and_values  # of the last layer's clean stream
-        # Of a query and a key. The two copies of a token together see about as many keys as one token without blocks.
+        # FLOPs of the attention of one query and one key, in all layers, for both copies of a token if there are two
+        # streams. A copy sees (length + block) / 2 keys on average, so the 2 is divided by here; `step` adds the block.
         self._pair = 12 * depth * config.hidden_size * runs / (1 if block is None else 2)
 
     def step(self, tokens: float, masked: float, span: float | None = None) -> float:

@@ -642,8 +642,9 @@ class Dream(nnx.Module):
         with jax.named_scope("layers"):
             kv_cache = None if window is None else window.kv_cache
             if self.is_apart and sources is not None and not _has_dropout(self.layer_modules()[-1]):
-                # Of the last layer only the states that predict tokens are read. All layers of a loop compute the same
-                # shapes, and the dropout of an adapter is drawn for all tokens.
+                # Of the last layer only the states that predict tokens are read, so only these are computed. A loop
+                # cannot do this, because all of its layers compute the same shapes. With the dropout of an adapter all
+                # tokens are computed, because the dropout is drawn for all of them.
                 *before, last = self.layer_modules()
                 x_BTD, _ = _unrolled(block, x_BTD, before, kv_cache)
                 x_BTD, new_kv = block(x_BTD, (last, jnp.int32(len(before)), None), sources)

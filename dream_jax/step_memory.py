@@ -87,7 +87,7 @@ class StepShape:
     @property
     def keys(self) -> float:
         """The mean number of keys with which the scores of a query are computed."""
-        if self.block is None or self.mesh["sequence"] > 1:  # a mesh that divides the tokens leaves no chunks
+        if self.block is None or self.mesh["sequence"] > 1:  # there are no chunks if the mesh divides the tokens
             return self.streams * self.length
         return two_streams.computed_keys(self.block, self.length) / 2
 

@@ -4,14 +4,15 @@
     python -m mask_study.block_diffusion --quick
 
 Trains the nano model (856,192 parameters, bytes as tokens) on each task in each way of `ARMS`. A step with two streams
-computes more, so it gets fewer steps: all arms of a task have the FLOPs of the same number of steps with one stream. Each
-model is measured on test rows: the bound on -log p of an answer in nats (exact for the autoregressive model and for blocks
-of one token), and the share of correct answers when they are written a token a pass, and in a quarter of the passes.
+computes more than one with a single stream, so models with two streams get fewer steps: every model of a task has the
+FLOPs of the same number of steps with one stream. Each model is measured on test rows by the bound on -log p of an
+answer in nats (exact for the autoregressive model and for blocks of one token), and by the share of correct answers:
+when one token is written in each pass, and when the answer is written in a quarter of these passes.
 
 Each run is a file in OUT/runs. The same command goes on where it was stopped, and several processes may share OUT: each
 takes runs that no other process has locked. OUT/summary.csv has means over seeds with 95 % intervals, and differences from
-the bidirectional model by seed. The exact floors of countdown are printed beside them. `--store` copies runs and summary to
-docs/study. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
+the bidirectional model of the same seed. The exact floors of countdown are printed after them. `--store` copies runs
+and summary to docs/study. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ class Problems:
     """The rows of a task and the budget of each run.
 
     Attributes:
-      train, test: prompt and answer of each row as token ids; a run takes the training rows in this order, from the first
-        one again after the last one.
+      name: the name of the task.
+      train, test: prompt and answer of each row as token ids; a run takes the training rows in this order, and begins
+        again with the first one after the last one.
       width: number of tokens of a training row, padding on the left included.
       batch: number of rows of a step.
       steps: number of steps with one stream.
@@ -234,7 +236,11 @@ def _batch(problems: Problems, step: int) -> Batch[np.ndarray]:
 def _autoregressive_step(
     graphdef: Any, optimizer: Any, state: TrainState, batch: Batch[jax.Array]
 ) -> tuple[TrainState, jax.Array]:
-    """One step in which every token of an answer is predicted from the clean tokens before it; returns the mean nats."""
+    """Makes one step in which every token of an answer is predicted from the clean tokens before it.
+
+    Returns:
+      The new state, and the mean nats of an answer token, a float32 scalar. If they are not finite, the weights stay.
+    """
     tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
     valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
     padding, positions_BT = mask_and_positions(tokens_BT.shape, batch.valid_BT, None)
@@ -255,7 +261,11 @@ def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, l
     """Trains a model with random weights.
 
     Returns:
-      The model, the mean nats of a learned token in each twentieth of the training, and its seconds without the first step.
+      The model, the mean nats of a learned token in each twentieth of the training, and the seconds that the training
+      took, without its first step, which compiles the program.
+
+    Raises:
+      FloatingPointError: a loss is NaN or infinite.
     """
     mesh = sharding.make_mesh("1x1")
     graphdef, params = split_params(jax.jit(lambda: Dream(PRESETS["nano"], rngs=nnx.Rngs(seed)))())
@@ -265,7 +275,7 @@ def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, l
     if not arm.autoregressive:
         config = StepConfig(
             global_batch=problems.batch,
-            weight=UniformWeight(),  # of equal weights the nats of all arms are the same quantity
+            weight=UniformWeight(),  # so that every arm minimises the mean nats of a learned token
             seed=seed,
             mask=masks.Bidirectional() if arm.size is not None else masks.parse(arm.mask),
             block_sizes=() if arm.size is None else (arm.size,),
@@ -294,7 +304,11 @@ def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, l
 
 
 def measure(model: Dream, arm: Arm, problems: Problems, samples: int, seed: int) -> dict[str, float]:
-    """Returns the mean bound in nats an answer and in nats a token, and the shares of correct answers."""
+    """Returns the measures of a model by name: mean bounds, and shares of correct answers.
+
+    The bounds are in nats an answer and nats a token, the shares in [0, 1]. A task without a judge has no shares, and
+    a model with blocks of one token has no share with fewer passes.
+    """
     words = load_tokenizer("bytes")
     passages = [
         Passage(tokens=np.array([*prompt, *answer]), scored=np.arange(len(prompt) + len(answer)) >= len(prompt))

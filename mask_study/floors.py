@@ -11,9 +11,10 @@ token counts as visible if any path through the layers leads to it.
 What a mask costs is therefore information: the mean number of nats that the hidden tokens would tell about a token beyond
 what the visible tokens tell. If the prompt alone determines the answer, all floors are 0.
 
-Three kinds of floor are computed. The bound of an answer is the integral over the noise level t of the cross entropies with
-the weight 1 / t, in nats an answer. Its mean over the eight noise levels of the study's grid approximates the integral. The
-nats per masked token on the study's grid use its own masked positions; they are comparable with `nll` in its results.
+Three kinds of floor are computed. The first is the bound of an answer, in nats: the integral, over the noise level t,
+of the expected cross entropies of the masked tokens with the weight 1 / t. The second has the mean over the eight noise
+levels of the study's grid in place of the integral. The third is the number of nats per masked token at the masked
+positions of this grid; it is comparable with `nll` in the results of the study.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ TASK = "countdown"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the prediction of one token of an answer can depend on, besides the prompt.
+    """The tokens of the answer on which the prediction of one of its tokens can depend, besides the prompt.
 
     A set of answer tokens is an integer: bit i is set if token i of the answer is in the set.
 
     Attributes:
       known: the set of tokens that the prediction always sees.
-      noised: the set of tokens that it sees when they are not masked; without the predicted token and those in `known`.
+      noised: the set of tokens that it sees only when they are not masked. The predicted token and those in `known` are
+        not in this set.
     """
 
     known: int
@@ -103,9 +105,10 @@ def _bits(members: Bool[np.ndarray, "W"]) -> int:
 
 
 def first_tokens_known(found: Sequence[Context], block: int) -> list[Context]:
-    """Returns the contexts if the first token of each block is written before the other tokens of the block.
+    """Returns the contexts for an order in which the first token of each block is written before the rest of the block.
 
-    The other tokens then always see it. It never sees them, with the right shift, so that nothing is lost by this order.
+    The other tokens of the block then always see the first token. With the right shift the first token never sees the
+    other tokens, in any order, so nothing is lost by this order.
     """
     changed = []
     for token, context in enumerate(found):
@@ -135,14 +138,16 @@ def answers(task: CountdownTask, prompt: str) -> dict[str, float]:
 
 
 def subset_nats(task: CountdownTask, examples: Sequence[Example]) -> Iterator[tuple[list[int], Float[np.ndarray, "S"]]]:
-    """Yields the nats of all sets of answer tokens, for examples that agree in them.
+    """Yields the nats of all sets of answer tokens of each example, once for all examples that have the same nats.
 
     Yields:
-      A list of indices of examples, and an array with minus the logarithm of the probability that the tokens of a set
-      have their values, given the prompt: element S is that of the set S (see `Context`), float64 [2 ** answer width].
+      A list of indices of examples, and their array, float64 [2 ** answer width]. Element S of the array belongs to the
+      set S of answer tokens (see `Context`): it is minus the logarithm of the probability that the tokens of this set
+      have their values, given the prompt.
     """
-    # An array depends only on which tokens every other answer to the prompt shares with this answer, and on the
-    # probability of that answer. Many examples agree in this, and have one array.
+    # The array of an example depends only on two properties of every answer to its prompt: which tokens the answer has
+    # in common with the answer of the example, and its probability. Many examples agree in both, and so have the same
+    # array.
     groups: defaultdict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         shared: defaultdict[int, float] = defaultdict(float)
@@ -154,7 +159,8 @@ def subset_nats(task: CountdownTask, examples: Sequence[Example]) -> Iterator[tu
         flat = summed.reshape(-1)
         for bits, value in pattern:
             flat[bits] += value
-        # An answer has the same values in a set if the tokens that it shares include the set: a sum over supersets.
+        # The tokens of a set have their values in all answers that have at least these tokens in common with the
+        # example. So the probability of a set is the sum over all sets that include it.
         for axis in range(task.answer_width):
             halves = np.moveaxis(summed, axis, 0)
             halves[0] += halves[1]
@@ -184,7 +190,7 @@ def bound(nats_S: Float[np.ndarray, "S"], found: Sequence[Context], levels: Sequ
     for token, context in enumerate(found):
         seen, count = _subsets(context.noised)
         most = context.noised.bit_count()
-        if levels is None:  # The integral of (1 - t)^count t^(most - count) is 1 / ((most + 1) choose(most, count)).
+        if levels is None:  # The integral of (1 - t)^count t^(most - count) is 1 / ((most + 1) * choose(most, count)).
             weight = 1.0 / ((most + 1) * np.array([math.comb(most, int(one)) for one in count]))
         else:
             weight = np.mean([(1 - t) ** count * t ** (most - count) for t in levels], axis=0)

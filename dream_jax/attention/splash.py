@@ -88,7 +88,7 @@ def _split(mask: masks.Mask) -> tuple[masks.Mask, list[masks.Mask]]:
 
 
 def _beside_streams(mask: masks.Mask) -> masks.Mask | None:
-    """Returns what a mask of two streams hides besides them: padding and other texts; None if it is another mask.
+    """Returns the mask without its part for two streams: it hides padding and other texts. None for any other mask.
 
     The result is also None if the blocks begin at the same token in all rows: such a mask is compiled into the kernel.
     """

@@ -1,8 +1,9 @@
-"""The mask of two streams for splash, the flash kernel for TPUs, with blocks that begin elsewhere in each row.
+"""The mask of two streams for splash, the flash kernel for TPUs, with blocks that begin at other tokens in each row.
 
-A mask that is compiled into the kernel is the same in all rows. Here only the tiles that no row can need are compiled in:
-they follow from the size of the blocks. Within the other tiles the kernel computes the mask from one number for each query,
-which contains the ends of its block. The queries and the numbers differ between rows; the kernel does not.
+A mask that is compiled into the kernel is the same in all rows. Therefore the kernel is compiled with the information
+which tiles (of queries and keys) a row can need at all; this follows from the size of the blocks. It skips the other
+tiles. Within a tile it computes the mask from one number for each query, which contains both ends of the block of the
+query. The numbers are an argument of the kernel, so they may differ between rows.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from jaxtyping import Int
 from dream_jax import masks
 from dream_jax.attention.two_streams import Sources, spans
 
-# A number holds the first token of a block, the token after its last one, and whether the query is in the clean stream.
+# The number of a query has 31 bits: the index of the token after the last one of its block (bits 0 to 14), the index of
+# the first token of its block (bits 15 to 29), and 1 if the query is in the clean stream (bit 30).
 _BITS = 15
 MOST_TOKENS = 2**_BITS - 1
-"""The largest number of tokens of a stream whose indices the numbers can hold."""
+"""The maximum number of tokens of a stream: an index in a number of a query has 15 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamBlocks:
-    """The queries of a call, and the sizes that say which tiles a row may need.
+    """The queries of a call, and the sizes from which follows which tiles a row may need.
 
     Attributes:
-      size: number of tokens of a block at most.
+      size: the maximum number of tokens of a block of an answer.
       tokens: number of tokens of a stream.
       of_sources: whether the queries are the sources of the tokens (`Sources`), or the tokens of both streams.
     """
@@ -44,23 +46,25 @@ class StreamBlocks:
         return StreamTiles(self, padded)
 
     def with_codes(self, splash: Any, code_BT: Int[jax.Array, "B T"]) -> Any:
-        """Returns a function of a row's number, the same kernel with the numbers of its queries.
+        """Returns a function from the numbers of the queries of one row, int32 [T], to the kernel with these numbers.
 
-        Tiles that no query of the batch needs are skipped too.
+        The kernel also skips the tiles that no query of the batch on this device needs.
 
         Args:
           splash: the kernel that was made from `StreamTiles`.
-          code_BT: int32 [B, T], the numbers of the queries, with those that were added.
+          code_BT: int32 [B, T], the numbers of the queries of all rows, also of the queries that were added to fill
+            tiles.
         """
         sizes = splash.kwargs["block_sizes"]
         start_BT, stop_BT, clean_BT = _decoded(code_BT)
         limit_BT = jnp.where(clean_BT, self.tokens + stop_BT, jnp.maximum(self.tokens + start_BT, stop_BT))
-        limit_T = jnp.max(limit_BT, axis=0)  # no row of this device sees a key from this index on
+        limit_T = jnp.max(limit_BT, axis=0)  # in no row of this device does the query see a key from this index on
 
         def pruned(info: Any, query_block: int, key_block: int, *, of_keys: bool) -> Any:
             limit_I = jnp.max(limit_T.reshape(-1, query_block), axis=1)
-            # The first axis of these arrays has size 1: the mask is the same for all heads. `data_next` says which tile of
-            # keys (or of queries, in the gradients of the keys) an entry that is not 0 stands for.
+            # The first axis of these arrays has size 1: the mask is the same for all heads. An entry of `block_mask`
+            # that is not 0 is a tile to compute. The entry of `data_next` with the same indices is its tile of keys; in
+            # the gradients of the keys, its tile of queries.
             other = info.data_next.astype(jnp.int32)
             if of_keys:
                 key_IJ, needed_IJ = jnp.arange(other.shape[2])[None, None], limit_I[other]
@@ -83,11 +87,13 @@ class StreamBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class StreamTiles(splash_attention_mask.Mask):
-    """Which keys a query of any row may see, in the form that the kernel reads; added keys are hidden.
+    """The mask from which splash computes its tiles: it allows a pair of query and key if any row may need this pair.
+
+    It is an object of the type that splash reads. Keys that were added to fill tiles are hidden.
 
     Attributes:
-      blocks: what the tiles depend on.
-      padded: numbers of queries and keys with those that were added to fill tiles.
+      blocks: the queries and the sizes from which the mask follows.
+      padded: the numbers of queries and of keys, with those that were added to fill tiles.
     """
 
     blocks: StreamBlocks
@@ -100,7 +106,7 @@ class StreamTiles(splash_attention_mask.Mask):
 
     @property
     def q_sequence(self) -> np.ndarray:
-        """Numbers in place of those that `StreamBlocks.with_codes` sets."""
+        """Zeros, int32 [T], which `StreamBlocks.with_codes` replaces by the numbers of the queries."""
         return np.zeros(self.padded[0], np.int32)
 
     @property
@@ -141,19 +147,19 @@ class _Seen:
 
 
 def _decoded(code: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the first token of the block, the token after its last one, and whether the query is clean."""
+    """Returns the parts of numbers: the first token of the block, the token after its last one, and true if clean."""
     return (code >> _BITS) & MOST_TOKENS, code & MOST_TOKENS, code >> (2 * _BITS) > 0
 
 
 def codes(mask: masks.Mask, num_keys: int) -> Int[jax.Array, "b T"]:
-    """Returns the number of each query, int32 [1, T] or [B, T], for a mask of two streams or for `Sources`.
+    """Returns the number of each query, int32 [1, T] or [B, T] for T queries, under a mask of two streams or `Sources`.
 
-    The noised tokens of a prompt get a part of their block of at most 2 * size - 1 tokens, because nothing reads what is
-    computed for them.
+    The numbers of the noised tokens of a prompt have only a part of their block, of at most 2 * size - 1 tokens,
+    because nothing reads what is computed for these tokens.
 
     Args:
       mask: the mask.
-      num_keys: the number of keys, those of both streams.
+      num_keys: the number of keys: the tokens of both streams.
     """
     tokens = num_keys // 2
     streams = mask.mask if isinstance(mask, Sources) else mask
@@ -170,7 +176,7 @@ def codes(mask: masks.Mask, num_keys: int) -> Int[jax.Array, "b T"]:
 
 
 def size_of(mask: masks.Mask) -> int:
-    """Returns the number of tokens of the blocks of a mask of two streams, or of `Sources`."""
+    """Returns the number of tokens in a block of an answer under a mask of two streams or `Sources`."""
     streams = mask.mask if isinstance(mask, Sources) else mask
     return next(
         part.size for part in masks.conjuncts(streams) if isinstance(part, masks.TwoStream | masks.OrderedStreams)

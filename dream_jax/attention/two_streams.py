@@ -1,12 +1,13 @@
 """Attention of the two streams of block diffusion, without scores or a bias over all pairs of the 2T tokens.
 
 Rows are [noised | clean], see `masks.TwoStream`. A noised token sees the noised tokens of its block and the clean tokens
-before its block; a clean token sees the clean tokens up to the end of its block. So the queries are computed in chunks.
-Each chunk gets only the keys that one of its queries may see, which the size of the blocks tells, and the part of the mask
-for these keys. Within a chunk the mask is exact, also for prompts, padding and rows of several texts.
+before its block; a clean token sees the clean tokens up to the end of its block. So no query sees more than about half
+of the keys, and the queries are computed in chunks. From the size of the blocks follows which keys a query of a chunk
+can see at most. Only these keys are computed with the chunk, under the part of the mask for them. Within a chunk the
+mask is exact, also for prompts, padding and rows of several texts.
 
-The noised tokens of a prompt are an exception. Nothing reads what is computed for them, so they see only a part of what the
-mask says: their outputs are finite, and differ from those of the mask.
+The noised tokens of a prompt are an exception. Nothing reads what is computed for them, so they see only some of the
+keys that the mask allows: their outputs are finite, but they are not those of the mask.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from dream_jax import masks
 from dream_jax.attention.per_device import splits_queries
 from dream_jax.shapes import Array
 
-# The tokens of a stream are divided into at most MOST_CHUNKS chunks, each a multiple of _LANES tokens. With n chunks a
-# causal half of the mask needs (n + 1) / 2n of all pairs. The keys of a chunk begin and end at multiples of _ALIGNED.
+# The tokens of a stream are divided into at most MOST_CHUNKS chunks, each of a multiple of _LANES tokens (the last one
+# may be shorter). With n chunks, (n + 1) / 2n of all pairs of queries and keys are computed for a part of the mask that
+# is about causal. The keys of a chunk begin and end at multiples of _ALIGNED, or at the end of the stream.
 MOST_CHUNKS = 8
 _LANES = 128
 _ALIGNED = 64
@@ -40,19 +42,22 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, masks.Mask], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sources(masks.Mask):
-    """The mask of T queries that are the sources of the T tokens of a row: the states that predict them.
+    """The mask of a call in which only T of the 2T tokens of a row are queries: the sources of the T tokens.
+
+    The source of a token is the token from whose state it is predicted. The source of token i is the noised token i if
+    i is the first token of a text, otherwise the clean token i - 1 if i is the first token of a block, and otherwise
+    the noised token i - 1.
 
     Attributes:
       mask: a mask of both streams, as `masks.two_streams` returns it.
-      source_BT: int32 [B, T], for each token the index of its source among the 2T tokens. The source of token i is the
-        noised token i - 1 or i, or the clean token i - 1 if i is the first token of a block.
+      source_BT: int32 [B, T], for each token the index of its source among the 2T tokens.
     """
 
     mask: masks.Mask
     source_BT: Int[Array, "B T"]
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
-        """Returns bool [B, T, S] for the sources of the tokens with these indices."""
+        """Returns bool [B, T, S], true where the source of the token at an index may attend to a key."""
         return self.mask.at(self.source_BT).allowed(position_bT, num_keys)
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "b t s"]:
@@ -63,7 +68,7 @@ class Sources(masks.Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Part(masks.Mask):
-    """The part of a mask for the queries and the keys of a chunk, as an array."""
+    """The part of a mask for the queries and the keys of a chunk, as an array, bool [B, T, S]."""
 
     allowed_BTS: Bool[jax.Array, "b T S"]
 
@@ -75,13 +80,13 @@ class _Part(masks.Mask):
 
 
 class Chunk(NamedTuple):
-    """Queries that are computed together, and the keys that one of them may see.
+    """Queries that are computed together, and the keys that at least one of them may see.
 
     Attributes:
       queries: the range of the queries.
       keys: ranges of keys, in ascending order, as indices of the 2T tokens.
-      more: the ranges of keys if the block of one of the queries ends after the last range of `keys`, as a prompt may;
-        None if no block does.
+      more: the ranges that replace `keys` if the block of one of the queries ends after them. A long prompt may do so,
+        which is only known when the program runs. None if no block can end after `keys`.
     """
 
     queries: Span
@@ -90,10 +95,10 @@ class Chunk(NamedTuple):
 
 
 class _Streams(NamedTuple):
-    """What the ranges of keys depend on.
+    """The properties of a mask of two streams from which the ranges of keys follow.
 
     Attributes:
-      size: number of tokens of a block at most.
+      size: the maximum number of tokens of a block of an answer.
       fixed: whether the blocks of all rows are counted from the first token of the row, so that there are no prompts.
     """
 
@@ -102,7 +107,7 @@ class _Streams(NamedTuple):
 
 
 def _streams(mask: masks.Mask) -> _Streams | None:
-    """Returns what the ranges of keys depend on; None if the mask is not one of two streams."""
+    """Returns the properties of a mask of two streams; None for any other mask."""
     for conjunct in masks.conjuncts(mask):
         if isinstance(conjunct, masks.TwoStream):
             return _Streams(conjunct.size, conjunct.start_B is None)
@@ -114,7 +119,13 @@ def _streams(mask: masks.Mask) -> _Streams | None:
 def chunks(mask: masks.Mask, num_queries: int, num_keys: int) -> tuple[Chunk, ...] | None:
     """Returns the chunks of a call under a mask of two streams, or under `Sources`; None for other masks.
 
-    The result is also None if the mesh divides the queries, because a chunk would then be on some of the devices only.
+    The result is also None if the mesh divides the queries, because a chunk would then be on some of the devices only,
+    and if the queries are neither the tokens of both streams nor, with `Sources`, one for each token.
+
+    Args:
+      mask: the mask.
+      num_queries: number of queries of a row: 2T, or T with `Sources`.
+      num_keys: number of keys of a row: 2T.
     """
     of_sources = isinstance(mask, Sources)
     streams = _streams(mask.mask if isinstance(mask, Sources) else mask)
@@ -134,9 +145,10 @@ def _chunks(streams: _Streams, tokens: int, *, of_sources: bool) -> tuple[Chunk,
 
 
 def computed_keys(size: int, tokens: int) -> float:
-    """Returns the number of keys that are computed for a token of a text, for both of its copies together.
+    """Returns the mean number of keys with which the two copies of a token together are computed, in whole chunks.
 
-    Without chunks it would be 4 * tokens. The mask itself needs tokens + size. There are no prompts.
+    Without chunks this would be 4 * tokens. The mask itself allows tokens + size. The number is for texts without
+    prompts.
 
     Args:
       size: number of tokens in a block.
@@ -165,7 +177,11 @@ def _clean_chunk(tokens: int, streams: _Streams, start: int, stop: int) -> Chunk
 
 
 def _keys(tokens: int, noised: Span, clean_stop: int) -> tuple[Span, ...]:
-    """Returns a range of noised keys and the first `clean_stop` clean keys, in whole multiples of _ALIGNED."""
+    """Returns the range `noised` of the noised keys and the range of the first `clean_stop` clean keys.
+
+    The ranges are indices of the 2T tokens. Each end is moved outwards to a multiple of _ALIGNED, but not out of its
+    stream. Empty ranges are left out.
+    """
     start, stop = max(0, noised[0]) // _ALIGNED * _ALIGNED, min(tokens, -(-noised[1] // _ALIGNED) * _ALIGNED)
     clean_stop = min(tokens, -(-clean_stop // _ALIGNED) * _ALIGNED)
     return tuple(span for span in ((start, stop), (tokens, tokens + clean_stop)) if span[0] < span[1])
@@ -183,13 +199,14 @@ def attention(
     """Computes attention chunk by chunk.
 
     Args:
-      q_BTNH: queries: those of both streams, or with `Sources` those of the sources.
+      q_BTNH: queries, those of the tokens of both streams; with `Sources`, those of the sources.
       k_BSKH: keys of both streams.
       v_BSKH: values of both streams.
       mask: the mask.
       found: the result of `chunks`.
-      kernel: computes the attention of one chunk, whose mask is an array for its queries and keys.
-      saved: a policy of `jax.checkpoint` that says what the kernel keeps for its gradient; None if it keeps nothing.
+      kernel: computes the attention of one chunk; it gets the mask as an array for the queries and keys of the chunk.
+      saved: the policy of `jax.checkpoint` that says which results of the kernel are kept for its gradient; None to
+        keep none.
 
     Returns:
       The attended values, of the dtype of the queries.
@@ -212,17 +229,17 @@ def attention(
         is_enough = jnp.max(stop_bT[:, start:stop]) <= chunk.keys[-1][1] - num_keys // 2
         return jax.lax.cond(is_enough, few, functools.partial(attended, chunk.queries, chunk.more), *arrays)
 
-    # The keys, the mask and the scores of a chunk are made again in the backward pass, so that they exist for one chunk at
-    # a time. What the policy of the layer keeps is the same as without chunks.
+    # The keys, the mask and the scores of a chunk are computed again in the backward pass, so that they exist for one
+    # chunk at a time. The policy of the layer keeps the same results as without chunks.
     computed = jax.checkpoint(computed, static_argnums=0, policy=saved)
     arrays = (q_BTNH, k_BSKH, v_BSKH, mask)
     return jnp.concatenate([computed(chunk, stop_bT, *arrays) for chunk in found], axis=1)
 
 
 def spans(mask: masks.Mask, tokens: int) -> tuple[Int[jax.Array, "b T"], Int[jax.Array, "b T"]]:
-    """Returns the index of the first token of the block of each token, and the index after its last one, each int32.
+    """Returns the indices of the first token of the block of each token, and of the token after the end of this block.
 
-    The prompt of a text is one block. The indices are those in a stream.
+    Both are int32 [1, T] or [B, T], and count the tokens of one stream, from 0. The prompt of a text is one block.
 
     Args:
       mask: a mask of both streams, as `masks.two_streams` returns it.
@@ -246,5 +263,5 @@ def spans(mask: masks.Mask, tokens: int) -> tuple[Int[jax.Array, "b T"], Int[jax
 
 
 def _joined(x: jax.Array, spans: tuple[Span, ...], axis: int) -> jax.Array:
-    """Returns these ranges of an axis, one after the other."""
+    """Returns these ranges of an axis of an array, joined one after the other."""
     return jnp.concatenate([jax.lax.slice_in_dim(x, *span, axis=axis) for span in spans], axis=axis)

@@ -140,7 +140,7 @@ def _hide_late_errors() -> None:
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Hides the messages of `_NOISE` during the block."""
+    """Hides the messages of `_NOISE` during the block, and the errors `_LATE` until the process ends."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in _NOISE)

@@ -21,9 +21,10 @@ _STEP = re.compile(rf"({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER})")
 
 
 def judge_sudoku(puzzle: str, answer: str) -> Verdict:
-    """Judges whether `answer`, four lines of four digits, solves `puzzle`, which has the format of `data.sudoku`.
+    """Returns the verdict whether `answer`, four lines of four digits, solves `puzzle`.
 
-    The puzzle must be one that `check_puzzle` accepts.
+    The puzzle has the format of `data.sudoku`, and must be one that `check_puzzle` accepts. The verdict's `found` is
+    the grid, or None if the answer is not four lines of four digits.
     """
     grid = answer.strip()
     if not _GRID.fullmatch(grid):

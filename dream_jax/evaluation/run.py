@@ -1,7 +1,7 @@
 """Runs one evaluation: reads all files, plans the batches, computes the rows of each batch and writes the results.
 
-`Work` describes which problems of a task are computed together, and how. All files are checked before the weights are
-read, which takes long.
+`Work` describes which problems of a task are computed together, and how. Reading the weights takes long, so all files
+are checked before it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> repo
 
     Progress is printed to `console`, by default the terminal.
 
-    Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; FileExistsError if it
-      has files of others with the names of the results; BlockingIOError if another process writes into it; OSError.
+    Raises: ValueError if settings or files are wrong, or if the folder has results of other settings; FileExistsError
+      if the folder has files of other programs with the names of the results; BlockingIOError if another process writes
+      into it; OSError if a file cannot be read or written.
     """
     console = console or Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     prepared = _prepare(settings)
@@ -147,7 +148,10 @@ def _evaluate(
 
 
 def _with_instruction(settings: EvaluateSettings, trained: str) -> EvaluateSettings:
-    """Returns the settings with the instruction for a model that was trained with the instruction `trained`."""
+    """Returns the settings with the instruction for a model that was trained with the instruction `trained`.
+
+    The task likelihood has no instructions: its settings are returned as they are.
+    """
     if settings.task == "likelihood":
         return settings
     if settings.task == "choice":

@@ -118,7 +118,9 @@ def _evaluate(run: Sequence[Numeral], signs: Sequence[str]) -> Fraction | None:
     return sums + product
 
 
-# Where a result stands (RESULT, up to the number), and where a detail stands that is no result (_DETAIL, _GIVEN, ...).
+# Patterns of the text around a number. RESULT matches the text before a result, up to the number. _DETAIL, _GIVEN,
+# _REMARK and _WHICH match around a detail that is no result. _CHOICE and _LIST match where the author leaves a choice
+# between numbers, _RESTATED between a result and the same result in other words.
 EQUALS = re.compile(r"[=\u2248]| equals | is equal to ")
 _THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|altogether|in total|for a total of|making|giving)\b", re.I)
 RESULT = re.compile(
@@ -164,13 +166,17 @@ def _of_term(term: Term, how: str) -> Conclusion:
 
 
 def _after_equals(text: str, how: str) -> Conclusion | None:
-    """Returns the conclusion of a text with "=": the result of its last equation; None without "=" or number."""
+    """Returns the conclusion of a text with equations, which is the result of the last one.
+
+    None if the text has no equals sign, or if no number beside the last one can be the result. `how` is the attribute
+    of the conclusion.
+    """
     signs = list(EQUALS.finditer(text))
     if not signs:
         return None
     tail = text[signs[-1].end() :]
     terms = find_terms(tail)
-    if not terms:  # "18 = x"
+    if not terms:  # The result is on the left of the sign, as in "18 = x".
         begin = signs[-2].end() if len(signs) > 1 else 0
         terms = find_terms(text[begin : signs[-1].start()])
         return _of_term(terms[-1], how) if len(terms) == 1 else None
@@ -182,7 +188,7 @@ def _after_equals(text: str, how: str) -> Conclusion | None:
             return later
     following = [term for term in terms[1:] if re.search(r"[,;] |\band\b|\bor\b", tail[first.end : term.start])]
     if following and not tail[: first.start].strip(f" {CURRENCY}*(") and _all(following) != first.readings:
-        # "x = 18, y = 3" has its last equation at the end; in "= 18, and 2 more make 20" either may be meant.
+        # More numbers follow the result, as in "x = 18, and 2 more make 20": either may be meant.
         return Conclusion(value=None, others=_all([first, *following]), how=how)
     return _of_term(first, how)
 
@@ -209,7 +215,12 @@ def _without_details(text: str, terms: list[Term]) -> list[Term]:
 
 
 def stated_in_prose(text: str, how: str) -> Conclusion | None:
-    """Returns the conclusion of a sentence that announces nothing; None if it has no number."""
+    """Returns the conclusion of a sentence that announces nothing; None if it has no number.
+
+    In a sentence with an equation the result of the equation counts. Otherwise numbers that are clearly details are
+    left out. If several numbers remain, the last one counts if the words before it lead to a result; if not, the value
+    is None. `how` is the attribute of the conclusion.
+    """
     terms = find_terms(text)
     if not terms:
         return None
@@ -228,7 +239,8 @@ def stated_in_prose(text: str, how: str) -> Conclusion | None:
         sure = RESULT.search(before) and not (_DETAIL.search(before) or reason or last.computed)
         values = {term.value for term in terms if not term.computed}
         results = frozenset().union(*(term.readings for term in terms if term.computed))
-        if len(values) == 1 and None not in values and values <= results:  # "2 sets (13 - 11)"
+        # The only number is the result of the computations, as in "2 sets (13 - 11)".
+        if len(values) == 1 and None not in values and values <= results:
             return Conclusion(value=values.pop(), how=how)
         found = Conclusion(value=last.value if sure else None, others=others, how=how)
     if found.value is not None and found.value > 0 and _LOSS.search(text):

@@ -1,7 +1,8 @@
 """The masks of block diffusion, for one stream of tokens and for two. `base` explains the drawings.
 
-A text is a prompt and an answer. The answer is divided into blocks of the same size, which are sampled one after the
-other; block k >= 0 holds its tokens from k * size on. The prompt is block -1, which may be empty.
+A text is a prompt and an answer. The answer is divided into blocks, which are sampled one after the other. Block k,
+from 0, holds the tokens k * size to (k + 1) * size - 1 of the answer; the last block may have fewer tokens. The prompt,
+which may be empty, is the block with the number -1.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class BlockDiffusion(Mask):
         check_numbers(self, size=_SIZE)
 
     def blocks(self, position_bT: Int[Array, "b T"]) -> Int[jax.Array, "b2 T"]:
-        """Returns the number of the block of the token at each index of the row, int32; -1 in the prompt."""
+        """Returns the number of the block of the token at each index of a row, int32 [1 or B, T]; -1 in prompts."""
         return jnp.maximum(_from_start(position_bT, self.start_B) // self.size, -1)
 
     def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
@@ -60,11 +61,17 @@ class BlockDiffusion(Mask):
         return self.blocks(key_indices(num_keys)[None])[:, None, :] <= self.blocks(position_bT)[:, :, None]
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Returns the mask in which the first block of each row starts at the first token of its answer."""
+        """Returns the mask in which the first block of each row starts at the first token of its answer.
+
+        A row without an answer is a prompt as a whole. `valid_BT` is not used: `KeyPadding` hides padding.
+        """
         return BlockDiffusion(self.size, first_true(answer_BT))
 
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Returns the mask in which the first block of each text starts at the first token of its answer."""
+        """Returns the mask in which the first block of each text starts at the first token of its answer.
+
+        This mask does not separate the texts of a row; combine it with `Packed` by `&`.
+        """
         block_BT = answer_numbers(position_BT, answer_BT) // self.size
         return OrderedBlocks(block_BT, block_BT, self.size)
 
@@ -72,7 +79,10 @@ class BlockDiffusion(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OrderedBlocks(Ordered):
-    """The mask `BlockDiffusion` with the number of the block of each token, for rows of several texts. Drawn with `0 1 1`:
+    """The same as `BlockDiffusion` for rows of several texts: it stores the number of the block of each token.
+
+    A query may attend to keys whose block has at most the number of its own block. The mask does not separate the texts
+    of a row, so it is combined with `Packed`. Drawn for three tokens in the blocks 0, 1 and 1:
 
     ::
 
@@ -81,7 +91,7 @@ class OrderedBlocks(Ordered):
         ###
 
     Attributes:
-      query_BT, key_BS: int [B, T], the numbers of the blocks of the queries and of the keys.
+      query_BT, key_BS: int [B, T] and [B, S], the number of the block of each query and of each key; -1 in prompts.
       size: number of tokens in a block of an answer.
     """
 
@@ -127,7 +137,10 @@ class TwoStream(Mask):
         return _two_streams(query_bT >= half, blocks(query_bT % half), key_1S >= half, blocks(key_1S % half))
 
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
-        """Returns the mask in which the first block starts at the first token of the answer; the arguments are a half."""
+        """Returns the mask in which the first block of each row starts at the first token of its answer.
+
+        The arguments describe one of the two halves of the rows: they are [B, T] for rows of 2T tokens.
+        """
         return TwoStream(self.size, first_true(answer_BT))
 
     def for_texts(self, position_BT: Int[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
@@ -141,7 +154,10 @@ class TwoStream(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OrderedStreams(Mask):
-    """The mask `TwoStream` with the number of the block of each token, for rows of several texts. Drawn with `0 1`:
+    """The same as `TwoStream` for rows of several texts: it stores the number of the block of each token.
+
+    The mask does not separate the texts of a row, so `two_streams` combines it with `Segments`. Drawn for halves of two
+    tokens, in the blocks 0 and 1:
 
     ::
 
@@ -151,7 +167,7 @@ class OrderedStreams(Mask):
         ..##
 
     Attributes:
-      block_BT: int [B, T], the number of the block of each token of a half.
+      block_BT: int [B, T], the number of the block of each token of a half; -1 in prompts.
       size: number of tokens in a block of an answer.
     """
 
@@ -178,7 +194,7 @@ def two_streams(mask: Mask) -> Mask:
         `BlockDiffusion.for_texts`, combined by `&` with `Packed`.
 
     Raises:
-      ValueError: the mask is another one.
+      ValueError: the mask is not one of these.
     """
     found: Mask | None = None
     for conjunct in _checked(mask):
@@ -199,7 +215,11 @@ def two_streams(mask: Mask) -> Mask:
 
 
 def starts_of_texts(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
-    """Returns bool [1, T] or [B, T], true at the first token of each text, for a mask as `two_streams` accepts it."""
+    """Returns bool [1, T] or [B, T], true at the first token of each text.
+
+    Raises:
+      ValueError: `two_streams` does not accept the mask.
+    """
     for conjunct in _checked(mask):
         if isinstance(conjunct, Packed):
             return conjunct.starts(num_tokens)
@@ -211,7 +231,8 @@ def starts_of_texts(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
 def block_numbers(mask: Mask, num_tokens: int) -> Int[jax.Array, "b T"]:
     """Returns the number of the block of each token in its text, int32 [1, T] or [B, T]; -1 in prompts.
 
-    The mask is one that `two_streams` accepts.
+    Raises:
+      ValueError: `two_streams` does not accept the mask.
     """
     for conjunct in _checked(mask):
         if isinstance(conjunct, OrderedBlocks):
@@ -224,7 +245,10 @@ def block_numbers(mask: Mask, num_tokens: int) -> Int[jax.Array, "b T"]:
 def starts_of_blocks(mask: Mask, num_tokens: int) -> Bool[jax.Array, "b T"]:
     """Returns bool [1, T] or [B, T], true at the first token of each block of an answer.
 
-    The mask is one that `two_streams` accepts. In a text without a prompt the first token of the text is also true.
+    If a text has no prompt, its first token is the first token of a block, so it is marked too.
+
+    Raises:
+      ValueError: `two_streams` does not accept the mask.
     """
     block_BT = block_numbers(mask, num_tokens)
     other_BT = jnp.pad(block_BT[:, 1:] != block_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)

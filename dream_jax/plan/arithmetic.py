@@ -38,7 +38,8 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
 
     They are 6 for each weight and token (4 for a frozen weight, which has no gradient), attention between all pairs of
     positions, and the output head at masked positions only. With two streams they are those that the mask needs: attention
-    to blocks before and to the own block, and of the last layer's clean stream only keys and values.
+    of a block to itself and to the blocks before it. In the last layer nothing of the clean stream is counted but its
+    keys and values.
     """
     config = step.model.config
     each, runs = 4.0 if step.frozen else 6.0, streams_run(config.num_hidden_layers, shape.block)

@@ -1,11 +1,12 @@
 """Forward passes with `BlockCache`: under the mask of block diffusion the keys and values of finished blocks are exact.
 
-A row makes one of three passes in a step. The first pass over a row computes all tokens up to the end of its block. The
-first pass of a later block computes the block before it, whose tokens are final now, and the block: then the keys and
-values of the block before are written to the cache. Every other pass computes the block alone. It also needs the hidden
-state of the token before the block, which predicts the first token of the block; this state is stored with the cache.
+In each step a row makes one of three passes. The first pass over a row computes all tokens up to the end of its first
+block. The first pass of a later block computes two blocks: the block before it, whose tokens are final now, and the
+block itself. It writes the keys and values of the block before to the cache. Every other pass computes the block alone.
+The first token of a block is predicted from the hidden state of the token before the block. A pass over the block alone
+does not compute this state, so it is stored with the cache.
 
-Letters of axes: as in `passes`. The rows are those of the KV cache, X of them: under guidance 2 B.
+The letters of axes are those of `passes`. X is the number of rows of the KV cache: B, or 2 B under guidance.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from dream_jax.model import Dream
 from dream_jax.sampler import passes
 from dream_jax.sampler.passes import Block, CanvasLayout, RowGroup, take
 
-# Number of tokens in one group of rows that compute two blocks together. On an accelerator, a pass over fewer tokens takes
-# as long as reading the weights.
+# A group of rows that compute two blocks in one pass has about this many tokens. On an accelerator, a pass over fewer
+# tokens is not faster, because reading the weights takes as long.
 _TWO_BLOCKS_TOKENS = 256
 
 
 class FinishedBlocks(NamedTuple):
-    """What is cached of the blocks that are finished.
+    """The KV cache and what belongs to it.
 
     Attributes:
-      kv_cache: keys and values, [L, X, T, K, H].
-      before_XD: the hidden state, after the final norm, of the last cached token of each row.
+      kv_cache: keys and values, [L, X, T, K, H]; those of the first `cached_X` positions of a row are final.
+      before_XD: the hidden state, after the final norm, of the last cached token of each row, in the compute dtype.
       cached_X: int32, the number of leading positions of each row that are cached.
     """
 
@@ -58,15 +59,16 @@ def block_cached(
       model: the model.
       canvas_XT: the canvas of each row.
       layout: the layout of these rows; its mask is one of block diffusion with blocks of `size` tokens.
-      source_XM: the source positions, all of them in the block of the row or one before it.
-      finished: what is cached.
+      source_XM: the source positions, all of them in the block of the row or at the position before it.
+      finished: the cache.
       active_X: false at rows that are done.
       block: the block of each row; it starts at a multiple of `size` from the start of the answer.
       size: number of tokens of a block.
-      first_width: number of tokens that the first pass over a row computes.
+      first_width: number of tokens, from the start of the canvas, that the first pass over a row computes.
 
     Returns:
-      The hidden states, what is cached after the passes, and the number of forward passes made (an int32 scalar).
+      The hidden states [X, M, D], the cache after the passes, and the number of forward passes made (an int32 scalar).
+      The hidden states of rows that are done have no meaning.
     """
     start_X, cached_X = block.start_B, finished.cached_X
     first_X = active_X & (cached_X < start_X - size)
@@ -109,11 +111,15 @@ def group_rows(rows: int, size: int) -> int:
 
 
 Found = tuple[jax.Array, KVCache]
-"""Hidden states [X, M, D] at the wanted positions, for the rows whose passes have been made, and the KV cache."""
+"""Hidden states [X, M, D] at the wanted positions, valid in the rows whose pass was made, and the KV cache."""
 
 
 class _BlockPasses(NamedTuple):
-    """The passes of one step. Each method returns `Found` with the results of its rows."""
+    """The passes of one step. A method gets the results of earlier passes, and returns them with those of its rows.
+
+    The attributes are the arguments of `block_cached`. `wanted_XM` is its `source_XM` with one more column, the
+    position before the block.
+    """
 
     model: Dream
     canvas_XT: jax.Array
@@ -148,7 +154,10 @@ class _BlockPasses(NamedTuple):
         return jnp.where((two_X | one_X)[:, None, None], found_XMD, hidden_XMD), kv_cache
 
     def two_in_groups(self, two_X: jax.Array, size: int, found: Found) -> tuple[Found, jax.Array]:
-        """Computes two blocks of the rows marked in `two_X`, `size` rows of a shard together; also counts the passes."""
+        """Computes two blocks of the rows marked in `two_X`, in groups of `size` rows of each shard.
+
+        It also returns the number of passes, an int32 scalar.
+        """
         length, start_X = self.canvas_XT.shape[1], self.block.start_B - self.size
         position_XW, new_XW = self._window(start_X, start_X, 2 * self.size, two_X)
         of_rows = (
@@ -174,7 +183,7 @@ class _BlockPasses(NamedTuple):
         return passes.in_groups(two_X, 2 * self.size, size, group_pass, found)
 
     def one(self, one_X: jax.Array, kv_cache: KVCache, hidden_XMD: jax.Array) -> jax.Array:
-        """Computes the block of the rows marked in `one_X`; the KV cache is read and not changed."""
+        """Computes the block of the rows marked in `one_X`; returns the hidden states. The KV cache stays as it is."""
         position_XW, new_XW = self._window(self.block.start_B, self.block.start_B, self.size, one_X)
         found_XWD, _ = self._pass(position_XW, new_XW, kv_cache)
         return jnp.where(one_X[:, None, None], take(found_XWD, self._index(position_XW)), hidden_XMD)
@@ -182,10 +191,11 @@ class _BlockPasses(NamedTuple):
     def _window(
         self, first_X: jax.Array, start_X: jax.Array, width: int, rows_X: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the positions of a window, and true at those whose keys and values the pass uses instead of cached ones.
+        """Returns the positions of a window, int32 [X, W], and which of them are new, bool [X, W].
 
-        The window has `width` positions from `first_X` on, but it is moved inwards at the ends of the canvas. New are the
-        valid positions from `start_X` to the end of the block, in the rows marked in `rows_X`.
+        The window has `width` positions from `first_X` on, but it is moved inwards at the ends of the canvas. A pass
+        uses the keys and values that it computes at the new positions, and the cached ones elsewhere. New are the valid
+        positions from `start_X` to the end of the block, in the rows marked in `rows_X`.
         """
         length = self.canvas_XT.shape[1]
         width = min(width, length)

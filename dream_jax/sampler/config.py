@@ -331,7 +331,8 @@ class SamplerConfig:
 def block_grid(mask: masks.Mask, block_length: int | None) -> int | None:
     """Returns the number of tokens of a block if the blocks of the sampler are the blocks of the mask, and otherwise None.
 
-    These blocks are counted from the first token of the answer of each row. Other blocks of the sampler begin at masks.
+    These blocks are counted from the first token of the answer of each row. Otherwise a block of the sampler begins at
+    the first mask after the block before it.
     """
     return block_length if isinstance(mask, masks.BlockDiffusion) and block_length == mask.size else None
 

@@ -1,8 +1,9 @@
-"""A canvas that grows: with `BlockCache` a row needs no more memory than the blocks that it has begun.
+"""A canvas that grows with its texts, for `BlockCache`, instead of one with room for all new tokens from the beginning.
 
-No block sees a later one, so the tokens that a text will have after its present block need not exist yet. The canvas and
-the KV cache begin with room for some new tokens, and the room is doubled while a text goes on. `max_new_tokens` is then
-only a bound: what is after the end of all texts is neither stored nor computed. Each length is a compiled program.
+No block sees a later one, so the canvas need not hold the blocks after the present one yet. The canvas and the KV cache
+begin with room for some new tokens. When a text has filled the room and goes on, the room is doubled. `max_new_tokens`
+is then only a bound: positions far after the end of all texts take no memory and no time. There is one compiled program
+for each length.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _FIRST_EXTENT = 256
 
 
 def extents(config: SamplerConfig, *, only_new: bool, has_listener: bool = False) -> tuple[int, ...]:
-    """Returns the numbers of new tokens for which the canvas has room, one after the other; the last is `max_new_tokens`.
+    """Returns the numbers of new tokens for which the canvas has room, in ascending order.
 
-    There is only one if the canvas cannot grow: without `BlockCache`, if the prompts have masks, and with hooks or a
-    listener, which see the whole canvas.
+    The last one is `max_new_tokens`. It is the only one if the canvas cannot grow: without `BlockCache`, without
+    blocks, if the prompts have masks, and with hooks or a listener, which see the whole canvas.
 
     Args:
       config: the settings of the sampler.
@@ -49,16 +50,19 @@ def extents(config: SamplerConfig, *, only_new: bool, has_listener: bool = False
 
 
 def first_width(config: SamplerConfig, width: int, *, only_new: bool) -> int | None:
-    """Returns `StaticSettings.first_width` for a canvas whose prompts, padding included, have `width` tokens.
+    """Returns `StaticSettings.first_width`, the number of tokens of the first pass over a row.
+
+    It is None if this pass computes the whole canvas, and without `BlockCache`.
 
     Args:
       config: the settings of the sampler.
-      width: number of tokens before the new ones.
+      width: number of tokens before the new ones: the prompts with their padding.
       only_new: whether all masks are after the prompts.
     """
     if not isinstance(config.cache, BlockCache) or config.block_length is None:
         return None
-    # A row whose blocks do not follow each other makes a first pass again, up to its present block.
+    # If a block is skipped, or a token hook changes a cached token, the row makes a first pass again. It reaches up to
+    # the present block, which may be anywhere in the canvas.
     if not only_new or config.forced_tokens or config.token_hook is not None:
         return None
     return width + min(config.block_length, config.max_new_tokens)
@@ -66,7 +70,7 @@ def first_width(config: SamplerConfig, width: int, *, only_new: bool) -> int | N
 
 @functools.partial(jax.jit, static_argnames=("static",))
 def wants_more(model: Dream, batch: StreamBatch, *, static: StaticSettings) -> Bool[jax.Array, "B"]:
-    """Marks the rows that have filled the canvas, and whose text has not ended; bool [B], replicated."""
+    """Marks the rows that have filled the canvas and whose text has not ended; bool [B], the same on all devices."""
     return sharding.constrain(_wants_more(model, batch, static), None)
 
 
@@ -83,8 +87,8 @@ def grow(
 ) -> StreamBatch:
     """Returns the batch with `columns` more positions at the end of its canvas.
 
-    In rows whose text goes on they are masks. In rows whose text has ended, and in rows without a text (false in
-    `occupied_B`), they are end-of-text tokens.
+    In rows whose text goes on, the new positions are masks. In rows whose text has ended, and in rows without a text
+    (false in `occupied_B`), they are end-of-text tokens.
     """
     state, rows = batch.state, batch.valid_BT.shape[0]
     goes_on_B = occupied_B & (active(state) | _wants_more(model, batch, static))
@@ -107,12 +111,15 @@ def grow(
 
 @jax.jit
 def finished(batch: StreamBatch) -> State:
-    """Returns the state of a batch as `loop.denoise` returns it."""
+    """Returns the state of a batch as `loop.denoise` returns it: without the KV cache, replicated over the devices."""
     return replicated(batch.state)
 
 
 def filled_up(state: State, columns: int, end: int) -> State:
-    """Returns the state of rows whose texts have ended with `columns` more end-of-text tokens."""
+    """Returns the state with `columns` more positions at the end of each row, which hold the end-of-text token `end`.
+
+    The texts of all rows must have ended.
+    """
     if not columns:
         return state
     rows = np.asarray(state.canvas_BT).shape[0]
@@ -126,7 +133,7 @@ def filled_up(state: State, columns: int, end: int) -> State:
 
 
 def _padded(noted_BT: jax.Array, columns: int) -> jax.Array:
-    """Returns an array of `Recorded` with more columns at its end, in which nothing is noted."""
+    """Returns an array [B, T, ...] of `Recorded` with more columns at the end of T: NaN, or 0 in arrays of integers."""
     nothing = jnp.nan if jnp.issubdtype(noted_BT.dtype, jnp.floating) else 0
     widths = ((0, 0), (0, columns), *[(0, 0)] * (noted_BT.ndim - 2))
     return jnp.pad(noted_BT, widths, constant_values=nothing)

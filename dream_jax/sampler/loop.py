@@ -110,7 +110,8 @@ def resume(
         return jax.tree.map(lambda old, new: jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old), old, new)
 
     # The KV cache is not replaced: a new row begins with a full pass, which overwrites it. With `BlockCache` this pass does
-    # not reach the end of the row, and values that are no numbers would spoil the row although they are hidden.
+    # not reach the end of the row, so the cache of the row is set to zero: a NaN that is left there would make the row
+    # NaN, although the mask hides it.
     fresh = begin(model, canvas_BT, static, dynamic.new_tokens)
     shared: dict[str, Any] = {name: getattr(batch.state, name) for name in ("kv_cache", "before_XD", "forwards")}
     if isinstance(static.cache, BlockCache):

@@ -161,8 +161,8 @@ class RowGroup(NamedTuple):
 
     Attributes:
       index_GR: int32 [G, R], the rows of the group in each shard.
-      target_GR: int32 [G, R], as `index_GR`, but beyond the rows of the shard where a row only fills up the group: its
-        results are dropped.
+      target_GR: int32 [G, R], as `index_GR`, but `shard_rows` for the rows that only fill up the group: no row of a
+        shard has this index, so their results are dropped.
       shard_rows: number of rows of a shard.
     """
 
@@ -242,7 +242,7 @@ def in_groups(
       length: number of tokens that a pass computes of each row.
       size: number of rows that a group has of every shard, see `group_rows`.
       group_pass: makes the pass of a group, and returns `found` with its results.
-      found: arrays, which the calls hand on.
+      found: arrays that the first call gets; each further call gets those that the call before it returned.
 
     Returns:
       The last `found`, and the number of calls (an int32 scalar).

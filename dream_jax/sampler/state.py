@@ -39,8 +39,8 @@ class StaticSettings:
       new_tokens: number of positions at the end of the canvas that do not belong to the prompt.
       capacity: maximum number of masked positions of a row for which one step computes logits.
       record: what is noted about each token when it is written.
-      first_width: number of tokens, from the start of the canvas, that hold the first block of every row and all that is
-        before it: with `BlockCache` a pass over a whole row computes so many tokens. None for the whole canvas.
+      first_width: number of tokens, from the start of the canvas, that the first pass over a row computes with
+        `BlockCache`: they hold the first block of every row and all that is before it. None for the whole canvas.
 
     The other attributes are as in SamplerConfig.
     """

@@ -18,7 +18,7 @@ from dream_jax.sampler import SamplerConfig
 from dream_jax.sampler.loop import StreamBatch, idle_batch, resume
 from dream_jax.sampler.state import DynamicSettings, Record, StaticSettings, switched_off
 
-_LONGER = 1.25  # how many times as long as its own canvas the canvas of a row may be
+_LONGER = 1.25  # A row may be in a batch whose canvas is at most this many times as long as the row needs.
 
 
 class TooManySettingsError(ValueError):

@@ -129,7 +129,7 @@ class Grid:
         """Returns the score of a model whose parameters are on the mesh, under the mask that it was trained with.
 
         A model that was trained by block diffusion is scored with two streams: each block after clean tokens, and all
-        blocks of a row with the same noise level. The masked positions are those of other masks.
+        blocks of a row with the same noise level. The masked positions are the same as for models with other masks.
         """
         attends = masks.parse(model.trained_mask)
         rows = len(self._tokens_RT)
