@@ -293,7 +293,8 @@ def _prepare(
     with contextlib.ExitStack() as stack:
         if (overwrite and target.exists()) or _stale(target, "replaced") or _stale(target, "incomplete"):
             stack.enter_context(_alone(target))
-        _remove_stale(target)
+            # Never without the lock: a directory that another process creates now would look stale.
+            _remove_stale(target)
         check_new_directory(target, overwrite=overwrite, reads=reads, marker=marker, known=known)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free

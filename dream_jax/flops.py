@@ -60,7 +60,8 @@ class FlopCounter:
         `tokens` is the number of computed tokens, padding included, and `masked` the number of masked positions. `span`
         is the mean number of tokens of a text, to all of which a token attends; None means that each row is one text.
         """
-        keys = (self._length if span is None else span) + (self._block or 0)
+        keys = self._length if span is None else span
+        keys += min(self._block or 0, keys)  # a block may be longer than the text
         return (self._token + self._pair * keys) * tokens + self._head * masked
 
     def mfu(self, tokens: int, masked: float, seconds: float, mesh: Mesh, span: float | None = None) -> float | None:

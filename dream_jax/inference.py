@@ -26,7 +26,7 @@ from dream_jax.bounds import check_numbers
 from dream_jax.layer_forms import LayersChoice, form_of
 from dream_jax.model import Dream
 from dream_jax.paths import check_local
-from dream_jax.sampler import Preset, SamplerConfig, bucket_length, generate
+from dream_jax.sampler import BlockCache, Preset, SamplerConfig, bucket_length, generate
 from dream_jax.tokenizer import (
     ByteTokenizer,
     Message,
@@ -569,7 +569,10 @@ def answer(
       names: a name for each prompt, from which its key follows (`row_keys`).
       size: number of rows of the batch, at least the number of prompts; missing rows are filled up.
     """
-    tokens_BP, valid_BP = left_padded(prompts, size, tokenizer.pad_id)
+    # A canvas that grows (`BlockCache`) grows until the text of every row has ended. So rows that fill up the batch repeat
+    # the last one there, with its key, and end when it ends.
+    filling = [prompts[-1]] * (size - len(prompts)) if isinstance(config.cache, BlockCache) else []
+    tokens_BP, valid_BP = left_padded([*prompts, *filling], size, tokenizer.pad_id)
     keys = row_keys([*names, *[names[-1]] * (size - len(names))])
     out = generate(model, tokens_BP, config, keys, prompt_mask=valid_BP)
     tokens_BT, commit_step_BT, forwards = np.asarray(out.tokens), np.asarray(out.commit_step), int(out.forwards)

@@ -159,6 +159,9 @@ def test_what_has_no_such_likelihood_is_refused(model):
         ValueError, match="6 tokens after the first scored token are not scored.*leave out the text after"
     ):
         model_bounds(model, tokenizer, 2)([infilling], 10, [(0,)])
+    # The first token would be predicted from its own position, which sees the rest of the block: that is no bound.
+    with pytest.raises(ValueError, match="put the beginning-of-text token before the passage"):
+        model_bounds(model, tokenizer, 2)([word("110")], 10, [(0,)])
     with pytest.raises(ValueError, match="samples=7 must be"):
         model_bounds(model, tokenizer, 2)(rows, 7, [(0,), (1,)])
     with pytest.raises(ValueError, match="under the mask 'causal', not by block diffusion"):

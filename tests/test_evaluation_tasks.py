@@ -1,15 +1,18 @@
 """Files, prompts and folders of `evaluation`, without a model."""
 
+import io
 import json
 import pathlib
 
 import pytest
+from rich.console import Console
 
 from dream_jax.config import PRESETS
+from dream_jax.evaluation import run
 from dream_jax.evaluation.ledger import ITEMS, SECONDS, SETTINGS, Ledger, WorkUnit
 from dream_jax.evaluation.likelihood import Bound
 from dream_jax.evaluation.report import compare, summarize
-from dream_jax.evaluation.run import plan_work
+from dream_jax.evaluation.run import Work, plan_work
 from dream_jax.evaluation.scored_texts import read_choices, read_texts
 from dream_jax.evaluation.settings import EvaluateSettings
 from dream_jax.evaluation.tasks import TASKS, read_problems, split_examples
@@ -243,6 +246,20 @@ def fill(folder, plan=PLAN, recipe=None, **options) -> Ledger:
         rows = [{"seed": seed, "number": number, "answer": "é\u2028\n" * number} for seed, number in unit.names]
         ledger.append(rows, {"rows": len(rows), "seconds": 0.5, "compiled": False})
     return ledger
+
+
+def test_a_batch_whose_canvas_grows_does_not_count_as_speed(tmp_path, monkeypatch):
+    """The third batch of this shape compiles a program for a longer canvas."""
+    programs = iter([0, 1, 1, 1, 2, 2, 2])  # before and after each batch; after the first one it is not asked
+    monkeypatch.setattr(run, "num_programs", lambda: next(programs))
+
+    def compute(model, unit):
+        return [{"seed": seed, "number": number} for seed, number in unit.names]
+
+    work = Work(numbers=[1, 2, 3], batches=[(0, 1, 2)], shapes=[8], compute=compute, recipe={}, note="")
+    ledger = Ledger(tmp_path, {}, PLAN)
+    run._compute(work, PLAN, ledger, abstract_model(PRESETS["nano"]), Console(file=io.StringIO()))
+    assert [one["compiled"] for one in ledger.seconds] == [True, False, True, False]
 
 
 def test_a_ledger_cut_anywhere_resumes_to_the_same_file(tmp_path):

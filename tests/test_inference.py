@@ -99,6 +99,25 @@ def test_each_seed_and_prompt_has_a_key_of_its_own(model):
     ]
 
 
+def test_rows_that_fill_up_a_batch_end_when_the_last_one_ends(model, monkeypatch):
+    """Else the canvas of a model of block diffusion would grow for a text that nobody asked for."""
+    given = []
+
+    def noted(model, tokens, config, keys, prompt_mask):
+        given.append((tokens, prompt_mask, jax.random.key_data(keys)))
+        raise InterruptedError
+
+    monkeypatch.setattr(inference, "generate", noted)
+    for mask in ("block-diffusion:4", "bidirectional"):
+        config = inference.make_sampler(ByteTokenizer(), 6, trained_mask=mask)
+        with pytest.raises(InterruptedError):
+            answer(model, ByteTokenizer(), [list(b"a"), list(b"abc")], [(0, 0), (0, 1)], config, 4)
+    blocks, others = given
+    for array in blocks:
+        np.testing.assert_array_equal(array[2:], np.asarray(array)[[1, 1]])
+    assert others[1][2:].sum() == 2  # one token each
+
+
 def test_keys_follow_from_their_names():
     """As answers were drawn before this module: nothing may change them."""
     key = jax.random.fold_in(jax.random.key(5), 3)

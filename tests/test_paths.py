@@ -329,6 +329,23 @@ def test_two_processes_that_replace_one_directory(tmp_path, monkeypatch):
     assert files.find_damage(tmp_path / "model") is None
 
 
+def test_a_directory_that_another_process_is_creating_is_not_removed(tmp_path, monkeypatch):
+    """It appears just after this process has looked for directories of killed runs, and is not locked yet."""
+    look = files._stale
+
+    def first_look(target, kind):
+        found = look(target, kind)
+        if kind == "incomplete" and not (tmp_path / ".model.incomplete-1").exists():
+            (tmp_path / ".model.incomplete-1").mkdir()
+            (tmp_path / ".model.incomplete-1" / ".lock").touch()
+        return found
+
+    monkeypatch.setattr(files, "_stale", first_look)
+    with files.new_directory(tmp_path / "model") as directory:
+        (directory / "config.json").write_text("{}")
+    assert (tmp_path / ".model.incomplete-1" / ".lock").is_file()
+
+
 def test_a_stopped_process_does_not_keep_others_waiting(tmp_path, monkeypatch):
     """Its lock is held by an open file here, which never lets go of it."""
     monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0.1)

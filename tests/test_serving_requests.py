@@ -372,6 +372,17 @@ def test_settings_of_the_sampler():
     assert (between.config.block_steps(9), between.config.max_new_tokens) == (9, 0)
 
 
+def test_a_text_that_the_model_would_not_see_is_refused():
+    """Under block diffusion a block sees nothing after it. A text before all gaps is seen, and an empty one is no text."""
+    blocks = dataclasses.replace(maker(), trained_mask="block-diffusion:4")
+    for kind, body, field in ((CompletionRequest, TEXT | {"suffix": "c"}, "suffix"), (InfillRequest, GAPS, "parts")):
+        with pytest.raises(RequestError, match="a text after new tokens would be ignored; leave it out") as error:
+            blocks.tasks(kind.model_validate(body))
+        assert error.value.param == field
+    assert blocks.tasks(CompletionRequest.model_validate(TEXT | {"suffix": ""}))
+    assert blocks.tasks(InfillRequest.model_validate(GAPS | {"parts": ["a", {"length": 2}, {"length": 3}, ""]}))
+
+
 def test_number_of_new_tokens():
     [short] = tasks(CompletionRequest, TEXT, prompt="a" * 120)
     assert short.config.max_new_tokens == 8  # the default, 12, does not fit

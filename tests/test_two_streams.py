@@ -13,13 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from marking import slow
 from test_block_diffusion import batch, model, noised
 
-from dream_jax import PRESETS, layer_forms, masks
+from dream_jax import PRESETS, layer_forms, masks, sharding
 from dream_jax import attention as attention_module
 from dream_jax.attention import Sources, splash_streams, two_streams, xla
 from dream_jax.flops import FlopCounter
 from dream_jax.model import TokenSources, abstract_model, merge_params, padded_positions, split_params
+from dream_jax.plan import arithmetic
 from dream_jax.plan.hardware import find_hardware
 from dream_jax.step_memory import matrix_count
+from dream_jax.trainer import TrainSettings
+from dream_jax.trainer.build import abstract_step, step_shape
 
 TOKENS = 150  # two chunks, the last of which is not full
 ROWS = [(0, 0), (7, 90), (20, 3)]  # for each row the padding on the left and the length of the prompt
@@ -219,6 +222,19 @@ def test_operations_are_those_of_the_traced_program(monkeypatch, layers):
     needed = FlopCounter(model, tokens, size).step(1.0, 0.0) / 3  # the forward pass
     assert 0.75 * found < needed < found
     assert needed < 1.9 * FlopCounter(model, tokens).step(1.0, 0.0) / 3
+
+
+def test_a_block_that_is_longer_than_the_text_counts_as_the_text():
+    """`--block-diffusion 4096` with rows of 64 tokens is one block of 64, for the MFU and for plans."""
+    settings = {"model": "nano", "batch_size": 2, "max_length": 64, "mesh": "1x1"}
+    found = []
+    for size in (64, 4096):
+        training, mesh = TrainSettings.flat(**settings, block_diffusion=str(size)), sharding.make_mesh("1x1")
+        step = abstract_step(training, mesh, 64)
+        counter = FlopCounter(step.model, 64, size)
+        planned = arithmetic.model_flops(step, step_shape(training, mesh, 64))
+        found.append((counter.step(1.0, 0.0), counter.step(1.0, 0.0, 32.0), planned))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

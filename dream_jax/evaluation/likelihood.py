@@ -289,7 +289,8 @@ def model_bounds(model: Dream, tokenizer: Tokenizer, batch_size: int) -> BoundsO
     """Returns the function from passages to their bounds, for the mask under which the model was trained.
 
     For a model that was trained by block diffusion it is `block_bounds` with two streams, otherwise `bounds`. The
-    arguments, and what the function raises, are those of `model_nll`.
+    arguments, and what the function raises, are those of `model_nll`. The function of a model of block diffusion also
+    raises ValueError for a passage of several tokens without a token before the scored ones, if blocks are longer than 1.
 
     Raises:
       ValueError: the mask depends on where the prompt ends, and rows of a likelihood have no prompt.
@@ -297,7 +298,17 @@ def model_bounds(model: Dream, tokenizer: Tokenizer, batch_size: int) -> BoundsO
     attends = check_mask(model)
     if isinstance(attends, masks.BlockDiffusion):
         token_nll, size = block_nll(model, tokenizer, batch_size), attends.size
-        return lambda passages, samples, seeds: block_bounds(passages, samples, token_nll, seeds, size=size)
+
+        def of_blocks(passages: Sequence[Passage], samples: int, seeds: Sequence[Sequence[int]]) -> list[Bound]:
+            # Without a token before it, the first token is predicted from its own position, which sees the whole block.
+            if size > 1 and any(one.scored[0] and one.num_scored > 1 for one in passages):
+                raise ValueError(
+                    "a passage begins with a scored token, but a model of block diffusion predicts the first token of a "
+                    "block from the token before it; put the beginning-of-text token before the passage, not scored"
+                )
+            return block_bounds(passages, samples, token_nll, seeds, size=size)
+
+        return of_blocks
     nll = model_nll(model, tokenizer, batch_size)
     return lambda passages, samples, seeds: bounds(passages, samples, nll, seeds)
 

@@ -29,6 +29,7 @@ from dream_jax.model import Dream
 from dream_jax.paths import check_apart, check_replaceable, claimed, is_json_object
 from dream_jax.row_file import JsonRow
 from dream_jax.sampler import bucket_length
+from dream_jax.sampler.loop import num_programs
 from dream_jax.tokenizer import ByteTokenizer, Template, Tokenizer
 
 
@@ -164,11 +165,13 @@ def _compute(work: Work, plan: Sequence[WorkUnit], ledger: Ledger, model: Dream,
     with watch(console, total=sum(len(unit.names) for unit in plan), done=len(ledger.rows)) as advance:
         for index in range(ledger.done, len(plan)):
             shape = work.shapes[index % len(work.batches)]
-            begun = time.monotonic()
+            begun, programs = time.monotonic(), num_programs()
             rows = work.compute(model, plan[index])
             seconds = time.monotonic() - begun
-            # The first batch of a shape compiles its program, so the report leaves it out of the speed.
-            timed = {"rows": len(rows), "seconds": round(seconds, 4), "compiled": shape not in seen}
+            # The report leaves batches in which a program was compiled out of the speed: the first one of a shape, and one
+            # in which a canvas grew (`sampler.growth`) to a length that no earlier batch had.
+            compiled = shape not in seen or num_programs() > programs
+            timed = {"rows": len(rows), "seconds": round(seconds, 4), "compiled": compiled}
             seen.add(shape)
             ledger.append(rows, timed)
             advance(len(rows), ledger.rows)

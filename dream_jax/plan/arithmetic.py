@@ -43,7 +43,7 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
     """
     config = step.model.config
     each, runs = 4.0 if step.frozen else 6.0, streams_run(config.num_hidden_layers, shape.block)
-    keys = shape.length if shape.block is None else (shape.length + shape.block) / 2
+    keys = shape.length if shape.block is None else (shape.length + min(shape.block, shape.length)) / 2
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys * runs
     head = each * config.hidden_size * config.vocab_size * shape.masked_share
     products = runs * (each * matrix_count(config) + 6.0 * adapter_count(step))

@@ -145,7 +145,7 @@ class SamplerConfig:
         see `callbacks`.
       mask: attention mask, as `masks.parse` returns it; padding is hidden in addition. None is the mask that the model
         was trained under. The mask counts from the first valid token of a row, and takes all tokens that `generate` is
-        given (mask tokens included) as the prompt.
+        given (mask tokens included) as the prompt; block-diffusion:SIZE counts as `block_length` says.
       stop_at_end: whether a row is done when no mask is left before the first end-of-text token that was written and
         has no given token after it. All masks after that token then become end-of-text tokens.
 

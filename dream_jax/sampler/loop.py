@@ -130,6 +130,11 @@ def resume(
     return StreamBatch(state, valid_BT, keys_B)
 
 
+def num_programs() -> int:
+    """Returns the number of programs of `denoise` and `resume` that this process has compiled."""
+    return denoise._cache_size() + resume._cache_size()
+
+
 def idle_batch(model: Dream, rows: int, length: int, static: StaticSettings) -> StreamBatch:
     """Returns a batch of `rows` rows of `length` padding tokens, in which every row is done."""
     padding_BT = jnp.full((rows, length), model.config.pad_token_id, jnp.int32)

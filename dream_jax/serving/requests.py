@@ -15,7 +15,7 @@ import pydantic
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from dream_jax import inference
+from dream_jax import inference, masks
 from dream_jax.chat_template import ChatTemplateError
 from dream_jax.data import read_question, with_instruction
 from dream_jax.decoding import Alg
@@ -478,6 +478,8 @@ class TaskMaker:
                 "dream.forced_tokens: not with a suffix; use /v1/infill, where texts stand between gaps",
                 "dream.forced_tokens",
             )
+        if suffix:
+            self._check_sees_after("suffix")
         tokens = self._new_tokens(len(prompt) + len(suffix), request.max_tokens)
         ids = [*prompt, *[self.tokenizer.mask_id] * tokens, *suffix]
         gap = Gap(start=len(prompt), length=tokens)
@@ -489,9 +491,11 @@ class TaskMaker:
             raise RequestError("dream.forced_tokens: put texts between the gaps instead", "dream.forced_tokens")
         ids: list[int] = []
         pieces: list[str | Gap] = []
-        masks = 0
+        num_masks = 0
         for part in request.parts:
             if isinstance(part, str):
+                if part and num_masks:
+                    self._check_sees_after("parts")
                 ids += self.tokenizer.encode(part)
                 pieces.append(part)
                 continue
@@ -499,8 +503,8 @@ class TaskMaker:
             self._check_length(len(ids) + size, "parts")
             pieces.append(Gap(start=len(ids), length=size))
             ids += [self.tokenizer.mask_id] * size
-            masks += size
-        if masks == 0:
+            num_masks += size
+        if num_masks == 0:
             raise RequestError('parts: there is no gap; add one, such as {"length": 5}', "parts")
         self._check_length(len(ids), "parts")
         # Only a gap of "up to" a length may end early. An end-of-text token must not fill later gaps, as it does after
@@ -512,11 +516,20 @@ class TaskMaker:
                 'dream.end_penalty: gaps of a given length are never ended early; use "up_to" gaps, or leave it out',
                 "dream.end_penalty",
             )
-        config = self._config(request, 0, masks, **changes)
+        config = self._config(request, 0, num_masks, **changes)
         if fixed:
             forbidden = (*config.forbidden_tokens, *inference.end_ids(self.tokenizer))
             config = dataclasses.replace(config, forbidden_tokens=forbidden)
         return self._task(request, ids, config, tuple(pieces), (), False)
+
+    def _check_sees_after(self, param: str) -> None:
+        """Raises RequestError for a given text after new tokens, if the model does not see it while it writes them."""
+        if isinstance(masks.parse(self.trained_mask), masks.BlockDiffusion):
+            raise RequestError(
+                f"{param}: this model has the mask {self.trained_mask}, under which a block does not see what follows it, "
+                "so a text after new tokens would be ignored; leave it out",
+                param,
+            )
 
     def _task(
         self,
