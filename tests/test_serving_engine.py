@@ -238,6 +238,17 @@ def test_number_of_programs_is_bounded(model):
             started.submit([asked({"top_k": 5, "temperature": 1.0}, "x", 4, 0)], lambda *_: None)
 
 
+def test_a_full_table_of_programs_serves_shorter_rows(model):
+    """Lengths are many, so a client whose settings are in the table is not refused for a slightly shorter row."""
+    with running(model, EngineSettings(rows=2, longest=24, most_programs=1)) as started:
+        started.lengths = (16, 20, 24)
+        [short], [longer], [longest] = (completion(max_tokens=count, temperature=1.0) for count in (12, 16, 20))
+        found = started._programs.admit(started.family(longer))
+        assert started._programs.admit(started.family(short)) is found and started.num_families == 1
+        with pytest.raises(TooManySettingsError, match="--max-programs"):
+            started._programs.admit(started.family(longest))
+
+
 def test_queue_is_bounded_and_says_when_to_come_back(model):
     with running(model, EngineSettings(rows=2, longest=64, most_waiting=3)) as started:
         with pytest.raises(QueueFullError, match="at most 3") as error:

@@ -146,14 +146,18 @@ class ProgramTable:
         """Notes a family, whose programs may then be compiled.
 
         Returns:
-          The object that was noted first, for all equal families, so that they are compared quickly.
+          The object that was noted first, for all equal families, so that they are compared quickly. If the family is new
+          and the table is full, a family that serves it (`Family.serves`).
 
         Raises:
-          TooManySettingsError: the family is new, and the table is full.
+          TooManySettingsError: the family is new, the table is full, and no family in it serves this one.
         """
         with self._lock:
             new = family not in self._families and family not in self._reserved
             if new and len(self._families.keys() - self._reserved) >= self._limit:
+                longer = [one for one in self._families if one.serves(family)]
+                if longer:
+                    return self._families[min(longer, key=lambda one: one.length)]
                 raise TooManySettingsError(
                     f"the server has compiled programs for {self._limit} combinations of settings and lengths, and this "
                     "request needs another one; use the settings of earlier requests (a preset without further "
