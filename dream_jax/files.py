@@ -332,13 +332,15 @@ def _alone(target: pathlib.Path) -> Iterator[None]:
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
-            if not _locked(lock, path) and time.monotonic() < deadline:
+            has_lock = _locked(lock, path)
+            if not has_lock and time.monotonic() < deadline:
                 time.sleep(0.02)
                 continue
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                if has_lock:  # otherwise the file belongs to the process that was stopped, which may go on
+                    path.unlink(missing_ok=True)
             return
         finally:
             os.close(lock)

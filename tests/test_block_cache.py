@@ -249,8 +249,18 @@ def test_presets_of_a_model_of_block_diffusion():
         assert by_mask == dataclasses.replace(config, mask=masks.parse(MASK))
         assert SamplerConfig.preset(name, max_new_tokens=40, trained_mask="causal").cache != BlockCache()
         assert SamplerConfig.preset(name, max_new_tokens=40, trained_mask=MASK, cache=NoCache()).cache == NoCache()
-    origin = SamplerConfig.preset("exact", max_new_tokens=9, trained_mask=MASK, alg="origin")
-    assert (origin.cache, origin.block_length) == (NoCache(), None)
+    with pytest.raises(ValueError, match='writes one block after the other, .* an order other than "origin"'):
+        SamplerConfig.preset("exact", max_new_tokens=9, trained_mask=MASK, alg="origin")
+
+
+def test_a_model_of_block_diffusion_is_sampled_in_blocks_by_default():
+    start, _ = prompt(6)
+    dream = blocks(max_position_embeddings=1024)
+    by_default = generate(dream, start)
+    by_preset = generate(dream, start, SamplerConfig.preset("exact", max_new_tokens=512, trained_mask=MASK))
+    assert np.array_equal(by_default.tokens, by_preset.tokens) and by_default.forwards == by_preset.forwards
+    with pytest.raises(ValueError, match="the settings have no blocks; pass block_length=4"):
+        generate(blocks(), start, SamplerConfig(alg="entropy", max_new_tokens=8))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -353,4 +353,7 @@ def test_a_stopped_process_does_not_keep_others_waiting(tmp_path, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with files.new_directory(tmp_path / "model") as directory:
             (directory / "config.json").write_text("{}")
+        assert (tmp_path / ".model.lock").exists()  # it is not removed while another process holds it
+    with files.new_directory(tmp_path / "model", overwrite=True) as directory:
+        (directory / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

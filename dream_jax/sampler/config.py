@@ -241,7 +241,7 @@ class SamplerConfig:
 
         For a model of block diffusion (`trained_mask` or the option `mask` is `block-diffusion:SIZE`), every preset writes
         blocks of SIZE tokens with `BlockCache()`, and sets `stop_at_end`; its order and its commit rule stay. The order
-        "origin" has no blocks, and so no cache.
+        "origin", which has no blocks, is refused for such a model.
 
         Args:
           name: "exact": entropy order, one step per mask (or `steps`), no cache. "balanced": blocks of 32 tokens; each
@@ -267,8 +267,7 @@ class SamplerConfig:
             else:
                 chosen |= {"commit": Threshold(0.9), "cache": WindowCache()}
         mask = options.get("mask") or masks.parse(trained_mask)
-        # "origin" writes positions at random, without blocks, and so without this cache.
-        if isinstance(mask, masks.BlockDiffusion) and options.get("alg") != "origin":
+        if isinstance(mask, masks.BlockDiffusion) and options.get("alg") != "origin":  # `check_cache` refuses "origin"
             chosen |= {"block_length": mask.size, "cache": BlockCache(), "stop_at_end": True}
         config = cls(max_new_tokens=max_new_tokens, **chosen | options)
         check_cache(config.cache, mask, config.block_length)
@@ -338,13 +337,22 @@ def block_grid(mask: masks.Mask, block_length: int | None) -> int | None:
 
 
 def check_cache(cache: CachePolicy, mask: masks.Mask, block_length: int | None) -> None:
-    """Raises ValueError if the cache is `BlockCache()`, but would not be exact.
+    """Raises ValueError if blocks and cache do not fit to the mask of the model.
+
+    `BlockCache()` must be exact, and a model of block diffusion must write blocks: it has learned each block after finished
+    ones, never after mask tokens.
 
     Args:
       cache: the cache.
       mask: the mask of the model, not bound to particular rows.
       block_length: as in SamplerConfig.
     """
+    if isinstance(mask, masks.BlockDiffusion) and block_length is None:
+        raise ValueError(
+            f"the model has the mask block-diffusion:{mask.size}, so it writes one block after the other, but the settings "
+            f'have no blocks; pass block_length={mask.size}, cache=BlockCache() and an order other than "origin", or take '
+            "SamplerConfig.preset(..., trained_mask=model.trained_mask)"
+        )
     if not isinstance(cache, BlockCache):
         return
     if not isinstance(mask, masks.BlockDiffusion):

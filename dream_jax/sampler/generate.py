@@ -75,7 +75,8 @@ def generate(
     Args:
       model: any Dream. If its parameters are on a mesh, the batch is sharded over this mesh.
       prompt_BP: integer token ids, numpy or jax; shorter rows must be padded on the left.
-      config: the settings of the sampler; None for the defaults of SamplerConfig.
+      config: the settings of the sampler; None for the defaults of SamplerConfig, or for the preset "exact" if the model
+        was trained by block diffusion.
       key: a `jax.random.key`, or one key per row ([B]); required if `config.is_random`. With a single key, row b uses
         `fold_in(key, b)`, so that its result does not depend on the other rows. Old-style keys (`jax.random.PRNGKey`)
         are accepted.
@@ -91,11 +92,17 @@ def generate(
     Raises:
       ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
         vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
-        shape; the cache would not be exact (`config.check_cache`); a forced or forbidden token is outside the vocabulary,
-        or no token may be written; the key is missing, is not a random key, or has another number of rows; or the logits of
-        a row are NaN or infinite, for which `generate` waits for the result.
+        shape; blocks or cache do not fit to the mask (`config.check_cache`); a forced or forbidden token is outside the
+        vocabulary, or no token may be written; the key is missing, is not a random key, or has another number of rows; or
+        the logits of a row are NaN or infinite, for which `generate` waits for the result.
     """
-    config = SamplerConfig() if config is None else config
+    if config is None:
+        blocks = isinstance(masks.parse(model.trained_mask), masks.BlockDiffusion)
+        config = SamplerConfig()
+        if blocks:
+            config = SamplerConfig.preset(
+                "exact", max_new_tokens=config.max_new_tokens, trained_mask=model.trained_mask
+            )
     prompt = np.asarray(prompt_BP)
     valid_BP = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask).astype(bool)
     check_prompt(model, prompt, valid_BP, config)
@@ -231,7 +238,7 @@ def check_prompt(model: Dream, prompt: np.ndarray, valid_BP: np.ndarray, config:
 
 
 def check_mask(model: Dream, config: SamplerConfig) -> None:
-    """Raises ValueError if the cache of the configuration would not be exact under the mask of the model."""
+    """Raises ValueError if the blocks or the cache of the configuration do not fit to the mask of the model."""
     mask = masks.parse(model.trained_mask) if config.mask is None else config.mask
     check_cache(config.cache, mask, config.block_length)
 

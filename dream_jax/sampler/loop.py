@@ -165,7 +165,7 @@ def canvas_layout(
       answer_start_B: `State.answer_start_B`, where the blocks of block diffusion begin; None for the first new token.
 
     Raises:
-      ValueError: the cache would not be exact under this mask, see `config.check_cache`.
+      ValueError: blocks or cache do not fit to this mask, see `config.check_cache`.
     """
     unbound, length = static.mask_of(model), valid_BT.shape[1]
     check_cache(static.cache, unbound, static.block_length)
