@@ -119,7 +119,9 @@ def test_kills_change_no_bit(uninterrupted, tmp_path):
     assert process.returncode == 130 and "the same command resumes from there" in said
     with RunCheckpoints(out / "checkpoints", keep=STEPS) as checkpoints:
         assert f"saved after step {checkpoints.latest_step()} of" in said
-    train(TrainSettings.flat(out=out, **RUN))
+    with started(out) as process:
+        said = process.stdout.read()
+    assert process.returncode == 0, said
     assert_same_run(out, uninterrupted)
 
 
