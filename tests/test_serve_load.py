@@ -182,11 +182,12 @@ def test_memory_is_steady(model: dream_jax.Dream, tmp_path: Any) -> None:
             connection.close()
 
         used = []
-        for _ in range(3):
+        for _ in range(4):
             at_once(8, lambda number: client(number, 64))
             used.append(psutil.Process(process.pid).memory_info().rss / 2**20)
-        # After the first 500 requests, 4000 more were seen to need 3 MiB.
-        assert used[-1] - used[0] < 6, f"MiB after each 512 requests: {used}"
+        # The C library takes memory for its threads in steps of some MiB during the first thousand requests. After
+        # them, 4000 more were seen to need 3 MiB.
+        assert used[-1] - used[1] < 6, f"MiB after each 512 requests: {used}"
     finally:
         process.kill()
         process.wait(60)
