@@ -237,7 +237,7 @@ FAULTS = (
     ),
     Fault(
         "evaluation: the first sentence of an answer counts, not the last",
-        "dream_jax/evaluation/conclusions.py",
+        "dream_jax/judges/conclusions.py",
         "for sentence in reversed(_sentences(text)):",
         "for sentence in _sentences(text):",
         "tests/test_evaluation_judges.py -k test_numbers",

@@ -16,10 +16,10 @@ from dream_jax.data import RowList, has_traces, token_row
 from dream_jax.data.answer_formats import instruction_of
 from dream_jax.data.schemas import parse_s1k
 from dream_jax.evaluation import EvaluateSettings, evaluate
-from dream_jax.evaluation.gsm8k import judge_number
 from dream_jax.evaluation.scored_texts import Choice
 from dream_jax.evaluation.tasks import TASKS, read_problems
 from dream_jax.inference import ModelSettings
+from dream_jax.judges.gsm8k import judge_number
 from dream_jax.tokenizer import ByteTokenizer, read_instruction, read_template, write_template
 from dream_jax.trainer import TrainSettings
 from dream_jax.trainer.folder import check_answer_format, check_folder, save_tokenizer

@@ -15,14 +15,14 @@ from fractions import Fraction
 import pytest
 from marking import slow
 
-from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.likelihood import Bound
-from dream_jax.evaluation.numerals import numerals, plain, spelt_numbers
 from dream_jax.evaluation.probe import parse_expectation, search
-from dream_jax.evaluation.puzzles import judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.evaluation.report import check_rows, summarize
 from dream_jax.evaluation.scored_texts import Choice, ScoredText, likeliest
 from dream_jax.evaluation.tasks import TASKS, read_problems
+from dream_jax.judges.gsm8k import expected_number, judge_number
+from dream_jax.judges.numerals import numerals, plain, spelt_numbers
+from dream_jax.judges.puzzles import judge_countdown, judge_sudoku, parse_countdown
 
 ANSWERS = pathlib.Path(__file__).parent / "gsm8k_answers.jsonl"
 

@@ -5,11 +5,11 @@ from fractions import Fraction
 
 import pytest
 
-from dream_jax.evaluation.gsm8k import expected_number, final_number, judge_number, to_number
 from dream_jax.evaluation.probe import Expectation, parse_expectation
-from dream_jax.evaluation.puzzles import judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.evaluation.scored_texts import likeliest
 from dream_jax.evaluation.tasks import TASKS
+from dream_jax.judges.gsm8k import expected_number, final_number, judge_number, to_number
+from dream_jax.judges.puzzles import judge_countdown, judge_sudoku, parse_countdown
 
 PUZZLE = "4000\n0124\n2031\n0000"  # its only solution is SOLVED
 SOLVED = "4213\n3124\n2431\n1342"

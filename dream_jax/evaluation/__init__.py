@@ -2,9 +2,8 @@
 
 | module | content |
 |---|---|
-| `problems` | the types Problem, Judge and Verdict |
-| `puzzles`, `gsm8k`, `probe` | judges: of sudoku and countdown; of the final number of an answer; of expected texts |
-| `conclusions`, `sentences`, `numerals` | the number with which an answer concludes; of a sentence; numbers in a text |
+| `problems` | the type Problem; the judges of puzzles and of numbers are in `dream_jax.judges` |
+| `probe` | the judge of expected texts |
 | `tasks` | tasks with sampled answers: their files and prompts |
 | `scored_texts` | tasks that are scored by likelihood: multiple choice and texts |
 | `likelihood` | the Monte Carlo bound on log p(text) |

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from dream_jax.evaluation.problems import Verdict
+from dream_jax.judges.verdict import Verdict
 
 EXPECTATIONS = ("contains", "any_of", "excludes", "matches")
 

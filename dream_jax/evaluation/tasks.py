@@ -30,10 +30,11 @@ from dream_jax.data import (
     text_field,
     with_instruction,
 )
-from dream_jax.evaluation.gsm8k import expected_number, judge_number
 from dream_jax.evaluation.probe import EXPECTATIONS, parse_expectation
-from dream_jax.evaluation.problems import Problem, Verdict, check_fields
-from dream_jax.evaluation.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
+from dream_jax.evaluation.problems import Problem, check_fields
+from dream_jax.judges.gsm8k import expected_number, judge_number
+from dream_jax.judges.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
+from dream_jax.judges.verdict import Verdict
 from dream_jax.tokenizer import Message, Template
 
 SampledTask = Literal["sudoku", "countdown", "gsm8k", "chat"]

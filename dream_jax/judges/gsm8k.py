@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from dream_jax.evaluation.conclusions import conclude
-from dream_jax.evaluation.numerals import CURRENCY, MAX_DIGITS, plain
-from dream_jax.evaluation.problems import Verdict
+from dream_jax.judges.conclusions import conclude
+from dream_jax.judges.numerals import CURRENCY, MAX_DIGITS, plain
+from dream_jax.judges.verdict import Verdict
 
 _STRICT = re.compile(
     rf"(?P<minus>-)?[{CURRENCY}]?(?P<minus2>-)?(?P<digits>(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,{MAX_DIGITS}}})"

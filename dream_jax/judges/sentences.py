@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from dream_jax.evaluation.numerals import CURRENCY, Numeral, numerals, spelt_numbers
+from dream_jax.judges.numerals import CURRENCY, Numeral, numerals, spelt_numbers
 
 _MOST_TERMS = 12  # A computation with more numbers is not evaluated.
 _MOST_NUMBERS = 200  # Only this many numbers of a sentence are read.

@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from dream_jax.evaluation.numerals import plain, spelt_numbers
-from dream_jax.evaluation.sentences import (
+from dream_jax.judges.numerals import plain, spelt_numbers
+from dream_jax.judges.sentences import (
     EQUALS,
     RESULT,
     Conclusion,

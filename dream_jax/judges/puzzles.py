@@ -11,7 +11,7 @@ from collections import Counter
 from fractions import Fraction
 
 from dream_jax.data.sudoku import is_solution, solutions
-from dream_jax.evaluation.problems import Verdict
+from dream_jax.judges.verdict import Verdict
 
 _GRID = re.compile(r"(?:[1-4]{4}\n){3}[1-4]{4}")
 # The pattern has [0-9] because \d would match the digits of every script. It allows no leading zero: 086 is not 86.
