@@ -12,7 +12,8 @@ when one token is written in each pass, and when the answer is written in a quar
 Each run is a file in OUT/runs. The same command goes on where it was stopped, and several processes may share OUT: each
 takes runs that no other process has locked. OUT/summary.csv has means over seeds with 95 % intervals, and differences from
 the bidirectional model of the same seed. The exact floors of countdown are printed after them. `--store` copies runs
-and summary to docs/study. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
+and summary to docs/study. The models are kept in OUT/models; `--measure-again` trains nothing, and measures those of
+finished runs once more. gsm8k needs $DREAM_JAX_ASSETS/data/gsm8k.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, mask_and_positions, merge_params, split_params
 from dream_jax.objective import UniformWeight, loss_of_states
 from dream_jax.optimizer import OptimizerConfig, update_if
+from dream_jax.pretrained import load, save
 from dream_jax.sampler import EntropyBound, SamplerConfig, generate
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from dream_jax.train_step import StepConfig, TrainState, init_state, make_train_step, put_batch
@@ -140,6 +142,8 @@ class BlockDiffusionSettings:
     """countdown alone, one seed, 3 % of the steps, 16 test rows, and three arms unless others are given"""
     store: bool = False
     """make nothing; copy the finished runs and their summary to docs/study"""
+    measure_again: bool = False
+    """train nothing; measure the kept models of finished runs again, and replace the measures in the files of the runs"""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -153,6 +157,8 @@ class BlockDiffusionSettings:
             for name in asked:
                 if name not in known:
                     raise ValueError(f"{kind} {name!r} is not one of: {'; '.join(known)}")
+        if self.store and self.measure_again:
+            raise ValueError("--store and --measure-again exclude each other; measure first, then store")
 
     def resolved(self) -> BlockDiffusionSettings:
         """Returns the settings that a quick run stands for."""
@@ -355,13 +361,18 @@ def file_of(task: str, arm: Arm, seed: int) -> str:
     return "".join(one if one.isalnum() else "-" for one in f"{task} {arm.name} seed {seed}") + ".json"
 
 
+def model_of(out: pathlib.Path, task: str, arm: Arm, seed: int) -> pathlib.Path:
+    """Returns the directory in which the model of a run is kept."""
+    return out / "models" / file_of(task, arm, seed).removesuffix(".json")
+
+
 def make(task: str, arm: Arm, seed: int, settings: BlockDiffusionSettings) -> dict[str, Any]:
     """Trains and measures one model, and returns its record."""
     problems = _TASKS[task](task, seed, settings)
     steps = steps_of(arm, problems)
     model, nats, seconds = train(arm, problems, seed, steps)
-    begun = time.perf_counter()
-    measured = measure(model, arm, problems, settings.samples, seed)
+    save(model, model_of(settings.out, task, arm, seed), overwrite=True)
+    measured = _measured(model, arm, problems, settings.samples, seed)
     return {
         "task": task,
         "arm": arm.name,
@@ -372,10 +383,35 @@ def make(task: str, arm: Arm, seed: int, settings: BlockDiffusionSettings) -> di
         "length": settings.length,
         "samples": settings.samples,
         "train_seconds": round(seconds, 1),
-        "measure_seconds": round(time.perf_counter() - begun, 1),
         "training_nats": nats,
+        **measured,
+    }
+
+
+def _measured(model: Dream, arm: Arm, problems: Problems, samples: int, seed: int) -> dict[str, Any]:
+    """Returns the measures of a model and the time that they took, as fields of a record."""
+    begun = time.perf_counter()
+    measured = measure(model, arm, problems, samples, seed)
+    return {
+        "measure_seconds": round(time.perf_counter() - begun, 1),
         "measured": {name: round(value, 6) for name, value in measured.items()},
     }
+
+
+def measure_again(path: pathlib.Path, task: str, arm: Arm, seed: int, settings: BlockDiffusionSettings) -> None:
+    """Measures the kept model of a finished run again, and replaces the measures in its file `path`.
+
+    Raises:
+      FileNotFoundError: the model of the run was not kept.
+    """
+    directory = model_of(settings.out, task, arm, seed)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path} has no kept model in {directory}; {_REMEDY}")
+    problems = _TASKS[task](task, seed, settings)
+    record = read_json(path, _REMEDY)
+    record |= _measured(load(directory), arm, problems, settings.samples, seed)
+    write_file(path, json.dumps(record) + "\n")
+    print(f"{task}, {arm.name}, seed {seed}: {record['measured']}", flush=True)
 
 
 def _check_same(path: pathlib.Path, settings: BlockDiffusionSettings) -> None:
@@ -439,7 +475,7 @@ def write_summary(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
 
 
 def main(settings: BlockDiffusionSettings) -> None:
-    """Makes the missing runs, or stores those that are finished, and writes the summary."""
+    """Makes the missing runs, or stores or measures again those that are finished, and writes the summary."""
     settings = settings.resolved()
     folder = settings.out / "runs"
     if settings.store:
@@ -459,7 +495,9 @@ def main(settings: BlockDiffusionSettings) -> None:
                 continue  # Another process makes this run.
             if path.is_file():
                 _check_same(path, settings)
-            else:
+                if settings.measure_again:
+                    measure_again(path, task, arm, seed, settings)
+            elif not settings.measure_again:
                 record = make(task, arm, seed, settings)
                 write_file(path, json.dumps(record) + "\n")
                 print(f"{task}, {arm.name}, seed {seed}: {record['steps']} steps in {record['train_seconds']:.0f} s, "

@@ -1,7 +1,8 @@
 """Computes statistics of the attention of a model for each layer and head.
 
 The attention probabilities are computed from the queries and keys of the model, for one chunk of queries at a time.
-Only their statistics are stored.
+Only their statistics are stored. A model of block diffusion reads each row as two streams, noised and clean, as in its
+training; the queries are those of the noised stream.
 
 Letters of axes here: t is a query of one chunk, Q a kind of query (`QUERIES`), X a statistic (`STATISTICS`), and b is B,
 or 1 if the mask is the same in all rows. The other letters are those of the model.
@@ -95,15 +96,23 @@ def _statistics(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns sums over queries [L, N, kinds, statistics], numbers of queries [kinds], and hidden states [B, T, D].
 
-    The hidden states are those after the last norm.
+    The hidden states are those after the last norm; under block diffusion those of the noised stream.
     """
     config = model.config
     batch, length = tokens_BT.shape
     noisy_BT = jnp.where(masked_BT, config.mask_token_id, tokens_BT)
     positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
     mask = masks.parse(model.trained_mask).for_rows(valid_BT, valid_BT & ~prompt_BT) & masks.KeyPadding(valid_BT)
-    attended_bTS = mask.dense(length, length)
     kinds_BTQ = jnp.stack([prompt_BT, masked_BT, ~prompt_BT & ~masked_BT], axis=-1) & valid_BT[..., None]
+    num_tokens = length
+    if isinstance(masks.parse(model.trained_mask), masks.BlockDiffusion):
+        # The clean stream has no queries that count, and no masked keys.
+        mask, length = masks.two_streams(mask), 2 * length
+        noisy_BT = jnp.concatenate([noisy_BT, tokens_BT], axis=1)
+        positions_BT, prompt_BT = (jnp.tile(x_BT, (1, 2)) for x_BT in (positions_BT, prompt_BT))
+        masked_BT = jnp.pad(masked_BT, ((0, 0), (0, num_tokens)))
+        kinds_BTQ = jnp.pad(kinds_BTQ, ((0, 0), (0, num_tokens), (0, 0)))
+    attended_bTS = mask.dense(length, length)
     counts_Q = jnp.sum(kinds_BTQ, axis=(0, 1), dtype=jnp.float32)
     first_BS = positions_BT == 0
     turn = rotation(positions_BT, config.head_dim, config.rope_theta)
@@ -161,7 +170,7 @@ def _statistics(
         return layer(x_BTD, turn, mask, model.attention_backend)[0], sums
 
     x_BTD, sums = jax.lax.scan(block, model.embed(noisy_BT).astype(model.compute_dtype), model.layers)
-    return sums, counts_Q, model.norm(x_BTD).astype(model.compute_dtype)
+    return sums, counts_Q, model.norm(x_BTD[:, :num_tokens]).astype(model.compute_dtype)
 
 
 def read_rows(data: str, tokenizer: Tokenizer, number: int, longest: int) -> InspectedRows:

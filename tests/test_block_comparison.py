@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from commands import run_script
 
+from dream_jax.pretrained import load
 from mask_study import block_diffusion
 
 
@@ -41,6 +43,7 @@ def test_summary_has_intervals_and_differences():
         ({"tasks": ("chess",)}, "task 'chess' is not one of: sudoku; countdown; gsm8k"),
         ({"arms": ("two",)}, "arm 'two' is not one of: autoregressive"),
         ({"test_rows": 0}, "test_rows=0"),
+        ({"store": True, "measure_again": True}, "measure first, then store"),
     ],
 )
 def test_settings_that_cannot_be(options, message):
@@ -61,5 +64,15 @@ def test_a_quick_comparison_resumes(tmp_path):
     before = path.stat().st_mtime_ns
     again = run_script(*command)
     assert again.returncode == 0 and path.stat().st_mtime_ns == before and "measured in" not in again.stdout
+    (model,) = (tmp_path / "models").iterdir()
+    assert model.name == path.stem and load(model).trained_mask == "block-diffusion:4"
+    path.write_text(json.dumps(found | {"measured": {"nats a token": 0.0}}))
+    again = run_script(*command, "--measure-again")
+    assert again.returncode == 0, again.stderr
+    # All numbers come back from the kept model; only the time differs.
+    assert json.loads(path.read_text()) | {"measure_seconds": 0} == found | {"measure_seconds": 0}
+    shutil.rmtree(model)
+    none = run_script(*command, "--measure-again")
+    assert none.returncode == 1 and "has no kept model" in none.stderr
     other = run_script(*command, "--length", "2")
     assert other.returncode == 1 and "give another --out" in other.stderr

@@ -295,6 +295,27 @@ def test_hidden_states_are_the_models(monkeypatch):
         np.testing.assert_allclose(chunked[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_block_diffusion_reads_clean_blocks():
+    """Queries of zero attend evenly, so a masked token attends 1/n to each of the n tokens of its block and before it."""
+    model, rows = VARIANTS["bidirectional"].model(0), some_rows()
+    model.trained_mask = "block-diffusion:4"  # blocks: the prompt 0..3, then 4..7 and 8..11
+    model.layers.attn.q.kernel[...] = jnp.zeros_like(model.layers.attn.q.kernel[...])
+    masked = np.broadcast_to(np.arange(12) >= 6, rows.tokens_BT.shape)  # half of the first block, all of the second
+    found = looked_at(model, rows, masked)
+    # Two queries see 4 + 4 tokens, 2 of them masked. Four see 8 clean tokens and the 4 masked ones of their block.
+    np.testing.assert_allclose(found["masked"][:, :, 1], (2 * 2 / 8 + 4 * 4 / 12) / 6, rtol=1e-5)
+    np.testing.assert_allclose(found["prompt"][:, :, 1], (2 * 4 / 8 + 4 * 4 / 12) / 6, rtol=1e-5)
+    model, masked = VARIANTS["bidirectional"].model(1), np.array(masked)
+    model.trained_mask = "block-diffusion:4"
+    _, counts, hidden = inspection._statistics(model, *rows, masked)
+    assert counts.tolist() == [8, 12, 4]
+    noisy, positions = np.where(masked, model.config.mask_token_id, rows.tokens_BT), np.arange(12)[None].repeat(2, 0)
+    mask = masks.BlockDiffusion(4).for_rows(rows.valid_BT, ~rows.prompt_BT)
+    of_model = model.hidden_two_streams(*map(jnp.asarray, (noisy, rows.tokens_BT)), mask, jnp.asarray(positions))
+    # The model returns shifted states; those of tokens inside a block come from the noised stream.
+    np.testing.assert_allclose(hidden[:, 8:11], of_model[:, 9:12], atol=1e-5)
+
+
 def test_too_long_rows_are_refused():
     model = VARIANTS["bidirectional"].model(0)
     rows = some_rows(length=2052)
