@@ -1,4 +1,4 @@
-"""Reads records (objects with named fields) from JSON lines, JSON, parquet, a saved `datasets` directory, or the hub.
+"""Reads records (objects with named fields) from JSON lines, JSON, parquet, text, a saved `datasets` directory, or the hub.
 
 Every record comes with its location, "FILE:LINE" or "FILE:row N". `datasets` and pyarrow are imported only when needed.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dream_jax import hub
+from dream_jax.data.shards import check_shards, folder_shards, read_lines, read_text, shard_format
 from dream_jax.hub import HubId
 from dream_jax.side_files import DEEPEST, object_of
 
@@ -31,6 +32,8 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one
 def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
     """Returns the records of one file, in order. The end of its name decides the format; .json is a list or JSON lines.
 
+    A file .txt is one record, whose field "text" has the whole text. JSON lines and texts may be compressed (.gz, .zst).
+
     Fields with the value null are left out. A file with columns has every field in every row, and every object in it has
     the fields of all others, so there nulls are left out of objects at every depth, but not out of lists, and not out of
     JSON text or values of the type JSON. In JSON files nulls inside a field stay.
@@ -39,8 +42,11 @@ def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".parquet":
+    found_format = shard_format(path)
+    if found_format == "parquet":
         return _read_parquet(path)
+    if found_format == "text":
+        return _read_text_file(path, on_bad)
     if path.suffix == ".json":
         with path.open("rb") as file:
             begin = file.read(4096)
@@ -50,7 +56,7 @@ def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
 
 
 def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
-    """Yields the JSON object of every line of a UTF-8 file; blank lines are skipped.
+    """Yields the JSON object of every line of a UTF-8 file, which may be compressed; blank lines are skipped.
 
     Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for bytes that are not UTF-8, a
     line that is not a JSON object, or a file without any line.
@@ -58,20 +64,19 @@ def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; it should hold one JSON object a line")
     empty = True
-    with path.open("rb") as file:
-        # The file is read as bytes, so that lines end only at \n and an encoding error can name its line.
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else None):
-                continue
-            empty, where = False, f"{path}:{number}"
-            try:
-                found = _parse_line(raw, where, first=number == 1)
-            except ValueError as complaint:
-                if on_bad is None:
-                    raise
-                on_bad(complaint)
-            else:
-                yield where, found
+    # The file is read as bytes, so that lines end only at \n and an encoding error can name its line.
+    for number, raw in read_lines(path):
+        if not raw.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else None):
+            continue
+        empty, where = False, f"{path}:{number}"
+        try:
+            found = _parse_line(raw, where, first=number == 1)
+        except ValueError as complaint:
+            if on_bad is None:
+                raise
+            on_bad(complaint)
+        else:
+            yield where, found
     if empty:
         raise ValueError(f"{path}: no rows; it should hold one JSON object a line")
 
@@ -129,18 +134,26 @@ def text_field(found: Mapping[str, Any], name: str, where: str) -> str:
 def split_files(directory: Path, split: str) -> list[Path]:
     """Returns the data files of a split: SPLIT.jsonl, SPLIT.json, SPLIT.parquet or the shards SPLIT-*.parquet; or [].
 
-    They are in the directory or in its folder `data`, as in a copy of a hub repository.
+    They are in the directory or in its folder `data`, as in a copy of a hub repository. Without such files they are
+    SPLIT.jsonl.zst, SPLIT.txt and so on, shards SPLIT-* of one of these formats, or all shards in a folder SPLIT.
     Raises: ValueError if one folder has the split in two formats.
     """
     for folder in (directory, directory / "data"):
         whole = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
         shards = sorted(folder.glob(f"{split}-*.parquet"))
         found = whole + shards
+        if not found:
+            named = sorted((*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*")))
+            found = check_shards([path for path in named if path.is_file() and shard_format(path)], str(folder))
+            whole = [path for path in found if path.name.startswith(f"{split}.")]
+            shards = found[len(whole) :]
         if len(whole) > 1 or (whole and shards):
             raise ValueError(
                 f"{folder} has {', '.join(path.name for path in found)}, but only one can be the {split} split; "
                 "give the path of one of them"
             )
+        if not found and (folder / split).is_dir():
+            found = folder_shards(folder / split)
         if found:
             return found
     return []
@@ -290,6 +303,20 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path}: cannot be read as parquet ({_first_line(error)}); get the file again") from error
     if start == 1:
         raise ValueError(f"{path}: no rows; the parquet file is empty")
+
+
+def _read_text_file(path: Path, on_bad: OnBad) -> Iterator[Record]:
+    """Yields one record with the whole text of a file."""
+    try:
+        text = read_text(path)
+        if not text.strip():
+            raise ValueError(f"{path}: no text; a .txt file should hold one document")
+    except ValueError as complaint:
+        if on_bad is None:
+            raise
+        on_bad(complaint)
+    else:
+        yield f"{path}:1", {"text": text}
 
 
 def _read_json_list(path: Path, on_bad: OnBad) -> Iterator[Record]:

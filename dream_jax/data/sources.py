@@ -17,6 +17,7 @@ from dream_jax.data.fields import without_fields
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
+from dream_jax.data.shards import folder_shards, is_pattern, matching_shards, shard_format
 from dream_jax.data.sudoku import SudokuSource
 from dream_jax.paths import local_path
 
@@ -28,8 +29,9 @@ SUDOKU_GIVENS = 6
 
 SUPPORTED = (
     '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
-    "answer, input + output, text, or s1K's fields), a directory with train and test files of these kinds or one saved by "
-    "`datasets`, or organisation/name on the Hugging Face hub"
+    "answer, input + output, text, or s1K's fields), a .txt file (one document), a directory with train and test files of "
+    'these kinds, with shards of one kind or one saved by `datasets`, a pattern such as "corpus/*.jsonl.zst", or '
+    "organisation/name on the Hugging Face hub"
 )
 
 
@@ -41,8 +43,9 @@ def open_source(
     "sudoku": generated puzzles with 6 to 12 givens. `seed` draws them; other sources ignore `seed`.
     "gsm8k": the files $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
     "s1k": the directory $DREAM_JAX_ASSETS/data/s1k, read as below, or s1k.jsonl, s1k.json or s1k.parquet beside it.
-    A directory: its train or test files (.jsonl, .json, .parquet, or the parquet shards of a hub repository), or a data
-    set that `datasets` saved there. A file: see `read_rows`.
+    A directory: its train or test files (.jsonl, .json, .parquet, or the shards of a hub repository), all shards in it if
+    none is called train, or a data set that `datasets` saved there. A file: see `read_rows`. A pattern such as
+    "corpus/*.jsonl.zst": all files that it matches, which must be of one format.
     organisation/name or organisation/name@revision, if no such path exists: a data set that is downloaded from the
     Hugging Face hub.
     A file, saved data set, shards or hub data set without a test split are divided by `hold_out`. Other names of splits,
@@ -62,7 +65,10 @@ def open_source(
         return _open_path(_asset("s1k", ["s1k", *(f"s1k{suffix}" for suffix in records.SUFFIXES)]), split, options)
     if path.exists():
         return _open_path(path, split, options)
-    if path.suffix in records.SUFFIXES:
+    if is_pattern(name):
+        _check_no_choice(name, options)
+        return hold_out(_read_files(matching_shards(name), options, name), split, name, options.held_out)
+    if shard_format(path) is not None:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
     if (hub_id := hub.hub_id_of(name)) is not None:
         return _one_split(records.hub_splits(hub_id, options.config), split, name, options)
@@ -217,11 +223,14 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
     train_name, test_name = _split_names(options)
     train = records.split_files(path, train_name)
     test = records.split_files(path, test_name) if test_name else []
-    # If train.jsonl or train.json exists, a missing test file is an error. Parquet shards often have no test split.
+    # If train.jsonl or train.json exists, a missing test file is an error. Shards often have no test split.
     alone = not test and (
-        test_name is None or (not options.test_split and any(one.suffix == ".parquet" for one in train))
+        test_name is None
+        or (not options.test_split and any(one.suffix == ".parquet" or one.stem != train_name for one in train))
     )
     files = test if split == "test" and not alone else train
+    if not (train or test or options.split) and len(shards := folder_shards(path)) > 1:
+        files, alone = shards, True  # of a single file the name is asked for, because its folder may be the wrong one
     if not files:
         missing = train_name if split == "train" or alone else test_name
         raise FileNotFoundError(
