@@ -12,10 +12,11 @@ from flax import nnx
 
 import dream_jax
 from dream_jax import masks, pretrained, sharding
+from dream_jax.flops import FlopCounter
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight
 from dream_jax.tokenizer import ByteTokenizer
 from dream_jax.train_step import StepConfig
-from dream_jax.trainer import TrainSettings, train
+from dream_jax.trainer import TrainSettings, steps, train
 from dream_jax.trainer.build import describe_model
 
 BLOCKS = InverseTimeWeight()
@@ -99,7 +100,17 @@ def run(tmp_path_factory):
     base |= {"data": str(folder / "data"), "model": str(folder / "base"), "save_every": 1, "keep": 9}
     base |= {"block_diffusion": "2:3", "complementary": True, "learning_rate": 1e-2}
     made = TrainSettings.flat(**base, out=folder / "run")
-    return made, train(made)
+    counted = []
+
+    def counting(model, length, block=None):
+        counted.append(block)
+        return FlopCounter(model, length, block)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(steps, "FlopCounter", counting)
+        summary = train(made)
+    assert counted == [2, 3]  # one counter for each size; every step has the MFU of its own size
+    return made, summary
 
 
 @pytest.mark.slow

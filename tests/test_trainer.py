@@ -127,6 +127,12 @@ def test_settings_that_an_earlier_version_did_not_have_are_at_their_defaults(tmp
     assert check_folder(plain(out))
     with pytest.raises(FileExistsError, match="data_split was None, now 'a'"):
         check_folder(plain(out, data_split="a"))
+    # An earlier version accepted --cart-p with weights that do not use it.
+    (out / "settings.json").write_text(json.dumps(kept | {"weight": "linear", "cart_p": 0.3}))
+    assert check_folder(plain(out, weight="linear"))
+    (out / "settings.json").write_text(json.dumps(kept | {"cart_p": 0.3}))
+    with pytest.raises(FileExistsError, match="cart_p was 0.3, now 0.1"):
+        check_folder(plain(out))
 
 
 def test_what_is_left_of_a_removal_is_still_a_run(tmp_path):
@@ -335,6 +341,8 @@ def test_a_run_goes_on_under_the_other_form_of_the_layers(nano_losses, tmp_path)
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
         ({"max_skipped": 0}, "max_skipped=0 must be at least 1"),
         ({"weight": "cart", "cart_p": 1.5}, "outside"),
+        ({"weight": "linear", "cart_p": 0.3}, "--cart-p 0.3 is for --weight cart, but the weight is linear"),
+        ({"block_diffusion": "4", "cart_p": 0.3}, "for --weight cart, but the weight is inverse-time"),
         ({"learning_rate": -1.0}, "must be a positive number"),
         ({"max_length": 1}, "max_length=1 must be at least 2"),
         ({"num_processes": 2}, "need --coordinator"),

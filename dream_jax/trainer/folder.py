@@ -161,6 +161,8 @@ def _differences(settings: TrainSettings, before: Mapping[str, Any]) -> str | No
         # Version 0.1 left fields out without a word that are refused now. If other rows result from --ignore-field, the
         # digest of the rows differs, and the checkpoint is refused.
         before["ignore_field"] = given["ignore_field"]
+    if before["weight"] == given["weight"] != "cart":
+        before["cart_p"] = given["cart_p"]  # it has no effect; earlier versions accepted it with every weight
     changed = [
         f"{name} was {before[name]!r}, now {value!r}"
         for name, value in given.items()

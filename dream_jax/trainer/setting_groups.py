@@ -326,6 +326,10 @@ class OptimizationSettings:
         check_numbers(self)  # `TrainSettings.optimizer_config` checks the ranges
 
 
+CART_P = 0.1
+"""The default of `LossSettings.cart_p`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """The loss and the weight of each masked position in it."""
@@ -333,8 +337,8 @@ class LossSettings:
     weight: Literal["auto", "cart", "inverse-time", "linear", "uniform"] = "auto"
     """weight of a masked position at noise level t: context-adaptive (cart), 1/t (inverse-time), 1-t (linear) or 1;
     auto: cart, or inverse-time under --block-diffusion"""
-    cart_p: float = 0.1
-    """p of the cart weight, in (0, 1): with a larger value only nearer unmasked tokens count"""
+    cart_p: float = CART_P
+    """p of the weight cart, in (0, 1): with a larger value only nearer unmasked tokens count; for --weight cart only"""
     focal: bool = False
     """multiply the loss by a focal term (alpha 0.25, gamma 2), so that easy positions count less"""
     block_diffusion: str | None = None
@@ -347,13 +351,17 @@ class LossSettings:
     def __post_init__(self) -> None:
         check_numbers(self, cart_p=FloatRange(0.0, 1.0, open_low=True, open_high=True))
         self.loss_weight()
-        if self.block_sizes:
-            if self.weight == "cart":
-                raise ValueError(
-                    "--weight cart counts unmasked tokens on both sides of a token, but under --block-diffusion a token "
-                    "sees nothing after its block: give --weight inverse-time, linear or uniform"
-                )
-        elif self.complementary:
+        if self.block_sizes and self.weight == "cart":
+            raise ValueError(
+                "--weight cart counts unmasked tokens on both sides of a token, but under --block-diffusion a token sees "
+                "nothing after its block: give --weight inverse-time, linear or uniform"
+            )
+        if self.weight_in_force != "cart" and self.cart_p != CART_P:
+            raise ValueError(
+                f"--cart-p {self.cart_p} is for --weight cart, but the weight is {self.weight_in_force}: leave it out, or "
+                "change the weight"
+            )
+        if self.complementary and not self.block_sizes:
             raise ValueError("--complementary is for block diffusion: give --block-diffusion as well, or leave it out")
 
     @property

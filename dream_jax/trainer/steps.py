@@ -104,9 +104,9 @@ def take_steps(
     """
     settings, evaluation = run.settings, run.settings.evaluation
     log = MetricsLog(settings, done) if console.leads else None
-    # FLOP counters by the number of tokens per row: a batch may be narrower than max_length.
-    sizes = settings.loss.block_sizes
-    flop_counter = functools.cache(functools.partial(FlopCounter, run.model, block=sizes[-1] if sizes else None))
+    # FLOP counters by the number of tokens per row, as a batch may be narrower than max_length, and by the size of the
+    # blocks, which a schedule changes.
+    flop_counter = functools.cache(functools.partial(FlopCounter, run.model))
     stop = StopSignal()
     skipped: dict[int, Batch[np.ndarray]] = {}  # the batches since the last step that was not skipped, by step
     due, score = False, None
@@ -121,7 +121,8 @@ def take_steps(
             positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
             computed = 2 * positions if settings.loss.complementary else positions
-            mfu = flop_counter(width).mfu(computed, row["num_masked"], now - clock, run.mesh, _span(batch))
+            counter = flop_counter(width, run.step.block_size(number - 1))
+            mfu = counter.mfu(computed, row["num_masked"], now - clock, run.mesh, _span(batch))
             clock = now
             if log:
                 log.write(number, row)
