@@ -6,7 +6,7 @@ Every record comes with its location, "FILE:LINE" or "FILE:row N". `datasets` an
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def is_saved_dataset(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _SAVED)
 
 
-def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
+def saved_splits(directory: Path) -> "dict[str, TableRecords]":
     """Returns split -> records of a directory that `datasets` saved. Without splits, all records are in "train".
 
     Raises: ValueError for files that cannot be read.
@@ -177,7 +177,7 @@ def saved_splits(directory: Path) -> dict[str, Iterable[Record]]:
         raise ValueError(f"{directory} cannot be read as a saved dataset: {_first_line(error)}") from error
 
 
-def hub_splits(hub_id: HubId, config: str | None = None) -> dict[str, Iterable[Record]]:
+def hub_splits(hub_id: HubId, config: str | None = None) -> "dict[str, TableRecords]":
     """Returns split -> records of a data set on the Hugging Face hub, which is downloaded into the cache of the hub.
 
     config: the name of its configuration; None: it has only one.
@@ -200,23 +200,37 @@ def hub_splits(hub_id: HubId, config: str | None = None) -> dict[str, Iterable[R
         ) from error
 
 
-def _by_split(found: Any, name: str) -> dict[str, Iterable[Record]]:
+def _by_split(found: Any, name: str) -> "dict[str, TableRecords]":
     """Returns split -> records of a data set or a dict of data sets; a single data set is the split "train"."""
     splits = found if isinstance(found, Mapping) else {"train": found}
-    return {str(split): _dataset_records(rows, f"{name}, {split}") for split, rows in splits.items()}
+    return {str(split): TableRecords(rows, f"{name}, {split}") for split, rows in splits.items()}
 
 
-def _dataset_records(rows: Any, name: str) -> Iterator[Record]:
-    """Yields the records of a data set of `datasets`; it is read as Arrow tables, which tell padding from values."""
-    import pyarrow
+class TableRecords:
+    """The records of a data set of `datasets`, which may be read several times.
 
-    start = 1
-    try:
-        for table in rows.with_format("arrow").iter(batch_size=_BATCH):
-            yield from _table_records(table, name, start)
-            start += table.num_rows
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{name}: cannot be read ({_first_line(error)}); get the data again") from error
+    The data set is read as Arrow tables, which tell padding from values.
+    """
+
+    def __init__(self, rows: Any, name: str):
+        self._rows, self._name = rows, name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The Arrow files that the records are read from."""
+        return tuple(Path(one["filename"]) for one in self._rows.cache_files)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yields the records in order. Raises ValueError if a file cannot be read."""
+        import pyarrow
+
+        start = 1
+        try:
+            for table in self._rows.with_format("arrow").iter(batch_size=_BATCH):
+                yield from _table_records(table, self._name, start)
+                start += table.num_rows
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{self._name}: cannot be read ({_first_line(error)}); get the data again") from error
 
 
 def _table_records(table: Any, name: str, start: int) -> Iterator[Record]:

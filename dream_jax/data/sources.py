@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def open_source(
     Raises: ValueError for an unknown name or split, or for a bad row unless options.skip_bad; FileNotFoundError for a
     missing file; ConnectionError if a hub data set is neither cached nor reachable.
     """
+    found = find_split(name_or_path, split, seed, options)
+    return found.read() if isinstance(found, DataSplit) else found
+
+
+def find_split(
+    name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0, options: ReadOptions = ReadOptions()
+) -> "DataSplit | SudokuSource":
+    """Finds the data of `open_source` without reading their rows. Takes the same arguments and raises the same errors.
+
+    The errors in the rows are raised when the rows are read. Generated puzzles have no rows to read.
+    """
     check_split(split)
     name, path = str(name_or_path), local_path(name_or_path, "data")
     if name in ("sudoku", "gsm8k"):
@@ -60,7 +72,7 @@ def open_source(
     if name == "sudoku":
         return SudokuSource(split, seed=seed, min_givens=SUDOKU_GIVENS)
     if name == "gsm8k":
-        return parse_lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k, options)
+        return _lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k, split, options)
     if name == "s1k":
         return _open_path(_asset("s1k", ["s1k", *(f"s1k{suffix}" for suffix in records.SUFFIXES)]), split, options)
     if path.exists():
@@ -103,68 +115,127 @@ def read_rows(path: Path, options: ReadOptions = ReadOptions()) -> RowList:
     Raises: ValueError, with file and line, for a bad row unless options.skip_bad, or if no row is left;
     FileNotFoundError if the file is missing.
     """
-    return _read_files([path], options, str(path))
+    return _files([path], str(path), "train", options).read()
 
 
 def parse_lines(path: Path, parser: Parser, options: ReadOptions = ReadOptions()) -> RowList:
     """Returns all rows of a file of JSON lines, read with `parser`. Raises like `read_json_lines` and the parser."""
-    return _rows(records.read_json_lines(path), options, str(path), parser=parser)
+    return _lines(path, parser, "train", options).read()
 
 
-def _rows(
-    found: Iterable[records.Record],
-    options: ReadOptions,
-    name: str,
-    bad: list[ValueError] | None = None,
-    parser: Parser | None = None,
-) -> RowList:
-    """Returns the rows of the records, which must be of one kind; what is not read of them is counted.
+def _lines(path: Path, parser: Parser, split: str, options: ReadOptions) -> "DataSplit":
+    return DataSplit(
+        name=str(path),
+        split=split,
+        options=options,
+        files=(path,),
+        records=lambda on_bad: records.read_json_lines(path),
+        parser=parser,
+    )
 
-    bad: collects the errors of records that could not be read; it also grows while `found` is read.
-    parser: reads the records; None: the parser of their kind.
+
+@dataclass(frozen=True, kw_only=True)
+class DataSplit:
+    """One split of a data set whose rows are not read yet.
+
+    name: the name of the data, for error messages.
+    split: the split that was asked for, "train" or "test".
+    options: the options for reading.
+    files: the files that the records are read from. The records depend on nothing but their bytes.
+    records: begins to read all records, as often as it is called; its argument is that of `read_records`.
+    parser: reads each record; None: the parser of the kind that all records have.
+    divided: whether the records are those of both splits, of which `hold_out` takes one.
     """
-    rows, left_out, bad = list[Row](), Counter[str](), [] if bad is None else bad
-    unread, ignored = Counter[str](), Counter[str]()
 
-    def wanted_fields() -> Iterator[records.Record]:
-        for where, record in found:
-            kept, had = without_fields(record, options.ignored_fields, MESSAGE_LISTS)
-            ignored.update(had)
+    name: str
+    split: str
+    options: ReadOptions
+    files: tuple[Path, ...]
+    records: Callable[[records.OnBad], Iterator[records.Record]]
+    parser: Parser | None = None
+    divided: bool = False
+
+    def stream(self) -> "RowStream":
+        """Returns the rows of all records, of both splits if `divided`, one after the other."""
+        return RowStream(self)
+
+    def read(self) -> RowList:
+        """Returns the rows of the split in memory. Raises ValueError for a bad row, or if no row is left."""
+        stream = self.stream()
+        rows = RowList(list(stream), stream.intake)
+        return hold_out(rows, self.split, self.name, self.options.held_out) if self.divided else rows
+
+
+class RowStream:
+    """Iterates over the rows of a `DataSplit`, once, and counts what is left out and what is not read.
+
+    Iterating raises ValueError, with file and line, for a bad row unless skip_bad, and at the end if there was no row.
+    """
+
+    def __init__(self, data: DataSplit):
+        self._data = data
+        self._bad = list[ValueError]()
+        self._left_out, self._unread, self._ignored = Counter[str](), Counter[str](), Counter[str]()
+        self._ends_early = 0
+
+    @property
+    def intake(self) -> Intake:
+        """The rows and fields that were left out so far; complete after the last row."""
+        return Intake(
+            bad=tuple(map(str, self._bad)),
+            filtered=dict(self._left_out),
+            unread=dict(self._unread),
+            ignored=dict(self._ignored),
+            ends_early=self._ends_early,
+        )
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yields the rows, which must be of one kind."""
+        options, parse, on_bad = self._data.options, self._data.parser, None
+        if options.skip_bad:
+            on_bad = self._bad.append
+            if parse is None:  # Which rows are bad must not depend on the row that comes first.
+                kinds = Counter[RowKind](filter(None, (kind_of(record) for record in self._records(on_bad))))
+                parse = _OneKind(options, kinds.most_common(1)[0][0] if kinds else None)
+                self._ignored.clear()  # The records are read once more.
+                on_bad = _pass_over
+        parse, count = parse or _OneKind(options), 0
+        for where, record in self._found(on_bad):
+            try:
+                row = parse(record, where)
+            except ValueError as complaint:
+                if not options.skip_bad:
+                    raise
+                self._bad.append(complaint)
+                continue
+            if isinstance(row, Row):
+                self._unread.update(row.unread)
+                self._ends_early += row.ends_early
+                count += 1
+                yield row
+            else:
+                self._left_out[row] += 1
+        if not count:
+            first = f"; the first bad row: {self._bad[0]}" if self._bad else ""
+            reasons = f" ({', '.join(self._left_out)})" if self._left_out else ""
+            raise ValueError(
+                f"{self._data.name}: no row is left; {len(self._bad)} rows are bad, {self._left_out.total()} are left out "
+                f"by a filter{reasons}{first}"
+            )
+
+    def _found(self, on_bad: records.OnBad) -> Iterator[records.Record]:
+        """Yields the records without the fields that are ignored, which are counted."""
+        for where, record in self._data.records(on_bad):
+            kept, had = without_fields(record, self._data.options.ignored_fields, MESSAGE_LISTS)
+            self._ignored.update(had)
             yield where, kept
 
-    wanted: Iterable[records.Record] = wanted_fields()
-    if parser is None and options.skip_bad:  # Which rows are bad must not depend on the row that comes first.
-        wanted = list(wanted)
-        kinds: list[RowKind] = [kind for kind in (kind_of(record) for _, record in wanted) if kind is not None]
-        parser = _OneKind(options, Counter(kinds).most_common(1)[0][0] if kinds else None)
-    parse = parser or _OneKind(options)
-    for where, record in wanted:
-        try:
-            row = parse(record, where)
-        except ValueError as complaint:
-            if not options.skip_bad:
-                raise
-            bad.append(complaint)
-            continue
-        if isinstance(row, Row):
-            rows.append(row)
-            unread.update(row.unread)
-        else:
-            left_out[row] += 1
-    if not rows:
-        first = f"; the first bad row: {bad[0]}" if bad else ""
-        reasons = f" ({', '.join(left_out)})" if left_out else ""
-        raise ValueError(
-            f"{name}: no row is left; {len(bad)} rows are bad, {left_out.total()} are left out by a filter{reasons}{first}"
-        )
-    intake = Intake(
-        bad=tuple(map(str, bad)),
-        filtered=dict(left_out),
-        unread=dict(unread),
-        ignored=dict(ignored),
-        ends_early=sum(row.ends_early for row in rows),
-    )
-    return RowList(rows, intake)
+    def _records(self, on_bad: records.OnBad) -> Iterator[Mapping[str, Any]]:
+        return (record for _, record in self._found(on_bad))
+
+
+def _pass_over(complaint: ValueError) -> None:
+    """Does nothing: the record was counted when it was first read."""
 
 
 class _OneKind:
@@ -190,11 +261,16 @@ class _OneKind:
         return parser_of(kind, self._options)(record, where)
 
 
-def _read_files(paths: Sequence[Path], options: ReadOptions, name: str) -> RowList:
+def _files(paths: Sequence[Path], name: str, split: str, options: ReadOptions, *, divided: bool = False) -> DataSplit:
     """Returns the rows of several files with the same schema, in order."""
-    bad = list[ValueError]()
-    on_bad = bad.append if options.skip_bad else None
-    return _rows(chain.from_iterable(records.read_records(path, on_bad) for path in paths), options, name, bad)
+    return DataSplit(
+        name=name,
+        split=split,
+        options=options,
+        files=tuple(paths),
+        records=lambda on_bad: chain.from_iterable(records.read_records(path, on_bad) for path in paths),
+        divided=divided,
+    )
 
 
 def _check_no_choice(name: str, options: ReadOptions) -> None:
@@ -208,11 +284,11 @@ def _check_no_choice(name: str, options: ReadOptions) -> None:
             )
 
 
-def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
-    """Returns the rows of one split of a file, of a directory with data files, or of a saved data set."""
+def _open_path(path: Path, split: str, options: ReadOptions) -> DataSplit:
+    """Finds the rows of one split of a file, of a directory with data files, or of a saved data set."""
     if not path.is_dir():
         _check_no_choice(str(path), options)
-        return hold_out(read_rows(path, options), split, str(path), options.held_out)
+        return _files([path], str(path), split, options, divided=True)
     if options.config is not None:
         if not (path / options.config).is_dir():
             folders = sorted(one.name for one in path.iterdir() if one.is_dir())
@@ -237,8 +313,7 @@ def _open_path(path: Path, split: str, options: ReadOptions) -> RowList:
             f"no {missing}.jsonl, {missing}.json or {missing}.parquet in {path}; a data directory needs train.jsonl and "
             "test.jsonl, or other names that --data-split and --eval-split give; or give the path of one file"
         )
-    rows = _read_files(files, options, str(path))
-    return hold_out(rows, split, str(path), options.held_out) if alone else rows
+    return _files(files, str(path), split, options, divided=alone)
 
 
 def _split_names(options: ReadOptions) -> tuple[str, str | None]:
@@ -246,8 +321,8 @@ def _split_names(options: ReadOptions) -> tuple[str, str | None]:
     return options.split or "train", options.test_split or (None if options.split else "test")
 
 
-def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name: str, options: ReadOptions) -> RowList:
-    """Returns the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
+def _one_split(splits: Mapping[str, records.TableRecords], split: str, name: str, options: ReadOptions) -> DataSplit:
+    """Finds the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
     train, test = _split_names(options)
     for wanted in (train, options.test_split):
         if wanted is not None and wanted not in splits:
@@ -256,8 +331,15 @@ def _one_split(splits: Mapping[str, Iterable[records.Record]], split: str, name:
                 "--data-split, and one for evaluation with --eval-split"
             )
     separate = test is not None and test in splits
-    rows = _rows(splits[test if test is not None and separate and split == "test" else train], options, name)
-    return rows if separate else hold_out(rows, split, name, options.held_out)
+    chosen = splits[test if test is not None and separate and split == "test" else train]
+    return DataSplit(
+        name=name,
+        split=split,
+        options=options,
+        files=chosen.files,
+        records=lambda on_bad: iter(chosen),
+        divided=not separate,
+    )
 
 
 def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:
