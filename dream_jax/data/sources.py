@@ -79,7 +79,7 @@ def find_split(
         return _open_path(path, split, options)
     if is_pattern(name):
         _check_no_choice(name, options)
-        return hold_out(_read_files(matching_shards(name), options, name), split, name, options.held_out)
+        return _files(matching_shards(name), name, split, options, divided=True)
     if shard_format(path) is not None:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
     if (hub_id := hub.hub_id_of(name)) is not None:
