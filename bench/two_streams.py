@@ -29,6 +29,7 @@ from dream_jax.plan.arithmetic import loss_chunks
 from dream_jax.plan.hardware import find_hardware
 from dream_jax.plan.report import gib
 from dream_jax.step_memory import AbstractStep, StepShape
+from dream_jax.train_step import TrainStep
 from dream_jax.trainer import TrainSettings
 from dream_jax.trainer.build import abstract_step, step_shape
 
@@ -129,6 +130,7 @@ def traced(step: AbstractStep, shape: StepShape, platform: target.Platform) -> f
     """Returns the operations of a step over all devices, from its traced program. The step must be for one device."""
     size = shape.block
     trips = loss_chunks(shape, step.model.config.vocab_size, platform)
+    assert isinstance(step.step, TrainStep), "the objective is sft"
     mesh = step.step.mesh
     assert isinstance(mesh, jax.sharding.Mesh), "the mesh is of this machine's devices"
     with target.target_platform(platform), jax.set_mesh(mesh):

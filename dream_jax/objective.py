@@ -391,6 +391,100 @@ def loss_of_states(
     return total / denominator, aux
 
 
+def token_losses(
+    model: Dream,
+    tokens_BT: Int[Array, "B T"],
+    masked_BT: Bool[Array, "B T"],
+    attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | Mask | None = None,
+    *,
+    mask: Mask | None = None,
+    dropout_keys: DropoutKeys = None,
+) -> tuple[Float[jax.Array, "B T"], Bool[jax.Array, "B T"]]:
+    """Returns the cross entropy of each masked position, which can be differentiated with respect to the parameters.
+
+    This is for losses that are no sum with constant weights, such as functions of the likelihood of a whole row. The logits
+    are computed again in the backward pass, in chunks, so no array [B, T, V] is stored.
+
+    Args:
+      model: the model, with float32 or bfloat16 parameters.
+      tokens_BT: ids of the clean tokens.
+      masked_BT: true where the model receives the mask token instead of the clean token.
+      attention_mask, mask, dropout_keys: as in `masked_diffusion_loss`, but without `masks.Packed`.
+
+    Returns:
+      The cross entropies in nats, float32 [B, T], 0 at other positions; and whether the most probable token is the clean
+      one, bool [B, T], false at other positions.
+
+    Raises:
+      ValueError: an id is outside the vocabulary, or rows hold several texts.
+    """
+    check_ids(tokens_BT, model.config.vocab_size)
+    tokens_BT, masked_BT = jnp.asarray(tokens_BT), jnp.asarray(masked_BT).astype(bool)
+    if packed_texts(attention_mask) is not None or packed_texts(mask) is not None:
+        raise ValueError("masks.Packed is for rows of several texts, but here each row must be one text")
+    padding, positions_BT = mask_and_positions(tokens_BT.shape, attention_mask, None)
+    mask = padding if mask is None else mask & padding
+    with sharding.mesh_context(model):
+        return _token_losses(model, tokens_BT, masked_BT, mask, positions_BT, dropout_keys)
+
+
+@jax.jit
+def _token_losses(
+    model: Dream,
+    tokens_BT: jax.Array,
+    masked_BT: jax.Array,
+    mask: Mask,
+    positions_BT: jax.Array,
+    dropout_keys: DropoutKeys,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `token_losses` for checked arguments, with one mask that combines both masks."""
+    noisy_BT = sharding.constrain(jnp.where(masked_BT, model.config.mask_token_id, tokens_BT), "batch", "tokens")
+    hidden_BTD = model.hidden(noisy_BT, mask, positions_BT, dropout_keys)
+    with jax.named_scope("loss"):
+        groups = sharding.token_shards(*tokens_BT.shape)
+        shifted = groups[1] > 1
+        if shifted:  # as in `_loss`
+            hidden_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+            hidden_BTD = sharding.constrain(hidden_BTD, "batch", "tokens", "width")
+        kernel_DV = model.unembedding().astype(model.compute_dtype)
+        return _token_cross_entropy(groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_cross_entropy(
+    groups: tuple[int, int],
+    shifted: bool,
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    tokens_BT: jax.Array,
+    masked_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns two arrays [B, T] for the masked positions: the cross entropy, and whether the prediction is correct."""
+    weight_BT = jnp.ones(tokens_BT.shape, jnp.float32)  # without gradients the weights change nothing that is returned
+    arrays = (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT)
+    (_, token_nll_BT, correct_BT), _ = _over_chunks(None, groups, shifted, *arrays, gradients="none")
+    return token_nll_BT, correct_BT
+
+
+def _token_forward(groups, shifted, hidden_BTD, kernel_DV, tokens_BT, masked_BT):  # type: ignore[no-untyped-def]
+    arrays = tuple(argument.value for argument in (hidden_BTD, kernel_DV, tokens_BT, masked_BT))
+    # The second entry says by its length whether the gradient of the kernel is needed: residuals must be arrays.
+    return _token_cross_entropy(groups, shifted, *arrays), (arrays, (None,) * kernel_DV.perturbed)
+
+
+def _token_backward(groups, shifted, residuals, cotangents):  # type: ignore[no-untyped-def]
+    (hidden_BTD, kernel_DV, tokens_BT, masked_BT), both = residuals
+    # The derivative by the cross entropy of a position is the weight of the position in a weighted sum.
+    weight_BT = cotangents[0]
+    arrays = (hidden_BTD, kernel_DV, tokens_BT, masked_BT, weight_BT)
+    gradients = _over_chunks(None, groups, shifted, *arrays, gradients="both" if both else "hidden")[1]
+    assert gradients is not None
+    return *gradients, None, None
+
+
+_token_cross_entropy.defvjp(_token_forward, _token_backward, symbolic_zeros=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _masked_cross_entropy(
     focal: Focal | None,

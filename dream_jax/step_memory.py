@@ -23,7 +23,7 @@ from dream_jax.model import Dream, parameter_count
 from dream_jax.objective import chunk_rows
 from dream_jax.remat import KEPT, Remat, Result
 from dream_jax.shapes import ParamTree
-from dream_jax.train_step import TrainState, TrainStep
+from dream_jax.train_step import AnyStep, TrainState
 
 _FLOAT32 = 4
 
@@ -41,7 +41,7 @@ class AbstractStep:
     """
 
     model: Dream
-    step: TrainStep
+    step: AnyStep
     state: TrainState
     batch: Batch[jax.ShapeDtypeStruct]
     frozen: ParamTree

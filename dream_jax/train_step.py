@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +221,54 @@ def put_batch(batch: Batch[np.ndarray], mesh: Mesh) -> Batch[jax.Array]:
     return put
 
 
+class AnyStep(Protocol):
+    """A step of any objective: `TrainStep`, or a `CompiledStep` of another objective."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Performs one step, as `TrainStep.__call__` describes it."""
+
+    def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
+        """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings."""
+
+
+class CompiledStep:
+    """A function (state, batch, frozen) -> (state, metrics) as one compiled program on a mesh.
+
+    The state is donated; the new state has the shardings of `state_shardings`, and the metrics are replicated.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[TrainState, Batch[jax.Array], ParamTree], tuple[TrainState, Metrics]],
+        mesh: sharding.AnyMesh,
+        products: float8.Products = "compute",
+    ):
+        """Stores the function, which is compiled at the first call; `products` decides the options of the compiler."""
+        self.mesh = mesh
+        self._function, self._products = function, products
+        self._jitted: Any = None
+
+    def __call__(
+        self, state: TrainState, batch: Batch[jax.Array], frozen: ParamTree | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Performs one step, as `TrainStep.__call__` describes it."""
+        with jax.set_mesh(_with_devices(self.mesh)):
+            after: tuple[TrainState, Metrics] = self._compiled_for(state)(state, batch, frozen or {})
+            return after
+
+    def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
+        """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings."""
+        with jax.set_mesh(_with_devices(self.mesh)):
+            return self._compiled_for(state).lower(state, batch, frozen or {})
+
+    def _compiled_for(self, state: TrainState) -> Any:
+        if self._jitted is None:
+            self._jitted = _jitted_step(self._function, state, self.mesh, self._products)
+        return self._jitted
+
+
 class TrainStep:
     """A function that performs one optimizer step of a model on a mesh; it is compiled at its first call."""
 
@@ -264,7 +312,7 @@ class TrainStep:
         if config.anneal_steps or len(config.block_sizes) > 1:
             number = int(state.step)
             annealing, size = number < config.anneal_steps, config.block_size(number)
-        with jax.set_mesh(self._devices()):
+        with jax.set_mesh(_with_devices(self.mesh)):
             after: tuple[TrainState, Metrics] = self._compiled_for(state, annealing, size)(state, batch, frozen or {})
             return after
 
@@ -278,25 +326,29 @@ class TrainStep:
         This is the program of the steps after the first `anneal_steps`, with the last of several `block_sizes`.
         """
         size = self._config.block_sizes[-1] if self._config.block_sizes else None
-        with jax.set_mesh(self._devices()):
+        with jax.set_mesh(_with_devices(self.mesh)):
             return self._compiled_for(state, False, size).lower(state, batch, frozen or {})
-
-    def _devices(self) -> Mesh:
-        if isinstance(self.mesh, AbstractMesh):
-            raise ValueError(
-                f"the mesh {self.mesh} has no devices, so the step cannot be compiled or run; pass a mesh of devices"
-            )
-        return self.mesh
 
     def _compiled_for(self, state: TrainState, annealing: bool, size: int | None) -> Any:
         if (annealing, size) not in self._jitted:
-            shardings = (state_shardings(state, self.mesh), sharding.replicated(self.mesh))
             function = functools.partial(self._function, annealing, size)
-            options = xla_flags.compiler_options(sharding.platform_of(self.mesh), self._config.products)
-            self._jitted[annealing, size] = jax.jit(
-                function, donate_argnums=0, out_shardings=shardings, compiler_options=options or None
-            )
+            self._jitted[annealing, size] = _jitted_step(function, state, self.mesh, self._config.products)
         return self._jitted[annealing, size]
+
+
+def _with_devices(mesh: sharding.AnyMesh) -> Mesh:
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            f"the mesh {mesh} has no devices, so the step cannot be compiled or run; pass a mesh of devices"
+        )
+    return mesh
+
+
+def _jitted_step(function: Any, state: TrainState, mesh: sharding.AnyMesh, products: float8.Products) -> Any:
+    """Returns the jitted function of a step, for states with the tree of `state`."""
+    shardings = (state_shardings(state, mesh), sharding.replicated(mesh))
+    options = xla_flags.compiler_options(sharding.platform_of(mesh), products)
+    return jax.jit(function, donate_argnums=0, out_shardings=shardings, compiler_options=options or None)
 
 
 def make_train_step(
@@ -413,38 +465,70 @@ def _train_step(
             return jax.grad(loss, has_aux=True)(params, microbatch)
 
     whole = (batch, masked_BT, t_B, mask_of_rows)
-    if config.accumulation == 1:
-        gradients, sums = gradient(state.params, whole)
-    else:
-
-        def accumulate(carry: Any, microbatch: tuple[Any, ...]) -> tuple[Any, None]:
-            added = jax.tree.map(jnp.add, carry, gradient(state.params, microbatch))
-            return added, None
-
-        microbatches = jax.tree.map(_split_rows(config.accumulation), whole)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], microbatches)),
-        )
-        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, microbatches)
-
-    gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
-    # optax multiplies its integer count with floats, which jax refuses under strict dtype promotion.
-    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-        grad_norm = optax.tree.norm(gradients)
-        usable = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        params, opt_state = update_if(usable, optimizer, gradients, state.opt_state, state.params)
-        updates = updates_done(state.opt_state)
-        learning_rate = jnp.asarray(schedule(state.step if updates is None else updates), jnp.float32)
+    gradients, sums = summed_gradients(gradient, state.params, whole, config.accumulation)
+    after, updated = updated_state(gradients, sums["loss"], state, optimizer, schedule, mesh)
     metrics = {
         "loss": sums["loss"],
         "nll": sums["nll_sum"] / normalizer,
         "masked_accuracy": sums["num_correct"] / normalizer,
         "num_masked": normalizer,
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
         "eos_accuracy": sums["ends_correct"] / sums["ends"],
         **dict(zip(NLL_BY_TIME, sums["nll_by_time"] / sums["masked_by_time"], strict=True)),
+        **updated,
+    }
+    return after, metrics
+
+
+def summed_gradients(
+    gradient: Callable[[ParamTree, Any], tuple[ParamTree, Metrics]], params: ParamTree, rows: Any, accumulation: int
+) -> tuple[ParamTree, Metrics]:
+    """Returns the gradients and the metrics of a batch, summed over its microbatches, which are computed one by one.
+
+    Args:
+      gradient: function of the parameters and a microbatch, which returns gradients and metrics that can be added.
+      params: the parameters that are trained.
+      rows: a pytree whose arrays have the rows of the batch as their first axis.
+      accumulation: number of microbatches; with 1 the function is called for the whole batch, without a loop.
+    """
+    if accumulation == 1:
+        return gradient(params, rows)
+
+    def accumulate(carry: Any, microbatch: Any) -> tuple[Any, None]:
+        added = jax.tree.map(jnp.add, carry, gradient(params, microbatch))
+        return added, None
+
+    microbatches = jax.tree.map(_split_rows(accumulation), rows)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda leaf: leaf[0], microbatches)),
+    )
+    summed: tuple[ParamTree, Metrics] = jax.lax.scan(accumulate, zeros, microbatches)[0]
+    return summed
+
+
+def updated_state(
+    gradients: ParamTree,
+    loss: jax.Array,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: sharding.AnyMesh,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after one update of the optimizer, and `grad_norm`, `learning_rate` and `skipped`.
+
+    If the loss (float32 scalar) or the gradient is not finite, parameters and optimizer stay unchanged, and `skipped` is 1.
+    """
+    gradients = jax.lax.with_sharding_constraint(gradients, sharding.parameter_specs(gradients, mesh))
+    # optax multiplies its integer count with floats, which jax refuses under strict dtype promotion.
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+        grad_norm = optax.tree.norm(gradients)
+        usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = update_if(usable, optimizer, gradients, state.opt_state, state.params)
+        updates = updates_done(state.opt_state)
+        learning_rate = jnp.asarray(schedule(state.step if updates is None else updates), jnp.float32)
+    metrics = {
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
         "skipped": 1.0 - usable.astype(jnp.float32),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics

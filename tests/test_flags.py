@@ -34,6 +34,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "dream_jax/inference.py": ASKING,
     "dream_jax/paths.py": (*ASKING, "train.py"),
     "dream_jax/plan/": ("train.py",),
+    "dream_jax/posttraining/": ("train.py",),
     "dream_jax/pretrained/adapter.py": ASKING,
     "dream_jax/pretrained/autoregressive.py": ("convert/qwen2_to_dream.py",),
     "dream_jax/pretrained/conversion.py": ("convert/flax_to_hf.py",),

@@ -84,6 +84,7 @@ NO_SETTINGS = {
     "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
     "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
     "_TiledMask", "MemoryParts", "OrderedBlocks", "OrderedStreams", "StreamBlocks", "StreamTiles", "_Seen",
+    "BatchSizes", "RunMaterials",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.

@@ -17,9 +17,10 @@ from dream_jax.inference import find_tokenizer
 from dream_jax.layer_forms import training_form
 from dream_jax.model import Dream, split_params
 from dream_jax.objective import Focal
+from dream_jax.posttraining import Objective, StepMaterials
 from dream_jax.step_memory import AbstractStep, StepShape, mesh_sizes
 from dream_jax.tokenizer import Tokenizer
-from dream_jax.train_step import StepConfig, TrainStep, abstract_state, make_train_step
+from dream_jax.train_step import AnyStep, StepConfig, abstract_state
 from dream_jax.trainer import weights
 from dream_jax.trainer.settings import TrainSettings
 
@@ -29,16 +30,29 @@ class Build:
     """A training step with the model and the optimizer that it was made from.
 
     Attributes:
-      model: the model with shapes (`jax.ShapeDtypeStruct`) instead of weights.
-      graphdef: the model without its parameters, for `merge_params`.
-      optimizer: the transformation from gradients to updates.
+      objective: the objective that made the step.
+      materials: what the step was made from.
       step: the step, which is compiled at its first call.
     """
 
-    model: Dream
-    graphdef: nnx.GraphDef[Dream]
-    optimizer: optax.GradientTransformation
-    step: TrainStep
+    objective: Objective
+    materials: StepMaterials
+    step: AnyStep
+
+    @property
+    def model(self) -> Dream:
+        """The model with shapes (`jax.ShapeDtypeStruct`) instead of weights."""
+        return self.materials.model
+
+    @property
+    def graphdef(self) -> nnx.GraphDef[Dream]:
+        """The model without its parameters, for `merge_params`."""
+        return self.materials.graphdef
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The transformation from gradients to updates."""
+        return self.materials.optimizer
 
 
 def describe_model(settings: TrainSettings, mesh: sharding.AnyMesh) -> Dream:
@@ -63,11 +77,9 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
       ValueError: the mesh cannot divide the batch evenly, or its devices do not support the optimizer settings
         or the products.
     """
-    graphdef = split_params(model)[0]
     optimizer = settings.optimizer_config()
     optimizer.check_devices(mesh)
     float8.check_devices(mesh, settings.network.products)
-    transformation = optimizer.make()
     config = StepConfig(
         global_batch=settings.batches.batch_size,
         accumulation=settings.batches.accumulation,
@@ -82,8 +94,17 @@ def build_step(settings: TrainSettings, model: Dream, mesh: sharding.AnyMesh) ->
         layers=training_form(settings.network.layers),
         products=settings.network.products,
     )
-    step = make_train_step(graphdef, transformation, optimizer.schedule(), config, mesh)
-    return Build(model=model, graphdef=graphdef, optimizer=transformation, step=step)
+    objective = settings.objective()
+    materials = StepMaterials(
+        model=model,
+        graphdef=split_params(model)[0],
+        adapts=settings.lora.adapts,
+        optimizer=optimizer.make(),
+        schedule=optimizer.schedule(),
+        config=config,
+        mesh=mesh,
+    )
+    return Build(objective=objective, materials=materials, step=objective.step(materials))
 
 
 def abstract_step(settings: TrainSettings, mesh: sharding.AnyMesh, max_length: int) -> AbstractStep:
@@ -144,7 +165,7 @@ def with_shapes(
         model=built.model,
         step=built.step,
         state=abstract_state(trained, built.optimizer, mesh),
-        batch=batch,
+        batch=built.objective.batch_shapes(batch),
         frozen=base,
     )
 
@@ -162,8 +183,7 @@ def step_shape(
     """
     sizes = settings.loss.block_sizes
     return StepShape(
-        # Complementary copies are rows too.
-        batch=settings.batches.batch_size * (2 if settings.loss.complementary else 1),
+        batch=settings.batches.batch_size * rows_of_each(settings),
         accumulation=settings.batches.accumulation,
         length=max_length,
         mesh=mesh_sizes(mesh),
@@ -171,6 +191,12 @@ def step_shape(
         masked_share=masked_share,
         block=sizes[-1] if sizes else None,
     )
+
+
+def rows_of_each(settings: TrainSettings) -> int:
+    """Returns the number of rows that a step computes forward and backward for each row of the batch size."""
+    # Complementary copies are rows too.
+    return settings.objective().computed_rows * (2 if settings.loss.complementary else 1)
 
 
 def check_length(model: Dream, max_length: int) -> None:

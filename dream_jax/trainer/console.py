@@ -150,11 +150,11 @@ class RunConsole:
             elif name not in ("grid", "answered"):
                 self.say(f"{name}: {value}")
 
-    def step(self, number: int, row: Mapping[str, float], mfu: float | None) -> None:
+    def step(self, number: int, row: Mapping[str, float], shown: str, mfu: float | None) -> None:
         """Shows the metrics of one step in the live line, or every `log_every` steps as a line.
 
-        `number` is the number of the step, from 1; `row` has its metrics by the column names of metrics.csv; `mfu` is in
-        [0, 1], or None if the peak rate of the devices is not known.
+        `number` is the number of the step, from 1; `row` has its metrics by the column names of metrics.csv; `shown` is the
+        text of those that the objective shows; `mfu` is in [0, 1], or None if the peak rate of the devices is not known.
         """
         # The first step includes compilation, so the remaining time is estimated from the second step on.
         if number == self._done_then + 1:
@@ -165,7 +165,7 @@ class RunConsole:
         if self._progress is None and not last and number % self._settings.logs.log_every:
             return
         text = (
-            f"step {number}/{self._settings.run.steps}  loss {row['loss']:.4f}  masked acc {row['masked_accuracy']:.3f}  "
+            f"step {number}/{self._settings.run.steps}  loss {row['loss']:.4f}  {shown}  "
             f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s  "
             f"{'' if mfu is None else f'MFU {mfu:.1%}  '}ETA {'-' if math.isnan(left) else clock(left)}"
         )

@@ -303,8 +303,10 @@ class MetricsLog:
 
     def __init__(self, settings: TrainSettings, done: int):
         folder = settings.run.out
-        self._steps = _Table(folder / "metrics.csv", ("step", *METRICS, "tokens_per_second"), done)
-        self._evaluations = _Table(folder / "eval.csv", ("step", *EVALUATED, GRID), done)
+        objective = settings.objective()
+        columns, scores = (*METRICS, *objective.metrics), (*EVALUATED, *objective.evaluated)
+        self._steps = _Table(folder / "metrics.csv", ("step", *columns, "tokens_per_second"), done)
+        self._evaluations = _Table(folder / "eval.csv", ("step", *scores, GRID), done)
         self._loggers = open_loggers(settings.logs.log_to, folder, settings.plain(), done)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

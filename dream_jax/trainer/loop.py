@@ -70,7 +70,8 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     ):
         if frozen is None:
             params, frozen = read()
-        state, done = first_state(run, params, frozen, checkpoints)
+        driver = run.driver(console.say)
+        state, done = first_state(run, driver, params, frozen, checkpoints)
         for step, problem in checkpoints.damaged.items():
             console.say(f"warning: the checkpoint of step {step} is damaged ({problem}) and was put aside")
         del params  # their memory now belongs to the state
@@ -81,7 +82,9 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
         console.start(state, frozen.params, run.model.config.num_parameters, done, data_lines, run.max_length)
         if done == 0:
             run.take_samples(run.model_of(state.params, frozen.params), "before")
-        state, score = take_steps(run, state, frozen, done, checkpoints, console)
+        if done < settings.run.steps:
+            driver.begin(state, frozen.params)
+        state, score = take_steps(run, driver, state, frozen, done, checkpoints, console)
         best = checkpoints.best_step()
         if best is not None:
             console.say(f"best evaluation: nll {checkpoints.score(best):.4f} after step {best}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dream_jax import distributed, lora, sharding
-from dream_jax.data import Batches, TokenizedRows, first_prompted, longest_row, make_batches
+from dream_jax.data import Batches, TokenizedRows, first_prompted, longest_row
 from dream_jax.model import Dream, merge_params, split_params
+from dream_jax.posttraining import BatchSizes, Driver, RunMaterials
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
-from dream_jax.train_step import TrainState, TrainStep, abstract_state
+from dream_jax.train_step import AnyStep, TrainState, abstract_state
 from dream_jax.trainer.build import (
+    Build,
     build_step,
     check_length,
     describe_model,
@@ -41,34 +44,69 @@ class PreparedRun:
     Attributes:
       settings: the settings of the run.
       mesh: the mesh of all devices of the run.
-      model: the model with shapes instead of weights.
-      graphdef: the model without its parameters, for `merge_params`.
+      built: the objective, its compiled step, and the model and optimizer that it was made from.
       tokenizer: the tokenizer of the model.
       template: how prompts are converted to tokens ("raw" or "chat"); it is saved, because sampling must use the same.
       instruction: the text before each question, "" for none; it is saved with the template.
       max_length: length of the rows in tokens.
+      rows: the rows of training, as text and as tokens.
+      sizes: how the batches are laid out.
       batches: an iterator over the training batches; each has the rows that this process reads.
       held_out: the held-out rows; None without evaluation.
       grid: the held-out rows with masks at fixed noise levels; None without evaluation, or if no row fits `max_length`.
-      optimizer: the transformation from gradients to updates.
-      step: the training step, which is compiled at its first call.
       remat: the choice of the policy in `model.remat`, with its reason; None if the settings name the policy.
     """
 
     settings: TrainSettings
     mesh: Mesh
-    model: Dream
-    graphdef: nnx.GraphDef[Dream]
+    built: Build
     tokenizer: Tokenizer
     template: Template
     instruction: str
     max_length: int
+    rows: TokenizedRows
+    sizes: BatchSizes
     batches: Batches
     held_out: TokenizedRows | None
     grid: Grid | None
-    optimizer: optax.GradientTransformation
-    step: TrainStep
     remat: RematChoice | None
+
+    @property
+    def model(self) -> Dream:
+        """The model with shapes instead of weights."""
+        return self.built.model
+
+    @property
+    def graphdef(self) -> nnx.GraphDef[Dream]:
+        """The model without its parameters, for `merge_params`."""
+        return self.built.graphdef
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The transformation from gradients to updates."""
+        return self.built.optimizer
+
+    @property
+    def step(self) -> AnyStep:
+        """The training step, which is compiled at its first call."""
+        return self.built.step
+
+    def driver(self, say: Callable[[str], None]) -> Driver:
+        """Returns what takes the steps of the run; `say` prints a line, and keeps warnings as incidents."""
+        run = RunMaterials(
+            materials=self.built.materials,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            instruction=self.instruction,
+            rows=self.rows,
+            held_out=self.held_out,
+            held_out_rows=self.settings.evaluation.eval_rows,
+            sizes=self.sizes,
+            folder=self.settings.run.out,
+            say=say,
+        )
+        return self.built.objective.driver(self.built.step, run)
 
     def abstract_state(self) -> TrainState:
         """Returns shapes and shardings of the trained parameters and of the optimizer state."""
@@ -137,8 +175,12 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
             "processes read rows: fsdp must be a multiple of the number of processes"
         )
     check_loggers(settings.logs.log_to)
+    objective = settings.objective()
     source = settings.source("train")
     test_source = settings.source("test") if settings.evaluation.eval_rows else None
+    for one in (source, test_source):
+        if one is not None:
+            objective.check_rows(one)
     resumes = check_folder(settings)
     if resumes:
         check_answer_format(settings, source)
@@ -152,8 +194,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     check_length(model, max_length)
     # With remat "auto" this step is not used, but settings that do not fit together are refused before rows are measured.
     built, choice = build_step(settings, model, mesh), None
-    batches = make_batches(
-        rows,
+    sizes = BatchSizes(
         batch_size=settings.batches.batch_size,
         max_length=max_length,
         seed=settings.run.seed,
@@ -161,6 +202,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
         process_count=jax.process_count(),
         options=options,
     )
+    batches = objective.batches(rows, sizes)
     if settings.network.remat == "auto":
         begun = begun_remat(settings.run.out) if resumes else None
         built, choice = choose_for_run(settings, mesh, max_length, begun, batches.most_texts)
@@ -174,16 +216,15 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     return PreparedRun(
         settings=settings,
         mesh=mesh,
-        model=built.model,
-        graphdef=built.graphdef,
+        built=built,
         tokenizer=tokenizer,
         template="raw" if isinstance(first.prompt, str) else "chat",
         instruction=first.instruction,
         max_length=max_length,
+        rows=rows,
+        sizes=sizes,
         batches=batches,
         held_out=held_out,
         grid=grid,
-        optimizer=built.optimizer,
-        step=built.step,
         remat=choice,
     )

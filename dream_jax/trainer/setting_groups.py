@@ -33,6 +33,7 @@ from dream_jax.lora import LoraConfig, parse_targets
 from dream_jax.objective import CartWeight, InverseTimeWeight, LinearWeight, LossWeight, UniformWeight
 from dream_jax.optimizer import Moments, OptimizerKind
 from dream_jax.paths import check_local, local_path
+from dream_jax.posttraining import ObjectiveName
 from dream_jax.quantisation import KINDS
 from dream_jax.remat import RematSetting
 from dream_jax.trainer.loggers import LoggerName
@@ -42,10 +43,12 @@ Currency = Literal["rmb", "usd"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The run: its folder, its number of steps and what it saves."""
+    """The run: its objective, its folder, its number of steps and what it saves."""
 
     recipe: str | None = None
     """recipe with the settings to begin with: a name (--recipe alone lists them) or a TOML file; flags override it"""
+    objective: ObjectiveName = "sft"
+    """what is learned. sft: to write the responses of the rows"""
     out: pathlib.Path = pathlib.Path("runs/train")
     """folder of the run; if it contains an unfinished run with the same settings, that run is resumed"""
     overwrite: bool = False

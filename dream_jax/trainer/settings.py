@@ -10,6 +10,7 @@ from typing import Any
 
 from dream_jax.data import RowSource, open_mixture
 from dream_jax.optimizer import OptimizerConfig
+from dream_jax.posttraining import Objective, PreferenceSettings, RewardSettings, check_groups, make_objective
 from dream_jax.quantisation import KINDS
 from dream_jax.trainer.setting_groups import (
     AdapterSettings,
@@ -34,8 +35,9 @@ class TrainSettings:
     which some values are changed, and `values` and `plain` return all values by name.
 
     Raises:
-      ValueError: a value of the optimizer is out of range, `products` has no effect because `base` is int8 or nf4, or block
-        diffusion is combined with `mask` or `anneal_steps`, or has more sizes than there are steps.
+      ValueError: a value of the optimizer is out of range, `products` has no effect because `base` is int8 or nf4, block
+        diffusion is combined with `mask` or `anneal_steps`, or has more sizes than there are steps, or a setting belongs to
+        another objective.
     """
 
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
@@ -45,6 +47,8 @@ class TrainSettings:
     lora: AdapterSettings = dataclasses.field(default_factory=AdapterSettings)
     optimization: OptimizationSettings = dataclasses.field(default_factory=OptimizationSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    preferences: PreferenceSettings = dataclasses.field(default_factory=PreferenceSettings)
+    rewards: RewardSettings = dataclasses.field(default_factory=RewardSettings)
     evaluation: HeldOutSettings = dataclasses.field(default_factory=HeldOutSettings)
     logs: LogSettings = dataclasses.field(default_factory=LogSettings)
     price: PriceSettings = dataclasses.field(default_factory=PriceSettings)
@@ -52,6 +56,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         self.optimizer_config()
+        check_groups(self.run.objective, self.preferences, self.rewards)
+        self.objective()
         products, base = self.network.products, self.lora.base
         if products != "compute" and base in KINDS:
             raise ValueError(
@@ -132,6 +138,10 @@ class TrainSettings:
             weight_decay=chosen.weight_decay,
             clip_norm=chosen.clip_norm or None,
         )
+
+    def objective(self) -> Objective:
+        """Returns the objective of the run. Raises ValueError if its settings do not fit together."""
+        return make_objective(self.run.objective, self.preferences, self.rewards)
 
     def source(self, split: str) -> RowSource:
         """Returns the rows of --data and --mix for the split "train" or "test".

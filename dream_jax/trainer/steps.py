@@ -15,8 +15,10 @@ from dream_jax.batch import Batch
 from dream_jax.checkpoint import RunCheckpoints
 from dream_jax.distributed import from_first
 from dream_jax.flops import FlopCounter
+from dream_jax.posttraining import Driver
 from dream_jax.shapes import ParamTree
-from dream_jax.train_step import TrainState, init_state, put_batch
+from dream_jax.train_step import TrainState, init_state
+from dream_jax.trainer.build import rows_of_each
 from dream_jax.trainer.console import RunConsole
 from dream_jax.trainer.folder import MetricsLog, save_batches
 from dream_jax.trainer.heldout import GridScore
@@ -35,12 +37,13 @@ class Diverged(Exception):
 
 
 def first_state(
-    run: PreparedRun, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
+    run: PreparedRun, driver: Driver, params: ParamTree | None, frozen: Frozen, checkpoints: RunCheckpoints
 ) -> tuple[TrainState, int]:
     """Returns the state to continue from, and the number of steps that it has already taken.
 
     Args:
       run: the run; if a checkpoint is read, `run.batches` continues after the batches that it has used.
+      driver: takes the steps; if a checkpoint is read, it continues from its state there.
       params: the parameters to train in a new run; their memory is reused. None reads the newest checkpoint instead.
       frozen: the weights that are not trained.
       checkpoints: the checkpoints of the run.
@@ -60,6 +63,7 @@ def first_state(
             "with another --out"
         )
     run.batches.set_state(meta["data"])
+    driver.set_state(meta.get("objective", {}))
     return state, int(state.step)
 
 
@@ -85,6 +89,7 @@ def best_state(state: TrainState, best: int, checkpoints: RunCheckpoints) -> Tra
 
 def take_steps(
     run: PreparedRun,
+    driver: Driver,
     state: TrainState,
     frozen: Frozen,
     done: int,
@@ -103,7 +108,9 @@ def take_steps(
       Diverged: `max_skipped` steps in a row were skipped; their batches are saved.
     """
     settings, evaluation = run.settings, run.settings.evaluation
+    objective = run.built.objective
     log = MetricsLog(settings, done) if console.leads else None
+    each = rows_of_each(settings)
     # FLOP counters by the number of tokens per row, as a batch may be narrower than max_length, and by the size of the
     # blocks, which a schedule changes.
     flop_counter = functools.cache(functools.partial(FlopCounter, run.model))
@@ -115,18 +122,17 @@ def take_steps(
         for number in range(done + 1, settings.run.steps + 1):
             batch = next(run.batches)
             width = batch.tokens_BT.shape[1]
-            state, metrics = run.step(state, put_batch(batch, run.mesh), frozen.params)
+            state, metrics = driver(state, batch, frozen.params)
             row = {name: float(value) for name, value in metrics.items()}
             now = time.monotonic()
             positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
-            computed = 2 * positions if settings.loss.complementary else positions
-            counter = flop_counter(width, run.step.block_size(number - 1))
-            mfu = counter.mfu(computed, row["num_masked"], now - clock, run.mesh, _span(batch))
+            counter = flop_counter(width, run.built.materials.config.block_size(number - 1))
+            mfu = counter.mfu(each * positions, row["num_masked"], now - clock, run.mesh, _span(batch))
             clock = now
             if log:
                 log.write(number, row)
-            console.step(number, row, mfu)
+            console.step(number, row, objective.line(row), mfu)
             skipped = skipped | {number: batch} if row["skipped"] else {}
             if skipped:
                 console.say(
@@ -143,8 +149,12 @@ def take_steps(
             if run.grid is not None and (number % evaluation.eval_every == 0 or last):
                 score = run.grid.score(run.model_of(state.params, frozen.params))
                 console.say(f"evaluation after step {number}: {score.line()}")
+                further = driver.evaluate(state.params, frozen.params)
+                if further:
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in further.items())
+                    console.say(f"evaluation after step {number}: {shown}")
                 if log:
-                    log.evaluated(number, score.row(), run.grid.digest)
+                    log.evaluated(number, score.row() | further, run.grid.digest)
                 # During skipped steps no best state is saved (see below); the next normal step changes the weights.
                 due |= not skipped and _is_best(score, checkpoints)
                 clock = time.monotonic()  # the next step's time must not include the evaluation
@@ -153,6 +163,7 @@ def take_steps(
             # divergence, and such checkpoints would displace older, good ones.
             if last or stopping or (due and not skipped):
                 meta = {"data": run.batches.get_state(), "base": frozen.identity}
+                meta |= {"objective": kept} if (kept := driver.get_state()) else {}
                 checkpoints.save(number, state, meta, None if score is None else score.nll)
                 due = False
                 if log:
