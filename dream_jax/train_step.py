@@ -316,10 +316,6 @@ class TrainStep:
             after: tuple[TrainState, Metrics] = self._compiled_for(state, annealing, size)(state, batch, frozen or {})
             return after
 
-    def block_size(self, step: int) -> int | None:
-        """Returns the size of the blocks in step `step` (from 0), in tokens; None without block diffusion."""
-        return self._config.block_size(step)
-
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
         """Returns the `jax.stages.Lowered` of the step for these arguments, which are arrays, or shapes with shardings.
 
