@@ -4,6 +4,8 @@
 downloads nothing.
 """
 
+import datetime
+import hashlib
 import json
 import os
 import re
@@ -110,6 +112,10 @@ class Tokenizer(Protocol):
         """Writes the files that `load_tokenizer` reads into `directory`, which is created if missing."""
         ...
 
+    def fingerprint(self) -> str:
+        """Returns a text that is another one if any text or chat may have other ids."""
+        ...
+
 
 class ByteTokenizer:
     """A tokenizer with 261 ids that needs no files: the bytes 0..255 of UTF-8, and five special tokens of Dream.
@@ -181,6 +187,10 @@ class ByteTokenizer:
         Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._description(), indent=2) + "\n"
         (Path(directory) / BYTE_TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """Returns a text that is another one if any text or chat may have other ids."""
+        return json.dumps(self._description())
 
     @classmethod
     def _description(cls) -> dict[str, object]:
@@ -358,6 +368,26 @@ class DreamTokenizer:
         for name in TOKENIZER_FILES:
             if (self._directory / name).is_file():
                 copy_companion(self._directory / name, target / name)
+
+    def fingerprint(self) -> str:
+        """Returns a text that is another one if any text or chat may have other ids; see `Tokenizer.fingerprint`.
+
+        It is made of the content of the files, the versions of the libraries, and, if a template asks for the time, the
+        day.
+        """
+        import tokenizers
+        import transformers
+
+        found = hashlib.sha256(f"tokenizers {tokenizers.__version__}, transformers {transformers.__version__}".encode())
+        for name in TOKENIZER_FILES:
+            path = self._directory / name
+            if name in (PROMPT_FORMAT_FILE, "tokenization_dream.py") or not path.is_file():
+                continue
+            content = path.read_bytes()
+            found.update(f"{name} {len(content)}\n".encode() + content)
+            if b"strftime_now" in content:
+                found.update(datetime.date.today().isoformat().encode())
+        return found.hexdigest()
 
 
 def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from dream_jax.batch import Batch
-from dream_jax.data import BatchOptions, EncodeOptions, ReadOptions, TokenizedRows, make_batches, open_mixture
+from dream_jax.data import (
+    BatchOptions,
+    EncodeOptions,
+    ReadOptions,
+    TokenCache,
+    TokenizedRows,
+    find_cache,
+    make_batches,
+)
 from dream_jax.tokenizer import load_tokenizer
 
 RECORDED = Path(__file__).with_suffix(".json")
@@ -99,12 +107,12 @@ def write_data(folder: Path) -> None:
     tiny_tokenizer.write_tokenizer(folder / "tiny")
 
 
-def open_rows(setting: Setting, folder: Path, **how: Any) -> TokenizedRows:
-    """Returns the rows of a setting as tokens; `how` is passed to `open_tokens`, if there is any."""
+def open_rows(setting: Setting, folder: Path, cache: str = "off", split: str = "train") -> TokenizedRows:
+    """Returns the rows of a setting as tokens; `cache` is a value of --data-cache."""
     names = [name if name == "sudoku" else str(folder / name) for name in setting.data]
     tokenizer = load_tokenizer("bytes" if setting.tokenizer == "bytes" else folder / setting.tokenizer)
-    source = open_mixture(names, setting.weights or None, "train", setting.seed, setting.read)
-    return TokenizedRows(source, tokenizer, setting.encode)
+    opened = TokenCache(find_cache(cache), tokenizer, setting.encode)
+    return opened.open(names, setting.weights or None, split, setting.seed, setting.read)
 
 
 def digests(

@@ -73,7 +73,7 @@ def classes() -> dict[str, type]:
 
 # Dataclasses with numbers that no user gives: they hold results, descriptions, tables and the state of programs.
 NO_SETTINGS = {
-    "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement", "AppSettings", "EngineCounts",
+    "CacheChoice", "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement", "AppSettings", "EngineCounts",
     "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote", "Update", "_Choice", "_GapText",
     "AdditionTask", "Arm", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Context",
     "Conversion", "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",

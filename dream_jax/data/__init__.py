@@ -30,13 +30,16 @@ from dream_jax.data.rows import (
     has_traces,
 )
 from dream_jax.data.sources import open_mixture, open_source
+from dream_jax.data.store import StoredRows, StoreWriter, TokenStore, open_store
 from dream_jax.data.sudoku import SudokuSource, is_solution
+from dream_jax.data.token_cache import CacheChoice, TokenCache, find_cache
 
 __all__ = [
     "MOST_TEXTS",
     "AnswerFormat",
     "BatchOptions",
     "Batches",
+    "CacheChoice",
     "Chat",
     "EncodeOptions",
     "Intake",
@@ -50,10 +53,15 @@ __all__ = [
     "Row",
     "RowList",
     "RowSource",
+    "StoreWriter",
+    "StoredRows",
     "SudokuSource",
+    "TokenCache",
     "TokenRow",
+    "TokenStore",
     "TokenizedRows",
     "encode_row",
+    "find_cache",
     "first_numbers",
     "first_prompted",
     "has_traces",
@@ -65,6 +73,7 @@ __all__ = [
     "numbered_records",
     "open_mixture",
     "open_source",
+    "open_store",
     "parse_messages",
     "read_chat",
     "read_json_lines",

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dream_jax.data.encode import TokenRow, token_row
-from dream_jax.data.options import EncodeOptions
+from dream_jax.data.encode import ALL_PROMPT, NO_ROOM, TOO_LONG, TokenRow, token_row
+from dream_jax.data.options import EncodeOptions, LengthPolicy
 from dream_jax.data.rows import Mixture, Row, RowSource, first_numbers
+from dream_jax.data.store import StoredRows
 from dream_jax.tokenizer import Tokenizer
 
+_REASONS = ("", TOO_LONG, NO_ROOM, ALL_PROMPT)
 _SHOWN = 40  # names of fields that a report prints
 
 
@@ -21,7 +23,8 @@ class TokenizedRows:
 
     A row that was measured, or returned by `keep`, stays in memory (4 bytes per token) and is not tokenised again. Any
     other row is tokenised each time it is read: for example most rows of a source of uniform length, such as generated
-    puzzles, of which only the first one is measured.
+    puzzles, of which only the first one is measured. The rows of `StoredRows`, also inside a mixture, are read from their
+    store, whose tokens must be those of the same tokenizer and options.
     """
 
     def __init__(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()):
@@ -33,10 +36,16 @@ class TokenizedRows:
 
     def __getitem__(self, number: int) -> TokenRow:
         kept = self._kept.get(number)
-        return token_row(self.source[number], self.tokenizer, self.options) if kept is None else kept
+        if kept is not None:
+            return kept
+        stored = _stored(self.source, number)
+        return token_row(self.source[number], self.tokenizer, self.options) if stored is None else stored
 
     def keep(self, number: int) -> TokenRow:
-        """Returns row `number` and keeps it in memory from now on."""
+        """Returns row `number` and keeps it in memory from now on, unless its tokens are in a store."""
+        stored = _stored(self.source, number)
+        if stored is not None:
+            return stored
         self._kept[number] = self[number]
         return self._kept[number]
 
@@ -51,6 +60,13 @@ class TokenizedRows:
         """Returns the text and the tokens of the rows of `first_numbers`, except rows that the length policy drops."""
         fitted = [(number, self.fit(self.keep(number), max_length)) for number in first_numbers(self.source, count)]
         return [(self.source[number], row) for number, row in fitted if isinstance(row, TokenRow)]
+
+
+def _stored(source: RowSource, number: int) -> TokenRow | None:
+    """Returns the tokens of a row whose source, or whose part of a mixture, has a store; None for another row."""
+    if isinstance(source, Mixture):
+        source, number = source.part_of(number)
+    return source.token_row(number) if isinstance(source, StoredRows) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,45 +222,36 @@ def _measure(
 
     Returns the indices into `numbers` of the rows that are kept, their lengths, and the report.
     """
-    full = np.empty(len(numbers), dtype=np.int64)
-    digest, reasons, cut, whole = hashlib.blake2b(digest_size=8), Counter[str](), 0, 0
-    kept, lengths = list[int](), list[tuple[int, ...]]()
-    for index, (number, count) in enumerate(zip(numbers.tolist(), stands_for.tolist(), strict=True)):
-        uncut = rows.keep(number)
-        full[index] = uncut.length
-        start = 0
-        for piece in uncut.pieces:
-            digest.update(np.int32(piece.length).tobytes() + uncut.tokens[start : start + piece.length].tobytes())
-            start += piece.length
-        fitted = rows.fit(uncut, max_length)
-        if isinstance(fitted, str):
-            reasons[fitted] += count
-            continue
-        kept.append(index)
-        cut += count * (fitted.length < uncut.length)
-        whole += count * fitted.whole
-        prompt = fitted.prompt_length
-        learned = sum(piece.length for piece in fitted.pieces if piece.kind == "learned")
-        lengths.append((prompt, fitted.length - prompt, fitted.text_length, learned, fitted.whole))
+    digest = hashlib.blake2b(digest_size=8)
+    parts = [_measure_part(rows, *part, max_length, digest) for part in _by_part(rows.source, numbers)]
+    full, cut = (np.concatenate([getattr(part, name) for part in parts]) for name in ("full", "cut"))
+    lengths = RowLengths(*np.concatenate([part.fitted for part in parts], axis=1))
+    dropped = [reason for part in parts for reason in part.dropped]
+    reasons, keeps = Counter[str](), np.ones(len(numbers), np.bool_)
+    for index, reason in zip(np.flatnonzero(lengths.prompt < 0).tolist(), dropped, strict=True):
+        keeps[index] = False
+        reasons[reason] += int(stands_for[index])
+    kept = np.flatnonzero(keeps)
     shortest, longest = int(full.min()), int(full.max())
-    if not kept:
+    if not len(kept):
         raise ValueError(
             f"no row fits into {max_length=}: of {len(numbers)} measured rows the shortest has {shortest} tokens, "
             f"the longest {longest}; raise max_length to at least {shortest}, or to {longest} to keep all rows"
         )
+    lengths, stand = RowLengths(*(column[kept] for column in lengths)), stands_for[kept]
     intake = rows.source.intake
     report = LengthReport(
         max_length=max_length,
         total=len(rows),
         measured=len(numbers),
-        kept=int(stands_for[kept].sum()),
+        kept=int(stand.sum()),
         dropped=reasons.total(),
         shortest=shortest,
         longest=longest,
         mean=float(np.average(full, weights=stands_for)),
         digest=digest.hexdigest(),
-        cut=cut,
-        whole=whole,
+        cut=int(stand[cut[kept]].sum()),
+        whole=int((stand * lengths.whole).sum()),
         reasons=dict(reasons),
         bad=intake.bad,
         filtered=dict(intake.filtered),
@@ -253,7 +260,89 @@ def _measure(
         ends_early=intake.ends_early,
         histogram=_histogram(full, stands_for),
     )
-    return np.array(kept), RowLengths(*np.array(lengths, dtype=np.int64).T), report
+    return kept, lengths, report
+
+
+class _Measured(NamedTuple):
+    """The measured rows of one source.
+
+    full: int64 [n], the tokens of each row before any cut. fitted: int64 [5, n], the columns of `RowLengths`; of a row that
+    is dropped all are -1. cut: bool [n], the rows that are kept but shortened. dropped: for each row that is dropped, in
+    order, the reason.
+    """
+
+    full: np.ndarray
+    fitted: np.ndarray
+    cut: np.ndarray
+    dropped: list[str]
+
+
+def _by_part(source: RowSource, numbers: np.ndarray) -> Iterator[tuple[RowSource, int, np.ndarray]]:
+    """Yields the source, or each part of a mixture, the index of its first row, and those indices in it; ascending."""
+    if not isinstance(source, Mixture):
+        yield source, 0, numbers
+        return
+    limits = np.searchsorted(numbers, source.starts)
+    for part, start, first, last in zip(source.parts, source.starts, limits, limits[1:], strict=False):
+        yield part, start, numbers[first:last] - start
+
+
+def _measure_part(
+    rows: TokenizedRows,
+    source: RowSource,
+    start: int,
+    numbers: np.ndarray,
+    max_length: int,
+    digest: "hashlib.blake2b",
+) -> _Measured:
+    """Measures the rows with these indices in one source, which begins at `start`, and adds their tokens to the digest."""
+    policy = rows.options.length_policy
+    if isinstance(source, StoredRows):
+        source = source.of(numbers)
+        for framed in source.framed():
+            digest.update(framed.tobytes())
+        return _measure_stored(source, max_length, policy)
+    full, fitted, dropped = np.empty(len(numbers), np.int64), np.full((5, len(numbers)), -1, np.int64), list[str]()
+    cut = np.zeros(len(numbers), np.bool_)
+    for index, number in enumerate(numbers.tolist()):
+        uncut = rows.keep(start + number)
+        full[index] = uncut.length
+        begin = 0
+        for piece in uncut.pieces:
+            digest.update(np.int32(piece.length).tobytes() + uncut.tokens[begin : begin + piece.length].tobytes())
+            begin += piece.length
+        row = rows.fit(uncut, max_length)
+        if isinstance(row, str):
+            dropped.append(row)
+            continue
+        cut[index] = row.length < uncut.length
+        prompt = row.prompt_length
+        learned = sum(piece.length for piece in row.pieces if piece.kind == "learned")
+        fitted[:, index] = prompt, row.length - prompt, row.text_length, learned, row.whole
+    return _Measured(full, fitted, cut, dropped)
+
+
+def _measure_stored(source: StoredRows, max_length: int, policy: LengthPolicy) -> _Measured:
+    """Measures rows as `TokenRow.fit` would fit them, from their numbers of tokens alone."""
+    store = source.store
+    full, prompt = source.selected(store.lengths), source.selected(store.prompts)
+    learned, trace = source.selected(store.learned), source.selected(store.traces)
+    surplus = np.maximum(full - max_length, 0)
+    reason = np.zeros(len(full), np.int64)  # indices into _REASONS
+    long = surplus > 0
+    if policy == "right":
+        reason[long & (prompt >= max_length)] = _REASONS.index(ALL_PROMPT)
+    elif policy == "middle":
+        reason[long & (trace < surplus)] = _REASONS.index(NO_ROOM)
+        reason[long & (trace < 0)] = _REASONS.index(TOO_LONG)
+    else:
+        reason[long] = _REASONS.index(TOO_LONG if policy == "filter" else NO_ROOM)
+    whole = np.where(long & (policy == "right"), 0, 1)  # the policy "right" cuts the end token first
+    response = full - surplus - prompt
+    fitted = np.stack([prompt, response, response - whole, learned, whole])
+    fitted[:, reason > 0] = -1
+    dropped = [_REASONS[code] for code in reason[reason > 0].tolist()]
+    return _Measured(full, fitted, long & (reason == 0), dropped)
 
 
 def _histogram(lengths: np.ndarray, stands_for: np.ndarray) -> dict[str, int]:

@@ -179,9 +179,14 @@ class Mixture:
         return self.starts[-1]
 
     def __getitem__(self, index: SupportsIndex) -> Row:
+        part, number = self.part_of(index)
+        return part[number]
+
+    def part_of(self, index: SupportsIndex) -> tuple[RowSource, int]:
+        """Returns the source of a row, and the index of the row in it."""
         number = check_index(index, len(self))
         part = bisect.bisect_right(self.starts, number) - 1
-        return self.parts[part][number - self.starts[part]]
+        return self.parts[part], number - self.starts[part]
 
 
 def first_numbers(source: RowSource, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dream_jax import hub
 from dream_jax.data import records
@@ -101,8 +104,20 @@ def open_mixture(
     The names of splits and the configuration in `options` are those of the first source.
     Raises: like `open_source` and `Mixture`; ValueError if no row for training has a field of `options.ignored_fields`.
     """
+    found = find_splits(names_or_paths, split, seed, options)
+    return mixed([part.read() if isinstance(part, DataSplit) else part for part in found], weights, split, options)
+
+
+def find_splits(
+    names_or_paths: Sequence[str], split: str, seed: int, options: ReadOptions
+) -> "list[DataSplit | SudokuSource]":
+    """Finds the sources of a mixture without reading their rows; see `open_mixture` and `find_split`."""
     rest = dataclasses.replace(options, split=None, test_split=None, config=None)
-    parts = [open_source(name, split, seed, rest if number else options) for number, name in enumerate(names_or_paths)]
+    return [find_split(name, split, seed, rest if number else options) for number, name in enumerate(names_or_paths)]
+
+
+def mixed(parts: Sequence[RowSource], weights: Sequence[float] | None, split: str, options: ReadOptions) -> RowSource:
+    """Returns the sources as a `Mixture`, or a single one without weights as itself. Raises as `open_mixture`."""
     missing = sorted(set(options.ignored_fields) - {name for part in parts for name in part.intake.ignored})
     if missing and split == "train":
         raise ValueError(f"no row has the field(s) {missing} of --ignore-field; leave out what the data does not have")
@@ -350,21 +365,27 @@ def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.he
     If all rows have the same prompt, or the share is 0, all rows are for training.
     Raises: ValueError if "test" is requested then; the message names the data `name`.
     """
-    by_prompt = [_prompt_hash(rows[index]) for index in range(len(rows))]
-    hashes = sorted(set(by_prompt))
-    count = sum(value < share * 2**64 for value in hashes)
-    held = set(hashes[: min(max(count, 1), len(hashes) - 1)]) if share else set[int]()
-    if split == "test" and not held:
+    hashes = np.array([prompt_hash(rows[index]) for index in range(len(rows))], np.uint64)
+    chosen = np.flatnonzero(in_split(hashes, split, name, share))
+    return RowList([rows[index] for index in chosen.tolist()], rows.intake)
+
+
+def in_split(hashes: np.ndarray, split: str, name: str, share: float) -> np.ndarray:
+    """Returns bool [n]: which rows, whose prompts have these hashes (uint64 [n]), are in a split; see `hold_out`."""
+    different = np.unique(hashes)
+    count = int(np.searchsorted(different, np.uint64(math.ceil(share * 2**64))))
+    number = min(max(count, 1), len(different) - 1) if share else 0
+    if split == "test" and not number:
         why = "has only one prompt" if share else "is used for training only (held_out=0)"
         raise ValueError(
             f"{name} {why}, so no test split can be held out; give a directory with "
             "train.jsonl and test.jsonl, or use no test rows (--eval-rows 0)"
         )
-    side = [rows[index] for index, value in enumerate(by_prompt) if (value in held) == (split == "test")]
-    return RowList(side, rows.intake)
+    held = hashes <= different[number - 1] if number else np.zeros(len(hashes), np.bool_)
+    return held if split == "test" else ~held
 
 
-def _prompt_hash(row: Row) -> int:
+def prompt_hash(row: Row) -> int:
     """Returns an integer in [0, 2**64) that depends only on the prompt, or on the text of a document."""
     if row.document:  # A document has no prompt; its text must not be in both splits.
         prompt: Any = row.response

@@ -1,0 +1,185 @@
+"""Opens data as rows of tokens: small data in memory, larger data from stores in a cache folder (`dream_jax.data.store`).
+
+Both ways give the same rows with the same tokens in the same order.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dream_jax.chat_template import ChatTemplate
+from dream_jax.data.encode import token_row
+from dream_jax.data.lengths import TokenizedRows
+from dream_jax.data.options import EncodeOptions, ReadOptions
+from dream_jax.data.rows import Intake, RowSource
+from dream_jax.data.sources import DataSplit, find_splits, in_split, mixed, prompt_hash
+from dream_jax.data.store import Say, StoredRows, StoreWriter, TokenStore, open_store
+from dream_jax.paths import local_path
+from dream_jax.tokenizer import DreamTokenizer, Tokenizer
+
+CACHE_VARIABLE = "DREAM_JAX_CACHE"
+"""The environment variable with the path of the default cache folder."""
+AUTO, OFF = "auto", "off"
+SMALLEST = 2**20
+"""Bytes of files below which "auto" keeps the tokens in memory: these files are read in about a second."""
+
+_CHUNK = 2**24  # bytes of a file that are hashed as one piece
+_BUFFER = 2**20  # bytes that are read at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheChoice:
+    """Where the tokens of data are kept.
+
+    folder: the folder of the stores; None: all tokens are kept in memory.
+    smallest: the number of bytes of its files from which on data has a store.
+    """
+
+    folder: Path | None
+    smallest: int = SMALLEST
+
+
+def find_cache(setting: str) -> CacheChoice:
+    """Returns what the setting `--data-cache` says: "auto", "off" or a path. Raises ValueError for an address.
+
+    auto: the folder in $DREAM_JAX_CACHE, or `dream_jax` in the folder of the user's caches, for data that takes long to
+    read. A path: this folder, for all data that is read from files.
+    """
+    if setting == OFF:
+        return CacheChoice(folder=None)
+    if setting != AUTO:
+        return CacheChoice(folder=local_path(setting, "data_cache"), smallest=0)
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return CacheChoice(folder=local_path(named, CACHE_VARIABLE))
+    import platformdirs
+
+    return CacheChoice(folder=platformdirs.user_cache_path("dream_jax", appauthor=False) / "tokens")
+
+
+class TokenCache:
+    """Opens data for one tokenizer with one set of options.
+
+    Args:
+      choice: where the tokens are kept.
+      tokenizer: the tokenizer.
+      encoding: the options for turning rows into tokens.
+      say: prints a line about a store that is found or built.
+    """
+
+    def __init__(
+        self, choice: CacheChoice, tokenizer: Tokenizer, encoding: EncodeOptions, say: Say = lambda text: None
+    ):
+        self._choice, self._tokenizer, self._encoding, self._say = choice, tokenizer, encoding, say
+        # The training split and the test split of one file have one store.
+        self._opened: list[tuple[DataSplit, TokenStore]] = []
+
+    def open(
+        self,
+        names_or_paths: Sequence[str],
+        weights: Sequence[float] | None = None,
+        split: str = "train",
+        seed: int = 0,
+        options: ReadOptions = ReadOptions(),
+    ) -> TokenizedRows:
+        """Returns the rows of `open_mixture`, which takes the same arguments, as tokens.
+
+        Raises: as `open_mixture` and `token_row`; OSError as `open_store`.
+        """
+        found = find_splits(names_or_paths, split, seed, options)
+        parts = [self._part(part) if isinstance(part, DataSplit) else part for part in found]
+        return TokenizedRows(mixed(parts, weights, split, options), self._tokenizer, self._encoding)
+
+    def _part(self, data: DataSplit) -> RowSource:
+        """Returns the rows of one source, from a store if there is one or if it pays to build one."""
+        if (
+            self._choice.folder is None
+            or not data.files
+            or sum(path.stat().st_size for path in data.files if path.is_file()) < self._choice.smallest
+        ):
+            return data.read()
+        store = self._store(data, self._choice.folder)
+        if not data.divided:
+            return StoredRows(store)
+        chosen = in_split(store.prompt_hashes, data.split, data.name, data.options.held_out)
+        return StoredRows(store, None if chosen.all() else np.flatnonzero(chosen))
+
+    def _store(self, data: DataSplit, cache: Path) -> TokenStore:
+        for opened, store in self._opened:
+            if (opened.files, opened.name, _read_key(opened)) == (data.files, data.name, _read_key(data)):
+                return store
+        before = _states(data.files)
+        key = {
+            "data": {"name": data.name, "files": [str(path) for path in data.files], "content": content_of(data.files)},
+            "reading": _read_key(data),
+            "tokenizer": self._tokenizer.fingerprint(),
+            "learned_turns": self._encoding.learned_turns,
+            "without_traces": self._encoding.length_policy == "answer_only",  # the other policies cut later
+            "code": _code_digest(),
+        }
+
+        def fill(writer: StoreWriter) -> Intake:
+            stream = data.stream()
+            for row in stream:
+                writer.add(token_row(row, self._tokenizer, self._encoding), row, prompt_hash(row))
+            if _states(data.files) != before:
+                raise ValueError(f"{data.name} was changed while it was read; start again")
+            return stream.intake
+
+        store = open_store(cache, key, fill, say=self._say)
+        self._opened.append((data, store))
+        return store
+
+
+def content_of(files: Sequence[Path]) -> str:
+    """Returns a digest of the bytes of files, which several threads read."""
+    pieces = [(path, start) for path in files for start in range(0, max(path.stat().st_size, 1), _CHUNK)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
+        found = hashlib.sha256()
+        for (_, start), (size, digest) in zip(pieces, threads.map(_digest_of_piece, pieces), strict=True):
+            found.update(f"{start} {size} {digest}\n".encode())
+    return found.hexdigest()
+
+
+def _digest_of_piece(piece: tuple[Path, int]) -> tuple[int, str]:
+    path, start = piece
+    found, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while size < _CHUNK and (content := file.read(_BUFFER)):
+            found.update(content)
+            size += len(content)
+    return size, found.hexdigest()
+
+
+def _states(files: Sequence[Path]) -> list[tuple[int, ...]]:
+    """Returns what tells that a file was written: its device, inode, size and time of change."""
+    found = [path.stat() for path in files]
+    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
+
+def _read_key(data: DataSplit) -> dict[str, Any]:
+    """Returns what the rows of some data depend on besides its files. The share that is held out is not part of it."""
+    parser = None if data.parser is None else data.parser.__name__
+    return {**dataclasses.asdict(data.options), "held_out": None, "parser": parser}
+
+
+def _code_digest() -> str:
+    """Returns a digest of the code that turns files into tokens, so that another version does not use its stores."""
+    found = hashlib.sha256()
+    for path in _code_files():
+        found.update(f"{path.name}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _code_files() -> Iterator[Path]:
+    yield from sorted(Path(__file__).parent.glob("*.py"))
+    yield Path(inspect.getfile(DreamTokenizer))
+    yield Path(inspect.getfile(ChatTemplate))
