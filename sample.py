@@ -37,7 +37,10 @@ from dream_jax.sampler import Preset, Stream
 from dream_jax.sampler.state import NUM_TOP, Record
 from dream_jax.tokenizer import ByteTokenizer, Message, Template, Tokenizer, check_texts
 
-SAMPLER_FIELDS = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance")
+SAMPLER_FIELDS = (
+    *("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "eps", "end_penalty", "guidance"),
+    "first_token_first",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class SampleSettings(inference.ModelSettings):
     guidance: float = 0.0
     """classifier-free guidance g: logits become u + (1 + g) (c - u), with c from the canvas and u from the canvas
     without the prompt; 0 switches it off"""
+    first_token_first: bool = False
+    """for a model of block diffusion: the first pass over a block writes its first token, whatever its confidence"""
     seed: int = 0
     """seed of all random numbers, 0 to 2**31 - 1; the prompt in line i of a file uses the key (seed, i)"""
     samples: int = 1
@@ -122,7 +127,8 @@ class SampleSettings(inference.ModelSettings):
             )
         if not 0 <= self.runner_ups < NUM_TOP or (self.runner_ups and self.replay is None):
             raise ValueError(f"runner_ups={self.runner_ups} must be 0 to {NUM_TOP - 1}, and needs --replay FILE.html")
-        self.sampler(ByteTokenizer())  # raises ValueError if a setting of the sampler is outside its range
+        # Raises ValueError if a setting of the sampler is outside its range. The mask of the model is not known yet.
+        self.sampler(ByteTokenizer(), "block-diffusion:1" if self.first_token_first else "bidirectional")
 
     def sampler(self, tokenizer: Tokenizer, trained_mask: str = "bidirectional") -> dream_jax.SamplerConfig:
         """Returns the configuration of the sampler that these settings describe, for a model with this trained mask."""
@@ -132,7 +138,7 @@ class SampleSettings(inference.ModelSettings):
     def of_the_answer(self) -> dict[str, Any]:
         """Returns the settings that decide the answer, without those that are switched off. Paths are not among them."""
         names = ("max_new_tokens", "preset", *SAMPLER_FIELDS, "seed", "mask")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in names if (value := getattr(self, name)) is not None and value is not False}
 
 
 def main() -> int:

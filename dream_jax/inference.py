@@ -374,14 +374,16 @@ def sampler_recipe(config: SamplerConfig, prompts: Iterable[Sequence[int]], toke
     """Returns the settings of the sampler on which the answers to these prompts depend, as a dict that JSON can hold.
 
     `steps=None` means one step for each mask token of the canvas. If no prompt has mask tokens to fill in, this is the
-    number of new tokens, and the dict has this number instead of None. So both settings give equal dicts.
+    number of new tokens, and the dict has this number instead of None. So both settings give equal dicts. The dict has
+    no `first_token_first` if it is off, as those of earlier versions.
     """
     steps = config.steps
     if steps is None and not any(tokenizer.mask_id in ids for ids in prompts):
         steps = max(1, config.max_new_tokens)
     # `asdict` gives only the fields of the cache and of the commit rule, not their types, so their `repr` is added.
     described = {"steps": steps, "cache": repr(config.cache), "commit": repr(config.commit)}
-    return dataclasses.asdict(config) | described
+    found = dataclasses.asdict(config) | described
+    return found if config.first_token_first else {name: found[name] for name in found if name != "first_token_first"}
 
 
 def check_length(

@@ -143,6 +143,66 @@ def test_groups_of_rows_and_a_mesh(computed, monkeypatch):
     check_equal(found, recomputed(blocks(), start, FACTOR, key, valid))
 
 
+# The first token of a block
+
+
+@pytest.mark.parametrize("config", [dataclasses.replace(EXACT, steps=8), pytest.param(FACTOR, marks=pytest.mark.slow)])
+def test_the_first_token_of_a_block_is_written_first(config):
+    """It takes a place of a pass: with a schedule every pass writes as many tokens as without the setting."""
+    dream, (start, valid), key = blocks(), prompt(4, 9, 1), jax.random.key(3)
+    first = dataclasses.replace(config, first_token_first=True, stop_at_end=False)
+    found = generate(dream, start, first, key, valid)
+    check_equal(found, recomputed(dream, start, first, key, valid))
+    steps = np.asarray(found.commit_step)[:, 9:]
+    without = generate(dream, start, dataclasses.replace(first, first_token_first=False), key, valid)
+    before = np.asarray(without.commit_step)[:, 9:]
+    for at in range(0, 14, SIZE):
+        block = steps[:, at : at + SIZE]
+        np.testing.assert_array_equal(block[:, 0], block.min(axis=1))
+    assert any(np.any(before[:, at] > before[:, at : at + SIZE].min(axis=1)) for at in range(0, 14, SIZE))
+    if config.steps == 8:
+        assert int(found.forwards) == int(without.forwards) < 14
+        np.testing.assert_array_equal(np.sort(steps, axis=1), np.sort(before, axis=1))
+    # Each row is what it is alone, with other padding on the left.
+    padded = np.pad(start[1:2], ((0, 0), (3, 0))), np.pad(valid[1:2], ((0, 0), (3, 0)))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(3))
+    alone = generate(dream, padded[0], first, keys[1:2], padded[1])
+    np.testing.assert_array_equal(alone.tokens[0, 12:], found.tokens[1, 9:])
+    np.testing.assert_array_equal(alone.commit_step[0, 12:], found.commit_step[1, 9:])
+
+
+@pytest.mark.slow
+def test_the_first_token_is_the_one_that_the_text_before_the_block_gives():
+    """It does not depend on its block, so it is the most probable token after the prompt and the blocks before."""
+    dream, (start, _) = blocks(), prompt(8)
+    config = dataclasses.replace(EXACT, max_new_tokens=2 * SIZE, first_token_first=True, stop_at_end=False)
+    tokens = np.asarray(generate(dream, start, config).tokens)[0]
+    for at in (8, 8 + SIZE):
+        alone = dataclasses.replace(config, max_new_tokens=1, first_token_first=False)
+        np.testing.assert_array_equal(generate(dream, tokens[None, :at], alone).tokens[0, at], tokens[at])
+
+
+def test_without_a_prompt_the_first_token_has_no_place_of_its_own():
+    """There is no token before it, so it is predicted from its own position, and depends on its block."""
+    config = dataclasses.replace(EXACT, max_new_tokens=SIZE + 1, first_token_first=True, stop_at_end=False)
+    steps = np.asarray(generate(blocks("tiny_b"), np.zeros((1, 0), np.int32), config).commit_step)[0]
+    assert steps[0] > steps[1:SIZE].min()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_first_token_first_needs_the_blocks_of_the_mask():
+    dream, (start, _) = blocks(), prompt(6)
+    first = dataclasses.replace(EXACT, first_token_first=True)
+    with pytest.raises(ValueError, match="first_token_first is for models of block diffusion"):
+        generate(dream, start, dataclasses.replace(first, cache=NoCache(), block_length=8))
+    dream.trained_mask = "causal"
+    for call in (generate, lambda dream, start, config: Stream(dream, start.tolist(), config)):
+        with pytest.raises(ValueError, match=r"not Causal\(\) and block_length=4; leave it out"):
+            call(dream, start, dataclasses.replace(first, cache=NoCache()))
+    with pytest.raises(ValueError, match=r"not Bidirectional\(\) and block_length=None"):
+        SamplerConfig.preset("exact", max_new_tokens=8, first_token_first=True)
+
+
 # A canvas that grows
 
 

@@ -102,6 +102,7 @@ WRONG = [
     (ChatRequest, CHAT, {"dream": {"commit": {"rule": "count", "value": 2}}}, "dream", "has no value"),
     (ChatRequest, CHAT, {"dream": {"preset": "fast", "commit": {"rule": "count"}}}, "dream.commit", "preset 'exact'"),
     (ChatRequest, CHAT, {"dream": {"alg": "origin", "block_length": 4}}, "dream", "without blocks"),
+    (ChatRequest, CHAT, {"dream": {"first_token_first": True}}, "dream", "is for models of block diffusion"),
     (ChatRequest, CHAT, {"dream": {"guidance": float("inf")}}, "dream.guidance", "finite"),
     (ChatRequest, CHAT, {"dream": {"denoise": True}}, "dream.denoise", "set stream to true"),
     (ChatRequest, CHAT, {"stream": True, "dream": {"runner_ups": 2}}, "dream.runner_ups", "set dream.denoise"),

@@ -61,8 +61,8 @@ class DreamHarness(TemplateLM):
       any_base, base, mask: as in `evaluate.py`.
       instruction: text before the first user turn of every chat; by default that of the training, if the model or the
         adapter notes one.
-      alg, temperature, top_p, top_k, alg_temp, steps: sampler settings, as in `evaluate.py`. They override the preset,
-        and the preset overrides the options of a task, because most tasks state temperature 0.
+      alg, temperature, top_p, top_k, alg_temp, steps, first_token_first: sampler settings, as in `evaluate.py`. They
+        override the preset, and the preset overrides the options of a task, because most tasks state temperature 0.
       max_new_tokens: maximum number of tokens of an answer; overrides the number of a task.
       max_length: maximum number of tokens of prompt and answer together; longer prompts lose their beginning. The
         default is 2048, the length of Dream's training, or the maximum of the model if that is less.
@@ -93,6 +93,7 @@ class DreamHarness(TemplateLM):
         top_k: int | None = None,
         alg_temp: float | None = None,
         steps: int | None = None,
+        first_token_first: bool | None = None,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         samples: int = 128,
@@ -150,6 +151,7 @@ class DreamHarness(TemplateLM):
             "top_p": top_p,
             "top_k": top_k,
             "alg_temp": alg_temp,
+            "first_token_first": first_token_first,
         }
         self._given = {name: value for name, value in sampler_options.items() if value is not None}
         self._preset, self._published = sampler, preset

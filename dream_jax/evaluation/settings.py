@@ -79,6 +79,8 @@ class EvaluateSettings(ModelSettings):
     """sample from this many most probable tokens"""
     alg_temp: float | None = None
     """draw the positions to write from softmax(confidence / alg_temp); 0 or not given: the most confident first"""
+    first_token_first: bool = False
+    """for a model of block diffusion: the first pass over a block writes its first token, whatever its confidence"""
     samples: int = 128
     """number of Monte Carlo samples for each likelihood; an even number, at least 10"""
     batch_size: int = 8
@@ -97,7 +99,9 @@ class EvaluateSettings(ModelSettings):
             max_new_tokens=IntegerRange(1, MOST_TOKENS),
             batch_size=IntegerRange(1, MOST_ROWS),
         )
-        self.sampler_config(ByteTokenizer(), self.max_new_tokens or 1)  # raises ValueError for its settings
+        # Raises ValueError for the settings of the sampler. The mask of the model is not known yet.
+        mask = "block-diffusion:1" if self.first_token_first else "bidirectional"
+        self.sampler_config(ByteTokenizer(), self.max_new_tokens or 1, mask)
         check_samples(self.samples)
         if self.ignore_field and self.file is None:
             raise ValueError("--ignore-field is for the rows of --file; leave it out, or give a file")
@@ -113,7 +117,8 @@ class EvaluateSettings(ModelSettings):
         self, tokenizer: Tokenizer, max_new_tokens: int, trained_mask: str = "bidirectional"
     ) -> SamplerConfig:
         """Returns the sampler for answers of `max_new_tokens` tokens; see `published_sampler` for which value wins."""
-        given = {name: getattr(self, name) for name in ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp")}
+        names = ("steps", "alg", "temperature", "top_p", "top_k", "alg_temp", "first_token_first")
+        given = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
         return published_sampler(
             self.sampler, self.published, given, tokenizer, max_new_tokens, trained_mask=trained_mask

@@ -130,6 +130,11 @@ class SamplerConfig:
         finished before the next one begins; None writes the whole row as one block. Under the mask block-diffusion:SIZE,
         blocks of SIZE tokens are those of the mask: they are counted from the first token of the answer, which is the
         first mask of the row or its first new token.
+      first_token_first: for a model of block diffusion, whether the first token of each block is among the tokens that the
+        first pass over the block writes, whatever its confidence. Under the right shift it is predicted from what is
+        before the block, so nothing is lost by writing it first; and later tokens then see it. It takes one of the
+        places that the commit rule gives, so the number of tokens of the pass stays. The first token of a text without
+        a prompt is predicted from its own position, and has no such place.
       cache: whether keys and values are reused between forward passes: `NoCache()`, `WindowCache(...)`, or `BlockCache()`
         for a model of block diffusion.
       commit: rule for the number of positions that a pass writes. `Count()` follows the published schedule.
@@ -164,6 +169,7 @@ class SamplerConfig:
     vocab_limit: int | None = None
     forbidden_tokens: Sequence[int] = ()
     block_length: int | None = None
+    first_token_first: bool = False
     cache: CachePolicy = _NO_CACHE
     commit: CommitRule = _COUNT
     mask: masks.Mask | None = None
@@ -254,7 +260,7 @@ class SamplerConfig:
           **options: other fields of SamplerConfig; they override the preset.
 
         Raises:
-          ValueError: the name is unknown, or SamplerConfig or `check_cache` refuses the values.
+          ValueError: the name is unknown, or SamplerConfig, `check_cache` or `check_first_token` refuses the values.
         """
         if name not in get_args(Preset):
             raise ValueError(f"preset {name=} is not one of {get_args(Preset)}")
@@ -271,6 +277,7 @@ class SamplerConfig:
             chosen |= {"block_length": mask.size, "cache": BlockCache(), "stop_at_end": True}
         config = cls(max_new_tokens=max_new_tokens, **chosen | options)
         check_cache(config.cache, mask, config.block_length)
+        check_first_token(config.first_token_first, mask, config.block_length)
         return config
 
     @classmethod
@@ -364,4 +371,21 @@ def check_cache(cache: CachePolicy, mask: masks.Mask, block_length: int | None) 
         raise ValueError(
             f"{block_length=} is not the block of the mask block-diffusion:{mask.size}, so {cache=} would not be exact; "
             f"pass block_length={mask.size} (the default of the presets), or cache=NoCache()"
+        )
+
+
+def check_first_token(first_token_first: bool, mask: masks.Mask, block_length: int | None) -> None:
+    """Raises ValueError if `first_token_first` is set for blocks that are not those of block diffusion.
+
+    In other blocks the prediction of the first token depends on the rest of its block, or on later blocks.
+
+    Args:
+      first_token_first: as in SamplerConfig.
+      mask: the mask of the model, not bound to particular rows.
+      block_length: as in SamplerConfig.
+    """
+    if first_token_first and block_grid(mask, block_length) is None:
+        raise ValueError(
+            f"first_token_first is for models of block diffusion that write the blocks of their mask: it needs the mask "
+            f"block-diffusion:SIZE and block_length=SIZE, not {mask} and {block_length=}; leave it out"
         )

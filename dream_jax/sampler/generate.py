@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from dream_jax import masks, sharding
 from dream_jax.model import Dream
 from dream_jax.sampler.callbacks import listening
-from dream_jax.sampler.config import SamplerConfig, check_cache
+from dream_jax.sampler.config import SamplerConfig, check_cache, check_first_token
 from dream_jax.sampler.growth import extents, filled_up, finished, first_width, grow, wants_more
 from dream_jax.sampler.loop import denoise, new_batch, resume
 from dream_jax.sampler.state import DynamicSettings, Record, Recorded, State, StaticSettings, bucket_length
@@ -92,8 +92,9 @@ def generate(
     Raises:
       ValueError: the prompt is no integer array [B, P] with rows, has padding on the right or ids outside the
         vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
-        shape; blocks or cache do not fit to the mask (`config.check_cache`); a forced or forbidden token is outside the
-        vocabulary, or no token may be written; the key is missing, is not a random key, or has another number of rows; or
+        shape; blocks or cache do not fit to the mask (`config.check_cache`, `config.check_first_token`); a forced or
+        forbidden token is outside the vocabulary, or no token may be written; the key is missing, is not a random key, or
+        has another number of rows; or
         the logits of a row are NaN or infinite, for which `generate` waits for the result.
     """
     if config is None:
@@ -241,6 +242,7 @@ def check_mask(model: Dream, config: SamplerConfig) -> None:
     """Raises ValueError if the blocks or the cache of the configuration do not fit to the mask of the model."""
     mask = masks.parse(model.trained_mask) if config.mask is None else config.mask
     check_cache(config.cache, mask, config.block_length)
+    check_first_token(config.first_token_first, mask, config.block_length)
 
 
 def check_key(config: SamplerConfig, key: jax.Array | None) -> None:

@@ -20,7 +20,7 @@ from dream_jax.sampler import block_passes, callbacks, passes, propose, rules
 from dream_jax.sampler.block_passes import FinishedBlocks
 from dream_jax.sampler.callbacks import Moment
 from dream_jax.sampler.compiled import ModelProgram
-from dream_jax.sampler.config import BlockCache, CachePolicy, KVCachePolicy, check_cache
+from dream_jax.sampler.config import BlockCache, CachePolicy, KVCachePolicy, check_cache, check_first_token
 from dream_jax.sampler.passes import Block, CanvasLayout, take
 from dream_jax.sampler.state import (
     NUM_TOP,
@@ -165,10 +165,11 @@ def canvas_layout(
       answer_start_B: `State.answer_start_B`, where the blocks of block diffusion begin; None for the first new token.
 
     Raises:
-      ValueError: blocks or cache do not fit to this mask, see `config.check_cache`.
+      ValueError: blocks or cache do not fit to this mask, see `config.check_cache` and `config.check_first_token`.
     """
     unbound, length = static.mask_of(model), valid_BT.shape[1]
     check_cache(static.cache, unbound, static.block_length)
+    check_first_token(static.first_token_first, unbound, static.block_length)
     new_tokens = static.new_tokens if new_tokens_B is None else new_tokens_B[:, None]
     start = length - new_tokens
     # Under other masks an answer begins with the new tokens: a prompt sees all of itself, also around its masks.
@@ -260,8 +261,16 @@ def step(
                 noise_BM = -jnp.log(-jnp.log(draws(2) + 1e-20) + 1e-20)
                 alg_temp = dynamic.alg_temp
                 score_BM = confidence_BM / (alg_temp[:, None] if alg_temp.ndim else alg_temp) + noise_BM
+            # The first token of a block is predicted from the token before it, so the block cannot change its prediction.
+            starts_BM = (position_BM == block.start_B[:, None]) & ~first_BM
             written_BM = rules.choose(
-                static.rule, dynamic.rule, confidence_BM, candidate_BM, scheduled_B, score_BM=score_BM
+                static.rule,
+                dynamic.rule,
+                confidence_BM,
+                candidate_BM,
+                scheduled_B,
+                score_BM=score_BM,
+                ahead_BM=starts_BM if static.first_token_first else None,
             )
         # If a logit is NaN, or the largest is infinite, so is the sum of the probabilities, and the confidence is NaN.
         undefined_B = state.undefined_B | jnp.any(written_BM & jnp.isnan(confidence_BM), axis=1)

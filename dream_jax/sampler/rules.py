@@ -165,18 +165,21 @@ def choose(
     scheduled_B: Int[jax.Array, "B"],
     *,
     score_BM: Float[jax.Array, "B M"] | None = None,
+    ahead_BM: Bool[jax.Array, "B M"] | None = None,
 ) -> Bool[jax.Array, "B M"]:
     """Returns true at the candidates that a rule writes in this step, and false elsewhere.
 
     The parameter of the rule (`value`) is a scalar, or one number per row. The confidences decide how many candidates
     are marked. The scores (by default the confidences) decide which: the highest are marked, and of equal scores those
-    at earlier positions.
+    at earlier positions. Candidates in `ahead_BM` come before all others.
     """
     order_BM = decoding.most_confident_first(confidence_BM, candidate_BM)
     sorted_BM = jnp.take_along_axis(confidence_BM, order_BM, axis=1)
     if value is not None and value.ndim == 1:
         value = value[:, None]
     count_B = rule.count(value, sorted_BM, jnp.sum(candidate_BM, axis=1, dtype=jnp.int32), scheduled_B)
-    if score_BM is not None:
+    if score_BM is not None or ahead_BM is not None:
+        score_BM = confidence_BM if score_BM is None else score_BM
+        score_BM = score_BM if ahead_BM is None else jnp.where(ahead_BM, jnp.inf, score_BM)
         order_BM = decoding.most_confident_first(score_BM, candidate_BM)
     return decoding.commit(order_BM, candidate_BM, count_B)

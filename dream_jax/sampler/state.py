@@ -48,6 +48,7 @@ class StaticSettings:
     alg: decoding.Alg
     top_k: int | None
     block_length: int | None
+    first_token_first: bool
     steps: int
     cache: CachePolicy
     rule: type[rules.CommitRule]
@@ -72,6 +73,7 @@ class StaticSettings:
             alg=config.alg,
             top_k=config.top_k,
             block_length=config.block_length,
+            first_token_first=config.first_token_first,
             steps=bucket_length(max(config.block_steps(int(masked)) for masked in masked_B)),
             cache=config.cache,
             rule=type(config.commit),

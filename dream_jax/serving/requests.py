@@ -107,6 +107,7 @@ class DreamOptions(_Body):
     preset: Preset | None = None
     steps: Count1 | None = None
     block_length: Count1 | None = None
+    first_token_first: bool | None = None
     alg: Alg | None = None
     commit: CommitOptions | None = None
     alg_temp: Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)] | None = None
@@ -645,6 +646,7 @@ class TaskMaker:
                 guidance=options.guidance,
                 end_penalty=options.end_penalty,
                 block_length=options.block_length,
+                first_token_first=options.first_token_first,
                 commit=None if options.commit is None else options.commit.made(),
                 forced_tokens=forced or None,
                 **changes,
