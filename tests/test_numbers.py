@@ -81,7 +81,7 @@ NO_SETTINGS = {
     "Problems",
     "Question", "Refusal", "RematChoice", "ReversalTask", "RunPlan", "RunPrice", "RunSegment", "Sample",
     "ScatteredSudokuTask", "ScoredText", "Shortage", "StaticSettings", "StepShape", "StepTime", "StudyRun",
-    "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
+    "SampledAnswer", "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
     "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
     "_TiledMask", "MemoryParts", "OrderedBlocks", "OrderedStreams", "StreamBlocks", "StreamTiles", "_Seen",
     "BatchSizes", "RunMaterials",

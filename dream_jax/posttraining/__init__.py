@@ -32,6 +32,10 @@ default, under an objective that does not read the group, is refused by `registr
 | `base` | the classes `Objective` and `Driver`, and what they receive |
 | `registry` | the names of the objectives, and which group of settings each reads |
 | `supervised` | the objective `sft`: the loss of masked diffusion, or of block diffusion, on the responses |
+| `grpo` | the objective `grpo`: rollouts, rewards and updates on the answers |
+| `prompts`, `rollouts`, `rollout_file` | prompts in random order; answers sampled during a run; a file with some of them |
+| `rewards`, `advantages` | how good an answer is, and how much better than the others of its group |
+| `policies`, `token_logprobs` | which forward passes score the tokens of an answer, and their log-probabilities |
 | `preference_settings`, `reward_settings` | the settings of preferences, and those of rewards |
 """
 
@@ -39,6 +43,7 @@ from dream_jax.posttraining.base import BatchSizes, Driver, Objective, RunMateri
 from dream_jax.posttraining.preference_settings import PreferenceSettings
 from dream_jax.posttraining.registry import OBJECTIVES, ObjectiveName, check_groups, make_objective
 from dream_jax.posttraining.reward_settings import RewardSettings
+from dream_jax.posttraining.rewards import SampledAnswer
 
 __all__ = [
     "OBJECTIVES",
@@ -49,6 +54,7 @@ __all__ = [
     "PreferenceSettings",
     "RewardSettings",
     "RunMaterials",
+    "SampledAnswer",
     "StepMaterials",
     "check_groups",
     "make_objective",

@@ -81,6 +81,7 @@ class RunMaterials:
       held_out_rows: number of held-out rows to score.
       sizes: how the batches are laid out.
       folder: the folder of the run, for files of the objective's own. It may not be there yet when the driver is made.
+      first_params: reads the weights to train as they were before the first step, also in a resumed run.
       say: prints a line; the text after "warning: " is kept as an incident of the run.
     """
 
@@ -94,6 +95,7 @@ class RunMaterials:
     held_out_rows: int
     sizes: BatchSizes
     folder: pathlib.Path
+    first_params: Callable[[], ParamTree]
     say: Callable[[str], None]
 
 
@@ -153,6 +155,16 @@ class Objective(abc.ABC):
     @property
     def computed_rows(self) -> int:
         """Number of rows that a step computes forward and backward for each row of the settings' batch size."""
+        return 1
+
+    @property
+    def microbatches(self) -> int:
+        """Number of microbatches that a step computes one after the other for each microbatch of the settings."""
+        return 1
+
+    @property
+    def updates_per_step(self) -> int:
+        """Number of updates of the optimizer in a step of the loop."""
         return 1
 
     @property

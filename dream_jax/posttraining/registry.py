@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from dream_jax.posttraining.base import Objective
+from dream_jax.posttraining.grpo import GroupRelative
 from dream_jax.posttraining.preference_settings import PreferenceSettings
 from dream_jax.posttraining.reward_settings import RewardSettings
 from dream_jax.posttraining.supervised import Supervised
 
-ObjectiveName = Literal["sft"]
+ObjectiveName = Literal["sft", "grpo"]
 """The values of --objective. The keys of `OBJECTIVES` are the same."""
 
 Groups = tuple[PreferenceSettings, RewardSettings]
@@ -31,6 +32,7 @@ class ObjectiveEntry(NamedTuple):
 
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     "sft": ObjectiveEntry(lambda _preferences, _rewards: Supervised()),
+    "grpo": ObjectiveEntry(lambda _preferences, rewards: GroupRelative(rewards), (RewardSettings,)),
 }
 """For each name of an objective, how it is made."""
 

@@ -184,7 +184,7 @@ def step_shape(
     sizes = settings.loss.block_sizes
     return StepShape(
         batch=settings.batches.batch_size * rows_of_each(settings),
-        accumulation=settings.batches.accumulation,
+        accumulation=settings.batches.accumulation * settings.objective().microbatches,
         length=max_length,
         mesh=mesh_sizes(mesh),
         remat=weights.remat_of(settings),

@@ -56,6 +56,7 @@ _MADE = (
     "summary.json",
     "data.json",
     "samples.json",
+    "rollouts.jsonl",
     "incidents.jsonl",
     "parts.json",
     "report.md",

@@ -19,6 +19,7 @@ from dream_jax.posttraining import BatchSizes, Driver, RunMaterials
 from dream_jax.shapes import ParamTree, joined
 from dream_jax.tokenizer import Template, Tokenizer
 from dream_jax.train_step import AnyStep, TrainState, abstract_state
+from dream_jax.trainer import weights
 from dream_jax.trainer.build import (
     Build,
     build_step,
@@ -104,9 +105,16 @@ class PreparedRun:
             held_out_rows=self.settings.evaluation.eval_rows,
             sizes=self.sizes,
             folder=self.settings.run.out,
+            first_params=self._first_params,
             say=say,
         )
         return self.built.objective.driver(self.built.step, run)
+
+    def _first_params(self) -> ParamTree:
+        """Reads the weights to train as they were before the first step. Raises as `weights.read`."""
+        params, _ = weights.read(self.settings, self.mesh, self.model.compute_dtype.name, begins=True)
+        assert params is not None, "a run that begins reads them"
+        return params
 
     def abstract_state(self) -> TrainState:
         """Returns shapes and shardings of the trained parameters and of the optimizer state."""

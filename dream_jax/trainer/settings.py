@@ -128,7 +128,7 @@ class TrainSettings:
         chosen = self.optimization
         return OptimizerConfig(
             learning_rate=self.default_rate() if chosen.learning_rate is None else chosen.learning_rate,
-            total_steps=self.run.steps,
+            total_steps=self.run.steps * self.objective().updates_per_step,
             warmup_share=chosen.warmup_share,
             kind=chosen.optimizer,
             moments=chosen.moments,
@@ -237,7 +237,7 @@ FREE = frozenset(
     {
         *("recipe", "out", "overwrite", "save_every", "keep", "final", "max_skipped", "merge"),
         *("accumulation", "remat", "layers", "attention"),
-        *("eval_every", "eval_rows", "eval_tokens", "samples", "sample_tokens"),
+        *("eval_every", "eval_rows", "eval_tokens", "samples", "sample_tokens", "rollout_rows", "rollout_samples"),
         *("log_every", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"),
         *("mesh", "cluster", "coordinator", "num_processes", "process_id"),
     }

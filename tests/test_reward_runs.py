@@ -1,0 +1,207 @@
+"""Runs of train.py with rewards: files, resuming bit for bit, meshes, several updates, and rewards that fail."""
+
+import csv
+import dataclasses
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from commands import run_script, start_script
+from flax import nnx
+
+import dream_jax
+from dream_jax.config import PRESETS
+from dream_jax.model import Dream
+from dream_jax.posttraining import grpo
+from dream_jax.posttraining.rollout_file import read_rollouts
+from dream_jax.trainer import TrainSettings, train
+
+# With random weights no answer is right, so this reward tells apart answers by their characters.
+REWARD = """
+import os
+def characters(answer):
+    return sum(map(ord, answer.text)) % 7
+def failing(answer):
+    return 1 / 0
+def killing(answer):
+    path = os.environ["CALLS"]
+    with open(path, "a") as file:
+        file.write("x")
+    if os.path.getsize(path) == 10:
+        os.kill(os.getpid(), 9)
+    return characters(answer)
+"""
+OPTIONS: dict[str, Any] = {
+    "objective": "grpo", "tokenizer": "bytes", "reward": ("my_rewards:characters",), "batch_size": 2, "group_size": 4,
+    "rollout_tokens": 6, "rollout_steps": 3, "steps": 3, "save_every": 1, "eval_rows": 0, "samples": 0, "log_to": (),
+    "learning_rate": 3e-3, "updates": 2, "rollout_samples": 2, "kl_weight": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model."""
+    config = dataclasses.replace(PRESETS["nano"], num_hidden_layers=1, hidden_size=32, intermediate_size=32,
+                                 num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)  # fmt: skip
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    dream_jax.save(Dream(config, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with rewards in the current folder."""
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def table(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, str]]:
+    timed = {"tokens_per_second", "rollout_share"}
+    return [{name: repr(value) for name, value in row.items() if name not in timed} for row in rows]
+
+
+def weights(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(dream_jax.load(folder / "model")))]
+
+
+def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / "run"})
+    plain, errors = grpo.UpdateStep.__call__, []
+
+    def watched(self: Any, state: Any, batch: Any, frozen: Any = None) -> Any:
+        after, metrics = plain(self, state, batch, frozen)
+        # Before the first update the weights are those of the reference, which a program of its own has scored.
+        ratio_BM = np.exp(np.asarray(metrics[grpo.LOGPROBS]) - np.asarray(batch.reference_BM))
+        errors.append(np.abs(ratio_BM - 1)[np.asarray(batch.weight_BM) > 0].max())
+        return after, metrics
+
+    monkeypatch.setattr(grpo.UpdateStep, "__call__", watched)
+    train(settings)
+    assert errors[0] < 1e-6 < 1e-4 < errors[1]
+    rows = table(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["ratio_error"] == 0.0
+        assert row["signal"] == 1.0
+        assert 0 < row["entropy"] < math.log(300)
+        assert row["kl"] > 0
+        assert row["views"] == 2 * 4 * 3
+        assert row["num_masked"] == 2 * 4 * 6
+        assert 0 < row["rollout_share"] < 1
+    # The schedule of the learning rate counts updates, of which a step has two.
+    assert rows[-1]["learning_rate"] < 0.2 * OPTIONS["learning_rate"]
+    found = read_rollouts(tmp_path / "run")
+    assert [one.step for one in found] == [1, 1, 3, 3]
+    assert all(len(one.answers) == len(one.rewards) == 4 for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_a_run_that_ends_in_the_middle_of_a_step_goes_on_bit_for_bit(
+    where: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _Killed(BaseException):
+        pass
+
+    def settings(name: str) -> TrainSettings:
+        return TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / name})
+
+    train(settings("whole"))
+    calls = 0
+    of, name, last = (grpo.RolloutDriver, "_judge", 3) if where == "rollout" else (grpo.UpdateStep, "__call__", 6)
+    plain = getattr(of, name)
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise _Killed
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(of, name, counted)
+        train(settings("killed"))
+    assert len(table(tmp_path / "killed")) == 2
+    train(settings("killed"))
+    assert without_times(table(tmp_path / "killed")) == without_times(table(tmp_path / "whole"))
+    assert read_rollouts(tmp_path / "killed") == read_rollouts(tmp_path / "whole")
+    for one, other in zip(weights(tmp_path / "killed"), weights(tmp_path / "whole"), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_a_rollout_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    options = OPTIONS | {
+        "model": model,
+        "out": tmp_path / "killed",
+        "reward": "my_rewards:killing",
+        "log_to": "tensorboard",
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    killed = start_script("train.py", *flags)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(table(tmp_path / "killed")) == 1
+    finished = run_script("train.py", *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert len(table(tmp_path / "killed")) == 3
+
+
+@pytest.mark.slow
+def test_losses_are_the_same_on_every_mesh(model: Path, tmp_path: Path) -> None:
+    for mesh in ("1x1", "4x2"):
+        changes = {"model": str(model), "out": tmp_path / mesh, "mesh": mesh, "eval_rows": 4, "eval_every": 3}
+        train(TrainSettings.flat(**OPTIONS | changes))
+    one, other = table(tmp_path / "1x1"), table(tmp_path / "4x2")
+    for name in ("loss", "nll", "reward", "entropy", "kl"):
+        np.testing.assert_allclose([row[name] for row in one], [row[name] for row in other], atol=1e-5, rtol=1e-5)
+    with (tmp_path / "4x2" / "eval.csv").open() as file:
+        assert float(next(csv.DictReader(file))["reward"]) > 0
+
+
+def test_a_reward_that_fails_ends_the_command_with_one_line_and_the_answer(model: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {
+        "model": model,
+        "out": tmp_path / "run",
+        "reward": "my_rewards:failing",
+        "log_to": "tensorboard",
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    found = run_script("train.py", *flags)
+    assert found.returncode == 1
+    assert "raised ZeroDivisionError" in found.stderr
+    assert "for this answer to row " in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "sft", "updates": 1, "kl_weight": 0.0}, "has no effect with --objective sft"),
+        ({"reward": ()}, "needs at least one reward"),
+        ({"reward": ("gsm8k",)}, "the answer does not end with"),
+        ({"accumulation": 3}, "must be a positive multiple"),
+        ({"anneal_steps": 2}, "have no meaning with --objective grpo"),
+        ({"mesh": "8x1", "accumulation": 2}, "fsdp=8 does not divide"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    changes: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / "run"} | changes))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,170 @@
+"""Rewards of answers, advantages over the group, and the file with sampled answers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dream_jax.data import Row
+from dream_jax.posttraining.advantages import advantages, shuffled
+from dream_jax.posttraining.reward_settings import RewardSettings
+from dream_jax.posttraining.rewards import RewardError, Rewards, SampledAnswer, make_reward, question_of
+from dream_jax.posttraining.rollout_file import RolloutFile, read_rollouts
+from dream_jax.tokenizer import ByteTokenizer
+
+PUZZLE, GRID = "4301\n2043\n0200\n1000", "4321\n2143\n3214\n1432"
+
+
+def answered(text: str, prompt: Any = PUZZLE + "\n", response: str = GRID, **values: Any) -> SampledAnswer:
+    row = Row(prompt=prompt, response=response)
+    facts = {"length": len(text), "limit": 40, "ended": True, "where": "rows.jsonl:3"} | values
+    return SampledAnswer(question=question_of(row), text=text, reference=response, row=row, **facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "expected"),
+    [
+        ("sudoku", answered(GRID), 1),
+        ("sudoku", answered(GRID.replace("2", "3")), 0),
+        ("countdown", answered("3+4=7,7*2=14", "3,4,2,14\n", "x"), 1),
+        ("countdown", answered("3+4=7,7*2=15", "3,4,2,14\n", "x"), 0),
+        ("gsm8k", answered("so 5+4 = 9.\n#### 9", ({"role": "user", "content": "?"},), "5+4=9\n#### 9"), 1),
+        ("gsm8k", answered("#### 8", ({"role": "user", "content": "?"},), "5+4=9\n#### 9"), 0),
+        ("exact", answered(f" {GRID}\n"), 1),
+        ("exact", answered("1"), 0),
+        ("length", answered("", length=10), -0.25),
+        ("length", answered("", length=40, ended=False), -1),
+        ("format", answered("a\n#### 12"), 1),
+        ("format", answered("a\n#### 12 apples"), 0),
+    ],
+)
+def test_rewards_are_those_of_the_judges(name: str, answer: SampledAnswer, expected: float) -> None:
+    assert make_reward(name, r".*#### \d+" if name == "format" else None)(answer) == expected
+
+
+def test_several_rewards_are_weighted_and_a_function_of_the_user_may_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vowel_rewards.py").write_text(
+        "def vowels(answer):\n    return sum(one in 'aeiou' for one in answer.text)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rewards = RewardSettings(reward=("exact", "vowel_rewards:vowels"), reward_weights=(2.0, -0.5)).make_rewards()
+    values = rewards(answered("banana", response="banana"))
+    assert values == (1.0, 3.0)
+    assert rewards.total(values) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sudokus", "is not one of sudoku, countdown"),
+        ("no_such_module:f", "No module named"),
+        ("math:no_such_function", "has no function"),
+        ("format", "needs a regular expression"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", "raised ZeroDivisionError"),
+        ("float('nan')", "returned nan"),
+        ("'much'", "returned 'much', which is not a number"),
+        ("None", "which is not a number"),
+    ],
+)
+def test_a_reward_that_fails_stops_with_the_answer_that_did_it(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"failing_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def reward(answer):\n    return {body}\n")
+    monkeypatch.chdir(tmp_path)
+    rewards = Rewards([make_reward(f"{name}:reward")])
+    with pytest.raises(RewardError, match=message) as caught:
+        rewards(answered("the answer is 42"))
+    assert "rows.jsonl:3" in str(caught.value)
+    assert "the answer is 42" in str(caught.value)
+
+
+def test_rows_that_no_reward_can_judge_are_refused_with_their_origin() -> None:
+    for name, row in (("sudoku", Row(prompt="12", response="x")), ("gsm8k", Row(prompt="?", response="no number"))):
+        with pytest.raises(ValueError, match="^rows:7"):
+            make_reward(name).check(row, "rows:7")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        ("mean", [0.75, -0.25, -0.25, -0.25]),
+        ("deviation", [math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)]),
+        ("leave-one-out", [1, -1 / 3, -1 / 3, -1 / 3]),
+    ],
+)
+def test_advantages_compare_an_answer_with_its_group(baseline: Any, expected: list[float]) -> None:
+    found = advantages(np.array([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]]), baseline)
+    np.testing.assert_allclose(found.advantage_PG[0], expected, rtol=1e-3)
+    assert found.advantage_PG[1].tolist() == [0, 0, 0, 0]
+    assert found.signal_P.tolist() == [True, False]
+
+
+def test_a_group_needs_two_answers_and_shuffling_keeps_the_rewards_of_a_group() -> None:
+    with pytest.raises(ValueError, match="at least two answers"):
+        advantages(np.zeros((3, 1)), "mean")
+    reward_PG = np.arange(20.0).reshape(2, 10)
+    found_PG = shuffled(reward_PG, np.random.default_rng(0))
+    assert np.array_equal(np.sort(found_PG, axis=1), reward_PG)
+    assert not np.array_equal(found_PG, reward_PG)
+
+
+def test_the_file_of_answers_forgets_later_steps_and_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    file = RolloutFile(tmp_path)
+    file.cut(0)
+    for step in (1, 2, 3):
+        file.add(step, [answered(f"text {number}") for number in range(6)], np.arange(6.0)[:, None], 2)
+    assert [(one.step, one.answers) for one in read_rollouts(tmp_path)][:2] == [
+        (1, ["text 0", "text 1"]),
+        (1, ["text 2", "text 3"]),
+    ]
+    with (tmp_path / "rollouts.jsonl").open("a") as opened:
+        opened.write('{"step": 3, "prom')
+    file.cut(2)
+    assert {one.step for one in read_rollouts(tmp_path)} == {1, 2}
+    (tmp_path / "rollouts.jsonl").write_text('{"step": "x"}\n')
+    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: "):
+        read_rollouts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward": ("exact",), "reward_weights": (1.0, 2.0)}, "must have a number for each"),
+        ({"reward": ("exact",), "reward_pattern": "x"}, "no effect without --reward format"),
+        ({"reward": ("format",), "reward_pattern": "("}, "is not a regular expression"),
+        ({"group_size": 1}, "compared with the others"),
+        ({"advantage": "best"}, "is not one of"),
+        ({"average": "rows"}, "is not one of"),
+        ({"policy": "coupled", "policy_passes": 2}, "is for the policy trajectory"),
+        ({"rollout_temperature": 0.0}, "tokens are drawn at random"),
+    ],
+)
+def test_settings_of_rewards_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardSettings(**values)
+
+
+def test_the_sampler_of_rollouts_follows_the_settings() -> None:
+    settings = RewardSettings(rollout_tokens=12, rollout_steps=4, rollout_temperature=0.7, rollout_top_p=0.9,
+                              rollout_alg="topk_margin")  # fmt: skip
+    config = settings.make_sampler(ByteTokenizer(), "bidirectional")
+    assert (config.max_new_tokens, config.steps, config.temperature, config.top_p) == (12, 4, 0.7, 0.9)
+    assert settings.make_sampler(ByteTokenizer(), "bidirectional", greedy=True).temperature == 0
+    assert settings.most_steps == 4
+    with pytest.raises(ValueError, match="at least one reward"):
+        settings.make_rewards()
