@@ -12,6 +12,7 @@ from dream_jax.data.options import (
     EncodeOptions,
     LearnedTurns,
     LengthPolicy,
+    PackBy,
     ReadOptions,
 )
 from dream_jax.data.packing import MOST_TEXTS
@@ -48,6 +49,7 @@ __all__ = [
     "LengthReport",
     "Mixture",
     "Outlook",
+    "PackBy",
     "Piece",
     "ReadOptions",
     "Row",

@@ -73,13 +73,36 @@ class TokenRow:
         """Bool [n]: true for tokens that may be masked and are learned, false for tokens that are given."""
         return np.repeat([piece.kind != "prompt" for piece in self.pieces], [piece.length for piece in self.pieces])
 
+    @property
+    def is_document(self) -> bool:
+        """Whether the row is a document: nothing is given but its first token, `<|beginoftext|>`."""
+        return self.prompt_length == 1
+
+    def part(self, start: int, size: int) -> "TokenRow":
+        """Returns the tokens from the index `start` on, at most `size` of them, of which the first one is given."""
+        stop = min(start + size, self.length)
+        pieces, position = list[TokenPiece](), 0
+        for kind, length in self.pieces:
+            begin, end = max(position, start), min(position + length, stop)
+            position += length
+            if start and begin == start < end:  # the first token of a part within the document
+                pieces.append(TokenPiece("prompt", 1))
+                begin += 1
+            pieces.append(TokenPiece(kind, max(end - begin, 0)))
+        return TokenRow(tokens=self.tokens[start:stop], pieces=tuple(pieces))
+
     def fit(self, max_length: int, policy: LengthPolicy) -> "TokenRow | str":
-        """Returns the row, cut by the policy to at most `max_length` tokens, or the reason why the policy drops it."""
+        """Returns the row, cut by the policy to at most `max_length` tokens, or the reason why the policy drops it.
+
+        With the policy "split" this is the first part of a document.
+        """
         surplus = self.length - max_length
         if surplus <= 0:
             return self
         if policy == "answer_only":
             return NO_ROOM
+        if policy == "split":
+            return self.part(0, max_length) if self.is_document else TOO_LONG
         if policy == "right" and self.prompt_length >= max_length:
             return ALL_PROMPT
         cuttable = {piece.kind for piece in self.pieces if policy == "right" or piece.kind == "trace"}

@@ -56,6 +56,11 @@ class TokenizedRows:
         """
         return row.fit(max_length, self.options.length_policy)
 
+    def fit_divided(self, row: TokenRow, max_length: int) -> TokenRow | str:
+        """Returns the row like `fit`, but with the policy "split" all tokens of a document, which is divided later."""
+        divides = self.options.length_policy == "split" and row.is_document
+        return row if divides else self.fit(row, max_length)
+
     def first(self, count: int, max_length: int) -> list[tuple[Row, TokenRow]]:
         """Returns the text and the tokens of the rows of `first_numbers`, except rows that the length policy drops."""
         fitted = [(number, self.fit(self.keep(number), max_length)) for number in first_numbers(self.source, count)]
@@ -311,7 +316,7 @@ def _measure_part(
         for piece in uncut.pieces:
             digest.update(np.int32(piece.length).tobytes() + uncut.tokens[begin : begin + piece.length].tobytes())
             begin += piece.length
-        row = rows.fit(uncut, max_length)
+        row = rows.fit_divided(uncut, max_length)
         if isinstance(row, str):
             dropped.append(row)
             continue
@@ -328,6 +333,8 @@ def _measure_stored(source: StoredRows, max_length: int, policy: LengthPolicy) -
     full, prompt = source.selected(store.lengths), source.selected(store.prompts)
     learned, trace = source.selected(store.learned), source.selected(store.traces)
     surplus = np.maximum(full - max_length, 0)
+    if policy == "split":
+        surplus[prompt == 1] = 0  # documents, which are divided later
     reason = np.zeros(len(full), np.int64)  # indices into _REASONS
     long = surplus > 0
     if policy == "right":
@@ -336,7 +343,7 @@ def _measure_stored(source: StoredRows, max_length: int, policy: LengthPolicy) -
         reason[long & (trace < surplus)] = _REASONS.index(NO_ROOM)
         reason[long & (trace < 0)] = _REASONS.index(TOO_LONG)
     else:
-        reason[long] = _REASONS.index(TOO_LONG if policy == "filter" else NO_ROOM)
+        reason[long] = _REASONS.index(TOO_LONG if policy in ("filter", "split") else NO_ROOM)
     whole = np.where(long & (policy == "right"), 0, 1)  # the policy "right" cuts the end token first
     response = full - surplus - prompt
     fitted = np.stack([prompt, response, response - whole, learned, whole])

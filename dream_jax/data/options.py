@@ -9,13 +9,21 @@ from dream_jax.bounds import MOST_TOKENS, SHARE, FloatRange, IntegerRange, check
 AnswerFormat = Literal["s1", "d1", "s1-0.1", "d1-0.1"]
 """The format of rows with a trace and an answer; see `dream_jax.data.answer_formats`."""
 
-LengthPolicy = Literal["filter", "right", "middle", "answer_only"]
+LengthPolicy = Literal["filter", "right", "middle", "answer_only", "split"]
 """What happens to a row of more than max_length tokens.
 
 filter: the row is dropped. right: tokens are cut off at the right end of the row; the end token is cut first. middle:
 the last tokens of the trace are cut out, and prompt, answer and end token stay complete; the row is dropped if these do
 not fit, or if it has no trace. answer_only: the trace of every row is left out, whatever its length, and a row that
-still does not fit is dropped.
+still does not fit is dropped. split: a document goes on in further rows, which needs `BatchOptions.pack`; any other row is
+dropped.
+"""
+
+PackBy = Literal["fit", "cut"]
+"""How texts are put into packed rows.
+
+fit: each text goes whole into the row in which it leaves the least space. cut: documents follow one after the other, and
+are cut where a row ends; the rest begins another row.
 """
 
 LearnedTurns = Literal["last", "all"]
@@ -98,6 +106,7 @@ class BatchOptions:
     pack: put several texts into each row, one after the other, each followed by its end-of-text tokens; see
       `dream_jax.data.packing`. This needs eos_tail, the number of these tokens, and excludes cut_responses and tail_cut,
       which give all responses of a batch one length.
+    pack_by: how texts are put into packed rows. "cut" needs the length policy "split" and an eos_tail of 0.
     """
 
     eos_tail: int | None = None
@@ -106,6 +115,7 @@ class BatchOptions:
     width_step: int | None = None
     # Not shown by repr, because checkpoints of earlier versions contain the options as text, without this one.
     pack: bool = field(default=False, repr=False)
+    pack_by: PackBy = field(default="fit", repr=False)
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -114,7 +124,10 @@ class BatchOptions:
             tail_cut=SHARE,
             width_step=IntegerRange(1, MOST_TOKENS, "pass None for one width"),
         )
+        _check_choice("pack_by", self.pack_by, get_args(PackBy))
         if not self.pack:
+            if self.pack_by == "cut":
+                raise ValueError("pack_by='cut' (--pack-by cut) is a way to pack texts: give --pack as well")
             return
         if self.cut_responses or self.tail_cut:
             given = (
@@ -128,6 +141,23 @@ class BatchOptions:
             raise ValueError(
                 "pack=True (--pack) needs eos_tail, the number of end-of-text tokens after each text: give --eos-tail, "
                 "for example --eos-tail 16"
+            )
+        if self.pack_by == "cut" and self.eos_tail:
+            raise ValueError(
+                f"pack_by='cut' (--pack-by cut) puts the next document right after the end token of the one before, but "
+                f"eos_tail={self.eos_tail}: give --eos-tail 0"
+            )
+
+    def check_policy(self, policy: LengthPolicy) -> None:
+        """Raises ValueError if rows cannot be laid out like this under a length policy."""
+        if policy == "split" and not self.pack:
+            raise ValueError(
+                "length_policy='split' (--length-policy split) divides documents among rows that hold several texts: give "
+                "--pack --eos-tail 0 as well"
+            )
+        if self.pack_by == "cut" and policy != "split":
+            raise ValueError(
+                f"pack_by='cut' (--pack-by cut) divides documents, but length_policy={policy!r}: give --length-policy split"
             )
 
     @property

@@ -7,6 +7,10 @@ none. The rows of the window are then put into a random order. So each text occu
 packing needs does not grow with the number of texts, apart from one number for each window. With texts of very different
 lengths nearly all positions are filled. The worst case is texts a little longer than half a row: each then has a row alone.
 
+Documents may be divided (`dream_jax.data.documents`). With the length policy "split", a document that is longer than a row
+fills rows of its own, and its last part is put into a row by best fit. With pack_by="cut", the documents of a window follow
+one after the other, and are cut where a row ends, so that nearly no position is left over.
+
 The plan of a batch depends only on its index, the seed, the options and the lengths of the texts, as in
 `dream_jax.data.layout`. The planner must know how many rows the windows before a batch have. It packs these windows once,
 or takes the number from the position that an earlier run has saved (`PackingPlanner.position`).
@@ -18,9 +22,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from dream_jax.data.documents import SHORTEST_ROW, WINDOW_TOKENS, cut, split
 from dream_jax.data.layout import Outlook, draw
 from dream_jax.data.lengths import RowLengths
 from dream_jax.data.options import BatchOptions
@@ -36,15 +42,26 @@ class PackedPlan:
     """The plan of one global batch, or of some of its rows. n is the number of texts in a row.
 
     texts: for each row int64 [n], indices into the texts that the length policy keeps, in the order of the row.
-    regions: for each row int64 [n], number of positions of each response including its end-of-text tail.
+    regions: for each row int64 [n], number of positions of each response including its end-of-text tail. The positions
+    before it are the prompt of the text, or the first token of a part of a document.
+    starts: for each row int64 [n], index of the first token of each text in its document; 0 if it is not divided.
     first_B: int64 [B], index of the first text of each row among the texts of the global batch. width: number of tokens
     of each row.
     """
 
     texts: tuple[np.ndarray, ...]
     regions: tuple[np.ndarray, ...]
+    starts: tuple[np.ndarray, ...]
     first_B: np.ndarray
     width: int
+
+
+class _PackedRow(NamedTuple):
+    """The texts of a row, int64 [n] each: which texts, the indices of their first tokens, their numbers of positions."""
+
+    texts: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
 
 
 class PackingPlanner:
@@ -60,6 +77,7 @@ class PackingPlanner:
         max_length: int,
         seed: int,
         options: BatchOptions,
+        splits: bool = False,
     ):
         """Stores the lengths and the options from which `plan` computes.
 
@@ -67,12 +85,21 @@ class PackingPlanner:
         stream of texts (0, 1, 2, ...) to the index of a kept text. epoch: number of positions of an epoch of the stream;
         None if it has no common epochs. batch_size: rows of a global batch. max_length: the largest width, in tokens.
         seed: seed of the order of the rows. options: options whose `pack` is true, so that `eos_tail` is not None.
+        splits: whether texts longer than max_length are documents that are divided among rows.
+        Raises: ValueError if max_length is too small for documents to be divided.
         """
         assert options.pack and options.eos_tail is not None
         self._lengths, self._stream, self._epoch = lengths, stream, epoch
         self._batch_size, self._max_length, self._seed = batch_size, max_length, seed
         self._eos_tail, self._width_step = options.eos_tail, options.width_step
+        self._splits, self._cuts, self._texts = splits, options.pack_by == "cut", WINDOW
         shortest = int(np.min(lengths.prompt + lengths.response))
+        if splits:
+            if max_length < SHORTEST_ROW:
+                raise ValueError(f"{max_length=} is too small to divide documents; give at least {SHORTEST_ROW}")
+            mean = float(np.mean(lengths.prompt + lengths.response))
+            self._texts = max(min(WINDOW, int(WINDOW_TOKENS / mean)), 1)
+            shortest = 2  # a last part may be so short
         self.most_texts = min(MOST_TEXTS, max(max_length // min(shortest + options.eos_tail, max_length), 1))
         """The largest number of texts in a row of any batch."""
         self._window = lru_cache(maxsize=8)(self._packed_window)
@@ -93,6 +120,7 @@ class PackingPlanner:
         return PackedPlan(
             texts=tuple(found.texts[row] for row in rows),
             regions=tuple(found.regions[row] for row in rows),
+            starts=tuple(found.starts[row] for row in rows),
             first_B=found.first_B[np.asarray(rows, dtype=np.int64)],
             width=found.width,
         )
@@ -118,20 +146,27 @@ class PackingPlanner:
         widths: Counter[int] = Counter()
         while count < steps and (count == 0 or texts * (count + 1) / count <= enough):
             plan = self.plan(count)
-            chosen, regions = np.concatenate(plan.texts), np.concatenate(plan.regions)
+            chosen, regions, starts = (np.concatenate(found) for found in (plan.texts, plan.regions, plan.starts))
             lengths = RowLengths(*(column[chosen] for column in self._lengths))
+            sizes = regions + self._given(chosen, starts)
+            rest = lengths.prompt + lengths.response - starts  # tokens from the first one of the text on
             texts += len(chosen)
             supervised += int((regions + lengths.learned).sum())
-            end_tokens += int((regions - np.minimum(lengths.text, regions)).sum())
-            filled += int((lengths.prompt + np.minimum(lengths.response, regions)).sum())
-            valid += int((lengths.prompt + regions).sum())
-            whole += int(((lengths.whole > 0) & (regions >= lengths.response)).sum())
+            end_tokens += int((sizes - np.minimum(lengths.prompt + lengths.text - starts, sizes)).sum())
+            filled += int(np.minimum(rest, sizes).sum())
+            valid += int(sizes.sum())
+            # A divided document loses nothing: the rest of it is in another row.
+            whole += int(((lengths.whole > 0) & ((sizes >= rest) | self._splits)).sum())
             positions += len(plan.texts) * plan.width
             widths[plan.width] += 1
             count += 1
+        # Of divided documents the tokens are counted, because the number of their parts depends on the rows.
+        epoch = (
+            int((self._lengths.prompt + self._lengths.response).sum()) if self._splits else len(self._lengths.prompt)
+        )
         return Outlook(
             steps=steps,
-            epochs=steps * texts / count / len(self._lengths.prompt),
+            epochs=steps * (filled if self._splits else texts) / count / epoch,
             batches=count,
             supervised=supervised,
             eos_share=end_tokens / supervised,
@@ -145,18 +180,27 @@ class PackingPlanner:
 
     def _plan(self, batch: int) -> PackedPlan:
         """Returns the plan of a whole batch."""
-        start, texts = batch * self._batch_size, list[np.ndarray]()
-        while len(texts) < self._batch_size:
-            window, rows_before = self._window_of(start + len(texts))
-            row = start + len(texts) - rows_before
-            texts += self._window(window)[row : row + self._batch_size - len(texts)]
-        counts = np.array([len(row) for row in texts], dtype=np.int64)
-        regions = tuple(self._needed(row) - self._lengths.prompt[row] for row in texts)
+        start, rows = batch * self._batch_size, list[_PackedRow]()
+        while len(rows) < self._batch_size:
+            window, rows_before = self._window_of(start + len(rows))
+            row = start + len(rows) - rows_before
+            rows += self._window(window)[row : row + self._batch_size - len(rows)]
+        counts = np.array([len(row.texts) for row in rows], dtype=np.int64)
         width = self._max_length
         if self._width_step is not None:
-            fullest = max(int(self._needed(row).sum()) for row in texts)
+            fullest = max(int(row.sizes.sum()) for row in rows)
             width = min(-(-fullest // self._width_step) * self._width_step, self._max_length)
-        return PackedPlan(texts=tuple(texts), regions=regions, first_B=np.cumsum(counts) - counts, width=width)
+        return PackedPlan(
+            texts=tuple(row.texts for row in rows),
+            regions=tuple(row.sizes - self._given(row.texts, row.starts) for row in rows),
+            starts=tuple(row.starts for row in rows),
+            first_B=np.cumsum(counts) - counts,
+            width=width,
+        )
+
+    def _given(self, texts: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Returns int64 [n]: the number of positions before the response, of texts that begin at these tokens."""
+        return np.where(starts == 0, self._lengths.prompt[texts], 1)
 
     def _needed(self, texts: np.ndarray) -> np.ndarray:
         """Returns int64 [n]: the number of positions of each text with its end-of-text tail, at most max_length."""
@@ -175,18 +219,44 @@ class PackingPlanner:
             index = bisect.bisect_right(before, row) - 1
             return first + index, before[index]
 
-    def _packed_window(self, window: int) -> list[np.ndarray]:
-        """Returns the texts of each row of a window, int64 [n] each, with the rows in a random order."""
+    def _packed_window(self, window: int) -> list[_PackedRow]:
+        """Returns the rows of a window in a random order."""
         texts = np.array([self._stream(position) for position in self._positions(window)], dtype=np.int64)
-        rows = best_fit(self._needed(texts).tolist(), self._max_length, self.most_texts)
+        rows = self._divided(texts) if self._splits else self._undivided(texts)
         order = sorted(range(len(rows)), key=lambda row: draw(self._seed, f"packed {window}", row))
-        return [texts[sorted(rows[row])] for row in order]
+        return [rows[row] for row in order]
+
+    def _undivided(self, texts: np.ndarray) -> list[_PackedRow]:
+        """Returns the rows into which best fit puts the texts."""
+        needed = self._needed(texts)
+        rows = [sorted(row) for row in best_fit(needed.tolist(), self._max_length, self.most_texts)]
+        return [_PackedRow(texts[row], np.zeros(len(row), np.int64), needed[row]) for row in rows]
+
+    def _divided(self, texts: np.ndarray) -> list[_PackedRow]:
+        """Returns the rows among which the documents are divided."""
+        lengths = (self._lengths.prompt[texts] + self._lengths.response[texts]).tolist()
+        if self._cuts:
+            found = cut(lengths, self._max_length, self.most_texts)
+        else:
+            parts = split(lengths, self._max_length)
+            # Only the end of a document has an end-of-text tail.
+            ends = [lengths[part.document] == part.start + part.size for part in parts]
+            parts = [
+                part._replace(size=min(part.size + end * self._eos_tail, self._max_length))
+                for part, end in zip(parts, ends, strict=True)
+            ]
+            rows = best_fit([part.size for part in parts], self._max_length, self.most_texts)
+            found = [[parts[index] for index in sorted(row)] for row in rows]
+        columns = [np.array(row, dtype=np.int64).T for row in found]
+        return [_PackedRow(texts[document], start, size) for document, start, size in columns]
 
     def _positions(self, window: int) -> range:
         """Returns the positions in the stream of the texts of a window."""
         if self._epoch is None:
-            return range(window * WINDOW, (window + 1) * WINDOW)
-        windows = -(-self._epoch // WINDOW)  # number of windows in an epoch, whose sizes differ by at most one text
+            return range(window * self._texts, (window + 1) * self._texts)
+        windows = -(
+            -self._epoch // self._texts
+        )  # number of windows in an epoch, whose sizes differ by at most one text
         epoch, part = divmod(window, windows)
         first, last = (self._epoch * number // windows for number in (part, part + 1))
         return range(epoch * self._epoch + first, epoch * self._epoch + last)

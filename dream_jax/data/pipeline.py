@@ -149,7 +149,16 @@ def make_batches(
         raise ValueError(f"{seed=} is outside 0..2**32-1, the range of seeds of the shuffle")
     if num_threads < 0 or prefetch < 0:
         raise ValueError(f"{num_threads=} and {prefetch=} must not be negative")
+    policy = rows.options.length_policy
+    options.check_policy(policy)
+    divides = policy == "split"
     numbers, lengths, report = fitting_rows(rows, max_length)
+    if options.pack_by == "cut" and (lengths.prompt != 1).any():
+        number = int(numbers[int(np.argmax(lengths.prompt != 1))])
+        raise ValueError(
+            f"pack_by='cut' (--pack-by cut) cuts rows where they end, which is for documents only, but row {number} has a "
+            "prompt: leave --pack-by out"
+        )
     stream = _stream(rows.source, numbers, seed)
     local = range(process_index, batch_size, process_count)
     row_B = np.array(local, dtype=np.int32)
@@ -158,7 +167,7 @@ def make_batches(
     def read(indices: Iterable[int]) -> list[TokenRow]:
         fitted = []
         for index in indices:
-            row = rows.fit(rows[int(numbers[index])], max_length)
+            row = rows.fit_divided(rows[int(numbers[index])], max_length)
             # If one process dropped a row here, the streams of the processes would differ from then on.
             if isinstance(row, str) or row.prompt_length != lengths.prompt[index]:
                 raise ValueError(
@@ -179,11 +188,18 @@ def make_batches(
             max_length=max_length,
             seed=seed,
             options=options,
+            splits=divides,
         )
 
         def batch(number: int) -> Batch[np.ndarray]:
             plan = packer.plan(number, local)
-            texts = [read(row.tolist()) for row in plan.texts]
+            texts = [
+                [
+                    text.part(start, size + text.prompt_length) if divides else text
+                    for text, start, size in zip(read(row.tolist()), starts.tolist(), regions.tolist(), strict=True)
+                ]
+                for row, starts, regions in zip(plan.texts, plan.starts, plan.regions, strict=True)
+            ]
             most, first_B = packer.most_texts, plan.first_B
             return lay_out_packed(texts, plan.regions, plan.width, pad_id, most=most, first_B=first_B, row_B=row_B)
 
@@ -205,7 +221,7 @@ def make_batches(
     identity |= {"rows": len(numbers), "digest of the rows": report.digest}
     identity |= {"encoding": str(rows.options), "layout": str(options)}
     if options.pack:  # batches without packing have the same identity as in earlier versions
-        identity["packing"] = "best fit"
+        identity["packing"] = "best fit" if options.pack_by == "fit" else "cut"
     if isinstance(rows.source, Mixture):
         identity["weights of the mixture"] = str(rows.source.weights)
     return Batches(batches.to_iter_dataset(reading), report, planner, identity)

@@ -26,7 +26,7 @@ from dream_jax.bounds import (
     check_numbers,
 )
 from dream_jax.config import PRESETS
-from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, ReadOptions
+from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, PackBy, ReadOptions
 from dream_jax.float8 import Products
 from dream_jax.layer_forms import LayersChoice
 from dream_jax.lora import LoraConfig, parse_targets
@@ -169,8 +169,8 @@ class RowSettings:
     the length of the longest row, at most 2048"""
     length_policy: LengthPolicy = "filter"
     """what to do with rows longer than --max-length: drop them (filter), cut off their right end, where the
-    answer and the end token are (right), cut out the end of the reasoning trace (middle), or remove the traces of
-    all rows (answer_only)"""
+    answer and the end token are (right), cut out the end of the reasoning trace (middle), remove the traces of
+    all rows (answer_only), or let a document go on in further rows (split, which needs --pack)"""
     learned_turns: LearnedTurns = "last"
     """which assistant turns of a chat are learned: the last one, or all"""
 
@@ -223,6 +223,9 @@ class BatchSettings:
     pack: bool = False
     """put several texts into each row, each with the tail that --eos-tail allows; every text is learned as in a row of its
     own. --batch-size then counts rows of --max-length tokens with several texts each"""
+    pack_by: PackBy = "fit"
+    """how --pack fills a row: with the texts that leave the least space in it (fit), or with documents one after the
+    other, the last of which is cut where the row ends and goes on in another row (cut, with --length-policy split)"""
 
     def __post_init__(self) -> None:
         check_numbers(self, batch_size=IntegerRange(1, MOST_ROWS), accumulation=IntegerRange(1, MOST_ROWS))
@@ -236,6 +239,7 @@ class BatchSettings:
             tail_cut=self.tail_cut,
             width_step=self.width_step,
             pack=self.pack,
+            pack_by=self.pack_by,
         )
 
 

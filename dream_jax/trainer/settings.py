@@ -35,9 +35,9 @@ class TrainSettings:
     which some values are changed, and `values` and `plain` return all values by name.
 
     Raises:
-      ValueError: a value of the optimizer is out of range, `products` has no effect because `base` is int8 or nf4, block
-        diffusion is combined with `mask` or `anneal_steps`, or has more sizes than there are steps, or a setting belongs to
-        another objective.
+      ValueError: a value of the optimizer is out of range, the layout of the batches does not suit the length policy,
+        `products` has no effect because `base` is int8 or nf4, block diffusion is combined with `mask` or `anneal_steps`,
+        or has more sizes than there are steps, or a setting belongs to another objective.
     """
 
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
@@ -58,6 +58,7 @@ class TrainSettings:
         self.optimizer_config()
         check_groups(self.run.objective, self.preferences, self.rewards)
         self.objective()
+        self.batches.options().check_policy(self.rows.length_policy)
         products, base = self.network.products, self.lora.base
         if products != "compute" and base in KINDS:
             raise ValueError(
