@@ -1,17 +1,31 @@
 """Corpora of many files: shards in folders and patterns, compressed files, texts, and what is refused with its place."""
 
+import argparse
 import collections.abc
+import errno
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dream_jax.data import ReadOptions, open_source, shards
+from dream_jax.data import (
+    EncodeOptions,
+    ReadOptions,
+    TokenCache,
+    TokenizedRows,
+    find_cache,
+    open_source,
+    progress,
+    shards,
+)
 from dream_jax.data.records import read_records
+from dream_jax.data.store import StoreWriter
+from dream_jax.tokenizer import ByteTokenizer
 
 ALL = ReadOptions(held_out=0)
 
@@ -147,3 +161,85 @@ def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl:\d: the file was changed while it was read"):
         list(found)
     os.unlink(path)
+
+
+# --- Progress, a full disk and Ctrl-C while tokens are written ---
+
+
+def cached(tmp_path: Path, data: object, said: list[str]) -> TokenizedRows:
+    cache = TokenCache(find_cache(str(tmp_path / "cache")), ByteTokenizer(), EncodeOptions(), said.append)
+    return cache.open([str(data)], options=ALL)
+
+
+def test_progress_is_told_in_lines_and_shown_as_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, times, meter = list[str](), [0.0], shards.Meter()
+    shown = progress.RowProgress("corpus", 4_000_000_000, meter, said.append, lambda: times[0])
+    meter.finish(500_000_000)
+    for seconds, position, rows in ((9, 100_000_000, 900), (20, 500_000_000, 5_000), (25, 600_000_000, 6_000)):
+        times[0] = seconds
+        meter.at(position)
+        shown(rows)
+    assert said == ["reading corpus: 5,000 rows, 250 rows/s, 25% of 4 GB, 1:00 left"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with shown.shown():
+        times[0] = 60.0
+        shown(7_000)
+    assert len(said) == 1
+    assert [progress.duration(seconds) for seconds in (5.2, 754, 3723)] == ["0:05", "12:34", "1:02:03"]
+
+
+@pytest.mark.parametrize("end", [*PACK])
+def test_the_bytes_of_all_files_are_counted(tmp_path: Path, end: str) -> None:
+    many = lines(*(f"{number * 7919 % 10007}" for number in range(3000)))
+    paths = [put(tmp_path / f"{name}.jsonl{end}", many) for name in "ab"]
+    meter, seen = shards.Meter(), []
+    for path in paths:
+        seen += [meter.bytes for _ in read_records(path, None, meter)]
+    assert seen == sorted(seen) and meter.bytes == sum(path.stat().st_size for path in paths) >= seen[-1] > 0
+    table = pyarrow.table({"text": ["b"] * 1000})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    meter = shards.Meter()
+    found = [meter.bytes for _ in read_records(tmp_path / "c.parquet", None, meter)]
+    assert 0 < found[-1] < meter.bytes == (tmp_path / "c.parquet").stat().st_size
+
+
+def test_too_little_space_is_refused_or_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, said = put(tmp_path / "a.jsonl", lines("some text") * 100), list[str]()
+    free = [100]
+    monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: argparse.Namespace(free=free[0]))
+    needed = progress.needed_bytes([file], 1.0)
+    assert needed == 5 * file.stat().st_size
+    with pytest.raises(
+        OSError, match=r"take about 1.1e-05 GB in .*cache, but only 1e-07 GB are free there: make room, or"
+    ):
+        cached(tmp_path, file, said)
+    free[0] = needed - 1
+    assert len(cached(tmp_path, file, said)) == 100
+    assert said[0].startswith("warning: the tokens of ") and "if it becomes full, make room, or give another" in said[0]
+    with file.open("ab") as more:
+        more.write(lines("more"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StoreWriter, "add", full)
+    with pytest.raises(
+        OSError, match=r"the disk is full: the tokens of .*a\.jsonl take about .* were free at the start"
+    ):
+        cached(tmp_path, file, said)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(said[1].split()[6]).name]
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "a.jsonl", lines("some text") * 100)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreWriter, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path, file, [])
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(cached(tmp_path, file, [])) == 100

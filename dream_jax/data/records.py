@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dream_jax import hub
-from dream_jax.data.shards import check_shards, folder_shards, read_lines, read_text, shard_format
+from dream_jax.data.shards import Meter, check_shards, folder_shards, read_lines, read_text, shard_format
 from dream_jax.hub import HubId
 from dream_jax.side_files import DEEPEST, object_of
 
@@ -29,7 +29,7 @@ _BATCH = 256  # rows of a file with columns that are converted together
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of these into a directory
 
 
-def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
+def read_records(path: Path, on_bad: OnBad = None, meter: Meter | None = None) -> Iterator[Record]:
     """Returns the records of one file, in order. The end of its name decides the format; .json is a list or JSON lines.
 
     A file .txt is one record, whose field "text" has the whole text. JSON lines and texts may be compressed (.gz, .zst).
@@ -44,18 +44,18 @@ def read_records(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
         raise FileNotFoundError(f"no file {path}")
     found_format = shard_format(path)
     if found_format == "parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, meter)
     if found_format == "text":
-        return _read_text_file(path, on_bad)
+        return _read_text_file(path, on_bad, meter)
     if path.suffix == ".json":
         with path.open("rb") as file:
             begin = file.read(4096)
         if begin.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             return _read_json_list(path, on_bad)
-    return ((where, _without_nulls(found)) for where, found in read_json_lines(path, on_bad))
+    return ((where, _without_nulls(found)) for where, found in read_json_lines(path, on_bad, meter))
 
 
-def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
+def read_json_lines(path: Path, on_bad: OnBad = None, meter: Meter | None = None) -> Iterator[Record]:
     """Yields the JSON object of every line of a UTF-8 file, which may be compressed; blank lines are skipped.
 
     Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for bytes that are not UTF-8, a
@@ -65,7 +65,7 @@ def read_json_lines(path: Path, on_bad: OnBad = None) -> Iterator[Record]:
         raise FileNotFoundError(f"no file {path}; it should hold one JSON object a line")
     empty = True
     # The file is read as bytes, so that lines end only at \n and an encoding error can name its line.
-    for number, raw in read_lines(path):
+    for number, raw in read_lines(path, meter):
         if not raw.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else None):
             continue
         empty, where = False, f"{path}:{number}"
@@ -303,7 +303,7 @@ def _parse_line(raw: bytes, where: str, *, first: bool) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, meter: Meter | None = None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -313,16 +313,20 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=_BATCH):
                 yield from _table_records(batch, str(path), start)
                 start += batch.num_rows
+                if meter is not None:
+                    meter.at(path.stat().st_size * (start - 1) / file.metadata.num_rows)
+        if meter is not None:
+            meter.finish(path.stat().st_size)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({_first_line(error)}); get the file again") from error
     if start == 1:
         raise ValueError(f"{path}: no rows; the parquet file is empty")
 
 
-def _read_text_file(path: Path, on_bad: OnBad) -> Iterator[Record]:
+def _read_text_file(path: Path, on_bad: OnBad, meter: Meter | None = None) -> Iterator[Record]:
     """Yields one record with the whole text of a file."""
     try:
-        text = read_text(path)
+        text = read_text(path, meter)
         if not text.strip():
             raise ValueError(f"{path}: no text; a .txt file should hold one document")
     except ValueError as complaint:

@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -36,6 +36,26 @@ _FORMATS: dict[str, ShardFormat] = {".jsonl": "json", ".json": "json", ".parquet
 # Files of repositories that are not data; files whose names begin with "." are not data either.
 _NO_DATA = (".md", "LICENSE", "LICENSE.txt", "_SUCCESS", "checksums.json", "dataset_infos.json")
 _SPLITS = ("train", "test", "valid", "validation", "dev", "eval", "heldout")
+
+
+class Meter:
+    """Counts the bytes of files that have been read; of a compressed file, its compressed bytes."""
+
+    def __init__(self) -> None:
+        self._finished = self._current = 0
+
+    @property
+    def bytes(self) -> int:
+        """The number of bytes so far."""
+        return self._finished + self._current
+
+    def at(self, position: float) -> None:
+        """Notes the position in the file that is read now."""
+        self._current = int(position)
+
+    def finish(self, size: int) -> None:
+        """Notes that a file of this size has been read."""
+        self._finished, self._current = self._finished + size, 0
 
 
 def shard_format(path: Path) -> ShardFormat | None:
@@ -130,17 +150,17 @@ def check_shards(files: Sequence[Path], name: str) -> list[Path]:
     return list(files)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
     """Yields the number (from 1) and the bytes of every line of a file, which may be compressed.
 
-    Lines end only at a newline character, which is included.
+    Lines end only at a newline character, which is included. `meter` counts the bytes that are read.
     Raises: ValueError, with the file and the line, for a line of more than `LONGEST_LINE` bytes, for a compressed file that
     is truncated or damaged or expands too much, and for a file that changes while it is read. OSError if the file cannot
     be read.
     """
     before, number, total = _version(path), 0, 0
     limit = max(MOST_EXPANSION * before[0], FREE_EXPANSION) if is_packed(path) else None
-    with _opened(path) as file:
+    with _opened(path) as (file, position):
         while True:
             try:
                 raw = file.readline(LONGEST_LINE + 1)
@@ -162,21 +182,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     f"{path}:{number}: the file of {before[0]:,} bytes has expanded to more than {limit:,} bytes, as a "
                     "decompression bomb does; if it is meant so, decompress it yourself and give that file"
                 )
+            if meter is not None and number % 256 == 0:
+                meter.at(position())
             yield number, raw
+    if meter is not None:
+        meter.finish(before[0])
     if _version(path) != before:
         raise ValueError(
             f"{path}:{number}: the file was changed while it was read; wait until it is complete, and start again"
         )
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, meter: Meter | None = None) -> str:
     """Returns the text of a UTF-8 file, which may be compressed; a byte order mark at its start is left out.
 
     Raises: ValueError as `read_lines`; also, with file and line, for bytes that are not UTF-8, and for a text of more than
     `LONGEST_LINE` bytes.
     """
     parts, size = list[str](), 0
-    for number, raw in read_lines(path):
+    for number, raw in read_lines(path, meter):
         size += len(raw)
         if size > LONGEST_LINE:
             raise ValueError(
@@ -190,19 +214,24 @@ def read_text(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
-    """Opens a file for reading; the bytes of a compressed file are decompressed."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO | gzip.GzipFile, Callable[[], int]]]:
+    """Opens a file for reading; the bytes of a compressed file are decompressed.
+
+    Yields it, and a function that returns how many bytes of the file itself have been read.
+    """
     with contextlib.ExitStack() as stack:
         if path.suffix == ".gz":
-            yield stack.enter_context(gzip.GzipFile(path))
+            raw = stack.enter_context(path.open("rb"))
+            yield stack.enter_context(gzip.GzipFile(fileobj=raw)), raw.tell
         elif path.suffix == ".zst":
             import pyarrow
 
             source = stack.enter_context(pyarrow.OSFile(str(path)))
             stream: Any = stack.enter_context(pyarrow.CompressedInputStream(source, "zstd"))
-            yield stack.enter_context(io.BufferedReader(stream, _ZST_BUFFER))
+            yield stack.enter_context(io.BufferedReader(stream, _ZST_BUFFER)), source.tell
         else:
-            yield stack.enter_context(path.open("rb", buffering=_BUFFER))
+            file = stack.enter_context(path.open("rb", buffering=_BUFFER))
+            yield file, file.tell
 
 
 def _version(path: Path) -> tuple[int, int, int]:

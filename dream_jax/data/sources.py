@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dream_jax.data.fields import without_fields
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
-from dream_jax.data.shards import folder_shards, is_pattern, matching_shards, shard_format
+from dream_jax.data.shards import Meter, folder_shards, is_pattern, matching_shards, shard_format
 from dream_jax.data.sudoku import SudokuSource
 from dream_jax.paths import local_path
 
@@ -160,6 +160,7 @@ class DataSplit:
     records: begins to read all records, as often as it is called; its argument is that of `read_records`.
     parser: reads each record; None: the parser of the kind that all records have.
     divided: whether the records are those of both splits, of which `hold_out` takes one.
+    meter: counts the bytes of the files that have been read.
     """
 
     name: str
@@ -169,6 +170,7 @@ class DataSplit:
     records: Callable[[records.OnBad], Iterator[records.Record]]
     parser: Parser | None = None
     divided: bool = False
+    meter: Meter = field(default_factory=Meter, compare=False)
 
     def stream(self) -> "RowStream":
         """Returns the rows of all records, of both splits if `divided`, one after the other."""
@@ -278,12 +280,14 @@ class _OneKind:
 
 def _files(paths: Sequence[Path], name: str, split: str, options: ReadOptions, *, divided: bool = False) -> DataSplit:
     """Returns the rows of several files with the same schema, in order."""
+    meter = Meter()
     return DataSplit(
         name=name,
         split=split,
         options=options,
         files=tuple(paths),
-        records=lambda on_bad: chain.from_iterable(records.read_records(path, on_bad) for path in paths),
+        records=lambda on_bad: chain.from_iterable(records.read_records(path, on_bad, meter) for path in paths),
+        meter=meter,
         divided=divided,
     )
 

@@ -343,7 +343,8 @@ def _build(folder: Path, key: Mapping[str, Any], fill: Fill, progress: Callable[
         shutil.rmtree(folder / "damaged", ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        explained = error.strerror != os.strerror(error.errno or 0)  # `fill` says what takes the space
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not explained:
             raise OSError(
                 error.errno,
                 f"the disk is full ({error.strerror}), so the tokens were not written to {folder.parent}: free some space, "

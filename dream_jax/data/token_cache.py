@@ -18,11 +18,12 @@ from dream_jax.chat_template import ChatTemplate
 from dream_jax.data.encode import token_row
 from dream_jax.data.lengths import TokenizedRows
 from dream_jax.data.options import EncodeOptions, ReadOptions
+from dream_jax.data.progress import RowProgress, enough_space, needed_bytes
 from dream_jax.data.rows import Intake, RowSource
 from dream_jax.data.sources import DataSplit, find_splits, in_split, mixed, prompt_hash
 from dream_jax.data.store import Say, StoredRows, StoreWriter, TokenStore, open_store
 from dream_jax.paths import local_path
-from dream_jax.tokenizer import DreamTokenizer, Tokenizer
+from dream_jax.tokenizer import ByteTokenizer, DreamTokenizer, Tokenizer
 
 CACHE_VARIABLE = "DREAM_JAX_CACHE"
 """The environment variable with the path of the default cache folder."""
@@ -125,7 +126,16 @@ class TokenCache:
             "code": _code_digest(),
         }
 
+        size = sum(path.stat().st_size for path in data.files)
+        passes = 2 if data.options.skip_bad and data.parser is None else 1  # `RowStream` then counts the kinds first
+        progress = RowProgress(data.name, passes * size, data.meter, self._say)
+        needed = needed_bytes(data.files, 1.0 if isinstance(self._tokenizer, ByteTokenizer) else 4.0)
+
         def fill(writer: StoreWriter) -> Intake:
+            with enough_space(cache, data.name, needed, self._say), progress.shown():
+                return fill_all(writer)
+
+        def fill_all(writer: StoreWriter) -> Intake:
             stream = data.stream()
             for row in stream:
                 writer.add(token_row(row, self._tokenizer, self._encoding), row, prompt_hash(row))
@@ -133,7 +143,7 @@ class TokenCache:
                 raise ValueError(f"{data.name} was changed while it was read; start again")
             return stream.intake
 
-        store = open_store(cache, key, fill, say=self._say)
+        store = open_store(cache, key, fill, say=self._say, progress=progress)
         self._opened.append((data, store))
         return store
 
