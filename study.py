@@ -191,13 +191,15 @@ def study(settings: StudySettings, console: Console) -> None:
         write_json(about, hardware())
     paths.append(about)
     summary = summarise(rows)
-    paths += draw_all(summary, settings.out)
+    # What was measured or computed apart from the runs; the folder may have none of it.
+    costs_path, floors_path = settings.out / "costs.csv", settings.out / "floors.csv"
+    timed, lowest = (read_rows(path) if path.is_file() else [] for path in (costs_path, floors_path))
+    curves = [(run.task, run.variant, run.seed, nll) for run, nll in made.curves()]
+    paths += draw_all(summary, settings.out, curves, lowest)
     for path in settings.fill:
         from mask_study.tables import fill
 
-        timed = settings.out / "costs.csv"
-        text = fill(path, summary, read_rows(timed) if timed.is_file() else [], differences(rows))
-        write_file(path, text)
+        write_file(path, fill(path, summary, timed, differences(rows), lowest))
         paths.append(path)
     table(summary, console)
     console.print("wrote", *map(str, paths))

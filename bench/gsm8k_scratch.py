@@ -6,6 +6,12 @@ DIR holds `data/gsm8k` (7,473 training questions) and `dream-v0-instruct-7b` wit
 variable `DREAM_JAX_ASSETS`. The script trains with `dream_jax.trainer.train` as `train.py` does, evaluates on test
 questions at a fixed grid of noise levels during the run, and writes report, curves and evaluations of the run to OUT. It
 prints whether the nll fell, and whether it rose again.
+
+    python bench/gsm8k_scratch.py --assets DIR --baseline
+
+trains nothing and writes `unigram.json` beside a stored run: the nll of a model that knows only how often each token is
+among the learned tokens of the training rows, on the same rows and masked positions. No model that reads its context
+should have more.
 """
 
 from __future__ import annotations
@@ -20,16 +26,22 @@ import sys
 import tempfile
 from typing import Literal
 
+import numpy as np
 import report
 import tyro
 from flax import nnx
 from rich.console import Console
 
 import dream_jax
-from dream_jax.files import new_directory
+from dream_jax import sharding
+from dream_jax.batch import Batch
+from dream_jax.data import TokenizedRows
+from dream_jax.files import new_directory, write_json
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
+from dream_jax.tokenizer import load_tokenizer
 from dream_jax.trainer import TrainSettings, train
+from dream_jax.trainer.heldout import Grid, lay_out_held_out
 
 KEPT = ("eval.csv", "metrics.csv", "summary.json", "data.json", "settings.json", "parts.json", "incidents.jsonl")
 
@@ -53,7 +65,9 @@ class Gsm8kScratchSettings:
     weight: Literal["uniform", "linear", "inverse-time", "cart"] = "uniform"
     """weight of the loss; uniform is the weight of the evaluation"""
     out: pathlib.Path = report.REPOSITORY / "docs" / "runs" / "gsm8k-nano"
-    """folder of the results; must not exist yet"""
+    """folder of the results; must not exist yet, but with --baseline it must"""
+    baseline: bool = False
+    """train nothing; write the nll of the frequencies of the tokens"""
 
 
 def make_model(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
@@ -79,9 +93,60 @@ def verdict(path: pathlib.Path) -> tuple[bool, str]:
     )
 
 
+ADDED = 0.01
+"""Added to the count of every token of the vocabulary, so that none has the probability 0."""
+
+
+def unigram(tokens_RT: np.ndarray, learned_RT: np.ndarray, grid: Grid, scored_RT: np.ndarray, vocab_size: int) -> float:
+    """Returns the nats per masked token of the frequencies of the training tokens.
+
+    Args:
+      tokens_RT, learned_RT: int32 and bool [R, T], the training rows and their tokens that are learned.
+      grid: the grid of the held-out rows, whose masked positions are scored.
+      scored_RT: int32 [R, T], the held-out rows.
+      vocab_size: number of tokens of the vocabulary.
+    """
+    count_V = np.bincount(tokens_RT[learned_RT], minlength=vocab_size) + ADDED
+    nats_V = np.log(count_V.sum()) - np.log(count_V)
+    masked_LRT = grid.masked_LRT
+    return float(np.sum(nats_V[scored_RT] * masked_LRT) / masked_LRT.sum())
+
+
+def write_baseline(settings: Gsm8kScratchSettings) -> None:
+    """Writes `unigram.json` into the folder of a stored run.
+
+    Raises:
+      FileNotFoundError: the folder has no evaluations of a run.
+    """
+    if not (settings.out / "eval.csv").is_file():
+        raise FileNotFoundError(f"{settings.out} has no eval.csv; give the folder of a stored run as --out")
+    os.environ["DREAM_JAX_ASSETS"] = str(settings.assets.resolve())
+    words = load_tokenizer(settings.assets / "dream-v0-instruct-7b")
+    train = TrainSettings.flat(data="gsm8k", max_length=settings.max_length, eos_tail=16, eval_rows=settings.eval_rows)
+    options, encoding = train.batches.options(), train.rows.encode_options()
+
+    def laid(split: Literal["train", "test"], number: int | None) -> Batch[np.ndarray]:
+        source = train.source(split)
+        rows = TokenizedRows(source, words, encoding).first(len(source) if number is None else number, settings.max_length)
+        return lay_out_held_out([row for _, row in rows], settings.max_length, words.pad_id, options)
+
+    learned, scored = laid("train", None), laid("test", settings.eval_rows)
+    grid = Grid(scored, len(scored.tokens_BT), sharding.make_mesh("1x1"))
+    nll = unigram(
+        learned.tokens_BT, learned.maskable_BT, grid, scored.tokens_BT, dream_jax.PRESETS["small"].vocab_size
+    )
+    found = {"nll": round(nll, 4), "rows": len(scored.tokens_BT), "masked_tokens": int(grid.masked_LRT.sum())}
+    found |= {"training_rows": len(learned.tokens_BT), "added_to_each_count": ADDED}
+    write_json(settings.out / "unigram.json", found)
+    print(f"unigram nll {nll:.4f} on {len(scored.tokens_BT)} rows, {found['masked_tokens']} masked tokens")
+
+
 def main(settings: Gsm8kScratchSettings) -> int:
     """Trains, stores the run and prints the verdict; returns 1 if the nll did not fall or did not stay low."""
     console = Console()
+    if settings.baseline:
+        write_baseline(settings)
+        return 0
     if settings.out.exists():
         raise FileExistsError(f"{settings.out} exists; remove it, or give another --out")
     settings = dataclasses.replace(settings, out=settings.out.resolve())

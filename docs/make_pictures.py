@@ -3,7 +3,8 @@
     python docs/make_pictures.py [--model runs/demo/model]
 
 `docs/img/canvas.svg` shows a sudoku that the model of `make demo` solves; the digits and their order are the sampler's.
-`docs/img/architecture.svg` shows the two programs, training and sampling. Without the model only the latter is drawn.
+`docs/img/architecture.svg` shows the two programs, training and sampling; `cache.svg` and `cache.zh.svg` show when keys and
+values may be kept. Without the model only these are drawn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import html
 import pathlib
 import sys
+from typing import Any
 
 IMAGES = pathlib.Path(__file__).resolve().parent / "img"
 FONT = "font-family='ui-sans-serif,system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif'"
@@ -215,14 +217,76 @@ def draw_architecture() -> str:
     )
 
 
+_CACHE_WORDS: dict[str, dict[str, Any]] = {
+    "en": {
+        "title": "When keys and values may be kept: four masks, eight tokens, blocks of four",
+        "exact": "exact",
+        "wrong": "not exact",
+        "layers": "exact only far away",
+        "foot": "a row is a query, a column is a key · green: kept · orange: still to be written · "
+        "red: a kept token sees one that is still to be written",
+        "names": ("causal", "block-causal:4", "window:1", "bidirectional"),
+        "below": (
+            "nothing kept looks right",
+            "blocks end where blocks are written",
+            "layer l sees l tokens to the right",
+            "every key is old after each token",
+        ),
+    },
+    "zh": {
+        "title": "什么时候可以保留键和值：四种注意力掩码，八个 token，四个一块",
+        "exact": "精确",
+        "wrong": "不精确",
+        "layers": "相距足够远处才精确",
+        "foot": "每行是一个查询，每列是一个键 · 绿：保留 · 橙：还要写 · 红：被保留的 token 看得见还要写的",
+        "names": ("因果", "分块因果:4", "窗口:1", "双向"),
+        "below": ("被保留的都不往右看", "掩码的块就是书写的块", "第 l 层往右看 l 个 token", "每写一个 token，键全都过时"),
+    },
+}
+
+
+def draw_cache(language: str) -> str:
+    """Four masks: which of the tokens that are kept see tokens that are still to be written."""
+    import numpy as np
+
+    from dream_jax import masks
+
+    words = _CACHE_WORDS[language]
+    cell, gap, left, top = 20, 44, 24, 44
+    parts = []
+    for panel, name in enumerate(("causal", "block-causal:4", "window:1", "bidirectional")):
+        allowed = np.asarray(masks.parse(name).for_rows(np.ones((1, 8), bool), np.arange(8)[None] >= 4).dense(8, 8))
+        allowed = np.broadcast_to(allowed, (1, 8, 8))[0]
+        x0 = left + panel * (8 * cell + gap)
+        parts.append(text(x0 + 4 * cell, 28, words["names"][panel], 14, INK, "font-weight='600'"))
+        crossing = False
+        for query in range(8):
+            for key in range(8):
+                fill = "#eef1f4"
+                if allowed[query, key]:
+                    bad = query < 4 <= key
+                    crossing |= bad
+                    fill = "#c81e1e" if bad else "#d98a1f" if key >= 4 else "#2f9e58"
+                parts.append(rectangle(x0 + key * cell + 1, top + query * cell + 1, cell - 2, cell - 2, fill, radius=3))
+        verdict = "exact" if not crossing else "layers" if name.startswith("window") else "wrong"
+        colour = "#1b7a43" if not crossing else "#c81e1e"
+        parts.append(text(x0 + 4 * cell, top + 8 * cell + 22, words[verdict], 11, colour))
+        parts.append(text(x0 + 4 * cell, top + 8 * cell + 39, words["below"][panel], 11, GREY))
+    width = 2 * left + 4 * 8 * cell + 3 * gap
+    parts.append(text(width / 2, top + 8 * cell + 66, words["foot"], 11, GREY))
+    return page(width, top + 8 * cell + 82, words["title"], parts)
+
+
 def main() -> int:
-    """Draws both pictures, or the second alone where the model is missing."""
+    """Draws all pictures, or all but the first where the model is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo/model", help="the model that `make demo` trained")
     arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "architecture.svg").write_text(draw_architecture(), encoding="utf-8")
-    print(f"wrote {IMAGES.name}/architecture.svg")
+    for language, name in (("en", "cache.svg"), ("zh", "cache.zh.svg")):
+        (IMAGES / name).write_text(draw_cache(language), encoding="utf-8")
+    print(f"wrote {IMAGES.name}/architecture.svg, cache.svg and cache.zh.svg")
     if not pathlib.Path(arguments.model).is_dir():
         print(f"error: {arguments.model} is no directory; train it with `make demo`", file=sys.stderr)
         return 1

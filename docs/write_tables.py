@@ -1,14 +1,23 @@
-"""Writes the tables of figures in the README and the docs from `bench/results/` and `docs/study/`, so that none is copied.
+"""Writes the figures of the README and the docs from `bench/results/` and `docs/study/`, so that none is copied.
 
-    python docs/write_tables.py [--check]
+    python docs/write_tables.py [--check] [--split]
 
 A table stands between two comments, `<!-- docs/write_tables.py: NAME -->` and `<!-- end -->`. With --check nothing is
 written, and the exit status is 1 when a file differs from the data; tests/test_docs.py does the same.
+
+The pages in `TEMPLATES` also say numbers in their sentences. Each is rendered from the Jinja template of the same name in
+`docs/templates/`, with the functions of `docs/page_numbers.py`: `{{ share("sudoku", "bidirectional") }}`. Edit the template,
+not the page. The slides of `docs/talk/` are made into HTML too, where the package `markdown` is installed (extra `docs`).
+--split also counts anew what test rows of the study share with training rows, in `docs/study/split.json`.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import functools
+import html
+import importlib.util
 import json
 import pathlib
 import re
@@ -17,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 from stages import tables  # noqa: E402 - it is found in bench/
 
 FILES = (
@@ -28,7 +37,20 @@ FILES = (
     "docs/block_diffusion.md",
     "docs/memory.md",
     "docs/sample.md",
+    "docs/study.md",
+    "docs/study.zh.md",
 )
+TEMPLATES = (
+    "docs/study.md",
+    "docs/study.zh.md",
+    "docs/findings.md",
+    "docs/findings.zh.md",
+    "docs/what-a-mask-costs.md",
+    "docs/what-a-mask-costs.zh.md",
+    "docs/talk/slides.md",
+    "docs/talk/slides.zh.md",
+)
+SLIDES = {"docs/talk/slides.html": "docs/talk/slides.md", "docs/talk/slides.zh.html": "docs/talk/slides.zh.md"}
 BLOCK = re.compile(r"(<!-- docs/write_tables\.py: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -357,6 +379,93 @@ def floors() -> str:
     return table(("model", "bound of an answer", "mean over eight levels", "a masked token on the grid"), cells)
 
 
+def _read_table(name: str) -> list[dict[str, str]] | None:
+    """The rows of a table of docs/study, or None if it does not exist."""
+    path = ROOT / "docs" / "study" / name
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _with_interval(row: dict[str, str], digits: int, factor: float = 1.0, sign: str = "") -> str:
+    mean, low, high = (factor * float(row[name]) for name in ("mean", "low", "high"))
+    interval = "" if low != low else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{mean:{sign}.{digits}f}{interval}"
+
+
+# The arms of the comparison by the names that they have in floors.csv. In evaluation the first token of a block is known
+# to the other tokens of the block.
+_ARM_FLOORS = {
+    "autoregressive": "two streams, blocks of 1",
+    "bidirectional": "bidirectional",
+    "two streams, blocks of 1": "two streams, blocks of 1",
+    "two streams, blocks of 4": "two streams, blocks of 4, first token first",
+    "two streams, blocks of 16": "two streams, blocks of 16, first token first",
+    "one stream, block-causal:4": "block-causal:4",
+    "one stream, causal": "causal",
+}
+
+
+def block_diffusion_study(*, chinese: bool = False) -> str:
+    """Block diffusion beside other ways to train at equal FLOPs: bounds, floors and shares."""
+    rows = _read_table("block_diffusion.csv")
+    if rows is None:
+        if chinese:
+            return "未运行：`block_diffusion.csv` 还不存在。\n"
+        return "Not run: there is no `block_diffusion.csv` yet.\n"
+    floors = {row["model"]: float(row["nats_an_answer"]) for row in _read_table("floors.csv") or []}
+    lines = []
+    for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
+        means = {row["measure"]: row for row in mine if not row["minus"]}
+        beside = {row["measure"]: row for row in mine if row["minus"]}
+        # In every other task the prompt determines the answer, or (GSM8K) the floor is not known.
+        floor = floors.get(_ARM_FLOORS.get(arm, "")) if task == "countdown" else 0.0 if task == "sudoku" else None
+        difference = beside.get("nats a token")
+        shares = [
+            _with_interval(means[name], 0, 100.0) if name in means else None
+            for name in ("a token a pass", "a quarter of the passes")
+        ]
+        lines.append(
+            (
+                task,
+                arm,
+                mine[0]["steps"],
+                _with_interval(means["nats an answer"], 2),
+                None if floor is None else f"{floor:.2f}",
+                _with_interval(means["nats a token"], 3),
+                None if difference is None else _with_interval(difference, 3, 1.0, "+"),
+                *shares,
+            )
+        )
+    if chinese:
+        header = (
+            "任务", "方式", "步数", "一个答案的界，nat", "下限", "每 token 的 nat", "减去双向", "逐个 token 的全对率，%",
+            "四分之一前向次数的全对率，%",
+        )  # fmt: skip
+    else:
+        header = (
+            "task", "trained as", "steps", "bound of an answer, nats", "floor", "nats a token", "minus bidirectional",
+            "right, a token a pass, %", "right, a quarter of the passes, %",
+        )  # fmt: skip
+    return table(header, lines)
+
+
+def refreshing(*, chinese: bool = False) -> str:
+    """Right answers with a cache that is refreshed every 1, 2 and 4 blocks and never."""
+    rows = _read_table("refreshing.csv")
+    if rows is None:
+        command = "`python -m mask_study.refreshing`"
+        return f"未运行：{command}。\n" if chinese else f"Not run: {command} makes the data.\n"
+    ways = list(dict.fromkeys(row["of"] for row in rows))
+    lines = []
+    for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
+        found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
+        lines.append((task, variant, *(_with_interval(found[way], 0, 100.0) if way in found else None for way in ways)))
+    return table(("任务" if chinese else "task", "注意力掩码" if chinese else "mask", *ways), lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "floors": floors,
     "status": status,
@@ -374,6 +483,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sampler-quality": sampler_quality,
     "server-throughput": server_throughput,
     "server-load": server_load,
+    "block-diffusion-study": block_diffusion_study,
+    "block-diffusion-study-zh": functools.partial(block_diffusion_study, chinese=True),
+    "refreshing": refreshing,
+    "refreshing-zh": functools.partial(refreshing, chinese=True),
 }
 
 
@@ -382,16 +495,138 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}", text)
 
 
+@functools.cache
+def _page_numbers() -> Any:
+    """The module docs/page_numbers.py, which imports the study; only pages with a template need it."""
+    spec = importlib.util.spec_from_file_location("page_numbers", ROOT / "docs" / "page_numbers.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _numbers(chinese: bool) -> Any:
+    return _page_numbers().Numbers(chinese)
+
+
+def template_of(name: str) -> pathlib.Path:
+    """The template of a page of `TEMPLATES`."""
+    return ROOT / "docs" / "templates" / pathlib.Path(name).name
+
+
+def rendered(name: str, template: str | None = None) -> str:
+    """The text of a page, with all numbers and tables from the data.
+
+    Args:
+      name: a member of `TEMPLATES`.
+      template: the text of its template; None reads the file.
+
+    Raises:
+      jinja2.UndefinedError: the template calls a function that does not exist.
+      KeyError: it asks for a number that the study does not have.
+    """
+    import jinja2
+    from mask_study.runs import read_rows
+    from mask_study.tables import fill_text
+
+    numbers = _numbers(name.endswith(".zh.md"))
+    numbers.computed.clear()
+    source = template_of(name).read_text(encoding="utf-8") if template is None else template
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    page = environment.from_string(source, globals=numbers.names())
+    page.render()  # the first time counts the differences that the page computes itself
+    text = page.render()
+    study = ROOT / "docs" / "study"
+    rows = (read_rows(study / f"{table}.csv") for table in ("summary", "costs", "differences", "floors"))
+    return filled(fill_text(text, ROOT / name, *rows))
+
+
+def slides(source: str, folder: pathlib.Path) -> str:
+    """The HTML of a deck: one section for each part of the Markdown between lines `---`, with its pictures inside.
+
+    Args:
+      source: the Markdown of the deck.
+      folder: the folder from which its links to pictures start.
+    """
+    import markdown
+
+    def embedded(found: re.Match[str]) -> str:
+        path = folder / found[1]
+        kind = "svg+xml" if path.suffix == ".svg" else path.suffix[1:]
+        return f'src="data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"'
+
+    parts = re.split(r"^---$", source, flags=re.MULTILINE)
+    title = parts[0].strip().splitlines()[0].lstrip("# ")
+    sections = [
+        f'<section id="{number}">\n{markdown.markdown(part, extensions=["tables", "fenced_code"])}\n'
+        f"<footer>{number} / {len(parts)}</footer>\n</section>"
+        for number, part in enumerate(parts, 1)
+    ]
+    pages = re.sub(r'src="([^":]+)"', embedded, "\n".join(sections))
+    return _SLIDE_PAGE.replace("TITLE", html.escape(title)).replace("SECTIONS", pages)
+
+
+_SLIDE_PAGE = """<!doctype html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>TITLE</title>
+<style>
+body { margin: 0; background: #d9dee3; color: #1f2933; font: 20px/1.4 system-ui, "Noto Sans CJK SC", sans-serif; }
+section { position: relative; box-sizing: border-box; width: min(100vw, 1280px); min-height: 680px; margin: 16px auto;
+  padding: 40px 64px; background: #fff; }
+h1 { font-size: 34px; margin: 0 0 18px; color: #1764ab; }
+table { border-collapse: collapse; font-size: 17px; }
+th, td { border: 1px solid #c3ccd5; padding: 4px 10px; text-align: left; }
+pre { font: 15px/1.25 ui-monospace, Menlo, Consolas, monospace; background: #f3f5f7; padding: 12px; overflow-x: auto; }
+code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.88em; }
+img { max-width: 100%; max-height: 430px; }
+blockquote { margin: 14px 0; padding: 2px 16px; border-left: 4px solid #1764ab; color: #45525f; font-size: 18px; }
+footer { position: absolute; right: 24px; bottom: 14px; color: #62707f; font-size: 14px; }
+@media print { body { background: #fff; } section { margin: 0; break-after: page; } }
+</style>
+</head>
+<body>
+SECTIONS
+<script>
+const slides = [...document.querySelectorAll("section")];
+const at = () => slides.reduce((best, one, i) =>
+  Math.abs(one.getBoundingClientRect().top) < Math.abs(slides[best].getBoundingClientRect().top) ? i : best, 0);
+document.addEventListener("keydown", (event) => {
+  const step = {ArrowRight: 1, PageDown: 1, " ": 1, ArrowLeft: -1, PageUp: -1}[event.key];
+  if (!step) return;
+  event.preventDefault();
+  slides[Math.max(0, Math.min(slides.length - 1, at() + step))].scrollIntoView();
+});
+</script>
+</body>
+</html>
+"""
+
+
 def main() -> int:
-    """Writes the tables, or says which files differ."""
+    """Writes the tables and pages, or says which files differ."""
+    if "--split" in sys.argv:
+        split = json.dumps(_page_numbers().make_split(), indent=2) + "\n"
+        (ROOT / "docs" / "study" / "split.json").write_text(split, encoding="utf-8")
     stale = []
-    for name in FILES:
+    made: dict[str, Callable[[], str]] = {
+        name: functools.partial(lambda name: filled((ROOT / name).read_text(encoding="utf-8")), name)
+        for name in FILES
+        if name not in TEMPLATES
+    }
+    made |= {name: functools.partial(rendered, name) for name in TEMPLATES}
+    if importlib.util.find_spec("markdown") is not None:
+        made |= {name: functools.partial(lambda source: slides(rendered(source), ROOT / "docs" / "talk"), of) for name, of in SLIDES.items()}
+    for name, make in made.items():
         path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        new = filled(text)
-        if new != text:
+        new = make()
+        if not path.is_file() or new != path.read_text(encoding="utf-8"):
             stale.append(name)
             if "--check" not in sys.argv:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(new, encoding="utf-8")
     print(f"{'differ from the data' if '--check' in sys.argv else 'written'}: {', '.join(stale) or 'none'}")
     return 1 if stale and "--check" in sys.argv else 0

@@ -87,7 +87,9 @@ class InverseTimeWeight(LossWeight):
 
     The number of masked positions of a row grows with t, so all rows of a batch have about the same total weight. In
     rows with a small t, each of the few masked positions therefore counts most. The loss is divided by the number of
-    masked positions of the batch; with one row per batch this number grows with t too, and the weight acts like 1 / t^2.
+    masked positions of the batch. With many rows in a batch this number is about the same in every step. With a single row
+    of T maskable tokens it is t T on average, so a masked token counts (1 / t) / (t T) = 1 / (t^2 T) in its step, where
+    the likelihood bound has 1 / (t T).
     """
 
     def __call__(

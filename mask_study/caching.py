@@ -1,8 +1,14 @@
-"""Measures how wrong a key/value cache is under a mask.
+"""Says under which masks a key/value cache is exact, and measures how wrong it is under the others.
 
-The keys and values of a written token can be cached without error if and only if no token that is written later can
-influence them, in any layer. This module compares the logits of windows that read the cache with those of passes over
-all tokens.
+A mask is a graph: an edge leads from a key to each query that may attend to it. The keys and values of the first layer
+depend only on the token of their position, and each further layer lets influence pass one more edge. So the keys and values
+of layer l (counted from 0) at a position change when other tokens are written if and only if a path of at most l edges
+leads from a written position to this position. A cache of all layers is exact if and only if no path of at most L - 1 edges
+leads from a position that will still be written to a position that is kept. (The "if" holds for all weights. The "only if"
+holds for weights in general position: some weights, for example zeros, use none of the paths.)
+
+`reached` and `exact_to_keep` compute this from a mask. `cached_against_computed` compares the logits of windows that read
+the cache with those of passes over all tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from dream_jax.attention import Window
 from dream_jax.model import Dream
@@ -21,6 +28,40 @@ from mask_study.variants import UnshiftedDream
 
 BLOCK = 4
 """Default number of tokens in a block."""
+
+
+def reached(
+    allowed_TT: Bool[np.ndarray, "T T"], written_T: Bool[np.ndarray, "T"], num_layers: int
+) -> Bool[np.ndarray, "L T"]:
+    """Returns which keys and values change when some tokens are written.
+
+    Args:
+      allowed_TT: true where a query (first axis) may attend to a key (second axis), as `Mask.dense` gives it for a row.
+      written_T: true at the positions that are written.
+      num_layers: L, the number of layers of the model, at least 1.
+
+    Returns:
+      True for each layer and position whose keys and values depend on a written token.
+    """
+    found = [written_T]
+    for _ in range(num_layers - 1):  # A layer also adds to the state of its own position.
+        found.append(found[-1] | (allowed_TT & found[-1]).any(axis=1))
+    return np.stack(found)
+
+
+def exact_to_keep(
+    allowed_TT: Bool[np.ndarray, "T T"],
+    written_T: Bool[np.ndarray, "T"],
+    kept_T: Bool[np.ndarray, "T"],
+    num_layers: int,
+) -> bool:
+    """Returns whether the keys and values of all layers at the kept positions stay right when the tokens are written.
+
+    Args:
+      allowed_TT, written_T, num_layers: see `reached`.
+      kept_T: true at the positions whose keys and values are kept.
+    """
+    return not (reached(allowed_TT, written_T, num_layers) & kept_T).any()
 
 
 class CacheError(NamedTuple):

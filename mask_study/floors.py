@@ -24,7 +24,7 @@ import itertools
 import math
 import pathlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,12 @@ from jaxtyping import Bool, Float, Int
 from dream_jax import masks, sharding
 from dream_jax.batch import Batch
 from dream_jax.bounds import IntegerRange, check_numbers
+from dream_jax.objective import TIME_BUCKETS
 from dream_jax.trainer.heldout import LEVELS, Grid
 from mask_study.runs import write_table
 from mask_study.tasks import TASKS, CountdownTask, Example
 from mask_study.training import rows_of, tokenizer
+from mask_study.variants import MASKS
 
 TASK = "countdown"
 
@@ -229,6 +231,7 @@ def kinds(task: CountdownTask) -> dict[str, list[Context]]:
     found = {
         "bidirectional": contexts(masks.Bidirectional(), prompt, width),
         "causal": contexts(masks.Causal(), prompt, width),
+        "prefix": contexts(masks.Prefix(np.array([prompt])) | masks.Causal(), prompt, width),
         "block-causal:4": contexts(masks.BlockCausal(4), prompt, width),
         "block-causal:4, unshifted": contexts(masks.BlockCausal(4), prompt, width, shift=False),
     }
@@ -247,8 +250,9 @@ def floors(task: CountdownTask, number: int = 256) -> list[dict[str, Any]]:
     """Returns the floors of each kind of model on the first `number` test rows, which a study measures on.
 
     Each row has the keys `model`, `nats_an_answer` (the bound of an answer), `on_eight_levels` (the same with the mean over
-    the noise levels of the grid in place of the integral), and `nats_a_token_on_grid` (NaN if the first token of a block is
-    written first, because on the grid it is masked like the others).
+    the noise levels of the grid in place of the integral), `nats_a_token_on_grid`, and `grid 0.0 <= t < 0.25` and so on for
+    the quarters of the grid. The last five are NaN if the first token of a block is written first, because on the grid it
+    is masked like the others.
     """
     examples = task.examples("test", 0, number)
     tokens_RT = rows_of(examples, tokenizer())
@@ -258,16 +262,40 @@ def floors(task: CountdownTask, number: int = 256) -> list[dict[str, Any]]:
     masked_LRW = masked_LRT[:, :, task.prompt_width :]
     patterns = list(subset_nats(task, examples))
     nats_S = sum((len(members) * nats_S for members, nats_S in patterns), np.zeros(1)) / number
+    quarter_L = np.array([int(level * TIME_BUCKETS) for level in LEVELS])
+    parts = {"nats_a_token_on_grid": masked_LRW}
+    for number_of in range(TIME_BUCKETS):
+        title = f"grid {number_of / TIME_BUCKETS} <= t < {(number_of + 1) / TIME_BUCKETS}"
+        parts[title] = masked_LRW[quarter_L == number_of]
     return [
         {
             "model": name,
             "nats_an_answer": bound(nats_S, found),
             "on_eight_levels": bound(nats_S, found, LEVELS),
             # On the grid the first token of a block is masked like the others.
-            "nats_a_token_on_grid": math.nan if name.endswith("first") else on_grid(patterns, masked_LRW, found),
+            **{key: math.nan if name.endswith("first") else on_grid(patterns, part, found) for key, part in parts.items()},
         }
         for name, found in kinds(task).items()
     ]
+
+
+def floor_of(task: str, variant: str, of: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns the fewest nats per masked token on the grid that a model of this variant can have; None if not known.
+
+    In all tasks but countdown the prompt determines the answer, so the floor is 0 where every prediction can depend on
+    the whole prompt. Under a window this is not so, and its floors are not computed.
+
+    Args:
+      task, variant: a task, and a variant whose name is that of its mask; no other variant has a floor here.
+      of: "all", or a quarter of the noise levels such as "0.0 <= t < 0.25".
+      rows: the rows of floors.csv; () if there are none.
+    """
+    if variant not in MASKS or variant.startswith("window"):
+        return None
+    if task != TASK:
+        return 0.0 if task in TASKS else None
+    name = "nats_a_token_on_grid" if of == "all" else f"grid {of}"
+    return next((float(row[name]) for row in rows if row["model"] == variant), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

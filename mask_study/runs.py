@@ -32,6 +32,7 @@ from mask_study.variants import MASKS, VARIANTS
 
 PACKED, RESULTS, SUMMARY, DIFFERENCES = "runs.jsonl", "results.csv", "summary.csv", "differences.csv"
 BASELINES = ("bidirectional", "causal")
+_FIRST = {"costs.csv": ("mask",), "floors.csv": ("model",)}  # columns of tables that are not about runs
 _REMEDY = "remove the file, then the same command makes its run again"
 _CACHED_ROWS = 64  # number of test rows for which cached logits are compared with those of full passes
 
@@ -286,6 +287,13 @@ class Study:
                 numbers = {"measure": name, "of": of, "passes": passes, "value": value, "test_rows": rows}
                 yield dataclasses.asdict(run) | numbers
 
+    def curves(self) -> Iterator[tuple[StudyRun, list[float]]]:
+        """Yields each finished run of the plan with its training nll: the mean of each twentieth of the steps."""
+        for run in self.plan.runs():
+            found = self._read(run)
+            if found is not None:
+                yield run, [float(value) for value in found["training_nll"]]
+
     def write_tables(self) -> list[pathlib.Path]:
         """Writes the tables of the study and returns their paths.
 
@@ -311,10 +319,17 @@ class Study:
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the mean over seeds of each number, with a 95 % confidence interval.
 
-    Each row has the keys task, variant, measure, of, passes, seeds, mean, low and high. The interval is Student's t
-    over the seeds. For a share of correct answers it is at least as wide as Wilson's interval over the test rows, which
-    all seeds share: if all seeds answer every row correctly, they could still fail on other rows. For a single seed,
-    low and high are NaN.
+    Each row has the keys task, variant, measure, of, passes, seeds, mean, low, high, interval, least and most. `low` and
+    `high` are Student's interval over the seeds, without values that the number cannot have: nats are at least 0 and
+    shares are between 0 and 1. For a share of correct answers the interval is at least as wide as Wilson's over the
+    independent test rows (`StudyTask.independent`), which all seeds share: if all seeds answer every row correctly, they
+    could still fail on other rows. `least` and `most` are the values of the lowest and of the highest seed. For a single
+    seed, low and high are NaN.
+
+    `interval` says what describes the number best: "t" for this interval; "seeds" if Student's interval has values that the
+    number cannot have, because the seeds are too far apart for an interval, so that tables show the lowest and the highest
+    seed; "wilson" if it has such values although the seeds are not farther apart than the ends of Wilson's interval. `low`
+    and `high` are then those of Wilson's interval, or of the seeds where they are outside of it.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -324,16 +339,31 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         values = [float(member["value"]) for member in members]
         mean = sum(values) / len(values)
         low = high = math.nan
+        interval = ""
         if len(values) > 1:
             half = _half_width(values)
+            most_possible = 1.0 if name in ("accuracy", "masked accuracy") else math.inf
+            possible = name == "kept keys" or (mean - half >= 0.0 and mean + half <= most_possible)
+            interval = "t" if possible else "seeds"
             low, high = mean - half, mean + half
+            if name != "kept keys":
+                low, high = max(0.0, low), min(most_possible, high)
             if name == "accuracy":
-                rows_low, rows_high = _wilson(mean, float(members[0]["test_rows"]))
+                rows_low, rows_high = _wilson(mean, _independent(task, members[0]["test_rows"]))
+                if not possible and max(values) - min(values) <= rows_high - rows_low:
+                    interval = "wilson"
+                    low, high = min(values), max(values)
                 low, high = max(0.0, min(low, rows_low)), min(1.0, max(high, rows_high))
         passes = sum(float(member["passes"]) for member in members) / len(members)
-        numbers = {"passes": passes, "seeds": len(values), "mean": mean, "low": low, "high": high}
+        numbers: dict[str, Any] = {"passes": passes, "seeds": len(values), "mean": mean, "low": low, "high": high}
+        numbers |= {"interval": interval, "least": min(values), "most": max(values)}
         found.append({"task": task, "variant": variant, "measure": name, "of": of} | numbers)
     return found
+
+
+def _independent(task: str, test_rows: float) -> float:
+    """Returns the number of independent test rows of a task; all rows of a task that is not in TASKS."""
+    return float(TASKS[task].independent(int(test_rows)) if task in TASKS else test_rows)
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -341,28 +371,40 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The differences are each variant minus the bidirectional and minus the causal one, and each order of writing minus
     the order by confidence. Each row has task, variant, measure, of, minus (the name of what is subtracted), seeds,
-    mean, and low and high, a 95 % interval by Student's t. Variants with the same seed have the same initial weights,
-    rows, order and noise, and all models answer the same test rows. The variation that they share cancels in the
-    differences, so these intervals are narrower than those of two separate means. Only seeds of both sides are used, at
-    least two.
+    mean, low and high (a 95 % interval by Student's t), interval, least and most. Variants with the same seed have the
+    same initial weights, rows, order and noise, and all models answer the same test rows. The variation that they share
+    cancels in the differences, so these intervals are narrower than those of two separate means. Only seeds of both
+    sides are used, at least two.
+
+    `interval` is "seeds" if it is "seeds" for one of the two means (see `summarise`), and "t" otherwise. `least` and
+    `most` are the differences of the lowest and of the highest seed.
     """
     at: dict[tuple[Any, ...], float] = {
         (row["task"], row["variant"], row["measure"], row["of"], row["seed"]): float(row["value"])
         for row in rows
         if row["measure"] in ("accuracy", "nll")
     }
+    apart = {
+        (row["task"], row["variant"], row["measure"], row["of"])
+        for row in summarise([row for row in rows if row["measure"] in ("accuracy", "nll")])
+        if row["interval"] == "seeds"
+    }
     groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    subtracted: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for (task, variant, name, of, seed), value in at.items():
         beside = [(baseline, (task, baseline, name, of, seed)) for baseline in BASELINES]
         beside.append((f"{variant}, by confidence", (task, variant, name, "confidence", seed)))
         for label, other in beside:
             if other != (task, variant, name, of, seed) and other in at:
                 groups[task, variant, name, of, label].append(value - at[other])
+                subtracted[task, variant, name, of, label] = other[:-1]
     found = []
     for (task, variant, name, of, label), values in groups.items():
         if len(values) > 1:
             mean, half = sum(values) / len(values), _half_width(values)
-            numbers = {"seeds": len(values), "mean": mean, "low": mean - half, "high": mean + half}
+            numbers: dict[str, Any] = {"seeds": len(values), "mean": mean, "low": mean - half, "high": mean + half}
+            wide = {(task, variant, name, of), subtracted[task, variant, name, of, label]} & apart
+            numbers |= {"interval": "seeds" if wide else "t", "least": min(values), "most": max(values)}
             found.append({"task": task, "variant": variant, "measure": name, "of": of, "minus": label} | numbers)
     return found
 
@@ -384,8 +426,8 @@ def _wilson(share: float, rows: float) -> tuple[float, float]:
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of a table that `write_table` wrote, with all numbers as floats."""
     remedy = "remove it, then study.py writes it again"
-    rows = read_csv(path, ("task", "variant") if path.name != "costs.csv" else ("mask",), remedy)
-    texts = {"task", "variant", "measure", "of", "minus", "mask"}
+    rows = read_csv(path, _FIRST.get(path.name, ("task", "variant")), remedy)
+    texts = {"task", "variant", "measure", "of", "minus", "mask", "model", "interval"}
     try:
         return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
     except ValueError as error:

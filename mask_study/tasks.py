@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -67,6 +68,11 @@ class StudyTask(abc.ABC):
         )
         return self._drawn(np.random.default_rng([0, seed]), number, held_out)
 
+    @functools.cache  # noqa: B019 - there are six tasks, which live as long as the program
+    def independent(self, test_rows: int) -> int:
+        """Returns how many of the first test rows are independent of each other: the number of different prompts."""
+        return len({example.prompt for example in self.examples("test", 0, test_rows)})
+
     def _drawn(self, generator: np.random.Generator, number: int, without: frozenset[str]) -> list[Example]:
         found: list[Example] = []
         while len(found) < number:
@@ -115,6 +121,11 @@ class SudokuTask(StudyTask):
         source = SudokuSource(split, seed=0 if split == "test" else seed, size=number, min_givens=6)
         flat = lambda text: text.replace("\n", "")
         return [Example(flat(row.prompt), flat(row.response)) for row in map(source.__getitem__, range(number))]
+
+    @functools.cache  # noqa: B019 - as above
+    def independent(self, test_rows: int) -> int:
+        """Returns the number of different solutions, because puzzles with the same solution are alike."""
+        return len({example.answer for example in self.examples("test", 0, test_rows)})
 
 
 class ScatteredSudokuTask(SudokuTask):

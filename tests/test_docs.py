@@ -228,6 +228,49 @@ def test_figures_are_those_of_the_data(name: str) -> None:
     assert TABLES["filled"](text) == text, f"{name} differs from bench/results: run python docs/write_tables.py"
 
 
+@pytest.mark.parametrize("name", TABLES["TEMPLATES"])
+def test_numbers_in_sentences_are_those_of_the_data(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert TABLES["rendered"](name) == text, f"{name} differs from its template and the data: run docs/write_tables.py"
+
+
+# What may stand in a template with a decimal point: settings, thresholds, sizes, versions and examples of notation.
+NO_RESULTS = {"0.01", "0.03", "0.1", "0.15", "0.25", "0.79", "0.86", "0.9", "0.99", "1.1", "2.5", "7.6", "2504.12216"}
+
+
+@pytest.mark.parametrize("name", TABLES["TEMPLATES"])
+def test_no_result_is_typed_into_a_template(name: str) -> None:
+    text = TABLES["template_of"](name).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$|\{\{.*?\}\}|\{%.*?%\}|<!--.*?-->|`[^`]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = set(re.findall(r"\d+\.\d+", text)) - NO_RESULTS
+    assert not found, f"docs/templates/{Path(name).name} says {sorted(found)}; write numbers with docs/page_numbers.py"
+
+
+def test_a_number_that_the_study_does_not_have_is_noticed() -> None:
+    rendered, name = TABLES["rendered"], "docs/findings.md"
+    assert rendered(name, 'It is {{ share("copy", "causal", mean=true) }}.\n') == "It is 100 %.\n"
+    with pytest.raises(KeyError, match="the study has no accuracy 'confidence' of 'diagonal' on 'copy'"):
+        rendered(name, '{{ share("copy", "diagonal") }}')
+    with pytest.raises(Exception, match="'shares' is undefined"):
+        rendered(name, '{{ shares("copy", "causal") }}')
+
+
+@pytest.mark.skipif(importlib.util.find_spec("markdown") is None, reason="markdown is not installed: make docs")
+@pytest.mark.parametrize("name", TABLES["SLIDES"])
+def test_slides_are_made_from_their_text(name: str) -> None:
+    source = (ROOT / TABLES["SLIDES"][name]).read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert TABLES["slides"](source, (ROOT / name).parent) == text, f"{name}: run docs/write_tables.py"
+    assert text.count("<section ") == 12 and not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+@pytest.mark.slow
+def test_what_test_rows_share_with_training_rows_is_counted_again() -> None:
+    found = TABLES["_page_numbers"]().make_split()
+    assert json.loads((ROOT / "docs" / "study" / "split.json").read_text(encoding="utf-8")) == found
+    assert found["same_prompt"] == 0
+
+
 def test_every_table_is_shown() -> None:
     shown = {
         match[2] for name in TABLES["FILES"] for match in TABLES["BLOCK"].finditer((ROOT / name).read_text("utf-8"))
@@ -246,6 +289,8 @@ def test_pictures_are_those_of_the_script() -> None:
     drawn = module_at(ROOT / "docs" / "make_pictures.py")
     architecture = (ROOT / "docs" / "img" / "architecture.svg").read_text(encoding="utf-8")
     assert architecture == drawn["draw_architecture"](), "run python docs/make_pictures.py"
+    for language, name in (("en", "cache.svg"), ("zh", "cache.zh.svg")):
+        assert (ROOT / "docs" / "img" / name).read_text(encoding="utf-8") == drawn["draw_cache"](language), name
     canvas = xml.etree.ElementTree.parse(ROOT / "docs" / "img" / "canvas.svg").getroot()
     words = [element.text or "" for element in canvas.iter() if element.tag.endswith("text")]
     answer = "".join(words[-17:-1])  # sixteen cells of the last canvas, then the line below

@@ -53,7 +53,7 @@ OF_OTHER_PROGRAMS = {
 COMMANDS = [
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.py"), *ROOT.glob("convert/[!_]*.py"), *ROOT.glob("bench/*.py"))
-] + ["mask_study/block_diffusion.py", "mask_study/floors.py"]  # started with python -m
+] + ["mask_study/block_diffusion.py", "mask_study/floors.py", "mask_study/refreshing.py"]  # started with python -m
 
 
 class _Stopped(BaseException):

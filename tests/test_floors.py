@@ -111,3 +111,16 @@ def test_the_floors_of_countdown():
             if key != "model":
                 assert float(value) == pytest.approx(made[key], rel=1e-5, nan_ok=True)
     assert not found
+
+
+def test_floors_of_variants():
+    """0 where the prompt determines the answer, countdown's from the table, and none where a window hides the prompt."""
+    rows = read_csv(ROOT / "docs" / "study" / "floors.csv", ("model",), "python -m mask_study.floors")
+    assert floors.floor_of("sudoku", "causal", "all", rows) == 0.0
+    assert floors.floor_of("countdown", "prefix", "all", rows) == floors.floor_of("countdown", "causal", "all", rows)
+    parts = [f"{part / 4} <= t < {(part + 1) / 4}" for part in range(4)]
+    found = [floors.floor_of("countdown", "bidirectional", part, rows) for part in parts]
+    assert found == sorted(found) and found[0] < floors.floor_of("countdown", "bidirectional", "all", rows) < found[-1]
+    for task, variant in (("sudoku", "window:4"), ("countdown", "uniform weight"), ("chess", "causal")):
+        assert floors.floor_of(task, variant, "all", rows) is None
+    assert floors.floor_of("countdown", "causal", "all", ()) is None

@@ -24,6 +24,7 @@ from mask_study import (
     Variant,
     costs,
     differences,
+    figures,
     inspection,
     read_rows,
     summarise,
@@ -389,8 +390,65 @@ def test_costs(monkeypatch):
 @pytest.mark.parametrize("name", ["study.md", "study.zh.md"])
 def test_tables_of_the_report_are_those_of_its_data(name):
     folder, path = ROOT / "docs" / "study", ROOT / "docs" / name
-    rows = (read_rows(folder / f"{table}.csv") for table in ("summary", "costs", "differences"))
+    rows = (read_rows(folder / f"{table}.csv") for table in ("summary", "costs", "differences", "floors"))
     assert tables.fill(path, *rows) == path.read_text(encoding="utf-8")
+
+
+def test_seeds_that_are_far_apart_are_shown_and_never_as_nats_below_zero():
+    """Three seeds, of which one has not learned the task: Student's interval would hold negative nats."""
+    base = {"task": "copy", "variant": "causal", "of": "all", "passes": 0.0, "test_rows": 256}
+    rows = [base | {"seed": seed, "measure": "nll", "value": value} for seed, value in enumerate((0.01, 0.02, 1.2))]
+    rows += [base | {"seed": seed, "measure": "accuracy", "value": v} for seed, v in enumerate((1.0, 0.99, 0.0))]
+    rows += [row | {"variant": "bidirectional", "value": 0.5} for row in rows]
+    nll, accuracy = summarise(rows[:6])
+    assert nll["interval"] == accuracy["interval"] == "seeds" and nll["low"] == 0.0
+    assert tables.of_seeds(nll, 2) == "0.41 (0.01 to 1.20)" and tables.of_seeds(accuracy, 0, 100.0) == "66 (0 to 100)"
+    different = next(row for row in differences(rows) if row["variant"] == "causal" and row["measure"] == "nll")
+    assert different["interval"] == "seeds" and not tables.excludes_zero(different | {"low": 0.1})
+    assert tables.of_seeds(different, 2, sign="+") == "-0.09 (-0.49 to +0.70)"
+    assert tables.of_seeds({"mean": -0.001, "low": -0.2, "high": 0.1, "interval": "t"}, 1, sign="+") == "+0.0 [-0.2, +0.1]"
+
+
+def test_intervals_of_sudoku_are_over_solutions():
+    shared = {"variant": "causal", "measure": "accuracy", "of": "all", "passes": 1.0, "test_rows": 256}
+    found = {}
+    for task in ("copy", "sudoku"):
+        rows = [shared | {"task": task, "seed": seed, "value": 0.5} for seed in range(3)]
+        (found[task],) = summarise(rows)
+    half = {task: (row["high"] - row["low"]) / 2 for task, row in found.items()}
+    assert TASKS["sudoku"].independent(256) == 57
+    assert half["copy"] == pytest.approx(0.5 * 1.96 / math.sqrt(256), rel=0.02)
+    assert half["sudoku"] == pytest.approx(0.5 * 1.96 / math.sqrt(57), rel=0.05)
+
+
+def test_tables_of_a_chinese_page_are_chinese(tmp_path):
+    path = tmp_path / "report.zh.md"
+    path.write_text("<!-- study.py writes: accuracy -->\n<!-- end -->\n", encoding="utf-8")
+    row = {"task": "sudoku", "variant": "window:4", "measure": "accuracy", "of": "confidence", "mean": 0.25}
+    row |= {"low": 0.0, "high": 1.0, "least": 0.125, "most": 0.5, "interval": "seeds"}
+    assert "| 数独 | 窗口:4 |  | 25 (12 至 50) |" in tables.fill(path, [row], [], [])
+
+
+def test_whiskers_are_measured():
+    rows = read_rows(ROOT / "docs" / "study" / "summary.csv")
+    for row in rows:
+        below, above = figures._errors([row])
+        assert row["mean"] - below[0] == pytest.approx(row["least"], abs=1e-5)
+        assert row["mean"] + above[0] == pytest.approx(row["most"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_figures_say_what_was_not_run_and_draw_floors(tmp_path):
+    folder = ROOT / "docs" / "study"
+    rows = read_rows(folder / "summary.csv")
+    few = [row for row in rows if row["measure"] == "nll" and row["task"] in ("countdown", "scattered sudoku")]
+    curves = [("countdown", "causal", 0, [2.0, 1.0])]
+    paths = figures.draw_all(few, tmp_path, curves, read_rows(folder / "floors.csv"))
+    assert [path.name for path in paths] == [
+        "likelihood.png", "likelihood.zh.svg", "learning.png", "learning.zh.svg",
+    ]  # fmt: skip
+    drawn = (tmp_path / "likelihood.zh.svg").read_text(encoding="utf-8")
+    assert "未运行：因果, 前缀, 窗口:4" in drawn and drawn.count("stroke-dasharray: 3.7,1.6") == 4
 
 
 def test_committed_tables_are_made_from_the_committed_runs(tmp_path):
