@@ -127,14 +127,14 @@ def write_baseline(settings: Gsm8kScratchSettings) -> None:
 
     def laid(split: Literal["train", "test"], number: int | None) -> Batch[np.ndarray]:
         source = train.source(split)
-        rows = TokenizedRows(source, words, encoding).first(len(source) if number is None else number, settings.max_length)
+        rows = TokenizedRows(source, words, encoding).first(
+            len(source) if number is None else number, settings.max_length
+        )
         return lay_out_held_out([row for _, row in rows], settings.max_length, words.pad_id, options)
 
     learned, scored = laid("train", None), laid("test", settings.eval_rows)
     grid = Grid(scored, len(scored.tokens_BT), sharding.make_mesh("1x1"))
-    nll = unigram(
-        learned.tokens_BT, learned.maskable_BT, grid, scored.tokens_BT, dream_jax.PRESETS["small"].vocab_size
-    )
+    nll = unigram(learned.tokens_BT, learned.maskable_BT, grid, scored.tokens_BT, dream_jax.PRESETS["small"].vocab_size)
     found = {"nll": round(nll, 4), "rows": len(scored.tokens_BT), "masked_tokens": int(grid.masked_LRT.sum())}
     found |= {"training_rows": len(learned.tokens_BT), "added_to_each_count": ADDED}
     write_json(settings.out / "unigram.json", found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -18,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
+
 from mask_study.floors import floor_of
 from mask_study.runs import differences, read_rows
 from mask_study.tables import excludes_zero, find, of_seeds
 from mask_study.tasks import TASKS
-from scipy import stats
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STUDY = ROOT / "docs" / "study"
@@ -311,7 +313,7 @@ class Numbers:
             return shown(rows[-1])
         if key == "falls":
             nll = [float(row["nll"]) for row in rows]
-            return str(sum(after < before for before, after in zip(nll, nll[1:], strict=False)))
+            return str(sum(after < before for before, after in itertools.pairwise(nll)))
         return f"{json.loads((folder / 'unigram.json').read_text(encoding='utf-8'))[key]:.2f}"
 
 
@@ -320,8 +322,8 @@ def make_split() -> dict[str, int]:
 
     Returns:
       rows: test rows; distinct: different prompts among them; train_rows, train_prompts: training rows and their different
-      prompts; same_prompt: test rows whose prompt is a training prompt; same_numbers: test rows whose numbers, in any order,
-      and target are those of a training row; solutions: different solutions among the sudoku test rows.
+      prompts; same_prompt: test rows whose prompt is a training prompt; same_numbers: test rows whose numbers, in any
+      order, and target are those of a training row; solutions: different solutions among the sudoku test rows.
     """
     task = TASKS["countdown"]
     test = task.examples("test", 0, 256)

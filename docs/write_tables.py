@@ -6,8 +6,9 @@ A table stands between two comments, `<!-- docs/write_tables.py: NAME -->` and `
 written, and the exit status is 1 when a file differs from the data; tests/test_docs.py does the same.
 
 The pages in `TEMPLATES` also say numbers in their sentences. Each is rendered from the Jinja template of the same name in
-`docs/templates/`, with the functions of `docs/page_numbers.py`: `{{ share("sudoku", "bidirectional") }}`. Edit the template,
-not the page. The slides of `docs/talk/` are made into HTML too, where the package `markdown` is installed (extra `docs`).
+`docs/templates/`, with the functions of `docs/page_numbers.py`: `{{ share("sudoku", "bidirectional") }}`. Edit the
+template, not the page. The slides of `docs/talk/` are made into HTML too, where the package `markdown` is installed
+(extra `docs`).
 --split also counts anew what test rows of the study share with training rows, in `docs/study/split.json`.
 """
 
@@ -527,6 +528,7 @@ def rendered(name: str, template: str | None = None) -> str:
       KeyError: it asks for a number that the study does not have.
     """
     import jinja2
+
     from mask_study.runs import read_rows
     from mask_study.tables import fill_text
 
@@ -619,7 +621,10 @@ def main() -> int:
     }
     made |= {name: functools.partial(rendered, name) for name in TEMPLATES}
     if importlib.util.find_spec("markdown") is not None:
-        made |= {name: functools.partial(lambda source: slides(rendered(source), ROOT / "docs" / "talk"), of) for name, of in SLIDES.items()}
+        made |= {
+            name: functools.partial(lambda source: slides(rendered(source), ROOT / "docs" / "talk"), of)
+            for name, of in SLIDES.items()
+        }
     for name, make in made.items():
         path = ROOT / name
         new = make()

@@ -52,16 +52,16 @@ def reached(
 def exact_to_keep(
     allowed_TT: Bool[np.ndarray, "T T"],
     written_T: Bool[np.ndarray, "T"],
-    kept_T: Bool[np.ndarray, "T"],
+    cached_T: Bool[np.ndarray, "T"],
     num_layers: int,
 ) -> bool:
     """Returns whether the keys and values of all layers at the kept positions stay right when the tokens are written.
 
     Args:
       allowed_TT, written_T, num_layers: see `reached`.
-      kept_T: true at the positions whose keys and values are kept.
+      cached_T: true at the positions whose keys and values are kept.
     """
-    return not (reached(allowed_TT, written_T, num_layers) & kept_T).any()
+    return not (reached(allowed_TT, written_T, num_layers) & cached_T).any()
 
 
 class CacheError(NamedTuple):

@@ -86,19 +86,21 @@ def draw_all(rows: TableRows, folder: pathlib.Path, curves: Curves = (), floors:
     for name, draw in figures.items():
         for chinese in (False, True):
             path = folder / (f"{name}.zh.svg" if chinese else f"{name}.png")
-            options: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
-            with matplotlib.rc_context(options | {"font.sans-serif": _FONTS} if chinese else {}):
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-                    figure = draw(_Words(chinese))
-                    if figure is None:
-                        continue
-                    check_replaceable(path, "a picture", _is_svg if chinese else is_png)
-                    with replacing(path) as temporary:
-                        if chinese:
-                            figure.savefig(temporary, format="svg", metadata={"Date": None})
-                        else:
-                            figure.savefig(temporary, dpi=130, format="png")
+            options: Any = {}
+            if chinese:
+                options = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+                options["font.sans-serif"] = _FONTS
+            with matplotlib.rc_context(options), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+                figure = draw(_Words(chinese))
+                if figure is None:
+                    continue
+                check_replaceable(path, "a picture", _is_svg if chinese else is_png)
+                with replacing(path) as temporary:
+                    if chinese:
+                        figure.savefig(temporary, format="svg", metadata={"Date": None})
+                    else:
+                        figure.savefig(temporary, dpi=130, format="png")
             paths.append(path)
     return paths
 
@@ -167,7 +169,14 @@ def _say_missing(axes: Any, names: Sequence[str], words: _Words) -> None:
     """Writes into a panel which variants were not run on its task."""
     if names:
         axes.text(
-            0.5, 0.985, words.missing(names), transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color="#777777"
+            0.5,
+            0.985,
+            words.missing(names),
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize=6.5,
+            color="#777777",
         )
 
 
@@ -216,9 +225,7 @@ def _likelihood(rows: TableRows, floors: TableRows, words: _Words) -> Any:
         axes.set(title=words(task), xlabel=words("noise level t"), xlim=(0, 1), yscale="log")
         axes.grid(alpha=0.3)
         _say_missing(axes, missing, words)
-    _finish(
-        figure, panels, words("nats per masked token"), 5, words("dashed: the floor of the mask of this colour")
-    )
+    _finish(figure, panels, words("nats per masked token"), 5, words("dashed: the floor of the mask of this colour"))
     return figure
 
 

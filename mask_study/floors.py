@@ -273,7 +273,10 @@ def floors(task: CountdownTask, number: int = 256) -> list[dict[str, Any]]:
             "nats_an_answer": bound(nats_S, found),
             "on_eight_levels": bound(nats_S, found, LEVELS),
             # On the grid the first token of a block is masked like the others.
-            **{key: math.nan if name.endswith("first") else on_grid(patterns, part, found) for key, part in parts.items()},
+            **{
+                key: math.nan if name.endswith("first") else on_grid(patterns, part, found)
+                for key, part in parts.items()
+            },
         }
         for name, found in kinds(task).items()
     ]

@@ -149,7 +149,10 @@ def main(settings: RefreshSettings) -> None:
         return
     (settings.out / "runs").mkdir(parents=True, exist_ok=True)
     runs = [
-        StudyRun(task, mask, seed) for seed in range(settings.seeds) for task in settings.tasks for mask in settings.masks
+        StudyRun(task, mask, seed)
+        for seed in range(settings.seeds)
+        for task in settings.tasks
+        for mask in settings.masks
     ]
     for run in runs:
         path = settings.out / "runs" / run.file

@@ -56,7 +56,16 @@ def dense(name):
     return np.broadcast_to(np.asarray(mask.dense(TOTAL, TOTAL)), (1, TOTAL, TOTAL))[0]
 
 
-NAMES = ["bidirectional", "causal", "prefix", "block-causal:4", "block-causal:3", "block-diffusion:4", "window:1", "window:2:0"]
+NAMES = [
+    "bidirectional",
+    "causal",
+    "prefix",
+    "block-causal:4",
+    "block-causal:3",
+    "block-diffusion:4",
+    "window:1",
+    "window:2:0",
+]
 
 
 @pytest.mark.parametrize("name", [*NAMES, slow("window:3"), slow("block-causal:8"), slow("random")])

@@ -406,7 +406,9 @@ def test_seeds_that_are_far_apart_are_shown_and_never_as_nats_below_zero():
     different = next(row for row in differences(rows) if row["variant"] == "causal" and row["measure"] == "nll")
     assert different["interval"] == "seeds" and not tables.excludes_zero(different | {"low": 0.1})
     assert tables.of_seeds(different, 2, sign="+") == "-0.09 (-0.49 to +0.70)"
-    assert tables.of_seeds({"mean": -0.001, "low": -0.2, "high": 0.1, "interval": "t"}, 1, sign="+") == "+0.0 [-0.2, +0.1]"
+    assert (
+        tables.of_seeds({"mean": -0.001, "low": -0.2, "high": 0.1, "interval": "t"}, 1, sign="+") == "+0.0 [-0.2, +0.1]"
+    )
 
 
 def test_intervals_of_sudoku_are_over_solutions():
