@@ -55,7 +55,7 @@ class RefreshSettings:
     """Which models are trained, and how many rows they answer."""
 
     tasks: tuple[str, ...] = ("sudoku", "countdown")
-    """names of tasks whose answers have several blocks of four tokens: copy, reversal, sudoku, scattered sudoku, countdown"""
+    """names of tasks whose answers have several blocks of four tokens (all tasks of the study but addition)"""
     masks: tuple[str, ...] = MASKS
     """names of masks of the study"""
     seeds: int = 3
