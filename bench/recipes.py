@@ -53,6 +53,7 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "d1-sft": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 1}},
     "gsm8k-0.5b": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 1}},
+    "gsm8k-rewards": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
     "pretrain": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 4}},
     "ar-start": {
         "h100:1": {**_H100, "batch_size": 8, "steps": 80_000, "learning_rate": 5e-6, "anneal_steps": 8000},

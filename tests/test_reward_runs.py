@@ -16,8 +16,11 @@ from flax import nnx
 import dream_jax
 from dream_jax.config import PRESETS
 from dream_jax.model import Dream
+from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.posttraining import grpo
 from dream_jax.posttraining.rollout_file import read_rollouts
+from dream_jax.reports.record import read_record
+from dream_jax.reports.run_report import render_report
 from dream_jax.trainer import TrainSettings, train
 
 # With random weights no answer is right, so this reward tells apart answers by their characters.
@@ -100,6 +103,9 @@ def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypa
         assert 0 < row["rollout_share"] < 1
     # The schedule of the learning rate counts updates, of which a step has two.
     assert rows[-1]["learning_rate"] < 0.2 * OPTIONS["learning_rate"]
+    report = render_report(read_record(tmp_path / "run"))
+    assert "## Rewards" in report
+    assert "**step 3**" in report
     found = read_rollouts(tmp_path / "run")
     assert [one.step for one in found] == [1, 1, 3, 3]
     assert all(len(one.answers) == len(one.rewards) == 4 for one in found)
@@ -186,6 +192,24 @@ def test_a_reward_that_fails_ends_the_command_with_one_line_and_the_answer(model
     assert "raised ZeroDivisionError" in found.stderr
     assert "for this answer to row " in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_a_plan_has_the_rollouts() -> None:
+    settings = TrainSettings.flat(
+        **OPTIONS | {"model": "dream-7b", "lora_rank": 8, "max_length": 64, "learning_rate": 1e-4}
+    )
+    plan = make_plan(settings, PlanSettings(plan=True, topology="v6e:2x4", compile=False))
+    rollout = plan.rollout
+    assert rollout is not None
+    assert (rollout.answers, rollout.passes) == (8, 3)
+    # Twice the weights of the layers for each token and pass, and attention and the head besides.
+    tokens = 8 * 3 * 64
+    assert 2 * 6.5e9 * tokens < rollout.flops < 2.2 * 7.7e9 * tokens
+    seconds = [2 * plan.time.fast + rollout.fast, 2 * plan.time.slow + rollout.slow]
+    np.testing.assert_allclose(plan.price.hours, [3 * one / 3600 for one in seconds])
+    np.testing.assert_allclose(rollout.share, [rollout.fast / seconds[0], rollout.slow / seconds[1]])
+    assert plan.fits
+    assert "share of the time in rollouts" in render(plan)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from dream_jax.model import parameter_count
 from dream_jax.plan import arithmetic, cost
 from dream_jax.plan.compile import Compiled, Refusal, compile_step
 from dream_jax.plan.hardware import Hardware, find_hardware
+from dream_jax.plan.rollouts import plan_rollout
 from dream_jax.plan.settings import MemoryPlan, PlannedRows, PlanSettings, RunPlan
 from dream_jax.remat import Remat
 from dream_jax.step_memory import DeviceBytes, StepShape, bytes_on_device, remat_flops
@@ -107,6 +108,14 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings, found: Compiled | R
         collectives=moved,
         host_traffic=arithmetic.host_traffic(step, shape, bytes_),
     )
+    rollout, whole = None, time
+    if settings.run.objective == "grpo":
+        prompts = settings.batches.batch_size
+        rollout = plan_rollout(settings.rewards, step, shape, bytes_, time, hardware, wanted.utilization, prompts)
+        updates = settings.rewards.updates
+        whole = dataclasses.replace(
+            time, fast=updates * time.fast + rollout.fast, slow=updates * time.slow + rollout.slow
+        )
     advice = [] if hardware.missing is None else [f"an estimate, not compiled: {hardware.missing}"]
     if not memory.fits:
         advice += suggestions(settings, hardware, rows)
@@ -123,11 +132,12 @@ def make_plan(settings: TrainSettings, wanted: PlanSettings, found: Compiled | R
         memory=memory,
         collectives=moved,
         time=time,
-        price=cost.price(hardware, time, settings),
+        price=cost.price(hardware, whole, settings),
         advice=tuple(advice),
         versions=_versions(platform),
         compile_seconds=None if found is None else found.seconds,
         remat=None if choice is None else choice.reason,
+        rollout=rollout,
     )
 
 

@@ -10,7 +10,9 @@ _TIGHT = 0.97
 
 def render(plan: RunPlan) -> str:
     """Returns the plan as text; its last lines say whether the step fits."""
-    return "\n".join([*_run(plan), "", *_memory(plan), "", *_work(plan), "", *_cost(plan), "", *_verdict(plan)])
+    return "\n".join(
+        [*_run(plan), "", *_memory(plan), "", *_work(plan), "", *_rollout(plan), *_cost(plan), "", *_verdict(plan)]
+    )
 
 
 def _run(plan: RunPlan) -> list[str]:
@@ -84,6 +86,23 @@ def _work(plan: RunPlan) -> list[str]:
     return lines
 
 
+def _rollout(plan: RunPlan) -> list[str]:
+    """Returns lines about the sampling of answers, and an empty line after them; nothing without sampling."""
+    rollout = plan.rollout
+    if rollout is None:
+        return []
+    updates = plan.settings["updates"]
+    return [
+        f"a step is one rollout and {updates} update(s); all numbers above and the seconds below are those of one update",
+        f"  the rollout: {rollout.answers} answers, {rollout.passes} forward passes each, {rollout.flops:.3g} FLOP, "
+        f"{rollout.fast:.2f} to {rollout.slow:.2f} s",
+        f"  share of the time in rollouts: {min(rollout.share):.0%} to {max(rollout.share):.0%}, besides that of rewards",
+        f"  memory while sampling, by arithmetic: {gib(rollout.peak)} GiB, of which {gib(rollout.working)} besides weights "
+        "and optimizer",
+        "",
+    ]
+
+
 def _cost(plan: RunPlan) -> list[str]:
     time, price = plan.time, plan.price
     low, high = plan.time.compute
@@ -109,6 +128,14 @@ def _cost(plan: RunPlan) -> list[str]:
 def _verdict(plan: RunPlan) -> list[str]:
     memory = plan.memory
     notes = [f"  {line}" for line in plan.advice]
+    if memory.fits and not plan.fits:
+        assert plan.rollout is not None
+        return [
+            f"NO: sampling needs {gib(plan.rollout.peak)} GiB of {gib(memory.limit)}",
+            "what would help:",
+            "  a smaller --rollout-rows",
+            *notes,
+        ]
     if memory.fits:
         tight = memory.peak > _TIGHT * memory.limit
         spare = f"YES: it fits, with {gib(memory.limit - memory.peak)} GiB to spare"

@@ -102,6 +102,32 @@ class StepTime:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutPlan:
+    """The memory and the time of sampling the answers of one step, by arithmetic.
+
+    Attributes:
+      answers: number of answers.
+      passes: number of forward passes over each answer.
+      flops: floating-point operations of all passes over all devices.
+      fast, slow: seconds, as in `StepTime`.
+      share: the share of the time of a step that sampling takes, with the fast and with the slow times; the time of the
+        rewards is not counted.
+      working: bytes of one device that sampling needs besides weights and optimizer.
+      peak: all bytes of one device while answers are sampled. Updates and sampling follow each other, so the memory of a
+        run is the larger one of this number and the peak of an update.
+    """
+
+    answers: int
+    passes: int
+    flops: float
+    fast: float
+    slow: float
+    share: tuple[float, float]
+    working: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPrice:
     """The hours and the price of all steps of a run.
 
@@ -152,6 +178,7 @@ class RunPlan:
       versions: versions of jax and of the compiler, by package.
       compile_seconds: seconds that compiling took; None if nothing was compiled.
       remat: a text with the policy that `remat` "auto" chose, and the reason; None if the settings name a policy.
+      rollout: the sampling of answers in each step; None for an objective without it. Then `time` is that of one update.
     """
 
     hardware: str
@@ -169,11 +196,12 @@ class RunPlan:
     versions: dict[str, str]
     compile_seconds: float | None
     remat: str | None = None
+    rollout: RolloutPlan | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into the memory of a device."""
-        return self.memory.fits
+        """Whether the step fits into the memory of a device, and the sampling of answers too if there is any."""
+        return self.memory.fits and (self.rollout is None or self.rollout.peak <= self.memory.limit)
 
     def plain(self) -> dict[str, Any]:
         """Returns the plan as dictionaries, lists and numbers that can be written as JSON."""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from dream_jax.files import read_json, typed
+from dream_jax.posttraining.rollout_file import RolloutRecord, read_rollouts
 from dream_jax.trainer.folder import GRID, read_table
 from dream_jax.trainer.incidents import read_incidents
 from dream_jax.trainer.samples import read_samples
@@ -41,6 +42,7 @@ class Record:
       grids: for each evaluation the digest of rows and masks; only scores with equal digests may be compared.
       segments: the contents of `parts.json`: the time of each start of the command.
       samples: the contents of `samples.json`; empty without samples.
+      rollouts: the lines of `rollouts.jsonl`; empty for a run without rewards.
       incidents: the contents of `incidents.jsonl`.
     """
 
@@ -53,6 +55,7 @@ class Record:
     grids: Sequence[str]
     segments: Sequence[RunSegment]
     samples: Mapping[str, Any]
+    rollouts: Sequence[RolloutRecord]
     incidents: Sequence[Mapping[str, Any]]
 
     @property
@@ -108,6 +111,7 @@ def read_record(folder: pathlib.Path) -> Record:
         grids=[row.get(GRID, "") for row in evaluations],
         segments=read_segments(folder),
         samples=read_samples(folder),
+        rollouts=read_rollouts(folder),
         incidents=read_incidents(folder),
     )
 

@@ -18,10 +18,11 @@ from dream_jax.trainer.setting_groups import PriceSettings
 
 FILE = "report.md"
 _LAST_SECTION = "What went wrong"
-# Largest numbers of rows in a table of steps, of characters of a sample, and of incidents in the report.
+# Largest numbers in the report: rows in a table of steps, characters of a sample, incidents, answers to one prompt.
 _POINTS = 12
 _SHOWN_CHARACTERS = 600
 _SHOWN_INCIDENTS = 40
+_SHOWN_ANSWERS = 3
 
 
 def write_report(record: Record) -> list[pathlib.Path]:
@@ -52,6 +53,7 @@ def render_report(record: Record) -> str:
         "Settings": _settings(record),
         "Data": _data(record),
         "Losses": _losses(record),
+        **({"Rewards": _rewards(record)} if record.steps and "reward" in record.steps[0] else {}),
         "Evaluation": _evaluation(record),
         "Samples": _samples(record),
         "Time and cost": _time(record),
@@ -130,6 +132,33 @@ def _losses(record: Record) -> list[str]:
         "",
         f"Mean of the last {min(LAST, len(record.steps))} steps: {last}.",
     ]
+
+
+def _rewards(record: Record) -> list[str]:
+    """Returns the section of a run that was trained on rewards: a table over the steps, and some sampled answers."""
+    names = ("reward", "signal", "answer_tokens", "ended", "entropy", "clipped", "kl", "rollout_share")
+    names = tuple(name for name in names if name in record.steps[0])
+    rows = [
+        [int(record.steps[index]["step"]), *(record.steps[index][name] for name in names)]
+        for index in _spread(len(record.steps))
+    ]
+    last = ", ".join(f"{name} {shown(record.last(name))}" for name in names)
+    lines = [*table(("step", *names), rows), "", f"Mean of the last {min(LAST, len(record.steps))} steps: {last}."]
+    held_out = [one for one in record.evaluations if "reward" in one]
+    if held_out:
+        scores = [[int(one["step"]), one["reward"], one["reward_se"], one["answer_tokens"]] for one in held_out]
+        scores = [scores[index] for index in _spread(len(scores))]
+        lines += ["", "Answers to held-out prompts at temperature 0:", ""]
+        lines += table(("step", "reward", "standard error", "answer tokens"), scores)
+    if not record.rollouts:
+        return [*lines, "", "No answers: rollouts.jsonl is missing or empty."]
+    chosen = sorted({0, len(record.rollouts) // 2, len(record.rollouts) - 1})
+    lines += ["", "Sampled answers with their rewards, one prompt each from the beginning, the middle and the end:"]
+    for one in (record.rollouts[index] for index in chosen):
+        lines += ["", f"**step {one.step}**", "", *_quoted(one.prompt)]
+        for text, values in list(zip(one.answers, one.rewards, strict=True))[:_SHOWN_ANSWERS]:
+            lines += ["", f"reward {', '.join(f'{value:g}' for value in values)}:", "", *_quoted(text)]
+    return lines
 
 
 def _spread(count: int) -> list[int]:
