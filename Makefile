@@ -30,7 +30,7 @@ WARM_UP := import jax.numpy, flax.nnx, optax, orbax.checkpoint, grain, datasets,
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo serve test test-all test-optimised lint docs bench clean
+.PHONY: help setup demo life serve test test-all test-optimised lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/.core-installed  ## train a nano model on sudoku on this CPU (runs/demo), then sample it: no download of data or weights
 	$(PY) train.py --mesh 8x1 --model nano --data sudoku --out $(DEMO) --overwrite
 	$(PY) sample.py --model $(DEMO)/model --prompt "$$DEMO_PROMPT" --max-new-tokens 20 --watch
+
+life: export JAX_PLATFORMS ?= cpu
+life: $(VENV)/.bench-installed  ## a nano model from random weights through documents, fine-tuning, preferences and rewards (runs/life)
+	$(PY) bench/life.py
 
 serve: export JAX_PLATFORMS ?= cpu
 serve: $(VENV)/.serve-installed  ## a server with the demo model (trained first if runs/demo has none): a page, and OpenAI's API

@@ -79,18 +79,23 @@ def weights(folder: Path) -> list[np.ndarray]:
 
 def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / "run"})
-    plain, errors = grpo.UpdateStep.__call__, []
+    plain, errors, gains = grpo.UpdateStep.__call__, [], []
 
     def watched(self: Any, state: Any, batch: Any, frozen: Any = None) -> Any:
         after, metrics = plain(self, state, batch, frozen)
         # Before the first update the weights are those of the reference, which a program of its own has scored.
         ratio_BM = np.exp(np.asarray(metrics[grpo.LOGPROBS]) - np.asarray(batch.reference_BM))
-        errors.append(np.abs(ratio_BM - 1)[np.asarray(batch.weight_BM) > 0].max())
+        weight_BM = np.asarray(batch.weight_BM)
+        errors.append(np.abs(ratio_BM - 1)[weight_BM > 0].max())
+        change_BM = np.asarray(metrics[grpo.LOGPROBS]) - np.asarray(batch.old_BM)
+        gains.append(np.sum(weight_BM * np.asarray(batch.advantage_B)[..., None] * change_BM))
         return after, metrics
 
     monkeypatch.setattr(grpo.UpdateStep, "__call__", watched)
     train(settings)
     assert errors[0] < 1e-6 < 1e-4 < errors[1]
+    # The first update of each rollout has made better answers more probable than worse ones.
+    assert min(gains[1::2]) > 0
     rows = table(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:

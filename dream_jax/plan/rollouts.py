@@ -54,7 +54,7 @@ def plan_rollout(
     # Each pass of a batch reads the weights once; if they are sharded, they are gathered for it.
     batches = -(-answers // rows)
     weights = (matrix_count(config) + config.hidden_size * config.vocab_size) / tensor * width
-    gathered = ()
+    gathered: tuple[Collective, ...] = ()
     if shape.groups > 1:
         share = (shape.groups - 1) / shape.groups
         count = passes * batches * (config.num_hidden_layers * 7 + 1)

@@ -136,8 +136,8 @@ def _losses(record: Record) -> list[str]:
 
 def _rewards(record: Record) -> list[str]:
     """Returns the section of a run that was trained on rewards: a table over the steps, and some sampled answers."""
-    names = ("reward", "signal", "answer_tokens", "ended", "entropy", "clipped", "kl", "rollout_share")
-    names = tuple(name for name in names if name in record.steps[0])
+    wanted = ("reward", "signal", "answer_tokens", "ended", "entropy", "clipped", "kl", "rollout_share")
+    names = [name for name in wanted if name in record.steps[0]]
     rows = [
         [int(record.steps[index]["step"]), *(record.steps[index][name] for name in names)]
         for index in _spread(len(record.steps))
