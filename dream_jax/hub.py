@@ -149,7 +149,7 @@ def ask(hub_id: HubId, kind: RepositoryKind) -> bool:
     _limit_silence(huggingface_hub.get_session(), seconds)
     api = huggingface_hub.HfApi()
     try:
-        _within(seconds, lambda: api.repo_info(hub_id.name, repo_type=kind, revision=hub_id.revision, timeout=seconds))
+        within(seconds, lambda: api.repo_info(hub_id.name, repo_type=kind, revision=hub_id.revision, timeout=seconds))
     except TimeoutError as error:
         raise ConnectionError(
             f"there is no local path {hub_id}, and the Hugging Face hub did not answer within {seconds:g} s; check the "
@@ -221,7 +221,7 @@ def _limit_silence(session: Any, seconds: float) -> None:
     session.event_hooks = {**hooks, "request": [*others, limit]}
 
 
-def _within(seconds: float, function: Callable[[], _Value]) -> _Value:
+def within(seconds: float, function: Callable[[], _Value]) -> _Value:
     """Returns what a function returns. Raises its errors, and TimeoutError if it takes longer.
 
     A timeout of the connection alone is not enough: it does not count the time to find the address of a name, and starts

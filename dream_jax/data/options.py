@@ -46,6 +46,7 @@ class ReadOptions:
     test_split: the name of the test split; None: "test", or without such a split, and always if `split` is given, a
       share of the prompts of the training split is held out.
     config: the configuration of a hub data set, or the folder of a data directory that is read; None: there is only one.
+    stream_rows: the number of first rows of a hub data set that are streamed, at least 1; None: all of it is downloaded.
     """
 
     answer_format: AnswerFormat = "s1"
@@ -56,6 +57,7 @@ class ReadOptions:
     split: str | None = None
     test_split: str | None = None
     config: str | None = None
+    stream_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name, flag in (("split", "--data-split"), ("test_split", "--eval-split"), ("config", "--data-config")):
@@ -68,7 +70,11 @@ class ReadOptions:
             raise ValueError(
                 f"test_split={self.test_split!r} is the split that is trained on; give another one, or none"
             )
-        check_numbers(self, held_out=FloatRange(0.0, 1.0, open_high=True, note="it is a share of the prompts"))
+        check_numbers(
+            self,
+            held_out=FloatRange(0.0, 1.0, open_high=True, note="it is a share of the prompts"),
+            stream_rows=IntegerRange(1, note="leave it out to download all rows"),
+        )
         _check_choice("answer_format", self.answer_format, get_args(AnswerFormat))
 
 

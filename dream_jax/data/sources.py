@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
 from dream_jax.data.shards import Meter, folder_shards, is_pattern, matching_shards, shard_format
+from dream_jax.data.streams import HubStream, stream_folder
 from dream_jax.data.sudoku import SudokuSource
 from dream_jax.paths import local_path
 
@@ -70,6 +71,12 @@ def find_split(
     """
     check_split(split)
     name, path = str(name_or_path), local_path(name_or_path, "data")
+    hub_id = None if path.exists() or is_pattern(name) or shard_format(path) is not None else hub.hub_id_of(name)
+    if options.stream_rows is not None and (hub_id is None or name in ("sudoku", "gsm8k", "s1k")):
+        raise ValueError(
+            f"--stream-rows {options.stream_rows} streams a data set of the hub, organisation/name, but --data is {name}: "
+            "leave it out"
+        )
     if name in ("sudoku", "gsm8k"):
         _check_no_choice(name, options)
     if name == "sudoku":
@@ -85,7 +92,10 @@ def find_split(
         return _files(matching_shards(name), name, split, options, divided=True)
     if shard_format(path) is not None:
         raise FileNotFoundError(f"no file {path}; supported data: {SUPPORTED}")
-    if (hub_id := hub.hub_id_of(name)) is not None:
+    if hub_id is not None and options.stream_rows is not None:
+        stream = HubStream(hub_id, options.config, options.stream_rows, stream_folder())
+        return _streamed(stream, split, name, options)
+    if hub_id is not None:
         return _one_split(records.hub_splits(hub_id, options.config), split, name, options)
     raise ValueError(
         f"data {name!r} is neither a known name nor an existing path. Supported: {SUPPORTED}{hub.why_not_asked(name)}"
@@ -112,7 +122,7 @@ def find_splits(
     names_or_paths: Sequence[str], split: str, seed: int, options: ReadOptions
 ) -> "list[DataSplit | SudokuSource]":
     """Finds the sources of a mixture without reading their rows; see `open_mixture` and `find_split`."""
-    rest = dataclasses.replace(options, split=None, test_split=None, config=None)
+    rest = dataclasses.replace(options, split=None, test_split=None, config=None, stream_rows=None)
     return [find_split(name, split, seed, rest if number else options) for number, name in enumerate(names_or_paths)]
 
 
@@ -340,17 +350,23 @@ def _split_names(options: ReadOptions) -> tuple[str, str | None]:
     return options.split or "train", options.test_split or (None if options.split else "test")
 
 
-def _one_split(splits: Mapping[str, records.TableRecords], split: str, name: str, options: ReadOptions) -> DataSplit:
-    """Finds the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
+def _chosen(names: Collection[str], split: str, name: str, options: ReadOptions) -> tuple[str, bool]:
+    """Returns the name of the split to read among `names`, and whether the data has a test split of its own."""
     train, test = _split_names(options)
     for wanted in (train, options.test_split):
-        if wanted is not None and wanted not in splits:
+        if wanted is not None and wanted not in names:
             raise ValueError(
-                f"{name} has the splits {sorted(splits)}, and none is called {wanted}; choose one to train on with "
+                f"{name} has the splits {sorted(names)}, and none is called {wanted}; choose one to train on with "
                 "--data-split, and one for evaluation with --eval-split"
             )
-    separate = test is not None and test in splits
-    chosen = splits[test if test is not None and separate and split == "test" else train]
+    separate = test is not None and test in names
+    return test if test is not None and separate and split == "test" else train, separate
+
+
+def _one_split(splits: Mapping[str, records.TableRecords], split: str, name: str, options: ReadOptions) -> DataSplit:
+    """Finds the rows of one split of a data set; without a test split, `hold_out` divides the train split."""
+    found, separate = _chosen(splits.keys(), split, name, options)
+    chosen = splits[found]
     return DataSplit(
         name=name,
         split=split,
@@ -359,6 +375,12 @@ def _one_split(splits: Mapping[str, records.TableRecords], split: str, name: str
         records=lambda on_bad: iter(chosen),
         divided=not separate,
     )
+
+
+def _streamed(stream: HubStream, split: str, name: str, options: ReadOptions) -> DataSplit:
+    """Finds the first rows of one split of a hub data set, which are streamed into a file if they are not in one yet."""
+    found, separate = _chosen(stream.names(), split, name, options)
+    return _files([stream.file(found)], name, split, options, divided=not separate)
 
 
 def hold_out(rows: RowList, split: str, name: str, share: float = ReadOptions.held_out) -> RowList:

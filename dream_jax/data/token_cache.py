@@ -22,11 +22,10 @@ from dream_jax.data.progress import RowProgress, enough_space, needed_bytes
 from dream_jax.data.rows import Intake, RowSource
 from dream_jax.data.sources import DataSplit, find_splits, in_split, mixed, prompt_hash
 from dream_jax.data.store import Say, StoredRows, StoreWriter, TokenStore, open_store
+from dream_jax.data.streams import CACHE_VARIABLE
 from dream_jax.paths import local_path
 from dream_jax.tokenizer import ByteTokenizer, DreamTokenizer, Tokenizer
 
-CACHE_VARIABLE = "DREAM_JAX_CACHE"
-"""The environment variable with the path of the default cache folder."""
 AUTO, OFF = "auto", "off"
 SMALLEST = 2**20
 """Bytes of files below which "auto" keeps the tokens in memory: these files are read in about a second."""

@@ -151,6 +151,8 @@ class RowSettings:
     """name of the split of --data to evaluate on; by default test, or with --data-split a share of that split"""
     data_config: str | None = None
     """configuration of the hub data set --data (such as main), or folder in the directory --data"""
+    stream_rows: int | None = None
+    """stream only this number of first rows of the hub data set --data into the cache, instead of downloading all of it"""
     ignore_field: tuple[str, ...] = ()
     """names of fields of rows or messages to train without, as if the data did not have them"""
     mix_weights: tuple[float, ...] = ()
@@ -192,6 +194,7 @@ class RowSettings:
             split=self.data_split,
             test_split=self.eval_split,
             config=self.data_config,
+            stream_rows=self.stream_rows,
             only_correct=self.only_correct,
             skip_bad=self.skip_bad_rows,
             held_out=self.held_out,
