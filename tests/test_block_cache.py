@@ -233,7 +233,7 @@ def test_a_canvas_grows_while_texts_go_on(monkeypatch):
     dream = blocks(pad_token_id=token)
     whole = recomputed(dream, start, config, key, valid)
     assert not lengths
-    monkeypatch.setattr(growth, "_FIRST_EXTENT", 2 * SIZE)
+    monkeypatch.setattr(growth, "FIRST_EXTENT", 2 * SIZE)
     check_equal(generate(dream, start, config, key, valid), whole)
     assert lengths == [8, 14]  # the second row goes on
     del lengths[:]

@@ -12,7 +12,7 @@ from marking import slow
 from serving_client import TOKENIZER, expected_text, maker, nano, running, until
 
 from dream_jax.inference import canvas_text, row_keys
-from dream_jax.sampler import BlockCache, generate
+from dream_jax.sampler import BlockCache, SamplerConfig, generate, growth
 from dream_jax.serving import engine as engine_module
 from dream_jax.serving import programs, server
 from dream_jax.serving.engine import (
@@ -24,6 +24,7 @@ from dream_jax.serving.engine import (
 )
 from dream_jax.serving.programs import TooManySettingsError, canvas_lengths
 from dream_jax.serving.requests import CompletionRequest, InfillRequest
+from dream_jax.serving.tasks import Gap, Task
 
 SETTINGS = EngineSettings(rows=4, longest=128, interval=0.02)
 
@@ -197,6 +198,65 @@ def test_masks_count_the_new_tokens_of_each_row(trained_mask):
     for (options, prompt, new_tokens, seed), text in zip(chosen, texts, strict=True):
         options = options | {"trained_mask": trained_mask}
         assert text == expected_text(masked, prompt.encode(), new_tokens, seed=seed, **options)
+
+
+@pytest.mark.slow
+def test_a_canvas_grows_while_texts_go_on(monkeypatch):
+    """Rows of block diffusion begin on canvases of 32 tokens; those whose texts go on move to 64 and 128 tokens."""
+    monkeypatch.setattr(programs, "SHORTEST_GROWING", 32)
+    monkeypatch.setattr(growth, "FIRST_EXTENT", 8)
+    used, original = [], engine_module.resume
+
+    def noted(model, batch, new, canvas, *arguments, **options):
+        used.append(canvas.shape[1])
+        return original(model, batch, new, canvas, *arguments, **options)
+
+    monkeypatch.setattr(engine_module, "resume", noted)
+    masked = nano()
+    masked.trained_mask = "block-diffusion:4"
+    options = {"preset": "exact", "temperature": 0.8, "steps": 40}
+    chosen = [
+        ({**options, "end_penalty": penalty}, "x" * length, new_tokens, seed)
+        for penalty, length, new_tokens, seed in (
+            (50.0, 3, 90, 0),  # 32, 64, 128 tokens
+            (50.0, 9, 45, 1),  # 32 and 64 tokens, of which the last four are not of the text
+            (-50.0, 3, 90, 2),  # ends in its first block
+        )
+    ]
+    tasks = [asked(*one, "block-diffusion:4") for one in chosen]
+    assert [programs.lengths_of(task, 128) for task in tasks] == [(32, 64, 128), (32, 64), (32, 64, 128)]
+    wanted = [
+        expected_text(masked, prompt.encode(), new, seed=seed, trained_mask="block-diffusion:4", **options)
+        for options, prompt, new, seed in chosen
+    ]
+    with running(masked, dataclasses.replace(SETTINGS, rows=2)) as started:
+        assert ask(started, tasks)[0] == wanted
+        assert set(used) == {32, 64, 128} and started.num_families == 3
+        del used[:]
+        assert ask(started, [tasks[2]])[0] == [wanted[2]]
+        assert set(used) == {32}
+    with running(masked, dataclasses.replace(SETTINGS, most_programs=2)) as started:  # too few for a canvas that grows
+        family = started._admitted(tasks[0])
+        assert (family.length, family.grows, started.num_families) == (96, False, 1)
+
+
+def test_lengths_of_canvases_that_grow():
+    assert programs.growing_lengths(2048, 32) == (512, 1024, 2048)
+    assert programs.growing_lengths(3000, 24) == (512, 1016, 2024, 3000 - 976 % 24)
+    assert programs.growing_lengths(100, 8) == (100,)
+
+    def lengths(prompt, new, trained_mask="block-diffusion:32", **more):
+        config = SamplerConfig.preset("fast", max_new_tokens=new, trained_mask=trained_mask, **more)
+        pieces = (Gap(start=prompt, length=new),)
+        return programs.lengths_of(Task(prompt=(5,) * prompt, config=config, seed=0, sample=0, pieces=pieces), 2048)
+
+    assert lengths(100, 1800) == (512, 1024, 2048)
+    assert lengths(100, 500) == (512, 1024)
+    assert lengths(300, 1500) == (1024, 2048)
+    assert lengths(100, 400) == lengths(1800, 200) == ()  # the first length holds the whole text
+    assert lengths(100, 1948) == ()  # with the padding to whole blocks it would be too long
+    assert lengths(100, 1800, "bidirectional") == ()
+    assert lengths(100, 1800, forced_tokens=((5, 7),)) == ()
 
 
 def test_programs_do_not_depend_on_the_numbers_of_a_request(engine):

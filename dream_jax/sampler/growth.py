@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from dream_jax import sharding
 from dream_jax.model import Dream
@@ -21,8 +21,8 @@ from dream_jax.sampler.config import BlockCache, SamplerConfig
 from dream_jax.sampler.loop import StreamBatch, ended, replicated
 from dream_jax.sampler.state import State, StaticSettings, active
 
-# Number of new tokens for which a canvas that grows has room at first.
-_FIRST_EXTENT = 256
+FIRST_EXTENT = 256
+"""Number of new tokens for which a canvas that grows has room at first; a few more if it is no multiple of a block."""
 
 
 def extents(config: SamplerConfig, *, only_new: bool, has_listener: bool = False) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def extents(config: SamplerConfig, *, only_new: bool, has_listener: bool = False
     if not isinstance(config.cache, BlockCache) or block is None or not only_new or has_hooks or has_listener:
         return (most,)
     # Forced tokens are part of the text from the beginning: an end-of-text token before them does not end it.
-    extent, found = max(_FIRST_EXTENT, *(at + 1 for at, _ in config.forced_tokens), 1), []
+    extent, found = max(FIRST_EXTENT, *(at + 1 for at, _ in config.forced_tokens), 1), []
     extent = -(-extent // block) * block
     while extent < most:
         found.append(extent)
@@ -83,18 +83,28 @@ def _wants_more(model: Dream, batch: StreamBatch, static: StaticSettings) -> jax
 
 @functools.partial(jax.jit, static_argnames=("columns", "static"))
 def grow(
-    model: Dream, batch: StreamBatch, occupied_B: Bool[jax.Array, "B"], *, columns: int, static: StaticSettings
+    model: Dream,
+    batch: StreamBatch,
+    occupied_B: Bool[jax.Array, "B"],
+    columns_B: Int[jax.Array, "B"] | None = None,
+    *,
+    columns: int,
+    static: StaticSettings,
 ) -> StreamBatch:
     """Returns the batch with `columns` more positions at the end of its canvas.
 
     In rows whose text goes on, the new positions are masks. In rows whose text has ended, and in rows without a text
-    (false in `occupied_B`), they are end-of-text tokens.
+    (false in `occupied_B`), they are end-of-text tokens. With `columns_B`, int32 [B], the text of a row gets only so many
+    of the new positions; the others are hidden, as padding. It must be 0 or a multiple of a block, except for a row that
+    gets no more positions later.
     """
     state, rows = batch.state, batch.valid_BT.shape[0]
-    goes_on_B = occupied_B & (active(state) | _wants_more(model, batch, static))
-    added = functools.partial(jnp.broadcast_to, shape=(rows, columns))
-    canvas_BC = added(jnp.where(goes_on_B, model.config.mask_token_id, model.config.pad_token_id)[:, None])
-    commit_step_BC = added(jnp.where(goes_on_B, -1, state.passes_B - 1)[:, None])
+    wants_B = _wants_more(model, batch, static)
+    goes_on_B = occupied_B & (active(state) | (wants_B if columns_B is None else wants_B & (columns_B > 0)))
+    is_of_text_BC = jnp.arange(columns) < (columns if columns_B is None else columns_B[:, None])
+    is_mask_BC = goes_on_B[:, None] & jnp.broadcast_to(is_of_text_BC, (rows, columns))
+    canvas_BC = jnp.where(is_mask_BC, model.config.mask_token_id, model.config.pad_token_id)
+    commit_step_BC = jnp.where(is_mask_BC, -1, state.passes_B[:, None] - 1)
     recorded = jax.tree.map(lambda noted: _padded(noted, columns), state.recorded)
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0))), state.kv_cache)
     length = batch.valid_BT.shape[1]
@@ -106,7 +116,8 @@ def grow(
         # A row that has filled the canvas goes on with the first new position.
         block_start_B=jnp.where(goes_on_B, state.block_start_B, length + columns),
     )
-    return batch._replace(state=state, valid_BT=jnp.pad(batch.valid_BT, ((0, 0), (0, columns)), constant_values=True))
+    valid_BT = jnp.concatenate([batch.valid_BT, is_mask_BC | ~goes_on_B[:, None]], axis=1)
+    return batch._replace(state=state, valid_BT=valid_BT)
 
 
 @jax.jit

@@ -24,9 +24,18 @@ from dream_jax.bounds import MOST_ROWS, MOST_TOKENS, POSITIVE, IntegerRange, che
 from dream_jax.model import Dream
 from dream_jax.sampler import SamplerConfig
 from dream_jax.sampler.generate import UNDEFINED, lay_out
+from dream_jax.sampler.growth import grow, wants_more
 from dream_jax.sampler.loop import resume
 from dream_jax.sampler.state import DynamicSettings
-from dream_jax.serving.programs import Family, Program, ProgramTable, canvas_lengths, row_keys
+from dream_jax.serving.programs import (
+    Family,
+    Program,
+    ProgramTable,
+    TooManySettingsError,
+    canvas_lengths,
+    lengths_of,
+    row_keys,
+)
 from dream_jax.serving.reader import AnswerReader
 from dream_jax.serving.tasks import RowView, Task, Update
 from dream_jax.tokenizer import Tokenizer
@@ -125,6 +134,7 @@ class Job:
     Args:
       task: the task.
       family: the family of its row.
+      lengths: the lengths that its canvas takes one after the other, see `programs.lengths_of`; () if it does not grow.
       deadline: the time (`time.monotonic`) by which it must be finished.
       on_update: called in the thread of the engine with each update, and with an error if the task fails.
       tokenizer: the tokenizer of the model.
@@ -134,11 +144,13 @@ class Job:
         self,
         task: Task,
         family: Family,
+        lengths: tuple[int, ...],
         deadline: float,
         on_update: Callable[[Update | EngineError], None],
         tokenizer: Tokenizer,
     ):
         self.task, self.family, self.deadline = task, family, deadline
+        self.lengths = lengths
         self.begun = time.monotonic()
         self.closed = False  # nothing more is reported, and the row is free
         self.cancelled = False  # set by other threads
@@ -170,6 +182,7 @@ class _Batch:
       program: the compiled program of the batch.
       jobs: the job of each row; None if the row is free.
       in_flight: the jobs of the rows when the call was made whose result was not fetched yet; None without a call.
+      full: bool [rows], whether the text of a row has filled the canvas and may go on.
     """
 
     def __init__(self, program: Program, model: Dream, config: SamplerConfig):
@@ -177,6 +190,7 @@ class _Batch:
         self.program = program
         self.jobs: list[Job | None] = [None] * rows
         self.in_flight: list[Job | None] | None = None
+        self.full = np.zeros(rows, bool)
         self._model, self._batch = model, program.idle_batch(model)
         self._configs = [config] * rows
         self._canvas = np.full((rows, length), model.config.pad_token_id, np.int32)
@@ -184,6 +198,8 @@ class _Batch:
         self._seed, self._sample = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._masked = np.ones(rows, np.int32)
         self._new = np.zeros(rows, bool)
+        # The first position of each row on the canvas, and the number of new tokens for which the canvas has room.
+        self._begin, self._room = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._dynamic: DynamicSettings | None = None
         self._passes = np.zeros(rows, np.int32)
         self._forwards = 0
@@ -197,18 +213,51 @@ class _Batch:
 
     def put(self, row: int, job: Job) -> None:
         """Gives a free row to a job."""
-        prompt = np.asarray(job.task.prompt, np.int32).reshape(1, -1)
-        padding = self.program.family.length - job.task.length
-        canvas, valid = lay_out(self._model, prompt, np.ones(prompt.shape, bool), job.task.config, padding)
+        prompt, config = np.asarray(job.task.prompt, np.int32).reshape(1, -1), job.task.config
+        length, room = self.program.family.length, config.max_new_tokens
+        if job.task.length > length:  # the canvas begins with whole blocks, and grows later
+            assert config.block_length is not None, "only a canvas of blocks grows"
+            room = (length - prompt.shape[1]) // config.block_length * config.block_length
+        now, padding = dataclasses.replace(config, max_new_tokens=room), length - prompt.shape[1] - room
+        canvas, valid = lay_out(self._model, prompt, np.ones(prompt.shape, bool), now, padding)
         self._canvas[row], self._valid[row] = canvas[0], valid[0]
-        self._masked[row] = np.sum(canvas == self._model.config.mask_token_id)
-        self._configs[row], self._seed[row], self._sample[row] = job.task.config, job.task.seed, job.task.sample
+        # The schedule counts all masks of the text, also those for which the canvas has no room yet.
+        self._masked[row] = np.sum(canvas == self._model.config.mask_token_id) + config.max_new_tokens - room
+        self._configs[row], self._seed[row], self._sample[row] = now, job.task.seed, job.task.sample
+        self._begin[row], self._room[row], self.full[row] = padding, room, False
         self._new[row], self.jobs[row], self._dynamic = True, job, None
 
     def clear(self, row: int) -> None:
         """Takes a row from its job; a canvas without masks ends what the row is doing."""
         self._canvas[row], self._valid[row] = self._model.config.pad_token_id, True
-        self._new[row], self.jobs[row] = True, None
+        self._new[row], self.jobs[row], self.full[row] = True, None, False
+
+    def longer(self) -> Program | None:
+        """Returns the program of the next length of the canvas; None if the texts of its rows need no longer one."""
+        family = self.program.family
+        jobs = [job for job in self.jobs if job is not None]
+        found = [one for job in jobs for one in job.lengths if one > family.length]
+        if not found or not family.grows:
+            return None
+        config = jobs[0].task.config
+        return Program(Family.of(config, min(found), family.static.record, grows=True), self.program.rows)
+
+    def grow(self, program: Program) -> None:
+        """Makes the canvas as long as that of `program`, the result of `longer`; no call may be in flight."""
+        columns = program.family.length - self.program.family.length
+        most_B = np.array([0 if job is None else job.task.config.max_new_tokens for job in self.jobs], np.int32)
+        columns_B = np.clip(most_B - self._room, 0, columns)
+        occupied_B = np.array([job is not None for job in self.jobs]) & ~self._new
+        static = self.program.family.static
+        self._batch = grow(self._model, self._batch, occupied_B, columns_B, columns=columns, static=static)
+        self._canvas = np.pad(self._canvas, ((0, 0), (0, columns)), constant_values=self._model.config.pad_token_id)
+        self._valid = np.pad(self._valid, ((0, 0), (0, columns)), constant_values=True)
+        self._room = self._room + columns_B
+        self.full[:] = False
+        self.program, self._dynamic = program, None
+        for row, job in enumerate(self.jobs):
+            if job is not None and self._new[row]:  # it has not begun, so it begins on the longer canvas
+                self.put(row, job)
 
     def call(self, interval: float, wanted: bool) -> None:
         """Starts a call of the compiled loop, which returns after about `interval` seconds.
@@ -250,8 +299,13 @@ class _Batch:
         """
         assert self.in_flight is not None
         state = self._batch.state
+        family = self.program.family
+        wants_B: Any = np.zeros(self.program.rows, bool)
+        if family.grows:
+            wants_B = wants_more(self._model, self._batch, static=family.static)
         found: Any = jax.device_get(
             (
+                wants_B,
                 state.block_start_B,
                 state.canvas_BT,
                 state.commit_step_BT,
@@ -261,7 +315,7 @@ class _Batch:
                 state.recorded,
             )
         )
-        start_B, canvas_BT, commit_step_BT, passes_B, forwards, undefined_B, recorded = found
+        wants_B, start_B, canvas_BT, commit_step_BT, passes_B, forwards, undefined_B, recorded = found
         steps = int(np.max(passes_B - self._passes, initial=1))
         seconds = (time.monotonic() - max(self._called, last_fetch)) / max(steps, 1)
         self._step_seconds = seconds if self._step_seconds is None else 0.5 * (self._step_seconds + seconds)
@@ -270,22 +324,21 @@ class _Batch:
         for row, job in enumerate(self.in_flight):
             if job is None or job.closed:
                 continue
-            begin = self.program.family.length - job.task.length
-            done = bool(start_B[row] >= self.program.family.length)
-            views.append(
-                (
-                    job,
-                    RowView(
-                        canvas_BT[row, begin:],
-                        commit_step_BT[row, begin:],
-                        int(passes_B[row]),
-                        bool(undefined_B[row]),
-                        recorded.confidence_BT[row, begin:],
-                        done,
-                        *(() if recorded.logprobs is None else (leaf[row, begin:] for leaf in recorded.logprobs)),
-                    ),
-                )
+            is_full = bool(wants_B[row]) and self._room[row] < job.task.config.max_new_tokens
+            self.full[row] = is_full and self.jobs[row] is job
+            done = bool(start_B[row] >= family.length) and not is_full
+            shown = slice(self._begin[row], self._begin[row] + job.task.length)
+            view = RowView(
+                canvas_BT[row, shown],
+                commit_step_BT[row, shown],
+                int(passes_B[row]),
+                bool(undefined_B[row]),
+                recorded.confidence_BT[row, shown],
+                done,
+                *(() if recorded.logprobs is None else (leaf[row, shown] for leaf in recorded.logprobs)),
             )
+            end = self._model.config.pad_token_id if done else self._model.config.mask_token_id
+            views.append((job, view.lengthened(job.task.length, end)))
             if done and self.jobs[row] is job:
                 self.jobs[row] = None
         self.in_flight = None
@@ -339,8 +392,19 @@ class Engine:
                 f"the prompt and the new tokens make {task.length} tokens, more than the {self.settings.longest} of "
                 "this server; shorten the prompt or ask for fewer new tokens"
             )
-        length = next(length for length in self.lengths if length >= task.length)
-        family = Family.of(task.config, length, task.record)
+        return self._families(task)[0]
+
+    def _families(self, task: Task) -> list[Family]:
+        """Returns the families that a task needs, one after the other if its canvas grows. Raises as `family`."""
+        lengths = lengths_of(task, self.settings.longest)
+        return [self._family(task, length, grows=True) for length in lengths] or [self._whole(task)]
+
+    def _whole(self, task: Task) -> Family:
+        """Returns the family of a task whose canvas has its whole length from the beginning. Raises as `family`."""
+        return self._family(task, next(length for length in self.lengths if length >= task.length), grows=False)
+
+    def _family(self, task: Task, length: int, *, grows: bool) -> Family:
+        family = Family.of(task.config, length, task.record, grows=grows)
         steps = task.config.block_steps(sum(gap.length for gap in task.gaps)) if family.static.follows_schedule else 1
         if steps > family.static.steps:
             raise ValueError(
@@ -361,17 +425,25 @@ class Engine:
           QueueFullError: the queue has no place for the tasks.
           NotAcceptingError: the engine is ending or has failed.
         """
-        families = [self.family(task) for task in tasks]
+        for task in tasks:
+            self.family(task)  # raises ValueError for a task that does not fit
         with self._wake:
             self._check_accepts(len(tasks))
-        families = [self._programs.admit(family) for family in families]
+        families = [self._admitted(task) for task in tasks]
         deadline = time.monotonic() + self.settings.time_limit
 
         def reporter(index: int) -> Callable[[Update | EngineError], None]:
             return lambda update: on_update(index, update)
 
         jobs = [
-            Job(task, family, deadline, reporter(index), self._tokenizer)
+            Job(
+                task,
+                family,
+                lengths_of(task, self.settings.longest) if family.grows else (),
+                deadline,
+                reporter(index),
+                self._tokenizer,
+            )
             for index, (task, family) in enumerate(zip(tasks, families, strict=True))
         ]
         with self._wake:
@@ -381,6 +453,17 @@ class Engine:
             self._changed = True
             self._wake.notify_all()
         return jobs
+
+    def _admitted(self, task: Task) -> Family:
+        """Returns the family with which a task begins, after all that it may need were admitted; raises as `submit`.
+
+        If there are too many families for a canvas that grows, it has its whole length from the beginning.
+        """
+        families = self._families(task)
+        try:
+            return self._programs.admit_all(families)
+        except TooManySettingsError:
+            return self._programs.admit(self._whole(task))
 
     def _check_accepts(self, count: int) -> None:
         """Raises NotAcceptingError or QueueFullError if the queue cannot take `count` tasks; the caller holds the lock."""
@@ -396,7 +479,7 @@ class Engine:
 
     def reserve(self, tasks: Iterable[Task]) -> None:
         """Reserves the programs of these tasks: tasks that need them are accepted even if there are too many programs."""
-        self._programs.reserve(self.family(task) for task in tasks)
+        self._programs.reserve(family for task in tasks for family in (*self._families(task), self._whole(task)))
 
     def compile(self, task: Task) -> None:
         """Compiles the programs of a task, for one row and for a full batch, and waits for them.
@@ -404,9 +487,11 @@ class Engine:
         Raises:
           ValueError, jax.errors.JaxRuntimeError: as `submit` and `ProgramTable.ready` raise.
         """
-        family = self._programs.admit(self.family(task))
-        for rows in {1, self.settings.rows}:
-            self._programs.ready(Program(family, rows), task.config)
+        families = self._families(task)
+        self._programs.admit_all(families)
+        for family in families:
+            for rows in {1, self.settings.rows}:
+                self._programs.ready(Program(family, rows), task.config)
         self._programs.wait()
 
     def wake(self) -> None:
@@ -563,6 +648,7 @@ class Engine:
                     continue
                 self._batches.append(batch)
             batch.put(batch.jobs.index(None), job)
+            self._start_longer(batch)
             started.add(id(job))
             self.counts.prompt_tokens += job.task.num_given
         if started:
@@ -576,6 +662,20 @@ class Engine:
         compiled = (family for family in longer if self._programs.compiled(Program(family, rows)))
         return max((own, *compiled), key=lambda family: family.length)
 
+    def _start_longer(self, batch: _Batch) -> None:
+        """Compiles the program of the next length of a canvas that grows, while the batch runs with the present one."""
+        longer = batch.longer()
+        if longer is not None:
+            self._programs.start(longer, next(job for job in batch.jobs if job is not None).task.config)
+
+    def _grow(self, batch: _Batch) -> None:
+        """Makes the canvas of a batch longer if a text has filled it; waits if its program is not compiled yet."""
+        longer = batch.longer() if np.any(batch.full) else None
+        if longer is not None:
+            self._programs.finish(longer, next(job for job in batch.jobs if job is not None).task.config)
+            batch.grow(longer)
+            self._start_longer(batch)
+
     def _turn(self, batch: _Batch) -> None:
         """Fetches the result of a batch, starts its next call, and then reads the result while the device works."""
         views: list[tuple[Job, RowView]] = []
@@ -585,6 +685,7 @@ class Engine:
                 self._last_fetch = time.monotonic()
                 self.counts.forwards += forwards
                 self._end_jobs()
+                self._grow(batch)
                 self._open_batches()
             if batch.num_busy:
                 wanted = any(batch.program.family.serves(job.family) for job in list(self._waiting))

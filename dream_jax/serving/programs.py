@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -14,9 +14,13 @@ import numpy as np
 
 from dream_jax import sharding
 from dream_jax.model import Dream
-from dream_jax.sampler import SamplerConfig
+from dream_jax.sampler import BlockCache, SamplerConfig, growth
 from dream_jax.sampler.loop import StreamBatch, idle_batch, resume
 from dream_jax.sampler.state import DynamicSettings, Record, StaticSettings, switched_off
+from dream_jax.serving.tasks import Gap, Task
+
+SHORTEST_GROWING = 512
+"""The shortest canvas that grows, in tokens."""
 
 _LONGER = 1.25  # A row may be in a batch whose canvas is at most this many times as long as the row needs.
 
@@ -39,6 +43,41 @@ def canvas_lengths(longest: int) -> tuple[int, ...]:
     return (*lengths, longest)
 
 
+def growing_lengths(longest: int, block: int) -> tuple[int, ...]:
+    """Returns the lengths of a canvas that grows, in rising order: each has about twice the tokens of the one before.
+
+    The lengths differ by whole blocks of `block` tokens, so that a block of a text is never divided. The last length is at
+    most `longest`.
+    """
+    lengths = [min(SHORTEST_GROWING, longest)]
+    while more := min(lengths[-1], longest - lengths[-1]) // block * block:
+        lengths.append(lengths[-1] + more)
+    return tuple(lengths)
+
+
+def lengths_of(task: Task, longest: int) -> tuple[int, ...]:
+    """Returns the lengths that the canvas of a task takes one after the other if its text needs them.
+
+    They are () if the task needs a canvas of its whole length from the beginning: if its cache is not `BlockCache`, if
+    tokens are given among the new ones or after them, or if the first of `growing_lengths` holds the whole text. The
+    first length has room for `growth.FIRST_EXTENT` new tokens.
+    """
+    config, given = task.config, len(task.prompt)
+    after = (Gap(start=given, length=config.max_new_tokens),)
+    if not isinstance(config.cache, BlockCache) or config.block_length is None or task.pieces != after:
+        return ()
+    if config.forced_tokens:
+        return ()
+    block = config.block_length
+    lengths = [one for one in growing_lengths(longest, block) if one >= given + growth.FIRST_EXTENT + block]
+    if not lengths or lengths[0] >= task.length:
+        return ()
+    needed = (lengths[0] - given) % block + task.length  # the padding on the left, and the row
+    if needed > lengths[-1]:
+        return ()
+    return (*(one for one in lengths if one < needed), next(one for one in lengths if one >= needed))
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Rows with the same family share compiled programs: they differ in nothing that is compiled in.
@@ -47,34 +86,37 @@ class Family:
       static: the settings that are compiled in.
       off: names of the dynamic settings that are switched off.
       length: length of the canvas.
+      grows: whether the canvas grows while its texts go on, see `lengths_of`.
     """
 
     static: StaticSettings
     off: frozenset[str]
     length: int
+    grows: bool = False
 
     @classmethod
-    def of(cls, config: SamplerConfig, length: int, record: Record) -> Family:
+    def of(cls, config: SamplerConfig, length: int, record: Record, *, grows: bool = False) -> Family:
         """Returns the family of a row with this configuration on a canvas of this length."""
-        return cls(StaticSettings.of_rows(config, length, record), switched_off(config), length)
+        return cls(StaticSettings.of_rows(config, length, record), switched_off(config), length, grows)
 
     def serves(self, other: Family) -> bool:
         """Returns whether rows of another family may be in batches of this one.
 
         Their settings must be those of this family, and its canvas may be a quarter longer than theirs. A longer one would
-        take more time than a batch of their own length.
+        take more time than a batch of their own length. A canvas that grows may have any longer length, because its passes
+        compute only blocks.
         """
-        fits = other.length <= self.length <= _LONGER * other.length
+        fits = other.length <= self.length and (self.grows or self.length <= _LONGER * other.length)
         return self is other or (fits and self._settings == other._settings)
 
     @functools.cached_property
-    def _settings(self) -> tuple[StaticSettings, frozenset[str]]:
+    def _settings(self) -> tuple[StaticSettings, frozenset[str], bool]:
         """The settings without those that follow from the length, see `StaticSettings.of_rows`."""
-        return dataclasses.replace(self.static, steps=0, capacity=0), self.off
+        return dataclasses.replace(self.static, steps=0, capacity=0), self.off, self.grows
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.static, self.off, self.length))
+        return hash((self.static, self.off, self.length, self.grows))
 
     def __hash__(self) -> int:
         # Computed once, because the engine counts the families of all waiting tasks at every return of a loop.
@@ -98,7 +140,8 @@ class Program:
             shape = (self.rows, self.family.length)
             batch = self.idle_batch(model)
             canvas, valid, new = np.zeros(shape, np.int32), np.ones(shape, bool), np.zeros(self.rows, bool)
-            dynamic = DynamicSettings.of_rows([config] * self.rows, [1] * self.rows, self.family.static)
+            masked = max(self.family.length, config.max_new_tokens)  # so that a block has no more steps than tokens
+            dynamic = DynamicSettings.of_rows([config] * self.rows, [masked] * self.rows, self.family.static)
             keys = row_keys(np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32))
             for _ in range(2):  # the second call has the shardings that the first one returned
                 batch = resume(
@@ -158,12 +201,21 @@ class ProgramTable:
                 longer = [one for one in self._families if one.serves(family)]
                 if longer:
                     return self._families[min(longer, key=lambda one: one.length)]
-                raise TooManySettingsError(
-                    f"the server has compiled programs for {self._limit} combinations of settings and lengths, and this "
-                    "request needs another one; use the settings of earlier requests (a preset without further "
-                    "settings), or start the server with a higher --max-programs"
-                )
+                raise TooManySettingsError(_too_many(self._limit))
             return self._families.setdefault(family, family)
+
+    def admit_all(self, families: Sequence[Family]) -> Family:
+        """Notes several families, all or none, and returns the first one, as `admit` does.
+
+        Raises:
+          TooManySettingsError: with those that are new, there would be too many.
+        """
+        with self._lock:
+            new = {one for one in families if one not in self._families and one not in self._reserved}
+            if new and len(self._families.keys() - self._reserved) + len(new) > self._limit:
+                raise TooManySettingsError(_too_many(self._limit))
+            noted = [self._families.setdefault(one, one) for one in families]
+            return noted[0]
 
     def compiled(self, program: Program) -> bool:
         """Returns whether a program has been compiled without an error."""
@@ -177,18 +229,33 @@ class ProgramTable:
         Raises:
           jax.errors.JaxRuntimeError: it cannot be compiled, for instance because memory does not suffice.
         """
+        future = self.start(program, config)
+        if not future.done():
+            return False
+        self._check(program, future)
+        return True
+
+    def start(self, program: Program, config: SamplerConfig) -> Future[None]:
+        """Starts the compilation of a program that is not compiled, and does not wait for it."""
         with self._lock:
             future = self._programs.get(program)
             if future is None:
                 future = self._programs[program] = self._compiler.submit(program.compile, self._model, config)
                 future.add_done_callback(lambda _: self._on_ready())
-        if not future.done():
-            return False
+        return future
+
+    def finish(self, program: Program, config: SamplerConfig) -> None:
+        """Compiles a program and waits for it. Raises as `ready`."""
+        future = self.start(program, config)
+        future.exception()
+        self._check(program, future)
+
+    def _check(self, program: Program, future: Future[None]) -> None:
+        """Raises the error with which a compilation has ended, if any."""
         if future.exception() is not None:
             with self._lock:
                 self._programs.pop(program, None)  # the next request tries again
         future.result()
-        return True
 
     def wait(self) -> None:
         """Waits until everything that was asked for is compiled."""
@@ -200,6 +267,14 @@ class ProgramTable:
     def close(self) -> None:
         """Ends the thread after the program that it is compiling."""
         self._compiler.shutdown(wait=True, cancel_futures=True)
+
+
+def _too_many(limit: int) -> str:
+    return (
+        f"the server has compiled programs for {limit} combinations of settings and lengths, and this request needs "
+        "another one; use the settings of earlier requests (a preset without further settings), or start the server with "
+        "a higher --max-programs"
+    )
 
 
 @jax.jit

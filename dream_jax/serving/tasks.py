@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -152,3 +153,22 @@ class RowView:
     logprob: np.ndarray | None = None
     top_token: np.ndarray | None = None
     top_logprob: np.ndarray | None = None
+
+    def lengthened(self, length: int, token: int) -> RowView:
+        """Returns the row with `length` tokens: `token`, which no step has written, at the positions that it lacks."""
+        missing = length - len(self.tokens)
+        if missing <= 0:
+            return self
+
+        def wide(x: np.ndarray, value: float) -> np.ndarray:
+            return np.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)), constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            tokens=wide(self.tokens, token),
+            commit_step=wide(self.commit_step, -1),
+            confidence=wide(self.confidence, math.nan),
+            logprob=None if self.logprob is None else wide(self.logprob, math.nan),
+            top_token=None if self.top_token is None else wide(self.top_token, 0),
+            top_logprob=None if self.top_logprob is None else wide(self.top_logprob, math.nan),
+        )
