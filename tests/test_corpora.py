@@ -172,7 +172,7 @@ def cached(tmp_path: Path, data: object, said: list[str]) -> TokenizedRows:
 
 
 def test_progress_is_told_in_lines_and_shown_as_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, times, meter = list[str](), [0.0], shards.Meter()
+    said, times, meter = list[str](), [0.0], shards.ByteMeter()
     shown = progress.RowProgress("corpus", 4_000_000_000, meter, said.append, lambda: times[0])
     meter.finish(500_000_000)
     for seconds, position, rows in ((9, 100_000_000, 900), (20, 500_000_000, 5_000), (25, 600_000_000, 6_000)):
@@ -193,13 +193,13 @@ def test_progress_is_told_in_lines_and_shown_as_a_bar(monkeypatch: pytest.Monkey
 def test_the_bytes_of_all_files_are_counted(tmp_path: Path, end: str) -> None:
     many = lines(*(f"{number * 7919 % 10007}" for number in range(3000)))
     paths = [put(tmp_path / f"{name}.jsonl{end}", many) for name in "ab"]
-    meter, seen = shards.Meter(), []
+    meter, seen = shards.ByteMeter(), []
     for path in paths:
         seen += [meter.bytes for _ in read_records(path, None, meter)]
     assert seen == sorted(seen) and meter.bytes == sum(path.stat().st_size for path in paths) >= seen[-1] > 0
     table = pyarrow.table({"text": ["b"] * 1000})
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    meter = shards.Meter()
+    meter = shards.ByteMeter()
     found = [meter.bytes for _ in read_records(tmp_path / "c.parquet", None, meter)]
     assert 0 < found[-1] < meter.bytes == (tmp_path / "c.parquet").stat().st_size
 

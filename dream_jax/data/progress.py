@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dream_jax.data.shards import Meter, is_packed, shard_format
+from dream_jax.data.shards import ByteMeter, is_packed, shard_format
 
 EVERY_SECONDS = 10.0
 """How often a line is printed where the output is not a terminal."""
@@ -27,24 +27,24 @@ class RowProgress:
       total: bytes of all files of the data.
       meter: counts the bytes of the files that have been read.
       say: prints a line.
-      clock: returns the time in seconds.
+      now: returns the time in seconds.
     """
 
     def __init__(
         self,
         name: str,
         total: int,
-        meter: Meter,
+        meter: ByteMeter,
         say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.monotonic,
     ):
-        self._name, self._total, self._meter, self._say, self._clock = name, max(total, 1), meter, say, clock
-        self._begun = self._said = clock()
+        self._name, self._total, self._meter, self._say, self._now = name, max(total, 1), meter, say, now
+        self._begun = self._said = now()
         self._update: Callable[[float, str], None] | None = None
 
     def __call__(self, rows: int) -> None:
         """Shows that `rows` rows are written."""
-        now, share = self._clock(), min(self._meter.bytes / self._total, 1.0)
+        now, share = self._now(), min(self._meter.bytes / self._total, 1.0)
         seconds = now - self._begun
         rate = rows / seconds if seconds > 0 else 0.0
         left = seconds * (1 - share) / share if share else math.inf

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dream_jax import hub
-from dream_jax.data.shards import Meter, check_shards, folder_shards, read_lines, read_text, shard_format
+from dream_jax.data.shards import ByteMeter, check_shards, folder_shards, read_lines, read_text, shard_format
 from dream_jax.hub import HubId
 from dream_jax.side_files import DEEPEST, object_of
 
@@ -29,7 +29,7 @@ _BATCH = 256  # rows of a file with columns that are converted together
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of these into a directory
 
 
-def read_records(path: Path, on_bad: OnBad = None, meter: Meter | None = None) -> Iterator[Record]:
+def read_records(path: Path, on_bad: OnBad = None, meter: ByteMeter | None = None) -> Iterator[Record]:
     """Returns the records of one file, in order. The end of its name decides the format; .json is a list or JSON lines.
 
     A file .txt is one record, whose field "text" has the whole text. JSON lines and texts may be compressed (.gz, .zst).
@@ -55,7 +55,7 @@ def read_records(path: Path, on_bad: OnBad = None, meter: Meter | None = None) -
     return ((where, _without_nulls(found)) for where, found in read_json_lines(path, on_bad, meter))
 
 
-def read_json_lines(path: Path, on_bad: OnBad = None, meter: Meter | None = None) -> Iterator[Record]:
+def read_json_lines(path: Path, on_bad: OnBad = None, meter: ByteMeter | None = None) -> Iterator[Record]:
     """Yields the JSON object of every line of a UTF-8 file, which may be compressed; blank lines are skipped.
 
     Raises: FileNotFoundError if the file is missing; ValueError, with file and line, for bytes that are not UTF-8, a
@@ -303,7 +303,7 @@ def _parse_line(raw: bytes, where: str, *, first: bool) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(path: Path, meter: Meter | None = None) -> Iterator[Record]:
+def _read_parquet(path: Path, meter: ByteMeter | None = None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -323,7 +323,7 @@ def _read_parquet(path: Path, meter: Meter | None = None) -> Iterator[Record]:
         raise ValueError(f"{path}: no rows; the parquet file is empty")
 
 
-def _read_text_file(path: Path, on_bad: OnBad, meter: Meter | None = None) -> Iterator[Record]:
+def _read_text_file(path: Path, on_bad: OnBad, meter: ByteMeter | None = None) -> Iterator[Record]:
     """Yields one record with the whole text of a file."""
     try:
         text = read_text(path, meter)

@@ -38,7 +38,7 @@ _NO_DATA = (".md", "LICENSE", "LICENSE.txt", "_SUCCESS", "checksums.json", "data
 _SPLITS = ("train", "test", "valid", "validation", "dev", "eval", "heldout")
 
 
-class Meter:
+class ByteMeter:
     """Counts the bytes of files that have been read; of a compressed file, its compressed bytes."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def check_shards(files: Sequence[Path], name: str) -> list[Path]:
     return list(files)
 
 
-def read_lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, meter: ByteMeter | None = None) -> Iterator[tuple[int, bytes]]:
     """Yields the number (from 1) and the bytes of every line of a file, which may be compressed.
 
     Lines end only at a newline character, which is included. `meter` counts the bytes that are read.
@@ -193,7 +193,7 @@ def read_lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, by
         )
 
 
-def read_text(path: Path, meter: Meter | None = None) -> str:
+def read_text(path: Path, meter: ByteMeter | None = None) -> str:
     """Returns the text of a UTF-8 file, which may be compressed; a byte order mark at its start is left out.
 
     Raises: ValueError as `read_lines`; also, with file and line, for bytes that are not UTF-8, and for a text of more than

@@ -21,7 +21,7 @@ from dream_jax.data.fields import without_fields
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
-from dream_jax.data.shards import Meter, folder_shards, is_pattern, matching_shards, shard_format
+from dream_jax.data.shards import ByteMeter, folder_shards, is_pattern, matching_shards, shard_format
 from dream_jax.data.streams import HubStream, stream_folder
 from dream_jax.data.sudoku import SudokuSource
 from dream_jax.paths import local_path
@@ -180,7 +180,7 @@ class DataSplit:
     records: Callable[[records.OnBad], Iterator[records.Record]]
     parser: Parser | None = None
     divided: bool = False
-    meter: Meter = field(default_factory=Meter, compare=False)
+    meter: ByteMeter = field(default_factory=ByteMeter, compare=False)
 
     def stream(self) -> "RowStream":
         """Returns the rows of all records, of both splits if `divided`, one after the other."""
@@ -290,7 +290,7 @@ class _OneKind:
 
 def _files(paths: Sequence[Path], name: str, split: str, options: ReadOptions, *, divided: bool = False) -> DataSplit:
     """Returns the rows of several files with the same schema, in order."""
-    meter = Meter()
+    meter = ByteMeter()
     return DataSplit(
         name=name,
         split=split,
