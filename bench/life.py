@@ -124,7 +124,7 @@ def measured(settings: LifeSettings, stage: str) -> dict[str, float]:
     if path.is_file():
         return read_json(path)
     model, data = settings.out / stage / "model", settings.out / "data" / "puzzles"
-    found = {f"accuracy in {steps} steps": rewards.accuracy(model, data, steps) for steps in STEPS}
+    found = {f"accuracy in {steps} steps": rewards.accuracy(model, data, steps, 0.0) for steps in STEPS}
     found["seconds of training"] = read_json(settings.out / stage / "summary.json")["seconds"]
     write_json(path, found)
     return found

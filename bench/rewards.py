@@ -3,12 +3,14 @@
     python bench/rewards.py [--out runs/bench-rewards] [--seeds 3] [--steps 120]
 
 For each seed a nano model is trained on generated puzzles (or --model is taken). It then solves puzzles with four to six
-givens in a few denoising steps: the number of steps is the one whose accuracy at temperature 0 is nearest to 50 %. From
-this model each arm is trained with `train.py --objective grpo`: the policies trajectory, coupled and mean-field, and a
-control whose rewards are dealt to the answers of a group at random. All are evaluated on the same 200 held-out puzzles.
+givens in a few denoising steps: the number of steps is the one whose accuracy at the temperature of the rollouts is nearest
+to 50 %. From this model each arm is trained with `train.py --objective grpo`: the policies trajectory, coupled and
+mean-field, and a control whose rewards are dealt to the answers of a group at random. All are evaluated on the same 200
+held-out puzzles.
 
 Each run has a folder in OUT, and the same command goes on where it was stopped. The results are written to --results after
-each run: accuracy before and after, the curve, and for each arm the mean gain with a 95 % interval over the seeds.
+each run: the accuracy before and after of sampled answers (at that temperature, which is what the rewards train) and of
+greedy ones, the curves, and for each arm the mean gain with a 95 % interval over the seeds.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from dream_jax.trainer import TrainSettings, train
 ArmName = Literal["trajectory", "coupled", "mean-field", "control"]
 TOKENS = 20
 HELD_OUT = 200
+SAMPLES = 4
 STEPS_TO_TRY = (2, 3, 4, 5, 6, 8)
 WANTED = 0.5
 
@@ -102,33 +105,43 @@ def base_model(settings: RewardBenchSettings, seed: int) -> pathlib.Path:
     return out / "model"
 
 
-def accuracy(model_dir: pathlib.Path, data: pathlib.Path, steps: int) -> float:
-    """Returns the share of the held-out puzzles that a model solves in `steps` denoising steps at temperature 0."""
+def accuracy(model_dir: pathlib.Path, data: pathlib.Path, steps: int, temperature: float) -> float:
+    """Returns the share of right answers to the held-out puzzles, written in `steps` denoising steps.
+
+    At temperature 0 each puzzle has one answer, at others `SAMPLES` of them.
+    """
     model, tokenizer = pretrained.load(str(model_dir)), ByteTokenizer()
     source = open_source(str(data), "test")
     rows = [source[index] for index in range(len(source))]
-    prompts, names = [tokenizer.encode(str(row.prompt)) for row in rows], [(0, index) for index in range(len(rows))]
-    wanted = RewardSettings(reward=("sudoku",), rollout_tokens=TOKENS, rollout_steps=steps)
-    sampler, rewards = wanted.make_sampler(tokenizer, model.trained_mask, greedy=True), wanted.make_rewards()
-    answers = answer(model, tokenizer, prompts, names, sampler, len(rows))
-    seen = sampled_answers(answers, rows, [f"row {index + 1}" for index in range(len(rows))], TOKENS)
-    return float(np.mean([rewards(one)[0] for one in seen]))
+    prompts = [tokenizer.encode(str(row.prompt)) for row in rows]
+    wanted = RewardSettings(
+        reward=("sudoku",), rollout_tokens=TOKENS, rollout_steps=steps, rollout_temperature=temperature or 1.0
+    )
+    sampler = wanted.make_sampler(tokenizer, model.trained_mask, greedy=not temperature)
+    rewards, right = wanted.make_rewards(), []
+    for sample in range(SAMPLES if temperature else 1):
+        names = [(1, index, sample) for index in range(len(rows))]
+        answers = answer(model, tokenizer, prompts, names, sampler, len(rows))
+        seen = sampled_answers(answers, rows, [f"row {index + 1}" for index in range(len(rows))], TOKENS)
+        right += [rewards(one)[0] for one in seen]
+    return float(np.mean(right))
 
 
 def calibrated(settings: RewardBenchSettings, seed: int, model_dir: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
-    """Returns the number of denoising steps, the accuracy before training, and the accuracies of all numbers tried."""
+    """Returns the number of denoising steps, both accuracies before training, and the accuracies of all numbers tried."""
     path = settings.out / f"before-{seed}.json"
     if path.is_file():
         return read_json(path)
     found = {}
     for steps in STEPS_TO_TRY:
-        found[steps] = accuracy(model_dir, data, steps)
+        found[steps] = accuracy(model_dir, data, steps, settings.temperature)
         if found[steps] > 0.8:
             break
     chosen = min(found, key=lambda steps: abs(found[steps] - WANTED))
     before = {
         "steps": chosen,
-        "accuracy": found[chosen],
+        "sampled": found[chosen],
+        "greedy": accuracy(model_dir, data, chosen, 0.0),
         "tried": {str(steps): value for steps, value in found.items()},
     }
     write_json(path, before)
@@ -166,9 +179,14 @@ def run_arm(
         )
         write_report(read_record(out))
     record = read_record(out)
+    path = settings.out / f"after-{arm}-{seed}.json"
+    if not path.is_file():
+        kinds = {"sampled": settings.temperature, "greedy": 0.0}
+        write_json(path, {name: accuracy(out / "model", data, steps, kind) for name, kind in kinds.items()})
     return {
-        "curve": [[int(row["step"]), row["reward"]] for row in record.evaluations],
-        "accuracy": record.evaluations[-1]["reward"],
+        "greedy_curve": [[int(row["step"]), row["reward"]] for row in record.evaluations],
+        "reward_curve": [row["reward"] for row in record.steps],
+        "after": read_json(path),
         "seconds": record.summary["seconds"],
         "rollout_share": record.last("rollout_share"),
     }
@@ -183,10 +201,12 @@ def interval(gains: Sequence[float]) -> dict[str, float | None]:
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns for each arm the gains of its seeds, in points of accuracy, with `interval`."""
+    """Returns for each arm and kind of answers the gains of its seeds, in points of accuracy, with `interval`."""
     arms: dict[str, list[float]] = {}
-    for one in found.values():
-        arms.setdefault(one["arm"], []).append(100 * (one["accuracy"] - one["before"]))
+    for kind in ("sampled", "greedy"):
+        for one in found.values():
+            gain = 100 * (one["after"][kind] - one["before"][kind])
+            arms.setdefault(f"{one['arm']}, {kind}", []).append(gain)
     return {arm: {"gains": gains, **interval(gains)} for arm, gains in arms.items()}
 
 
@@ -220,7 +240,12 @@ def main() -> int:
                     "arms": summary(found),
                 },
             )
-            print(f"{arm}, seed {seed}: {before['accuracy']:.3f} before, {measured['accuracy']:.3f} after")
+            after = measured["after"]
+            print(
+                f"{arm}, seed {seed}: sampled {before['sampled']:.3f} -> {after['sampled']:.3f}, "
+                f"greedy {before['greedy']:.3f} -> {after['greedy']:.3f}",
+                flush=True,
+            )
     for name, gain in summary(found).items():
         half = "" if gain["half_width"] is None else f" +- {gain['half_width']:.1f}"
         print(f"{name}: {gain['mean']:+.1f}{half} points over {len(gain['gains'])} seeds")

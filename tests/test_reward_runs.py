@@ -200,9 +200,7 @@ def test_a_reward_that_fails_ends_the_command_with_one_line_and_the_answer(model
 
 
 def test_a_plan_has_the_rollouts() -> None:
-    settings = TrainSettings.flat(
-        **OPTIONS | {"model": "dream-7b", "lora_rank": 8, "max_length": 64, "learning_rate": 1e-4}
-    )
+    settings = TrainSettings.flat(**OPTIONS | {"model": "dream-7b", "lora_rank": 8, "max_length": 64, "mesh": "8x1"})
     plan = make_plan(settings, PlanSettings(plan=True, topology="v6e:2x4", compile=False))
     rollout = plan.rollout
     assert rollout is not None

@@ -133,6 +133,15 @@ class GroupRelative(Objective):
         """Returns the endless iterator over batches of prompts. Raises ValueError as `PromptBatches`."""
         return PromptBatches(rows, sizes)
 
+    def batch_shapes(self, batch: Batch[jax.ShapeDtypeStruct]) -> Batch[jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch with a row for each answer, which `UpdateStep.lower` turns into views."""
+
+        def repeated(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (leaf.shape[0] * self.settings.group_size, *leaf.shape[1:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        return jax.tree.map(repeated, batch)
+
     def step(self, materials: StepMaterials) -> AnyStep:
         """Returns one update of the weights on the views of a rollout.
 
@@ -249,10 +258,11 @@ class UpdateStep(CompiledStep):
         self._materials, self._settings = materials, settings
 
     def lower(self, state: TrainState, batch: Batch[Any], frozen: ParamTree | None = None) -> Any:
-        """Lowers the update; for a batch that is no `ViewBatch` with views of rows of its width, which plans need."""
+        """Lowers the update; a batch of `GroupRelative.batch_shapes` stands for the views of its answers, for plans."""
         if not isinstance(batch, ViewBatch):
-            count, length = batch.tokens_BT.shape
-            batch = _view_shapes(self._settings, self.mesh, count, length, self._materials.config.accumulation)
+            answers, length = batch.tokens_BT.shape
+            prompts, accumulation = answers // self._settings.group_size, self._materials.config.accumulation
+            batch = _view_shapes(self._settings, self.mesh, prompts, length, accumulation)
         return super().lower(state, batch, frozen)
 
 
