@@ -20,6 +20,7 @@ from dream_jax.device_memory import explained, take_memory
 from dream_jax.files import write_file, write_json
 from dream_jax.paths import check_file, check_local, check_replaceable, is_json_object
 from dream_jax.plan import PlanSettings, make_plan, remedies, render
+from dream_jax.pretrained import SMOLLM2, adapt_autoregressive
 from dream_jax.reports.comparison import compare
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
@@ -28,6 +29,7 @@ from dream_jax.trainer import Diverged, Stopped, TrainSettings, leave, train
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
 
 DOES_NOT_FIT = 3
+CONVERTED = pathlib.Path("weights/smollm2-as-dream")
 RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 
@@ -113,6 +115,16 @@ def plan(command: Command, recipe: Recipe | None, given: set[str]) -> int:
     return 0 if made.fits else DOES_NOT_FIT
 
 
+def with_weights(settings: TrainSettings) -> TrainSettings:
+    """Returns the settings with a directory for the name smollm2; if it is new, the weights are converted to it."""
+    if settings.network.model != SMOLLM2 or pathlib.Path(SMOLLM2).is_dir():
+        return settings
+    if not CONVERTED.is_dir():
+        config = adapt_autoregressive(SMOLLM2, CONVERTED)
+        print(f"made {CONVERTED}: SmolLM2 with {config.num_parameters:,} parameters and a mask token")
+    return settings.replaced(model=str(CONVERTED))
+
+
 def lay_side_by_side(asked: Looking) -> int:
     """Prints the comparison of two runs, and writes it to --compare-out. Returns the exit code 0."""
     assert asked.compare is not None
@@ -175,7 +187,8 @@ def main() -> int:
             return plan(command, recipe, given_settings(sys.argv[1:]))
         if recipe is not None:
             recipe.check_given(given_settings(sys.argv[1:]))
-        train(command.training, origins(command.training, recipe))
+        given = origins(command.training, recipe)
+        train(with_weights(command.training), given)
         if jax.process_index() == 0:
             print("wrote", *write_report(read_record(command.training.run.out)))
     except Stopped as stopped:

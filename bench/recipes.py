@@ -72,6 +72,7 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "h200:1": {},
         "v6e:2x4": {"mesh": "8x1", "accumulation": 8, "moments": "float32"},
     },
+    "smol-to-dream": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
     "block-nano": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
 }
 

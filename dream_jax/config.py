@@ -152,6 +152,11 @@ class DreamConfig:
                 "config.json has model_type='qwen2', an autoregressive Qwen2 model and not a Dream model; convert it "
                 "with convert/qwen2_to_dream.py SRC DST"
             )
+        if fields.get("model_type") == "llama":
+            raise ValueError(
+                "config.json has model_type='llama', an autoregressive Llama model and not a Dream model; convert it "
+                "with convert/ar_to_dream.py --from SRC DST"
+            )
         ignore = frozenset(ignore)
         if "rope_parameters" not in ignore:
             fields = with_rope_theta(fields)
@@ -321,6 +326,21 @@ PRESETS: Mapping[str, DreamConfig] = {
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
         **_QWEN_SPECIAL,
+    ),
+    # The sizes of SmolLM2-135M, with the rows that convert/ar_to_dream.py adds for the mask token.
+    "smollm2-135m": DreamConfig(
+        vocab_size=49_216,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=1e5,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        mask_token_id=49_152,
+        pad_token_id=0,
     ),
     # The sizes of Dream-v0-{Base,Instruct}-7B, which are those of Qwen2.5-7B.
     "dream-7b": DreamConfig(

@@ -208,7 +208,10 @@ class ByteTokenizer:
 
 
 class DreamTokenizer:
-    """The byte-level BPE tokenizer of a Dream checkpoint, read with the Qwen2 tokenizer of transformers.
+    """The tokenizer of a Dream checkpoint, read with the Qwen2 tokenizer of transformers.
+
+    If tokenizer_config.json names the class PreTrainedTokenizerFast, tokenizer.json is used as it is: this is the tokenizer
+    of a Llama-type checkpoint that has become a Dream one.
 
     `directory` contains the published files: vocab.json and merges.txt (or tokenizer.json), tokenizer_config.json and
     others. The chat template is read from them; it adds "You are a helpful assistant." if there is no system message.
@@ -228,11 +231,13 @@ class DreamTokenizer:
         self._check_files(names)
         # Without torch, transformers warns at import that "models won't be available"; only its tokenizer is used.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import Qwen2Tokenizer
+        from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-        # The class is fixed, so that "tokenizer_class" and "auto_map" (remote code) in the files are never used.
+        # There are only these two classes, so that "auto_map" (remote code) in the files is never used. The class of Qwen2
+        # cuts every text as Qwen2 does; the other one cuts it as tokenizer.json says.
+        kind: Any = PreTrainedTokenizerFast if self._reads_whole_file(names) else Qwen2Tokenizer
         try:
-            self._stock = Qwen2Tokenizer.from_pretrained(self._directory, local_files_only=True)
+            self._stock = kind.from_pretrained(self._directory, local_files_only=True)
         except Exception as error:  # The Rust library raises plain Exception for a damaged file.
             for name in ("tokenizer.json", "vocab.json"):  # not checked before, because reading them takes long
                 if name in names:
@@ -275,6 +280,13 @@ class DreamTokenizer:
         for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
             if name in names:
                 read_json(self._directory / name, _REMEDY)
+
+    def _reads_whole_file(self, names: Iterable[str]) -> bool:
+        """Returns whether tokenizer.json is that of another family, as convert/ar_to_dream.py writes it for Llama."""
+        if "tokenizer.json" not in names or "tokenizer_config.json" not in names:
+            return False
+        settings = read_json(self._directory / "tokenizer_config.json", _REMEDY)
+        return settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
 
     def _template(self, tools: bool) -> ChatTemplate:
         """Returns the chat template, of which the files may have another one for chats with tools."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
 import json
 import pathlib
 import sys
@@ -29,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -42,13 +40,14 @@ from dream_jax.data import open_source
 from dream_jax.evaluation.likelihood import Passage, model_bounds
 from dream_jax.files import read_json, write_file
 from dream_jax.flops import FlopCounter
-from dream_jax.model import Dream, mask_and_positions, merge_params, split_params
-from dream_jax.objective import UniformWeight, loss_of_states
-from dream_jax.optimizer import OptimizerConfig, update_if
+from dream_jax.model import Dream, merge_params, split_params
+from dream_jax.objective import UniformWeight
+from dream_jax.optimizer import OptimizerConfig
 from dream_jax.pretrained import load, save
 from dream_jax.sampler import EntropyBound, SamplerConfig, generate
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
-from dream_jax.train_step import StepConfig, TrainState, init_state, make_train_step, put_batch
+from dream_jax.train_step import StepConfig, init_state, make_train_step, put_batch
+from mask_study.adapting import autoregressive_step
 from mask_study.floors import floors
 from mask_study.runs import differences, summarise, write_table
 from mask_study.tasks import TASKS, CountdownTask, Example
@@ -238,31 +237,6 @@ def _batch(problems: Problems, step: int) -> Batch[np.ndarray]:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")
-def _autoregressive_step(
-    graphdef: Any, optimizer: Any, state: TrainState, batch: Batch[jax.Array]
-) -> tuple[TrainState, jax.Array]:
-    """Makes one step in which every token of an answer is predicted from the clean tokens before it.
-
-    Returns:
-      The new state, and the mean nats of an answer token, a float32 scalar. If they are not finite, the weights stay.
-    """
-    tokens_BT, maskable_BT = batch.tokens_BT, batch.maskable_BT
-    valid_BT = jnp.ones(tokens_BT.shape, bool) if batch.valid_BT is None else batch.valid_BT
-    padding, positions_BT = mask_and_positions(tokens_BT.shape, batch.valid_BT, None)
-    mask = masks.BlockDiffusion(1).for_rows(valid_BT, maskable_BT) & padding
-
-    def loss(params: Any) -> jax.Array:
-        model = merge_params(graphdef, params)
-        hidden_BTD = model.hidden(tokens_BT, mask, positions_BT)
-        weight_BT = maskable_BT.astype(jnp.float32)
-        return loss_of_states(model, hidden_BTD, tokens_BT, maskable_BT, weight_BT, None, shifted=False, focal=None)[0]
-
-    value, gradients = jax.value_and_grad(loss)(state.params)
-    params, opt_state = update_if(jnp.isfinite(value), optimizer, gradients, state.opt_state, state.params)
-    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), value
-
-
 def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, list[float], float]:
     """Trains a model with random weights.
 
@@ -292,7 +266,7 @@ def train(arm: Arm, problems: Problems, seed: int, steps: int) -> tuple[Dream, l
     for number in range(steps):
         batch = put_batch(_batch(problems, number), mesh)
         if arm.autoregressive:
-            state, value = _autoregressive_step(graphdef, optimizer, state, batch)
+            state, value = autoregressive_step(graphdef, optimizer, state, batch)
         else:
             state, metrics = step(state, batch)
             value = metrics["nll"]

@@ -23,7 +23,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?:-(?=[*…]))?")
 SCRIPT = re.compile(r"[\w/]+\.py\b")
 
 ASKING = ("sample.py", "evaluate.py")
-CONVERTING = ("convert/hf_to_flax.py", "convert/flax_to_hf.py", "convert/qwen2_to_dream.py")
+CONVERTING = ("convert/hf_to_flax.py", "convert/flax_to_hf.py", "convert/qwen2_to_dream.py", "convert/ar_to_dream.py")
 SHOWN_BY: dict[str, tuple[str, ...]] = {
     "dream_jax/chips.py": ("train.py",),
     "dream_jax/data/": ("train.py",),
@@ -36,7 +36,9 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "dream_jax/plan/": ("train.py",),
     "dream_jax/posttraining/": ("train.py",),
     "dream_jax/pretrained/adapter.py": ASKING,
-    "dream_jax/pretrained/autoregressive.py": ("convert/qwen2_to_dream.py",),
+    "dream_jax/pretrained/autoregressive.py": ("convert/qwen2_to_dream.py", "convert/ar_to_dream.py"),
+    "dream_jax/pretrained/gguf_file.py": ("convert/ar_to_dream.py",),
+    "dream_jax/pretrained/llama.py": ("convert/ar_to_dream.py",),
     "dream_jax/pretrained/conversion.py": ("convert/flax_to_hf.py",),
     "dream_jax/reports/": ("train.py",),
     "dream_jax/reports/model_card.py": ("convert/flax_to_hf.py",),
@@ -48,12 +50,15 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
 OF_OTHER_PROGRAMS = {
     ("dream_jax/evaluation/harness.py", flag) for flag in ("--model", "--tasks", "--include", "--apply", "--name")
 }
+OF_OTHER_PROGRAMS |= {(file, "--no-deps") for file in ("convert/ar_to_dream.py", "dream_jax/pretrained/gguf_file.py")}
 
 
 COMMANDS = [
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.py"), *ROOT.glob("convert/[!_]*.py"), *ROOT.glob("bench/*.py"))
-] + ["mask_study/block_diffusion.py", "mask_study/floors.py", "mask_study/refreshing.py"]  # started with python -m
+] + [  # started with python -m
+    f"mask_study/{name}.py" for name in ("adaptation", "block_diffusion", "floors", "refreshing")
+]
 
 
 class _Stopped(BaseException):

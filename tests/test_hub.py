@@ -90,6 +90,8 @@ def test_conversions_pin_a_revision_too(asked):
     for script in ("hf_to_flax", "flax_to_hf", "qwen2_to_dream"):
         ended = run_script(f"convert/{script}.py", "org/name", "new", "--revision", "v1")
         assert asked.pop() == ("org/name@v1", "model") and "error: asked" in ended.stderr, ended
+    ended = run_script("convert/ar_to_dream.py", "new", "--from", "org/name", "--revision", "v1")
+    assert asked.pop() == ("org/name@v1", "model") and "error: asked" in ended.stderr, ended
 
 
 def test_a_revision_contradicts_another(asked):

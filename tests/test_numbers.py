@@ -43,6 +43,7 @@ from dream_jax.sharding import parse_mesh_shape
 from dream_jax.tokenizer import ByteTokenizer
 
 SCRIPTS = ("sample", "serve", "train", "study", "convert/hf_to_flax", "convert/flax_to_hf", "convert/qwen2_to_dream",
+           "convert/ar_to_dream",
            "convert/gsm8k_to_s1k")  # fmt: skip
 HARNESS = "dream_jax.evaluation.harness"  # importing it imports lm_eval; it has no dataclass
 
@@ -75,6 +76,7 @@ def classes() -> dict[str, type]:
 NO_SETTINGS = {
     "CacheChoice", "Chat", "Intake", "Numeral", "PeftConfig", "Row", "Term", "_Announcement", "AppSettings", "EngineCounts",
     "Family", "Gap", "Limits", "Probable", "Program", "RowView", "Task", "TokenNote", "Update", "_Choice", "_GapText",
+    "AdaptationArm",
     "AdditionTask", "Arm", "BatchPlan", "Bound", "Chip", "Choice", "Collective", "Comparison", "Compiled", "Context",
     "Conversion", "CopyTask", "Cost", "CountdownTask", "Destination", "DeviceBytes", "Estimate", "GridScore", "Hardware",
     "LengthReport", "MemoryPlan", "MemoryShare", "Outlook", "PackedPlan", "Paired", "PlannedRows", "PreparedRun", "Problem",
@@ -109,6 +111,7 @@ NEEDED: dict[str, dict[str, Any]] = {
         "how": "compiled",
     },
     "SampleSettings": {"prompt": "x"},
+    "StartSettings": {"dst": Path("a"), "src": "b"},
     "SlidingWindow": {"left": 1, "right": 1},
     "StepConfig": {"global_batch": 4},
     "StudyPlan": {"tasks": ("addition",), "variants": ("causal",)},

@@ -224,6 +224,9 @@ COMMANDS = [
     ("convert/flax_to_hf.py", "source", "out", "--adapter", "ADDRESS"),
     ("convert/qwen2_to_dream.py", "source", "ADDRESS"),
     ("convert/qwen2_to_dream.py", "source", "out", "--tokenizer", "ADDRESS"),
+    ("convert/ar_to_dream.py", "--from", "source", "ADDRESS"),
+    ("convert/ar_to_dream.py", "--from", "ADDRESS", "out"),
+    ("convert/ar_to_dream.py", "--from", "source", "out", "--tokenizer", "ADDRESS"),
     ("convert/gsm8k_to_s1k.py", "ADDRESS", "out"),
     ("convert/gsm8k_to_s1k.py", "source", "ADDRESS"),
 ]

@@ -78,13 +78,7 @@ def dream_config(
         raise ValueError(
             "config.json has neither rope_theta nor rope_parameters with rope_theta; add the one of its training"
         )
-    rows = fields.get("vocab_size")
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise ValueError(
-            f"config.json has vocab_size={rows!r:.80}, which must be a positive integer: the rows of the embedding table"
-            if "vocab_size" in fields
-            else "config.json lacks vocab_size, the number of rows of the embedding table; add it"
-        )
+    rows = check_vocab_size(fields)
     given = {key: value for key, value in fields.items() if key not in _DROPPED}
     for name, number in (("mask_token_id", mask_token_id), ("pad_token_id", pad_token_id)):
         if not 0 <= number < rows:
@@ -99,6 +93,18 @@ def dream_config(
         "pad_token_id": pad_token_id,
     }
     return DreamConfig.from_dict(given | dream_fields, ignore=ignore)
+
+
+def check_vocab_size(fields: Mapping[str, Any]) -> int:
+    """Returns the number of rows of the embedding table. Raises ValueError if `vocab_size` is missing or no such number."""
+    rows = fields.get("vocab_size")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(
+            f"config.json has vocab_size={rows!r:.80}, which must be a positive integer: the rows of the embedding table"
+            if "vocab_size" in fields
+            else "config.json lacks vocab_size, the number of rows of the embedding table; add it"
+        )
+    return rows
 
 
 def adapt_qwen2(

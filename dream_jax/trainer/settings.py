@@ -167,7 +167,7 @@ class TrainSettings:
         rate = self.optimizer_config().learning_rate
         if self.lora.adapts:
             found += self._adapter_warnings(rate)
-        elif not network.starts_at_random and rate > 1e-4:
+        elif not network.starts_at_random and rate > 1e-4 and self.run.recipe != "smol-to-dream":  # a small model
             found.append(f"learning rate {rate:g} is far above the 2e-6 to 5e-6 of the published recipe")
         if self.batches.pack and self.rows.max_length is None:
             found.append(
