@@ -149,7 +149,8 @@ def main() -> int:
     lines = [
         "# A whole life of a nano model",
         "",
-        f"Share of {rewards.HELD_OUT} held-out sudokus with four to six givens that the model solves at temperature 0.",
+        f"Share of {rewards.HELD_OUT} held-out sudokus with four to six givens that the model solves at temperature 0. "
+        "Their solved grids occur in training, the puzzles do not.",
         "",
         f"| after | {' | '.join(names)} |",
         "| --- |" + " --- |" * len(names),

@@ -6,7 +6,7 @@ For each seed a nano model is trained on generated puzzles (or --model is taken)
 givens in a few denoising steps: the number of steps is the one whose accuracy at the temperature of the rollouts is nearest
 to 50 %. From this model each arm is trained with `train.py --objective grpo`: the policies trajectory, coupled and
 mean-field, and a control whose rewards are dealt to the answers of a group at random. All are evaluated on the same 200
-held-out puzzles.
+held-out puzzles, whose solved grids occur in training, and on 200 puzzles of other grids.
 
 Each run has a folder in OUT, and the same command goes on where it was stopped. The results are written to --results after
 each run: the accuracy before and after of sampled answers (at that temperature, which is what the rewards train) and of
@@ -29,7 +29,7 @@ from scipy import stats
 
 from dream_jax import pretrained
 from dream_jax.bounds import POSITIVE, IntegerRange, check_numbers
-from dream_jax.data import open_source
+from dream_jax.data import Row, open_source
 from dream_jax.data.sudoku import SudokuSource
 from dream_jax.files import read_json, write_file, write_json
 from dream_jax.inference import answer
@@ -44,6 +44,8 @@ ArmName = Literal["trajectory", "coupled", "mean-field", "control"]
 TOKENS = 20
 HELD_OUT = 200
 SAMPLES = 4
+NEW_GRIDS = "-new-grids"
+KINDS = ("sampled", "greedy", "sampled, new grids")
 STEPS_TO_TRY = (2, 3, 4, 5, 6, 8)
 WANTED = 0.5
 
@@ -64,7 +66,7 @@ class RewardBenchSettings:
     """number of seeds"""
     base_steps: int = 1500
     """number of steps of the model to begin with"""
-    steps: int = 120
+    steps: int = 200
     """number of rollouts of each arm"""
     prompts: int = 16
     """number of puzzles of a rollout"""
@@ -82,17 +84,35 @@ class RewardBenchSettings:
 
 
 def write_puzzles(folder: pathlib.Path) -> None:
-    """Writes 4,000 training puzzles and the held-out ones, with four to six givens, unless they are there already."""
-    for split, number in (("train", 4000), ("test", HELD_OUT)):
-        path = folder / f"{split}.jsonl"
-        if path.is_file():
-            continue
-        source = SudokuSource(split, min_givens=4, max_givens=6, size=number)
-        rows = [source[index] for index in range(number)]
-        assert all(isinstance(row.prompt, str) for row in rows)
-        lines = [{"input": str(row.prompt).removesuffix("\n"), "output": row.response} for row in rows]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
+    """Writes the puzzles with four to six givens, unless they are there already.
+
+    FOLDER/train.jsonl has 4,000 puzzles to train on. FOLDER/test.jsonl has held-out ones: none is in train.jsonl, but their
+    solved grids are among the 230 of the training split. FOLDER-new-grids/test.jsonl has puzzles of the other 58 grids.
+    """
+    size = {"min_givens": 4, "max_givens": 6}
+    training = [_record(row) for row in _rows(SudokuSource("train", size=4000, **size))]
+    seen = {one["input"] for one in training}
+    fresh = [_record(row) for row in _rows(SudokuSource("train", seed=1, size=2 * HELD_OUT, **size))]
+    held_out = [one for one in fresh if one["input"] not in seen][:HELD_OUT]
+    new = [_record(row) for row in _rows(SudokuSource("test", size=HELD_OUT, **size))]
+    new_folder = folder.with_name(f"{folder.name}{NEW_GRIDS}")
+    for path, records in (
+        (folder / "train.jsonl", training),
+        (folder / "test.jsonl", held_out),
+        (new_folder / "train.jsonl", training),
+        (new_folder / "test.jsonl", new),
+    ):
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, "".join(json.dumps(one) + "\n" for one in records))
+
+
+def _rows(source: SudokuSource) -> list[Row]:
+    return [source[index] for index in range(len(source))]
+
+
+def _record(row: Row) -> dict[str, str]:
+    return {"input": str(row.prompt).removesuffix("\n"), "output": row.response}
 
 
 def base_model(settings: RewardBenchSettings, seed: int) -> pathlib.Path:
@@ -127,6 +147,15 @@ def accuracy(model_dir: pathlib.Path, data: pathlib.Path, steps: int, temperatur
     return float(np.mean(right))
 
 
+def measured(model_dir: pathlib.Path, data: pathlib.Path, steps: int, temperature: float) -> dict[str, float]:
+    """Returns the accuracies of `KINDS`: of sampled and of greedy answers, and of sampled ones on puzzles of new grids."""
+    new = data.with_name(f"{data.name}{NEW_GRIDS}")
+    wanted = ((data, temperature), (data, 0.0), (new, temperature))
+    return {
+        name: accuracy(model_dir, puzzles, steps, kind) for name, (puzzles, kind) in zip(KINDS, wanted, strict=True)
+    }
+
+
 def calibrated(settings: RewardBenchSettings, seed: int, model_dir: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
     """Returns the number of denoising steps, both accuracies before training, and the accuracies of all numbers tried."""
     path = settings.out / f"before-{seed}.json"
@@ -140,8 +169,7 @@ def calibrated(settings: RewardBenchSettings, seed: int, model_dir: pathlib.Path
     chosen = min(found, key=lambda steps: abs(found[steps] - WANTED))
     before = {
         "steps": chosen,
-        "sampled": found[chosen],
-        "greedy": accuracy(model_dir, data, chosen, 0.0),
+        **measured(model_dir, data, chosen, settings.temperature),
         "tried": {str(steps): value for steps, value in found.items()},
     }
     write_json(path, before)
@@ -181,8 +209,7 @@ def run_arm(
     record = read_record(out)
     path = settings.out / f"after-{arm}-{seed}.json"
     if not path.is_file():
-        kinds = {"sampled": settings.temperature, "greedy": 0.0}
-        write_json(path, {name: accuracy(out / "model", data, steps, kind) for name, kind in kinds.items()})
+        write_json(path, measured(out / "model", data, steps, settings.temperature))
     return {
         "greedy_curve": [[int(row["step"]), row["reward"]] for row in record.evaluations],
         "reward_curve": [row["reward"] for row in record.steps],
@@ -203,7 +230,7 @@ def interval(gains: Sequence[float]) -> dict[str, float | None]:
 def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns for each arm and kind of answers the gains of its seeds, in points of accuracy, with `interval`."""
     arms: dict[str, list[float]] = {}
-    for kind in ("sampled", "greedy"):
+    for kind in KINDS:
         for one in found.values():
             gain = 100 * (one["after"][kind] - one["before"][kind])
             arms.setdefault(f"{one['arm']}, {kind}", []).append(gain)
@@ -219,13 +246,13 @@ def main() -> int:
         model_dir = base_model(settings, seed)
         before = calibrated(settings, seed, model_dir, data)
         for arm in settings.arms:
-            measured = run_arm(settings, arm, seed, model_dir, data, before["steps"])
+            result = run_arm(settings, arm, seed, model_dir, data, before["steps"])
             found[f"{arm}-{seed}"] = {
                 "arm": arm,
                 "seed": seed,
                 "steps": before["steps"],
-                "before": before["accuracy"],
-                **measured,
+                "before": before,
+                **result,
             }
             plain = {name: str(value) if isinstance(value, pathlib.Path) else value
                      for name, value in dataclasses.asdict(settings).items() if name not in ("out", "results")}  # fmt: skip
@@ -240,7 +267,7 @@ def main() -> int:
                     "arms": summary(found),
                 },
             )
-            after = measured["after"]
+            after = result["after"]
             print(
                 f"{arm}, seed {seed}: sampled {before['sampled']:.3f} -> {after['sampled']:.3f}, "
                 f"greedy {before['greedy']:.3f} -> {after['greedy']:.3f}",
