@@ -1,5 +1,6 @@
 """Rewards of answers, advantages over the group, and the file with sampled answers."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dream_jax.data import Row
+from dream_jax.data import BatchOptions, Row, RowList, TokenizedRows
+from dream_jax.posttraining import BatchSizes
 from dream_jax.posttraining.advantages import advantages, shuffled
+from dream_jax.posttraining.prompts import PromptBatches
 from dream_jax.posttraining.reward_settings import RewardSettings
 from dream_jax.posttraining.rewards import RewardError, Rewards, SampledAnswer, make_reward, question_of
 from dream_jax.posttraining.rollout_file import RolloutFile, read_rollouts
@@ -139,6 +142,26 @@ def test_the_file_of_answers_forgets_later_steps_and_a_line_that_was_cut_short(t
     (tmp_path / "rollouts.jsonl").write_text('{"step": "x"}\n')
     with pytest.raises(ValueError, match=r"rollouts.jsonl:1: "):
         read_rollouts(tmp_path)
+
+
+def test_prompts_come_once_in_each_epoch_and_the_stream_resumes() -> None:
+    rows = TokenizedRows(
+        RowList([Row(prompt=f"{number}?" * number, response="x") for number in range(1, 6)]), ByteTokenizer()
+    )
+    sizes = BatchSizes(batch_size=2, max_length=40, seed=3, process_index=0, process_count=1, options=BatchOptions())
+    batches = PromptBatches(rows, sizes)
+    first = [next(batches) for _ in range(5)]
+    numbers = np.concatenate([batch.source_B for batch in first])
+    assert sorted(numbers[:5].tolist()) == sorted(numbers[5:].tolist()) == [0, 1, 2, 3, 4]
+    for batch in first:
+        for number, tokens_P, valid_P in zip(batch.source_B, batch.tokens_BT, batch.valid_BT, strict=True):
+            assert ByteTokenizer().decode(tokens_P[valid_P].tolist()) == rows.source[int(number)].prompt
+    again = PromptBatches(rows, sizes)
+    state = batches.get_state()
+    again.set_state(state)
+    assert np.array_equal(next(again).source_B, next(batches).source_B)
+    with pytest.raises(ValueError, match="another stream of prompts"):
+        PromptBatches(rows, dataclasses.replace(sizes, seed=4)).set_state(state)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dream_jax import layer_forms, lora, masks, sharding
 from dream_jax.batch import Batch
-from dream_jax.data import Batches, Mixture, RowSource, TokenizedRows
+from dream_jax.data import Batches, BatchOptions, Mixture, RowSource, TokenizedRows
 from dream_jax.inference import answer as answer_prompts
 from dream_jax.model import merge_params
+from dream_jax.objective import CartWeight
 from dream_jax.optimizer import updates_done
 from dream_jax.posttraining.advantages import Advantages, advantages, shuffled
 from dream_jax.posttraining.base import BatchSizes, Driver, Objective, RunMaterials, StepMaterials
@@ -130,7 +131,16 @@ class GroupRelative(Objective):
             rewards.check(row, where)
 
     def batches(self, rows: TokenizedRows, sizes: BatchSizes) -> Batches:
-        """Returns the endless iterator over batches of prompts. Raises ValueError as `PromptBatches`."""
+        """Returns the endless iterator over batches of prompts.
+
+        Raises:
+          ValueError: as `PromptBatches`; or the options of the layout are for responses, which are sampled here.
+        """
+        if sizes.options != BatchOptions():
+            raise ValueError(
+                "--eos-tail, --cut-responses, --tail-cut, --width-step and --pack lay out responses, but with --objective "
+                "grpo these are sampled: leave them out"
+            )
         return PromptBatches(rows, sizes)
 
     def batch_shapes(self, batch: Batch[jax.ShapeDtypeStruct]) -> Batch[jax.ShapeDtypeStruct]:
@@ -158,6 +168,11 @@ class GroupRelative(Objective):
         config = materials.config
         if config.anneal_steps or config.products != "compute":
             raise ValueError("--anneal-steps and --products have no meaning with --objective grpo: leave them out")
+        weighted = config.weight != CartWeight(0.1) and not config.block_sizes
+        if weighted or config.focal is not None or config.complementary:
+            raise ValueError(
+                "--weight, --cart-p, --focal and --complementary have no effect with --objective grpo: leave them out"
+            )
         adapter = lora.config_of(materials.model)
         if adapter is not None and adapter.dropout:
             raise ValueError(

@@ -160,16 +160,17 @@ class FunctionReward(Reward):
         """
         self.name = entry_point
         module, _, name = entry_point.partition(":")
+        before = list(sys.path)
         sys.path.append(os.getcwd())
         try:
             found = importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # A module of the user can raise an error of any type.
             raise ValueError(
-                f"reward {entry_point!r:.80}: {error}; give MODULE:FUNCTION of a module in the current folder, or of one "
-                "that is installed"
+                f"reward {entry_point!r:.80}: the module {module} cannot be imported ({type(error).__name__}: {error}); "
+                "give MODULE:FUNCTION of a module in the current folder, or of one that is installed"
             ) from error
         finally:
-            sys.path.remove(os.getcwd())
+            sys.path[:] = before
         function = getattr(found, name, None)
         if not callable(function):
             raise ValueError(f"reward {entry_point!r:.80}: the module {module} has no function {name!r:.60}")
