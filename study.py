@@ -118,6 +118,7 @@ def spread(settings: StudySettings, console: Console) -> None:
 def table(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints accuracy by order of writing, and likelihood, for each task and variant."""
     from mask_study.measures import ORDERS
+    from mask_study.tables import of_seeds
 
     shown = Table("task", "variant", *ORDERS, "nats/token", "seeds", title="share of right answers by order of writing")
     shown.columns[0].no_wrap = shown.columns[1].no_wrap = True  # Only numbers may be broken over lines.
@@ -125,10 +126,7 @@ def table(rows: list[dict[str, Any]], console: Console) -> None:
 
     def cell(task: str, variant: str, name: str, of: str) -> str:
         row = found.get((task, variant, name, of))
-        if row is None:
-            return ""
-        half = row["mean"] - row["low"]
-        return f"{row['mean']:.3f}" + (f" ± {half:.3f}" if half == half else "")
+        return "" if row is None else of_seeds(row, 3)
 
     for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
         orders = (cell(task, variant, "accuracy", order) for order in ORDERS)

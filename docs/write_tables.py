@@ -389,10 +389,12 @@ def _read_table(name: str) -> list[dict[str, str]] | None:
         return list(csv.DictReader(file))
 
 
-def _with_interval(row: dict[str, str], digits: int, factor: float = 1.0, sign: str = "") -> str:
-    mean, low, high = (factor * float(row[name]) for name in ("mean", "low", "high"))
-    interval = "" if low != low else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-    return f"{mean:{sign}.{digits}f}{interval}"
+def _of_seeds(row: dict[str, str], digits: int, factor: float = 1.0, sign: str = "") -> str:
+    """A mean with its interval, or with its lowest and highest seed, as `mask_study.tables.of_seeds`."""
+    from mask_study.tables import of_seeds
+
+    numbers = {name: float(row[name]) for name in ("mean", "low", "high", "least", "most")}
+    return of_seeds(numbers | {"interval": row["interval"]}, digits, factor, sign)
 
 
 # The arms of the comparison by the names that they have in floors.csv. In evaluation the first token of a block is known
@@ -425,7 +427,7 @@ def block_diffusion_study(*, chinese: bool = False) -> str:
         floor = floors.get(_ARM_FLOORS.get(arm, "")) if task == "countdown" else 0.0 if task == "sudoku" else None
         difference = beside.get("nats a token")
         shares = [
-            _with_interval(means[name], 0, 100.0) if name in means else None
+            _of_seeds(means[name], 0, 100.0) if name in means else None
             for name in ("a token a pass", "a quarter of the passes")
         ]
         lines.append(
@@ -433,14 +435,17 @@ def block_diffusion_study(*, chinese: bool = False) -> str:
                 task,
                 arm,
                 mine[0]["steps"],
-                _with_interval(means["nats an answer"], 2),
+                _of_seeds(means["nats an answer"], 2),
                 None if floor is None else f"{floor:.2f}",
-                _with_interval(means["nats a token"], 3),
-                None if difference is None else _with_interval(difference, 3, 1.0, "+"),
+                _of_seeds(means["nats a token"], 3),
+                None if difference is None else _of_seeds(difference, 3, 1.0, "+"),
                 *shares,
             )
         )
     if chinese:
+        from mask_study.tables import translated
+
+        lines = [tuple(translated(cell) if isinstance(cell, str) else cell for cell in line) for line in lines]
         header = (
             "任务", "方式", "步数", "一个答案的界，nat", "下限", "每 token 的 nat", "减去双向", "逐个 token 的全对率，%",
             "四分之一前向次数的全对率，%",
@@ -463,8 +468,19 @@ def refreshing(*, chinese: bool = False) -> str:
     lines = []
     for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
         found = {row["of"]: row for row in rows if (row["task"], row["variant"]) == (task, variant)}
-        lines.append((task, variant, *(_with_interval(found[way], 0, 100.0) if way in found else None for way in ways)))
-    return table(("任务" if chinese else "task", "注意力掩码" if chinese else "mask", *ways), lines)
+        lines.append((task, variant, *(_of_seeds(found[way], 0, 100.0) if way in found else None for way in ways)))
+    if chinese:
+        from mask_study.tables import translated
+
+        words = {
+            "no cache": "不用缓存",
+            "every block": "每块",
+            "every 2 blocks": "每 2 块",
+            "every 4 blocks": "每 4 块",
+        }
+        lines = [tuple(translated(cell) if isinstance(cell, str) else cell for cell in line) for line in lines]
+        return table(("任务", "注意力掩码", *(words.get(way, "从不") for way in ways)), lines)
+    return table(("task", "mask", *ways), lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

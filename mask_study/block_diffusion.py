@@ -408,15 +408,16 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name, value in one["measured"].items()
     ]  # fmt: skip
     steps = {(one["task"], one["arm"]): one["steps"] for one in records}
+    names = ("seeds", "mean", "low", "high", "interval", "least", "most")
     found = []
     for row in summarise(rows):
         line = {"task": row["task"], "arm": row["variant"], "measure": row["of"], "minus": ""}
-        numbers = {name: row[name] for name in ("seeds", "mean", "low", "high")}
+        numbers = {name: row[name] for name in names}
         found.append(line | {"steps": steps[row["task"], row["variant"]]} | numbers)
     for row in differences(rows):
         if row["minus"] == "bidirectional":
             line = {"task": row["task"], "arm": row["variant"], "measure": row["of"], "minus": row["minus"]}
-            numbers = {name: row[name] for name in ("seeds", "mean", "low", "high")}
+            numbers = {name: row[name] for name in names}
             found.append(line | {"steps": steps[row["task"], row["variant"]]} | numbers)
     return found
 

@@ -246,6 +246,43 @@ def test_no_result_is_typed_into_a_template(name: str) -> None:
     assert not found, f"docs/templates/{Path(name).name} says {sorted(found)}; write numbers with docs/page_numbers.py"
 
 
+def test_tables_of_runs_that_are_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block diffusion and the refreshes: without their data the page says so; with it, seeds far apart are shown."""
+    from mask_study import block_diffusion, runs
+
+    names = TABLES["block_diffusion_study"].__globals__
+    study = tmp_path / "docs" / "study"
+    study.mkdir(parents=True)
+    (study / "floors.csv").write_bytes((ROOT / "docs" / "study" / "floors.csv").read_bytes())
+    monkeypatch.setitem(names, "ROOT", tmp_path)
+    assert TABLES["block_diffusion_study"]().startswith("Not run")
+    assert TABLES["refreshing"](chinese=True).startswith("未运行")
+    records = [
+        {"task": "countdown", "arm": arm, "seed": seed, "steps": 320, "test_rows": 256,
+         "measured": {"nats an answer": 16 * nats, "nats a token": nats, "a token a pass": 0.25}}
+        for arm, column in (("bidirectional", (0.20, 0.21, 0.22)), ("two streams, blocks of 4", (0.15, 0.16, 1.9)))
+        for seed, nats in enumerate(column)
+    ]  # fmt: skip
+    runs.write_table(study / "block_diffusion.csv", block_diffusion.summary(records))
+    first, second = TABLES["block_diffusion_study"]().splitlines()[2:]
+    assert first.startswith(
+        "| countdown | bidirectional | 320 | 3.36 [2.96, 3.76] | 1.76 | 0.210 [0.185, 0.235] |  | 25 ["
+    )
+    assert "| 0.737 (0.150 to 1.900) | +0.527 (-0.050 to +1.680) |" in second
+    assert "| 0.737 (0.150 至 1.900) |" in TABLES["block_diffusion_study"](chinese=True)
+    rows = [
+        {"task": "sudoku", "variant": "causal", "seed": seed, "measure": "accuracy", "of": way, "passes": 0.0,
+         "value": 0.5, "test_rows": 256}
+        for way in ("no cache", "never")
+        for seed in range(3)
+    ]  # fmt: skip
+    runs.write_table(study / "refreshing.csv", runs.summarise(rows))
+    found = TABLES["refreshing"](chinese=True).splitlines()
+    assert found[0] == "| 任务 | 注意力掩码 | 不用缓存 | 从不 |" and found[2].startswith(
+        "| 数独 | 因果 | 50 [37, 63] |"
+    )
+
+
 def test_a_number_that_the_study_does_not_have_is_noticed() -> None:
     rendered, name = TABLES["rendered"], "docs/findings.md"
     assert rendered(name, 'It is {{ share("copy", "causal", mean=true) }}.\n') == "It is 100 %.\n"
