@@ -74,6 +74,13 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "smol-to-dream": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
     "block-nano": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1"}},
+    # A pair is 8 rows: two answers with 4 draws each.
+    "dream-vrpo": {
+        "h100:1": {**_H100, "batch_size": 1, "steps": 950 * 64, "learning_rate": 6e-8},
+        "h200:1": {},
+        "v6e:2x4": {"mesh": "8x1", "accumulation": 8},
+    },
+    "dream-vrpo-lora": {"h100:1": {}, "h200:1": {}, "v6e:2x4": {"mesh": "8x1", "accumulation": 8}},
 }
 
 

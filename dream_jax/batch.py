@@ -36,3 +36,16 @@ class Batch(Generic[Array]):
     valid_BT: Array | None = None
     length_BM: Array | None = None
     text_BM: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch[Array]):
+    """A batch of P pairs of answers, B = 2 P rows: the chosen answer of a pair, and next to it the rejected one.
+
+    Attributes:
+      draw_B: int32 [B], the number from which the noise of a pair follows, the same for both of its rows.
+      reference_B: float32 [B], the bound of each answer under the reference; None if the step computes it.
+    """
+
+    draw_B: Array
+    reference_B: Array | None = None

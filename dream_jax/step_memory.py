@@ -59,6 +59,7 @@ class StepShape:
       remat: the rematerialisation policy of the step.
       masked_share: expected number of masked positions / all positions, in [0, 1].
       block: number of tokens in a block of block diffusion, which has two streams; None for a single stream.
+      forward: number of rows that are only computed forward, for each row of `batch`.
     """
 
     batch: int
@@ -68,6 +69,7 @@ class StepShape:
     remat: Remat
     masked_share: float
     block: int | None = None
+    forward: float = 0.0
 
     @property
     def groups(self) -> int:

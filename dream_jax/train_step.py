@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dream_jax import float8, layer_forms, masks, sharding, xla_flags
-from dream_jax.batch import Batch
+from dream_jax.batch import Batch, PairBatch
 from dream_jax.block_diffusion import (
     block_diffusion_loss,
     check_weight,
@@ -47,6 +47,7 @@ from dream_jax.packed_noise import draw_packed_noise
 from dream_jax.shapes import ParamTree, joined
 
 jax.tree_util.register_dataclass(Batch)
+jax.tree_util.register_dataclass(PairBatch)
 
 Metrics = dict[str, jax.Array]
 

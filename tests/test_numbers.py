@@ -43,8 +43,7 @@ from dream_jax.sharding import parse_mesh_shape
 from dream_jax.tokenizer import ByteTokenizer
 
 SCRIPTS = ("sample", "serve", "train", "study", "convert/hf_to_flax", "convert/flax_to_hf", "convert/qwen2_to_dream",
-           "convert/ar_to_dream",
-           "convert/gsm8k_to_s1k")  # fmt: skip
+           "convert/ar_to_dream", "convert/gsm8k_to_s1k", "convert/pairs")  # fmt: skip
 HARNESS = "dream_jax.evaluation.harness"  # importing it imports lm_eval; it has no dataclass
 
 
@@ -86,7 +85,7 @@ NO_SETTINGS = {
     "SampledAnswer", "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
     "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
     "_TiledMask", "MemoryParts", "OrderedBlocks", "OrderedStreams", "StreamBlocks", "StreamTiles", "_Seen",
-    "BatchSizes", "RunMaterials",
+    "BatchSizes", "PairScorer", "RolloutPlan", "RunMaterials",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.
@@ -101,6 +100,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Factor": {"factor": 1.0},
     "LoraConfig": {"rank": 2, "alpha": 4.0},
     "OptimizerConfig": {"learning_rate": 1e-3, "total_steps": 10},
+    "PairSettings": {"src": Path("a"), "dst": Path("b"), "file": Path("c")},
     "PlanSettings": {"plan": True},
     "Planned": {
         "topology": "v6e:1x1",

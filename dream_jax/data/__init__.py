@@ -16,6 +16,8 @@ from dream_jax.data.options import (
     ReadOptions,
 )
 from dream_jax.data.packing import MOST_TEXTS
+from dream_jax.data.pair_batches import PairRows, TokenPair, kept_pairs, lay_out_pairs, make_pair_batches
+from dream_jax.data.pairs import check_no_pairs, check_pairs
 from dream_jax.data.pipeline import Batches, make_batches
 from dream_jax.data.questions import numbered_records, record_number
 from dream_jax.data.records import read_json_lines, text_field
@@ -50,6 +52,7 @@ __all__ = [
     "Mixture",
     "Outlook",
     "PackBy",
+    "PairRows",
     "Piece",
     "ReadOptions",
     "Row",
@@ -59,19 +62,25 @@ __all__ = [
     "StoredRows",
     "SudokuSource",
     "TokenCache",
+    "TokenPair",
     "TokenRow",
     "TokenStore",
     "TokenizedRows",
+    "check_no_pairs",
+    "check_pairs",
     "encode_row",
     "find_cache",
     "first_numbers",
     "first_prompted",
     "has_traces",
     "is_solution",
+    "kept_pairs",
     "lay_out",
+    "lay_out_pairs",
     "length_report",
     "longest_row",
     "make_batches",
+    "make_pair_batches",
     "numbered_records",
     "open_mixture",
     "open_source",

@@ -131,7 +131,7 @@ def _finished(
     """Returns the chat of messages that have been read; all fields that nobody has read are refused or named."""
     remedy = _TRAIN_REMEDY if learns else _ASK_REMEDY
     turns = reader.turns
-    tools = _read_tools(fields)
+    tools = read_tools(fields)
     answers = [turn_text(turn) for turn in turns if turn["role"] == "assistant"]
     shown = [*(turn["content"] for turn in turns), *answers]
     unread = fields.settle(shown, "\n".join(answers) if learns else None, remedy, known)
@@ -241,7 +241,7 @@ def _choices(fields: FieldReader) -> str:
     return "\n".join(f"{label}. {text}" for label, text in zip(labels, written, strict=True))
 
 
-def _read_tools(fields: FieldReader) -> tuple[Mapping[str, Any], ...]:
+def read_tools(fields: FieldReader) -> tuple[Mapping[str, Any], ...]:
     """Returns the functions of the field `tools`, a list or its JSON text, or of OpenAI's earlier field `functions`."""
     where, name = fields.where, fields.first(("tools", "functions"))
     if name is None:

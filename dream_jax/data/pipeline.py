@@ -9,7 +9,7 @@ global batch, so the global batches do not depend on P.
 
 import bisect
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grain
 import numpy as np
@@ -23,7 +23,14 @@ from dream_jax.data.packing import PackingPlanner
 from dream_jax.data.rows import Mixture, RowSource
 
 # The stream of batches has no end, but grain needs one.
-_FOR_EVER = 2**62
+FOR_EVER = 2**62
+
+
+class Planner(Protocol):
+    """What every planner of batches can tell about a run."""
+
+    def outlook(self, steps: int) -> Outlook:
+        """Returns statistics of a run of `steps` batches."""
 
 
 class Batches:
@@ -37,7 +44,7 @@ class Batches:
         self,
         dataset: grain.IterDataset[Batch[np.ndarray]],
         report: LengthReport,
-        planner: BatchPlanner | PackingPlanner,
+        planner: Planner,
         identity: dict[str, int | str],
     ):
         self.report = report
@@ -159,7 +166,7 @@ def make_batches(
             f"pack_by='cut' (--pack-by cut) cuts rows where they end, which is for documents only, but row {number} has a "
             "prompt: leave --pack-by out"
         )
-    stream = _stream(rows.source, numbers, seed)
+    stream = stream_of(rows.source, numbers, seed)
     local = range(process_index, batch_size, process_count)
     row_B = np.array(local, dtype=np.int32)
     pad_id = rows.tokenizer.pad_id
@@ -215,7 +222,7 @@ def make_batches(
 
     # grain maps over the indices of global batches, so its position is such an index and does not depend on the number
     # of processes. A whole batch is encoded in one transformation, because each one costs grain about 10 microseconds.
-    batches = grain.MapDataset.range(_FOR_EVER).map(batch)
+    batches = grain.MapDataset.range(FOR_EVER).map(batch)
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     identity: dict[str, int | str] = {"seed": seed, "batch_size": batch_size, "max_length": max_length}
     identity |= {"rows": len(numbers), "digest of the rows": report.digest}
@@ -227,7 +234,7 @@ def make_batches(
     return Batches(batches.to_iter_dataset(reading), report, planner, identity)
 
 
-def _stream(source: RowSource, numbers: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
+def stream_of(source: RowSource, numbers: np.ndarray | range, seed: int) -> grain.MapDataset[int]:
     """Returns the endless stream of rows: position (0, 1, 2, ...) -> index into `numbers`, shuffled in every epoch.
 
     `numbers` are the indices of the rows that the length policy keeps, ascending. Raises ValueError if a source of a

@@ -41,6 +41,7 @@ class Row:
     takes the place of the prompt, because the first token is predicted from the position on its left.
     meta: "where" the row was found, and values that scoring needs; training does not read it.
     unread: names of the fields of its record that nobody has read.
+    rejected: the answer that is worse than the response, in a row that is a pair of preferences; None in all other rows.
     ends_early: whether turns at the end of the chat are left out, because they are marked as not to be learned.
     Raises: ValueError if the texts of the pieces do not make up the response, or if a document has a prompt.
     """
@@ -54,6 +55,7 @@ class Row:
     document: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    rejected: str | None = None
     ends_early: bool = False
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from dream_jax.data.chats import ANSWER_FIELDS, QUESTION_FIELDS, read_chat, read
 from dream_jax.data.fields import FieldReader
 from dream_jax.data.messages import CHAT_FIELDS
 from dream_jax.data.options import AnswerFormat, ReadOptions
+from dream_jax.data.pairs import ANSWERS, parse_pair
 from dream_jax.data.records import text_field
 from dream_jax.data.rows import Row
 from dream_jax.tokenizer import turn_text
@@ -21,9 +22,9 @@ from dream_jax.tokenizer import turn_text
 Parser = Callable[[Mapping[str, Any], str], Row | str]
 """A function (record, location) -> row. For a record that is left out, it returns the reason (str)."""
 
-RowKind = Literal["chat", "reasoning", "puzzle", "document"]
+RowKind = Literal["chat", "reasoning", "puzzle", "document", "pair"]
 """The kinds of rows: chats, as messages or as columns; s1K's questions with a reasoning trace; puzzles of `input` and
-`output`, which have no chat template; and documents."""
+`output`, which have no chat template; documents; and pairs of a chosen and a rejected answer."""
 
 # For each variant of s1K, the fields with the traces, the answer and the grade of the answer; the first one that a record
 # has is read. s1K-1.1 has the answers of two models; s1.1 was trained on those of DeepSeek.
@@ -39,6 +40,8 @@ NOTHING_LEARNED = "no turn of the assistant is to be learned"
 def kind_of(found: Mapping[str, Any]) -> RowKind | None:
     """Returns the kind of a record, which depends only on the names of its fields; None if it is of no known kind."""
     names = found.keys()
+    if not names.isdisjoint(ANSWERS):
+        return "pair"
     traced = [set(fields[:2]) for fields in _S1K_FIELDS]
     if not names.isdisjoint(CHAT_FIELDS) or ("prompt" in names and not names.isdisjoint(ANSWER_FIELDS)):
         return "chat"
@@ -59,7 +62,7 @@ def check_kind(found: Mapping[str, Any], where: str) -> RowKind:
             f"{where}: fields {sorted(found)} match no known schema; a row needs one of these sets of fields: 'messages'; "
             "'prompt' and 'response' (or 'completion'); 'question' and 'answer'; 'instruction' and 'output' (and 'input'); "
             "'input' and 'output'; 'text' (a whole document); 'question', 'thinking_trajectories' and 'attempt' (s1K); "
-            "'question', 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1)"
+            "'question', 'deepseek_thinking_trajectory' and 'deepseek_attempt' (s1K-1.1); 'chosen' and 'rejected' (pairs)"
         )
     return kind
 
@@ -71,6 +74,7 @@ def parser_of(kind: RowKind, options: ReadOptions) -> Parser:
         "reasoning": functools.partial(_parse_graded, options),
         "puzzle": parse_puzzle,
         "document": parse_document,
+        "pair": parse_pair,
     }
     return parsers[kind]
 

@@ -39,7 +39,7 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
     They are 6 for each weight and token (4 for a frozen weight, which has no gradient), attention between all pairs of
     positions, and the output head at masked positions only. With two streams they are those that the mask needs: attention
     of a block to itself and to the blocks before it. In the last layer nothing of the clean stream is counted but its
-    keys and values.
+    keys and values. Rows that are only computed forward count with their forward pass.
     """
     config = step.model.config
     each, runs = 4.0 if step.frozen else 6.0, streams_run(config.num_hidden_layers, shape.block)
@@ -49,7 +49,9 @@ def model_flops(step: AbstractStep, shape: StepShape) -> float:
     products = runs * (each * matrix_count(config) + 6.0 * adapter_count(step))
     if shape.block is not None:
         products += each * 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
-    return shape.batch * shape.length * (products + attention + head)
+    # The forward pass is 2 operations for each weight, and a third of the operations of the attention.
+    only = 2.0 * (matrix_count(config) + adapter_count(step)) * runs + attention / 3 + 2.0 / each * head
+    return shape.batch * shape.length * (products + attention + head + shape.forward * only)
 
 
 # -------------------------------------------------------------------------------------------------------------- traffic

@@ -7,7 +7,8 @@ way round, so an objective receives what it needs as arguments and knows neither
 An objective is a subclass of `Objective` with an entry in `registry.OBJECTIVES` and its name in `registry.ObjectiveName`.
 It supplies:
 
-1. How its data is read: `Objective.check_rows` refuses rows that it cannot use, and `Objective.batches` makes the endless,
+1. How its data is read: `Objective.check_options` and `Objective.check_rows` refuse options and rows that it cannot use,
+   `Objective.tokenize` makes tokens of the rows, and `Objective.batches` makes the endless,
    resumable iterator over batches (as `dream_jax.data.make_batches` does for `sft`). A batch is a `Batch` or a subclass of
    it that is registered as a pytree, with one row or several rows for each row of the settings' batch size.
 2. Its step: `Objective.step` makes the compiled function (state, batch, frozen parameters) -> (state, metrics) from
@@ -36,11 +37,13 @@ default, under an objective that does not read the group, is refused by `registr
 | `prompts`, `rollouts`, `rollout_file` | prompts in random order; answers sampled during a run; a file with some of them |
 | `rewards`, `advantages` | how good an answer is, and how much better than the others of its group |
 | `policies`, `token_logprobs` | which forward passes score the tokens of an answer, and their log-probabilities |
+| `preferences`, `answer_bounds` | the objectives `vrpo` and `simpo`; the likelihood bounds of answers and their noise |
+| `pair_driver`, `pair_metrics` | bounds of the reference, and scores of held-out pairs; what is measured of pairs |
 | `preference_settings`, `reward_settings` | the settings of preferences, and those of rewards |
 """
 
 from dream_jax.posttraining.base import BatchSizes, Driver, Objective, RunMaterials, StepMaterials
-from dream_jax.posttraining.preference_settings import PreferenceSettings
+from dream_jax.posttraining.preference_settings import PreferenceSettings, Reference
 from dream_jax.posttraining.registry import OBJECTIVES, ObjectiveName, check_groups, make_objective
 from dream_jax.posttraining.reward_settings import RewardSettings
 from dream_jax.posttraining.rewards import SampledAnswer
@@ -52,6 +55,7 @@ __all__ = [
     "Objective",
     "ObjectiveName",
     "PreferenceSettings",
+    "Reference",
     "RewardSettings",
     "RunMaterials",
     "SampledAnswer",

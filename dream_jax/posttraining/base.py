@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dream_jax import sharding
 from dream_jax.batch import Batch
-from dream_jax.data import Batches, BatchOptions, RowSource, TokenizedRows, make_batches
+from dream_jax.data import Batches, BatchOptions, EncodeOptions, RowSource, TokenizedRows, check_no_pairs, make_batches
 from dream_jax.model import Dream
 from dream_jax.shapes import ParamTree
 from dream_jax.tokenizer import Template, Tokenizer
@@ -146,11 +146,13 @@ class Objective(abc.ABC):
       name: the value of --objective.
       metrics: names of the columns of `metrics.csv` that only this objective has.
       evaluated: names of the columns of `eval.csv` that only this objective has.
+      rate_factor: the default learning rate is that of `sft` times this number.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()
     evaluated: ClassVar[tuple[str, ...]] = ()
+    rate_factor: ClassVar[float] = 1.0
 
     @property
     def computed_rows(self) -> int:
@@ -172,8 +174,18 @@ class Objective(abc.ABC):
         """Number of rows that a step computes only forward, for each row of the settings' batch size."""
         return 0
 
-    def check_rows(self, source: RowSource) -> None:  # noqa: B027 - most objectives can use every row
+    def check_options(  # noqa: B027 - most objectives read all options
+        self, options: BatchOptions, encoding: EncodeOptions
+    ) -> None:
+        """Raises ValueError for options of batches or rows that have no meaning for this objective."""
+
+    def check_rows(self, source: RowSource) -> None:
         """Raises ValueError, with file and line, for rows that this objective cannot learn from."""
+        check_no_pairs(source, self.name)
+
+    def tokenize(self, source: RowSource, tokenizer: Tokenizer, options: EncodeOptions) -> TokenizedRows:
+        """Returns the rows of training as tokens."""
+        return TokenizedRows(source, tokenizer, options)
 
     def batches(self, rows: TokenizedRows, sizes: BatchSizes) -> Batches:
         """Returns the endless iterator over the batches of this process.

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 from dream_jax.posttraining.base import Objective
 from dream_jax.posttraining.grpo import GroupRelative
 from dream_jax.posttraining.preference_settings import PreferenceSettings
+from dream_jax.posttraining.preferences import Preference
 from dream_jax.posttraining.reward_settings import RewardSettings
 from dream_jax.posttraining.supervised import Supervised
 
-ObjectiveName = Literal["sft", "grpo"]
+ObjectiveName = Literal["sft", "vrpo", "simpo", "grpo"]
 """The values of --objective. The keys of `OBJECTIVES` are the same."""
 
 Groups = tuple[PreferenceSettings, RewardSettings]
@@ -33,6 +34,8 @@ class ObjectiveEntry(NamedTuple):
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     "sft": ObjectiveEntry(lambda _preferences, _rewards: Supervised()),
     "grpo": ObjectiveEntry(lambda _preferences, rewards: GroupRelative(rewards), (RewardSettings,)),
+    "vrpo": ObjectiveEntry(lambda preferences, _rewards: Preference("vrpo", preferences), (PreferenceSettings,)),
+    "simpo": ObjectiveEntry(lambda preferences, _rewards: Preference("simpo", preferences), (PreferenceSettings,)),
 }
 """For each name of an objective, how it is made."""
 

@@ -190,6 +190,7 @@ def step_shape(
         remat=weights.remat_of(settings),
         masked_share=masked_share,
         block=sizes[-1] if sizes else None,
+        forward=settings.objective().forward_rows / settings.objective().computed_rows,
     )
 
 

@@ -57,6 +57,7 @@ _MADE = (
     "data.json",
     "samples.json",
     "rollouts.jsonl",
+    "reference.npz",
     "incidents.jsonl",
     "parts.json",
     "report.md",

@@ -196,7 +196,7 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     encoding, options = settings.rows.encode_options(), settings.batches.options()
-    rows = TokenizedRows(source, tokenizer, encoding)
+    rows = objective.tokenize(source, tokenizer, encoding)
     held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, encoding)
     max_length = settings.rows.max_length or longest_row(rows)
     check_length(model, max_length)

@@ -48,7 +48,9 @@ class RunSettings:
     recipe: str | None = None
     """recipe with the settings to begin with: a name (--recipe alone lists them) or a TOML file; flags override it"""
     objective: ObjectiveName = "sft"
-    """what is learned. sft: to write the responses of the rows; grpo: to write answers with high rewards (--reward)"""
+    """what is learned. sft: to write the responses of the rows; vrpo, simpo: to prefer the chosen answer of each pair to
+    the rejected one, compared with a reference (vrpo) or without one (simpo); grpo: to write answers with high rewards
+    (--reward)"""
     out: pathlib.Path = pathlib.Path("runs/train")
     """folder of the run; if it contains an unfinished run with the same settings, that run is resumed"""
     overwrite: bool = False

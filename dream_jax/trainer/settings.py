@@ -10,7 +10,14 @@ from typing import Any
 
 from dream_jax.data import RowSource, open_mixture
 from dream_jax.optimizer import OptimizerConfig
-from dream_jax.posttraining import Objective, PreferenceSettings, RewardSettings, check_groups, make_objective
+from dream_jax.posttraining import (
+    Objective,
+    PreferenceSettings,
+    Reference,
+    RewardSettings,
+    check_groups,
+    make_objective,
+)
 from dream_jax.quantisation import KINDS
 from dream_jax.trainer.setting_groups import (
     AdapterSettings,
@@ -57,7 +64,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         self.optimizer_config()
         check_groups(self.run.objective, self.preferences, self.rewards)
-        self.objective()
+        self._check_objective()
         self.batches.options().check_policy(self.rows.length_policy)
         products, base = self.network.products, self.lora.base
         if products != "compute" and base in KINDS:
@@ -118,11 +125,13 @@ class TrainSettings:
 
         The rate of an adapter is ten times the rate of full fine-tuning, a ratio that Schulman et al. (LoRA Without
         Regret, 2025) measured over several models and ranks. Multiplied by alpha / rank (2 by default) it is 1e-4; for
-        comparison, the QLoRA paper's rate of 2e-4 multiplied by its alpha / rank of 1/4 is 5e-5.
+        comparison, the QLoRA paper's rate of 2e-4 multiplied by its alpha / rank of 1/4 is 5e-5. For preferences the rates
+        are a tenth of these: LLaDA 1.5 has 5e-7 for all weights.
         """
+        factor = self.objective().rate_factor
         if self.network.starts_at_random:
-            return 2e-3
-        return 5e-5 if self.lora.adapts else 5e-6
+            return factor * 2e-3
+        return factor * (5e-5 if self.lora.adapts else 5e-6)
 
     def optimizer_config(self) -> OptimizerConfig:
         """Returns the configuration of the optimizer, with the default learning rate if none is given."""
@@ -142,7 +151,41 @@ class TrainSettings:
 
     def objective(self) -> Objective:
         """Returns the objective of the run. Raises ValueError if its settings do not fit together."""
-        return make_objective(self.run.objective, self.preferences, self.rewards)
+        preferences = self.preferences
+        if preferences.reference == "auto" and self.run.objective == "vrpo":
+            taken: Reference = "stored" if self.lora.lora_rank is None else "adapter"
+            preferences = dataclasses.replace(preferences, reference=taken)
+        return make_objective(self.run.objective, preferences, self.rewards)
+
+    def _check_objective(self) -> None:
+        """Raises ValueError if the objective does not fit together with other groups of settings."""
+        name = self.run.objective
+        self.objective().check_options(self.batches.options(), self.rows.encode_options())
+        if self.preferences.reference == "adapter" and self.lora.lora_rank is None:
+            why = (
+                f"with --adapter {self.lora.adapter} switched off, the reference would be the model without it"
+                if self.lora.adapts
+                else "without an adapter there is nothing to switch off"
+            )
+            raise ValueError(
+                f"--reference adapter: {why}; give --reference stored, or train a new adapter (--lora-rank)"
+            )
+        if name == "sft":
+            return
+        if self.loss != LossSettings():
+            flags = ", ".join(
+                f"--{one.name.replace('_', '-')}"
+                for one in dataclasses.fields(self.loss)
+                if getattr(self.loss, one.name) != one.default
+            )
+            raise ValueError(f"{flags} has no effect with --objective {name}, whose loss is another one: leave it out")
+        if self.network.anneal_steps:
+            raise ValueError(f"--anneal-steps is for --objective sft, not for {name}: leave it out")
+        if name in ("vrpo", "simpo") and self.run.final == "best":
+            raise ValueError(
+                f"--final best takes the weights with the lowest held-out nll, which --objective {name} does not lower: "
+                "leave it out"
+            )
 
     def source(self, split: str) -> RowSource:
         """Returns the rows of --data and --mix for the split "train" or "test".
