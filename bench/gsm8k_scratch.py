@@ -97,19 +97,29 @@ ADDED = 0.01
 """Added to the count of every token of the vocabulary, so that none has the probability 0."""
 
 
-def unigram(tokens_RT: np.ndarray, learned_RT: np.ndarray, grid: Grid, scored_RT: np.ndarray, vocab_size: int) -> float:
-    """Returns the nats per masked token of the frequencies of the training tokens.
+def unigram(
+    tokens_RT: np.ndarray, learned_RT: np.ndarray, grid: Grid, scored_RT: np.ndarray, vocab_size: int, end: int
+) -> tuple[float, float, float]:
+    """Returns what the frequencies of the training tokens tell about the masked tokens of a grid.
 
     Args:
       tokens_RT, learned_RT: int32 and bool [R, T], the training rows and their tokens that are learned.
       grid: the grid of the held-out rows, whose masked positions are scored.
       scored_RT: int32 [R, T], the held-out rows.
       vocab_size: number of tokens of the vocabulary.
+      end: the end-of-text token.
+
+    Returns:
+      The nats per masked token of the frequencies; those of a model that also knows where the end tokens are, and uses the
+      frequencies of the other tokens elsewhere; and the share of end tokens among the masked tokens.
     """
     count_V = np.bincount(tokens_RT[learned_RT], minlength=vocab_size) + ADDED
     nats_V = np.log(count_V.sum()) - np.log(count_V)
+    others_V = np.log(count_V.sum() - count_V[end]) - np.log(count_V)
+    others_V[end] = 0.0
     masked_LRT = grid.masked_LRT
-    return float(np.sum(nats_V[scored_RT] * masked_LRT) / masked_LRT.sum())
+    mean = lambda values_RT: float(np.sum(values_RT * masked_LRT) / masked_LRT.sum())
+    return mean(nats_V[scored_RT]), mean(others_V[scored_RT]), mean(scored_RT == end)
 
 
 def write_baseline(settings: Gsm8kScratchSettings) -> None:
@@ -134,11 +144,15 @@ def write_baseline(settings: Gsm8kScratchSettings) -> None:
 
     learned, scored = laid("train", None), laid("test", settings.eval_rows)
     grid = Grid(scored, len(scored.tokens_BT), sharding.make_mesh("1x1"))
-    nll = unigram(learned.tokens_BT, learned.maskable_BT, grid, scored.tokens_BT, dream_jax.PRESETS["small"].vocab_size)
-    found = {"nll": round(nll, 4), "rows": len(scored.tokens_BT), "masked_tokens": int(grid.masked_LRT.sum())}
+    size = dream_jax.PRESETS["small"].vocab_size
+    nll, ends_known, share = unigram(learned.tokens_BT, learned.maskable_BT, grid, scored.tokens_BT, size, words.pad_id)
+    found = {"nll": round(nll, 4), "nll_ends_known": round(ends_known, 4), "share_of_ends": round(share, 4)}
+    found |= {"rows": len(scored.tokens_BT), "masked_tokens": int(grid.masked_LRT.sum())}
     found |= {"training_rows": len(learned.tokens_BT), "added_to_each_count": ADDED}
     write_json(settings.out / "unigram.json", found)
-    print(f"unigram nll {nll:.4f} on {len(scored.tokens_BT)} rows, {found['masked_tokens']} masked tokens")
+    print(
+        f"unigram nll {nll:.4f}, or {ends_known:.4f} if the end tokens are known, on {len(scored.tokens_BT)} rows, {found['masked_tokens']} masked tokens"
+    )
 
 
 def main(settings: Gsm8kScratchSettings) -> int:

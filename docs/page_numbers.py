@@ -130,10 +130,11 @@ class Numbers:
         return self._said(f"{number} {unit} {interval}")
 
     def nats_difference(
-        self, task: str, left: str, right: str = "bidirectional", of: str = "all", digits: int = 3, factor: float = 1.0
-    ) -> str:
-        """A paired difference of nats per masked token; factor -1 turns it round."""
-        row = self._difference(task, (left, of), (right, of), "nll")
+        self, task: str, left: str, right: str = "bidirectional", of: str = "all", other: str | None = None,
+        digits: int = 3, factor: float = 1.0,
+    ) -> str:  # fmt: skip
+        """A paired difference of nats per masked token, of two noise levels with `other`; factor -1 turns it round."""
+        row = self._difference(task, (left, of), (right, of if other is None else other), "nll")
         return self._said(of_seeds(_turned(row, factor), digits, 1.0, "+"))
 
     def lead_difference(self, measure: str, of: str) -> str:
@@ -314,7 +315,12 @@ class Numbers:
         if key == "falls":
             nll = [float(row["nll"]) for row in rows]
             return str(sum(after < before for before, after in itertools.pairwise(nll)))
-        return f"{json.loads((folder / 'unigram.json').read_text(encoding='utf-8'))[key]:.2f}"
+        found = json.loads((folder / "unigram.json").read_text(encoding="utf-8"))
+        if key == "share_of_ends":
+            return f"{100 * found[key]:.0f} %"
+        if key == "context":
+            return f"{found['nll_ends_known'] - float(rows[-1]['nll']):.2f}"
+        return f"{found[key]:.2f}"
 
 
 def make_split() -> dict[str, int]:

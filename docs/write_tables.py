@@ -582,11 +582,13 @@ def slides(source: str, folder: pathlib.Path) -> str:
         for number, part in enumerate(parts, 1)
     ]
     pages = re.sub(r'src="([^":]+)"', embedded, "\n".join(sections))
-    return _SLIDE_PAGE.replace("TITLE", html.escape(title)).replace("SECTIONS", pages)
+    language = "zh" if re.search("[\u4e00-\u9fff]", title) else "en"
+    page = _SLIDE_PAGE.replace("LANGUAGE", language).replace("TITLE", html.escape(title))
+    return page.replace("SECTIONS", pages)
 
 
 _SLIDE_PAGE = """<!doctype html>
-<html>
+<html lang="LANGUAGE">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

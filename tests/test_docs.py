@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+import types
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tyro
 
@@ -299,6 +302,17 @@ def test_slides_are_made_from_their_text(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert TABLES["slides"](source, (ROOT / name).parent) == text, f"{name}: run docs/write_tables.py"
     assert text.count("<section ") == 12 and not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+def test_the_baseline_of_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three learned tokens of which one ends the row; two masked tokens, one of them an end."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    unigram = module_at(ROOT / "bench" / "gsm8k_scratch.py")["unigram"]
+    rows, learned = np.array([[3, 0, 0, 2]]), np.array([[False, True, True, True]])
+    grid = types.SimpleNamespace(masked_LRT=np.array([[[False, True, False, True]]]))
+    nll, ends_known, share = unigram(rows, learned, grid, rows, 4, 2)
+    assert nll == pytest.approx((math.log(3.04 / 2.01) + math.log(3.04 / 1.01)) / 2)
+    assert ends_known == pytest.approx(math.log(2.03 / 2.01) / 2) and share == 0.5
 
 
 @pytest.mark.slow
