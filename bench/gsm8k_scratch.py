@@ -151,7 +151,8 @@ def write_baseline(settings: Gsm8kScratchSettings) -> None:
     found |= {"training_rows": len(learned.tokens_BT), "added_to_each_count": ADDED}
     write_json(settings.out / "unigram.json", found)
     print(
-        f"unigram nll {nll:.4f}, or {ends_known:.4f} if the end tokens are known, on {len(scored.tokens_BT)} rows, {found['masked_tokens']} masked tokens"
+        f"unigram nll {nll:.4f}, or {ends_known:.4f} if the end tokens are known, on {len(scored.tokens_BT)} rows, "
+        f"{found['masked_tokens']} masked tokens"
     )
 
 
