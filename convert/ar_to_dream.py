@@ -56,7 +56,7 @@ class StartSettings:
 def main(settings: StartSettings) -> None:
     """Writes the Dream checkpoint DST and prints its size and its mask token."""
     config = adapt_autoregressive(
-        settings.src if settings.src == "smollm2" else hub.pinned(settings.src, settings.revision),
+        hub.pinned(settings.src, settings.revision),
         settings.dst,
         mask_row=settings.mask_row,
         mask_token_id=settings.mask_token_id,

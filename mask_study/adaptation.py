@@ -11,7 +11,8 @@ and where the heads look, before and after.
 
 The first run of the folder measures the weights as they are. Each run is a file in OUT/runs. The same command goes on
 where it was stopped, and several processes may share OUT. OUT/summary.csv has means over seeds with 95 % intervals, and
-differences from the bidirectional arm with the same rate and seed. `--store` copies runs and summary to docs/study.
+differences from the bidirectional arm with the same rate and seed; OUT/adaptation_heads.png has maps of the layers and
+heads. `--store` copies runs, summary and maps to docs/study.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from dream_jax.bounds import MOST_STEPS, POSITIVE, IntegerRange, check_numbers
 from dream_jax.data import RowSource, open_source
 from dream_jax.evaluation.likelihood import Passage, model_bounds
-from dream_jax.files import read_json, write_file
+from dream_jax.files import read_json, replacing, write_file
 from dream_jax.model import Dream
 from dream_jax.paths import check_local
-from dream_jax.pretrained import adapt_autoregressive, load
+from dream_jax.pretrained import SMOLLM2, adapt_autoregressive, load
 from dream_jax.sampler import SamplerConfig, generate
 from dream_jax.tokenizer import Tokenizer, load_tokenizer
 from mask_study.adapting import (
@@ -51,7 +53,7 @@ from mask_study.inspection import STATISTICS, InspectedRows, attention_statistic
 from mask_study.runs import differences, summarise, write_table
 
 STORED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "study"
-RESULT, SUMMARY = "adaptation.jsonl", "adaptation.csv"
+RESULT, SUMMARY, HEADS = "adaptation.jsonl", "adaptation.csv", "adaptation_heads.png"
 START = "start"
 _REMEDY = "remove the file, then the same command makes its run again"
 _SHOWN = ("first", "right", "distance")
@@ -129,7 +131,7 @@ class AdaptationSettings:
     def recorded(self) -> dict[str, Any]:
         """Returns the settings that runs must share to be compared."""
         names = ("data", "steps", "batch", "width", "every", "test_rows", "samples", "prompts", "new_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {"model": self.model or SMOLLM2} | {name: getattr(self, name) for name in names}
 
 
 class AdaptationRun(NamedTuple):
@@ -388,13 +390,47 @@ def write_summary(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
             print(f"{row['arm']:30} rate {row['rate']:7} {row['measure']:20} {row['mean']:8.3f}{interval}")
 
 
+def draw_heads(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    """Writes a PNG with the share of the attention on the first token, for each layer and head, before and after.
+
+    There is a map for each view of the weights as they are, and one for each run of seed 0; returns `path`.
+
+    Raises:
+      ValueError: no record has the attention.
+    """
+    maps: list[tuple[str, list[list[float]]]] = []
+    for one in records:
+        if one["arm"] == START:
+            maps += [(f"before: {name}", found["heads"]["first"]) for name, found in one["attention"].items()]
+        elif "attention" in one:
+            maps.append((f"{one['arm']}, rate {one['rate']:g}", one["attention"]["heads"]["first"]))
+    if not maps:
+        raise ValueError("no run has the attention of its heads: make the run start or a run of seed 0 first")
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.8, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, found) in zip(panels, maps, strict=False):
+        image = axes.imshow(found, cmap="cividis", aspect="auto", vmin=0.0, vmax=1.0)
+        axes.set_title(title, fontsize="small")
+        axes.set(xlabel="head", ylabel="layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    for axes in panels[len(maps) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=list(panels), label="share of the attention on the first token")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return path
+
+
 def start_model(settings: AdaptationSettings) -> Dream:
     """Loads the model to start from, float32 with stacked layers; converts SmolLM2 first if no model is given."""
     path: str | pathlib.Path
     if settings.model is None:
         path = settings.out / "smollm2"
         if not path.is_dir():
-            adapt_autoregressive("smollm2", path)
+            adapt_autoregressive(SMOLLM2, path)
     else:
         check_local(settings, "model")
         path = settings.model
@@ -418,6 +454,7 @@ def main(settings: AdaptationSettings) -> None:
             raise ValueError(f"{settings.out} has no finished run; start the command without --store first")
         write_file(STORED / RESULT, "".join(json.dumps(one) + "\n" for one in records))
         write_summary(records, STORED / SUMMARY)
+        print(f"wrote {draw_heads(records, STORED / HEADS)}")
         return
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -453,7 +490,10 @@ def main(settings: AdaptationSettings) -> None:
                 write_file(path, json.dumps(record, allow_nan=False) + "\n")
                 print(f"made {path} in {time.perf_counter() - begun:.0f} s", flush=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
-    write_summary(finished(settings.out), settings.out / "summary.csv")
+    records = finished(settings.out)
+    write_summary(records, settings.out / "summary.csv")
+    if any("attention" in one for one in records):
+        print(f"wrote {draw_heads(records, settings.out / HEADS)}")
 
 
 if __name__ == "__main__":

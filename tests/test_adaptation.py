@@ -1,22 +1,26 @@
 """The adaptation of autoregressive weights to diffusion: every arm trains, measures are exact, runs resume."""
 
 import dataclasses
+import importlib
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from commands import run_script
+from commands import ROOT, run_script
 from llama_checkpoints import write_llama
+from marking import slow
 from test_llama import with_tokenizer
 
 import dream_jax
 from dream_jax import masks
-from dream_jax.config import PRESETS
+from dream_jax.config import PRESETS, DreamConfig
 from dream_jax.model import abstract_model
 from dream_jax.pretrained import adapt_llama
 from dream_jax.tokenizer import load_tokenizer
+from dream_jax.trainer.recipes import read_recipe
 from mask_study import adaptation, adapting
 from mask_study.adapting import ADAPTATION_ARMS
 
@@ -75,9 +79,7 @@ def test_arms_have_equal_flops_and_their_own_start(start):
     assert start.trained_mask == "bidirectional"
 
 
-@pytest.mark.parametrize(
-    "name", ["autoregressive", *(pytest.param(n, marks=pytest.mark.slow) for n in ADAPTATION_ARMS)]
-)
+@pytest.mark.parametrize("name", ["autoregressive", slow("annealed"), slow("two streams, growing blocks")])
 def test_every_arm_learns(name, start):
     arm = ADAPTATION_ARMS[name]
     model = adapting.start_of(arm, start, 0)
@@ -136,6 +138,16 @@ def test_summary_has_intervals_and_differences():
     assert apart["mean"] == apart["low"] == apart["high"] == 1.0 and apart["seeds"] == 2
 
 
+def test_maps_of_heads_are_drawn(tmp_path):
+    heads = {"attention": {"heads": {"first": [[0.5, 0.1], [0.0, 1.0]]}}}
+    records = [{"arm": "start", "attention": {"masked, causal": heads["attention"]}}]
+    records += [{"arm": "bidirectional", "rate": 3e-4, "seed": 0, **heads}, {"arm": "causal", "rate": 3e-4, "seed": 1}]
+    path = adaptation.draw_heads(records, tmp_path / "heads.png")
+    assert path.read_bytes().startswith(b"\x89PNG") and [one.name for one in tmp_path.iterdir()] == ["heads.png"]
+    with pytest.raises(ValueError, match="no run has the attention of its heads"):
+        adaptation.draw_heads(records[2:], tmp_path / "none.png")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -169,6 +181,39 @@ def test_texts_begin_with_the_token_of_a_text(checkpoint, texts):
         adaptation.read_texts(dataclasses.replace(settings, width=200), words)
 
 
+def test_a_recipe_takes_the_converted_weights(checkpoint, tmp_path, monkeypatch):
+    """The name smollm2 stands for a directory, to which the weights of the package are converted once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    train = importlib.import_module("train")
+    made = []
+
+    def convert(source, target):
+        made.append((source, str(target)))
+        shutil.copytree(checkpoint, target)
+        return DreamConfig.from_file(target)
+
+    monkeypatch.setattr(train, "adapt_autoregressive", convert)
+    settings = read_recipe("smol-to-dream", ROOT / "recipes").train_settings()
+    for _ in range(2):
+        assert train.with_weights(settings).network.model == "weights/smollm2-as-dream"
+    assert made == [("smollm2", "weights/smollm2-as-dream")]
+    assert train.with_weights(settings.replaced(model="nano")).network.model == "nano"
+
+
+@pytest.mark.slow
+def test_the_recipe_is_one_command(checkpoint, texts, tmp_path, monkeypatch):
+    """Samples are taken before and after; the weights are a tiny model here."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "weights" / "smollm2-as-dream")
+    command = ("train.py", "--recipe", "smol-to-dream", "--data", texts, "--steps", "2", "--max-length", "64")
+    ended = run_script(*command, "--eval-rows", "4", "--samples", "1", "--sample-tokens", "4")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "runs" / "smol-to-dream" / "samples.json").read_text())
+    assert len(found["before"]) == len(found["after"]) == 1
+    assert (tmp_path / "runs" / "smol-to-dream" / "model" / "tokenizer.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_quick_study_resumes(checkpoint, texts, tmp_path):
     command = ("mask_study/adaptation.py", "--quick", "--out", tmp_path / "out", "--model", checkpoint, "--data", texts)
@@ -186,6 +231,7 @@ def test_a_quick_study_resumes(checkpoint, texts, tmp_path):
     assert exact["bound"]["error"] == 0 and exact["bound"]["nats"] == pytest.approx(
         exact["curve"][-1]["nats"]["exact"], abs=1e-4
     )
+    assert (tmp_path / "out" / adaptation.HEADS).read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.returncode == 0 and "made " not in again.stdout and "unshifted" in again.stdout
     other = run_script(*command, "--samples", "12")

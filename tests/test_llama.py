@@ -183,6 +183,24 @@ def test_the_tokenizer_gets_a_mask_token_and_stays_as_it_is(tmp_path):
     check_tokenizer(tmp_path / "saved")
 
 
+def test_a_reserved_token_becomes_the_mask_token(tmp_path):
+    source = with_tokenizer(write_llama(tmp_path / "llama"))
+    contents = tokenizer_json()
+    vocab = contents["model"]["vocab"]
+    (letter,) = (text for text, number in vocab.items() if number == 90)
+    vocab["<spare>"] = vocab.pop(letter)
+    contents["added_tokens"].append(contents["added_tokens"][0] | {"id": 90, "content": "<spare>"})
+    (source / "tokenizer.json").write_text(json.dumps(contents))
+    config = adapt_autoregressive(source, tmp_path / "dream", mask_token_id=90, mask_row="keep")
+    words = load_tokenizer(tmp_path / "dream")
+    assert (config.mask_token_id, words.mask_id, words.vocab_limit, config.vocab_size) == (90, 90, 100, 100)
+    assert words.encode("<|mask|>", allow_special=True) == [90] and 90 not in words.encode(
+        "<spare>", allow_special=True
+    )
+    with pytest.raises(ValueError, match=r"cannot be token 50, which is taken"):
+        adapt_autoregressive(source, tmp_path / "other", mask_token_id=50)  # an ordinary token
+
+
 def test_missing_tokens_of_chats_are_added(tmp_path):
     source = with_tokenizer(write_llama(tmp_path / "llama"))
     contents = tokenizer_json()
@@ -200,7 +218,7 @@ def test_missing_tokens_of_chats_are_added(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda contents: contents.pop("added_tokens"), "tokenizer.json lacks added_tokens or model"),
+        (lambda contents: contents.pop("added_tokens"), "missing required field `added_tokens`"),
         (lambda contents: contents["added_tokens"][2].update(content="<|mask|>"), "has a token <|mask|> already"),
         (lambda contents: contents["added_tokens"][2].update(id=100), "<|mask|> cannot be token 100, which is taken"),
     ],

@@ -266,7 +266,7 @@ def _added_tokens(directory: pathlib.Path) -> dict[str, int]:
     for file, read in (
         ("tokenizer_config.json", _of_config),
         ("added_tokens.json", lambda path: read_typed(path, dict[str, int], _REMEDY)),
-        ("tokenizer.json", _of_tokenizer),
+        ("tokenizer.json", tokens_of_json),
     ):
         if (directory / file).is_file():
             listed[file] = read(directory / file)
@@ -288,7 +288,8 @@ def _of_config(path: pathlib.Path) -> dict[str, int]:
     return {token.content: int(number) for number, token in found.items()}
 
 
-def _of_tokenizer(path: pathlib.Path) -> dict[str, int]:
+def tokens_of_json(path: pathlib.Path) -> dict[str, int]:
+    """Returns the ids of the added tokens in a tokenizer.json by their texts. Raises ValueError if the file is damaged."""
     found = read_typed(path, _TokenizerJson, _REMEDY).added_tokens
     if any(token.id is None for token in found):
         raise ValueError(f"{path}: a token in added_tokens has no id; {_REMEDY}")

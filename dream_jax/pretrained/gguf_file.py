@@ -137,7 +137,7 @@ class GgufCheckpoint:
     @property
     def special_ids(self) -> dict[str, int]:
         """The ids of the control tokens by their texts."""
-        kinds = self._of("tokenizer.ggml.token_type")
+        kinds = self._kinds()
         return {
             text: number for number, text in enumerate(self._of("tokenizer.ggml.tokens")) if kinds[number] == _CONTROL
         }
@@ -154,7 +154,7 @@ class GgufCheckpoint:
                 f"{self.path}: the tokenizer {kind[0]!r:.80} with the rule {kind[1]!r:.80} is not implemented, only that "
                 "of SmolLM2 ('gpt2', 'smollm'); give --tokenizer, a directory with tokenizer files"
             )
-        tokens, kinds = self._of("tokenizer.ggml.tokens"), self._of("tokenizer.ggml.token_type")
+        tokens, kinds = self._of("tokenizer.ggml.tokens"), self._kinds()
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [
             {"id": number, "content": text, **plain, "special": kinds[number] == _CONTROL}
@@ -193,8 +193,20 @@ class GgufCheckpoint:
         found = {"chat_template": self.metadata.get("tokenizer.chat_template")}
         begin = self.metadata.get("tokenizer.ggml.bos_token_id")
         if begin is not None:
-            found["bos_token"] = self._of("tokenizer.ggml.tokens")[int(begin)]
+            tokens = self._of("tokenizer.ggml.tokens")
+            begin = self._number("tokenizer.ggml.bos_token_id")
+            if not 0 <= begin < len(tokens):
+                raise ValueError(
+                    f"{self.path}: tokenizer.ggml.bos_token_id={begin} is no token; download the file again"
+                )
+            found["bos_token"] = tokens[begin]
         return found
+
+    def _kinds(self) -> list[int]:
+        tokens, kinds = self._of("tokenizer.ggml.tokens"), self._of("tokenizer.ggml.token_type")
+        if not isinstance(tokens, list) or not isinstance(kinds, list) or len(tokens) != len(kinds):
+            raise ValueError(f"{self.path}: tokens and token_type are no lists of one length; download the file again")
+        return kinds
 
     def _of(self, key: str) -> Any:
         if key not in self.metadata:
@@ -202,7 +214,10 @@ class GgufCheckpoint:
         return self.metadata[key]
 
     def _number(self, key: str) -> int:
-        return int(self._of(key))
+        found = self._of(key)
+        if not isinstance(found, int | np.integer) or isinstance(found, bool):
+            raise ValueError(f"{self.path}: {key}={found!r:.80} must be an integer; only such models are implemented")
+        return int(found)
 
 
 def published_order(rows_OI: np.ndarray, heads: int) -> np.ndarray:

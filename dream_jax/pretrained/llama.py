@@ -20,7 +20,7 @@ from dream_jax import hf
 from dream_jax.config import DreamConfig, with_rope_theta
 from dream_jax.files import check_new_directory, new_directory, read_json, write_json
 from dream_jax.paths import AnyPath, copy_companion, local_path
-from dream_jax.pretrained.autoregressive import MASK, MaskRow, adapt_qwen2, check_vocab_size
+from dream_jax.pretrained.autoregressive import MASK, MaskRow, adapt_qwen2, check_vocab_size, tokens_of_json
 from dream_jax.pretrained.directories import check_tokenizer_directory, find_directory, known_files, write_sums
 from dream_jax.pretrained.gguf_file import SMOLLM2, GgufCheckpoint, open_gguf, smollm2_file
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
@@ -334,9 +334,9 @@ def _pad_token(opened: LlamaSource, files: pathlib.Path | GgufCheckpoint, given:
     if isinstance(files, GgufCheckpoint) and "<|endoftext|>" in files.special_ids:
         return files.special_ids["<|endoftext|>"]
     if isinstance(files, pathlib.Path) and (files / "tokenizer.json").is_file():
-        for token in read_json(files / "tokenizer.json", _REMEDY).get("added_tokens", ()):
-            if token.get("content") == "<|endoftext|>":
-                return int(token["id"])
+        end = tokens_of_json(files / "tokenizer.json").get("<|endoftext|>")
+        if end is not None:
+            return end
     found = opened.fields.get("eos_token_id")
     found = found[0] if isinstance(found, list) and found else found
     if not isinstance(found, int) or isinstance(found, bool):
@@ -362,6 +362,7 @@ def _write_tokenizer(source: pathlib.Path | GgufCheckpoint, target: pathlib.Path
                 f"{source} has no tokenizer.json; a tokenizer of another kind cannot get a mask token here: save it with "
                 "transformers first, or give --tokenizer"
             )
+        tokens_of_json(source / "tokenizer.json")  # raises its errors
         contents = read_json(source / "tokenizer.json", _REMEDY)
         settings = read_json(source / "tokenizer_config.json", _REMEDY) if "tokenizer_config.json" in names else {}
         if (source / "chat_template.jinja").is_file():
@@ -377,9 +378,9 @@ def _write_tokenizer(source: pathlib.Path | GgufCheckpoint, target: pathlib.Path
         by_id |= {number: text for text, number in vocabulary.items()}
     end = by_id[config.pad_token_id]
     begin = settings.get("bos_token") or end
-    begin = begin["content"] if isinstance(begin, dict) else begin
+    begin = begin.get("content") if isinstance(begin, dict) else begin
     # SmolLM2-Instruct names the token that begins a message, but in its training <|endoftext|> was between texts.
-    begin = end if begin in _CHAT_TOKENS else begin
+    begin = begin if isinstance(begin, str) and begin not in _CHAT_TOKENS else end
     kept = {key: settings[key] for key in ("chat_template", "model_max_length") if settings.get(key) is not None}
     roles = {"bos_token": begin, "eos_token": end, "pad_token": end, "mask_token": MASK}
     # This class reads the whole tokenizer.json, also how a text is cut before its words are divided into tokens.
@@ -389,7 +390,10 @@ def _write_tokenizer(source: pathlib.Path | GgufCheckpoint, target: pathlib.Path
 
 
 def _with_tokens(contents: dict[str, Any], config: DreamConfig, source: object) -> dict[str, Any]:
-    """Adds the mask token, and the tokens of chats if they are missing, to the contents of a tokenizer.json."""
+    """Adds the mask token, and the tokens of chats if they are missing, to the contents of a tokenizer.json.
+
+    If the id of the mask token belongs to an added token, such as a reserved one, this token becomes the mask token.
+    """
     added = contents.get("added_tokens")
     if not isinstance(added, list) or not isinstance(contents.get("model"), dict):
         raise ValueError(f"{source}: tokenizer.json lacks added_tokens or model; {_REMEDY}")
@@ -398,10 +402,19 @@ def _with_tokens(contents: dict[str, Any], config: DreamConfig, source: object) 
         raise ValueError(
             f"{source} has a token {MASK} already; give the id of this token (--mask-token-id) and --tokenizer"
         )
+    for token in added:
+        if token["id"] == config.mask_token_id and token["content"] not in _CHAT_TOKENS:
+            vocabulary = contents["model"].get("vocab")
+            if isinstance(vocabulary, dict) and token["content"] in vocabulary:
+                vocabulary[MASK] = vocabulary.pop(token["content"])
+            token |= {"content": MASK, "special": True}
+            present = {one["content"] for one in added}
     taken = {token["id"] for token in added}
+    vocabulary = contents["model"].get("vocab")
+    taken |= set(vocabulary.values()) if isinstance(vocabulary, dict) else set()
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     number = config.mask_token_id
-    for name in (MASK, *(one for one in _CHAT_TOKENS if one not in present)):
+    for name in (one for one in (MASK, *_CHAT_TOKENS) if one not in present):
         if number in taken or number >= config.vocab_size:
             raise ValueError(
                 f"{source}: {name} cannot be token {number}, which is taken or outside the {config.vocab_size} rows; give "
