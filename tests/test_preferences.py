@@ -244,6 +244,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         "--beta has no effect with --objective sft": {"beta": 1.0},
         "has no meaning for pairs": {"objective": "vrpo", "pack": True, "eos_tail": 1},
         "--learned-turns all has no meaning": {"objective": "simpo", "learned_turns": "all"},
+        "--length-policy right has no meaning": {"objective": "vrpo", "length_policy": "right"},
         "there is nothing to switch off": {"objective": "vrpo", "reference": "adapter"},
         "the reference would be the model without it": {"objective": "vrpo", "reference": "adapter", "adapter": "x"},
         "--focal has no effect": {"objective": "vrpo", "focal": True},

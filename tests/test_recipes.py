@@ -75,6 +75,7 @@ def test_the_recipes_that_were_promised():
     lengths = (2048, 4096, 8192)
     promised = {f"s1k-{kind}-{length}" for kind in ("full", "lora") for length in lengths}
     promised |= {"block-lora-4096", "block-full-4096", "block-ar-2048", "block-nano", "gsm8k-rewards", "smol-to-dream"}
+    promised |= {"dream-vrpo", "dream-vrpo-lora"}
     assert promised | {"dream-sft", "d1-sft", "gsm8k-0.5b", "pretrain", "ar-start"} == set(NAMES)
     for length in lengths:
         assert read_recipe(f"s1k-full-{length}", FOLDER).train_settings().rows.max_length == length

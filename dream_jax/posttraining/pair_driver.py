@@ -142,7 +142,6 @@ class PairDriver(Driver):
             "max_length": run.sizes.max_length,
             "layout": str(run.sizes.options),
             "seed": run.materials.config.seed,
-            "base": None,
             **self._scorer.about,
         }
         if int(state.step):

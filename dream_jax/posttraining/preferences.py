@@ -133,7 +133,7 @@ class Preference(Objective):
             "--tail-cut": options.tail_cut,
             "--width-step": options.width_step,
             "--learned-turns all": encoding.learned_turns == "all",
-            "--length-policy split": encoding.length_policy == "split",
+            f"--length-policy {encoding.length_policy}": encoding.length_policy in ("right", "split"),
         }
         for flag, value in given.items():
             if value:

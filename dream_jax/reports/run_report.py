@@ -18,6 +18,8 @@ from dream_jax.trainer.setting_groups import PriceSettings
 
 FILE = "report.md"
 _LAST_SECTION = "What went wrong"
+# Columns of runs on preferences (`posttraining.pair_metrics`).
+_PAIRS = ("margin", "order_accuracy")
 # Largest numbers in the report: rows in a table of steps, characters of a sample, incidents, answers to one prompt.
 _POINTS = 12
 _SHOWN_CHARACTERS = 600
@@ -117,9 +119,8 @@ def _data(record: Record) -> list[str]:
 def _losses(record: Record) -> list[str]:
     if not record.steps:
         return ["No step was taken."]
-    names = [
-        name for name in ("loss", "nll", "masked_accuracy", "grad_norm", "learning_rate") if name in record.steps[0]
-    ]
+    wanted = ("loss", *_PAIRS, "nll", "masked_accuracy", "grad_norm", "learning_rate")
+    names = [name for name in wanted if name in record.steps[0]]
     rows = [
         [int(record.steps[index]["step"]), *(record.steps[index][name] for name in names)]
         for index in _spread(len(record.steps))
@@ -169,7 +170,8 @@ def _spread(count: int) -> list[int]:
 def _evaluation(record: Record) -> list[str]:
     lines = []
     if record.evaluations:
-        names = [name for name in ("nll", "nll_se", "masked_accuracy", "eos_accuracy") if name in record.evaluations[0]]
+        wanted = ("nll", "nll_se", "masked_accuracy", "eos_accuracy", *(f"pair_{name}" for name in (*_PAIRS, "kl")))
+        names = [name for name in wanted if name in record.evaluations[0]]
         # Only scores on the same rows can be compared; a run may have been resumed with other --eval-rows.
         alike = record.alike
         others = len(record.evaluations) - len(alike)
