@@ -43,7 +43,7 @@ demo: $(VENV)/.core-installed  ## train a nano model on sudoku on this CPU (runs
 	$(PY) sample.py --model $(DEMO)/model --prompt "$$DEMO_PROMPT" --max-new-tokens 20 --watch
 
 life: export JAX_PLATFORMS ?= cpu
-life: $(VENV)/.bench-installed  ## a nano model from random weights through documents, fine-tuning, preferences and rewards (runs/life)
+life: $(VENV)/.core-installed  ## a nano model from random weights through documents, fine-tuning, preferences and rewards (runs/life)
 	$(PY) bench/life.py
 
 serve: export JAX_PLATFORMS ?= cpu

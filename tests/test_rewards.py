@@ -1,12 +1,16 @@
 """Rewards of answers, advantages over the group, and the file with sampled answers."""
 
 import dataclasses
+import importlib
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import ROOT
+from test_flags import parser_of
 
 from dream_jax.data import BatchOptions, Row, RowList, TokenizedRows
 from dream_jax.posttraining import BatchSizes
@@ -191,3 +195,26 @@ def test_the_sampler_of_rollouts_follows_the_settings() -> None:
     assert settings.most_steps == 4
     with pytest.raises(ValueError, match="at least one reward"):
         settings.make_rewards()
+
+
+def test_the_commands_of_a_whole_life_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    life = importlib.import_module("life")
+    commands = life.commands(life.LifeSettings())
+    assert list(commands) == ["documents", "tuning", "preferences", "rewards"]
+    for command in (one for several in commands.values() for one in several):
+        script, *arguments = shlex.split(command)
+        parser_of(script).parse_args(arguments)
+
+
+def test_gains_have_an_interval_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("rewards")
+    before = dict.fromkeys(bench.KINDS, 0.5)
+    runs = {
+        f"a-{seed}": {"arm": "a", "before": before, "after": dict.fromkeys(bench.KINDS, 0.6 + 0.1 * seed)}
+        for seed in range(3)
+    }
+    found = bench.summary(runs)["a, sampled"]
+    np.testing.assert_allclose(found["gains"], [10, 20, 30])
+    np.testing.assert_allclose([found["mean"], found["half_width"]], [20, 4.302653 * 10 / math.sqrt(3)], rtol=1e-5)
