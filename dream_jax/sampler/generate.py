@@ -94,8 +94,7 @@ def generate(
         vocabulary, or is too long for the model; there are neither prompt tokens nor new tokens; prompt_mask has another
         shape; blocks or cache do not fit to the mask (`config.check_cache`, `config.check_first_token`); a forced or
         forbidden token is outside the vocabulary, or no token may be written; the key is missing, is not a random key, or
-        has another number of rows; or
-        the logits of a row are NaN or infinite, for which `generate` waits for the result.
+        has another number of rows; or the logits of a row are NaN or infinite, for which `generate` waits for the result.
     """
     if config is None:
         blocks = isinstance(masks.parse(model.trained_mask), masks.BlockDiffusion)

@@ -199,7 +199,7 @@ class _Batch:
         self._masked = np.ones(rows, np.int32)
         self._new = np.zeros(rows, bool)
         # The first position of each row on the canvas, and the number of new tokens for which the canvas has room.
-        self._begin, self._room = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._begin, self._num_new = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._dynamic: DynamicSettings | None = None
         self._passes = np.zeros(rows, np.int32)
         self._forwards = 0
@@ -214,17 +214,17 @@ class _Batch:
     def put(self, row: int, job: Job) -> None:
         """Gives a free row to a job."""
         prompt, config = np.asarray(job.task.prompt, np.int32).reshape(1, -1), job.task.config
-        length, room = self.program.family.length, config.max_new_tokens
+        length, num_new = self.program.family.length, config.max_new_tokens
         if job.task.length > length:  # the canvas begins with whole blocks, and grows later
             assert config.block_length is not None, "only a canvas of blocks grows"
-            room = (length - prompt.shape[1]) // config.block_length * config.block_length
-        now, padding = dataclasses.replace(config, max_new_tokens=room), length - prompt.shape[1] - room
+            num_new = (length - prompt.shape[1]) // config.block_length * config.block_length
+        now, padding = dataclasses.replace(config, max_new_tokens=num_new), length - prompt.shape[1] - num_new
         canvas, valid = lay_out(self._model, prompt, np.ones(prompt.shape, bool), now, padding)
         self._canvas[row], self._valid[row] = canvas[0], valid[0]
         # The schedule counts all masks of the text, also those for which the canvas has no room yet.
-        self._masked[row] = np.sum(canvas == self._model.config.mask_token_id) + config.max_new_tokens - room
+        self._masked[row] = np.sum(canvas == self._model.config.mask_token_id) + config.max_new_tokens - num_new
         self._configs[row], self._seed[row], self._sample[row] = now, job.task.seed, job.task.sample
-        self._begin[row], self._room[row], self.full[row] = padding, room, False
+        self._begin[row], self._num_new[row], self.full[row] = padding, num_new, False
         self._new[row], self.jobs[row], self._dynamic = True, job, None
 
     def clear(self, row: int) -> None:
@@ -246,13 +246,13 @@ class _Batch:
         """Makes the canvas as long as that of `program`, the result of `longer`; no call may be in flight."""
         columns = program.family.length - self.program.family.length
         most_B = np.array([0 if job is None else job.task.config.max_new_tokens for job in self.jobs], np.int32)
-        columns_B = np.clip(most_B - self._room, 0, columns)
+        columns_B = np.clip(most_B - self._num_new, 0, columns)
         occupied_B = np.array([job is not None for job in self.jobs]) & ~self._new
         static = self.program.family.static
         self._batch = grow(self._model, self._batch, occupied_B, columns_B, columns=columns, static=static)
         self._canvas = np.pad(self._canvas, ((0, 0), (0, columns)), constant_values=self._model.config.pad_token_id)
         self._valid = np.pad(self._valid, ((0, 0), (0, columns)), constant_values=True)
-        self._room = self._room + columns_B
+        self._num_new = self._num_new + columns_B
         self.full[:] = False
         self.program, self._dynamic = program, None
         for row, job in enumerate(self.jobs):
@@ -324,7 +324,7 @@ class _Batch:
         for row, job in enumerate(self.in_flight):
             if job is None or job.closed:
                 continue
-            is_full = bool(wants_B[row]) and self._room[row] < job.task.config.max_new_tokens
+            is_full = bool(wants_B[row]) and self._num_new[row] < job.task.config.max_new_tokens
             self.full[row] = is_full and self.jobs[row] is job
             done = bool(start_B[row] >= family.length) and not is_full
             shown = slice(self._begin[row], self._begin[row] + job.task.length)
