@@ -168,17 +168,22 @@ def time_alone(settings: DataBenchSettings) -> dict[str, Any]:
             if size > _SAMPLED_BYTES:
                 break
     tokenizer: Any = load_tokenizer(settings.folder() / "dream-v0-instruct-7b")
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     for first in range(0, len(some), 1000):
         tokenizer._backend.encode_batch_fast(some[first : first + 1000], add_special_tokens=False)
-    seconds = time.perf_counter() - begun
-    return {"bytes": size, "seconds": seconds, "bytes_per_second": size / seconds}
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - used
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "bytes_per_second": size / seconds,
+        "bytes_per_cpu_second": size / cpu_seconds,
+    }
 
 
 def run(settings: DataBenchSettings, *arguments: object) -> dict[str, Any]:
     """Runs this script with other arguments in a new process. Returns what it printed, with the peak of its memory."""
     command = [sys.executable, __file__, "--assets", str(settings.folder()), *map(str, arguments)]
-    begun, peak = time.perf_counter(), 0
+    begun, used, peak = time.perf_counter(), children_cpu_seconds(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         watched = psutil.Process(child.pid)
         while child.poll() is None:
@@ -188,7 +193,14 @@ def run(settings: DataBenchSettings, *arguments: object) -> dict[str, Any]:
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit status {child.returncode}")
     found: dict[str, Any] = json.loads(text.splitlines()[-1])
-    return {**found, "process_seconds": time.perf_counter() - begun, "peak_bytes": peak}
+    spent = {"process_seconds": time.perf_counter() - begun, "process_cpu_seconds": children_cpu_seconds() - used}
+    return {**found, **spent, "peak_bytes": peak}
+
+
+def children_cpu_seconds() -> float:
+    """Returns the seconds of all cores that the children of this process, and their children, used until they ended."""
+    found = os.times()
+    return found.children_user + found.children_system
 
 
 def resident(process: psutil.Process) -> int:
@@ -218,7 +230,8 @@ def measure(settings: DataBenchSettings, path: pathlib.Path, cache: pathlib.Path
     first, later = (
         found[f"all_{when}"]["process_seconds"] - found[f"ten_{when}"]["process_seconds"] for when in ("first", "later")
     )
-    rate = found["bytes"] / first
+    cpu_seconds = found["all_first"]["process_cpu_seconds"] - found["ten_first"]["process_cpu_seconds"]
+    rate, cpu_rate = found["bytes"] / first, found["bytes"] / cpu_seconds
     found["beyond_ten_rows"] = {
         "first_start_seconds": first,
         "later_start_seconds": later,
@@ -226,6 +239,7 @@ def measure(settings: DataBenchSettings, path: pathlib.Path, cache: pathlib.Path
         "later_peak_bytes": found["all_later"]["peak_bytes"] - found["ten_later"]["peak_bytes"],
         "bytes_per_second": rate,
         "share_of_the_tokenizer_alone": rate / found["alone"]["bytes_per_second"],
+        "share_in_cpu_seconds": cpu_rate / found["alone"]["bytes_per_cpu_second"],
     }
     return found
 
@@ -236,7 +250,8 @@ def told(name: str, found: dict[str, Any]) -> str:
         f"{name}: {found['all_first']['rows']:,} rows, {found['bytes'] / 1e9:.3g} GB; beyond ten rows: first start "
         f"{beyond['first_start_seconds']:.1f} s, later start {beyond['later_start_seconds']:.1f} s, memory "
         f"{beyond['first_peak_bytes'] / 1e9:.3f} and {beyond['later_peak_bytes'] / 1e9:.3f} GB; "
-        f"{beyond['bytes_per_second'] / 1e6:.2f} MB/s, {beyond['share_of_the_tokenizer_alone']:.2f} of the tokenizer alone"
+        f"{beyond['bytes_per_second'] / 1e6:.2f} MB/s, {beyond['share_of_the_tokenizer_alone']:.2f} of the tokenizer alone "
+        f"({beyond['share_in_cpu_seconds']:.2f} in CPU seconds, which other processes disturb less)"
     )
 
 
