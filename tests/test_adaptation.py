@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from commands import ROOT, run_script
 from llama_checkpoints import write_llama
-from marking import slow
 from test_llama import with_tokenizer
 
 import dream_jax
@@ -79,7 +78,8 @@ def test_arms_have_equal_flops_and_their_own_start(start):
     assert start.trained_mask == "bidirectional"
 
 
-@pytest.mark.parametrize("name", ["autoregressive", slow("annealed"), slow("two streams, growing blocks")])
+@pytest.mark.slow  # each arm compiles several programs
+@pytest.mark.parametrize("name", ["autoregressive", "annealed", "two streams, growing blocks"])
 def test_every_arm_learns(name, start):
     arm = ADAPTATION_ARMS[name]
     model = adapting.start_of(arm, start, 0)
