@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from commands import run_script
 from llama_checkpoints import GOLDEN, KINDS, LLAMA, tensors, tokens, transformers_logits, write_llama
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_tokenizer import TEMPLATE
 
 import dream_jax
@@ -50,6 +50,15 @@ def test_biases_are_zero_and_new_rows_the_mean(tmp_path):
         np.testing.assert_allclose(wide[100:], np.broadcast_to(table.mean(axis=0), (28, 24)), atol=1e-6)
     assert all(not found.pop(name).any() for name in set(found) - set(before))  # the biases
     assert all(before[name].tobytes() == found[name].tobytes() for name in before)
+
+
+def test_rotary_frequencies_of_old_files_are_left_out(tmp_path):
+    source = write_llama(tmp_path / "llama")
+    found = {name: values.astype(np.float16) for name, values in load_file(source / hf.SINGLE).items()}
+    found["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    save_file(found, source / hf.SINGLE, metadata={"format": "pt"})
+    adapt_llama(source, tmp_path / "dream")
+    assert {str(values.dtype) for values in load_file(tmp_path / "dream" / hf.SINGLE).values()} == {"float16"}
 
 
 def test_a_row_of_the_source_can_be_the_mask_token(tmp_path):

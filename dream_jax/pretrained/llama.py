@@ -26,6 +26,7 @@ from dream_jax.pretrained.gguf_file import SMOLLM2, GgufCheckpoint, open_gguf, s
 from dream_jax.tokenizer import BYTE_TOKENIZER_FILE, TOKENIZER_FILES
 
 _ROWS = 64  # so that a mesh can divide the rows of the table
+_FREQUENCIES = "rotary_emb.inv_freq"
 _CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 _REMEDY = "copy the tokenizer files of the checkpoint again, or give --tokenizer"
 
@@ -262,11 +263,13 @@ def _opened(source: AnyPath) -> Iterator[tuple[LlamaSource, pathlib.Path | GgufC
     directory = find_directory(source)
     fields = read_json(directory / "config.json", "restore it from the source of the checkpoint")
     with hf.open_source(directory) as opened:
+        # The frequencies of the rotary embedding in old checkpoints are float32 beside float16 weights.
+        dtypes = {tensor.dtype for name, tensor in opened.tensors.items() if not name.endswith(_FREQUENCIES)}
         yield (
             LlamaSource(
                 name=str(directory / "config.json"),
                 fields=fields,
-                dtype=opened.dtype,
+                dtype=dtypes.pop() if len(dtypes) == 1 else opened.dtype,  # which raises for several dtypes
                 read=opened.read,
                 tensors=frozenset(opened.tensors),
             ),
@@ -281,7 +284,7 @@ def _is_bias(name: str) -> bool:
 def _check_tensors(opened: LlamaSource, config: DreamConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the tensors of a Llama model of this configuration."""
     # Old checkpoints also hold the frequencies of the rotary embedding, which follow from the configuration.
-    names = {name for name in opened.tensors if not name.endswith("rotary_emb.inv_freq")}
+    names = {name for name in opened.tensors if not name.endswith(_FREQUENCIES)}
     biases = {name for name in hf.destinations(config) if _is_bias(name)}
     if wrong := sorted(names & biases):
         raise ValueError(
