@@ -32,7 +32,7 @@ class PreferenceSettings:
     """number of noise levels, each with one mask, with which the likelihood bound of an answer is estimated"""
     shared_draws: SharedDraws = "all"
     """between what the noise is the same: both models and both answers of a pair (all), both models only (models), or
-    nothing (none). With all, the difference of a pair varies least"""
+    nothing (none). The noise that both models share makes the difference of a pair vary much less"""
     reference: Reference = "auto"
     """under vrpo where the reference comes from: the model with its adapter switched off (adapter), or the weights before
     the first step, whose bounds are computed once and written to OUT/reference.npz (stored); auto: adapter if a new adapter
