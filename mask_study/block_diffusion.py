@@ -191,7 +191,8 @@ def _gsm8k_problems(name: str, seed: int, settings: BlockDiffusionSettings) -> P
         source = open_source("gsm8k", split)
         for index in range(len(source)):
             row = source[index]
-            pair = words.encode(f"{row.prompt}\n"), [*words.encode(row.response), words.eos_id]
+            assert not isinstance(row.prompt, str)  # Its rows are chats of one question.
+            pair = words.encode(f"{row.prompt[0]['content']}\n"), [*words.encode(row.response), words.eos_id]
             if sum(map(len, pair)) <= width:
                 yield pair
 

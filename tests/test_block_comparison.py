@@ -8,6 +8,7 @@ import pytest
 from commands import run_script
 
 from dream_jax.pretrained import load
+from dream_jax.tokenizer import load_tokenizer
 from mask_study import block_diffusion
 
 
@@ -20,6 +21,16 @@ def test_arms_have_equal_flops():
     assert all(600 / 2.1 < steps[f"two streams, blocks of {size}"] < 600 / 1.5 for size in (1, 4, 16))
     batch = block_diffusion._batch(problems, 0)
     assert batch.valid_BT is None and (batch.maskable_BT[:, 8:]).all() and not batch.maskable_BT[:, :8].any()
+
+
+@pytest.mark.usefixtures("assets")  # which skips where DREAM_JAX_ASSETS is not set
+def test_gsm8k_rows_are_question_and_solution():
+    problems = block_diffusion._gsm8k_problems("gsm8k", 0, block_diffusion.BlockDiffusionSettings(test_rows=8))
+    words = load_tokenizer("bytes")
+    for prompt, answer in [*problems.train[:20], *problems.test]:
+        assert words.decode(prompt)[0].isalnum() and words.decode(prompt).endswith("\n") and "role" not in words.decode(prompt)
+        assert "#### " in words.decode(answer[:-1]) and answer[-1] == words.eos_id
+        assert len(prompt) + len(answer) <= problems.width
 
 
 def test_summary_has_intervals_and_differences():
