@@ -28,7 +28,11 @@ def test_gsm8k_rows_are_question_and_solution():
     problems = block_diffusion._gsm8k_problems("gsm8k", 0, block_diffusion.BlockDiffusionSettings(test_rows=8))
     words = load_tokenizer("bytes")
     for prompt, answer in [*problems.train[:20], *problems.test]:
-        assert words.decode(prompt)[0].isalnum() and words.decode(prompt).endswith("\n") and "role" not in words.decode(prompt)
+        assert (
+            words.decode(prompt)[0].isalnum()
+            and words.decode(prompt).endswith("\n")
+            and "role" not in words.decode(prompt)
+        )
         assert "#### " in words.decode(answer[:-1]) and answer[-1] == words.eos_id
         assert len(prompt) + len(answer) <= problems.width
 
