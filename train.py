@@ -2,7 +2,7 @@
 
 --recipe NAME takes the settings of recipes/NAME.toml, which other flags override; --recipe alone lists the recipes.
 --plan trains nothing: it prints the memory and time that the run would need, also on hardware that is not present.
---compare compares two runs, and --report writes the report of one run.
+--compare compares two runs, and --report writes the report of one run. --data-report FILE reports on the data alone.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import write_report
 from dream_jax.tokenizer import check_texts
 from dream_jax.trainer import Diverged, Stopped, TrainSettings, leave, train
+from dream_jax.trainer.data_report import write_data_report
 from dream_jax.trainer.recipes import Recipe, listing, read_recipe
 
 DOES_NOT_FIT = 3
@@ -35,7 +36,7 @@ RECIPES = pathlib.Path(__file__).resolve().parent / "recipes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Looking:
-    """Settings for reports and comparisons of existing runs, instead of training."""
+    """Settings for reports of data, and for reports and comparisons of existing runs, instead of training."""
 
     compare: tuple[pathlib.Path, pathlib.Path] | None = None
     """folders of two runs to compare, instead of training"""
@@ -43,6 +44,9 @@ class Looking:
     """folder of a run, finished or not, whose report.md and curves.png are written again, instead of training"""
     compare_out: pathlib.Path | None = None
     """a new Markdown file to which the comparison is written too"""
+    data_report: pathlib.Path | None = None
+    """a JSON file for the statistics of the data, which are also printed: rows kept and dropped with the reasons, lengths,
+    epochs and padding; nothing is trained"""
 
     def __post_init__(self) -> None:
         check_local(self)
@@ -50,6 +54,8 @@ class Looking:
             raise ValueError("--compare-out needs a comparison: add --compare RUN1 RUN2")
         if self.report is not None and self.compare is not None:
             raise ValueError("--report and --compare cannot be combined: give one of them")
+        if self.data_report is not None and (self.report is not None or self.compare is not None):
+            raise ValueError("--data-report cannot be combined with --report or --compare: give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +182,8 @@ def main() -> int:
         take_memory()
         if command.planning.plan and command.looking != Looking():
             raise ValueError(
-                "--plan is for a future run, but --report and --compare are for existing runs; give one of them"
+                "--plan is for a future run, but --report and --compare are for existing runs, and --data-report is for "
+                "data; give one of them"
             )
         if command.looking.compare is not None:
             return lay_side_by_side(command.looking)
@@ -187,6 +194,9 @@ def main() -> int:
             return plan(command, recipe, given_settings(sys.argv[1:]))
         if recipe is not None:
             recipe.check_given(given_settings(sys.argv[1:]))
+        if command.looking.data_report is not None:
+            write_data_report(command.training, command.looking.data_report)
+            return 0
         given = origins(command.training, recipe)
         train(with_weights(command.training), given)
         if jax.process_index() == 0:

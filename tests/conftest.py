@@ -26,6 +26,8 @@ if os.environ.get("DREAM_JAX_XLA", "fast") == "fast":
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# No test writes to the caches of the user.
+os.environ["DREAM_JAX_CACHE"] = str(TESTS.parent / ".pytest_cache" / "tokens")
 sys.path.insert(0, str(TESTS / "startup"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS / "startup"), os.environ.get("PYTHONPATH"))))
 

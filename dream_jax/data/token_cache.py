@@ -40,10 +40,12 @@ class CacheChoice:
 
     folder: the folder of the stores; None: all tokens are kept in memory.
     smallest: the number of bytes of its files from which on data has a store.
+    asked: whether the user asked for this folder. Otherwise tokens are kept in memory if it cannot be written.
     """
 
     folder: Path | None
     smallest: int = SMALLEST
+    asked: bool = False
 
 
 def find_cache(setting: str) -> CacheChoice:
@@ -55,7 +57,7 @@ def find_cache(setting: str) -> CacheChoice:
     if setting == OFF:
         return CacheChoice(folder=None)
     if setting != AUTO:
-        return CacheChoice(folder=local_path(setting, "data_cache"), smallest=0)
+        return CacheChoice(folder=local_path(setting, "data_cache"), smallest=0, asked=True)
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return CacheChoice(folder=local_path(named, CACHE_VARIABLE))
@@ -105,7 +107,13 @@ class TokenCache:
             or sum(path.stat().st_size for path in data.files if path.is_file()) < self._choice.smallest
         ):
             return data.read()
-        store = self._store(data, self._choice.folder)
+        try:
+            store = self._store(data, self._choice.folder)
+        except PermissionError as error:
+            if self._choice.asked or error.filename is not None:  # such as a file of the data that may not be read
+                raise
+            self._say(f"tokens are kept in memory, because {self._choice.folder} cannot be written ({error.strerror})")
+            return data.read()
         if not data.divided:
             return StoredRows(store)
         chosen = in_split(store.prompt_hashes, data.split, data.name, data.options.held_out)

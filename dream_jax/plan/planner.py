@@ -298,16 +298,16 @@ def _rows(settings: TrainSettings, wanted: PlanSettings, mesh: sharding.AnyMesh)
     if settings.rows.max_length is not None and not wanted.read_data:
         # On average half of the maskable positions are masked. Prompts are never masked, so this is an upper bound.
         return PlannedRows(max_length=settings.rows.max_length, masked_share=0.5)
-    source, encoding = settings.source("train"), settings.rows.encode_options()
     model = describe_model(settings, mesh)
-    tokenizer = open_tokenizer(settings, model)
-    settings.objective().check_rows(source)
-    rows = settings.objective().tokenize(source, tokenizer, encoding)
+    objective, tokenizer = settings.objective(), open_tokenizer(settings, model)
+    source = settings.tokens("train", settings.token_cache(tokenizer)).source
+    objective.check_rows(source)
+    rows = objective.tokenize(source, tokenizer, settings.rows.encode_options())
     max_length = settings.rows.max_length or longest_row(rows)
     if settings.batches.pack:
         return _packed_rows(settings, rows, max_length)
     report = length_report(rows, max_length)
-    numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED_ROWS)).astype(int))
+    numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _MEASURED_ROWS)).astype(int))
     fitted = (rows.fit(rows.keep(number), max_length) for number in numbers.tolist())
     given = [row.length - int(row.maskable.sum()) for row in fitted if isinstance(row, TokenRow)]
     maskable = 1.0 - float(np.mean(given)) / max_length if given else 1.0

@@ -44,7 +44,7 @@ def train(settings: TrainSettings, origins: Mapping[str, str] | None = None) -> 
     mesh = sharding.make_mesh(settings.devices.mesh)
     console = RunConsole(settings, origins)
     console.settings(mesh)
-    run = prepare(settings, mesh)
+    run = prepare(settings, mesh, console.say)
     if run.remat is not None:
         console.say(run.remat.reason if run.remat.fits else f"warning: {run.remat.reason}")
     note = weights.adapter_note(settings)

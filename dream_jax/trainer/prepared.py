@@ -169,8 +169,13 @@ def join_devices(devices: DeviceSettings) -> None:
     )
 
 
-def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
+def prepare(settings: TrainSettings, mesh: Mesh, say: Callable[[str], None] = lambda text: None) -> PreparedRun:
     """Opens the data and makes the step, so that errors in the settings are raised before any weights are read.
+
+    Args:
+      settings: the settings of the run.
+      mesh: the mesh of all devices of the run.
+      say: prints a line about the tokens of the data, if they are kept on the disk.
 
     Raises:
       ValueError, OSError: settings, data or files are wrong or do not fit together.
@@ -184,20 +189,19 @@ def prepare(settings: TrainSettings, mesh: Mesh) -> PreparedRun:
         )
     check_loggers(settings.logs.log_to)
     objective = settings.objective()
-    source = settings.source("train")
-    test_source = settings.source("test") if settings.evaluation.eval_rows else None
-    for one in (source, test_source):
-        if one is not None:
-            objective.check_rows(one)
     resumes = check_folder(settings)
-    if resumes:
-        check_answer_format(settings, source)
-    first = first_prompted(source)
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
-    encoding, options = settings.rows.encode_options(), settings.batches.options()
-    rows = objective.tokenize(source, tokenizer, encoding)
-    held_out = None if test_source is None else TokenizedRows(test_source, tokenizer, encoding)
+    cache = settings.token_cache(tokenizer, say)
+    rows = settings.tokens("train", cache)
+    held_out = settings.tokens("test", cache) if settings.evaluation.eval_rows else None
+    for one in (rows, held_out):
+        if one is not None:
+            objective.check_rows(one.source)
+    if resumes:
+        check_answer_format(settings, rows.source)
+    first = first_prompted(rows.source)
+    options = settings.batches.options()
     max_length = settings.rows.max_length or longest_row(rows)
     check_length(model, max_length)
     # With remat "auto" this step is not used, but settings that do not fit together are refused before rows are measured.

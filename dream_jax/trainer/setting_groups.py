@@ -26,7 +26,16 @@ from dream_jax.bounds import (
     check_numbers,
 )
 from dream_jax.config import PRESETS
-from dream_jax.data import AnswerFormat, BatchOptions, EncodeOptions, LearnedTurns, LengthPolicy, PackBy, ReadOptions
+from dream_jax.data import (
+    AnswerFormat,
+    BatchOptions,
+    EncodeOptions,
+    LearnedTurns,
+    LengthPolicy,
+    PackBy,
+    ReadOptions,
+    find_cache,
+)
 from dream_jax.float8 import Products
 from dream_jax.layer_forms import LayersChoice
 from dream_jax.lora import LoraConfig, parse_targets
@@ -167,6 +176,10 @@ class RowSettings:
     """use only the rows of s1K-1.1 whose deepseek_grade (without one: gemini_grade) is "Yes\""""
     skip_bad_rows: bool = False
     """leave out rows that cannot be read, and report them; by default the first one ends the run with an error"""
+    data_cache: str = "auto"
+    """folder in which the tokens of --data are kept for later starts and read from there, so that they need not fit into
+    the memory; off: all tokens are kept in memory; auto: files from 1 MB on have their tokens in the folder of your caches,
+    or in $DREAM_JAX_CACHE"""
     held_out: float = 0.05
     """share of prompts to hold out for evaluation if data has no test split; 0 (with --eval-rows 0) trains on all"""
     max_length: int | None = None
@@ -188,6 +201,7 @@ class RowSettings:
             )
         self.read_options()
         self.encode_options()
+        find_cache(self.data_cache)
 
     def read_options(self) -> ReadOptions:
         """Returns the options for reading files as rows."""

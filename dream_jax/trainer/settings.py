@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dream_jax.data import RowSource, open_mixture
+from dream_jax.data import ReadOptions, RowSource, TokenCache, TokenizedRows, find_cache, open_mixture
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.posttraining import (
     Objective,
@@ -19,6 +19,7 @@ from dream_jax.posttraining import (
     make_objective,
 )
 from dream_jax.quantisation import KINDS
+from dream_jax.tokenizer import Tokenizer
 from dream_jax.trainer.setting_groups import (
     AdapterSettings,
     BatchSettings,
@@ -195,9 +196,21 @@ class TrainSettings:
           FileNotFoundError: a file is missing.
           ConnectionError: a hub data set is neither cached nor reachable.
         """
+        return open_mixture(*self._data_of(split))
+
+    def token_cache(self, tokenizer: Tokenizer, say: Callable[[str], None] = lambda text: None) -> TokenCache:
+        """Returns what opens the data of the run with this tokenizer; `say` prints a line about tokens on the disk."""
+        # Other objectives learn from more than one answer, or score answers by values beside the text.
+        choice = find_cache(self.rows.data_cache if self.run.objective == "sft" else "off")
+        return TokenCache(choice, tokenizer, self.rows.encode_options(), say)
+
+    def tokens(self, split: str, cache: TokenCache) -> TokenizedRows:
+        """Returns the rows of `source` as tokens, from the disk if they are kept there. Raises as `source`; OSError."""
+        return cache.open(*self._data_of(split))
+
+    def _data_of(self, split: str) -> tuple[Sequence[str], Sequence[float] | None, str, int, ReadOptions]:
         rows = self.rows
-        names = (rows.data, *rows.mix)
-        return open_mixture(names, rows.mix_weights or None, split, self.run.seed, rows.read_options())
+        return (rows.data, *rows.mix), rows.mix_weights or None, split, self.run.seed, rows.read_options()
 
     def warnings(self) -> list[str]:
         """Returns warnings about settings that are allowed but probably a mistake; the list may be empty."""
@@ -283,6 +296,7 @@ FREE = frozenset(
         *("accumulation", "remat", "layers", "attention"),
         *("eval_every", "eval_rows", "eval_tokens", "samples", "sample_tokens", "rollout_rows", "rollout_samples"),
         *("log_every", "log_to", "price_per_chip_hour", "currency", "rmb_per_usd"),
+        "data_cache",
         *("mesh", "cluster", "coordinator", "num_processes", "process_id"),
     }
 )
