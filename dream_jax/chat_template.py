@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +76,45 @@ class ChatTemplate:
           ValueError: a message has a value that JSON cannot represent.
           OSError: the process that renders templates cannot be started.
         """
-        given = {
-            "messages": [_message(message) for message in messages],
-            "tools": list(tools) or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        return self.render_all([(messages, tools, add_generation_prompt)])[0]
+
+    def render_all(
+        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], bool]]
+    ) -> list[str]:
+        """Returns the texts of several chats, each with its own limits of time and length.
+
+        Args:
+          chats: for each chat `messages`, `tools` and `add_generation_prompt`, as `render` has them.
+
+        Raises:
+          ChatTemplateError, ValueError, OSError: as `render`, for the first chat that cannot be rendered.
+        """
         try:
-            request = json.dumps({"template": self.text, "variables": self._names | given})
+            given = [
+                json.dumps(
+                    {
+                        "messages": [_message(message) for message in messages],
+                        "tools": list(tools) or None,
+                        "documents": None,
+                        "add_generation_prompt": add_generation_prompt,
+                    }
+                )
+                for messages, tools, add_generation_prompt in chats
+            ]
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"a chat must consist of texts, numbers, lists and objects, as JSON has them: {error}"
             ) from error
-        answer = _RENDERER.ask(request.encode())
-        if "text" in answer:
-            return str(answer["text"])
-        raise ChatTemplateError(self._file, f"the chat template {answer['error']}; use the template of the checkpoint")
+        common = json.dumps({"template": self.text, "variables": self._names})
+        sizes = [len(common) + len(chat) for chat in given]
+        request = f'{common[:-1]}, "sizes": {json.dumps(sizes)}, "chats": [{", ".join(given)}]}}'
+        found = list[str]()
+        for answer in _RENDERER.ask(request.encode(), len(given)):
+            if "error" in answer:
+                reason = f"the chat template {answer['error']}; use the template of the checkpoint"
+                raise ChatTemplateError(self._file, reason)
+            found.append(str(answer["text"]))
+        return found
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,26 +144,33 @@ class _Renderer:
             _end(self._process)
             self._process = None
 
-    def ask(self, request: bytes) -> dict[str, Any]:
-        """Returns the answer to a request: {"text": ...} or {"error": ...}. Raises OSError if no process can be started."""
+    def ask(self, request: bytes, count: int) -> list[dict[str, Any]]:
+        """Returns the answers to a request with `count` chats: each {"text": ...}; the last may be {"error": ...}.
+
+        After an error there are no further answers. Raises OSError if no process can be started.
+        """
+        if not count:
+            return []
+        answers = list[dict[str, Any]]()
         with self._lock:
             process = self._process or self._start()
             self._process = None  # so that an interruption leaves no process whose answer belongs to another request
             try:
-                line = _exchange(process, request)
+                for line in _exchange(process, request, count):
+                    if line.endswith(b"\n"):
+                        answers.append(json.loads(line))
             except BaseException:  # Ctrl-C (KeyboardInterrupt) must end the process too
                 _end(process)
                 raise
-            answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
-            if "text" in answer:
+            if len(answers) == count and "text" in answers[-1]:
                 self._process = process
-                return answer
+                return answers
             _end(process)  # also after an error: the process could keep the memory that the template has taken
-        if answer:
-            return answer
+        if answers and "error" in answers[-1]:
+            return answers
         if process.returncode == -signal.SIGPROF:
-            return {"error": f"did not end within {SECONDS:g} seconds"}
-        return {"error": f"ended the process that renders it (exit status {process.returncode})"}
+            return [*answers, {"error": f"did not end within {SECONDS:g} seconds"}]
+        return [*answers, {"error": f"ended the process that renders it (exit status {process.returncode})"}]
 
     def _start(self) -> subprocess.Popen[bytes]:
         kept = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "TZ")
@@ -157,13 +187,20 @@ class _Renderer:
         )
 
 
-def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """Sends a line to the process and returns the line that it answers; without a newline if the process has ended."""
+def _exchange(process: subprocess.Popen[bytes], request: bytes, count: int) -> Iterator[bytes]:
+    """Sends a line to the process and yields at most `count` lines that it answers.
+
+    The last one has no newline if the process has ended. The process writes after it has read the whole request.
+    """
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(request + b"\n")
         process.stdin.flush()
-    return process.stdout.readline()
+    for _ in range(count):
+        line = process.stdout.readline()
+        yield line
+        if not line.endswith(b"\n"):
+            return
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -197,22 +234,30 @@ def _serve(seconds: float) -> None:
             resource.setrlimit(limit, (most, most))
     for line in sys.stdin.buffer:
         # When the time is over, the kernel ends this process with SIGPROF, whatever the process does. This timer counts
-        # CPU time, so that a good template does not fail on a busy machine.
+        # CPU time, so that a good template does not fail on a busy machine. Each chat has its own time.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        answer = json.dumps(_answer(line)).encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(answer + b"\n")
+        request = json.loads(line)
+        for chat, size in zip(request["chats"], request["sizes"], strict=True):
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            answer = _answer(request["template"], request["variables"] | chat, size)
+            content = json.dumps(answer).encode()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.stdout.buffer.write(content + b"\n")
+            if "error" in answer:
+                break
         sys.stdout.buffer.flush()
 
 
-def _answer(line: bytes) -> dict[str, str]:
-    """Returns {"text": the text of the chat}, or {"error": the end of the sentence "the chat template ..."}."""
+def _answer(text: str, variables: dict[str, Any], size: int) -> dict[str, str]:
+    """Returns {"text": the text of the chat}, or {"error": the end of the sentence "the chat template ..."}.
+
+    `size` is the number of bytes of the template and the chat in the request.
+    """
     try:
-        request = json.loads(line)
-        template = _compiled(request["template"])
-        longest = _FREE_CHARACTERS + _GROWTH * len(line)
+        template = _compiled(text)
+        longest = _FREE_CHARACTERS + _GROWTH * size
         pieces, length = [], 0
-        for piece in template.generate(request["variables"]):
+        for piece in template.generate(variables):
             pieces.append(piece)
             length += len(piece)
             if length > longest:

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 from dream_jax.chat_template import ChatTemplate
 from dream_jax.paths import copy_companion, local_path
@@ -55,6 +56,21 @@ Messages with the role "tool" contain the results of the tools.
 
 Tools = Sequence[Mapping[str, Any]]
 """The functions the assistant may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
+
+
+class ChatRequest(NamedTuple):
+    """A chat to encode; the fields are the arguments of `Tokenizer.chat`."""
+
+    messages: Sequence[Message]
+    add_generation_prompt: bool = True
+    tools: Tools = ()
+
+
+class TextRequest(NamedTuple):
+    """A text to encode; the fields are the arguments of `Tokenizer.encode`."""
+
+    text: str
+    allow_special: bool = False
 
 
 class Tokenizer(Protocol):
@@ -105,6 +121,13 @@ class Tokenizer(Protocol):
         are listed in the system turn. Names of special tokens in contents, calls and tools are encoded as plain text.
         Raises: ValueError if there is no message, a role is unknown, a content is not a string, a text has half of a
         surrogate pair, or the chat template raises an error or takes too long.
+        """
+        ...
+
+    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+        """Returns the ids of several chats and texts, the same as `chat` and `encode` return, in less time.
+
+        Raises: ValueError as these two, for one of the requests.
         """
         ...
 
@@ -181,6 +204,10 @@ class ByteTokenizer:
         if add_generation_prompt:
             ids += [self.im_start_id, *b"assistant\n"]
         return ids
+
+    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+        """Returns the ids of several chats and texts; see `Tokenizer.encode_all`."""
+        return [self.chat(*one) if isinstance(one, ChatRequest) else self.encode(*one) for one in requests]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `byte_tokenizer.json`; see `Tokenizer.save`."""
@@ -346,6 +373,52 @@ class DreamTokenizer:
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Tools = ()) -> list[int]:
         """Returns the ids of `messages`; see `Tokenizer.chat`. Files without a chat template also raise ValueError."""
+        template, guarded, guarded_tools, guard = self._guarded(messages, tools)
+        text = template.render(guarded, guarded_tools, add_generation_prompt)
+        return self._encode_pieces(self._without_guard(text, guard))
+
+    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+        """Returns the ids of several chats and texts; see `Tokenizer.encode_all`."""
+        chats: dict[ChatTemplate, list[tuple[int, Any, Any, str, bool]]] = defaultdict(list)
+        pieces: list[Sequence[str]] = [()] * len(requests)
+        for number, one in enumerate(requests):
+            if isinstance(one, ChatRequest):
+                template, messages, tools, guard = self._guarded(one.messages, one.tools)
+                chats[template].append((number, messages, tools, guard, one.add_generation_prompt))
+            else:
+                check_text(one.text)
+                pieces[number] = self._special_pattern.split(one.text) if one.allow_special else (one.text,)
+        for template, group in chats.items():
+            texts = template.render_all([(messages, tools, adds) for _, messages, tools, _, adds in group])
+            for (number, _, _, guard, _), text in zip(group, texts, strict=True):
+                pieces[number] = list(self._without_guard(text, guard))
+        # The name of a special token is a token in the text of a template and in a text that allows it, else plain text.
+        specials = [isinstance(one, ChatRequest) or one.allow_special for one in requests]
+        plain = {
+            piece
+            for split, special in zip(pieces, specials, strict=True)
+            for piece in split
+            if piece and not (special and piece in self._specials)
+        }
+        for piece in plain:
+            check_text(piece)
+        texts = list(plain)
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: found.ids for text, found in zip(texts, encoded, strict=True)} | {"": []}
+        return [
+            [
+                token
+                for piece in split
+                for token in ([self._specials[piece]] if special and piece in self._specials else ids[piece])
+            ]
+            for split, special in zip(pieces, specials, strict=True)
+        ]
+
+    def _guarded(self, messages: Sequence[Message], tools: Tools) -> tuple[ChatTemplate, Any, Any, str]:
+        """Returns the chat template, and messages and tools in which no text is the name of a special token.
+
+        The last element is the guard, which `_without_guard` needs.
+        """
         _check_messages(messages)
         template = self._template(bool(tools))
         # A text that no message contains is inserted into the name of every special token in the messages. After the
@@ -353,6 +426,8 @@ class DreamTokenizer:
         # a run of one character, with more of it than all messages have together, also as JSON writes it in ASCII.
         texts = [template.text, *_texts_of([messages, tools])]
         guard = _GUARD * (1 + sum(text.count(_GUARD) + text.count(_ESCAPED_GUARD) for text in texts))
+        if not any(self._special_pattern.search(text) for text in texts[1:]):  # as in nearly all chats
+            return template, messages, tools, guard
 
         def guarded(value: Any) -> Any:
             if isinstance(value, str):
@@ -361,12 +436,13 @@ class DreamTokenizer:
                 return {guarded(name): guarded(inside) for name, inside in value.items()}
             return [guarded(inside) for inside in value] if isinstance(value, list | tuple) else value
 
-        text = template.render(guarded(messages), guarded(tools), add_generation_prompt)
+        return template, guarded(messages), guarded(tools), guard
+
+    def _without_guard(self, text: str, guard: str) -> Iterator[str]:
+        """Yields the names of the special tokens of a rendered chat, and the texts between them without the guard."""
         escaped = _ESCAPED_GUARD * len(guard)
-        return self._encode_pieces(
-            piece if piece in self._specials else piece.replace(guard, "").replace(escaped, "")
-            for piece in self._special_pattern.split(text)
-        )
+        for piece in self._special_pattern.split(text):
+            yield piece if piece in self._specials else piece.replace(guard, "").replace(escaped, "")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Copies the original files unchanged; see `Tokenizer.save`.
@@ -408,11 +484,16 @@ def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
         raise ValueError(f"a message or a tool has more than {DEEPEST} lists or objects inside one another")
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for one in (*value, *value.values()):
-            yield from _texts_of(one, depth + 1)
+        return
+    inside: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inside = (*value, *value.values())
     elif isinstance(value, list | tuple):
-        for one in value:
+        inside = value
+    for one in inside:
+        if isinstance(one, str):
+            yield one
+        else:
             yield from _texts_of(one, depth + 1)
 
 

@@ -3,7 +3,8 @@
 The order within a row is prompt, response, end token, padding. The objective draws later which tokens are masked.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from dream_jax.batch import Batch
 from dream_jax.data.options import EncodeOptions, LengthPolicy
 from dream_jax.data.rows import Piece, Row
-from dream_jax.tokenizer import Tokenizer, turn_text
+from dream_jax.tokenizer import ChatRequest, TextRequest, Tokenizer, turn_text
 
 # The reasons why a length policy drops a row.
 TOO_LONG = "longer than max_length"
@@ -129,19 +130,59 @@ def token_row(row: Row, tokenizer: Tokenizer, options: EncodeOptions = EncodeOpt
     Raises: ValueError if the prompt has no token. Each token is predicted from the position on its left, so position 0
     cannot be predicted and must belong to the prompt.
     """
-    pieces = _prompt_pieces(row, tokenizer, options)
-    if not any(ids for _, ids in pieces):
+    requests = _requests(row, options)
+    ids = (tokenizer.chat(*one) if isinstance(one, ChatRequest) else tokenizer.encode(*one) for one in requests)
+    return _row_of(row, tokenizer, options, ids)
+
+
+def token_rows(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions = EncodeOptions()) -> list[TokenRow]:
+    """Returns the tokens of several rows, the same as `token_row` returns, in less time. Raises like `token_row`."""
+    requests = [_requests(row, options) for row in rows]
+    try:
+        found = iter(tokenizer.encode_all([one for of_row in requests for one in of_row]))
+    except ValueError:
+        return [token_row(row, tokenizer, options) for row in rows]  # raises the error of the first such row
+    ids = [list(itertools.islice(found, len(of_row))) for of_row in requests]
+    return [_row_of(row, tokenizer, options, iter(of_row)) for row, of_row in zip(rows, ids, strict=True)]
+
+
+def _requests(row: Row, options: EncodeOptions) -> list[ChatRequest | TextRequest]:
+    """Returns what must be encoded for a row, in the order in which `_row_of` needs it."""
+    found: list[ChatRequest | TextRequest] = []
+    prompt = "" if row.document else row.prompt
+    if isinstance(prompt, str):
+        found += [] if row.document else [TextRequest(prompt)]
+    else:
+        found.append(ChatRequest(prompt, True, row.tools))
+        for index in _learned_turns(row, options):
+            found += [
+                ChatRequest(prompt[:index], True, row.tools),
+                ChatRequest(prompt[: index + 1], False, row.tools),
+                TextRequest(turn_text(prompt[index])),
+            ]
+    return found + [TextRequest(text, kind in ("mark", "opening")) for kind, text in _response(row, options)]
+
+
+def _response(row: Row, options: EncodeOptions) -> tuple[Piece, ...]:
+    """Returns the pieces of the response that are tokenised."""
+    pieces = row.pieces or (Piece("text", row.response),)
+    if options.length_policy != "answer_only":
+        return pieces
+    return tuple(piece for piece in pieces if piece.kind not in ("trace", "opening"))
+
+
+def _row_of(row: Row, tokenizer: Tokenizer, options: EncodeOptions, ids: Iterator[list[int]]) -> TokenRow:
+    """Returns the tokens of a row, given the ids of its `_requests`. Raises like `token_row`."""
+    pieces = _prompt_pieces(row, tokenizer, options, ids)
+    if not any(tokens for _, tokens in pieces):
         raise ValueError(
             f"a row has an empty prompt (response {row.response!r:.60}, {dict(row.meta)}): give it at least one token"
         )
-    for kind, text in row.pieces or (Piece("text", row.response),):
-        if options.length_policy == "answer_only" and kind in ("trace", "opening"):
-            continue
-        pieces.append((kind, tokenizer.encode(text, kind in ("mark", "opening"))))
+    pieces += [(kind, next(ids)) for kind, _ in _response(row, options)]
     pieces.append(("end", [tokenizer.eos_id]))
     return TokenRow(
-        tokens=np.array([token for _, ids in pieces for token in ids], dtype=np.int32),
-        pieces=tuple(TokenPiece(kind, len(ids)) for kind, ids in pieces),
+        tokens=np.array([token for _, tokens in pieces for token in tokens], dtype=np.int32),
+        pieces=tuple(TokenPiece(kind, len(tokens)) for kind, tokens in pieces),
     )
 
 
@@ -223,28 +264,32 @@ def lay_out_packed(
     return Batch(tokens_BT=tokens_BT, maskable_BT=maskable_BT, row_B=row_B, length_BM=length_BM, text_BM=text_BM)
 
 
-def _prompt_pieces(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list[tuple[Kind, list[int]]]:
+def _learned_turns(row: Row, options: EncodeOptions) -> Iterator[int]:
+    """Yields the indices in the prompt, a chat, of the turns that are learned."""
+    for index, turn in enumerate(row.prompt if options.learned_turns == "all" else ()):
+        if isinstance(turn, Mapping) and turn["role"] == "assistant" and index > 0 and index not in row.given_turns:
+            yield index
+
+
+def _prompt_pieces(
+    row: Row, tokenizer: Tokenizer, options: EncodeOptions, ids: Iterator[list[int]]
+) -> list[tuple[Kind, list[int]]]:
     """Returns the kind and the token ids of each piece before the response."""
     if row.document:
         return [("prompt", [tokenizer.bos_id])]
     if isinstance(row.prompt, str):
-        return [("prompt", tokenizer.encode(row.prompt))]
+        return [("prompt", next(ids))]
     try:
-        whole = tokenizer.chat(row.prompt, tools=row.tools)
-        if options.learned_turns == "last":
-            return [("prompt", whole)]
+        whole = next(ids)
         pieces, done = list[tuple[Kind, list[int]]](), list[int]()
-        for index, turn in enumerate(row.prompt):
-            if turn["role"] != "assistant" or index == 0 or index in row.given_turns:
-                continue
-            head = tokenizer.chat(row.prompt[:index], tools=row.tools)
-            closed = tokenizer.chat(row.prompt[: index + 1], add_generation_prompt=False, tools=row.tools)
+        for _ in _learned_turns(row, options):
+            head, closed = next(ids), next(ids)
             if head[: len(done)] != done or closed[: len(done)] != done:
                 raise ValueError(_TURNS_CHANGE)
             pieces.append(("prompt", head[len(done) :]))
             # The turn is tokenised separately, like the last response, so that no token is partly given and partly
             # learned. The tokens that close the turn are given, because the model ends its answers with end-of-text.
-            pieces.append(("learned", tokenizer.encode(turn_text(turn))))
+            pieces.append(("learned", next(ids)))
             last = len(closed) - 1 - closed[::-1].index(tokenizer.im_end_id)
             pieces.append(("prompt", closed[last:]))
             done = closed

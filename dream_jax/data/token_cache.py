@@ -7,19 +7,20 @@ import dataclasses
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dream_jax.chat_template import ChatTemplate
-from dream_jax.data.encode import token_row
+from dream_jax.data.encode import TokenRow, token_rows
 from dream_jax.data.lengths import TokenizedRows
 from dream_jax.data.options import EncodeOptions, ReadOptions
 from dream_jax.data.progress import RowProgress, enough_space, needed_bytes
-from dream_jax.data.rows import Intake, RowSource
+from dream_jax.data.rows import Intake, Row, RowSource
 from dream_jax.data.sources import DataSplit, find_splits, in_split, mixed, prompt_hash
 from dream_jax.data.store import Say, StoredRows, StoreWriter, TokenStore, open_store
 from dream_jax.data.streams import CACHE_VARIABLE
@@ -32,6 +33,7 @@ SMALLEST = 2**20
 
 _CHUNK = 2**24  # bytes of a file that are hashed as one piece
 _BUFFER = 2**20  # bytes that are read at once
+_TOGETHER = 2**19  # characters of rows that are encoded together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,8 @@ class TokenCache:
 
         def fill_all(writer: StoreWriter) -> Intake:
             stream = data.stream()
-            for row in stream:
-                writer.add(token_row(row, self._tokenizer, self._encoding), row, prompt_hash(row))
+            for row, tokens in encoded(stream, self._tokenizer, self._encoding):
+                writer.add(tokens, row, prompt_hash(row))
             if _states(data.files) != before:
                 raise ValueError(f"{data.name} was changed while it was read; start again")
             return stream.intake
@@ -153,6 +155,49 @@ class TokenCache:
         store = open_store(cache, key, fill, say=self._say, progress=progress)
         self._opened.append((data, store))
         return store
+
+
+def encoded(
+    rows: Iterable[Row], tokenizer: Tokenizer, options: EncodeOptions, *, threads: int = 2
+) -> Iterator[tuple[Row, TokenRow]]:
+    """Yields rows with their tokens, in order. Few of them are held in memory at a time.
+
+    Several rows are encoded together. While the tokenizer, which uses all cores, encodes some of them, the template of the
+    next ones is rendered, and the calling thread reads further ones.
+    Raises: ValueError as `token_row`, for the first row that cannot be encoded, and what `rows` raises.
+    """
+    waiting = deque[Future[list[tuple[Row, TokenRow]]]]()
+
+    def encode(some: list[Row]) -> list[tuple[Row, TokenRow]]:
+        return list(zip(some, token_rows(some, tokenizer, options), strict=True))
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for some in _groups(rows):
+                waiting.append(pool.submit(encode, some))
+                if len(waiting) > threads:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yields consecutive rows that are encoded together: at most `_TOGETHER` characters, but at least one row."""
+    some, size = list[Row](), 0
+    for row in rows:
+        some.append(row)
+        prompt = row.prompt
+        size += len(row.response) + (
+            len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
+        )
+        if size >= _TOGETHER:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def content_of(files: Sequence[Path]) -> str:
