@@ -159,6 +159,8 @@ class _Renderer:
                 for line in _exchange(process, request, count):
                     if line.endswith(b"\n"):
                         answers.append(json.loads(line))
+                        if "error" in answers[-1]:
+                            break
             except BaseException:  # Ctrl-C (KeyboardInterrupt) must end the process too
                 _end(process)
                 raise

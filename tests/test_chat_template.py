@@ -11,7 +11,7 @@ import pytest
 from marking import slow
 
 from dream_jax import chat_template
-from dream_jax.chat_template import ChatTemplate
+from dream_jax.chat_template import ChatTemplate, ChatTemplateError
 
 MESSAGES = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": "b", "name": None}]
 
@@ -107,8 +107,20 @@ def test_a_process_that_was_killed_is_replaced(renderer: chat_template._Renderer
     assert render("d") == "d"
 
 
+def test_chats_are_rendered_together_as_each_alone_and_the_first_error_ends_it() -> None:
+    text = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}{{ tools }}"
+    template = ChatTemplate(Path("t.jinja"), text, {})
+    chats = [([{"role": "user", "content": f"{number}"}], [{"a": 1}] * (number % 2), False) for number in range(300)]
+    assert template.render_all(chats) == [template.render(*chat) for chat in chats] and template.render_all([]) == []
+    with pytest.raises(ChatTemplateError, match=r"t\.jinja: the chat template raises an error in line 1: .*no"):
+        template.render_all([*chats[:3], ([{"role": "user", "content": "bad"}], [], False), *chats])
+    # The limit of the length is that of each chat, not that of all together.
+    long = ChatTemplate(Path("t.jinja"), "{{ 'a' * 600000 }}", {})
+    assert [len(one) for one in long.render_all(chats[:4])] == [600_000] * 4
+
+
 def test_the_process_ends_with_its_parent(renderer: chat_template._Renderer) -> None:
-    assert renderer.ask(b'{"template": "a", "variables": {}}') == {"text": "a"}
+    assert renderer.ask(b'{"template": "a", "variables": {}, "sizes": [9], "chats": [{}]}', 1) == [{"text": "a"}]
     process = renderer._process
     assert process is not None and process.stdin is not None
     process.stdin.close()
