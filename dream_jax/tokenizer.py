@@ -58,7 +58,7 @@ Tools = Sequence[Mapping[str, Any]]
 """The functions the assistant may call, as JSON schemas: [{"type": "function", "function": {"name", ...}}, ...]."""
 
 
-class ChatRequest(NamedTuple):
+class ChatToEncode(NamedTuple):
     """A chat to encode; the fields are the arguments of `Tokenizer.chat`."""
 
     messages: Sequence[Message]
@@ -66,7 +66,7 @@ class ChatRequest(NamedTuple):
     tools: Tools = ()
 
 
-class TextRequest(NamedTuple):
+class TextToEncode(NamedTuple):
     """A text to encode; the fields are the arguments of `Tokenizer.encode`."""
 
     text: str
@@ -124,7 +124,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+    def encode_all(self, requests: Sequence[ChatToEncode | TextToEncode]) -> list[list[int]]:
         """Returns the ids of several chats and texts, the same as `chat` and `encode` return, in less time.
 
         Raises: ValueError as these two, for one of the requests.
@@ -205,9 +205,9 @@ class ByteTokenizer:
             ids += [self.im_start_id, *b"assistant\n"]
         return ids
 
-    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+    def encode_all(self, requests: Sequence[ChatToEncode | TextToEncode]) -> list[list[int]]:
         """Returns the ids of several chats and texts; see `Tokenizer.encode_all`."""
-        return [self.chat(*one) if isinstance(one, ChatRequest) else self.encode(*one) for one in requests]
+        return [self.chat(*one) if isinstance(one, ChatToEncode) else self.encode(*one) for one in requests]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `byte_tokenizer.json`; see `Tokenizer.save`."""
@@ -377,12 +377,12 @@ class DreamTokenizer:
         text = template.render(guarded, guarded_tools, add_generation_prompt)
         return self._encode_pieces(self._without_guard(text, guard))
 
-    def encode_all(self, requests: Sequence[ChatRequest | TextRequest]) -> list[list[int]]:
+    def encode_all(self, requests: Sequence[ChatToEncode | TextToEncode]) -> list[list[int]]:
         """Returns the ids of several chats and texts; see `Tokenizer.encode_all`."""
         chats: dict[ChatTemplate, list[tuple[int, Any, Any, str, bool]]] = defaultdict(list)
         pieces: list[Sequence[str]] = [()] * len(requests)
         for number, one in enumerate(requests):
-            if isinstance(one, ChatRequest):
+            if isinstance(one, ChatToEncode):
                 template, messages, tools, guard = self._guarded(one.messages, one.tools)
                 chats[template].append((number, messages, tools, guard, one.add_generation_prompt))
             else:
@@ -393,7 +393,7 @@ class DreamTokenizer:
             for (number, _, _, guard, _), text in zip(group, texts, strict=True):
                 pieces[number] = list(self._without_guard(text, guard))
         # The name of a special token is a token in the text of a template and in a text that allows it, else plain text.
-        specials = [isinstance(one, ChatRequest) or one.allow_special for one in requests]
+        specials = [isinstance(one, ChatToEncode) or one.allow_special for one in requests]
         plain = {
             piece
             for split, special in zip(pieces, specials, strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 from dream_jax.batch import Batch
 from dream_jax.data.options import EncodeOptions, LengthPolicy
 from dream_jax.data.rows import Piece, Row
-from dream_jax.tokenizer import ChatRequest, TextRequest, Tokenizer, turn_text
+from dream_jax.tokenizer import ChatToEncode, TextToEncode, Tokenizer, turn_text
 
 # The reasons why a length policy drops a row.
 TOO_LONG = "longer than max_length"
@@ -131,7 +131,7 @@ def token_row(row: Row, tokenizer: Tokenizer, options: EncodeOptions = EncodeOpt
     cannot be predicted and must belong to the prompt.
     """
     requests = _requests(row, options)
-    ids = (tokenizer.chat(*one) if isinstance(one, ChatRequest) else tokenizer.encode(*one) for one in requests)
+    ids = (tokenizer.chat(*one) if isinstance(one, ChatToEncode) else tokenizer.encode(*one) for one in requests)
     return _row_of(row, tokenizer, options, ids)
 
 
@@ -146,21 +146,21 @@ def token_rows(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions
     return [_row_of(row, tokenizer, options, iter(of_row)) for row, of_row in zip(rows, ids, strict=True)]
 
 
-def _requests(row: Row, options: EncodeOptions) -> list[ChatRequest | TextRequest]:
+def _requests(row: Row, options: EncodeOptions) -> list[ChatToEncode | TextToEncode]:
     """Returns what must be encoded for a row, in the order in which `_row_of` needs it."""
-    found: list[ChatRequest | TextRequest] = []
+    found: list[ChatToEncode | TextToEncode] = []
     prompt = "" if row.document else row.prompt
     if isinstance(prompt, str):
-        found += [] if row.document else [TextRequest(prompt)]
+        found += [] if row.document else [TextToEncode(prompt)]
     else:
-        found.append(ChatRequest(prompt, True, row.tools))
+        found.append(ChatToEncode(prompt, True, row.tools))
         for index in _learned_turns(row, options):
             found += [
-                ChatRequest(prompt[:index], True, row.tools),
-                ChatRequest(prompt[: index + 1], False, row.tools),
-                TextRequest(turn_text(prompt[index])),
+                ChatToEncode(prompt[:index], True, row.tools),
+                ChatToEncode(prompt[: index + 1], False, row.tools),
+                TextToEncode(turn_text(prompt[index])),
             ]
-    return found + [TextRequest(text, kind in ("mark", "opening")) for kind, text in _response(row, options)]
+    return found + [TextToEncode(text, kind in ("mark", "opening")) for kind, text in _response(row, options)]
 
 
 def _response(row: Row, options: EncodeOptions) -> tuple[Piece, ...]:
