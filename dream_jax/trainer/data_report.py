@@ -6,9 +6,10 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from dream_jax.data import longest_row, make_batches
+from dream_jax.data import longest_row
 from dream_jax.files import write_json
 from dream_jax.paths import check_replaceable, is_json_object
+from dream_jax.posttraining import BatchSizes
 from dream_jax.trainer import weights
 from dream_jax.trainer.build import open_tokenizer
 from dream_jax.trainer.settings import TrainSettings
@@ -29,17 +30,20 @@ def write_data_report(settings: TrainSettings, path: pathlib.Path, say: Callable
     """
     check_replaceable(path, "a data report", is_json_object("rows", "batches", "max_length"))
     model = weights.describe(settings, "float32")  # only for the tokenizer; the dtype does not matter
-    rows = settings.tokens("train", settings.token_cache(open_tokenizer(settings, model), say))
-    settings.objective().check_rows(rows.source)
+    objective, tokenizer = settings.objective(), open_tokenizer(settings, model)
+    source = settings.tokens("train", settings.token_cache(tokenizer, say)).source
+    objective.check_rows(source)
+    rows = objective.tokenize(source, tokenizer, settings.rows.encode_options())
     max_length = settings.rows.max_length or longest_row(rows)
-    with make_batches(
-        rows,
+    sizes = BatchSizes(
         batch_size=settings.batches.batch_size,
         max_length=max_length,
         seed=settings.run.seed,
-        num_threads=0,
+        process_index=0,
+        process_count=1,
         options=settings.batches.options(),
-    ) as batches:
+    )
+    with objective.batches(rows, sizes) as batches:
         report, outlook = batches.report, batches.outlook(settings.run.steps)
     for line in (*report.lines(), *outlook.lines()):
         say(f"data: {line}")

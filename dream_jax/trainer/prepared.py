@@ -193,7 +193,7 @@ def prepare(settings: TrainSettings, mesh: Mesh, say: Callable[[str], None] = la
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     cache = settings.token_cache(tokenizer, say)
-    rows = settings.tokens("train", cache)
+    rows = objective.tokenize(settings.tokens("train", cache).source, tokenizer, settings.rows.encode_options())
     held_out = settings.tokens("test", cache) if settings.evaluation.eval_rows else None
     for one in (rows, held_out):
         if one is not None:
