@@ -193,14 +193,15 @@ def prepare(settings: TrainSettings, mesh: Mesh, say: Callable[[str], None] = la
     model = describe_model(settings, mesh)
     tokenizer = open_tokenizer(settings, model)
     cache = settings.token_cache(tokenizer, say)
-    rows = objective.tokenize(settings.tokens("train", cache).source, tokenizer, settings.rows.encode_options())
+    source = settings.tokens("train", cache).source
     held_out = settings.tokens("test", cache) if settings.evaluation.eval_rows else None
-    for one in (rows, held_out):
+    for one in (source, None if held_out is None else held_out.source):
         if one is not None:
-            objective.check_rows(one.source)
+            objective.check_rows(one)
     if resumes:
-        check_answer_format(settings, rows.source)
-    first = first_prompted(rows.source)
+        check_answer_format(settings, source)
+    first = first_prompted(source)
+    rows = objective.tokenize(source, tokenizer, settings.rows.encode_options())
     options = settings.batches.options()
     max_length = settings.rows.max_length or longest_row(rows)
     check_length(model, max_length)
