@@ -6,6 +6,7 @@ downloads nothing.
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,13 @@ PROMPT_FORMAT_FILE = "prompt_format.json"
 
 _GUARD = "\ue000"  # a private-use character; its runs mark texts of messages that look like special tokens
 _ESCAPED_GUARD = r"\ue000"  # how a template that writes JSON in ASCII writes it
+
+_LONG_TEXT = 2**16
+"""Characters from which on a text is encoded in parts, which takes less memory and more than one thread."""
+_ENCODED_TOGETHER = 2**20  # characters of parts whose ids are computed by one call
+_LINE_BREAK = re.compile(r"(?<=\S)\n(?=[A-Za-z0-9])")
+_CONTEXT = 64  # characters on each side of a line break with which it is checked
+_CHECKED = 8  # line breaks that are checked before a text is taken as one part
 
 Template = Literal["chat", "raw"]
 """How a prompt is turned into tokens: with the chat template, or as raw text."""
@@ -387,7 +395,7 @@ class DreamTokenizer:
                 chats[template].append((number, messages, tools, guard, one.add_generation_prompt))
             else:
                 check_text(one.text)
-                pieces[number] = self._special_pattern.split(one.text) if one.allow_special else (one.text,)
+                pieces[number] = self._special_pattern.split(one.text) if one.allow_special else self._parts(one.text)
         for template, group in chats.items():
             texts = template.render_all([(messages, tools, adds) for _, messages, tools, _, adds in group])
             for (number, _, _, guard, _), text in zip(group, texts, strict=True):
@@ -402,9 +410,10 @@ class DreamTokenizer:
         }
         for piece in plain:
             check_text(piece)
-        texts = list(plain)
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = {text: found.ids for text, found in zip(texts, encoded, strict=True)} | {"": []}
+        ids: dict[str, list[int]] = {"": []}
+        for texts in _groups(plain):
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            ids |= {text: found.ids for text, found in zip(texts, encoded, strict=True)}
         return [
             [
                 token
@@ -413,6 +422,27 @@ class DreamTokenizer:
             ]
             for split, special in zip(pieces, specials, strict=True)
         ]
+
+    def _parts(self, text: str) -> list[str]:
+        """Returns parts of a long text whose ids, one after the other, are the ids of the text; of others the text alone.
+
+        Texts are divided after single line breaks between a character that is no space and a letter or digit, where the
+        published tokenizers never have a token across. Each break is checked by its ids with and without a division.
+        """
+        parts, start = list[str](), 0
+        while len(text) - start > _LONG_TEXT:
+            breaks = (found.end() for found in _LINE_BREAK.finditer(text, start + _LONG_TEXT // 2))
+            end = next((end for end in itertools.islice(breaks, _CHECKED) if self._divides(text, start, end)), None)
+            if end is None:
+                break
+            parts.append(text[start:end])
+            start = end
+        return [*parts, text[start:]]
+
+    def _divides(self, text: str, start: int, end: int) -> bool:
+        """Returns whether the ids around the index `end` of a text are those of the text before it and of that after it."""
+        before, after = text[max(start, end - _CONTEXT) : end], text[end : end + _CONTEXT]
+        return self.encode(before + after) == self.encode(before) + self.encode(after)
 
     def _guarded(self, messages: Sequence[Message], tools: Tools) -> tuple[ChatTemplate, Any, Any, str]:
         """Returns the chat template, and messages and tools in which no text is the name of a special token.
@@ -476,6 +506,19 @@ class DreamTokenizer:
             if b"strftime_now" in content:
                 found.update(datetime.date.today().isoformat().encode())
         return found.hexdigest()
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields consecutive texts, at most `_ENCODED_TOGETHER` characters but at least one text at a time."""
+    some, size = list[str](), 0
+    for text in texts:
+        if some and size + len(text) > _ENCODED_TOGETHER:
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    if some:
+        yield some
 
 
 def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:

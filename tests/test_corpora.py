@@ -6,13 +6,16 @@ import errno
 import gzip
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tiny_tokenizer import write_tokenizer
 
+from dream_jax import tokenizer
 from dream_jax.data import (
     EncodeOptions,
     ReadOptions,
@@ -25,7 +28,7 @@ from dream_jax.data import (
 )
 from dream_jax.data.records import read_records
 from dream_jax.data.store import StoreWriter
-from dream_jax.tokenizer import ByteTokenizer
+from dream_jax.tokenizer import ByteTokenizer, DreamTokenizer, TextToEncode, load_tokenizer
 
 ALL = ReadOptions(held_out=0)
 
@@ -243,3 +246,24 @@ def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
             cached(tmp_path, file, [])
     assert not list((tmp_path / "cache").iterdir())
     assert len(cached(tmp_path, file, [])) == 100
+
+
+# --- Documents that are encoded in parts ---
+
+
+def test_the_parts_of_a_long_text_have_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks beside spaces, other line breaks, letters that are not ASCII and marks are never divided."""
+    found = load_tokenizer(write_tokenizer(tmp_path))
+    assert isinstance(found, DreamTokenizer)
+    draw = random.Random(0)
+    ends = ["\n", "\n\n", " \n", "\r\n", "\n  ", "\n\t", "é\n", "\n\u0301", "7\n8", ".\n<|endoftext|>"]
+    text = "".join(draw.choice(("a b", "cab", "ab 12", "B")) + draw.choice(ends) for _ in range(2000))
+    monkeypatch.setattr(tokenizer, "_LONG_TEXT", 200)
+    monkeypatch.setattr(tokenizer, "_ENCODED_TOGETHER", 500)
+    parts = found._parts(text)
+    assert len(parts) > 20 and "".join(parts) == text and max(map(len, parts)) < 500
+    requests = [TextToEncode(text), TextToEncode("ab"), TextToEncode("x" * 1000)]
+    assert found.encode_all(requests) == [found.encode(one.text) for one in requests]
+    # A tokenizer whose ids depend on what stands across a line break gets the whole text.
+    monkeypatch.setattr(DreamTokenizer, "encode", lambda self, text: [len(text) ** 2])
+    assert found._parts(text) == [text]

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 ShardFormat = Literal["json", "parquet", "text"]
 """What a data file holds: JSON (one object a line, or one list), a table of columns, or one document of plain text."""
 
-LONGEST_LINE = 2**28
+LONGEST_LINE = 2**26
 """The largest number of bytes of one line, and of one text file. A line is held in memory as a whole."""
 MOST_EXPANSION = 1000
 """How many times as large as its file the content of a compressed shard may be. DEFLATE reaches 1032 with one repeated
