@@ -17,7 +17,6 @@ import pytest
 import tiny_tokenizer
 from batch_digests import SETTINGS, SHORT, WHOLE, digests, open_rows
 from commands import run_script
-from marking import slow
 
 from dream_jax.data import (
     CacheChoice,
@@ -64,7 +63,7 @@ def test_batches_from_a_store_are_those_of_earlier_versions(name: str, written: 
     assert digests(SETTINGS[name], rows, SHORT, processes, resume_at=SHORT // 2) == {SHORT: RECORDED[name][str(SHORT)]}
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_500_batches_are_those_of_earlier_versions_from_memory_and_from_a_store(name: str, written: Path) -> None:
     recorded = {int(count): digest for count, digest in RECORDED[name].items()}
@@ -412,7 +411,7 @@ def test_a_data_report_is_printed_and_written_and_nothing_is_trained(
     assert wrong.returncode == 1 and "is not a data report" in wrong.stderr
 
 
-@slow
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     """The rows of a store of 400 MB are all read at random; one of 4 MB is the measure."""
     script = """if True:
