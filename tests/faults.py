@@ -245,8 +245,8 @@ FAULTS = (
     Fault(
         "plan: the FLOPs of attention are not counted",
         "dream_jax/plan/arithmetic.py",
-        "(products + attention + head)",
-        "(products + head)",
+        "(products + attention + head + shape.forward * only)",
+        "(products + head + shape.forward * only)",
         "tests/test_plan.py -k flops_of_a_token",
     ),
     Fault(
