@@ -68,9 +68,9 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
 }
 _BLOCK = 2**20  # bytes that have one checksum
 _VERIFIED_AT_ONCE = 2**30  # bytes of all columns up to which every checksum is compared when a store is opened
-_MAPPED = 2**26  # bytes of pages after which a column gives its pages back
+_MAPPED = 2**25  # bytes of pages after which a column gives its pages back
 _TOGETHER = 256  # rows whose tokens are copied together
-_PAGES = 2**16  # bytes that the system maps for the first read of a page
+_PAGES = 2**21  # bytes that the system may map for the first read of a page, if it keeps the file in large pages
 _REBUILT = "it is built again"
 
 Say = Callable[[str], None]
