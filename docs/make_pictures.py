@@ -230,7 +230,7 @@ _CACHE_WORDS: dict[str, dict[str, Any]] = {
             "nothing kept looks right",
             "blocks end where blocks are written",
             "layer l sees l tokens to the right",
-            "every key is old after each token",
+            "every key changes with each token",
         ),
     },
     "zh": {

@@ -184,19 +184,24 @@ class Numbers:
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
-        rows = self.differences
+        """The differences of each kind. Bidirectional minus causal is causal minus bidirectional and is not counted again."""
+        mirrored = lambda row: (row["variant"], row["minus"]) == ("bidirectional", "causal")
+        rows = [row for row in self.differences if not mirrored(row)]
         mean, low, high, seeds = (np.array([row[name] for row in rows]) for name in ("mean", "low", "high", "seeds"))
         half = (high - low) / 2
         # The p-values of Student's test that belong to the intervals; without spread 1 for no difference and 0 for some.
         scaled = np.abs(mean) / np.where(half > 0, half, 1.0) * stats.t.ppf(0.975, seeds - 1)
         chances = np.where(half > 0, 2 * stats.t.sf(scaled, seeds - 1), mean == 0)
+        apart = np.array([row["interval"] == "seeds" for row in rows])
+        chances[apart] = 1.0  # No significance is claimed for them.
         return {
             "all": len(rows),
-            "exclude": int(((low > 0) | (high < 0)).sum()),
-            "chance": round(0.05 * len(rows)),
+            "mirrored": len(self.differences) - len(rows),
+            "exclude": sum(excludes_zero(row) for row in rows),
+            "with_interval": int((~apart).sum()),
+            "chance": round(0.05 * int((~apart).sum())),
             "zero": int(((low == 0) & (high == 0)).sum()),
-            "seeds": sum(row["interval"] == "seeds" for row in rows),
-            "claimable": sum(excludes_zero(row) for row in rows),
+            "seeds": int(apart.sum()),
             "false_discovery": int((stats.false_discovery_control(chances) < 0.05).sum()),
         }
 

@@ -286,6 +286,19 @@ def test_tables_of_runs_that_are_made_later(tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_differences_are_counted_once_and_claimed_with_an_interval_only() -> None:
+    """Bidirectional minus causal is causal minus bidirectional, and seeds that are far apart have no interval."""
+    numbers = TABLES["_numbers"](False)
+    counted = {key: int(numbers.comparisons(key).replace(",", "")) for key in numbers._counts}
+    pairs = {
+        (row["task"], row["measure"], row["of"], frozenset((row["variant"], row["minus"]))) for row in numbers.differences
+    }
+    assert counted["all"] == len(pairs) and counted["all"] + counted["mirrored"] == len(numbers.differences)
+    assert counted["with_interval"] + counted["seeds"] == counted["all"]
+    assert counted["false_discovery"] < counted["exclude"] < counted["with_interval"]
+    assert counted["chance"] == round(0.05 * counted["with_interval"])
+
+
 def test_a_number_that_the_study_does_not_have_is_noticed() -> None:
     rendered, name = TABLES["rendered"], "docs/findings.md"
     assert rendered(name, 'It is {{ share("copy", "causal", mean=true) }}.\n') == "It is 100 %.\n"
