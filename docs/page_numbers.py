@@ -184,9 +184,8 @@ class Numbers:
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
-        """The differences of each kind. Bidirectional minus causal is causal minus bidirectional and is not counted again."""
-        mirrored = lambda row: (row["variant"], row["minus"]) == ("bidirectional", "causal")
-        rows = [row for row in self.differences if not mirrored(row)]
+        """The differences of each kind; bidirectional minus causal is causal minus bidirectional, and counts once."""
+        rows = [row for row in self.differences if (row["variant"], row["minus"]) != ("bidirectional", "causal")]
         mean, low, high, seeds = (np.array([row[name] for row in rows]) for name in ("mean", "low", "high", "seeds"))
         half = (high - low) / 2
         # The p-values of Student's test that belong to the intervals; without spread 1 for no difference and 0 for some.

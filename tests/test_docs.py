@@ -291,7 +291,8 @@ def test_differences_are_counted_once_and_claimed_with_an_interval_only() -> Non
     numbers = TABLES["_numbers"](False)
     counted = {key: int(numbers.comparisons(key).replace(",", "")) for key in numbers._counts}
     pairs = {
-        (row["task"], row["measure"], row["of"], frozenset((row["variant"], row["minus"]))) for row in numbers.differences
+        (row["task"], row["measure"], row["of"], frozenset((row["variant"], row["minus"])))
+        for row in numbers.differences
     }
     assert counted["all"] == len(pairs) and counted["all"] + counted["mirrored"] == len(numbers.differences)
     assert counted["with_interval"] + counted["seeds"] == counted["all"]
