@@ -490,21 +490,25 @@ class DreamTokenizer:
     def fingerprint(self) -> str:
         """Returns a text that is another one if any text or chat may have other ids; see `Tokenizer.fingerprint`.
 
-        It is made of the content of the files, the versions of the libraries, and, if a template asks for the time, the
-        day.
+        It is made of the content of the files, the chat templates, which may be from further files, the versions of the
+        libraries, and, if a template asks for the time, the day.
         """
+        import jinja2
         import tokenizers
         import transformers
 
-        found = hashlib.sha256(f"tokenizers {tokenizers.__version__}, transformers {transformers.__version__}".encode())
+        versions = [f"{library.__name__} {library.__version__}" for library in (jinja2, tokenizers, transformers)]
+        found = hashlib.sha256(", ".join(versions).encode())
         for name in TOKENIZER_FILES:
             path = self._directory / name
             if name in (PROMPT_FORMAT_FILE, "tokenization_dream.py") or not path.is_file():
                 continue
             content = path.read_bytes()
             found.update(f"{name} {len(content)}\n".encode() + content)
-            if b"strftime_now" in content:
-                found.update(datetime.date.today().isoformat().encode())
+        templates = json.dumps(self._stock.chat_template, sort_keys=True)
+        found.update(templates.encode())
+        if "strftime_now" in templates:
+            found.update(datetime.date.today().isoformat().encode())
         return found.hexdigest()
 
 

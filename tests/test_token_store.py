@@ -37,7 +37,7 @@ from dream_jax.data import (
     token_row,
 )
 from dream_jax.data.encode import TokenRow, token_rows
-from dream_jax.data.store import DamagedStore, TokenStore
+from dream_jax.data.store import DamagedStore, TokenStore, digest_of
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 from dream_jax.trainer import TrainSettings
 
@@ -199,6 +199,18 @@ def test_what_a_killed_process_leaves_is_never_used_and_is_removed(tmp_path: Pat
     found = open_store(tmp_path, {"other": 1}, fill_with(2))
     assert entries(tmp_path) == [found.folder.name]
     assert len(open_store(tmp_path, {"a": 1}, fill_with(5))) == 5
+
+
+def test_only_what_no_process_builds_any_more_is_removed(tmp_path: Path) -> None:
+    """Another start of the same rows removes what was left of them; a store that is being built stays, whatever its pid."""
+    kept = [tmp_path / f".{digest_of({'a': 2})}.incomplete-{os.getpid()}", tmp_path / ".model.incomplete-1"]
+    for folder in (tmp_path / f".{digest_of({'a': 1})}.incomplete-1", *kept):
+        folder.mkdir()
+    with store._locked(tmp_path / f"{digest_of({'a': 2})}.lock", print):
+        found = open_store(tmp_path, {"a": 1}, fill_with(2))
+        assert entries(tmp_path) == sorted(
+            [*(folder.name for folder in kept), f"{digest_of({'a': 2})}.lock", found.folder.name]
+        )
 
 
 def test_of_two_starts_one_builds_and_the_other_waits(tmp_path: Path) -> None:
@@ -380,6 +392,41 @@ def test_a_cache_that_cannot_be_written_is_refused_if_it_was_asked_for(
     assert len(said) == 1 and "kept in memory" in said[0] and str(cache) in said[0]
     with pytest.raises(PermissionError, match="give another --data-cache, or --data-cache off"):
         TokenCache(find_cache(str(cache)), BYTES, EncodeOptions()).open([str(path)])
+
+
+@pytest.mark.parametrize("why", ["a file", "no locks", "not readable"])
+def test_a_cache_that_cannot_be_used_is_refused_only_if_it_was_asked_for(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = write_rows(tmp_path / "rows.jsonl", "one", "two"), tmp_path / "cache"
+
+    def refuse(number: int, *where: str) -> Callable[..., None]:
+        def refused(*args: Any) -> None:
+            raise OSError(number, os.strerror(number), *where)
+
+        return refused
+
+    if why == "a file":
+        cache.touch()
+    elif why == "no locks":
+        monkeypatch.setattr(store.fcntl, "flock", refuse(errno.ENOLCK))
+    else:
+        monkeypatch.setattr(store, "TokenStore", refuse(errno.EACCES, str(cache / "store.json")))
+    said = list[str]()
+    rows = TokenCache(CacheChoice(folder=cache, smallest=0), BYTES, EncodeOptions(), said.append).open([str(path)])
+    assert not isinstance(rows.source, StoredRows) and len(said) == 1 and "kept in memory" in said[0]
+    with pytest.raises(PermissionError, match="give another --data-cache, or --data-cache off"):
+        TokenCache(find_cache(str(cache)), BYTES, EncodeOptions()).open([str(path)])
+
+
+def test_a_chat_template_in_a_further_file_is_in_the_key(tmp_path: Path) -> None:
+    folder = tiny_tokenizer.write_tokenizer(tmp_path / "tiny")
+    (folder / "additional_chat_templates").mkdir()
+    found = set[str]()
+    for text in ("a", "b"):
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(f"<|im_start|>{text}")
+        found.add(load_tokenizer(folder).fingerprint())
+    assert len(found) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

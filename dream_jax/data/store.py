@@ -31,6 +31,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import shutil
 import threading
 import zlib
@@ -72,6 +73,11 @@ _MAPPED = 2**25  # bytes of pages after which a column gives its pages back
 _TOGETHER = 256  # rows whose tokens are copied together
 _PAGES = 2**21  # bytes that the system may map for the first read of a page, if it keeps the file in large pages
 _REBUILT = "it is built again"
+# The folder cannot be written, is below a file, or its file system has no locks.
+_UNUSABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+)
+_INCOMPLETE = re.compile(r"\.(?P<store>[0-9a-f]{32})\.incomplete-\d+")  # the folder in which a process builds a store
 
 Say = Callable[[str], None]
 Fill = Callable[["StoreWriter"], Intake]
@@ -292,13 +298,15 @@ def open_store(
       progress: called from time to time with the number of rows that are written.
 
     Raises:
-      OSError: the folder cannot be written and has no store of this key, its file system has no locks, or the disk is full.
+      PermissionError: there is no store of this key, and none can be written into the folder, or its file system has no
+        locks.
+      OSError: the disk is full.
       Exception: what `fill` raises. No part of the store then stays.
     """
     folder = cache / digest_of(key)
-    with contextlib.suppress(FileNotFoundError, DamagedStore):
-        return _told(TokenStore(folder), "found", say)
     try:
+        with contextlib.suppress(FileNotFoundError, DamagedStore):
+            return _told(TokenStore(folder), "found", say)
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(cache / f"{folder.name}.lock", say):
             try:
@@ -307,11 +315,12 @@ def open_store(
                 pass
             except DamagedStore as error:
                 say(f"warning: {error}; {_REBUILT}")
-            _remove_leftovers(cache)
+            _remove_leftovers(cache, folder.name)
             _build(folder, key, fill, progress)
             return _told(TokenStore(folder), "built", say)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        # `fill` may raise errors of other files.
+        if error.errno in _UNUSABLE and (error.filename is None or Path(error.filename).is_relative_to(cache)):
             raise PermissionError(
                 error.errno,
                 f"{cache} cannot be written ({error.strerror}), and has no tokens of these rows yet: give another "
@@ -386,12 +395,19 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _remove_leftovers(cache: Path) -> None:
-    """Removes what processes that were killed have left: their folders, if no process has the lock of the store."""
-    own = f".incomplete-{os.getpid()}"
+def _remove_leftovers(cache: Path, held: str) -> None:
+    """Removes the folders that killed processes have left: those of stores whose lock no other process has.
+
+    Args:
+      cache: the folder of all stores.
+      held: the name of the store whose lock this process has.
+    """
     for folder in cache.glob(".*.incomplete-*"):
-        lock = cache / f"{folder.name[1:].partition('.')[0]}.lock"
-        if folder.name.endswith(own) or not lock.exists():
+        matched = _INCOMPLETE.fullmatch(folder.name)
+        if matched is None:  # a folder of something else
+            continue
+        lock = cache / f"{matched['store']}.lock"
+        if matched["store"] == held or not lock.exists():
             shutil.rmtree(folder, ignore_errors=True)
             continue
         with contextlib.suppress(OSError):

@@ -25,6 +25,7 @@ from dream_jax.data.sources import DataSplit, find_splits, in_split, mixed, prom
 from dream_jax.data.store import Say, StoredRows, StoreWriter, TokenStore, open_store
 from dream_jax.data.streams import CACHE_VARIABLE
 from dream_jax.paths import local_path
+from dream_jax.side_files import object_of
 from dream_jax.tokenizer import ByteTokenizer, DreamTokenizer, Tokenizer
 
 AUTO, OFF = "auto", "off"
@@ -245,3 +246,4 @@ def _code_files() -> Iterator[Path]:
     yield from sorted(Path(__file__).parent.glob("*.py"))
     yield Path(inspect.getfile(DreamTokenizer))
     yield Path(inspect.getfile(ChatTemplate))
+    yield Path(inspect.getfile(object_of))  # reads JSON
