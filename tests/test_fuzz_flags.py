@@ -6,6 +6,7 @@ would train, convert, load weights or listen is replaced by a function that ends
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -23,8 +24,9 @@ from test_flags import parser_of
 import dream_jax
 import dream_jax.trainer
 from dream_jax import files, inference, lora, pretrained
+from dream_jax.evaluation import ledger, report
 from dream_jax.files import new_directory
-from dream_jax.pretrained import adapter, autoregressive, conversion, models
+from dream_jax.pretrained import adapter, autoregressive, conversion, llama, models
 from dream_jax.trainer import TrainSettings
 from dream_jax.trainer.folder import check_folder
 
@@ -62,6 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, golden_dir: Path) -> Path:
     dream_jax.save(model, folder / "converted")
     tuned = lora.attach(model, lora.LoraConfig(rank=1, alpha=1.0, targets=("q",)), jax.random.key(0))
     dream_jax.save_adapter(tuned, folder / "adapter")
+    (folder / "samples").mkdir()
+    problems = hashlib.blake2b((folder / "countdown.jsonl").read_bytes(), digest_size=16).hexdigest()
+    (folder / "samples" / ledger.SETTINGS).write_text(json.dumps({"task": "countdown", "file": problems}))
     return folder
 
 
@@ -85,8 +90,9 @@ def without_work(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(inference.PreparedModel, "load", stop)
     monkeypatch.setattr(pretrained, "load", lambda path, **_: (models.describe(path), stop()))
     monkeypatch.setattr(files, "write_file", stop)
+    monkeypatch.setattr(report, "check_rows", stop)  # convert/pairs.py, after it has checked the evaluation
     monkeypatch.setattr(subprocess, "Popen", stop)  # the workers of study.py
-    for module in (adapter, autoregressive, conversion):
+    for module in (adapter, autoregressive, conversion, llama):
         assert module.new_directory is new_directory
         monkeypatch.setattr(module, "new_directory", directory)
 
@@ -103,6 +109,8 @@ def valid(script: str, folder: Path, golden: Path) -> list[str]:
         "convert/hf_to_flax.py": [hf, out],
         "convert/flax_to_hf.py": ["converted", out],
         "convert/qwen2_to_dream.py": ["qwen2", out, "--mask-token-id", "120", "--pad-token-id", "121"],
+        "convert/ar_to_dream.py": [out, "--from", "qwen2", "--mask-token-id", "120", "--pad-token-id", "121"],
+        "convert/pairs.py": ["samples", "pairs.jsonl", "--file", "countdown.jsonl"],
         "convert/gsm8k_to_s1k.py": ["gsm8k.jsonl", out],
         "convert/adapter_to_peft.py": ["adapter", out],
     }[script]

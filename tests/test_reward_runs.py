@@ -222,10 +222,10 @@ def test_a_plan_has_the_rollouts() -> None:
         ({"reward": ()}, "needs at least one reward"),
         ({"reward": ("gsm8k",)}, "the answer does not end with"),
         ({"accumulation": 3}, "must be a positive multiple"),
-        ({"anneal_steps": 2}, "have no meaning with --objective grpo"),
+        ({"anneal_steps": 2}, "--anneal-steps is for --objective sft, not for grpo"),
         ({"mesh": "8x1", "accumulation": 2}, "fsdp=8 does not divide"),
         ({"eos_tail": 3}, "lay out responses"),
-        ({"weight": "uniform"}, "have no effect with --objective grpo"),
+        ({"weight": "uniform"}, "--weight has no effect with --objective grpo"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -40,7 +40,8 @@ NOTHING_LEARNED = "no turn of the assistant is to be learned"
 def kind_of(found: Mapping[str, Any]) -> RowKind | None:
     """Returns the kind of a record, which depends only on the names of its fields; None if it is of no known kind."""
     names = found.keys()
-    if not names.isdisjoint(ANSWERS):
+    # A single one of both answers beside another answer is a field too much of a chat, and is refused as such.
+    if names >= {*ANSWERS} or (not names.isdisjoint(ANSWERS) and names.isdisjoint(ANSWER_FIELDS)):
         return "pair"
     traced = [set(fields[:2]) for fields in _S1K_FIELDS]
     if not names.isdisjoint(CHAT_FIELDS) or ("prompt" in names and not names.isdisjoint(ANSWER_FIELDS)):
