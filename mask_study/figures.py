@@ -58,8 +58,11 @@ class _Words:
     def __call__(self, text: str) -> str:
         return _CHINESE.get(text, translated(text)) if self._chinese else text
 
-    def missing(self, names: Sequence[str]) -> str:
-        return ("未运行：" if self._chinese else "not run: ") + ", ".join(map(self, names))
+    def missing(self, names: Sequence[str], *, run: bool = False) -> str:
+        """Returns what was not run, or with `run` what was run but not measured."""
+        if self._chinese:
+            return ("未测量：" if run else "未运行：") + ", ".join(map(self, names))
+        return ("not measured: " if run else "not run: ") + ", ".join(map(self, names))
 
 
 def draw_all(rows: TableRows, folder: pathlib.Path, curves: Curves = (), floors: TableRows = ()) -> list[pathlib.Path]:
@@ -165,13 +168,13 @@ def _errors(rows: TableRows, factor: float = 1.0) -> list[list[float]]:
     return [below, above]
 
 
-def _say_missing(axes: Any, names: Sequence[str], words: _Words) -> None:
-    """Writes into a panel which variants were not run on its task."""
+def _say_missing(axes: Any, names: Sequence[str], words: _Words, *, run: bool = False) -> None:
+    """Writes into a panel which variants were not run on its task, or with `run` which were not measured."""
     if names:
         axes.text(
             0.5,
             0.985,
-            words.missing(names),
+            words.missing(names, run=run),
             transform=axes.transAxes,
             ha="center",
             va="top",
@@ -300,6 +303,7 @@ def _written_at(rows: TableRows, words: _Words) -> Any:
                 missing.append(variant)
         last = max(int(row["of"]) for row in _only(rows, task=task))
         axes.set(title=words(task), xlabel=words("position in the answer"), ylim=(-0.5, 1.12 * last + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         _say_missing(axes, missing, words)
     _finish(figure, panels, words("mean step at which it is written"), 5)
@@ -335,7 +339,10 @@ def _ablations(rows: TableRows, words: _Words) -> Any:
                 )
             axes.set_yticks(range(len(here)), [words(row["variant"]) for row in here])
             axes.invert_yaxis()
-            axes.margins(y=0.1)
+            measured = [row["variant"] for row in here]
+            absent = [name for name in _names(_only(rows, task=task), "variant") if name not in measured]
+            axes.margins(y=0.2 if absent else 0.1)
+            _say_missing(axes, absent, words, run=True)
             axes.set(title=words(task) if line == 0 else "", xlabel=words(label))
             axes.grid(axis="x", alpha=0.3)
     figure.suptitle(words("circles: masks as they are; squares: with something else changed"), fontsize=9)

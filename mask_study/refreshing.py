@@ -23,11 +23,12 @@ import pathlib
 import sys
 from typing import Any
 
+import msgspec
 import numpy as np
 import tyro
 
 from dream_jax.bounds import POSITIVE, IntegerRange, check_numbers
-from dream_jax.files import read_json, write_file
+from dream_jax.files import read_json, typed, write_file
 from dream_jax.model import Dream
 from dream_jax.sampler import EntropyBound, NoCache, SamplerConfig, WindowCache, generate
 from mask_study.caching import BLOCK
@@ -69,7 +70,7 @@ class RefreshSettings:
     quick: bool = False
     """sudoku alone, the masks bidirectional and causal, one seed, 2 % of the steps, 16 rows"""
     store: bool = False
-    """make nothing; write the finished runs and their summary to docs/study"""
+    """make nothing; write the finished runs, which must have these settings, and their summary to docs/study"""
 
     def __post_init__(self) -> None:
         check_numbers(self, seeds=IntegerRange(1, 1000), length=POSITIVE, test_rows=IntegerRange(1, 1024))
@@ -117,8 +118,44 @@ def _make(run: StudyRun, settings: RefreshSettings) -> dict[str, Any]:
     return dataclasses.asdict(run) | numbers | {"accuracy": accuracies(trained.model, task, examples)}
 
 
-def _finished(folder: pathlib.Path) -> list[dict[str, Any]]:
-    found = [read_json(path, _REMEDY) for path in sorted((folder / "runs").glob("*.json"))]
+class _Record(msgspec.Struct):
+    """The entries of the file of a run, with their types."""
+
+    task: str
+    variant: str
+    seed: int
+    steps: int
+    test_rows: int
+    accuracy: dict[str, float]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the results of a run. Raises ValueError if the file has another form."""
+    found: dict[str, Any] = read_json(path, _REMEDY)
+    typed(found, _Record, path, _REMEDY)
+    if found["task"] not in TASKS or found["variant"] not in MASKS:
+        raise ValueError(
+            f"{path} is about {found['task']!r} and {found['variant']!r}, which are not of the study; {_REMEDY}"
+        )
+    return found
+
+
+def _check(found: dict[str, Any], path: pathlib.Path, settings: RefreshSettings) -> None:
+    """Raises FileExistsError if a run was made with other steps or test rows than those of the settings."""
+    wanted = max(1, round(settings.length * TASKS[found["task"]].steps)), settings.test_rows
+    if (found["steps"], found["test_rows"]) != wanted:
+        raise FileExistsError(
+            f"{path} has {found['steps']} steps and {found['test_rows']} test rows, not {wanted[0]} and {wanted[1]}; give "
+            "another --out, or the settings of that run"
+        )
+
+
+def _finished(settings: RefreshSettings) -> list[dict[str, Any]]:
+    """Returns all finished runs of the folder, which must have the steps and test rows of the settings."""
+    found = []
+    for path in sorted((settings.out / "runs").glob("*.json")):
+        found.append(_read(path))
+        _check(found[-1], path, settings)
     order = list(MASKS)
     return sorted(found, key=lambda one: (list(TASKS).index(one["task"]), order.index(one["variant"]), one["seed"]))
 
@@ -141,7 +178,7 @@ def main(settings: RefreshSettings) -> None:
     """Makes the missing runs, or stores those that are finished, and writes the summary."""
     settings = settings.resolved()
     if settings.store:
-        records = _finished(settings.out)
+        records = _finished(settings)
         if not records:
             raise ValueError(f"{settings.out} has no finished run; start the command without --store first")
         write_file(STORED / RESULT, "".join(json.dumps(one) + "\n" for one in records))
@@ -162,19 +199,13 @@ def main(settings: RefreshSettings) -> None:
             except BlockingIOError:
                 continue  # Another process makes this run.
             if path.is_file():
-                found = read_json(path, _REMEDY)
-                wanted = max(1, round(settings.length * TASKS[run.task].steps)), settings.test_rows
-                if (found["steps"], found["test_rows"]) != wanted:
-                    raise FileExistsError(
-                        f"{path} has {found['steps']} steps and {found['test_rows']} test rows, not {wanted[0]} and "
-                        f"{wanted[1]}; give another --out, or the settings of that run"
-                    )
+                _check(_read(path), path, settings)
             else:
                 record = _make(run, settings)
                 write_file(path, json.dumps(record) + "\n")
                 print(f"{run.task}, {run.variant}, seed {run.seed}: {record['accuracy']}", flush=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
-    _write_summary(_finished(settings.out), settings.out / SUMMARY)
+    _write_summary(_finished(settings), settings.out / SUMMARY)
 
 
 if __name__ == "__main__":

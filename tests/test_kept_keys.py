@@ -131,6 +131,24 @@ def test_refreshing_goes_on_where_it_was_stopped(tmp_path, capsys):
         refreshing.main(dataclasses.replace(settings, length=0.007))
 
 
+def test_a_short_or_damaged_run_is_not_stored(tmp_path, monkeypatch):
+    """What is stored stands in the study, so it has the steps and rows of the settings, and the form of a run."""
+    monkeypatch.setattr(refreshing, "STORED", tmp_path / "stored")
+    path = tmp_path / "runs" / "sudoku-causal-seed-0.json"
+    path.parent.mkdir()
+    run = {"task": "sudoku", "variant": "causal", "seed": 0, "steps": 12, "test_rows": 16, "accuracy": {"never": 0.5}}
+    settings = refreshing.RefreshSettings(store=True, out=tmp_path)
+    damaged = [{}, [run], run | {"task": "chess"}, run | {"accuracy": [0.5]}]
+    for content, words in [
+        (run, "12 steps and 16 test rows, not 600 and 256"),
+        *((one, "remove the file") for one in damaged),
+    ]:
+        path.write_text(json.dumps(content))
+        with pytest.raises((ValueError, FileExistsError), match=words):
+            refreshing.main(settings)
+    assert not (tmp_path / "stored").exists()
+
+
 def test_refreshing_refuses_tasks_of_one_block(tmp_path):
     with pytest.raises(ValueError, match="task 'addition' is not one of: copy; reversal"):
         refreshing.RefreshSettings(tasks=("addition",))

@@ -439,6 +439,16 @@ def test_whiskers_are_measured():
         assert row["mean"] + above[0] == pytest.approx(row["most"], abs=1e-5)
 
 
+def test_figures_have_whole_positions_and_say_what_was_not_measured():
+    rows = read_rows(ROOT / "docs" / "study" / "summary.csv")
+    some = [row for row in rows if row["task"] == "countdown"]
+    (axes,) = figures._written_at(some, figures._Words(False)).axes
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    drawn = figures._ablations(some, figures._Words(False))
+    said = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert said == ["not measured: pads hidden"]  # its nats, in the last panel
+
+
 @pytest.mark.slow
 def test_figures_say_what_was_not_run_and_draw_floors(tmp_path):
     folder = ROOT / "docs" / "study"
