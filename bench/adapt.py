@@ -129,11 +129,11 @@ def prepare(parts: pathlib.Path, gguf_path: pathlib.Path | None, data: str) -> N
 
 def _stream(source: Any, words: Any) -> np.ndarray:
     """Returns rows of `ROW` tokens: the texts one after the other, each after the token that begins a text."""
+    from mask_study.adapting import text_of
+
     stream: list[int] = []
     for index in range(len(source)):
-        row = source[index]
-        asked = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        stream += [words.bos_id, *words.encode(f"{asked}\n{row.response}" if asked else row.response)]
+        stream += [words.bos_id, *words.encode("".join(text_of(source[index])))]
     number = len(stream) // ROW
     if not number:
         raise ValueError(f"the texts have {len(stream)} tokens, less than one row of {ROW}")
@@ -217,6 +217,9 @@ def measure(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     from mask_study.adapting import ADAPTATION_ARMS, adapt, autoregressive_nats, levels_of, start_of, steps_of
 
+    unknown = [name for name in arguments.only if name not in ADAPTATION_ARMS]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]!r:.80} is not one of: {'; '.join(ADAPTATION_ARMS)}")
     device = jax.devices()[0]
     compute = "float32" if device.platform == "cpu" else "bfloat16"
     model = start(pathlib.Path(arguments.parts), compute)
@@ -303,11 +306,15 @@ def main() -> None:
     parser.add_argument("--data", default="gsm8k", help="for --prepare: source of the texts, as for train.py --data")
     parser.add_argument("--out", default="runs/adapt", help="folder of the result")
     parser.add_argument("--minutes", type=float, default=8.0, help="no run begins that would end later")
-    parser.add_argument("--steps", type=int, default=600, help="steps with one stream")
-    parser.add_argument("--batch", type=int, default=32, help="rows of a step")
+    parser.add_argument("--steps", type=int, help="steps with one stream; by default 600")
+    parser.add_argument("--batch", type=int, help="rows of a step; by default 32")
     parser.add_argument("--only", nargs="+", default=(), help="names of arms")
     parser.add_argument("--small", action="store_true", help="3 steps of 2 rows of 24 tokens")
     arguments = parser.parse_args()
+    if arguments.small and (arguments.steps is not None or arguments.batch is not None):
+        parser.error("--small has its own steps and batch; leave out --steps and --batch, or leave out --small")
+    arguments.steps = 600 if arguments.steps is None else arguments.steps
+    arguments.batch = 32 if arguments.batch is None else arguments.batch
     if not 0 < arguments.minutes < 10_000 or not 0 < arguments.steps < 10**7 or not 0 < arguments.batch < 10**5:
         parser.error(f"{arguments.minutes=}, {arguments.steps=} and {arguments.batch=} must be positive numbers")
     if (arguments.prepare is None) == (arguments.parts is None):

@@ -72,11 +72,14 @@ def peak_bytes() -> int:
 
 @contextlib.contextmanager
 def errors_end_the_command() -> Iterator[None]:
-    """Ends the process with exit status 1 and one line on stderr after a ValueError or OSError, which users can correct."""
+    """Ends the process with exit status 1 and one line on stderr after an error that users can correct.
+
+    These are ValueError, OSError, and ModuleNotFoundError for a package that is not installed.
+    """
     try:
         check_texts(sys.argv[1:])
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -48,6 +48,7 @@ from mask_study.adapting import (
     levels_of,
     start_of,
     steps_of,
+    text_of,
 )
 from mask_study.inspection import STATISTICS, InspectedRows, attention_statistics
 from mask_study.runs import differences, summarise, write_table
@@ -181,9 +182,7 @@ def read_texts(settings: AdaptationSettings, words: Tokenizer) -> Texts:
     """
 
     def pairs(source: RowSource, most: int) -> list[tuple[str, str]]:
-        rows = (source[index] for index in range(min(len(source), most)))
-        asked = lambda prompt: prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        return [("" if row.document else f"{asked(row.prompt)}\n", row.response) for row in rows]
+        return [text_of(source[index]) for index in range(min(len(source), most))]
 
     def filled(texts: Sequence[tuple[str, str]], least: int, split: str) -> np.ndarray:
         rows = [[words.bos_id, *words.encode(first + second)][: settings.width] for first, second in texts]
@@ -429,8 +428,10 @@ def start_model(settings: AdaptationSettings) -> Dream:
     path: str | pathlib.Path
     if settings.model is None:
         path = settings.out / "smollm2"
-        if not path.is_dir():
-            adapt_autoregressive(SMOLLM2, path)
+        with open(settings.out / "smollm2.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts, and those that share the folder wait for it
+            if not path.is_dir():
+                adapt_autoregressive(SMOLLM2, path)
     else:
         check_local(settings, "model")
         path = settings.model
@@ -445,7 +446,11 @@ def start_model(settings: AdaptationSettings) -> Dream:
 
 
 def main(settings: AdaptationSettings) -> None:
-    """Makes the missing runs, or stores those that are finished, and writes the summary."""
+    """Makes the missing runs, or stores those that are finished, and writes the summary.
+
+    Raises:
+      ValueError: a run had a loss that is not finite; the other runs are made first.
+    """
     settings = settings.resolved()
     folder = settings.out / "runs"
     if settings.store:
@@ -465,6 +470,7 @@ def main(settings: AdaptationSettings) -> None:
         words = load_tokenizer(start.tokenizer_dir)
         return start, words, read_texts(settings, words)
 
+    failed: list[FloatingPointError] = []
     for run in adaptation_runs(settings):
         path = folder / run.file
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -482,10 +488,15 @@ def main(settings: AdaptationSettings) -> None:
             else:
                 start, words, texts = prepared()
                 begun = time.perf_counter()
-                if run.arm == START:
-                    record = measure_start(start, texts, words, settings)
-                else:
-                    record = make(run, start, texts, words, settings)
+                try:
+                    if run.arm == START:
+                        record = measure_start(start, texts, words, settings)
+                    else:
+                        record = make(run, start, texts, words, settings)
+                except FloatingPointError as error:
+                    failed.append(error)
+                    print(error, flush=True)
+                    continue
                 record = {**run._asdict(), "settings": settings.recorded(), **record}
                 write_file(path, json.dumps(record, allow_nan=False) + "\n")
                 print(f"made {path} in {time.perf_counter() - begun:.0f} s", flush=True)
@@ -494,6 +505,8 @@ def main(settings: AdaptationSettings) -> None:
     write_summary(records, settings.out / "summary.csv")
     if any("attention" in one for one in records):
         print(f"wrote {draw_heads(records, settings.out / HEADS)}")
+    if failed:
+        raise ValueError(f"{len(failed)} runs have no result ({failed[0]}); give lower --rates in another --out")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,16 @@ from mask_study.variants import UnshiftedDream
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels at which models are measured: the middles of five equal parts of [0, 1]."""
 
+
+def text_of(row: Any) -> tuple[str, str]:
+    """Returns the text of a `dream_jax.data.Row` in two parts: all that is given, then the response.
+
+    The given part is the prompt, or all messages of a chat, each followed by a line break; it is "" for a document.
+    """
+    messages = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    return "".join(f"{message}\n" for message in messages if message), row.response
+
+
 _ROWS = 8  # rows that are measured at a time
 
 
@@ -82,7 +92,8 @@ class Adaptation(NamedTuple):
     Attributes:
       model: the model after the last step.
       nats: the mean nats of a learned token in each step; not finite if a step was.
-      seconds: time of the steps, without the first one, which compiles, and without the measurements.
+      seconds: time of the steps, without the first one, which compiles, and without the measurements. With blocks that
+        grow it contains the time to compile the program of each further size.
     """
 
     model: Dream

@@ -485,6 +485,6 @@ def main(settings: BlockDiffusionSettings) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(BlockDiffusionSettings, description=__doc__))
-    except (ValueError, OSError) as error:
+    except (FloatingPointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -51,6 +51,18 @@ def test_carried_weights_are_those_of_the_file(bench, texts, tmp_path, monkeypat
         bench.decoded("Q2_K", np.zeros((1, 8), np.uint8))
 
 
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--only", "bidirectionl"), 1, "--only 'bidirectionl' is not one of: bidirectional; annealed"),
+        (("--small", "--steps", "9"), 2, "--small has its own steps and batch"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags, status, message, tmp_path):
+    ended = run_script("bench/adapt.py", tmp_path / "parts", "--out", tmp_path / "out", *flags)
+    assert ended.returncode == status and message in ended.stderr and "Traceback" not in ended.stderr
+
+
 @pytest.mark.slow
 def test_the_command_runs_where_few_packages_are(bench, texts, tmp_path):
     path, _, _ = write_gguf(tmp_path / "tiny.gguf", kinds=("Q4_1", "Q8_0"))

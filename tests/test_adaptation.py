@@ -1,10 +1,12 @@
 """The adaptation of autoregressive weights to diffusion: every arm trains, measures are exact, runs resume."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import json
 import math
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from test_llama import with_tokenizer
 import dream_jax
 from dream_jax import masks
 from dream_jax.config import PRESETS, DreamConfig
+from dream_jax.data.rows import Row
 from dream_jax.model import abstract_model
 from dream_jax.pretrained import adapt_llama
 from dream_jax.tokenizer import load_tokenizer
@@ -179,6 +182,51 @@ def test_texts_begin_with_the_token_of_a_text(checkpoint, texts):
     assert found.questions[0].startswith("what is ") and found.questions[0].endswith("\n")
     with pytest.raises(ValueError, match="training texts of at least 199 tokens, but 4 are needed"):
         adaptation.read_texts(dataclasses.replace(settings, width=200), words)
+
+
+def test_no_message_of_a_chat_is_lost():
+    chat = tuple({"role": role, "content": role * 2} for role in ("system", "user", "assistant", "user"))
+    assert adapting.text_of(Row(prompt=chat, response="yes")) == (
+        "systemsystem\nuseruser\nassistantassistant\nuseruser\n",
+        "yes",
+    )
+    assert adapting.text_of(Row(prompt="", response="a text", document=True)) == ("", "a text")
+    assert adapting.text_of(Row(prompt=(), response="a text", document=True)) == ("", "a text")
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(checkpoint, texts, tmp_path, monkeypatch):
+    def make(run, *_):
+        if run.rate > 1:
+            raise FloatingPointError(f"{run.arm}, rate {run.rate:g}: the loss of step 3 is not finite")
+        curve = [{"step": 4, "nats": {"0.1": 1.0}}]
+        return {"steps": 4, "training_nats": [1.0], "curve": curve, "bound": {"nats": 1.0}}
+
+    start = {"autoregressive": {"nats": 1.0, "accuracy": 0.5}, "nats": {}}
+    monkeypatch.setattr(adaptation, "measure_start", lambda *_: start)
+    monkeypatch.setattr(adaptation, "make", make)
+    settings = adaptation.AdaptationSettings(
+        model=str(checkpoint), data=str(texts), width=20, batch=4, test_rows=2, arms=("causal",), rates=(9.0, 1e-3),
+        seeds=1, out=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"1 runs have no result \(causal, rate 9: the loss .*give lower --rates"):
+        adaptation.main(settings)
+    made = sorted(path.name for path in (tmp_path / "out" / "runs").glob("*.json"))
+    assert made == ["causal-rate-0-001-seed-0.json", "start.json"]
+
+
+def test_processes_that_share_a_folder_convert_the_weights_once(checkpoint, tmp_path, monkeypatch):
+    made = []
+
+    def convert(_, target):
+        made.append(target)
+        time.sleep(0.2)  # long enough that the other process would begin too
+        shutil.copytree(checkpoint, target)
+
+    monkeypatch.setattr(adaptation, "adapt_autoregressive", convert)
+    settings = adaptation.AdaptationSettings(out=tmp_path)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(adaptation.start_model, [settings] * 2))
+    assert len(found) == 2 and made == [tmp_path / "smollm2"]
 
 
 def test_a_recipe_takes_the_converted_weights(checkpoint, tmp_path, monkeypatch):

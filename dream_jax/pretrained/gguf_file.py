@@ -39,6 +39,12 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# Keys of the architecture that are read, or that the shapes of the tensors decide.
+_READ: tuple[str, ...] = ("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size")
+_READ += ("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
+_READ += ("rope.dimension_count", "rope.freq_base", "rope.scaling.type")
+# Keys that say the width of a head once more.
+_WIDTHS = ("llama.attention.key_length", "llama.attention.value_length")
 _FROM_GGUF = {theirs: ours for ours, theirs in _IN_LAYER.items()}
 # Kinds of tokens in GGUF: control tokens, such as <|im_start|>, and tokens that a user has added.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -89,7 +95,7 @@ class GgufCheckpoint:
         """The configuration, as the config.json of the published checkpoint has it.
 
         Raises:
-          ValueError: a key is missing, or the rotary embedding is scaled.
+          ValueError: a key is missing or unknown, the rotary embedding is scaled, or heads have another width than usual.
         """
         scaling = self.metadata.get("llama.rope.scaling.type", "none")
         if scaling != "none":
@@ -99,11 +105,18 @@ class GgufCheckpoint:
             )
         width, heads = self._number("llama.embedding_length"), self._number("llama.attention.head_count")
         rotated = self._number("llama.rope.dimension_count")
-        if rotated * heads != width:
+        if heads < 1 or rotated * heads != width:
             raise ValueError(
-                f"{self.path}: llama.rope.dimension_count={rotated} is not the width of a head, {width / heads:g}; only a "
+                f"{self.path}: llama.rope.dimension_count={rotated} is not the width of a head, {width} / {heads}; only a "
                 "rotary embedding of whole heads is implemented"
             )
+        known = {f"llama.{key}" for key in _READ}
+        for key in sorted(key for key in self.metadata if key.startswith("llama.") and key not in known):
+            if key not in _WIDTHS or self.metadata[key] != rotated:
+                raise ValueError(
+                    f"{self.path}: {key}={self.metadata[key]!r:.80} is not implemented, and may change what the weights "
+                    "compute; take a file without it"
+                )
         return {
             "model_type": "llama",
             "hidden_act": "silu",

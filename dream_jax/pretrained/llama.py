@@ -379,6 +379,11 @@ def _write_tokenizer(source: pathlib.Path | GgufCheckpoint, target: pathlib.Path
         if not isinstance(vocabulary, dict):
             raise ValueError(f"{source}: the vocabulary of tokenizer.json is no object; give --tokenizer")
         by_id |= {number: text for text, number in vocabulary.items()}
+    if config.pad_token_id not in by_id:
+        raise ValueError(
+            f"{source} has no token {config.pad_token_id} to end a response with; give the id of another one "
+            "(--pad-token-id)"
+        )
     end = by_id[config.pad_token_id]
     begin = settings.get("bos_token") or end
     begin = begin.get("content") if isinstance(begin, dict) else begin
@@ -414,7 +419,12 @@ def _with_tokens(contents: dict[str, Any], config: DreamConfig, source: object) 
             present = {one["content"] for one in added}
     taken = {token["id"] for token in added}
     vocabulary = contents["model"].get("vocab")
-    taken |= set(vocabulary.values()) if isinstance(vocabulary, dict) else set()
+    if isinstance(vocabulary, dict):
+        if any(not isinstance(number, int) for number in vocabulary.values()):
+            raise ValueError(
+                f"{source}: the vocabulary of tokenizer.json has a token whose id is no integer; {_REMEDY}"
+            )
+        taken |= set(vocabulary.values())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     number = config.mask_token_id
     for name in (one for one in (MASK, *_CHAT_TOKENS) if one not in present):
