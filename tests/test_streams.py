@@ -8,6 +8,8 @@ import pytest
 
 from dream_jax import hub
 from dream_jax.data import ReadOptions, open_source
+from dream_jax.data.streams import HubStream
+from dream_jax.hub import HubId
 from dream_jax.trainer import TrainSettings
 
 NAME = "somebody/corpus"
@@ -43,11 +45,16 @@ def texts(options=STREAM, split="train", name=NAME):
 
 def test_the_first_rows_are_streamed_once(asked, tmp_path, monkeypatch, capsys):
     wanted = [f"train {n}" for n in range(7)]
+    stream = HubStream(HubId(NAME, None), None, 7, tmp_path / "cache" / "streams")
+    left = stream._path("train").with_name(f".{stream._path('train').name}.incomplete-1")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a process that was killed")
     assert texts() == wanted and asked == [(NAME, None, None)]
     assert f"streamed 7 rows of {NAME}, train, into" in capsys.readouterr().err
     monkeypatch.setattr(hub, "ask", lambda *_: pytest.fail("the hub was asked again"))
     assert texts() == wanted and len(asked) == 1
     assert open_source(NAME, options=STREAM).intake.unread == {"score": 7}
+    assert not left.exists()
     assert {path.suffix for path in (tmp_path / "cache" / "streams").iterdir()} == {".json", ".parquet"}
 
 

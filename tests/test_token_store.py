@@ -419,6 +419,12 @@ def test_a_cache_that_cannot_be_used_is_refused_only_if_it_was_asked_for(
         TokenCache(find_cache(str(cache)), BYTES, EncodeOptions()).open([str(path)])
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no file .*rows\.jsonl"):
+        rows_of(tmp_path / "rows.jsonl", tmp_path / "cache")
+
+
 def test_a_chat_template_in_a_further_file_is_in_the_key(tmp_path: Path) -> None:
     folder = tiny_tokenizer.write_tokenizer(tmp_path / "tiny")
     (folder / "additional_chat_templates").mkdir()

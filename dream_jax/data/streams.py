@@ -152,6 +152,8 @@ class HubStream:
         with _alone(self._cache):
             if path.is_file():  # another process has made it meanwhile
                 return
+            for left in self._cache.glob(f".{path.name}.incomplete-*"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
             try:
                 write(temporary)

@@ -107,7 +107,8 @@ class TokenCache:
         if (
             self._choice.folder is None
             or not data.files
-            or sum(path.stat().st_size for path in data.files if path.is_file()) < self._choice.smallest
+            or not all(path.is_file() for path in data.files)  # such as a pipe, which can be read only once
+            or sum(path.stat().st_size for path in data.files) < self._choice.smallest
         ):
             return data.read()
         try:
