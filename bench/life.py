@@ -57,22 +57,29 @@ class LifeSettings:
         )
 
 
-def write_documents(path: pathlib.Path) -> None:
-    """Writes 4,000 solved sudokus as documents, each a puzzle and its solution in one text."""
+def held_out_puzzles(folder: pathlib.Path) -> set[str]:
+    """Returns the puzzles in FOLDER/test.jsonl, on which all stages are measured."""
+    return {json.loads(line)["input"] + "\n" for line in (folder / "test.jsonl").read_text().splitlines()}
+
+
+def write_documents(path: pathlib.Path, without: set[str]) -> None:
+    """Writes about 4,000 solved sudokus as documents, each a puzzle that is not in `without` and its solution."""
     if path.is_file():
         return
     source = SudokuSource("train", seed=1, size=4000)
-    texts = (f"{source[index].prompt}{source[index].response}" for index in range(len(source)))
+    rows = [source[index] for index in range(len(source))]
+    texts = (f"{row.prompt}{row.response}" for row in rows if row.prompt not in without)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def write_problems(path: pathlib.Path) -> None:
-    """Writes the puzzles whose sampled answers become pairs; they are drawn with a seed of their own."""
+def write_problems(path: pathlib.Path, without: set[str]) -> None:
+    """Writes the puzzles whose sampled answers become pairs, drawn with a seed of their own; none is in `without`."""
     if path.is_file():
         return
     source = SudokuSource("train", seed=2, min_givens=4, max_givens=6, size=SAMPLED)
     rows = [source[index] for index in range(len(source))]
+    rows = [row for row in rows if row.prompt not in without]
     lines = [{"input": str(row.prompt).removesuffix("\n"), "output": row.response} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -133,9 +140,12 @@ def measured(settings: LifeSettings, stage: str) -> dict[str, float]:
 def main() -> int:
     settings = tyro.cli(LifeSettings, description=__doc__)
     begun = time.monotonic()
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    rewards.check_settings(settings.out / "settings.json", given)
     rewards.write_puzzles(settings.out / "data" / "puzzles")
-    write_documents(settings.out / "data" / "documents.jsonl")
-    write_problems(settings.out / "data" / "problems.jsonl")
+    held_out = held_out_puzzles(settings.out / "data" / "puzzles")
+    write_documents(settings.out / "data" / "documents.jsonl", held_out)
+    write_problems(settings.out / "data" / "problems.jsonl", held_out)
     found: dict[str, dict[str, float]] = {}
     for stage, needed in commands(settings).items():
         for command in needed:
@@ -150,7 +160,8 @@ def main() -> int:
         "# A whole life of a nano model",
         "",
         f"Share of {rewards.HELD_OUT} held-out sudokus with four to six givens that the model solves at temperature 0. "
-        "Their solved grids occur in training, the puzzles do not.",
+        "Their solved grids occur in training. The puzzles are not in the documents, nor in the data of preferences and "
+        "rewards; fine-tuning draws from a million generated puzzles, among which some of them are.",
         "",
         f"| after | {' | '.join(names)} |",
         "| --- |" + " --- |" * len(names),
@@ -166,4 +177,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -6,7 +6,8 @@ For each seed a nano model is trained on generated puzzles (or --model is taken)
 givens in a few denoising steps: the number of steps is the one whose accuracy at the temperature of the rollouts is nearest
 to 50 %. From this model each arm is trained with `train.py --objective grpo`: the policies trajectory, coupled and
 mean-field, and a control whose rewards are dealt to the answers of a group at random. All are evaluated on the same 200
-held-out puzzles, whose solved grids occur in training, and on 200 puzzles of other grids.
+held-out puzzles, whose solved grids occur in training, and on 200 puzzles of other grids. The arms see none of the held-out
+puzzles; the training before them draws from a million generated puzzles, among which some of these are.
 
 Each run has a folder in OUT, and the same command goes on where it was stopped. The results are written to --results after
 each run: the accuracy before and after of sampled answers (at that temperature, which is what the rewards train) and of
@@ -105,6 +106,25 @@ def write_puzzles(folder: pathlib.Path) -> None:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, "".join(json.dumps(one) + "\n" for one in records))
+
+
+def check_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings to a file, or compares them with those that are there.
+
+    Raises:
+      ValueError: the folder has results of other settings, which would be taken for those of these settings.
+    """
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plain)
+    elif (before := read_json(path)) != plain:
+        changed = [
+            f"{name} was {before.get(name)!r}, now {plain.get(name)!r}"
+            for name in sorted({*before, *plain})
+            if before.get(name) != plain.get(name)
+        ]
+        raise ValueError(f"{path.parent} has results of other settings ({'; '.join(changed)}): give another --out")
 
 
 def _rows(source: SudokuSource) -> list[Row]:
@@ -240,6 +260,9 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     settings = tyro.cli(RewardBenchSettings, description=__doc__)
     data = settings.out / "data"
+    free = ("out", "results", "arms", "seeds")  # more arms and seeds can be added to a folder
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    check_settings(settings.out / "settings.json", given)
     write_puzzles(data)
     found: dict[str, dict[str, Any]] = {}
     for seed in range(settings.seeds):
@@ -281,4 +304,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

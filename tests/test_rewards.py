@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from commands import ROOT
 from test_flags import parser_of
 
 from dream_jax.data import BatchOptions, Row, RowList, TokenizedRows
+from dream_jax.data.sudoku import SudokuSource
 from dream_jax.posttraining import BatchSizes
 from dream_jax.posttraining.advantages import advantages, shuffled
 from dream_jax.posttraining.prompts import PromptBatches
@@ -205,6 +207,25 @@ def test_the_commands_of_a_whole_life_are_understood(monkeypatch: pytest.MonkeyP
     for command in (one for several in commands.values() for one in several):
         script, *arguments = shlex.split(command)
         parser_of(script).parse_args(arguments)
+
+
+def test_the_measured_puzzles_of_a_life_are_in_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    life = importlib.import_module("life")
+    held_out = {str(row.prompt) for row in (SudokuSource("train", seed=1, size=40)[index] for index in range(40))}
+    held_out |= {str(SudokuSource("train", seed=2, min_givens=4, max_givens=6, size=4)[3].prompt)}
+    life.write_documents(tmp_path / "documents.jsonl", held_out)
+    life.write_problems(tmp_path / "problems.jsonl", held_out)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "documents.jsonl").read_text().splitlines()]
+    problems = [json.loads(line)["input"] for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    puzzles = ["".join(f"{line}\n" for line in text.splitlines()[:4]) for text in texts]
+    assert 3900 < len(texts) <= 3960 and not set(puzzles) & held_out
+    assert len(problems) <= 399 and not any(f"{problem}\n" in held_out for problem in problems)
+    # Results of other settings are not taken for those of these.
+    life.rewards.check_settings(tmp_path / "settings.json", {"steps": 1})
+    life.rewards.check_settings(tmp_path / "settings.json", {"steps": 1})
+    with pytest.raises(ValueError, match="steps was 1, now 2"):
+        life.rewards.check_settings(tmp_path / "settings.json", {"steps": 2})
 
 
 def test_gains_have_an_interval_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
