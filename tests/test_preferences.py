@@ -1,5 +1,6 @@
 """Preferences: the loss and its gradient against plain float64, the noise of pairs, and runs on pairs."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.optimizer import OptimizerConfig
 from dream_jax.posttraining.answer_bounds import draw_masks, pair_key
 from dream_jax.posttraining.base import StepMaterials
+from dream_jax.posttraining.pair_driver import pair_arrays
 from dream_jax.posttraining.preference_settings import PreferenceSettings
 from dream_jax.posttraining.preferences import Preference
 from dream_jax.shapes import joined
@@ -143,6 +145,19 @@ def test_the_loss_away_from_the_reference_is_that_of_plain_float64(kind: Any) ->
     np.testing.assert_allclose(bare["loss"], loss_of(objective, margins), rtol=1e-5)
     assert float(metrics["loss"]) > float(bare["loss"]) + 0.5
     assert np.isnan(float(metrics["kl"])) == (kind == "simpo")
+
+
+def test_bounds_have_the_products_of_the_step() -> None:
+    model, rows = Dream(PRESETS["nano"], rngs=nnx.Rngs(0)), batch()
+    made = materials(model, sharding.make_mesh("1x1"))
+    objective = Preference("vrpo", PreferenceSettings(pair_draws=1, reference="stored"))
+    found = []
+    for products in ("compute", "fp8-emulated"):
+        one = dataclasses.replace(made, config=dataclasses.replace(made.config, products=products))
+        bounds = jax.jit(lambda params, one=one: objective.bounds(
+            one, params, pair_arrays(rows), 1, "reference", pair_key(0))[0])  # fmt: skip
+        found.append(np.asarray(bounds(split_params(model)[1])))
+    assert 1e-4 < np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0]).max()
 
 
 @pytest.mark.parametrize("shared", ["all", "models", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -70,6 +71,15 @@ def pair_arrays(batch: PairBatch[Any]) -> dict[str, Any]:
         "reference": batch.reference_B,
     }
     return {name: x.reshape(-1, 2, *x.shape[1:]) for name, x in found.items() if x is not None}
+
+
+def _digest(batch: PairBatch[np.ndarray] | None) -> str:
+    """Returns a digest of the tokens of held-out pairs and of what is masked in them; "" without such pairs."""
+    if batch is None:
+        return ""
+    found = hashlib.blake2b(batch.tokens_BT.tobytes(), digest_size=8)
+    found.update(batch.maskable_BT.tobytes())
+    return found.hexdigest()
 
 
 class PairDriver(Driver):
@@ -149,7 +159,7 @@ class PairDriver(Driver):
             try:
                 with np.load(path, allow_pickle=False) as file:
                     found, numbers_P, bound_PA = json.loads(str(file["identity"])), file["pairs"], file["bounds"]
-                    held_out_PA = file["held_out"]
+                    held_out_PA, held_out_digest = file["held_out"], str(file["held_out_digest"])
             except (OSError, ValueError, KeyError, EOFError) as error:
                 raise ValueError(f"{path}, the bounds of the reference, cannot be read ({error}); {remedy}") from error
             if found != identity:
@@ -163,14 +173,19 @@ class PairDriver(Driver):
                 chunk = numbers_P[start : start + self._chunk].tolist()
                 laid = self._laid_out([run.rows.fitted(one, run.sizes.max_length) for one in chunk], chunk)
                 bound_PA[start : start + len(chunk)] = self._score(weights, laid, which="reference")
-            held_out = self._held_out
+            held_out, held_out_digest = self._held_out, _digest(self._held_out)
             held_out_PA = np.zeros((0, 2), np.float32)
             if held_out is not None:
                 held_out_PA = self._score(weights, held_out, held_out=True, which="reference")
             if jax.process_index() == 0:
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez(
-                        file, identity=json.dumps(identity), pairs=numbers_P, bounds=bound_PA, held_out=held_out_PA
+                        file,
+                        identity=json.dumps(identity),
+                        pairs=numbers_P,
+                        bounds=bound_PA,
+                        held_out=held_out_PA,
+                        held_out_digest=_digest(held_out),
                     )
             distributed.barrier("preferences.reference")
         self._bounds_of = dict(zip(numbers_P.tolist(), bound_PA, strict=True))
@@ -180,6 +195,10 @@ class PairDriver(Driver):
             raise ValueError(
                 f"{path} has the bounds of {len(held_out_PA)} held-out pairs, but the settings name {held_out_pairs}: give "
                 "the --eval-rows with which the run began"
+            )
+        if held_out_digest != _digest(self._held_out):
+            raise ValueError(
+                f"{path} has the bounds of other held-out pairs: evaluate on those with which the run began"
             )
 
     # ------------------------------------------------------------------------------------------------------- scores

@@ -10,8 +10,8 @@ from dream_jax.bounds import MOST_TOKENS, POSITIVE, FloatRange, IntegerRange, ch
 SharedDraws = Literal["all", "models", "none"]
 """Between which likelihood bounds of a pair the noise is the same.
 
-all: for both models and for both answers, as in VRPO. models: for both models, but not for both answers. none: each bound
-has noise of its own.
+models: for both models, but not for both answers, as in VRPO (LLaDA 1.5). all: for both models, and the same random numbers
+for both answers too. none: each bound has noise of its own.
 """
 
 Reference = Literal["auto", "adapter", "stored"]
@@ -31,8 +31,8 @@ class PreferenceSettings:
     pair_draws: int = 4
     """number of noise levels, each with one mask, with which the likelihood bound of an answer is estimated"""
     shared_draws: SharedDraws = "all"
-    """between what the noise is the same: both models and both answers of a pair (all), both models only (models), or
-    nothing (none). The noise that both models share makes the difference of a pair vary much less"""
+    """between what the noise is the same: both models and both answers of a pair (all), both models only (models, as in
+    LLaDA 1.5), or nothing (none). The noise that both models share makes the difference of a pair vary much less"""
     reference: Reference = "auto"
     """under vrpo where the reference comes from: the model with its adapter switched off (adapter), or the weights before
     the first step, whose bounds are computed once and written to OUT/reference.npz (stored); auto: adapter if a new adapter

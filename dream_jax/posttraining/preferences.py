@@ -246,9 +246,11 @@ class Preference(Objective):
         )
         valid_RT, maskable_RT = (repeated_rows(arrays[name], draws) for name in ("valid", "maskable"))
         mask = config.mask.for_rows(valid_RT, maskable_RT)
-        bound_PAn, nll_RT, correct_RT = answer_bounds(
-            model, arrays["tokens"], arrays["maskable"], masked_PAnT, arrays["valid"], mask, dropout
-        )
+        # Stored bounds of the reference must have the products of the step, or the first margins would not be 0.
+        with float8.products(config.products):
+            bound_PAn, nll_RT, correct_RT = answer_bounds(
+                model, arrays["tokens"], arrays["maskable"], masked_PAnT, arrays["valid"], mask, dropout
+            )
         about = {"t": flat_rows(t_PAn), "masked": flat_rows(masked_PAnT), "nll": nll_RT, "correct": correct_RT}
         return jnp.mean(bound_PAn, axis=-1), about
 
