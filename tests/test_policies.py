@@ -15,7 +15,7 @@ from dream_jax import masks
 from dream_jax.config import PRESETS
 from dream_jax.model import Dream
 from dream_jax.posttraining.policies import Policy, SampledRows, Views
-from dream_jax.posttraining.token_logprobs import TokenDistribution, token_logprobs
+from dream_jax.posttraining.token_logprobs import TokenDistribution, _scores, token_logprobs
 from dream_jax.sampler import BlockCache, Factor, SamplerConfig, Threshold, generate
 from dream_jax.sampler.propose import Writable
 
@@ -222,6 +222,29 @@ def test_entropies_and_gradients_are_those_of_the_distribution() -> None:
     np.testing.assert_allclose(entropy_BM, -np.sum(np.exp(log_p) * log_p, axis=-1), rtol=1e-4)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_finite_where_filters_and_the_tokenizer_leave_tokens_out() -> None:
+    logits_BCV = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2, 8)) * 3, jnp.float32)
+    writable_V = np.arange(8) != 5
+    mass_CV = np.where(writable_V, np.exp(np.asarray(logits_BCV[0]) / 1.5), 0.0)
+    order_CV = np.argsort(-mass_CV, axis=-1)
+    # The most probable token, and one that the filter leaves out and that is added to the set.
+    token_BC = jnp.asarray([[order_CV[0, 0], order_CV[1, 6]]], jnp.int32)
+    distribution = TokenDistribution(temperature=1.5, top_k=3)
+
+    def logprob(logits_BCV: jax.Array) -> jax.Array:
+        return jnp.sum(_scores(logits_BCV, token_BC, distribution, writable_V)[0])
+
+    value, gradient_BCV = jax.value_and_grad(logprob)(logits_BCV)
+    expected, expected_CV = 0.0, np.zeros((2, 8))
+    for row, token in enumerate(np.asarray(token_BC)[0]):
+        kept = sorted({*order_CV[row, :3].tolist(), int(token)})
+        p = mass_CV[row, kept] / mass_CV[row, kept].sum()
+        expected += np.log(p[kept.index(token)])
+        expected_CV[row, kept] = ((np.array(kept) == token) - p) / 1.5
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient_BCV[0], expected_CV, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from commands import run_script, start_script
 from flax import nnx
 
 import dream_jax
+from dream_jax import masks
 from dream_jax.config import PRESETS
 from dream_jax.model import Dream
 from dream_jax.plan import PlanSettings, make_plan, render
@@ -22,6 +23,7 @@ from dream_jax.posttraining.rollout_file import read_rollouts
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import render_report
 from dream_jax.trainer import TrainSettings, train
+from dream_jax.trainer import weights as weights_of
 
 # With random weights no answer is right, so this reward tells apart answers by their characters.
 REWARD = """
@@ -79,10 +81,11 @@ def weights(folder: Path) -> list[np.ndarray]:
 
 def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / "run"})
-    plain, errors, gains = grpo.UpdateStep.__call__, [], []
+    plain, errors, gains, places = grpo.UpdateStep.__call__, [], [], []
 
     def watched(self: Any, state: Any, batch: Any, frozen: Any = None) -> Any:
         after, metrics = plain(self, state, batch, frozen)
+        places.append((batch.old_BM.sharding, batch.reference_BM.sharding))
         # Before the first update the weights are those of the reference, which a program of its own has scored.
         ratio_BM = np.exp(np.asarray(metrics[grpo.LOGPROBS]) - np.asarray(batch.reference_BM))
         weight_BM = np.asarray(batch.weight_BM)
@@ -93,6 +96,7 @@ def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(grpo.UpdateStep, "__call__", watched)
     train(settings)
+    assert len(set(places)) == 1, "an update with arrays at another place would be compiled once more"
     assert errors[0] < 1e-6 < 1e-4 < errors[1]
     # The first update of each rollout has made better answers more probable than worse ones.
     assert min(gains[1::2]) > 0
@@ -199,6 +203,16 @@ def test_a_reward_that_fails_ends_the_command_with_one_line_and_the_answer(model
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("objective", ["grpo", "vrpo"])
+def test_a_model_of_block_diffusion_is_refused(objective: str, model: Path, tmp_path: Path) -> None:
+    blocks = dream_jax.load(model)
+    blocks.trained_mask = masks.name_of(masks.BlockDiffusion(4))
+    dream_jax.save(blocks, tmp_path / "blocks")
+    options = OPTIONS if objective == "grpo" else {"objective": objective}
+    with pytest.raises(ValueError, match=f"cannot be trained with --objective {objective} under it"):
+        weights_of.describe(TrainSettings.flat(**options | {"model": str(tmp_path / "blocks")}), "float32")
+
+
 def test_a_plan_has_the_rollouts() -> None:
     settings = TrainSettings.flat(**OPTIONS | {"model": "dream-7b", "lora_rank": 8, "max_length": 64, "mesh": "8x1"})
     plan = make_plan(settings, PlanSettings(plan=True, topology="v6e:2x4", compile=False))
@@ -226,6 +240,8 @@ def test_a_plan_has_the_rollouts() -> None:
         ({"mesh": "8x1", "accumulation": 2}, "fsdp=8 does not divide"),
         ({"eos_tail": 3}, "lay out responses"),
         ({"weight": "uniform"}, "--weight has no effect with --objective grpo"),
+        ({"learned_turns": "all"}, "--learned-turns all has no effect with --objective grpo"),
+        ({"final": "best", "eval_rows": 2}, "--final best takes"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -147,12 +147,14 @@ class Objective(abc.ABC):
       metrics: names of the columns of `metrics.csv` that only this objective has.
       evaluated: names of the columns of `eval.csv` that only this objective has.
       rate_factor: the default learning rate is that of `sft` times this number.
+      has_mfu: whether the operations of a step follow from the shape of its batch, so that its MFU can be shown.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()
     evaluated: ClassVar[tuple[str, ...]] = ()
     rate_factor: ClassVar[float] = 1.0
+    has_mfu: ClassVar[bool] = True
 
     @property
     def computed_rows(self) -> int:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dream_jax import layer_forms, lora, masks, sharding
 from dream_jax.batch import Batch
-from dream_jax.data import Batches, BatchOptions, Mixture, RowSource, TokenizedRows
+from dream_jax.data import Batches, BatchOptions, EncodeOptions, Mixture, RowSource, TokenizedRows
 from dream_jax.inference import answer as answer_prompts
 from dream_jax.model import merge_params
 from dream_jax.objective import CartWeight
@@ -70,7 +70,8 @@ class ViewBatch(Batch[Any]):
       weight_BM: float32, the weight of each of them in the loss; 0 at entries that only fill up the array.
       advantage_B: float32, the advantage of the answer.
       old_BM: float32, the log-probabilities under the weights that sampled the answers; ignored in the first update.
-      reference_BM: float32, the log-probabilities under the reference.
+      reference_BM: float32, the log-probabilities under the reference. Both are replicated, as programs return them, so
+        that one compiled program makes all updates.
       limit: int32 scalar: token ids at or above it are never written.
       count: int32 scalar, the number of microbatches that have views.
       first: bool scalar, whether this is the first update of the rollout.
@@ -101,6 +102,7 @@ class GroupRelative(Objective):
         *("entropy", "kl", "clipped", "ratio_error", "views", "rollout_share"),
     )
     evaluated: ClassVar[tuple[str, ...]] = ("reward", "reward_se", "answer_tokens")
+    has_mfu: ClassVar[bool] = False
 
     def __init__(self, settings: RewardSettings):
         """Stores the settings; the rewards are made when rows or answers are judged."""
@@ -120,6 +122,14 @@ class GroupRelative(Objective):
     def updates_per_step(self) -> int:
         """Number of updates of the optimizer in a step."""
         return self.settings.updates
+
+    def check_options(self, options: BatchOptions, encoding: EncodeOptions) -> None:
+        """Raises ValueError if earlier turns of a chat shall be learned, which are only read here."""
+        if encoding.learned_turns == "all":
+            raise ValueError(
+                "--learned-turns all has no effect with --objective grpo, which trains sampled answers to the last turn: "
+                "leave it out"
+            )
 
     def check_rows(self, source: RowSource) -> None:
         """Raises ValueError, with file and line, for rows that are documents or that a reward cannot judge."""
@@ -232,6 +242,7 @@ def _view_shapes(
     def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(mesh))
 
+    whole = jax.ShapeDtypeStruct((most, rows, scored), jnp.float32, sharding=sharding.replicated(mesh))
     return ViewBatch(
         tokens_BT=shaped(length, dtype=jnp.int32),
         maskable_BT=shaped(length, dtype=jnp.bool_),
@@ -241,8 +252,8 @@ def _view_shapes(
         position_BM=shaped(scored, dtype=jnp.int32),
         weight_BM=shaped(scored, dtype=jnp.float32),
         advantage_B=shaped(dtype=jnp.float32),
-        old_BM=shaped(scored, dtype=jnp.float32),
-        reference_BM=shaped(scored, dtype=jnp.float32),
+        old_BM=whole,
+        reference_BM=whole,
         limit=scalar(jnp.int32),
         count=scalar(jnp.int32),
         first=scalar(jnp.bool_),
@@ -303,7 +314,7 @@ def _update(
         total = jnp.sum(views.weight_BM * (value_BM + settings.kl_weight * kl_BM))
         is_clipped_BM = jnp.where(
             advantage_B1 > 0, ratio_BM > 1.0 + settings.clip_high, ratio_BM < 1.0 - settings.clip_low
-        )
+        ) & (advantage_B1 != 0)
         mean = lambda x_BM: jnp.sum(jnp.where(used_BM, x_BM, 0.0))
         sums = {
             "loss": total,
@@ -407,7 +418,9 @@ class RolloutDriver(Driver):
         self._greedy = settings.make_sampler(run.tokenizer, materials.model.trained_mask, greedy=True)
         TokenDistribution.of(self._sampler)
         self._reference: ParamTree | None = None
-        self._score = jax.jit(functools.partial(_score_all, materials, settings))
+        self._score = jax.jit(
+            functools.partial(_score_all, materials, settings), out_shardings=sharding.replicated(run.mesh)
+        )
         self._file = RolloutFile(run.folder)
 
     def begin(self, state: TrainState, frozen: ParamTree) -> None:
@@ -630,6 +643,8 @@ def view_batch(
         return jax.make_array_from_callback(filled.shape, sharded, filled.__getitem__)
 
     row_X = views.row_X
+    shape = (most, microbatch_rows, width)
+    nothing = jax.device_put(np.zeros(shape, np.float32), sharding.replicated(mesh))
     # A view that only fills up a microbatch is a copy, because it must have valid tokens, or its attention would have no
     # key. Its weights are 0.
     return ViewBatch(
@@ -641,8 +656,8 @@ def view_batch(
         position_BM=put(position_XM),
         weight_BM=put(weight_XM, repeats=False),
         advantage_B=put(advantage_R[row_X].astype(np.float32)),
-        old_BM=put(np.zeros(weight_XM.shape, np.float32)),
-        reference_BM=put(np.zeros(weight_XM.shape, np.float32)),
+        old_BM=nothing,
+        reference_BM=nothing,
         limit=jax.device_put(np.int32(limit), sharding.replicated(mesh)),
         count=jax.device_put(np.int32(-(-number // microbatch_rows)), sharding.replicated(mesh)),
         **_flags(True, True, mesh),

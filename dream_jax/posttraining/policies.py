@@ -11,7 +11,8 @@ Letters of axes here: R answers, X views (of all answers), M scored tokens of a 
   With K views fewer than steps, neighbouring steps share the canvas before the first of them. (CJ-GRPO, arXiv 2509.23924,
   replays all steps; TraceRL, arXiv 2509.06949, joins neighbouring ones.)
 - "coupled": two canvases with complementary random masks, at noise levels t and 1 - t, with t in [0.2, 0.8], so that both
-  show some of the answer. (Coupled GRPO of DiffuCoder, Gong et al. 2025, arXiv 2506.20639.)
+  show some of the answer. (From coupled GRPO of DiffuCoder, Gong et al. 2025, arXiv 2506.20639. Its code also scores every
+  token on the canvas with the whole answer masked, weights the other two by 1 / t and 1 / (1 - t), and takes the mean.)
 - "mean-field": one canvas on which the whole answer is masked, and each token of the prompt with a small probability, as if
   the tokens of the answer were independent. (d1, Zhao et al. 2025, arXiv 2504.12216.)
 

@@ -182,7 +182,7 @@ class TrainSettings:
             raise ValueError(f"{flags} has no effect with --objective {name}, whose loss is another one: leave it out")
         if self.network.anneal_steps:
             raise ValueError(f"--anneal-steps is for --objective sft, not for {name}: leave it out")
-        if name in ("vrpo", "simpo") and self.run.final == "best":
+        if self.run.final == "best":
             raise ValueError(
                 f"--final best takes the weights with the lowest held-out nll, which --objective {name} does not lower: "
                 "leave it out"

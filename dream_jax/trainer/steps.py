@@ -127,8 +127,10 @@ def take_steps(
             now = time.monotonic()
             positions = settings.batches.batch_size * width  # of the global batch, padding included
             row["tokens_per_second"] = positions / (now - clock)
-            counter = flop_counter(width, run.built.materials.config.block_size(number - 1))
-            mfu = counter.mfu(each * positions, row["num_masked"], now - clock, run.mesh, _span(batch))
+            mfu = None
+            if objective.has_mfu:
+                counter = flop_counter(width, run.built.materials.config.block_size(number - 1))
+                mfu = counter.mfu(each * positions, row["num_masked"], now - clock, run.mesh, _span(batch))
             clock = now
             if log:
                 log.write(number, row)

@@ -67,6 +67,11 @@ def describe(settings: TrainSettings, compute_dtype: str) -> Dream:
     if settings.loss.block_sizes:
         model.trained_mask = masks.name_of(masks.BlockDiffusion(settings.loss.block_sizes[-1]))
     elif isinstance(masks.parse(model.trained_mask), masks.BlockDiffusion):
+        if settings.run.objective != "sft":
+            raise ValueError(
+                f"the model was trained by block diffusion, under the mask {model.trained_mask}, and cannot be trained "
+                f"with --objective {settings.run.objective} under it: give another mask with --mask"
+            )
         raise ValueError(
             f"the model was trained by block diffusion, under the mask {model.trained_mask}: give --block-diffusion "
             f"{model.trained_mask.partition(':')[2]} to train it further in this way, or another mask with --mask"
