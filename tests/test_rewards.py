@@ -181,6 +181,7 @@ def test_prompts_come_once_in_each_epoch_and_the_stream_resumes() -> None:
         ({"average": "rows"}, "is not one of"),
         ({"policy": "coupled", "policy_passes": 2}, "is for the policy trajectory"),
         ({"rollout_temperature": 0.0}, "tokens are drawn at random"),
+        ({"rollout_preset": "fast", "rollout_steps": 3}, "has no effect with --rollout-preset fast"),
     ],
 )
 def test_settings_of_rewards_are_checked(values: dict[str, Any], message: str) -> None:

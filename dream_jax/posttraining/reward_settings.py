@@ -109,6 +109,11 @@ class RewardSettings:
             raise ValueError("--reward-pattern has no effect without --reward format: add it, or leave the pattern out")
         if "format" in self.reward:
             make_reward("format", self.reward_pattern)
+        if self.rollout_steps is not None and self.rollout_preset != "exact":
+            raise ValueError(
+                f"--rollout-steps {self.rollout_steps} has no effect with --rollout-preset {self.rollout_preset}, which writes "
+                "by confidence: leave it out"
+            )
         for name, choices in (("advantage", Baseline), ("average", Average)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r:.40} is not one of {', '.join(get_args(choices))}")
