@@ -96,7 +96,8 @@ def test_a_run_samples_rewards_and_updates(model: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(grpo.UpdateStep, "__call__", watched)
     train(settings)
-    assert len(set(places)) == 1, "an update with arrays at another place would be compiled once more"
+    # With another sharding in the second update, the program would be compiled once more.
+    assert all(place.is_fully_replicated for both in places for place in both)
     assert errors[0] < 1e-6 < 1e-4 < errors[1]
     # The first update of each rollout has made better answers more probable than worse ones.
     assert min(gains[1::2]) > 0
