@@ -111,8 +111,8 @@ class RewardSettings:
             make_reward("format", self.reward_pattern)
         if self.rollout_steps is not None and self.rollout_preset != "exact":
             raise ValueError(
-                f"--rollout-steps {self.rollout_steps} has no effect with --rollout-preset {self.rollout_preset}, which writes "
-                "by confidence: leave it out"
+                f"--rollout-steps {self.rollout_steps} has no effect with --rollout-preset {self.rollout_preset}, which "
+                "writes by confidence: leave it out"
             )
         for name, choices in (("advantage", Baseline), ("average", Average)):
             if getattr(self, name) not in get_args(choices):
