@@ -87,6 +87,7 @@ def test_a_reward_that_is_not_there_is_refused(name: str, message: str) -> None:
         ("float('nan')", "returned nan"),
         ("'much'", "returned 'much', which is not a number"),
         ("None", "which is not a number"),
+        ("'1.5'", "returned '1.5', which is not a number"),
     ],
 )
 def test_a_reward_that_fails_stops_with_the_answer_that_did_it(

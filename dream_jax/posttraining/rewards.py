@@ -262,13 +262,16 @@ def _value(reward: Reward, answer: SampledAnswer) -> float:
         )
 
     try:
-        value = reward(answer)
+        value: Any = reward(answer)  # A function of the user can return a value of any type.
     except Exception as error:  # A function of the user can raise an error of any type.
         raise failed(f"raised {type(error).__name__}: {error}") from error
+    no_number = f"returned {value!r:.60}, which is not a number,"
+    if isinstance(value, str | bytes):  # float() would read numbers out of texts.
+        raise failed(no_number)
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise failed(f"returned {value!r:.60}, which is not a number,") from error
+        raise failed(no_number) from error
     if not math.isfinite(number):
         raise failed(f"returned {number}")
     return number
