@@ -414,14 +414,13 @@ class DreamTokenizer:
         for texts in _groups(plain):
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
             ids |= {text: found.ids for text, found in zip(texts, encoded, strict=True)}
-        return [
-            [
-                token
-                for piece in split
-                for token in ([self._specials[piece]] if special and piece in self._specials else ids[piece])
-            ]
-            for split, special in zip(pieces, specials, strict=True)
-        ]
+        found = list[list[int]]()
+        for split, special in zip(pieces, specials, strict=True):
+            tokens = list[int]()
+            for piece in split:
+                tokens += (self._specials[piece],) if special and piece in self._specials else ids[piece]
+            found.append(tokens)
+        return found
 
     def _parts(self, text: str) -> list[str]:
         """Returns parts of a long text whose ids, one after the other, are the ids of the text; of others the text alone.
@@ -454,9 +453,9 @@ class DreamTokenizer:
         # A text that no message contains is inserted into the name of every special token in the messages. After the
         # template is applied, only the special tokens of the template itself match; then the text is removed. The text is
         # a run of one character, with more of it than all messages have together, also as JSON writes it in ASCII.
-        texts = [template.text, *_texts_of([messages, tools])]
-        guard = _GUARD * (1 + sum(text.count(_GUARD) + text.count(_ESCAPED_GUARD) for text in texts))
-        if not any(self._special_pattern.search(text) for text in texts[1:]):  # as in nearly all chats
+        texts = "\n".join(_texts_of([messages, tools]))
+        guard = _GUARD * (1 + sum(text.count(_GUARD) + text.count(_ESCAPED_GUARD) for text in (template.text, texts)))
+        if not self._special_pattern.search(texts):  # as in nearly all chats
             return template, messages, tools, guard
 
         def guarded(value: Any) -> Any:
@@ -525,23 +524,25 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield some
 
 
-def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
-    """Yields every text in lists and mappings, names too. Raises ValueError if they lie too deep inside one another."""
-    if depth > DEEPEST:
+def _texts_of(value: Any) -> list[str]:
+    """Returns every text in lists and mappings, names too. Raises ValueError if they lie too deep inside one another."""
+    found, level = list[str](), [value]
+    for _ in range(DEEPEST + 1):
+        if not level:
+            break
+        deeper = list[Any]()
+        for one in level:
+            if isinstance(one, str):
+                found.append(one)
+            elif isinstance(one, (dict, Mapping)):  # a dict is recognised in less time
+                deeper += one
+                deeper += one.values()
+            elif isinstance(one, (list, tuple)):
+                deeper += one
+        level = deeper
+    if not all(isinstance(one, str) for one in level):
         raise ValueError(f"a message or a tool has more than {DEEPEST} lists or objects inside one another")
-    if isinstance(value, str):
-        yield value
-        return
-    inside: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inside = (*value, *value.values())
-    elif isinstance(value, list | tuple):
-        inside = value
-    for one in inside:
-        if isinstance(one, str):
-            yield one
-        else:
-            yield from _texts_of(one, depth + 1)
+    return found + level
 
 
 def turn_text(message: Message) -> str:

@@ -1,13 +1,14 @@
 """Tokens in a store on the disk: the same batches as from memory, whole or not at all, and never of other data."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dream_jax.data import (
 )
 from dream_jax.data.encode import TokenRow, token_rows
 from dream_jax.data.store import DamagedStore, TokenStore, digest_of
+from dream_jax.data.token_cache import encoded
 from dream_jax.tokenizer import ByteTokenizer, load_tokenizer
 from dream_jax.trainer import TrainSettings
 
@@ -144,6 +146,28 @@ def fill_with(count: int, offset: int = 0) -> Callable[[StoreWriter], Intake]:
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("asked", [None, "true"])
+def test_encoding_leaves_the_settings_of_the_process_as_they_were(
+    asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an error; and what the user says about the tokenizer's threads holds while rows are encoded."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", asked)
+    before = gc.get_threshold()
+    seen = list[tuple[str | None, bool]]()
+
+    def rows() -> Iterator[Row]:
+        seen.append((os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold() == before))
+        yield Row(prompt="1+1=", response="2")
+        raise RuntimeError("no further rows")
+
+    with pytest.raises(RuntimeError, match="no further rows"):
+        list(encoded(rows(), ByteTokenizer(), EncodeOptions()))
+    assert seen == [(asked or "false", False)]
+    assert (os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold(), gc.get_freeze_count()) == (asked, before, 0)
 
 
 def test_a_second_start_finds_the_store_and_says_so(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _row_of(row: Row, tokenizer: Tokenizer, options: EncodeOptions, ids: Iterato
     pieces += [(kind, next(ids)) for kind, _ in _response(row, options)]
     pieces.append(("end", [tokenizer.eos_id]))
     return TokenRow(
-        tokens=np.array([token for _, tokens in pieces for token in tokens], dtype=np.int32),
+        tokens=np.array(list(itertools.chain.from_iterable(tokens for _, tokens in pieces)), dtype=np.int32),
         pieces=tuple(TokenPiece(kind, len(tokens)) for kind, tokens in pieces),
     )
 
