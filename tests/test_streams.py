@@ -68,6 +68,21 @@ def test_splits_revisions_and_configurations(asked):
         texts(ReadOptions(stream_rows=7, split="other"))
 
 
+def test_a_split_that_the_hub_no_longer_has_is_named(asked, tmp_path, monkeypatch):
+    assert len(texts()) == 7
+
+    def load_dataset(*names, revision, streaming):
+        return datasets.IterableDatasetDict(
+            {"train": datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset()}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    remedy = r"had the split 'validation' when .*\.json was written, and has only \['train'\] now; remove this file"
+    with pytest.raises(ValueError, match=remedy):
+        texts(ReadOptions(stream_rows=7, split="validation"))
+    assert texts() == [f"train {n}" for n in range(7)]
+
+
 def test_a_hub_that_falls_silent_or_fails_leaves_nothing(asked, tmp_path, monkeypatch):
     def endless(*names, revision, streaming):
         def rows():

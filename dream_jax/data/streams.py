@@ -98,7 +98,13 @@ class HubStream:
         import pyarrow
         import pyarrow.parquet
 
-        rows = self._splits()[split].take(self._rows)
+        splits = self._splits()
+        if split not in splits:
+            raise ValueError(
+                f"{self._hub_id} had the split {split!r} when {self._path('splits').with_suffix('.json')} was written, and "
+                f"has only {sorted(splits)} now; remove this file, or give a revision that has it (NAME@REVISION)"
+            )
+        rows = splits[split].take(self._rows)
         batches = iter(rows.with_format("arrow").iter(batch_size=_BATCH))
         begun = said = time.monotonic()
         count = 0
