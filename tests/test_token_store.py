@@ -148,15 +148,17 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("asked", [None, "true"])
 def test_encoding_leaves_the_settings_of_the_process_as_they_were(
-    asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str | None, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after an error; and what the user says about the tokenizer's threads holds while rows are encoded."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if asked is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", asked)
-    before = gc.get_threshold()
+    before, frozen_before = gc.get_threshold(), gc.get_freeze_count() > 0
+    (gc.freeze if frozen else gc.unfreeze)()
     seen = list[tuple[str | None, bool]]()
 
     def rows() -> Iterator[Row]:
@@ -164,10 +166,14 @@ def test_encoding_leaves_the_settings_of_the_process_as_they_were(
         yield Row(prompt="1+1=", response="2")
         raise RuntimeError("no further rows")
 
-    with pytest.raises(RuntimeError, match="no further rows"):
-        list(encoded(rows(), ByteTokenizer(), EncodeOptions()))
-    assert seen == [(asked or "false", False)]
-    assert (os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold(), gc.get_freeze_count()) == (asked, before, 0)
+    try:
+        with pytest.raises(RuntimeError, match="no further rows"):
+            list(encoded(rows(), ByteTokenizer(), EncodeOptions()))
+        assert seen == [(asked or "false", False)]
+        assert (os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold()) == (asked, before)
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        (gc.freeze if frozen_before else gc.unfreeze)()
 
 
 def test_a_second_start_finds_the_store_and_says_so(tmp_path: Path) -> None:

@@ -216,14 +216,16 @@ def _few_collections() -> Iterator[None]:
 
     Rows consist of many objects without cycles. Looking at them, and at all modules, took a twelfth of the time.
     """
-    before = gc.get_threshold()
-    gc.freeze()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    if not frozen:  # otherwise the program has chosen itself what is not looked at
+        gc.freeze()
     gc.set_threshold(_ALLOCATED, *before[1:])
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
