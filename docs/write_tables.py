@@ -365,6 +365,44 @@ def two_streams() -> str:
     return table(header, rows)
 
 
+def data() -> str:
+    """The first and later starts on large data, beyond those of ten rows."""
+    found = read("data")
+    cells = []
+    for name, one in found["results"].items():
+        beyond = one["beyond_ten_rows"]
+        cells.append(
+            (
+                f"{one['all_first']['rows']:,} {name.partition('-')[0]}",
+                f"{one['bytes'] / 1e9:.2f}",
+                f"{beyond['first_start_seconds']:.1f}",
+                f"{beyond['later_start_seconds']:.1f}",
+                *(f"{beyond[f'{when}_peak_bytes'] / 1e9:.3f}" for when in ("first", "later")),
+                f"{beyond['bytes_per_second'] / 1e6:.2f}",
+                f"{beyond['share_of_the_tokenizer_alone']:.2f}",
+            )
+        )
+    header = (
+        "data",
+        "GB",
+        "first start, s",
+        "later start, s",
+        "memory of the first, GB",
+        "of the later, GB",
+        "MB/s",
+        "share",
+    )
+    hardware = found["hardware"]
+    versions = ", ".join(
+        f"{name} {found['versions'][name]}" for name in ("tokenizers", "transformers", "grain", "python")
+    )
+    about = (
+        f"{found['date'][:10]}, {hardware['cores']} cores ({hardware['cpu']}), {versions}. Other programs used "
+        f"{found['other_work_share']:.1%} of the machine. Memory and times are beyond those of ten rows."
+    )
+    return f"{table(header, cells)}\n{about}\n"
+
+
 def floors() -> str:
     """The fewest nats that each kind of model can have on countdown."""
     with (ROOT / "docs" / "study" / "floors.csv").open(newline="", encoding="utf-8") as file:
@@ -484,6 +522,7 @@ def refreshing(*, chinese: bool = False) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "data": data,
     "floors": floors,
     "status": status,
     "status-zh": status_zh,
