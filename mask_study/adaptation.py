@@ -261,7 +261,7 @@ def measure_start(start: Dream, texts: Texts, words: Tokenizer, settings: Adapta
     """Returns the record of the weights as they are: nats in the way of each arm, and where the heads look."""
     autoregressive = ADAPTATION_ARMS["autoregressive"]
     exact = autoregressive_nats(start, texts.test_RT)
-    arms = [ADAPTATION_ARMS[name] for name in settings.arms or ADAPTATION_ARMS]
+    arms = ADAPTATION_ARMS.values()  # also those that only a later command trains in this folder
     # The annealed arm starts with the same mask as the bidirectional one is measured under.
     levels = {arm.name: levels_of(start_of(arm, start, 0), arm, texts.test_RT) for arm in arms if not arm.annealed}
     both = dataclasses.replace(ADAPTATION_ARMS["causal"], name="causal, unshifted", shift=False)
@@ -338,9 +338,19 @@ def _rounded(found: Any) -> Any:
     return {name: _rounded(one) for name, one in found.items()} if isinstance(found, dict) else round(found, 5)
 
 
+def _read_run(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the record of a finished run. Raises ValueError if the file is damaged, or is not that of a run."""
+    found = read_json(path, _REMEDY)
+    needed = {"arm", "rate", "seed", "settings"}
+    needed |= {"nats", "autoregressive"} if found.get("arm") == START else {"steps", "curve", "bound", "training_nats"}
+    if missing := sorted(needed - found.keys()):
+        raise ValueError(f"{path} is not the file of a finished run, because it has no {', '.join(missing)}; {_REMEDY}")
+    return found
+
+
 def finished(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the records of all runs in the folder, sorted by arm, rate and seed."""
-    found = [read_json(path, _REMEDY) for path in sorted((folder / "runs").glob("*.json"))]
+    found = [_read_run(path) for path in sorted((folder / "runs").glob("*.json"))]
     arms = [START, *ADAPTATION_ARMS]
     return sorted(found, key=lambda one: (arms.index(one["arm"]), -one["rate"], one["seed"]))
 
@@ -479,7 +489,7 @@ def main(settings: AdaptationSettings) -> None:
             except BlockingIOError:
                 continue  # Another process makes this run.
             if path.is_file():
-                found = read_json(path, _REMEDY)["settings"]
+                found = _read_run(path)["settings"]
                 if found != settings.recorded():
                     raise FileExistsError(
                         f"{path} has a run with {found}, not {settings.recorded()}; give another --out, or the settings of "

@@ -61,7 +61,7 @@ class _Words:
     def missing(self, names: Sequence[str], *, run: bool = False) -> str:
         """Returns what was not run, or with `run` what was run but not measured."""
         if self._chinese:
-            return ("未测量：" if run else "未运行：") + ", ".join(map(self, names))
+            return ("未测量：" if run else "未运行：") + "、".join(map(self, names))
         return ("not measured: " if run else "not run: ") + ", ".join(map(self, names))
 
 

@@ -460,7 +460,7 @@ def test_figures_say_what_was_not_run_and_draw_floors(tmp_path):
         "likelihood.png", "likelihood.zh.svg", "learning.png", "learning.zh.svg",
     ]  # fmt: skip
     drawn = (tmp_path / "likelihood.zh.svg").read_text(encoding="utf-8")
-    assert "未运行：因果, 前缀, 窗口:4" in drawn and drawn.count("stroke-dasharray: 3.7,1.6") == 4
+    assert "未运行：因果、前缀、窗口:4" in drawn and drawn.count("stroke-dasharray: 3.7,1.6") == 4
 
 
 def test_committed_tables_are_made_from_the_committed_runs(tmp_path):
