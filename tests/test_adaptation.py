@@ -269,7 +269,8 @@ def test_a_quick_study_resumes(checkpoint, texts, tmp_path):
     first = run_script(*command)
     assert first.returncode == 0, first.stderr
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")}
-    assert len(found) == 4 and "unshifted" in found["start"]["nats"]
+    every = {name for name, arm in adaptation.ADAPTATION_ARMS.items() if not arm.annealed}
+    assert len(found) == 4 and set(found["start"]["nats"]) == {*every, "causal, unshifted"}  # for later commands too
     run = found["two-streams--blocks-of-16-rate-0-0003-seed-0"]
     assert run["steps"] <= 4 == found["unshifted-rate-0-0003-seed-0"]["steps"]
     assert 0 < run["bound"]["nats"] < 3 * math.log(128) and run["bound"]["error"] > 0
@@ -284,3 +285,6 @@ def test_a_quick_study_resumes(checkpoint, texts, tmp_path):
     assert again.returncode == 0 and "made " not in again.stdout and "unshifted" in again.stdout
     other = run_script(*command, "--samples", "12")
     assert other.returncode == 1 and "give another --out" in other.stderr
+    (tmp_path / "out" / "runs" / "start.json").write_text("{}")
+    damaged = run_script(*command)
+    assert damaged.returncode == 1 and "start.json is not the file of a finished run" in damaged.stderr
