@@ -19,6 +19,7 @@ from dream_jax.config import PRESETS
 from dream_jax.model import Dream
 from dream_jax.plan import PlanSettings, make_plan, render
 from dream_jax.posttraining import grpo
+from dream_jax.posttraining.rewards import RewardError, Rewards, SampledAnswer, make_reward
 from dream_jax.posttraining.rollout_file import read_rollouts
 from dream_jax.reports.record import read_record
 from dream_jax.reports.run_report import render_report
@@ -251,3 +252,40 @@ def test_settings_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         train(TrainSettings.flat(**OPTIONS | {"model": str(model), "out": tmp_path / "run"} | changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_only_process_0_judges_and_all_processes_end_if_a_reward_fails(
+    process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes are simulated: what process 0 would send is what `sent` has."""
+    asked: list[str] = []
+
+    class Judge(Rewards):
+        def __call__(self, answer: SampledAnswer) -> tuple[float, ...]:
+            asked.append(answer.text)
+            if answer.text == "bad":
+                raise RewardError("the reward failed")
+            return (len(answer.text), 0.5)
+
+    def answer(text: str) -> SampledAnswer:
+        return SampledAnswer(question="", text=text, reference="", length=1, ended=True, row={}, where="row 1", limit=1)
+
+    sent: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        if process == 0:
+            sent[:] = [value]
+        return sent[0]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(grpo.multihost_utils, "broadcast_one_to_all", broadcast)
+    driver = object.__new__(grpo.RolloutDriver)
+    driver._rewards = Judge([make_reward("length"), make_reward("exact")])
+    sent[:] = [(np.array([[1.0, 0.5], [3.0, 0.5]], np.float32), np.bool_(False))]
+    np.testing.assert_array_equal(driver._values([answer("a"), answer("abc")]), [[1.0, 0.5], [3.0, 0.5]])
+    assert asked == (["a", "abc"] if process == 0 else [])
+    sent[:] = [(np.zeros((1, 2), np.float32), np.bool_(True))]
+    with pytest.raises(RewardError, match="the reward failed" if process == 0 else "a reward failed in process 0"):
+        driver._values([answer("bad")])

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -37,7 +37,7 @@ from dream_jax.posttraining.base import BatchSizes, Driver, Objective, RunMateri
 from dream_jax.posttraining.policies import SampledRows, Views
 from dream_jax.posttraining.prompts import PromptBatch, PromptBatches
 from dream_jax.posttraining.reward_settings import RewardSettings
-from dream_jax.posttraining.rewards import SampledAnswer
+from dream_jax.posttraining.rewards import RewardError, SampledAnswer
 from dream_jax.posttraining.rollout_file import RolloutFile
 from dream_jax.posttraining.rollouts import Rollout, sample_rollout, sampled_answers
 from dream_jax.posttraining.token_logprobs import TokenDistribution, token_logprobs
@@ -469,9 +469,9 @@ class RolloutDriver(Driver):
             names = [(0, index) for index in range(len(chunk))]  # not used: at temperature 0 nothing is random
             answers = answer_prompts(model, run.tokenizer, prompts, names, self._greedy, size)
             where = [_where(row.meta, start + index) for index, (row, _) in enumerate(chunk)]
-            for one in sampled_answers(answers, [row for row, _ in chunk], where, self._settings.rollout_tokens):
-                rewards.append(self._rewards.total(self._rewards(one)))
-                lengths.append(one.length)
+            seen = sampled_answers(answers, [row for row, _ in chunk], where, self._settings.rollout_tokens)
+            rewards += [self._rewards.total(values_F) for values_F in self._values(seen)]
+            lengths += [one.length for one in seen]
         count = len(rewards)
         error = float(np.std(rewards, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
         return {"reward": float(np.mean(rewards)), "reward_se": error, "answer_tokens": float(np.mean(lengths))}
@@ -508,13 +508,33 @@ class RolloutDriver(Driver):
         seen = sampled_answers(
             rollout.answers, [rows[index] for index in indices], where, self._settings.rollout_tokens
         )
-        values_RF = np.array([self._rewards(one) for one in seen], np.float64)
-        if jax.process_count() > 1:  # a reward of the user need not be the same in every process
-            values_RF = np.asarray(multihost_utils.broadcast_one_to_all(values_RF.astype(np.float32)), np.float64)
+        values_RF = self._values(seen)
         total_PG = (values_RF @ np.array(self._rewards.weights)).reshape(-1, size)
         if self._settings.shuffle_rewards:
             total_PG = shuffled(total_PG, np.random.default_rng([self._run.sizes.seed, number]))
         return values_RF, total_PG, list(seen)
+
+    def _values(self, seen: Sequence[SampledAnswer]) -> np.ndarray:
+        """Returns the values [R, F] of F rewards of R answers. Of several processes only process 0 judges them.
+
+        A reward of the user need not be the same in every process. All processes raise RewardError if it fails, because
+        the others would otherwise wait for process 0 without end.
+        """
+        if jax.process_count() == 1:
+            return np.array([self._rewards(one) for one in seen], np.float64)
+        values_RF = np.zeros((len(seen), len(self._rewards.weights)), np.float32)
+        failure: RewardError | None = None
+        if jax.process_index() == 0:
+            try:
+                values_RF[:] = [self._rewards(one) for one in seen]
+            except RewardError as error:
+                failure = error
+        values_RF, failed = multihost_utils.broadcast_one_to_all((values_RF, np.bool_(failure is not None)))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RewardError("a reward failed in process 0, whose error message has the answer")
+        return np.asarray(values_RF, np.float64)
 
     def _update(
         self, state: TrainState, frozen: ParamTree, rows: SampledRows, found: Advantages, number: int

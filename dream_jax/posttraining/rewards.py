@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dream_jax.data import Row
@@ -241,7 +241,7 @@ class Rewards:
         """
         return tuple(_value(reward, answer) for reward in self.rewards)
 
-    def total(self, values: Sequence[float]) -> float:
+    def total(self, values: Iterable[float]) -> float:
         """Returns the weighted sum of the values of the rewards."""
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
 
