@@ -7,7 +7,8 @@ Trains the nano model (856,192 parameters, bytes as tokens) on each task in each
 computes more than one with a single stream, so models with two streams get fewer steps: every model of a task has the
 FLOPs of the same number of steps with one stream. Each model is measured on test rows by the bound on -log p of an
 answer in nats (exact for the autoregressive model and for blocks of one token), and by the share of correct answers:
-when one token is written in each pass, and when the answer is written in a quarter of these passes.
+when one token is written in each pass, and when the answer is written in a quarter of these passes; with larger blocks of
+two streams also when the first token of each block is written first.
 
 Each run is a file in OUT/runs. The same command goes on where it was stopped, and several processes may share OUT: each
 takes runs that no other process has locked. OUT/summary.csv has means over seeds with 95 % intervals, and differences from
@@ -56,6 +57,7 @@ from mask_study.training import decode, encode
 STORED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "study"
 RESULT, SUMMARY = "block_diffusion.jsonl", "block_diffusion.csv"
 _LEARNING_RATE = 2e-3  # the default of train.py for random weights
+_FIRST = "a token a pass, the first of a block first"
 _REMEDY = "remove the file, then the same command makes its run again"
 
 
@@ -140,7 +142,7 @@ class BlockDiffusionSettings:
     quick: bool = False
     """countdown alone, one seed, 3 % of the steps, 16 test rows, and three arms unless others are given"""
     store: bool = False
-    """make nothing; copy the finished runs and their summary to docs/study"""
+    """make nothing; copy the finished runs of the tasks, and their summary, to docs/study"""
     measure_again: bool = False
     """train nothing; measure the kept models of finished runs again, and replace the measures in the files of the runs"""
 
@@ -288,7 +290,9 @@ def measure(model: Dream, arm: Arm, problems: Problems, samples: int, seed: int)
     """Returns the measures of a model by name: mean bounds, and shares of correct answers.
 
     The bounds are in nats an answer and nats a token, the shares in [0, 1]. A task without a judge has no shares, and
-    a model with blocks of one token has no share with fewer passes.
+    a model with blocks of one token has no share with fewer passes. Models of two streams with larger blocks have a
+    further share, for which the first token of each block is written first: it is predicted from the tokens before its
+    block alone.
     """
     words = load_tokenizer("bytes")
     passages = [
@@ -306,6 +310,8 @@ def measure(model: Dream, arm: Arm, problems: Problems, samples: int, seed: int)
         found["a token a pass"] = _accuracy(model, arm, problems, words, commit=EntropyBound(0.0))
         if arm.block_length is None or arm.block_length >= 4:
             found["a quarter of the passes"] = _accuracy(model, arm, problems, words, steps=width // 4)
+        if arm.size is not None and arm.size > 1:
+            found[_FIRST] = _accuracy(model, arm, problems, words, commit=EntropyBound(0.0), first_token_first=True)
     return found
 
 
@@ -455,9 +461,10 @@ def main(settings: BlockDiffusionSettings) -> None:
     settings = settings.resolved()
     folder = settings.out / "runs"
     if settings.store:
-        records = finished(settings.out)
+        records = [one for one in finished(settings.out) if one["task"] in settings.tasks]
         if not records:
-            raise ValueError(f"{settings.out} has no finished run; start the command without --store first")
+            asked = ", ".join(settings.tasks)
+            raise ValueError(f"{settings.out} has no finished run of {asked}; start the command without --store first")
         write_file(STORED / RESULT, "".join(json.dumps(one) + "\n" for one in records))
         write_summary(records, STORED / SUMMARY)
         return

@@ -66,6 +66,26 @@ def test_settings_that_cannot_be(options, message):
         block_diffusion.BlockDiffusionSettings(**options)
 
 
+def test_only_the_runs_of_the_tasks_are_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(block_diffusion, "STORED", tmp_path / "stored")
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "runs").mkdir()
+    for task in ("sudoku", "gsm8k"):
+        measured = {"nats an answer": 2.0}
+        record = {"task": task, "arm": "bidirectional", "seed": 0, "steps": 7, "test_rows": 16, "measured": measured}
+        (tmp_path / "runs" / f"{task}.json").write_text(json.dumps(record))
+    asked = {"out": tmp_path, "store": True}
+    block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("sudoku",)))
+    stored = (tmp_path / "stored" / block_diffusion.RESULT).read_text().splitlines()
+    assert [json.loads(line)["task"] for line in stored] == ["sudoku"]
+    assert (
+        "sudoku" in (tmp_path / "stored" / block_diffusion.SUMMARY).read_text()
+        and "gsm8k" not in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match="has no finished run of countdown; start the command without --store first"):
+        block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("countdown",)))
+
+
 @pytest.mark.slow
 def test_a_quick_comparison_resumes(tmp_path):
     command = ("mask_study/block_diffusion.py", "--quick", "--out", tmp_path, "--arms", "two streams, blocks of 4")
