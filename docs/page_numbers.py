@@ -36,6 +36,16 @@ def results() -> list[dict[str, Any]]:
     return [row | {"seed": int(row["seed"])} for row in read_rows(STUDY / "results.csv")]
 
 
+def _compared() -> list[dict[str, Any]]:
+    """The rows of block_diffusion.csv, with numbers as floats."""
+    texts = {"task", "arm", "measure", "minus", "interval"}
+    with (STUDY / "block_diffusion.csv").open(newline="", encoding="utf-8") as file:
+        return [
+            {name: value if name in texts else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
 class Numbers:
     """The functions of a template, in one language.
 
@@ -49,6 +59,7 @@ class Numbers:
         self.differences = read_rows(STUDY / "differences.csv")
         self.floors = read_rows(STUDY / "floors.csv")
         self.costs = read_rows(STUDY / "costs.csv")
+        self.compared = _compared()
         self.results = results()
         self.runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
         self.computed: set[str] = set()
@@ -61,6 +72,7 @@ class Numbers:
                 "share", "points", "nats", "nats_difference", "seeds", "lead_difference", "floor", "excess", "least_most",
                 "comparisons", "written_at", "written_range", "kept", "cost", "below", "split", "bench", "gsm8k", "hours",
                 "count_of_rows", "largest_exact", "recipe", "h200", "cpu", "puzzles", "run_minutes", "temporaries",
+                "blocks", "blocks_compared", "blocks_steps",
             )
         }  # fmt: skip
 
@@ -171,6 +183,29 @@ class Numbers:
         row = find(self.floors, model=variant)
         assert row is not None, variant
         return f"{row[column or 'nats_a_token_on_grid']:.{digits}f}"
+
+    def blocks(self, task: str, arm: str, of: str = "nats an answer", *, minus: bool = False, digits: int = 2) -> str:
+        """A measure of the comparison at equal FLOPs; with `minus` less that of the bidirectional model, seed by seed.
+
+        Bounds are in nats, shares of right answers in percent, their differences in points.
+        """
+        row = find(self.compared, task=task, arm=arm, measure=of, minus="bidirectional" if minus else "")
+        if row is None:
+            raise KeyError(f"the comparison has no {of!r} of {arm!r} on {task!r}")
+        sign = "+" if minus else ""
+        if of.startswith("nats"):
+            return self._said(of_seeds(row, digits, 1.0, sign))
+        number, _, interval = of_seeds(row, 0, 100.0, sign).partition(" ")
+        unit = "%" if not minus else "个百分点" if self.chinese else "points"
+        return self._said(f"{number} {unit} {interval}")
+
+    def blocks_steps(self, task: str, arm: str) -> str:
+        """The number of steps of an arm of the comparison at equal FLOPs."""
+        return f"{next(row['steps'] for row in self.compared if (row['task'], row['arm']) == (task, arm)):.0f}"
+
+    def blocks_compared(self) -> str:
+        """The number of differences from the bidirectional model in the comparison at equal FLOPs."""
+        return str(sum(bool(row["minus"]) for row in self.compared))
 
     def excess(self, task: str, variant: str) -> str:
         """Nats above the floor."""
