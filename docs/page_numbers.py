@@ -37,7 +37,9 @@ def results() -> list[dict[str, Any]]:
 
 
 def _compared() -> list[dict[str, Any]]:
-    """The rows of block_diffusion.csv, with numbers as floats."""
+    """The rows of block_diffusion.csv, with numbers as floats; none if there is no such file yet."""
+    if not (STUDY / "block_diffusion.csv").is_file():
+        return []
     texts = {"task", "arm", "measure", "minus", "interval"}
     with (STUDY / "block_diffusion.csv").open(newline="", encoding="utf-8") as file:
         return [
@@ -204,8 +206,8 @@ class Numbers:
         return f"{next(row['steps'] for row in self.compared if (row['task'], row['arm']) == (task, arm)):.0f}"
 
     def blocks_compared(self) -> str:
-        """The number of differences from the bidirectional model in the comparison at equal FLOPs."""
-        return str(sum(bool(row["minus"]) for row in self.compared))
+        """The number of differences from the bidirectional model; nats a token are nats an answer over its length."""
+        return str(sum(bool(row["minus"]) and row["measure"] != "nats a token" for row in self.compared))
 
     def excess(self, task: str, variant: str) -> str:
         """Nats above the floor."""

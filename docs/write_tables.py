@@ -22,6 +22,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -403,6 +404,21 @@ def data() -> str:
     return f"{table(header, cells)}\n{about}\n"
 
 
+def cpu_pages() -> str:
+    """Training steps on a CPU with and without large memory pages."""
+    found = read("cpu_pages")
+    rows = []
+    for row in found["results"]:
+        medians = (f"{statistics.median(row[name]):.3f}" for name in ("without", "with"))
+        rows.append((f"{row['rows']} x {row['tokens']}", row["threads"], *medians, f"{row['ratio']:.2f}"))
+    about = (
+        f"{found['date'][:10]}, {found['settings']['repeats']} processes each; other programs used "
+        f"{found['other_work_share']:.1%} of the machine."
+    )
+    header = ("rows x tokens", "threads", "a step, s", "with large pages, s", "ratio")
+    return f"{table(header, rows)}\n{about}\n"
+
+
 def floors() -> str:
     """The fewest nats that each kind of model can have on countdown."""
     with (ROOT / "docs" / "study" / "floors.csv").open(newline="", encoding="utf-8") as file:
@@ -522,6 +538,7 @@ def refreshing(*, chinese: bool = False) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "cpu-pages": cpu_pages,
     "data": data,
     "floors": floors,
     "status": status,

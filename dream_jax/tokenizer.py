@@ -12,6 +12,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
@@ -26,7 +27,7 @@ _GUARD = "\ue000"  # a private-use character; its runs mark texts of messages th
 _ESCAPED_GUARD = r"\ue000"  # how a template that writes JSON in ASCII writes it
 
 _LONG_TEXT = 2**16
-"""Characters from which on a text is encoded in parts, which takes less memory and more than one thread."""
+"""Characters from which on a text is encoded in parts, which takes less memory."""
 _ENCODED_TOGETHER = 2**20  # characters of parts whose ids are computed by one call
 _LINE_BREAK = re.compile(r"(?<=\S)\n(?=[A-Za-z0-9])")
 _CONTEXT = 64  # characters on each side of a line break with which it is checked
@@ -411,9 +412,13 @@ class DreamTokenizer:
         for piece in plain:
             check_text(piece)
         ids: dict[str, list[int]] = {"": []}
-        for texts in _groups(plain):
-            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            ids |= {text: found.ids for text, found in zip(texts, encoded, strict=True)}
+        groups = list(_groups(plain))
+        if len(groups) > 1:  # a long text, whose parts several threads encode
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, len(groups))) as threads:
+                for some in threads.map(self._ids_of, groups):
+                    ids |= some
+        elif groups:
+            ids |= self._ids_of(groups[0])
         found = list[list[int]]()
         for split, special in zip(pieces, specials, strict=True):
             tokens = list[int]()
@@ -421,6 +426,11 @@ class DreamTokenizer:
                 tokens += (self._specials[piece],) if special and piece in self._specials else ids[piece]
             found.append(tokens)
         return found
+
+    def _ids_of(self, texts: list[str]) -> dict[str, list[int]]:
+        """Returns text -> its ids, where no text is a special token."""
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: found.ids for text, found in zip(texts, encoded, strict=True)}
 
     def _parts(self, text: str) -> list[str]:
         """Returns parts of a long text whose ids, one after the other, are the ids of the text; of others the text alone.
@@ -526,23 +536,20 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _texts_of(value: Any) -> list[str]:
     """Returns every text in lists and mappings, names too. Raises ValueError if they lie too deep inside one another."""
-    found, level = list[str](), [value]
-    for _ in range(DEEPEST + 1):
-        if not level:
-            break
-        deeper = list[Any]()
-        for one in level:
+    found = list[str]()
+    waiting: list[tuple[int, Sequence[Any]]] = [(0, [value])]
+    while waiting:
+        depth, inside = waiting.pop()
+        for one in inside:
             if isinstance(one, str):
                 found.append(one)
+            elif depth > DEEPEST:
+                raise ValueError(f"a message or a tool has more than {DEEPEST} lists or objects inside one another")
             elif isinstance(one, (dict, Mapping)):  # a dict is recognised in less time
-                deeper += one
-                deeper += one.values()
+                waiting.append((depth + 1, [*one, *one.values()]))
             elif isinstance(one, (list, tuple)):
-                deeper += one
-        level = deeper
-    if not all(isinstance(one, str) for one in level):
-        raise ValueError(f"a message or a tool has more than {DEEPEST} lists or objects inside one another")
-    return found + level
+                waiting.append((depth + 1, one))
+    return found
 
 
 def turn_text(message: Message) -> str:

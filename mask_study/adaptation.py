@@ -341,10 +341,13 @@ def _rounded(found: Any) -> Any:
 def _read_run(path: pathlib.Path) -> dict[str, Any]:
     """Returns the record of a finished run. Raises ValueError if the file is damaged, or is not that of a run."""
     found = read_json(path, _REMEDY)
+    arm = found.get("arm")
     needed = {"arm", "rate", "seed", "settings"}
-    needed |= {"nats", "autoregressive"} if found.get("arm") == START else {"steps", "curve", "bound", "training_nats"}
-    if missing := sorted(needed - found.keys()):
+    needed |= {"nats", "autoregressive"} if arm == START else {"steps", "curve", "bound", "training_nats"}
+    if missing := sorted(name for name in needed if found.get(name) in (None, [])):
         raise ValueError(f"{path} is not the file of a finished run, because it has no {', '.join(missing)}; {_REMEDY}")
+    if arm not in (START, *ADAPTATION_ARMS):
+        raise ValueError(f"{path} has a run of {arm!r:.80}, which is no arm of this study; {_REMEDY}")
     return found
 
 

@@ -142,7 +142,7 @@ class BlockDiffusionSettings:
     quick: bool = False
     """countdown alone, one seed, 3 % of the steps, 16 test rows, and three arms unless others are given"""
     store: bool = False
-    """make nothing; copy the finished runs of the tasks, and their summary, to docs/study"""
+    """make nothing; copy the finished runs of the tasks, and their summary, to docs/study; other tasks stay there"""
     measure_again: bool = False
     """train nothing; measure the kept models of finished runs again, and replace the measures in the files of the runs"""
 
@@ -389,7 +389,7 @@ def measure_again(path: pathlib.Path, task: str, arm: Arm, seed: int, settings: 
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no kept model in {directory}; {_REMEDY}")
     problems = _TASKS[task](task, seed, settings)
-    record = read_json(path, _REMEDY)
+    record = _read_run(path)
     record |= _measured(load(directory), arm, problems, settings.samples, seed)
     write_file(path, json.dumps(record) + "\n")
     print(f"{task}, {arm.name}, seed {seed}: {record['measured']}", flush=True)
@@ -397,7 +397,7 @@ def measure_again(path: pathlib.Path, task: str, arm: Arm, seed: int, settings: 
 
 def _check_same(path: pathlib.Path, settings: BlockDiffusionSettings) -> None:
     """Raises FileExistsError if a finished run had other steps, test rows or samples than these settings say."""
-    found = read_json(path, _REMEDY)
+    found = _read_run(path)
     rows = settings.test_rows if found["task"] != "gsm8k" else max(1, settings.test_rows // 4)
     if (found["length"], found["test_rows"], found["samples"]) != (settings.length, rows, settings.samples):
         raise FileExistsError(
@@ -435,9 +435,26 @@ def _kind(measure: str) -> str:
 
 def finished(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the records of all runs in the folder, sorted by task, arm and seed."""
-    found = [read_json(path, _REMEDY) for path in sorted((folder / "runs").glob("*.json"))]
+    return _sorted([_read_run(path) for path in sorted((folder / "runs").glob("*.json"))])
+
+
+def _read_run(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the record of a finished run. Raises ValueError if the file is damaged, or is not that of a run."""
+    found = read_json(path, _REMEDY)
+    needed = {"task", "arm", "seed", "steps", "test_rows", "length", "samples", "measured"}
+    if missing := sorted(needed - found.keys()):
+        raise ValueError(f"{path} is not the file of a finished run, because it has no {', '.join(missing)}; {_REMEDY}")
+    if found["task"] not in _TASKS or found["arm"] not in ARMS:
+        raise ValueError(
+            f"{path} has a run of {found['task']!r:.40}, {found['arm']!r:.80}, which is not known; {_REMEDY}"
+        )
+    return found
+
+
+def _sorted(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns records by task, arm and seed."""
     arms = list(ARMS)
-    return sorted(found, key=lambda one: (one["task"], arms.index(one["arm"]), one["seed"]))
+    return sorted(records, key=lambda one: (one["task"], arms.index(one["arm"]), one["seed"]))
 
 
 def write_summary(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -465,7 +482,12 @@ def main(settings: BlockDiffusionSettings) -> None:
         if not records:
             asked = ", ".join(settings.tasks)
             raise ValueError(f"{settings.out} has no finished run of {asked}; start the command without --store first")
-        write_file(STORED / RESULT, "".join(json.dumps(one) + "\n" for one in records))
+        stored = STORED / RESULT
+        before = (
+            [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()] if stored.is_file() else []
+        )
+        records = _sorted([*records, *(one for one in before if one["task"] not in settings.tasks)])
+        write_file(stored, "".join(json.dumps(one) + "\n" for one in records))
         write_summary(records, STORED / SUMMARY)
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,8 @@ def test_only_the_runs_of_the_tasks_are_stored(tmp_path, monkeypatch, capsys):
     (tmp_path / "stored").mkdir()
     (tmp_path / "runs").mkdir()
     for task in ("sudoku", "gsm8k"):
-        measured = {"nats an answer": 2.0}
-        record = {"task": task, "arm": "bidirectional", "seed": 0, "steps": 7, "test_rows": 16, "measured": measured}
+        facts = {"steps": 7, "test_rows": 16, "length": 1.0, "samples": 32, "measured": {"nats an answer": 2.0}}
+        record = {"task": task, "arm": "bidirectional", "seed": 0, **facts}
         (tmp_path / "runs" / f"{task}.json").write_text(json.dumps(record))
     asked = {"out": tmp_path, "store": True}
     block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("sudoku",)))
@@ -84,6 +84,11 @@ def test_only_the_runs_of_the_tasks_are_stored(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(ValueError, match="has no finished run of countdown; start the command without --store first"):
         block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("countdown",)))
+    (tmp_path / "runs" / "other.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"other.json is not the file of a finished run, because it has no arm, length"
+    ):
+        block_diffusion.finished(tmp_path)
 
 
 @pytest.mark.slow

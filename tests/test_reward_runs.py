@@ -266,6 +266,8 @@ def test_only_process_0_judges_and_all_processes_end_if_a_reward_fails(
             asked.append(answer.text)
             if answer.text == "bad":
                 raise RewardError("the reward failed")
+            if answer.text == "exit":
+                raise SystemExit("the reward ended the program")
             return (len(answer.text), 0.5)
 
     def answer(text: str) -> SampledAnswer:
@@ -287,5 +289,7 @@ def test_only_process_0_judges_and_all_processes_end_if_a_reward_fails(
     np.testing.assert_array_equal(driver._values([answer("a"), answer("abc")]), [[1.0, 0.5], [3.0, 0.5]])
     assert asked == (["a", "abc"] if process == 0 else [])
     sent[:] = [(np.zeros((1, 2), np.float32), np.bool_(True))]
-    with pytest.raises(RewardError, match="the reward failed" if process == 0 else "a reward failed in process 0"):
+    with pytest.raises(RewardError, match="the reward failed" if process == 0 else "judging failed in process 0"):
         driver._values([answer("bad")])
+    with pytest.raises(SystemExit if process == 0 else RewardError):
+        driver._values([answer("exit")])

@@ -88,6 +88,8 @@ def test_a_reward_that_is_not_there_is_refused(name: str, message: str) -> None:
         ("'much'", "returned 'much', which is not a number"),
         ("None", "which is not a number"),
         ("'1.5'", "returned '1.5', which is not a number"),
+        ("10**400", r"returned a value of type int that is not a number \(int too large"),
+        ("-1e39", r"returned -1e\+39, which is larger than 1e\+30"),
     ],
 )
 def test_a_reward_that_fails_stops_with_the_answer_that_did_it(

@@ -19,6 +19,7 @@ import tiny_tokenizer
 from batch_digests import SETTINGS, SHORT, WHOLE, digests, open_rows
 from commands import run_script
 
+import dream_jax.tokenizer
 from dream_jax.data import (
     CacheChoice,
     EncodeOptions,
@@ -148,32 +149,80 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("threshold", [700, 0, 1_000_000])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("asked", [None, "true"])
-def test_encoding_leaves_the_settings_of_the_process_as_they_were(
-    asked: str | None, frozen: bool, monkeypatch: pytest.MonkeyPatch
+def test_building_a_store_leaves_the_settings_of_the_process_as_they_were(
+    asked: str | None, frozen: bool, threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after an error; and what the user says about the tokenizer's threads holds while rows are encoded."""
+    """Also after an error; and what the program or the user has chosen holds while rows are encoded."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if asked is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", asked)
+    seen = list[tuple[str | None, int, bool]]()
+
+    def encoded(*_: object) -> Iterator[object]:
+        seen.append((os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold()[0], gc.get_freeze_count() > 0))
+        raise RuntimeError("no rows")
+        yield
+
+    monkeypatch.setattr(token_cache, "encoded", encoded)
+    path = generated_chats.write("jsonl", tmp_path, generated_chats.training_rows("messages", 0, 3))
     before, frozen_before = gc.get_threshold(), gc.get_freeze_count() > 0
     (gc.freeze if frozen else gc.unfreeze)()
-    seen = list[tuple[str | None, bool]]()
-
-    def rows() -> Iterator[Row]:
-        seen.append((os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold() == before))
-        yield Row(prompt="1+1=", response="2")
-        raise RuntimeError("no further rows")
-
+    gc.set_threshold(threshold, 10, 10)
     try:
-        with pytest.raises(RuntimeError, match="no further rows"):
-            list(encoded(rows(), ByteTokenizer(), EncodeOptions()))
-        assert seen == [(asked or "false", False)]
-        assert (os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold()) == (asked, before)
+        with pytest.raises(RuntimeError, match="no rows"):
+            TokenCache(find_cache(str(tmp_path / "cache")), BYTES, EncodeOptions()).open([path])
+        assert seen == [(asked or "false", 100_000 if threshold == 700 else threshold, True)]
+        assert (os.environ.get("TOKENIZERS_PARALLELISM"), gc.get_threshold()) == (asked, (threshold, 10, 10))
         assert (gc.get_freeze_count() > 0) == frozen
     finally:
+        gc.set_threshold(*before)
         (gc.freeze if frozen_before else gc.unfreeze)()
+
+
+@pytest.mark.parametrize(("length", "held"), [(10, 9), (2**16, 9), (2**21, 3)])
+def test_rows_are_encoded_in_order_and_few_are_held(length: int, held: int) -> None:
+    """With eight threads nine groups of rows wait, but of long documents three."""
+    read = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal read
+        for number in range(12):
+            read += 1
+            yield Row(prompt="", response=f"{number:02}" + "x" * length, document=True)
+
+    class Quick(ByteTokenizer):
+        def encode_all(self, requests: Any) -> list[list[int]]:
+            return [[ord(letter) for letter in one.text[:2]] for one in requests]
+
+    found = list[str]()
+    ahead = 0
+    for row, tokens in encoded(rows(), Quick(), EncodeOptions(), threads=8):
+        assert chr(tokens.tokens[1]) + chr(tokens.tokens[2]) == row.response[:2]
+        found.append(row.response[:2])
+        ahead = max(ahead, read - len(found) + 1)
+    assert found == [f"{number:02}" for number in range(12)]
+    assert ahead <= held or length < 2**16  # short rows are in one group
+    assert ahead > 1
+
+
+def test_parts_of_a_long_text_are_encoded_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer.write_tokenizer(tmp_path))
+    text = "".join(f"line {number} of a text\n" for number in range(20_000))
+    row = Row(prompt="", response=text, document=True)
+    alone = token_row(row, tokenizer)
+    monkeypatch.setattr(dream_jax.tokenizer, "_ENCODED_TOGETHER", 70_000)
+    names = set[str]()
+    ids_of = type(tokenizer)._ids_of
+
+    def spied(self: Any, texts: list[str]) -> dict[str, list[int]]:
+        names.add(threading.current_thread().name)
+        return ids_of(self, texts)
+
+    monkeypatch.setattr(type(tokenizer), "_ids_of", spied)
+    assert same(token_rows([row], tokenizer)[0], alone) and all("ThreadPool" in name for name in names)
 
 
 def test_a_second_start_finds_the_store_and_says_so(tmp_path: Path) -> None:

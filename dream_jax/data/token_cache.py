@@ -40,6 +40,7 @@ _TOGETHER = 2**16  # characters of rows that are encoded together
 _MOST_THREADS = (
     8  # threads that encode; more do not help, because Python's own part of the work is done by one at a time
 )
+_WAITING = 2**22  # characters of rows that wait for their turn, unless three groups have more
 _ALLOCATED = 100_000  # objects after which Python looks for cycles among the new ones while rows are encoded
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # the setting of the library `tokenizers`
 
@@ -155,8 +156,9 @@ class TokenCache:
 
         def fill_all(writer: StoreWriter) -> Intake:
             stream = data.stream()
-            for row, tokens in encoded(stream, self._tokenizer, self._encoding):
-                writer.add(tokens, row, prompt_hash(row))
+            with _own_threads(), _few_collections():
+                for row, tokens in encoded(stream, self._tokenizer, self._encoding):
+                    writer.add(tokens, row, prompt_hash(row))
             if _states(data.files) != before:
                 raise ValueError(f"{data.name} was changed while it was read; start again")
             return stream.intake
@@ -176,21 +178,26 @@ def encoded(
     Raises: ValueError as `token_row`, for the first row that cannot be encoded, and what `rows` raises.
     """
     threads = threads or min((os.cpu_count() or 1) + 1, _MOST_THREADS)
-    waiting = deque[Future[list[tuple[Row, TokenRow]]]]()
+    waiting = deque[tuple[int, Future[list[tuple[Row, TokenRow]]]]]()
+    characters = 0  # of the rows that are waiting
 
     def encode(some: list[Row]) -> list[tuple[Row, TokenRow]]:
         return list(zip(some, token_rows(some, tokenizer, options), strict=True))
 
-    with _own_threads(), _few_collections(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            for some in _groups(rows):
-                waiting.append(pool.submit(encode, some))
-                if len(waiting) > threads:
-                    yield from waiting.popleft().result()
+            for size, some in _groups(rows):
+                waiting.append((size, pool.submit(encode, some)))
+                characters += size
+                # Long documents are groups of their own: of these, three are held in memory.
+                while len(waiting) > threads or (len(waiting) > 2 and characters > _WAITING):
+                    size, done = waiting.popleft()
+                    characters -= size
+                    yield from done.result()
             while waiting:
-                yield from waiting.popleft().result()
+                yield from waiting.popleft()[1].result()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
@@ -207,7 +214,8 @@ def _own_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop(_PARALLELISM, None)
+        if os.environ.get(_PARALLELISM) == "false":  # otherwise the program has decided it meanwhile
+            del os.environ[_PARALLELISM]
 
 
 @contextlib.contextmanager
@@ -219,7 +227,8 @@ def _few_collections() -> Iterator[None]:
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     if not frozen:  # otherwise the program has chosen itself what is not looked at
         gc.freeze()
-    gc.set_threshold(_ALLOCATED, *before[1:])
+    if 0 < before[0] < _ALLOCATED:  # 0 switches these collections off
+        gc.set_threshold(_ALLOCATED, *before[1:])
     try:
         yield
     finally:
@@ -228,8 +237,11 @@ def _few_collections() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yields consecutive rows that are encoded together: at most `_TOGETHER` characters, but at least one row."""
+def _groups(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """Yields consecutive rows that are encoded together, after the number of their characters.
+
+    A group ends with the row with which it has `_TOGETHER` characters.
+    """
     some, size = list[Row](), 0
     for row in rows:
         some.append(row)
@@ -238,10 +250,10 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
             len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
         )
         if size >= _TOGETHER:
-            yield some
+            yield size, some
             some, size = [], 0
     if some:
-        yield some
+        yield size, some
 
 
 def content_of(files: Sequence[Path]) -> str:

@@ -517,23 +517,23 @@ class RolloutDriver(Driver):
     def _values(self, seen: Sequence[SampledAnswer]) -> np.ndarray:
         """Returns the values [R, F] of F rewards of R answers. Of several processes only process 0 judges them.
 
-        A reward of the user need not be the same in every process. All processes raise RewardError if it fails, because
-        the others would otherwise wait for process 0 without end.
+        A reward of the user need not be the same in every process. If judging fails there, process 0 raises its error and
+        the others RewardError, because they would otherwise wait for process 0 without end.
         """
         if jax.process_count() == 1:
             return np.array([self._rewards(one) for one in seen], np.float64)
         values_RF = np.zeros((len(seen), len(self._rewards.weights)), np.float32)
-        failure: RewardError | None = None
+        failure: BaseException | None = None
         if jax.process_index() == 0:
             try:
                 values_RF[:] = [self._rewards(one) for one in seen]
-            except RewardError as error:
+            except BaseException as error:  # A function of the user can also end the program.
                 failure = error
         values_RF, failed = multihost_utils.broadcast_one_to_all((values_RF, np.bool_(failure is not None)))
         if failure is not None:
             raise failure
         if failed:
-            raise RewardError("a reward failed in process 0, whose error message has the answer")
+            raise RewardError("judging failed in process 0; see the error message of that process")
         return np.asarray(values_RF, np.float64)
 
     def _update(

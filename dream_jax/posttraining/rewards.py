@@ -21,6 +21,9 @@ from dream_jax.judges.gsm8k import expected_number, judge_number
 from dream_jax.judges.puzzles import check_puzzle, judge_countdown, judge_sudoku, parse_countdown
 from dream_jax.tokenizer import turn_text
 
+LARGEST = 1e30
+"""The largest absolute value of a reward: sums and deviations of such numbers are finite in float32."""
+
 _SHOWN_CHARACTERS = 400
 
 
@@ -237,7 +240,7 @@ class Rewards:
         """Returns the value of each reward, without its weight.
 
         Raises:
-          RewardError: a reward raised an exception, or its value is not a finite number.
+          RewardError: a reward raised an exception, or its value is not a finite number or larger than `LARGEST`.
         """
         return tuple(_value(reward, answer) for reward in self.rewards)
 
@@ -265,15 +268,20 @@ def _value(reward: Reward, answer: SampledAnswer) -> float:
         value: Any = reward(answer)  # A function of the user can return a value of any type.
     except Exception as error:  # A function of the user can raise an error of any type.
         raise failed(f"raised {type(error).__name__}: {error}") from error
-    no_number = f"returned {value!r:.60}, which is not a number,"
     if isinstance(value, str | bytes):  # float() would read numbers out of texts.
-        raise failed(no_number)
+        raise failed(f"returned {value!r:.60}, which is not a number,")
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise failed(no_number) from error
+        raise failed(f"returned {value!r:.60}, which is not a number,") from error
+    except Exception as error:  # Such as an integer that is too large, or a class of the user.
+        raise failed(
+            f"returned a value of type {type(value).__name__} that is not a number ({error!s:.200}),"
+        ) from error
     if not math.isfinite(number):
         raise failed(f"returned {number}")
+    if abs(number) > LARGEST:
+        raise failed(f"returned {number:g}, which is larger than {LARGEST:g},")
     return number
 
 
