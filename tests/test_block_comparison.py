@@ -82,6 +82,9 @@ def test_only_the_runs_of_the_tasks_are_stored(tmp_path, monkeypatch, capsys):
         "sudoku" in (tmp_path / "stored" / block_diffusion.SUMMARY).read_text()
         and "gsm8k" not in capsys.readouterr().out
     )
+    block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("gsm8k",)))
+    stored = (tmp_path / "stored" / block_diffusion.RESULT).read_text().splitlines()
+    assert [json.loads(line)["task"] for line in stored] == ["gsm8k", "sudoku"]  # what was stored before stays
     with pytest.raises(ValueError, match="has no finished run of countdown; start the command without --store first"):
         block_diffusion.main(block_diffusion.BlockDiffusionSettings(**asked, tasks=("countdown",)))
     (tmp_path / "runs" / "other.json").write_text("{}")

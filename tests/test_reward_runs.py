@@ -288,8 +288,12 @@ def test_only_process_0_judges_and_all_processes_end_if_a_reward_fails(
     sent[:] = [(np.array([[1.0, 0.5], [3.0, 0.5]], np.float32), np.bool_(False))]
     np.testing.assert_array_equal(driver._values([answer("a"), answer("abc")]), [[1.0, 0.5], [3.0, 0.5]])
     assert asked == (["a", "abc"] if process == 0 else [])
-    sent[:] = [(np.zeros((1, 2), np.float32), np.bool_(True))]
+    failing = [] if process == 0 else [(np.zeros((1, 2), np.float32), np.bool_(True))]
+    sent[:] = failing
     with pytest.raises(RewardError, match="the reward failed" if process == 0 else "judging failed in process 0"):
         driver._values([answer("bad")])
+    assert sent[0][1]  # process 0 told the others before it raised
+    sent[:] = failing
     with pytest.raises(SystemExit if process == 0 else RewardError):
         driver._values([answer("exit")])
+    assert sent[0][1]

@@ -37,9 +37,7 @@ SMALLEST = 2**20
 _CHUNK = 2**24  # bytes of a file that are hashed as one piece
 _BUFFER = 2**20  # bytes that are read at once
 _TOGETHER = 2**16  # characters of rows that are encoded together
-_MOST_THREADS = (
-    8  # threads that encode; more do not help, because Python's own part of the work is done by one at a time
-)
+_MOST_THREADS = 8  # threads that encode; more would wait for Python, which runs one thread at a time
 _WAITING = 2**22  # characters of rows that wait for their turn, unless three groups have more
 _ALLOCATED = 100_000  # objects after which Python looks for cycles among the new ones while rows are encoded
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # the setting of the library `tokenizers`
