@@ -1,6 +1,8 @@
 """A disk that is full: before a run, while it writes, and what the same command does afterwards."""
 
+import asyncio
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from commands import run_script, start_script
 
 from dream_jax import files
 from dream_jax.checkpoint import RunCheckpoints
+from dream_jax.checkpoint.weights import without_noise
 from dream_jax.trainer.folder import claimed_folder, saved_steps
 from dream_jax.trainer.space import check_space
 
@@ -105,6 +108,28 @@ def test_an_error_of_another_kind_stays_as_it_is(tmp_path: Path, monkeypatch: py
     with pytest.raises(PermissionError, match="not yours"), RunCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(2)}, {})
         checkpoints.wait()
+
+
+def test_late_errors_of_writes_are_hidden_only_when_the_disk_is_full(caplog: pytest.LogCaptureFixture) -> None:
+    async def write(error: Exception) -> None:
+        raise error
+
+    async def give_up(error: Exception) -> None:
+        # Nobody awaits this task, as when Orbax gives up after another write's error.
+        task = asyncio.ensure_future(write(error))
+        await asyncio.sleep(0)
+        del task
+
+    with without_noise():
+        pass
+    for error in (
+        ValueError("RESOURCE_EXHAUSTED: Error writing [...] No space left on device"),
+        ValueError("Error writing [...] Permission denied"),
+    ):
+        asyncio.run(give_up(error))
+    gc.collect()
+    reported = [str(record.exc_info[1]) for record in caplog.records if record.name == "asyncio" and record.exc_info]
+    assert reported == ["Error writing [...] Permission denied"]
 
 
 @pytest.mark.parametrize("steps", [(), (5, 10)])

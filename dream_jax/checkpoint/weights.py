@@ -128,7 +128,11 @@ _LATE = "Event loop is closed"
 
 @functools.cache  # once in a process
 def _hide_late_errors() -> None:
-    """Hides errors `_LATE` until the process ends, because threads may report them after the block of `without_noise`."""
+    """Hides errors of writes that end after Orbax has given up and raised the first error of the same full disk.
+
+    Threads report `_LATE`. The event loop logs each write whose error nobody awaited; only those about a full disk are
+    hidden. Both may come after the block of `without_noise`, so they are hidden until the process ends.
+    """
     shown = sys.unraisablehook
 
     def show(unraisable: Any) -> None:
@@ -137,10 +141,17 @@ def _hide_late_errors() -> None:
 
     sys.unraisablehook = show
 
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        never_awaited = record.getMessage().startswith("Task exception was never retrieved")
+        return not (never_awaited and error is not None and is_disk_full(error))
+
+    logging.getLogger("asyncio").addFilter(keep)
+
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Hides the messages of `_NOISE` during the block, and the errors `_LATE` until the process ends."""
+    """Hides the messages of `_NOISE` during the block, and late errors of a full disk until the process ends."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in _NOISE)
