@@ -27,6 +27,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 from dream_jax.bounds import MOST_STEPS, POSITIVE, IntegerRange, check_numbers
 from dream_jax.data import RowSource, open_source
 from dream_jax.evaluation.likelihood import Passage, model_bounds
-from dream_jax.files import read_json, replacing, write_file
+from dream_jax.files import read_json, replacing, typed, write_file
 from dream_jax.model import Dream
 from dream_jax.paths import check_local
 from dream_jax.pretrained import SMOLLM2, adapt_autoregressive, load
@@ -338,6 +339,37 @@ def _rounded(found: Any) -> Any:
     return {name: _rounded(one) for name, one in found.items()} if isinstance(found, dict) else round(found, 5)
 
 
+class _Start(msgspec.Struct):
+    """The entries of the file of the model before training that are read, with their types."""
+
+    arm: str
+    rate: float
+    seed: int
+    settings: dict[str, Any]
+    nats: dict[str, dict[str, float]]
+    autoregressive: dict[str, Any]
+
+
+class _Point(msgspec.Struct):
+    """The nats of one step of a run by noise level."""
+
+    step: int
+    nats: dict[str, float]
+
+
+class _Record(msgspec.Struct):
+    """The entries of the file of a run that are read, with their types."""
+
+    arm: str
+    rate: float
+    seed: int
+    settings: dict[str, Any]
+    steps: int
+    training_nats: list[float]
+    curve: list[_Point]
+    bound: dict[str, Any]
+
+
 def _read_run(path: pathlib.Path) -> dict[str, Any]:
     """Returns the record of a finished run. Raises ValueError if the file is damaged, or is not that of a run."""
     found = read_json(path, _REMEDY)
@@ -346,6 +378,7 @@ def _read_run(path: pathlib.Path) -> dict[str, Any]:
     needed |= {"nats", "autoregressive"} if arm == START else {"steps", "curve", "bound", "training_nats"}
     if missing := sorted(name for name in needed if found.get(name) in (None, [])):
         raise ValueError(f"{path} is not the file of a finished run, because it has no {', '.join(missing)}; {_REMEDY}")
+    typed(found, _Start if arm == START else _Record, path, _REMEDY)
     if arm not in (START, *ADAPTATION_ARMS):
         raise ValueError(f"{path} has a run of {arm!r:.80}, which is no arm of this study; {_REMEDY}")
     return found

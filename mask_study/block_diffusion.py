@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import tyro
 from flax import nnx
@@ -39,7 +40,7 @@ from dream_jax.bounds import MOST_ROWS, POSITIVE, IntegerRange, check_numbers
 from dream_jax.config import PRESETS
 from dream_jax.data import open_source
 from dream_jax.evaluation.likelihood import Passage, model_bounds
-from dream_jax.files import read_json, write_file
+from dream_jax.files import read_json, typed, write_file
 from dream_jax.flops import FlopCounter
 from dream_jax.model import Dream, merge_params, split_params
 from dream_jax.objective import UniformWeight
@@ -438,12 +439,26 @@ def finished(folder: pathlib.Path) -> list[dict[str, Any]]:
     return _sorted([_read_run(path) for path in sorted((folder / "runs").glob("*.json"))])
 
 
+class _Record(msgspec.Struct):
+    """The entries of the file of a run that are read, with their types."""
+
+    task: str
+    arm: str
+    seed: int
+    steps: int
+    test_rows: int
+    length: float
+    samples: int
+    measured: dict[str, float]
+
+
 def _read_run(path: pathlib.Path) -> dict[str, Any]:
     """Returns the record of a finished run. Raises ValueError if the file is damaged, or is not that of a run."""
     found = read_json(path, _REMEDY)
     needed = {"task", "arm", "seed", "steps", "test_rows", "length", "samples", "measured"}
     if missing := sorted(needed - found.keys()):
         raise ValueError(f"{path} is not the file of a finished run, because it has no {', '.join(missing)}; {_REMEDY}")
+    typed(found, _Record, path, _REMEDY)
     if found["task"] not in _TASKS or found["arm"] not in ARMS:
         raise ValueError(
             f"{path} has a run of {found['task']!r:.40}, {found['arm']!r:.80}, which is not known; {_REMEDY}"

@@ -288,3 +288,6 @@ def test_a_quick_study_resumes(checkpoint, texts, tmp_path):
     (tmp_path / "out" / "runs" / "start.json").write_text("{}")
     damaged = run_script(*command)
     assert damaged.returncode == 1 and "start.json is not the file of a finished run" in damaged.stderr
+    (tmp_path / "out" / "runs" / "start.json").write_text(json.dumps(found["start"] | {"nats": [1.5]}))
+    damaged = run_script(*command)
+    assert damaged.returncode == 1 and "start.json: nats: Expected `object`, got `array`" in damaged.stderr

@@ -92,6 +92,12 @@ def test_only_the_runs_of_the_tasks_are_stored(tmp_path, monkeypatch, capsys):
         ValueError, match=r"other.json is not the file of a finished run, because it has no arm, length"
     ):
         block_diffusion.finished(tmp_path)
+    whole = json.loads(stored[0]) | {"measured": {"nats an answer": "1.5"}}
+    (tmp_path / "runs" / "other.json").write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=r"other.json: measured\[\.\.\.\]: Expected `float`, got `str`; remove the file"
+    ):
+        block_diffusion.finished(tmp_path)
 
 
 @pytest.mark.slow
