@@ -1,6 +1,6 @@
 """Measures what training on rewards gains: a nano model, sudoku with few givens, every policy, and a control.
 
-    python bench/rewards.py [--out runs/bench-rewards] [--seeds 3] [--steps 120]
+    python bench/rewards.py [--out runs/bench-rewards] [--seeds 3] [--steps 60]
 
 For each seed a nano model is trained on generated puzzles (or --model is taken). It then solves puzzles with four to six
 givens in a few denoising steps: the number of steps is the one whose accuracy at the temperature of the rollouts is nearest
@@ -67,13 +67,13 @@ class RewardBenchSettings:
     """number of seeds"""
     base_steps: int = 1500
     """number of steps of the model to begin with"""
-    steps: int = 200
+    steps: int = 60
     """number of rollouts of each arm"""
     prompts: int = 16
     """number of puzzles of a rollout"""
     group_size: int = 8
     """number of answers to each puzzle"""
-    temperature: float = 1.5
+    temperature: float = 2.0
     """temperature of sampled answers; above 1, because the model is so sure that most groups would have no signal"""
     learning_rate: float = 2e-4
     """peak learning rate of each arm"""
