@@ -1,17 +1,20 @@
-"""Counts the FLOPs of a training step, and their share of the peak rate of the hardware (MFU).
+"""Counts the FLOPs of a training step, their share of the peak rate of the hardware (MFU), and the work of a pass.
 
-The count includes the matrix products of the forward and backward pass, attention over all pairs of tokens of a text, and
-the output projection at masked positions only. It does not include recomputation. For block diffusion it includes both
-streams, and attention over the pairs that the mask of two streams allows. Of the clean stream of the last layer it
-includes only the keys and values, because nothing else is needed.
+The count of a training step includes the matrix products of the forward and backward pass, attention over all pairs of
+tokens of a text, and the output projection at masked positions only. It does not include recomputation. For block
+diffusion it includes both streams, and attention over the pairs that the mask of two streams allows. Of the clean stream
+of the last layer it includes only the keys and values, because nothing else is needed.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from jax.sharding import Mesh
 
 from dream_jax import lora
-from dream_jax.chips import chip_of
+from dream_jax.chips import Chip, chip_of
+from dream_jax.config import DreamConfig
 from dream_jax.model import Dream, parameter_count, split_params
 
 
@@ -73,3 +76,50 @@ class FlopCounter:
         if chip is None:
             return None
         return self.step(tokens, masked, span) / seconds / (chip.peak_flops * mesh.devices.size)
+
+
+class PassWork(NamedTuple):
+    """The least work of forward passes.
+
+    Attributes:
+      flops: floating-point operations of all products, attention included.
+      nbytes: bytes of memory traffic.
+    """
+
+    flops: float
+    nbytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        """Returns the time that a chip needs at least if this is the work of one pass."""
+        return max(self.flops / chip.peak_flops, self.nbytes / chip.memory_bandwidth)
+
+
+def pass_work(
+    config: DreamConfig, *, batch: int, queries: int, keys: int, unembedded: int, itemsize: int = 2
+) -> PassWork:
+    """Returns the least work of one forward pass of the sampler.
+
+    The operations are those of the matrix products: of the layers for all queries, of attention between all queries and
+    keys of a row, and of the output projection. The bytes are those that must be moved whatever the compiler does: each
+    weight is read once, and of the embeddings the rows of the tokens; each layer reads the keys and values that its
+    queries attend to, and writes those of the queries. Activations are left out.
+
+    Args:
+      config: the architecture.
+      batch: number of rows.
+      queries: number of tokens that the pass computes of each row.
+      keys: number of tokens of each row that the queries attend to, computed or from a KV cache.
+      unembedded: number of positions of each row whose logits are computed.
+      itemsize: number of bytes of a weight, and of an element of a key or value; 2 for bfloat16.
+    """
+    width, head = config.hidden_size, config.head_dim
+    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
+    matrices = width * (2 * query + 2 * key_value) + 3 * width * config.intermediate_size
+    table = config.vocab_size * width
+    tokens, layers = batch * queries, config.num_hidden_layers
+    flops = 2.0 * layers * tokens * (matrices + 2 * query * keys) + 2.0 * batch * unembedded * table
+    # `num_parameters` counts the table of embeddings, and the output projection unless it is the same table.
+    in_layers = config.num_parameters - table * (1 if config.tie_word_embeddings else 2)
+    elements = in_layers + (table if unembedded else 0) + tokens * width
+    elements += 2 * layers * key_value * batch * (keys + queries)
+    return PassWork(flops, float(itemsize * elements))

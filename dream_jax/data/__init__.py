@@ -5,6 +5,7 @@ from dream_jax.data.chats import Chat, read_chat, read_question
 from dream_jax.data.encode import TokenRow, encode_row, lay_out, token_row
 from dream_jax.data.layout import Outlook
 from dream_jax.data.lengths import LengthReport, TokenizedRows, length_report, longest_row
+from dream_jax.data.long_tasks import LONG_TASKS, ChainSource, LongTask, LongTaskSource, RouteSource
 from dream_jax.data.messages import parse_messages
 from dream_jax.data.options import (
     AnswerFormat,
@@ -38,23 +39,28 @@ from dream_jax.data.sudoku import SudokuSource, is_solution
 from dream_jax.data.token_cache import CacheChoice, TokenCache, find_cache
 
 __all__ = [
+    "LONG_TASKS",
     "MOST_TEXTS",
     "AnswerFormat",
     "BatchOptions",
     "Batches",
     "CacheChoice",
+    "ChainSource",
     "Chat",
     "EncodeOptions",
     "Intake",
     "LearnedTurns",
     "LengthPolicy",
     "LengthReport",
+    "LongTask",
+    "LongTaskSource",
     "Mixture",
     "Outlook",
     "PackBy",
     "PairRows",
     "Piece",
     "ReadOptions",
+    "RouteSource",
     "Row",
     "RowList",
     "RowSource",

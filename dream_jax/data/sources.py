@@ -18,6 +18,7 @@ from dream_jax import hub
 from dream_jax.data import records
 from dream_jax.data.chats import MESSAGE_LISTS
 from dream_jax.data.fields import without_fields
+from dream_jax.data.long_tasks import LONG_TASKS, LongTaskSource
 from dream_jax.data.options import ReadOptions
 from dream_jax.data.rows import Intake, Mixture, Row, RowList, RowSource, check_split
 from dream_jax.data.schemas import Parser, RowKind, check_kind, kind_of, parse_gsm8k, parser_of
@@ -32,11 +33,13 @@ ASSETS_VARIABLE = "DREAM_JAX_ASSETS"
 SUDOKU_GIVENS = 6
 """Minimum number of shown cells. Puzzles with 4 or 5 would need a training that is too long for a demonstration."""
 
+GeneratedSource = SudokuSource | LongTaskSource
+
 SUPPORTED = (
-    '"sudoku", "gsm8k", "s1k", a .jsonl, .json or .parquet file (rows with messages, prompt + response, question + '
-    "answer, input + output, text, or s1K's fields), a .txt file (one document), a directory with train and test files of "
-    'these kinds, with shards of one kind or one saved by `datasets`, a pattern such as "corpus/*.jsonl.zst", or '
-    "organisation/name on the Hugging Face hub"
+    '"sudoku", "gsm8k", "s1k", "chain" or "route" (with -short or -long for other sizes), a .jsonl, .json or .parquet file '
+    "(rows with messages, prompt + response, question + answer, input + output, text, or s1K's fields), a .txt file (one "
+    "document), a directory with train and test files of these kinds, with shards of one kind or one saved by `datasets`, "
+    'a pattern such as "corpus/*.jsonl.zst", or organisation/name on the Hugging Face hub'
 )
 
 
@@ -45,7 +48,9 @@ def open_source(
 ) -> RowSource:
     """Returns the rows of one split, "train" or "test", of the data `name_or_path`, which is one of:
 
-    "sudoku": generated puzzles with 6 to 12 givens. `seed` draws them; other sources ignore `seed`.
+    "sudoku": generated puzzles with 6 to 12 givens. `seed` draws them; sources of files ignore `seed`.
+    "chain", "route", and the same with "-short" or "-long": generated problems with long answers, see `long_tasks`, unless
+    there is a path of that name.
     "gsm8k": the files $DREAM_JAX_ASSETS/data/gsm8k/{train,test}.jsonl.
     "s1k": the directory $DREAM_JAX_ASSETS/data/s1k, read as below, or s1k.jsonl, s1k.json or s1k.parquet beside it.
     A directory: its train or test files (.jsonl, .json, .parquet, or the shards of a hub repository), all shards in it if
@@ -64,10 +69,10 @@ def open_source(
 
 def find_split(
     name_or_path: str | os.PathLike[str], split: str = "train", seed: int = 0, options: ReadOptions = ReadOptions()
-) -> "DataSplit | SudokuSource":
+) -> "DataSplit | GeneratedSource":
     """Finds the data of `open_source` without reading their rows. Takes the same arguments and raises the same errors.
 
-    The errors in the rows are raised when the rows are read. Generated puzzles have no rows to read.
+    The errors in the rows are raised when the rows are read. Generated problems have no rows to read.
     """
     check_split(split)
     name, path = str(name_or_path), local_path(name_or_path, "data")
@@ -77,10 +82,12 @@ def find_split(
             f"--stream-rows {options.stream_rows} streams a data set of the hub, organisation/name, but --data is {name}: "
             "leave it out"
         )
-    if name in ("sudoku", "gsm8k"):
+    if name in ("sudoku", "gsm8k") or (name in LONG_TASKS and not path.exists()):
         _check_no_choice(name, options)
     if name == "sudoku":
         return SudokuSource(split, seed=seed, min_givens=SUDOKU_GIVENS)
+    if name in LONG_TASKS and not path.exists():
+        return LONG_TASKS[name].source(split, seed=seed)
     if name == "gsm8k":
         return _lines(_asset("gsm8k", [f"gsm8k/{split}.jsonl"]), parse_gsm8k, split, options)
     if name == "s1k":
@@ -120,7 +127,7 @@ def open_mixture(
 
 def find_splits(
     names_or_paths: Sequence[str], split: str, seed: int, options: ReadOptions
-) -> "list[DataSplit | SudokuSource]":
+) -> "list[DataSplit | GeneratedSource]":
     """Finds the sources of a mixture without reading their rows; see `open_mixture` and `find_split`."""
     rest = dataclasses.replace(options, split=None, test_split=None, config=None, stream_rows=None)
     return [find_split(name, split, seed, rest if number else options) for number, name in enumerate(names_or_paths)]

@@ -152,9 +152,9 @@ class RowSettings:
     """The data, and how its rows are converted to tokens."""
 
     data: str = "sudoku"
-    """sudoku, gsm8k, s1k, a .jsonl, .json, .parquet or .txt file (of chats, of prompts with responses, or of documents:
-    rows with a text), a directory (with train and test files, with shards, or saved by datasets), a pattern of shards
-    such as "corpus/*.jsonl.zst", or a hub id organisation/name to download"""
+    """sudoku, chain, route (generated), gsm8k, s1k, a .jsonl, .json, .parquet or .txt file (of chats, of prompts with
+    responses, or of documents: rows with a text), a directory (with train and test files, with shards, or saved by
+    datasets), a pattern of shards such as "corpus/*.jsonl.zst", or a hub id organisation/name to download"""
     mix: tuple[str, ...] = ()
     """further data sets to mix with --data, each given like --data"""
     data_split: str | None = None
