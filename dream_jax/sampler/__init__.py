@@ -11,8 +11,10 @@ a forward pass, proposes a token and a confidence for every masked position, and
 | `generate` | prompts, padding, length buckets, random keys |
 | `stream` | many prompts in one batch, where each row that is done is replaced by the next prompt |
 | `state`, `loop` | the carry of the loop; its step and the compiled functions that run it |
-| `passes` | forward passes over all tokens, or over a window with a KV cache |
+| `passes` | what forward passes share: a pass over all tokens, the KV cache, groups of rows |
+| `window_passes` | forward passes over all tokens or a window, with a KV cache that is an approximation |
 | `block_passes` | forward passes with the exact KV cache of block diffusion |
+| `pass_counts` | counts of forward passes by their kind, from which the work of an answer can be computed |
 | `growth` | a canvas that is made longer while its texts go on |
 | `propose` | from hidden states to tokens and confidences, with the logits of a few positions at a time |
 """
@@ -20,6 +22,7 @@ a forward pass, proposes a token and a confidence for every masked position, and
 from dream_jax.sampler.callbacks import LogitsHook, Moment, TokenHook
 from dream_jax.sampler.config import BlockCache, FastDLLMCache, NoCache, Preset, SamplerConfig, WindowCache
 from dream_jax.sampler.generate import Sample, bucket_length, generate
+from dream_jax.sampler.pass_counts import PassCounts, PassKind
 from dream_jax.sampler.rules import Count, EntropyBound, Factor, Threshold
 from dream_jax.sampler.stream import Answer, Stream
 
@@ -33,6 +36,8 @@ __all__ = [
     "LogitsHook",
     "Moment",
     "NoCache",
+    "PassCounts",
+    "PassKind",
     "Preset",
     "Sample",
     "SamplerConfig",

@@ -52,7 +52,7 @@ def block_cached(
     *,
     size: int,
     first_width: int,
-) -> tuple[Float[jax.Array, "X M D"], FinishedBlocks, Int[jax.Array, ""]]:
+) -> tuple[Float[jax.Array, "X M D"], FinishedBlocks, Int[jax.Array, "K"], Bool[jax.Array, "X K"]]:
     """Computes the hidden states at the source positions of the rows that are not done, and caches finished blocks.
 
     Args:
@@ -67,8 +67,9 @@ def block_cached(
       first_width: number of tokens, from the start of the canvas, that the first pass over a row computes.
 
     Returns:
-      The hidden states [X, M, D], the cache after the passes, and the number of forward passes made (an int32 scalar).
-      The hidden states of rows that are done have no meaning.
+      The hidden states [X, M, D], the cache after the passes, the number of forward passes of each kind that were made
+      (int32 [K], see `pass_counts.pass_kinds`), and the kind of the pass that each row needed (bool [X, K]; no kind in rows
+      that are done). The hidden states of rows that are done have no meaning.
     """
     start_X, cached_X = block.start_B, finished.cached_X
     first_X = active_X & (cached_X < start_X - size)
@@ -79,7 +80,7 @@ def block_cached(
     blocks = _BlockPasses(model, canvas_XT, layout, wanted_XM, block, size)
 
     hidden_XMD = jnp.zeros((*wanted_XM.shape, model.config.hidden_size), model.compute_dtype)
-    found, made = blocks.first(first_X, first_width, (hidden_XMD, finished.kv_cache))
+    found, first_passes = blocks.first(first_X, first_width, (hidden_XMD, finished.kv_cache))
     rows = canvas_XT.shape[0]
     group = group_rows(rows, size)
     if group == passes.group_rows(rows, 2 * size, rows * 2 * size):
@@ -87,22 +88,22 @@ def block_cached(
         any_two = jnp.any(two_X)
         found = jax.lax.cond(any_two, lambda found: blocks.two(two_X, one_X, found), lambda found: found, found)
         any_one = jnp.any(one_X) & ~any_two
-        made += any_two.astype(jnp.int32)
+        two_passes = any_two.astype(jnp.int32)
     else:
-        found, groups = blocks.two_in_groups(two_X, group, found)
+        found, two_passes = blocks.two_in_groups(two_X, group, found)
         any_one = jnp.any(one_X)
-        made += groups
     hidden_XMD, kv_cache = found
     hidden_XMD = jax.lax.cond(
         any_one, lambda hidden: blocks.one(one_X, kv_cache, hidden), lambda hidden: hidden, hidden_XMD
     )
-    made += any_one.astype(jnp.int32)
+    made_K = jnp.stack([first_passes, two_passes, any_one.astype(jnp.int32)])
+    needed_XK = jnp.stack([first_X, two_X, one_X], axis=1)
 
     before_XD = jnp.where((first_X | two_X)[:, None], hidden_XMD[:, -1], finished.before_XD)
     from_before_XM = one_X[:, None] & (source_XM < start_X[:, None])
     hidden_XMD = jnp.where(from_before_XM[:, :, None], finished.before_XD[:, None], hidden_XMD[:, :-1])
     cached_X = jnp.where(active_X, jnp.maximum(cached_X, start_X), cached_X)
-    return hidden_XMD, FinishedBlocks(kv_cache, before_XD, cached_X), made
+    return hidden_XMD, FinishedBlocks(kv_cache, before_XD, cached_X), made_K, needed_XK
 
 
 def group_rows(rows: int, size: int) -> int:

@@ -17,6 +17,7 @@ from dream_jax.sampler.callbacks import listening
 from dream_jax.sampler.config import SamplerConfig, check_cache, check_first_token
 from dream_jax.sampler.growth import extents, filled_up, finished, first_width, grow, wants_more
 from dream_jax.sampler.loop import denoise, new_batch, resume
+from dream_jax.sampler.pass_counts import PassCounts
 from dream_jax.sampler.state import DynamicSettings, Record, Recorded, State, StaticSettings, bucket_length
 from dream_jax.shapes import Array
 
@@ -40,6 +41,7 @@ class Sample:
         is the number of forward passes that the row had made before.
       forwards: int32 scalar, number of forward passes made. With a cache, full and window passes count as one each.
       passes: int32 [B], number of forward passes that each row took part in: its cost if it were alone in the batch.
+      counts: how many passes of each kind were made, and what each kind computes, from which the work of each row follows.
       mask_token_id: id of the mask token, which stands at positions that are not yet written.
       recorded: what was noted about each written position [B, P + N], if `generate` was asked to record it.
     """
@@ -48,6 +50,7 @@ class Sample:
     commit_step: Int[jax.Array, "B T"]
     forwards: Int[jax.Array, ""]
     passes: Int[jax.Array, "B"]
+    counts: PassCounts
     mask_token_id: int = dataclasses.field(metadata={"static": True})
     recorded: Recorded | None = None
 
@@ -120,6 +123,7 @@ def generate(
             commit_step=jnp.full(tokens.shape, -1, jnp.int32),
             forwards=jnp.int32(0),
             passes=jnp.zeros(rows, jnp.int32),
+            counts=PassCounts.nothing(rows),
             mask_token_id=model.config.mask_token_id,
         )
     check_key(config, key)
@@ -134,9 +138,10 @@ def generate(
     with sharding.mesh_context(model), listening(on_step, padding) as listener_id:
         keys_B = _row_keys(key, rows)
         if len(extent) > 1:
-            state = _denoise_growing(model, canvas, valid_BT, keys_B, dynamic, extent, static)
+            state, counts = _denoise_growing(model, canvas, valid_BT, keys_B, dynamic, extent, static)
         else:
             state = denoise(model, canvas, valid_BT, keys_B, dynamic, listener_id, static=static)
+            counts = [counts_of(state, static, canvas.shape[1])]
         if on_step is not None:
             jax.effects_barrier()
     undefined = np.flatnonzero(state.undefined_B)
@@ -148,6 +153,7 @@ def generate(
         commit_step=state.commit_step_BT[:, padding:],
         forwards=state.forwards,
         passes=state.passes_B,
+        counts=counts[0] if len(counts) == 1 else PassCounts.joined(counts),
         mask_token_id=model.config.mask_token_id,
         recorded=jax.tree.map(lambda noted: noted[:, padding:], state.recorded),
     )
@@ -161,15 +167,16 @@ def _denoise_growing(
     dynamic: DynamicSettings,
     extent: tuple[int, ...],
     static: StaticSettings,
-) -> State:
+) -> tuple[State, list[PassCounts]]:
     """Returns what `denoise` returns, but makes the canvas only as long as the texts need it, see `growth`.
 
-    `extent` holds the numbers of new tokens for which the canvas has room, one after the other.
+    `extent` holds the numbers of new tokens for which the canvas has room, one after the other. The second result has the
+    counts after the passes of each of these lengths.
     """
     rows, before = canvas.shape[0], canvas.shape[1] - static.new_tokens
     new_B, idle = np.ones(rows, bool), jnp.int32(rows)
     batch = new_batch(model, rows, before + extent[0], static=dataclasses.replace(static, new_tokens=extent[0]))
-    length = before + extent[0]
+    length, counts = before + extent[0], []
     for tokens in extent:
         now = dataclasses.replace(static, new_tokens=tokens)
         if before + tokens > length:
@@ -178,9 +185,16 @@ def _denoise_growing(
         start, valid = canvas[:, :length], valid_BT[:, :length]
         batch = resume(model, batch, new_B, start, valid, keys_B, dynamic, idle, static=now)
         new_B = np.zeros(rows, bool)
+        counts.append(counts_of(finished(batch), now, length))
         if not np.any(wants_more(model, batch, static=now)):
             break
-    return filled_up(finished(batch), canvas.shape[1] - length, model.config.pad_token_id)
+    return filled_up(finished(batch), canvas.shape[1] - length, model.config.pad_token_id), counts
+
+
+def counts_of(state: State, static: StaticSettings, length: int) -> PassCounts:
+    """Returns the counts of a state. It must be called on the mesh of the program, as `pass_counts.pass_kinds`."""
+    kinds = static.pass_kinds(state.passes_B.shape[0], length)
+    return PassCounts(kinds, state.needed_BK, state.made_K, state.predicted_B)
 
 
 def lay_out(

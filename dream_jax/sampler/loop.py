@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dream_jax import masks, schedule, sharding
 from dream_jax.model import Dream, padded_positions
-from dream_jax.sampler import block_passes, callbacks, passes, propose, rules
+from dream_jax.sampler import block_passes, callbacks, passes, propose, rules, window_passes
 from dream_jax.sampler.block_passes import FinishedBlocks
 from dream_jax.sampler.callbacks import Moment
 from dream_jax.sampler.compiled import ModelProgram
@@ -33,6 +33,7 @@ from dream_jax.sampler.state import (
     block_start,
     first,
 )
+from dream_jax.sampler.window_passes import CachedRows
 from dream_jax.shapes import Array
 
 
@@ -86,6 +87,10 @@ class StreamBatch(NamedTuple):
     keys_B: jax.Array
 
 
+# The fields of `State` that belong to the whole batch or are not replaced with the row.
+_SHARED = ("kv_cache", "before_XD", "forwards", "made_K")
+
+
 @functools.partial(ModelProgram, static_argnames=("static",), donate_argnames=("batch",))
 def resume(
     model: Dream,
@@ -113,7 +118,7 @@ def resume(
     # not reach the end of the row, so the cache of the row is set to zero: a NaN that is left there would make the row
     # NaN, although the mask hides it.
     fresh = begin(model, canvas_BT, static, dynamic.new_tokens)
-    shared: dict[str, Any] = {name: getattr(batch.state, name) for name in ("kv_cache", "before_XD", "forwards")}
+    shared: dict[str, Any] = {name: getattr(batch.state, name) for name in _SHARED}
     if isinstance(static.cache, BlockCache):
         cache_rows = jnp.repeat(new_B, 2) if static.guided else new_B
         clear = lambda x: jnp.where(cache_rows[None, :, None, None, None], jnp.zeros_like(x), x)
@@ -232,12 +237,17 @@ def step(
         now_B1 = jnp.minimum(schedule_step_B, static.steps - 1)[:, None]
         chosen_BM = candidate_BM & (draws(0) < jnp.take_along_axis(dynamic.fractions_BS, now_B1, axis=1))
 
+    # A random step may choose no position of a row; then the row needs no forward pass.
+    needs_B = active(state) & jnp.any(chosen_BM, axis=1) if at_random else active(state)
+
     def write(state: State) -> State:
         # Right shift: position i is predicted from the hidden state at i - 1. The first position of a text is predicted
         # from its own hidden state, never from the hidden state of the padding before it.
         first_BM = (take(layout.positions_BT, position_BM) == 0) | (position_BM == 0)
         source_BM = jnp.where(first_BM, position_BM, position_BM - 1)
-        hidden_XMD, state = _forward(model, state, layout, source_BM, refresh_B, block, static)
+        hidden_XMD, state = _forward(model, state, layout, source_BM, needs_B, refresh_B, block, static)
+        predicted_B = state.predicted_B + jnp.where(needs_B, candidates_B, 0)
+        state = state._replace(predicted_B=predicted_B)
         moment = Moment(step_id_B, state.canvas_BT, layout.valid_BT, layout.positions_BT)
         hook = static.logits_hook
         proposal = propose.propose(
@@ -312,15 +322,16 @@ def _forward(
     state: State,
     layout: CanvasLayout,
     source_BM: Int[jax.Array, "B M"],
+    needs_B: Bool[jax.Array, "B"],
     refresh_B: Bool[jax.Array, "B"],
     block: Block,
     static: StaticSettings,
 ) -> tuple[Float[jax.Array, "X M D"], State]:
-    """Makes the forward passes that the cache policy asks for.
+    """Makes the forward passes that the cache policy asks for. `needs_B` marks the rows that write something.
 
     Returns:
       The hidden states at the source positions (X is B, or 2 B under guidance), and the state with the updated cache and
-      number of forward passes.
+      counts of forward passes.
     """
     canvas_BT, active_B, cached_B = state.canvas_BT, active(state), state.cached_B
     if static.guided:
@@ -332,25 +343,32 @@ def _forward(
         given_BT = layout.valid_BT & (jnp.repeat(state.commit_step_BT, 2, axis=0) < 0)
         unconditional_B1 = jnp.arange(canvas_BT.shape[0])[:, None] % 2 == 1
         canvas_BT = jnp.where(given_BT & unconditional_B1, model.config.mask_token_id, canvas_BT)
+
+    def counted(state: State, made_K: jax.Array, needed_BK: jax.Array) -> State:
+        return state._replace(
+            forwards=state.forwards + jnp.sum(made_K, dtype=jnp.int32),
+            made_K=state.made_K + made_K,
+            needed_BK=state.needed_BK + needed_BK.astype(jnp.int32),
+        )
+
+    each = slice(None, None, 2 if static.guided else 1)
     if state.kv_cache is None:
         hidden_XMD = passes.full(model, canvas_BT, layout, source_BM)
-        return hidden_XMD, state._replace(forwards=state.forwards + 1)
+        return hidden_XMD, counted(state, jnp.ones(1, jnp.int32), needs_B[:, None])
     assert static.block_length is not None, "SamplerConfig needs a block_length with a cache"
     if isinstance(static.cache, KVCachePolicy):
-        hidden_XMD, kv_cache, forwards = passes.cached(
+        found = window_passes.window_cached(
             model,
-            canvas_BT,
-            layout,
-            source_BM,
+            CachedRows(canvas_BT, layout, source_BM, block),
             state.kv_cache,
             refresh_B,
-            block,
             policy=static.cache,
             block_length=static.block_length,
         )
-        return hidden_XMD, state._replace(kv_cache=kv_cache, forwards=state.forwards + forwards)
+        after = counted(state, found.made_K, found.needed_XK[each])
+        return found.hidden_XMD, after._replace(kv_cache=found.kv_cache)
     assert state.before_XD is not None, "a state for BlockCache has this array"
-    hidden_XMD, finished, forwards = block_passes.block_cached(
+    hidden_XMD, finished, made_K, needed_XK = block_passes.block_cached(
         model,
         canvas_BT,
         layout,
@@ -361,11 +379,10 @@ def _forward(
         size=static.block_length,
         first_width=static.first_width or canvas_BT.shape[1],
     )
-    return hidden_XMD, state._replace(
+    return hidden_XMD, counted(state, made_K, needed_XK[each])._replace(
         kv_cache=finished.kv_cache,
         before_XD=finished.before_XD,
-        cached_B=finished.cached_X[:: 2 if static.guided else 1],
-        forwards=state.forwards + forwards,
+        cached_B=finished.cached_X[each],
     )
 
 

@@ -1,4 +1,4 @@
-"""Forward passes, over all tokens or with a KV cache, that return the hidden states at some positions of each row.
+"""What forward passes of the sampler share: a pass over all tokens, the KV cache, and groups of rows.
 
 A source position is the position whose hidden state predicts a token: with the right shift, the one before the token.
 
@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dream_jax import masks, sharding
-from dream_jax.attention import KVCache, Window
+from dream_jax.attention import KVCache
 from dream_jax.model import Dream
-from dream_jax.sampler.config import KVCachePolicy
 
 FoundT = TypeVar("FoundT")
 
@@ -64,96 +63,6 @@ def empty_kv_cache(model: Dream, rows: int, length: int) -> KVCache:
     shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
     zeros = sharding.constrain(jnp.zeros(shape, model.compute_dtype), None, "batch", None, "kv_heads", None)
     return KVCache(zeros, zeros)
-
-
-def cached(
-    model: Dream,
-    canvas_BT: Int[jax.Array, "B T"],
-    layout: CanvasLayout,
-    source_BM: Int[jax.Array, "B M"],
-    kv_cache: KVCache,
-    refresh_B: Bool[jax.Array, "B"],
-    block: Block,
-    *,
-    policy: KVCachePolicy,
-    block_length: int,
-) -> tuple[Float[jax.Array, "B M D"], KVCache, Int[jax.Array, ""]]:
-    """Computes the hidden states at the source positions with a KV cache.
-
-    The rows marked in `refresh_B` make a full pass; the other rows that are not done make a window pass.
-
-    Returns:
-      The hidden states, the updated KV cache, and the number of forward passes made (an int32 scalar).
-    """
-    hidden_BMD, kv_cache, passes = _full_passes(model, canvas_BT, layout, source_BM, kv_cache, refresh_B)
-    window_B = ~refresh_B & (block.start_B < canvas_BT.shape[1])
-
-    def window_pass(kv_cache: KVCache) -> tuple[jax.Array, KVCache]:
-        found_BMD, kv_cache = _window_pass(
-            model, canvas_BT, layout, source_BM, kv_cache, window_B, block, policy, block_length
-        )
-        return jnp.where(window_B[:, None, None], found_BMD, hidden_BMD), kv_cache
-
-    any_window = jnp.any(window_B)
-    hidden_BMD, kv_cache = jax.lax.cond(any_window, window_pass, lambda kv_cache: (hidden_BMD, kv_cache), kv_cache)
-    return hidden_BMD, kv_cache, passes + any_window.astype(jnp.int32)
-
-
-def _window_pass(
-    model: Dream,
-    canvas_BT: jax.Array,
-    layout: CanvasLayout,
-    source_BM: jax.Array,
-    kv_cache: KVCache,
-    window_B: jax.Array,
-    block: Block,
-    policy: KVCachePolicy,
-    block_length: int,
-) -> tuple[jax.Array, KVCache]:
-    """Makes a window pass over all rows; only rows marked in `window_B` change the KV cache. Returns as `cached`."""
-    length = canvas_BT.shape[1]
-    right = length if policy.right is None else policy.right
-    width = min(policy.left + block_length + right, length)
-    # Near an end of the canvas the window is moved inwards. It then covers tokens beyond `left` and `right`, which must
-    # not enter the cache: the result of a row would depend on its distance from the end, and so on its padding.
-    window_start_B = jnp.clip(block.start_B - policy.left, 0, length - width)
-    position_BW = window_start_B[:, None] + jnp.arange(width, dtype=jnp.int32)
-    cached_BW = (position_BW >= (block.start_B - policy.left)[:, None]) & (position_BW < (block.end_B + right)[:, None])
-    cached_BW &= window_B[:, None] & take(layout.valid_BT, position_BW)
-    hidden_BWD, kv_cache = model.hidden_window(
-        take(canvas_BT, position_BW),
-        layout.mask.at(position_BW),
-        take(layout.positions_BT, position_BW),
-        Window(kv_cache, jnp.where(cached_BW, position_BW, length)),
-    )
-    # In a window that starts with the block (Fast-dLLM), the first token is predicted from its own hidden state.
-    source_BM = jnp.maximum(source_BM, (block.start_B - policy.left)[:, None])
-    return take(hidden_BWD, jnp.clip(source_BM - window_start_B[:, None], 0, width - 1)), kv_cache
-
-
-def _full_passes(
-    model: Dream,
-    canvas_BT: jax.Array,
-    layout: CanvasLayout,
-    source_BM: jax.Array,
-    kv_cache: KVCache,
-    refresh_B: jax.Array,
-) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Makes full passes over the rows marked in `refresh_B`, one group of rows after the other. Returns as `cached`."""
-    hidden_BMD = jnp.zeros((*source_BM.shape, model.config.hidden_size), model.compute_dtype)
-
-    def group_pass(group: RowGroup, found: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        hidden_BMD, kv_cache = found
-        tokens_RT, mask, positions_RT = jax.tree.map(group.pick, (canvas_BT, layout.mask, layout.positions_BT))
-        hidden_RTD, new_kv = model.hidden_and_kv_cache(tokens_RT, mask, positions_RT)
-        return (
-            group.put(hidden_BMD, take(hidden_RTD, group.pick(source_BM))),
-            KVCache(group.put_layers(kv_cache.k, new_kv.k), group.put_layers(kv_cache.v, new_kv.v)),
-        )
-
-    size = group_rows(canvas_BT.shape[0], canvas_BT.shape[1], REFRESH_TOKENS)
-    (hidden_BMD, kv_cache), passes = in_groups(refresh_B, canvas_BT.shape[1], size, group_pass, (hidden_BMD, kv_cache))
-    return hidden_BMD, kv_cache, passes
 
 
 class RowGroup(NamedTuple):

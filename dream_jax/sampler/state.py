@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from dream_jax import decoding, masks, schedule
 from dream_jax.attention import KVCache
 from dream_jax.model import Dream
-from dream_jax.sampler import passes, propose, rules
+from dream_jax.sampler import pass_counts, passes, propose, rules
 from dream_jax.sampler.callbacks import LogitsHook, TokenHook
 from dream_jax.sampler.config import BlockCache, CachePolicy, KVCachePolicy, SamplerConfig, block_grid
+from dream_jax.sampler.pass_counts import PassKind
 from dream_jax.shapes import Array
 
 Record = Literal["nothing", "confidences", "logprobs"]
@@ -111,6 +112,16 @@ class StaticSettings:
     def forces_first(self) -> bool:
         """Whether a full pass writes the first token of a block and nothing else, as in Fast-dLLM."""
         return isinstance(self.cache, KVCachePolicy) and self.cache.forces_first
+
+    def pass_kinds(self, rows: int, length: int) -> tuple[PassKind, ...]:
+        """Returns `pass_counts.pass_kinds` for a batch of `rows` rows on a canvas of `length` tokens."""
+        return pass_counts.pass_kinds(
+            self.cache,
+            2 * rows if self.guided else rows,
+            length,
+            block_length=self.block_length,
+            first_width=self.first_width,
+        )
 
     def mask_of(self, model: Dream) -> masks.Mask:
         """Returns the mask of a model under these settings, which is not bound to particular rows."""
@@ -261,6 +272,9 @@ class State(NamedTuple):
       cached_B: with `BlockCache` the number of leading positions of each row whose tokens are final, and whose keys and
         values are in the KV cache; without it 0.
       forwards: number of forward passes made by the program.
+      needed_BK: number of passes of each kind (`StaticSettings.pass_kinds`) that each row needed.
+      made_K: number of passes of each kind made by the program.
+      predicted_B: number of predictions of each row, see `pass_counts.PassCounts`.
       undefined_B: whether a token of the row was written from logits that are no numbers.
       recorded: what was noted about the written tokens; None if the settings record nothing.
     """
@@ -278,6 +292,9 @@ class State(NamedTuple):
     before_XD: Float[jax.Array, "X D"] | None
     cached_B: Int[jax.Array, "B"]
     forwards: Int[jax.Array, ""]
+    needed_BK: Int[jax.Array, "B K"]
+    made_K: Int[jax.Array, "K"]
+    predicted_B: Int[jax.Array, "B"]
     undefined_B: Bool[jax.Array, "B"]
     recorded: Recorded | None = None
 
@@ -300,6 +317,7 @@ def begin(
     answer_start_B = jnp.minimum(first_mask_B, length - new_tokens).astype(jnp.int32)
     has_blocks, cache_rows = isinstance(static.cache, BlockCache), 2 * rows if static.guided else rows
     has_cache = has_blocks or isinstance(static.cache, KVCachePolicy)
+    num_kinds = len(static.pass_kinds(rows, length))
     return State(
         canvas_BT=canvas_BT,
         commit_step_BT=jnp.full(canvas_BT.shape, -1, jnp.int32),
@@ -314,6 +332,9 @@ def begin(
         before_XD=jnp.zeros((cache_rows, model.config.hidden_size), model.compute_dtype) if has_blocks else None,
         cached_B=zeros_B,
         forwards=jnp.int32(0),
+        needed_BK=jnp.zeros((rows, num_kinds), jnp.int32),
+        made_K=jnp.zeros(num_kinds, jnp.int32),
+        predicted_B=zeros_B,
         undefined_B=jnp.zeros(rows, bool),
         recorded=_nothing_recorded(rows, length, min(NUM_TOP, model.config.vocab_size), static.record),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from dream_jax.sampler.config import SamplerConfig
 from dream_jax.sampler.generate import UNDEFINED, check_key, check_mask, check_prompt, lay_out
 from dream_jax.sampler.growth import extents, first_width, grow, wants_more
 from dream_jax.sampler.loop import new_batch, resume
+from dream_jax.sampler.pass_counts import PassKind, counted
 from dream_jax.sampler.state import DynamicSettings, StaticSettings, active, bucket_length
 
 
@@ -28,12 +30,16 @@ class Answer(NamedTuple):
       tokens: int32 [P + N], the prompt and the answer.
       commit_step: int32 [P + N], as in Sample.
       passes: number of forward passes that the row took part in.
+      counts: for each kind of pass, the number of passes that the row needed.
+      predicted: the number of predictions of the row, as in `PassCounts`.
     """
 
     prompt: int
     tokens: np.ndarray
     commit_step: np.ndarray
     passes: int
+    counts: dict[PassKind, int]
+    predicted: int
 
 
 class Stream(Iterator[Answer]):
@@ -51,6 +57,7 @@ class Stream(Iterator[Answer]):
 
     Attributes:
       forwards: number of forward passes made so far.
+      made: for each kind of pass, the number of passes made so far.
 
     Raises:
       ValueError: as `generate` raises, with the index of the prompt (an answer whose logits are NaN or infinite raises when
@@ -72,6 +79,7 @@ class Stream(Iterator[Answer]):
         if keys is not None and keys.shape[:1] != (len(prompts),):
             raise ValueError(f"got keys of shape {keys.shape} for {len(prompts)} prompts; pass one per prompt")
         self.forwards = 0
+        self.made: Counter[PassKind] = Counter()
         self._model, self._config, self._batch_size = model, config, batch_size
         rows = [np.asarray(prompt if len(prompt) else np.zeros(0, np.int32)).reshape(1, -1) for prompt in prompts]
         for index, row in enumerate(rows):
@@ -113,11 +121,14 @@ class Stream(Iterator[Answer]):
         before = self.forwards
         with sharding.mesh_context(model):
             batch = new_batch(model, size, width + extent[0], static)
+            num_kinds = len(static.pass_kinds(size, width + extent[0]))
+            needed_before, made_before = np.zeros((size, num_kinds), np.int32), np.zeros(num_kinds, np.int32)
             prompt_of_row: list[int | None] = [None] * size
             canvas = np.full((size, total), model.config.pad_token_id, np.int32)
             valid = np.ones((size, total), bool)
             key_index = np.zeros(size, np.int32)
             masked_B = np.zeros(size, np.int32)
+            counts: list[Counter[PassKind]] = [Counter() for _ in range(size)]
             dynamic = DynamicSettings.of(config, static.steps, masked_B)
             while waiting or any(index is not None for index in prompt_of_row):
                 new = np.zeros(size, bool)
@@ -128,6 +139,7 @@ class Stream(Iterator[Answer]):
                         one = lay_out(model, prompt, np.ones(prompt.shape, bool), config, width - prompt.shape[1])
                         canvas[row], valid[row] = one[0][0], one[1][0]
                         new[row], masked_B[row] = True, self._num_masked(waiting_index)
+                        counts[row], needed_before[row] = Counter(), 0
                 # While prompts wait, the program returns as soon as a quarter of the rows are done, so that new prompts
                 # start soon. Otherwise it returns when all rows are done.
                 idle = -(-size // 4) if waiting else size
@@ -147,6 +159,12 @@ class Stream(Iterator[Answer]):
                 )
                 state = batch.state
                 self.forwards = before + int(state.forwards)
+                kinds = static.pass_kinds(size, length)
+                needed, made, predicted_B = map(np.array, (state.needed_BK, state.made_K, state.predicted_B))
+                for row, since in enumerate(needed - needed_before):
+                    counts[row].update(counted(kinds, since))
+                self.made.update(counted(kinds, made - made_before))
+                needed_before, made_before = needed, made
                 busy_B = active(state)
                 occupied = np.array([index is not None for index in prompt_of_row])
                 if len(extent) > 1:
@@ -167,5 +185,5 @@ class Stream(Iterator[Answer]):
                         begin, missing = width - self._rows[index].shape[1], total - length
                         tokens = np.pad(tokens[begin:], (0, missing), constant_values=model.config.pad_token_id)
                         commit_step = np.pad(commit_step[begin:], (0, missing), constant_values=passes - 1)
-                        yield Answer(index, tokens, commit_step, int(passes))
+                        yield Answer(index, tokens, commit_step, int(passes), dict(counts[row]), int(predicted_B[row]))
                         prompt_of_row[row] = None
