@@ -34,7 +34,25 @@ DRAWN = [
     masks.Causal() | masks.KeyLengths(np.array([2])),
     ~masks.Causal(),
     masks.Causal().at(np.array([[2, 0, 0]])),
+    masks.Causal().only(np.array([[0, 2, 1]]), 3),
 ]
+
+
+def test_only_some_tokens_of_each_row():
+    """Every mask of some tokens is that of all tokens, without the other lines and columns."""
+    position = np.array([[4, 0, 2], [1, 1, 3]])
+    for mask in (
+        masks.Bidirectional(),
+        masks.Causal() & masks.KeyPadding(np.array([[True] * 5, [False, *[True] * 4]])),
+        masks.SlidingWindow(1, 1) | masks.Prefix(np.array([1, 2])),
+        ~masks.BlockDiffusion(2, np.array([1, 0])),
+    ):
+        whole = np.broadcast_to(mask.dense(5, 5), (2, 5, 5))
+        wanted = np.stack([rows[at][:, at] for rows, at in zip(whole, position, strict=True)])
+        np.testing.assert_array_equal(np.broadcast_to(mask.only(position, 5).dense(3, 3), (2, 3, 3)), wanted)
+    assert isinstance(masks.Bidirectional().only(position, 5), masks.Bidirectional)
+    with pytest.raises(ValueError, match="is for 3 tokens of each row, but there are 4 keys"):
+        masks.Causal().only(position, 5).dense(4, 4)
 
 
 def named(mask):

@@ -85,7 +85,7 @@ NO_SETTINGS = {
     "SampledAnswer", "StudyTask", "SudokuTask", "TaskFormat", "Tensor", "TensorLayout", "TextAnswer", "TrainedModel",
     "WeightCopy", "WeightUnit", "WeightsDescription", "Work", "WorkUnit", "XlaFlag", "_Follower", "_Grid", "_LastAndBest",
     "_TiledMask", "MemoryParts", "OrderedBlocks", "OrderedStreams", "StreamBlocks", "StreamTiles", "_Seen",
-    "BatchSizes", "PairScorer", "RolloutPlan", "RunMaterials",
+    "BatchSizes", "PairScorer", "RolloutPlan", "RunMaterials", "Selection",
 }  # fmt: skip
 
 # What an instance needs besides its defaults.

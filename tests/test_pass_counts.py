@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from golden_numbers import model
+from marking import slow
 
 from dream_jax import masks
 from dream_jax.model import Dream
@@ -61,9 +62,7 @@ def computed(monkeypatch):
     loop.denoise.clear_cache()
 
 
-@pytest.mark.parametrize(
-    "name", ["window", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "window")]
-)
+@pytest.mark.parametrize("name", ["window", slow("none"), slow("guided"), slow("block")])
 def test_kinds_are_what_the_model_computes(name, computed):
     config, wanted = CASES[name]
     prompts = np.random.default_rng(0).integers(0, 100, (2, 6)).astype(np.int32)

@@ -6,7 +6,7 @@ other backends, `dense` returns a bool array with the last axes (query, key), tr
 key. Masks can be combined (`&`, `|`, `~`) and drawn as text (`draw`).
 """
 
-from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, conjuncts, is_fixed
+from dream_jax.masks.base import And, Bidirectional, Mask, Not, Or, Queries, Selection, conjuncts, is_fixed
 from dream_jax.masks.blocks import (
     BlockDiffusion,
     OrderedBlocks,
@@ -41,6 +41,7 @@ __all__ = [
     "Prefix",
     "Queries",
     "Segments",
+    "Selection",
     "SlidingWindow",
     "TwoStream",
     "anneal",

@@ -48,6 +48,13 @@ class Mask(abc.ABC):
         """Returns this mask for T queries that are at the given indices among the keys, each in [0, S)."""
         return Queries(self, position_BT)
 
+    def only(self, position_BT: Int[Array, "B T"], num_tokens: int) -> Mask:
+        """Returns this mask for T of the `num_tokens` tokens of each row, as queries and as keys.
+
+        `position_BT` holds the index of each of them among all tokens of the row, in [0, num_tokens).
+        """
+        return Selection(self, position_BT, num_tokens)
+
     def for_rows(self, valid_BT: Bool[Array, "B T"], answer_BT: Bool[Array, "B T"]) -> Mask:
         """Returns the mask for particular rows. Masks that do not depend on rows return themselves.
 
@@ -124,6 +131,10 @@ class Bidirectional(Mask):
 
     def at(self, position_BT: Int[Array, "B T"]) -> Mask:
         """Returns this same mask, which does not depend on the positions of the queries."""
+        return self
+
+    def only(self, position_BT: Int[Array, "B T"], num_tokens: int) -> Mask:
+        """Returns this same mask, which hides no token."""
         return self
 
 
@@ -272,6 +283,42 @@ class Queries(Mask):
                 f"the mask has the positions of {self.position_BT.shape[1]} queries, but there are {num_queries} queries"
             )
         return self.mask.allowed(jnp.asarray(self.position_BT), num_keys)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection(Mask):
+    """The mask that `only` makes: queries and keys are the same tokens of a row, not all of them. Drawn for `Causal` and
+    the tokens 0, 2 and 1 of a row:
+
+    ::
+
+        #..
+        ###
+        #.#
+
+    Attributes:
+      mask: the mask of all tokens.
+      position_BT: index of each token among all tokens of the row, in [0, num_tokens).
+      num_tokens: number of all tokens of a row.
+    """
+
+    mask: Mask
+    position_BT: Int[Array, "B T"]
+    num_tokens: int = dataclasses.field(metadata={"static": True})
+
+    def allowed(self, position_bT: Int[Array, "b T"], num_keys: int) -> Bool[jax.Array, "b2 t s"]:
+        """Returns bool [B, T, S]. Raises ValueError if `num_keys` differs from the number of selected tokens."""
+        if self.position_BT.shape[1] != num_keys:
+            raise ValueError(
+                f"the mask is for {self.position_BT.shape[1]} tokens of each row, but there are {num_keys} keys"
+            )
+        rows = max(position_bT.shape[0], self.position_BT.shape[0])
+        key_BS = jnp.broadcast_to(jnp.asarray(self.position_BT), (rows, num_keys))
+        query_BT = jnp.take_along_axis(key_BS, jnp.broadcast_to(position_bT, (rows, position_bT.shape[1])), axis=1)
+        allowed_BTS = self.mask.allowed(query_BT, self.num_tokens)
+        allowed_BTS = jnp.broadcast_to(allowed_BTS, (rows, query_BT.shape[1], self.num_tokens))
+        return jnp.take_along_axis(allowed_BTS, key_BS[:, None, :], axis=2)
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from dream_jax import decoding, masks
 from dream_jax.bounds import MOST_TOKENS, FloatRange, IntegerRange, check, check_numbers
 from dream_jax.sampler.callbacks import LogitsHook, TokenHook
-from dream_jax.sampler.rules import CommitRule, Count, Threshold
+from dream_jax.sampler.rules import CommitRule, Count, Threshold, short_repr
 
 Preset = Literal["exact", "balanced", "fast"]
 FastDLLMVariant = Literal["prefix", "dual"]
@@ -35,16 +35,29 @@ class WindowCache:
       refresh_blocks: a full pass is made at the start of every `refresh_blocks`-th block; None makes one at the start
         of the first block only.
       refresh_passes: inside a block, at least every `refresh_passes`-th pass of a row is a full pass; 1 makes every
-        pass full, which is exact. None adds no such full passes.
+        pass full, which is exact if `suffix` is None. None adds no such full passes.
+      suffix: number of mask tokens after the block that a row sees. All passes see, and full passes compute, only the
+        tokens that are given or written, the block, these mask tokens and the last token of the row. None: all tokens.
+        If at least as many as there are, the answer is the same. (The window of DPad and Streaming-dLLM.)
+      renew_left: number of tokens before the block that the first pass over a block computes, if it is no full pass; at
+        least `left`. It also computes `suffix` tokens after the block, or `right` if this is more or `suffix` is None. So
+        between full passes the keys and values of the blocks just written are renewed, and those of the prompt and of
+        older text are not. None: the first pass over a block is like the others.
+      refresh_drift: at a block start, a full pass is made only if the tokens that were written since the last full pass
+        are at least so uncertain together: the sum of 1 - confidence, or of the entropies with the order "entropy". So
+        a row whose text is certain is refreshed less often. 0 makes every full pass that `refresh_blocks` asks for.
 
     Raises:
-      ValueError: a value is outside its range.
+      ValueError: a value is outside its range, or `renew_left` is less than `left`.
     """
 
     left: int = 1
     right: int | None = 0
     refresh_blocks: int | None = 1
     refresh_passes: int | None = None
+    suffix: int | None = None
+    renew_left: int | None = None
+    refresh_drift: float = 0.0
     forces_first: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -55,7 +68,15 @@ class WindowCache:
             right=IntegerRange(0, MOST_TOKENS, "pass None for all tokens"),
             refresh_blocks=several,
             refresh_passes=several,
+            suffix=IntegerRange(0, MOST_TOKENS, "pass None for all tokens"),
+            renew_left=IntegerRange(1, MOST_TOKENS, "pass None to switch it off"),
+            refresh_drift=FloatRange(0.0, note="0 makes a full pass at every block start"),
         )
+        if self.renew_left is not None and self.renew_left < self.left:
+            raise ValueError(f"{self.renew_left=} must be at least {self.left=}; pass None to switch it off")
+
+    def __repr__(self) -> str:
+        return short_repr(self, "suffix", "renew_left", "refresh_drift")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +96,9 @@ class FastDLLMCache:
     left: ClassVar[int] = 0
     refresh_blocks: ClassVar[int | None] = 1
     refresh_passes: ClassVar[int | None] = None
+    suffix: ClassVar[int | None] = None
+    renew_left: ClassVar[int | None] = None
+    refresh_drift: ClassVar[float] = 0.0
     forces_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

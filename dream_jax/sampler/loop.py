@@ -33,7 +33,7 @@ from dream_jax.sampler.state import (
     block_start,
     first,
 )
-from dream_jax.sampler.window_passes import CachedRows
+from dream_jax.sampler.window_passes import CachedRows, RowCache
 from dream_jax.shapes import Array
 
 
@@ -114,12 +114,12 @@ def resume(
     def replaced(old: Any, new: Any) -> Any:
         return jax.tree.map(lambda old, new: jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new, old), old, new)
 
-    # The KV cache is not replaced: a new row begins with a full pass, which overwrites it. With `BlockCache` this pass does
-    # not reach the end of the row, so the cache of the row is set to zero: a NaN that is left there would make the row
-    # NaN, although the mask hides it.
+    # The KV cache is not replaced: a new row begins with a full pass, which overwrites it. With `BlockCache` and with a
+    # suffix window this pass does not compute all of the row, so the cache of the row is set to zero: a NaN that is left
+    # there would make the row NaN, although the mask hides it.
     fresh = begin(model, canvas_BT, static, dynamic.new_tokens)
     shared: dict[str, Any] = {name: getattr(batch.state, name) for name in _SHARED}
-    if isinstance(static.cache, BlockCache):
+    if isinstance(static.cache, BlockCache) or batch.state.stored_BT is not None:
         cache_rows = jnp.repeat(new_B, 2) if static.guided else new_B
         clear = lambda x: jnp.where(cache_rows[None, :, None, None, None], jnp.zeros_like(x), x)
         shared["kv_cache"] = jax.lax.cond(
@@ -273,9 +273,13 @@ def step(
                 score_BM = confidence_BM / (alg_temp[:, None] if alg_temp.ndim else alg_temp) + noise_BM
             # The first token of a block is predicted from the token before it, so the block cannot change its prediction.
             starts_BM = (position_BM == block.start_B[:, None]) & ~first_BM
+            value = dynamic.rule
+            if value is not None and dynamic.fall is not None:
+                size_B = jnp.maximum(block.end_B - block.start_B, 1).astype(jnp.float32)
+                value = rules.fallen(value, dynamic.fall, candidates_B.astype(jnp.float32) / size_B)
             written_BM = rules.choose(
                 static.rule,
-                dynamic.rule,
+                value,
                 confidence_BM,
                 candidate_BM,
                 scheduled_B,
@@ -285,6 +289,12 @@ def step(
         # If a logit is NaN, or the largest is infinite, so is the sum of the probabilities, and the confidence is NaN.
         undefined_B = state.undefined_B | jnp.any(written_BM & jnp.isnan(confidence_BM), axis=1)
         state = _write(state, position_BM, written_BM, proposal.token_BM, step_id_B)._replace(undefined_B=undefined_B)
+        if state.drift_B is not None:
+            # The confidence of the order "entropy" is the negative entropy; the others are probabilities or their gaps.
+            doubt_BM = (0.0 if static.alg == "entropy" else 1.0) - confidence_BM
+            doubt_B = jnp.sum(jnp.where(written_BM, doubt_BM, 0.0), axis=1)
+            # A full pass does not see yet what is written after it.
+            state = state._replace(drift_B=jnp.where(refresh_B, 0.0, state.drift_B) + doubt_B)
         if state.recorded is not None:
             state = state._replace(recorded=_record(state.recorded, position_BM, written_BM, proposal))
         if static.stop_at_end:
@@ -333,13 +343,19 @@ def _forward(
       The hidden states at the source positions (X is B, or 2 B under guidance), and the state with the updated cache and
       counts of forward passes.
     """
-    canvas_BT, active_B, cached_B = state.canvas_BT, active(state), state.cached_B
+    canvas_BT, active_B, cached_B, stored_BT = state.canvas_BT, active(state), state.cached_B, state.stored_BT
+    renew_B, in_view_BT = _renew(state, refresh_B, static.cache), None
+    if isinstance(static.cache, KVCachePolicy) and static.cache.suffix is not None:
+        open_BT = canvas_BT == model.config.mask_token_id
+        in_view_BT = window_passes.tokens_in_view(open_BT, layout.valid_BT, block, static.cache.suffix)
     if static.guided:
-        # Each row is followed by its unconditional copy, in which every given token is masked.
-        layout, source_BM, refresh_B, block, canvas_BT, active_B, cached_B = jax.tree.map(
+        # Each row is followed by its unconditional copy, in which every given token is masked. It sees the same tokens.
+        layout, source_BM, refresh_B, renew_B, block, canvas_BT, active_B, cached_B, stored_BT, in_view_BT = jax.tree.map(
             lambda x: jnp.repeat(x, 2, axis=0),
-            (layout, source_BM, refresh_B, block, canvas_BT, active_B, cached_B),
-        )
+            (
+                layout, source_BM, refresh_B, renew_B, block, canvas_BT, active_B, cached_B, stored_BT, in_view_BT
+            ),
+        )  # fmt: skip
         given_BT = layout.valid_BT & (jnp.repeat(state.commit_step_BT, 2, axis=0) < 0)
         unconditional_B1 = jnp.arange(canvas_BT.shape[0])[:, None] % 2 == 1
         canvas_BT = jnp.where(given_BT & unconditional_B1, model.config.mask_token_id, canvas_BT)
@@ -359,14 +375,19 @@ def _forward(
     if isinstance(static.cache, KVCachePolicy):
         found = window_passes.window_cached(
             model,
-            CachedRows(canvas_BT, layout, source_BM, block),
-            state.kv_cache,
+            CachedRows(canvas_BT, layout, source_BM, block, active_B, in_view_BT),
+            RowCache(state.kv_cache, stored_BT),
             refresh_B,
+            renew_B,
             policy=static.cache,
             block_length=static.block_length,
+            new_tokens=static.new_tokens,
         )
         after = counted(state, found.made_K, found.needed_XK[each])
-        return found.hidden_XMD, after._replace(kv_cache=found.kv_cache)
+        stored_XT = found.cache.stored_XT
+        return found.hidden_XMD, after._replace(
+            kv_cache=found.cache.kv_cache, stored_BT=None if stored_XT is None else stored_XT[each]
+        )
     assert state.before_XD is not None, "a state for BlockCache has this array"
     hidden_XMD, finished, made_K, needed_XK = block_passes.block_cached(
         model,
@@ -399,10 +420,20 @@ def _refresh(state: State, cache: CachePolicy) -> Bool[jax.Array, "B"]:
         return jnp.zeros(state.block_start_B.shape, bool)
     wanted_B = state.passes_since_full_B < 0
     if cache.refresh_blocks is not None:
-        wanted_B |= (state.block_passes_B == 0) & (state.blocks_since_full_B >= cache.refresh_blocks)
+        starts_B = (state.block_passes_B == 0) & (state.blocks_since_full_B >= cache.refresh_blocks)
+        if state.drift_B is not None:
+            starts_B &= state.drift_B >= cache.refresh_drift
+        wanted_B |= starts_B
     if cache.refresh_passes is not None:
         wanted_B |= state.passes_since_full_B >= cache.refresh_passes
     return wanted_B & active(state)
+
+
+def _renew(state: State, refresh_B: Bool[jax.Array, "B"], cache: CachePolicy) -> Bool[jax.Array, "B"]:
+    """Marks the rows whose next pass is the first one over a block, is no full pass, and has a window of its own shape."""
+    if not isinstance(cache, KVCachePolicy) or cache.renew_left is None:
+        return jnp.zeros(refresh_B.shape, bool)
+    return active(state) & (state.block_passes_B == 0) & ~refresh_B
 
 
 def _candidates(

@@ -25,8 +25,10 @@ class PassKind(NamedTuple):
     """What a forward pass of one kind computes of each of its rows.
 
     Attributes:
-      name: "full" (all tokens that a row may see), "window" (the block and tokens beside it); with `BlockCache` "first"
-        (the tokens up to the end of the first block), "two blocks" (the block before and the block) or "block".
+      name: "full" (all tokens that a row may see; with `WindowCache.suffix` there are several lengths), "renewal" (the
+        first pass over a block with `WindowCache.renew_left`), "window" (the block and tokens beside it); with
+        `BlockCache` "first" (the tokens up to the end of the first block), "two blocks" (the block before and the block)
+        or "block".
       queries: number of tokens of a row that the pass computes, padding included.
       keys: number of keys to which each of them attends, hidden ones included. Where it is larger than `queries`, the
         other keys and values come from the cache.
@@ -91,7 +93,7 @@ def counted(kinds: Sequence[PassKind], counts: np.ndarray) -> dict[PassKind, int
 
 
 def pass_kinds(
-    cache: CachePolicy, rows: int, length: int, *, block_length: int | None, first_width: int | None
+    cache: CachePolicy, rows: int, length: int, *, block_length: int | None, first_width: int | None, new_tokens: int
 ) -> tuple[PassKind, ...]:
     """Returns the kinds of passes that a program makes, in the order in which it counts them.
 
@@ -101,7 +103,7 @@ def pass_kinds(
       cache: the cache of the program.
       rows: number of rows that the program computes: 2 B under guidance, and otherwise B.
       length: length of the canvas.
-      block_length, first_width: as in `StaticSettings`.
+      block_length, first_width, new_tokens: as in `StaticSettings`.
     """
     if isinstance(cache, NoCache):
         return (PassKind("full", length, length, rows),)
@@ -119,5 +121,10 @@ def pass_kinds(
             PassKind("two blocks", two, length, shards * block_passes.group_rows(rows, block_length)),
             PassKind("block", min(block_length, length), length, rows),
         )
-    width = window_passes.window_width(cache, block_length, length)
-    return (grouped("full", length, length, passes.REFRESH_TOKENS), PassKind("window", width, length, rows))
+    widths = window_passes.full_widths(cache, block_length, length, new_tokens)
+    kinds = [grouped("full", width, width, passes.REFRESH_TOKENS) for width in widths]
+    renewal = window_passes.renewal_window(cache, block_length, length)
+    if renewal is not None:
+        kinds.append(grouped("renewal", renewal.width, length, window_passes.RENEWAL_TOKENS))
+    window = window_passes.window(cache, block_length, length)
+    return (*kinds, PassKind("window", window.width, length, rows))

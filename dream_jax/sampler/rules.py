@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,24 @@ from dream_jax import decoding
 from dream_jax.bounds import POSITIVE, SHARE, FloatRange, check_numbers
 
 
+def short_repr(settings: Any, *later: str) -> str:
+    """Returns the repr of a dataclass without the fields in `later` that have their defaults.
+
+    Files of answers hold the repr of their settings. Fields that were added later must not change it while they are
+    switched off, so that the command that wrote such a file can resume it.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(settings)}
+    shown = [name for name in default if name not in later or getattr(settings, name) != default[name]]
+    return f"{type(settings).__name__}({', '.join(f'{name}={getattr(settings, name)!r}' for name in shown)})"
+
+
 @dataclasses.dataclass(frozen=True)
 class CommitRule(abc.ABC):
     """Decides how many candidates of a row are written, given their confidences from high to low.
 
-    A subclass has at most one field, its parameter. The parameter is passed to the compiled loop as an array, so that
-    one program serves all its values. Every rule except `Count` writes at least one position, so that the loop ends.
+    The first field of a subclass, if it has any, is its parameter. The parameter is passed to the compiled loop as an
+    array, so that one program serves all its values. Every rule except `Count` writes at least one position, so that the
+    loop ends.
 
     Attributes:
       algs: the values of `SamplerConfig.alg` whose confidences this rule can use.
@@ -34,6 +46,11 @@ class CommitRule(abc.ABC):
     def value(self) -> float | None:
         """The parameter of the rule; None if the rule has no parameter."""
         return next(iter(dataclasses.astuple(self)), None)
+
+    @property
+    def fall_share(self) -> float | None:
+        """The share by which the parameter falls until a block is full, see `fallen`; None if it does not fall."""
+        return None
 
     @staticmethod
     @abc.abstractmethod
@@ -96,14 +113,29 @@ class Threshold(CommitRule):
 
     This is Fast-dLLM's confidence-aware decoding.
 
+    Attributes:
+      tau: the threshold.
+      fall: how much lower the threshold becomes while a block is filled: where a share m of the block are mask tokens, it
+        is tau (1 - fall (1 - m)), as in Streaming-dLLM. 0 keeps it at tau. Without blocks, the tokens from the first
+        mask of the row on are the block.
+
     Raises:
-      ValueError: tau is outside [0, 1].
+      ValueError: a value is outside [0, 1].
     """
 
     tau: float
+    fall: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, tau=SHARE._replace(note="it is compared with probabilities"))
+        check_numbers(self, tau=SHARE._replace(note="it is compared with probabilities"), fall=SHARE)
+
+    def __repr__(self) -> str:
+        return short_repr(self, "fall")
+
+    @property
+    def fall_share(self) -> float | None:
+        """The value of `fall`; None instead of 0."""
+        return self.fall or None
 
     @staticmethod
     def accepts(value: jax.Array, sorted_BM: Float[jax.Array, "B M"]) -> Bool[jax.Array, "B M"]:
@@ -155,6 +187,16 @@ class EntropyBound(CommitRule):
         """Accepts a confidence (a negative entropy) while the sum of the entropies before it is at most the bound."""
         entropy_BM = jnp.maximum(-sorted_BM, 0.0)
         return jnp.cumsum(entropy_BM, axis=1) - entropy_BM <= value
+
+
+def fallen(
+    value: Float[jax.Array, "..."], fall: Float[jax.Array, "..."], open_share_B: Float[jax.Array, "B"]
+) -> Float[jax.Array, "B"]:
+    """Returns the parameter of a rule for each row: value (1 - fall (1 - m)), where a share m of its block are masks.
+
+    `value` and `fall` are scalars, or one number per row.
+    """
+    return value * (1.0 - fall * (1.0 - open_share_B))
 
 
 def choose(

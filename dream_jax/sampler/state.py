@@ -121,6 +121,7 @@ class StaticSettings:
             length,
             block_length=self.block_length,
             first_width=self.first_width,
+            new_tokens=self.new_tokens,
         )
 
     def mask_of(self, model: Dream) -> masks.Mask:
@@ -147,6 +148,7 @@ class DynamicSettings(NamedTuple):
       steps_B: number of steps that the schedule of each row has for a block, int32.
       new_tokens: int32 [B], the number of positions at the end of the canvas that do not belong to the prompt; None if
         it is `StaticSettings.new_tokens` in every row.
+      fall: how much lower the parameter of the commit rule becomes while a block is filled, float32; None instead of 0.
     """
 
     filters: propose.Filters
@@ -155,6 +157,7 @@ class DynamicSettings(NamedTuple):
     fractions_BS: Float[Array, "B S"]
     steps_B: Int[Array, "B"]
     new_tokens: Int[Array, "B"] | None = None
+    fall: Float[jax.Array, "..."] | None = None
 
     @classmethod
     def of(cls, config: SamplerConfig, steps: int, masked_B: Sequence[int] | np.ndarray) -> DynamicSettings:
@@ -171,6 +174,7 @@ class DynamicSettings(NamedTuple):
             filters=propose.Filters(**{name: values[name] for name in propose.Filters._fields}),
             alg_temp=values["alg_temp"],
             rule=values["rule"],
+            fall=values["fall"],
             fractions_BS=fractions_BS,
             steps_B=steps_B,
         )
@@ -197,6 +201,7 @@ class DynamicSettings(NamedTuple):
             filters=propose.Filters(**{name: stacked[name] for name in propose.Filters._fields}),
             alg_temp=stacked["alg_temp"],
             rule=stacked["rule"],
+            fall=stacked["fall"],
             fractions_BS=fractions_BS,
             steps_B=steps_B,
             new_tokens=np.array([config.max_new_tokens for config in configs], np.int32),
@@ -217,6 +222,7 @@ def _values(config: SamplerConfig) -> dict[str, float | None]:
         "guidance": config.guidance or None,
         "alg_temp": config.alg_temp or None,
         "rule": config.commit.value,
+        "fall": config.commit.fall_share,
     }
 
 
@@ -271,6 +277,9 @@ class State(NamedTuple):
         of the KV cache, if its keys and values are cached; None without `BlockCache`.
       cached_B: with `BlockCache` the number of leading positions of each row whose tokens are final, and whose keys and
         values are in the KV cache; without it 0.
+      stored_BT: with `suffix`, true at positions whose keys and values are in the KV cache; None without it.
+      drift_B: with `refresh_drift`, the uncertainty of the tokens that were written since the last full pass of the row,
+        float32; None without it.
       forwards: number of forward passes made by the program.
       needed_BK: number of passes of each kind (`StaticSettings.pass_kinds`) that each row needed.
       made_K: number of passes of each kind made by the program.
@@ -291,6 +300,8 @@ class State(NamedTuple):
     kv_cache: KVCache | None
     before_XD: Float[jax.Array, "X D"] | None
     cached_B: Int[jax.Array, "B"]
+    stored_BT: Bool[jax.Array, "B T"] | None
+    drift_B: Float[jax.Array, "B"] | None
     forwards: Int[jax.Array, ""]
     needed_BK: Int[jax.Array, "B K"]
     made_K: Int[jax.Array, "K"]
@@ -317,6 +328,8 @@ def begin(
     answer_start_B = jnp.minimum(first_mask_B, length - new_tokens).astype(jnp.int32)
     has_blocks, cache_rows = isinstance(static.cache, BlockCache), 2 * rows if static.guided else rows
     has_cache = has_blocks or isinstance(static.cache, KVCachePolicy)
+    has_suffix = isinstance(static.cache, KVCachePolicy) and static.cache.suffix is not None
+    has_drift = isinstance(static.cache, KVCachePolicy) and static.cache.refresh_drift > 0
     num_kinds = len(static.pass_kinds(rows, length))
     return State(
         canvas_BT=canvas_BT,
@@ -331,6 +344,8 @@ def begin(
         kv_cache=passes.empty_kv_cache(model, cache_rows, length) if has_cache else None,
         before_XD=jnp.zeros((cache_rows, model.config.hidden_size), model.compute_dtype) if has_blocks else None,
         cached_B=zeros_B,
+        stored_BT=jnp.zeros((rows, length), bool) if has_suffix else None,
+        drift_B=jnp.zeros(rows, jnp.float32) if has_drift else None,
         forwards=jnp.int32(0),
         needed_BK=jnp.zeros((rows, num_kinds), jnp.int32),
         made_K=jnp.zeros(num_kinds, jnp.int32),
