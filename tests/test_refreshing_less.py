@@ -119,10 +119,6 @@ def test_the_blocks_just_written_are_renewed():
     before, after = (generate(dream, start, with_cache(cache)) for cache in (stale, renewed))
     assert not np.array_equal(before.tokens, after.tokens)
     assert total(after, "full")[0] == 2 and total(after, "renewal") == (4, 4 * 8)
-    # As often as everything is refreshed, nothing is left to renew.
-    check_equal(
-        generate(dream, start, with_cache(WindowCache(renew_left=4))), generate(dream, start, with_cache(WindowCache()))
-    )
 
 
 # Refreshing by drift
@@ -226,8 +222,10 @@ def test_settings_that_are_switched_off_are_not_in_the_repr():
         ({"renew_left": 0}, "renew_left=0 must be at least 1"),
         ({"left": 3, "renew_left": 2}, "self.renew_left=2 must be at least self.left=3"),
         ({"refresh_drift": -0.5}, "refresh_drift=-0.5 must not be negative"),
+        ({"refresh_drift": 0.5, "refresh_blocks": None}, "self.refresh_drift=0.5 has no effect with .*blocks=None"),
+        ({"renew_left": 4}, "self.renew_left=4 has no effect with self.refresh_blocks=1"),
     ],
-    ids=["suffix", "renew_left", "left", "refresh_drift"],
+    ids=["suffix", "renew_left", "left", "refresh_drift", "drift without refreshes", "renewal without need"],
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):

@@ -38,17 +38,21 @@ class WindowCache:
         pass full, which is exact if `suffix` is None. None adds no such full passes.
       suffix: number of mask tokens after the block that a row sees. All passes see, and full passes compute, only the
         tokens that are given or written, the block, these mask tokens and the last token of the row. None: all tokens.
-        If at least as many as there are, the answer is the same. (The window of DPad and Streaming-dLLM.)
+        If at least as many as there are, the answer is the same. (The window of DPad and Streaming-dLLM.) A mask token
+        after the block is seen only if a pass has computed it: if the first pass over a block is no full pass, set
+        `renew_left`, or `right` to `suffix`.
       renew_left: number of tokens before the block that the first pass over a block computes, if it is no full pass; at
         least `left`. It also computes `suffix` tokens after the block, or `right` if this is more or `suffix` is None. So
         between full passes the keys and values of the blocks just written are renewed, and those of the prompt and of
-        older text are not. None: the first pass over a block is like the others.
+        older text are not. None: the first pass over a block is like the others. It needs block starts without a full
+        pass: `refresh_blocks` above 1 or None, or `refresh_drift`.
       refresh_drift: at a block start, a full pass is made only if the tokens that were written since the last full pass
         are at least so uncertain together: the sum of 1 - confidence, or of the entropies with the order "entropy". So
         a row whose text is certain is refreshed less often. 0 makes every full pass that `refresh_blocks` asks for.
 
     Raises:
-      ValueError: a value is outside its range, or `renew_left` is less than `left`.
+      ValueError: a value is outside its range, `renew_left` is less than `left`, or `renew_left` or `refresh_drift` would
+        have no effect.
     """
 
     left: int = 1
@@ -74,6 +78,16 @@ class WindowCache:
         )
         if self.renew_left is not None and self.renew_left < self.left:
             raise ValueError(f"{self.renew_left=} must be at least {self.left=}; pass None to switch it off")
+        if self.refresh_drift and self.refresh_blocks is None:
+            raise ValueError(
+                f"{self.refresh_drift=} has no effect with {self.refresh_blocks=}, which makes no full passes at block "
+                "starts after the first; pass refresh_blocks=1, or refresh_drift=0"
+            )
+        if self.renew_left is not None and self.refresh_blocks == 1 and not self.refresh_drift:
+            raise ValueError(
+                f"{self.renew_left=} has no effect with {self.refresh_blocks=}, which makes a full pass at each block "
+                "start; pass refresh_blocks=2 or more or None, or a refresh_drift, or renew_left=None"
+            )
 
     def __repr__(self) -> str:
         return short_repr(self, "suffix", "renew_left", "refresh_drift")
