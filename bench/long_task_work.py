@@ -87,14 +87,16 @@ def work_7b(config: SamplerConfig, passes: CountedPasses, prompt: int, *, batch:
     A pass over all tokens computes 1024 tokens, and a full pass over a part of the new tokens computes the same share of
     512. A pass over a window computes as many tokens as here, and attends to 1024. The number of passes is that of the
     small model times 512 / `max_new_tokens`. If full passes do not come at regular blocks, the first of them comes once
-    in every answer, and the number of the others grows as the number of blocks after the first.
+    in every answer, and the number of the others, and of the passes that renew the text before a block, grows as the
+    number of blocks after the first.
 
     Args:
       config: the settings of the sampler.
       passes: the passes that were counted with these settings.
       prompt: number of tokens before the new ones when they were counted, padding included.
       batch: number of answers that are sampled together, 1 or `BATCH`. With 1, the passes are those that an answer needs
-        alone. With `BATCH`, full passes with a cache are made for one row at a time, and the other passes for all rows.
+        alone. With `BATCH`, full passes with a cache are made for one row at a time, passes that renew the text before a
+        block for as many rows as here, and the other passes for all rows.
 
     Returns:
       The operations (`flops`), the bytes of memory traffic (`bytes`), and the least time on an H200 (`seconds`).
@@ -104,12 +106,19 @@ def work_7b(config: SamplerConfig, passes: CountedPasses, prompt: int, *, batch:
     unembedded = passes.predicted / max(1, passes.needed.total()) * (longer if config.block_length is None else 1.0)
     alone = batch == 1
     found = {"flops": 0.0, "bytes": 0.0, "seconds": 0.0}
+    later, once = _later_blocks(config), 1.0
     for kind in passes.needed:
         is_full = kind.queries == kind.keys
         grouped = is_full and not isinstance(config.cache, NoCache)
         by_row = alone or grouped
         count = passes.needed[kind] / passes.answers if by_row else passes.made[kind] / passes.answers
-        count = _longer_count(config, count, longer) if grouped and kind.name == "full" else count * longer
+        if later is None or kind.name not in ("full", "renewal"):
+            count *= longer
+        else:
+            # The first full pass of an answer is of the first kind, because it has the fewest tokens in view.
+            first = min(count, once) if kind.name == "full" else 0.0
+            once -= first
+            count = first + (count - first) * later
         queries = keys = PROMPT + math.ceil((kind.queries - prompt) * longer)
         if not is_full:
             queries, keys = kind.queries, PROMPT + NEW
@@ -120,17 +129,17 @@ def work_7b(config: SamplerConfig, passes: CountedPasses, prompt: int, *, batch:
     return found
 
 
-def _longer_count(config: SamplerConfig, count: float, longer: float) -> float:
-    """Returns the number of full passes of a longer answer, of the mean number `count` of full passes of an answer."""
+def _later_blocks(config: SamplerConfig) -> float | None:
+    """Returns how many times as many blocks after the first an answer of 512 tokens has as one of `max_new_tokens`.
+
+    It is 1 if the answer has no such block, and None if full passes come at regular blocks or if there is no cache.
+    """
     cache, block = config.cache, config.block_length
-    assert block is not None, "a cache needs blocks"
     if not isinstance(cache, WindowCache) or (cache.refresh_blocks is not None and not cache.refresh_drift):
-        return count * longer
+        return None
+    assert block is not None, "a cache needs blocks"
     blocks = math.ceil(config.max_new_tokens / block)
-    if blocks == 1:
-        return count
-    first = min(count, 1.0)
-    return first + (count - first) * (math.ceil(NEW / block) - 1) / (blocks - 1)
+    return 1.0 if blocks == 1 else (math.ceil(NEW / block) - 1) / (blocks - 1)
 
 
 def total_of(batches: Sequence[dict[str, Any]]) -> CountedPasses:

@@ -94,6 +94,24 @@ def test_the_work_of_cached_sampling(work, cache, fulls):
     )
 
 
+def test_only_one_full_pass_of_an_answer_is_the_first(work):
+    """With a suffix window full passes have several lengths; those that come by drift grow with the blocks, 7 to 15."""
+    kinds = [PassKind("full", width, width, 2) for width in (320, 352)] + [PassKind("renewal", 161, 448, 2)]
+    needed = dict(zip(kinds, (1 * 16, 16 // 2, 13 * 8), strict=True))
+    passes = counted(work, needed, dict(zip(kinds, (8, 4, 60), strict=True)))
+    cache = WindowCache(renew_left=32, refresh_drift=0.1, suffix=96)
+    config = SamplerConfig(max_new_tokens=256, alg="entropy", block_length=32, cache=cache)
+    shapes = [(768, 768), (832, 832), (161, 1024)]
+    one, other, renewal = (
+        pass_work(DREAM, batch=1, queries=queries, keys=keys, unembedded=0) for queries, keys in shapes
+    )
+    wanted = one.flops + 15 / 7 * (0.5 * other.flops + 6.5 * renewal.flops)
+    assert work.work_7b(config, passes, 192, batch=1)["flops"] == pytest.approx(wanted)
+    renewal = pass_work(DREAM, batch=2, queries=161, keys=1024, unembedded=0)
+    wanted = one.flops + 15 / 7 * (0.5 * other.flops + 60 / 16 * renewal.flops)
+    assert work.work_7b(config, passes, 192, batch=16)["flops"] == pytest.approx(wanted)
+
+
 def test_a_full_pass_without_the_masks_to_come_is_as_short_for_dream(work):
     short = PassKind("full", 192 + 64, 192 + 64, 2)
     passes = counted(work, {short: 16}, {short: 8})
