@@ -1,6 +1,7 @@
 """The generated problems with long answers: what they are, how they are solved, divided, judged and opened."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from dream_jax.data.long_tasks import TEST_SIZE, TRAIN_SIZE, solve_chain, solve_
 from dream_jax.judges.long_tasks import judge_chain, judge_route
 from dream_jax.tokenizer import ByteTokenizer
 
+PAGE = (Path(__file__).parents[1] / "docs" / "long_tasks.md").read_text()
 CHAIN, CHAIN_ANSWER = "a3b5\nb+a=K\na+K=c\nK+b=Z", "b5+a3=K8\na3+K8=c1\nK8+b5=Z3"
 ROUTE, ROUTE_ANSWER = "b>c+4\na>b+7\ncab\na+0=5", "a>b+7=2\nb>c+4=6\nc6a5b2"
 
@@ -53,6 +55,15 @@ def test_a_chain_adds_each_name_once_from_each_side_and_reaches_far_back():
         distances += [number - defined[x] for number, one in enumerate(found) for x in one[:2] if x in defined]
     # A line of an answer has nine tokens, and a block of the sampler 32.
     assert sum(distance > 4 for distance in distances) > 0.5 * len(distances)
+    assert "on average about 6 lines, or 58 tokens" in PAGE
+    assert abs(9 * sum(distances) / len(distances) - 58) < 4
+
+
+def test_the_page_has_the_numbers_of_tokens():
+    for name, task in LONG_TASKS.items():
+        row, words = task.source("test", size=1)[0], ByteTokenizer()
+        prompt, answer = len(words.encode(row.prompt)), len(words.encode(row.response)) + 1
+        assert f"| `{name}` | {prompt} | {answer} | {task.new_tokens} |" in PAGE
 
 
 def test_digits_and_the_positions_of_the_lines_are_evenly_distributed():
@@ -104,6 +115,8 @@ def test_texts_that_are_no_chains(problem, why):
     ("problem", "why"),
     [
         ("", "roads such as"),
+        ("\n\n\n", "roads such as"),
+        ("ab\n\n", "roads such as"),
         ("a>b+7\nab", "roads such as"),
         ("a>b+12\nab\na+0=5", "roads such as"),
         ("a>b+7\nab\na+1=5", "roads such as"),

@@ -74,7 +74,8 @@ def solve_chain(problem: str) -> str:
 
 def solve_route(problem: str) -> str:
     """Returns the answer to a route, as the module describes it. Raises ValueError if the text is no route."""
-    *lines, towns, start = problem.strip().split("\n") if problem.count("\n") > 1 else ("", "", "")
+    text = problem.strip()
+    *lines, towns, start = text.split("\n") if text.count("\n") > 1 else ("", "", "")
     roads, begins = [_ROAD.fullmatch(line) for line in lines], _START.fullmatch(start)
     if begins is None or None in roads:
         raise ValueError(f"{problem!r:.60} is no route: roads such as a>b+7, the towns, and a start such as a+0=5")
@@ -158,8 +159,9 @@ class LongTaskSource(abc.ABC):
 class ChainSource(LongTaskSource):
     """A source of chains, which the module describes: `lines` sums that begin with `givens` names with values.
 
-    At each sum, `givens` names wait to be added from the left, and as many from the right, and one of each is drawn. On
-    average a name waits `givens` lines. Further settings: see LongTaskSource.
+    At each sum, `givens` names wait to be added from the left, and as many from the right, and one of each is drawn. So a
+    name that waits is drawn with a probability of 1 / `givens` at each line, and some are never drawn. Further settings:
+    see LongTaskSource.
     """
 
     kind = "chain"
