@@ -224,8 +224,17 @@ def test_settings_that_are_switched_off_are_not_in_the_repr():
         ({"refresh_drift": -0.5}, "refresh_drift=-0.5 must not be negative"),
         ({"refresh_drift": 0.5, "refresh_blocks": None}, "self.refresh_drift=0.5 has no effect with .*blocks=None"),
         ({"renew_left": 4}, "self.renew_left=4 has no effect with self.refresh_blocks=1"),
+        ({"refresh_drift": 0.5, "refresh_passes": 1}, "refresh_drift=0.5 have no effect with self.refresh_passes=1"),
     ],
-    ids=["suffix", "renew_left", "left", "refresh_drift", "drift without refreshes", "renewal without need"],
+    ids=[
+        "suffix",
+        "renew_left",
+        "left",
+        "refresh_drift",
+        "drift without refreshes",
+        "renewal without need",
+        "all full",
+    ],
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,8 +1,8 @@
 """Generates problems with long answers, in which later text depends on earlier and on far text, and solves them.
 
-Every token of an answer follows from the problem and from the text before it, so a small model with one token per character
-can learn to write whole answers without an error. There are two kinds of problems. All numbers are single digits, and
-sums are taken modulo 10. A name is a letter, upper or lower case.
+Every token of an answer follows from the problem and from the text before it, so an answer can be written without
+guessing. There are two kinds of problems. All numbers are single digits, and sums are taken modulo 10. A name is a letter,
+upper or lower case.
 
 A chain is a list of values and of sums. Each sum adds two names that are defined before it, often many lines before:
 

@@ -78,6 +78,11 @@ class WindowCache:
         )
         if self.renew_left is not None and self.renew_left < self.left:
             raise ValueError(f"{self.renew_left=} must be at least {self.left=}; pass None to switch it off")
+        if self.refresh_passes == 1 and (self.renew_left is not None or self.refresh_drift):
+            raise ValueError(
+                f"{self.renew_left=} and {self.refresh_drift=} have no effect with {self.refresh_passes=}, which makes "
+                "every pass full; pass refresh_passes=2 or more or None, or leave them out"
+            )
         if self.refresh_drift and self.refresh_blocks is None:
             raise ValueError(
                 f"{self.refresh_drift=} has no effect with {self.refresh_blocks=}, which makes no full passes at block "
